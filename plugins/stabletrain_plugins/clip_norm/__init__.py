@@ -1,0 +1,1 @@
+"""Hold the global gradient norm to a fixed maximum."""

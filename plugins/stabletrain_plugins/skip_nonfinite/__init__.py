@@ -1,0 +1,1 @@
+"""Drop steps whose loss or gradient is NaN or infinite."""

@@ -1,0 +1,94 @@
+"""Drop non-finite steps, and say when dropping them is no longer a cure."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from stabletrain.core.events import Event, EventKind, Request, RequestKind
+from stabletrain.core.limits import Limits, SkipNonFinite
+from stabletrain.core.outcome import Outcome
+from stabletrain.core.rule import Observation, Rule
+
+
+class NonFiniteState(NamedTuple):
+    """Length of the current run of dropped steps."""
+
+    in_a_row: int = 0
+
+
+@dataclass(frozen=True)
+class SkipNonFiniteRule(Rule[NonFiniteState]):
+    """Drop a step whose loss or global gradient norm is NaN or infinite, as if its batches had never been seen.
+
+    One dropped step costs next to nothing; many in a row mean that the weights themselves are damaged, so after
+    ``max_in_a_row`` of them the rule asks for a rollback, which without a plugin that can roll back is a clean stop.
+    Overflows of the fp16 loss scaler are the scaler's business and not counted, unless they do not end.
+
+    Args:
+        max_in_a_row: dropped steps in a row after which the run is given up, in steps, >= 1.
+        max_overflows_in_a_row: fp16 overflows in a row that count as non-finite, in steps, >= 1.
+        min_scale: loss scale at or below which an overflow counts as non-finite, > 0.
+
+    Raises:
+        UserError: if an argument is out of range.
+
+    >>> rule = SkipNonFiniteRule()
+    >>> rule.limits(rule.init()).skips_step(loss=2.0, grad_norm=float("inf"))
+    True
+    """
+
+    plugin = "skip_nonfinite"
+    slot = "nonfinite"
+    sees_overflow = True
+
+    max_in_a_row: int = 10
+    max_overflows_in_a_row: int = 50
+    min_scale: float = 2.0**-10
+
+    def __post_init__(self) -> None:
+        self.require(self.max_in_a_row >= 1, "max_in_a_row", ">= 1")
+        self.require(self.max_overflows_in_a_row >= 1, "max_overflows_in_a_row", ">= 1")
+        self.require(self.min_scale > 0, "min_scale", "> 0")
+
+    def init(self) -> NonFiniteState:
+        """No step dropped yet."""
+        return NonFiniteState()
+
+    def limits(self, state: NonFiniteState) -> Limits:
+        """Every step must be finite."""
+        return Limits.of(SkipNonFinite())
+
+    def observe(self, state: NonFiniteState, outcome: Outcome) -> Observation[NonFiniteState]:
+        """Count dropped steps in a row."""
+        if outcome.overflow:
+            return self._observe_overflow(state, outcome)
+        if math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm):
+            return Observation(NonFiniteState() if outcome.applied else state)
+        value = outcome.grad_norm if math.isfinite(outcome.loss) else outcome.loss
+        reason = f"loss {outcome.loss:.6g}, grad_norm {outcome.grad_norm:.6g}: step skipped"
+        return self._count(state, outcome, "nonfinite", value, math.nan, reason)
+
+    def _observe_overflow(self, state: NonFiniteState, outcome: Outcome) -> Observation[NonFiniteState]:
+        if outcome.overflows_in_a_row >= self.max_overflows_in_a_row:
+            value, limit = float(outcome.overflows_in_a_row), float(self.max_overflows_in_a_row)
+            reason = f"{outcome.overflows_in_a_row} fp16 overflows in a row (loss scale {outcome.loss_scale:.6g})"
+        elif outcome.loss_scale <= self.min_scale:
+            value, limit = outcome.loss_scale, self.min_scale
+            reason = f"fp16 overflow at a loss scale of {outcome.loss_scale:.6g}"
+        else:
+            return Observation(state)
+        return self._count(state, outcome, "overflow", value, limit, reason)
+
+    def _count(
+        self, state: NonFiniteState, outcome: Outcome, kind: EventKind, value: float, limit: float, reason: str
+    ) -> Observation[NonFiniteState]:
+        in_a_row = state.in_a_row + 1
+        event = Event(outcome.step, self.label, kind, value, limit, f"{reason} ({in_a_row} in a row)")
+        if in_a_row < self.max_in_a_row:
+            return Observation(NonFiniteState(in_a_row), (event,))
+        demand = (
+            f"{in_a_row} non-finite steps in a row (plugins.nonfinite.max_in_a_row={self.max_in_a_row}); last: {reason}"
+        )
+        return Observation(NonFiniteState(), (event,), (Request(RequestKind.ROLLBACK, self.label, demand),))

@@ -1,0 +1,144 @@
+"""What a step may look like: bounds on the gradient norm, and conditions under which the step is dropped.
+
+Rules answer with `Limits`; the guard joins them with ``|``. The step is held to the *minimum* over all bounds and is
+dropped if *any* condition holds, so joining is a set union: the order of the plugins cannot matter.
+
+This module is the host's evaluation, in float64. `stabletrain.runtime.device_limits` is its twin on the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Literal, NamedTuple, TypeAlias
+
+Signal: TypeAlias = Literal["loss", "grad_norm"]
+
+
+class Bound(NamedTuple):
+    """An upper limit on the gradient norm ``g``, in a linear or a logarithmic space ``s``.
+
+    A norm with ``s(g) > above`` is brought to ``target + pull / (s(g) - centre)``, in the same space. One form covers
+    a fixed norm or a percentile (``target = above``), a z-score (``above = mean + z * std``) and a reciprocal pull
+    towards the mean (``target = centre = mean``, ``pull = (z * std)**2``). A bound never raises a norm, and leaves a
+    non-finite one alone: that is not a number to be scaled.
+
+    Args:
+        above: threshold, in the space ``s``.
+        target: where a norm above the threshold is brought to, in ``s``.
+        pull: weight of the reciprocal term, in ``s`` squared; 0 switches it off.
+        centre: pole of the reciprocal term, in ``s``; must lie below ``above``.
+        log: ``s`` is the natural logarithm; else the norm itself.
+
+    >>> Bound(above=1.0, target=1.0).hold(4.0)
+    1.0
+    >>> Bound(above=1.0, target=0.5, pull=0.5, centre=0.5).hold(1.5)
+    1.0
+    >>> Bound(above=0.0, target=0.0, log=True).hold(4.0)
+    1.0
+    """
+
+    above: float
+    target: float
+    pull: float = 0.0
+    centre: float = 0.0
+    log: bool = False
+
+    @property
+    def threshold(self) -> float:
+        """The threshold as a norm. Host and device compare this one number, so that they agree to the last bit."""
+        return _exp(self.above) if self.log else self.above
+
+    def hold(self, norm: float) -> float:
+        """The norm after this bound."""
+        if not self.threshold < norm < math.inf:
+            return norm
+        s = math.log(norm) if self.log else norm
+        held = self.target + (self.pull / (s - self.centre) if self.pull else 0.0)
+        return min(norm, max(0.0, _exp(held) if self.log else held))
+
+
+class SkipAbove(NamedTuple):
+    """Drop the step when a finite signal exceeds a limit.
+
+    Args:
+        signal: ``"loss"`` (nats) or ``"grad_norm"`` (raw: unscaled, before any transform).
+        above: the limit, in the signal's own unit.
+    """
+
+    signal: Signal
+    above: float
+
+    def hits(self, loss: float, grad_norm: float) -> bool:
+        """Whether the condition holds for this step."""
+        value = loss if self.signal == "loss" else grad_norm
+        return self.above < value < math.inf
+
+
+class SkipNonFinite(NamedTuple):
+    """Drop the step when its loss or its gradient norm is NaN or infinite."""
+
+    def hits(self, loss: float, grad_norm: float) -> bool:
+        """Whether the condition holds for this step."""
+        return not (math.isfinite(loss) and math.isfinite(grad_norm))
+
+
+SkipCondition: TypeAlias = SkipAbove | SkipNonFinite
+
+
+class Limits(NamedTuple):
+    """The limits that history sets for one step; ``|`` joins them.
+
+    >>> tight, loose = Limits.of(Bound(1.0, 1.0)), Limits.of(Bound(2.0, 2.0))
+    >>> (tight | loose).hold(5.0)
+    1.0
+    >>> (tight | loose) == (loose | tight)
+    True
+    >>> Limits.of(SkipNonFinite()).skips_step(loss=float("nan"), grad_norm=1.0)
+    True
+    """
+
+    bounds: frozenset[Bound] = frozenset()
+    skips: frozenset[SkipCondition] = frozenset()
+
+    @classmethod
+    def of(cls, *parts: Bound | SkipCondition) -> Limits:
+        """Limits made of bounds and conditions."""
+        return cls(
+            frozenset(part for part in parts if isinstance(part, Bound)),
+            frozenset(part for part in parts if not isinstance(part, Bound)),
+        )
+
+    def __or__(self, other: Limits) -> Limits:
+        return Limits(self.bounds | other.bounds, self.skips | other.skips)
+
+    def hold(self, norm: float) -> float:
+        """The norm after all bounds: their minimum, and never more than the norm itself."""
+        for bound in self.bounds:
+            held = bound.hold(norm)
+            if held < norm:
+                return min(each.hold(norm) for each in self.bounds)
+        return norm
+
+    def skips_step(self, loss: float, grad_norm: float) -> bool:
+        """Whether any condition drops a step with this loss and this raw gradient norm."""
+        return any(condition.hits(loss, grad_norm) for condition in self.skips)
+
+
+NO_LIMITS = Limits()
+"""The identity of ``|``."""
+
+
+def join(limits: Iterable[Limits]) -> Limits:
+    """The union of many limits."""
+    joined = NO_LIMITS
+    for each in limits:
+        joined = joined | each if joined is not NO_LIMITS else each
+    return joined
+
+
+def _exp(x: float) -> float:
+    try:
+        return math.exp(x)
+    except OverflowError:
+        return math.inf

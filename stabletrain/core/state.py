@@ -1,0 +1,61 @@
+"""States as plain Python and back, so that checkpoints load with ``weights_only=True``."""
+
+from __future__ import annotations
+
+import functools
+import types
+import typing
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def to_plain(state: Any) -> Any:
+    """A state (named tuples, tuples, numbers, strings, None) as dicts, lists and scalars.
+
+    >>> from stabletrain.core.statistics import Ema
+    >>> to_plain(Ema(mean=1.0, var=0.25))
+    {'mean': 1.0, 'var': 0.25}
+    """
+    if hasattr(state, "_fields"):
+        return {field: to_plain(getattr(state, field)) for field in state._fields}
+    if isinstance(state, tuple):
+        return [to_plain(item) for item in state]
+    if state is None or isinstance(state, bool | int | float | str):
+        return state
+    raise TypeError(
+        f"a rule's state may hold named tuples, tuples, numbers, strings and None, got {type(state).__name__}"
+    )
+
+
+def from_plain(kind: type[T], plain: Any) -> T:
+    """The inverse of `to_plain`, guided by the type hints of ``kind``.
+
+    Raises:
+        ValueError: if ``plain`` does not have the fields of ``kind``.
+    """
+    return typing.cast(T, _restore(kind, plain))
+
+
+def _restore(kind: Any, plain: Any) -> Any:
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        if plain is None:
+            return None
+        kind = next(arg for arg in typing.get_args(kind) if arg is not type(None))
+        return _restore(kind, plain)
+    if origin is tuple:
+        item = typing.get_args(kind)[0]
+        return tuple(_restore(item, each) for each in plain)
+    if hasattr(kind, "_fields"):
+        hints = _hints(kind)
+        if not isinstance(plain, dict) or set(plain) != set(hints):
+            found = sorted(plain) if isinstance(plain, dict) else type(plain).__name__
+            raise ValueError(f"{kind.__name__}: expected the fields {sorted(hints)}, got {found}")
+        return kind(**{field: _restore(hint, plain[field]) for field, hint in hints.items()})
+    return plain
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)

@@ -1,0 +1,189 @@
+"""Running summaries of past signals, as values: `add` returns a new one, the old one stays as it was.
+
+Being values makes a rule's state free to keep (a snapshot is a reference) and impossible to damage from outside.
+No statistic ever takes in a non-finite number: `add` returns the statistic unchanged.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterable
+from typing import NamedTuple
+
+MAD_TO_SIGMA = 1.482602218505602
+"""Standard deviation of a normal distribution over its median absolute deviation."""
+
+
+class Ema(NamedTuple):
+    """Exponential moving mean and variance.
+
+    The variance is taken around the *updated* mean, ``var <- d * var + (1 - d) * (x - mean)**2``, as in ZClip
+    (Kumar et al. 2025, https://arxiv.org/abs/2504.02507).
+
+    >>> Ema(mean=0.0, var=0.0).add(1.0, decay=0.5)
+    Ema(mean=0.5, var=0.125)
+    """
+
+    mean: float
+    var: float
+
+    @property
+    def std(self) -> float:
+        """Standard deviation, in the unit of the samples."""
+        return math.sqrt(self.var)
+
+    def add(self, x: float, decay: float) -> Ema:
+        """With one more sample.
+
+        Args:
+            x: the sample; ignored if non-finite.
+            decay: weight kept on the past, in (0, 1).
+        """
+        if not math.isfinite(x):
+            return self
+        mean = decay * self.mean + (1.0 - decay) * x
+        return Ema(mean, decay * self.var + (1.0 - decay) * (x - mean) ** 2)
+
+    @classmethod
+    def from_moments(cls, samples: Iterable[float]) -> Ema:
+        """Start from the mean and the population variance of samples.
+
+        >>> Ema.from_moments([1.0, 3.0])
+        Ema(mean=2.0, var=1.0)
+        """
+        finite = [x for x in samples if math.isfinite(x)]
+        mean = math.fsum(finite) / len(finite)
+        return cls(mean, math.fsum((x - mean) ** 2 for x in finite) / len(finite))
+
+    @classmethod
+    def from_robust(cls, samples: Iterable[float], min_sigma: float = 0.0) -> Ema:
+        """Start from the median and the scaled median absolute deviation: one outlier among the samples is harmless.
+
+        Args:
+            samples: at least one finite number.
+            min_sigma: floor of the standard deviation, in the unit of the samples.
+        """
+        window = Window().extend(samples)
+        return cls(window.median, max(min_sigma, MAD_TO_SIGMA * window.mad) ** 2)
+
+
+class Window(NamedTuple):
+    """The last samples, kept in order of arrival and in order of size, so that quantiles are look-ups.
+
+    Adding to a window of n costs two copies of n references and a binary search; median, quantile and MAD then cost
+    at most a binary search.
+
+    >>> w = Window().extend([3.0, 1.0, 2.0, float("nan"), 100.0])
+    >>> w.median, w.mad, w.quantile(1.0)
+    (2.5, 1.0, 100.0)
+    >>> w.add(0.0, size=4).values
+    (1.0, 2.0, 100.0, 0.0)
+    """
+
+    values: tuple[float, ...] = ()
+    ordered: tuple[float, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def add(self, x: float, size: int) -> Window:
+        """With one more sample, and the oldest dropped beyond ``size`` samples.
+
+        Args:
+            x: the sample; ignored if non-finite.
+            size: most samples to keep, at least 1.
+        """
+        if not math.isfinite(x):
+            return self
+        values, ordered = self.values, self.ordered
+        while len(values) >= size:
+            at = bisect_left(ordered, values[0])
+            ordered = ordered[:at] + ordered[at + 1 :]
+            values = values[1:]
+        at = bisect_left(ordered, x)
+        return Window((*values, x), (*ordered[:at], x, *ordered[at:]))
+
+    def extend(self, samples: Iterable[float]) -> Window:
+        """With more samples; none is dropped."""
+        values = (*self.values, *(x for x in samples if math.isfinite(x)))
+        return Window(values, tuple(sorted(values)))
+
+    def quantile(self, q: float) -> float:
+        """Quantile by linear interpolation (numpy's default).
+
+        Args:
+            q: in [0, 1].
+        """
+        position = q * (len(self.ordered) - 1)
+        low = int(position)
+        below = self.ordered[low]
+        if low == position:
+            return below
+        above = self.ordered[low + 1]
+        # numpy's formula from the nearer end, so that its results are met to the last bits
+        fraction = position - low
+        step = above - below
+        return above - step * (1.0 - fraction) if fraction >= 0.5 else below + step * fraction
+
+    @property
+    def median(self) -> float:
+        """Middle sample, or the mean of the two middle ones."""
+        n = len(self.ordered)
+        middle = n // 2
+        return self.ordered[middle] if n % 2 else 0.5 * (self.ordered[middle - 1] + self.ordered[middle])
+
+    @property
+    def mad(self) -> float:
+        """Median absolute deviation from the median (unscaled)."""
+        n = len(self.ordered)
+        median = self.median
+        middle = n // 2
+        if n % 2:
+            return self._deviation(median, middle)
+        return 0.5 * (self._deviation(median, middle - 1) + self._deviation(median, middle))
+
+    def _deviation(self, centre: float, k: int) -> float:
+        """The k-th smallest distance (from 0) of a sample to ``centre``.
+
+        The k + 1 nearest samples are neighbours in the sorted order: a binary search finds where they begin.
+        """
+        ordered = self.ordered
+        low, high = 0, len(ordered) - 1 - k
+        while low < high:
+            start = (low + high) // 2
+            if centre - ordered[start] > ordered[start + k + 1] - centre:
+                low = start + 1
+            else:
+                high = start
+        return max(centre - ordered[low], ordered[low + k] - centre)
+
+
+class DelayedWindow(NamedTuple):
+    """A window that sees a sample only ``delay`` samples later: a burst cannot become its own baseline at once.
+
+    >>> w = DelayedWindow()
+    >>> for x in (1.0, 2.0, 3.0):
+    ...     w = w.add(x, size=8, delay=2)
+    >>> w.window.values, w.waiting
+    ((1.0,), (2.0, 3.0))
+    """
+
+    waiting: tuple[float, ...] = ()
+    window: Window = Window()
+
+    def add(self, x: float, size: int, delay: int) -> DelayedWindow:
+        """With one more sample.
+
+        Args:
+            x: the sample; ignored if non-finite.
+            size: most samples the window keeps.
+            delay: samples that wait before the window sees them.
+        """
+        if not math.isfinite(x):
+            return self
+        waiting, window = (*self.waiting, x), self.window
+        while len(waiting) > delay:
+            window = window.add(waiting[0], size)
+            waiting = waiting[1:]
+        return DelayedWindow(waiting, window)

@@ -1,0 +1,65 @@
+"""Limits evaluated on the device: the twin of `Limits.hold` and `Limits.skips_step`, without a read by the host.
+
+Thresholds are compared in float64 and as norms on both sides, so host and device decide alike, to the last bit; only
+the norm that a logarithmic bound scales to may differ in its last digit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stabletrain.core.limits import Limits, SkipAbove, SkipNonFinite
+
+
+class DeviceDecision(NamedTuple):
+    """What to hand to a fused optimizer kernel.
+
+    Args:
+        grad_scale: 0-d float32, what to divide the gradient by; at least 1.
+        dropped: 0-d float32, 1 to drop the step, else 0.
+    """
+
+    grad_scale: Tensor
+    dropped: Tensor
+
+
+def decide(limits: Limits, loss: Tensor, grad_norm: Tensor, transformed_norm: Tensor) -> DeviceDecision:
+    """Apply limits to the signals of a step, all of them 0-d tensors on one device."""
+    loss, grad_norm, norm = loss.double(), grad_norm.double(), transformed_norm.double()
+    return DeviceDecision(_grad_scale(limits, norm).float(), _dropped(limits, loss, grad_norm).float())
+
+
+def _grad_scale(limits: Limits, norm: Tensor) -> Tensor:
+    if not limits.bounds:
+        return torch.ones((), dtype=torch.float64, device=norm.device)
+    rows = [(b.threshold, b.target, b.pull, b.centre, float(b.log)) for b in limits.bounds]
+    threshold, target, pull, centre, log = _upload(rows, norm.device).unbind(1)
+    in_log = log > 0
+    s = torch.where(in_log, norm.log(), norm)
+    held = target + torch.where(pull > 0, pull / (s - centre), 0.0)
+    held = torch.where(in_log, held.exp(), held).clamp_min(0.0)
+    held = torch.where((norm > threshold) & norm.isfinite(), held, norm).min()
+    return torch.where(held < norm, norm / held, 1.0)
+
+
+def _dropped(limits: Limits, loss: Tensor, grad_norm: Tensor) -> Tensor:
+    dropped = torch.zeros((), dtype=torch.bool, device=loss.device)
+    if any(isinstance(c, SkipNonFinite) for c in limits.skips):
+        dropped = ~(loss.isfinite() & grad_norm.isfinite())
+    above = [c for c in limits.skips if isinstance(c, SkipAbove)]
+    if above:
+        values = torch.stack([loss if c.signal == "loss" else grad_norm for c in above])
+        thresholds = _upload([(c.above,) for c in above], loss.device).squeeze(1)
+        dropped = dropped | ((values > thresholds) & values.isfinite()).any()
+    return dropped
+
+
+def _upload(rows: Sequence[tuple[float, ...]], device: torch.device) -> Tensor:
+    table = torch.tensor(rows, dtype=torch.float64)
+    if device.type != "cuda":
+        return table.to(device)
+    return table.pin_memory().to(device, non_blocking=True)

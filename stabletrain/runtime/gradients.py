@@ -1,0 +1,107 @@
+"""Reading and scaling gradients: the only code that touches ``.grad``.
+
+Gradients may be plain tensors, DTensors (FSDP2, tensor parallelism; also mixed, also on several meshes) or sparse.
+The plain case is the fast path; for the others a norm is a norm of the *whole* tensor, on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+_LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+
+def of(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """The gradients of those parameters that have one."""
+    return [p.grad for p in parameters if p.grad is not None]
+
+
+def local(gradient: Tensor) -> Tensor:
+    """The values of a gradient that live on this rank, as a plain tensor that shares memory with it."""
+    if isinstance(gradient, DTensor):
+        return gradient._local_tensor
+    return gradient._values() if gradient.is_sparse else gradient
+
+
+def global_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """The L2 norm of all gradients together, in float32 (float64 for float64 gradients), as a 0-d tensor.
+
+    Costs one read of the gradients; nothing waits for a device. All ranks must call it when gradients are sharded,
+    also a rank whose shards are empty.
+    """
+    if not gradients:
+        return torch.zeros(())
+    norm: Tensor = torch.linalg.vector_norm(tensor_norms(gradients))
+    return norm
+
+
+def tensor_norms(gradients: Sequence[Tensor]) -> Tensor:
+    """The L2 norm of each gradient, as a vector on the first gradient's device."""
+    first = gradients[0]
+    dtype, device = first.dtype, first.device
+    for g in gradients:
+        if type(g) is not Tensor or g.dtype is not dtype or g.device != device or g.is_sparse:
+            return _mixed_norms(gradients)
+    if dtype in _LOW_PRECISION:
+        return torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32))  # type: ignore[arg-type]
+    return torch.stack(torch._foreach_norm(gradients))  # type: ignore[arg-type]
+
+
+def scale_(gradients: Sequence[Tensor], factor: float | Tensor) -> None:
+    """Multiply all gradients by one factor, in place."""
+    with torch.no_grad():
+        for group in _by_device_and_dtype([local(g) for g in gradients]):
+            if isinstance(factor, Tensor):
+                torch._foreach_mul_(group, factor.to(group[0].device, group[0].dtype))
+            else:
+                torch._foreach_mul_(group, factor)
+
+
+def scale_each_(gradients: Sequence[Tensor], factors: Tensor) -> None:
+    """Multiply each gradient by its own factor, in place.
+
+    Args:
+        gradients: n gradients.
+        factors: shape (n,).
+    """
+    with torch.no_grad():
+        for g, factor in zip(gradients, factors.unbind(), strict=True):
+            values = local(g)
+            values.mul_(factor.to(values.device, values.dtype))
+
+
+def clamp_(gradients: Sequence[Tensor], limit: float) -> None:
+    """Clamp every element to [-limit, limit], in place. NaN stays NaN."""
+    with torch.no_grad():
+        for group in _by_device_and_dtype([local(g) for g in gradients]):
+            torch._foreach_clamp_max_(group, limit)
+            torch._foreach_clamp_min_(group, -limit)
+
+
+def _accumulate(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in _LOW_PRECISION else dtype
+
+
+def _mixed_norms(gradients: Sequence[Tensor]) -> Tensor:
+    norms = []
+    for g in gradients:
+        if isinstance(g, DTensor):
+            norm = torch.linalg.vector_norm(g, dtype=_accumulate(g.dtype))
+            # a norm of shards is a pending reduction: only the full tensor is the number
+            norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        else:
+            values = g.coalesce().values() if g.is_sparse else g
+            norms.append(torch.linalg.vector_norm(values, dtype=_accumulate(values.dtype)))
+    dtype = torch.float64 if any(n.dtype == torch.float64 for n in norms) else torch.float32
+    return torch.stack([n.to(norms[0].device, dtype) for n in norms])
+
+
+def _by_device_and_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for t in tensors:
+        groups.setdefault((t.device, t.dtype), []).append(t)
+    return list(groups.values())

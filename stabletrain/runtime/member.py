@@ -1,0 +1,284 @@
+"""The Lightning side of a plugin: what every callback that shares the guard has in common.
+
+`RuleCallback` is the shell of a rule, `TransformCallback` that of a per-tensor transform; a schedule or a monitor
+derives from `GuardMember` itself and overrides only what it needs.
+"""
+
+from __future__ import annotations
+
+import functools
+import typing
+import weakref
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from stabletrain.core.outcome import Outcome
+from stabletrain.core.rule import Rule
+from stabletrain.core.state import from_plain, to_plain
+from stabletrain.runtime import compat
+from stabletrain.runtime.counters import Counters
+from stabletrain.runtime.guard import Mode, StepGuard
+
+
+class GuardMember(Callback):
+    """A callback that shares one guard with all others of its Trainer.
+
+    No registry: ``trainer.callbacks`` is it. At setup the first member makes the guard and leads: it alone passes
+    Lightning's hooks on. Subclasses override `on_gradients`, `on_outcome`, `metrics` and the state hooks as needed.
+    """
+
+    _guard: StepGuard | None = None
+    _leads: bool = False
+    _fitted: weakref.ref[Trainer] | None = None
+    _loaded: bool = False
+
+    # ---- what subclasses override -----------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Forget the history: a fit begins with a Trainer that this callback has not served before."""
+
+    def on_gradients(self, step: int, parameters: Sequence[Tensor]) -> None:
+        """Look at the complete, unscaled, untouched gradients of attempted step ``step``; do not change them."""
+
+    def on_outcome(self, outcome: Outcome) -> None:
+        """An outcome became history. The learning rate of the next step may be set here."""
+
+    def metrics(self) -> dict[str, float]:
+        """What to send to the loggers at a flush, besides the guard's own metrics."""
+        return {}
+
+    # ---- Lightning's hooks ------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Join the guard of this Trainer; the first member makes it."""
+        if stage != "fit":
+            return
+        if self._fitted is None or self._fitted() is not trainer:
+            self.reset()
+        self._fitted = weakref.ref(trainer)
+        self._loaded = False
+        members = [c for c in trainer.callbacks if isinstance(c, GuardMember)]  # type: ignore[attr-defined]
+        self._leads = self is members[0]
+        if self._leads:
+            options = next((m.options() for m in members if isinstance(m, Guard)), {})
+            guard = StepGuard(trainer, compat.unwrapped(pl_module), members, **options)
+            for member in members:
+                member._guard = guard
+        compat.silence_step_hooks(self, among=Callback if self._leads else GuardMember)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The optimizer exists: take control of its steps."""
+        if self._leads and self._guard is not None:
+            self._guard.open()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so when a checkpoint had nothing for this plugin."""
+        if compat.resumes_from_checkpoint(trainer) and not self._loaded:
+            rank_zero_warn(f"the checkpoint holds no state of {self.state_key}: it begins with an empty history")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """A micro-batch begins."""
+        if self._leads and self._guard is not None:
+            self._guard.open_window()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """The loss of a micro-batch is known."""
+        if self._leads and self._guard is not None:
+            self._guard.take_loss(loss)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Gradients are complete and unscaled."""
+        if self._leads and self._guard is not None:
+            self._guard.decide(optimizer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """The step, if there was one, is over."""
+        if self._leads and self._guard is not None:
+            self._guard.end_batch()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validation sees a settled state and up-to-date metrics."""
+        self._settle_and_flush()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Callbacks that monitor metrics at the end of an epoch see those of its last steps."""
+        self._settle_and_flush()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The last outcome becomes history, the last metrics go out."""
+        self._settle_and_flush()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Undo everything that was installed."""
+        self._close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Undo everything that was installed: after an exception Lightning calls no teardown."""
+        if self._leads and self._guard is not None and not isinstance(exception, Exception):
+            self._guard.settle()
+        self._close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts of the run; subclasses add their own."""
+        if self._guard is None:
+            return {}
+        self._guard.settle()
+        return {"counters": self._guard.counters._asdict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self._loaded = True
+        if self._guard is not None and "counters" in state_dict:
+            self._guard.counters = Counters(**state_dict["counters"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickles and copies leave the running fit behind."""
+        fit = {"_guard", "_leads", "_fitted", *compat.STEP_HOOKS}
+        return {key: value for key, value in self.__dict__.items() if key not in fit}
+
+    def _settle_and_flush(self) -> None:
+        if self._leads and self._guard is not None:
+            self._guard.settle()
+            self._guard.flush()
+
+    def _close(self) -> None:
+        if self._leads and self._guard is not None:
+            self._guard.close()
+        compat.restore_step_hooks(self)
+
+
+class Guard(GuardMember):
+    """Options of the guard that all plugins of a Trainer share; only needed to change a default.
+
+    Args:
+        mode: where decisions are made. ``"exact"``: the host reads loss and norm before each step. ``"device"``: clip
+            and skip ride on a fused optimizer's kernel, and the host never waits for the step in progress. ``"auto"``
+            (default): device on CUDA with a fused optimizer, else exact.
+        max_attempts: attempted steps after which the run is stopped, at least 1; None: twice ``max_steps`` if that is
+            set. It ends a run that would skip for ever.
+        events: file for the event log, one JSON object a line; None: ``events.jsonl`` in the logger's folder.
+    """
+
+    def __init__(self, mode: Mode = "auto", max_attempts: int | None = None, events: str | Path | None = None) -> None:
+        from stabletrain.errors import UserError
+
+        if mode not in ("auto", "exact", "device"):
+            raise UserError(f'Guard: mode must be "auto", "exact" or "device", got {mode!r} (config key guard.mode)')
+        if max_attempts is not None and max_attempts < 1:
+            raise UserError(f"Guard: max_attempts must be >= 1, got {max_attempts} (config key guard.max_attempts)")
+        self.mode: Mode = mode
+        self.max_attempts = max_attempts
+        self.events = events
+
+    def options(self) -> dict[str, Any]:
+        """The options as keyword arguments of `StepGuard`."""
+        events = None if self.events is None else Path(self.events)
+        return {"mode": self.mode, "max_attempts": self.max_attempts, "events": events}
+
+
+class RuleCallback(GuardMember):
+    """The Lightning callback of a rule: ``class ClipNorm(RuleCallback, ClipNormRule)``, nothing more.
+
+    The constructor, its defaults and its documentation are the rule's. `as_callback` derives such a class.
+    """
+
+    state: Any = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not issubclass(cls, Rule):
+            raise TypeError(f"{cls.__name__}: a RuleCallback needs a Rule as its second base class")
+        if cls.__doc__ is None:
+            cls.__doc__ = next(base.__doc__ for base in cls.__mro__[2:] if issubclass(base, Rule))
+
+    @property
+    def state_key(self) -> str:
+        """The key of this plugin's state in a checkpoint; Lightning asks for it at every hook."""
+        return self.name or self.plugin  # type: ignore[attr-defined,no-any-return]
+
+    def reset(self) -> None:
+        """Begin with an empty history."""
+        self.state = self.rule.init()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rule's state and arguments, as plain Python types."""
+        plain = super().state_dict()
+        arguments = {key: _plain_argument(value) for key, value in self.rule.arguments().items()}
+        return {**plain, "arguments": arguments, "state": to_plain(self.state)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint; other arguments than it was made with are said aloud."""
+        super().load_state_dict(state_dict)
+        saved, mine = state_dict["arguments"], self.rule.arguments()
+        changed = [
+            f"{key}={value!r} (was {saved.get(key)!r})"
+            for key, value in mine.items()
+            if _plain_argument(value) != saved.get(key)
+        ]
+        if changed:
+            rank_zero_warn(f"{self.state_key}: goes on from a checkpoint with other arguments: {', '.join(changed)}")
+        self.state = from_plain(self.rule.state_type(), state_dict["state"])
+
+    def __eq__(self, other: object) -> bool:
+        """Callbacks are themselves: two with equal arguments are still two."""
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    @property
+    def rule(self) -> Rule[Any]:
+        """This callback, seen as the rule that it is."""
+        return typing.cast(Rule[Any], self)
+
+
+class TransformCallback(GuardMember):
+    """A per-tensor change of the gradients, made between the raw norm and the bounds.
+
+    Transforms do not commute, so they run in the order of their names. State that belongs to the history lives in
+    device tensors: `transform` prepares the next one, `commit` or `commit_on_device` keeps it if the step is applied.
+    """
+
+    clips: ClassVar[bool] = True
+    """It changes gradients, and so excludes the Trainer's own ``gradient_clip_val``."""
+
+    @abstractmethod
+    def transform(self, parameters: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+        """Change gradients in place, through `stabletrain.runtime.gradients`.
+
+        Args:
+            parameters: those that have a gradient, in the optimizer's order.
+            grads: their gradients.
+        """
+
+    def commit(self, applied: bool) -> None:
+        """The step in progress was applied, or not (exact mode and late confirmation)."""
+
+    def commit_on_device(self, dropped: Tensor) -> None:
+        """As `commit`, decided on the device: ``dropped`` is a 0-d tensor, 1 if the step was dropped."""
+
+
+@functools.cache
+def as_callback(rule: type[Rule[Any]]) -> type[RuleCallback]:
+    """The public callback of a rule: ``ClipNormRule`` becomes ``ClipNorm``.
+
+    >>> from stabletrain_plugins.clip_norm.rule import ClipNormRule
+    >>> as_callback(ClipNormRule)(max_norm=2.0).max_norm
+    2.0
+    """
+    name = rule.__name__.removesuffix("Rule")
+    module = "stabletrain" if rule.__module__.startswith("stabletrain_plugins.") else rule.__module__
+    return type(name, (RuleCallback, rule), {"__module__": module, "__doc__": rule.__doc__})
+
+
+def _plain_argument(value: Any) -> Any:
+    return value if value is None or isinstance(value, bool | int | float | str) else repr(value)

@@ -1,0 +1,45 @@
+"""How long a Trainer's run is, in applied optimizer steps, so that lengths of time can be resolved."""
+
+from __future__ import annotations
+
+import math
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+from stabletrain.core.lengths import RunLength
+
+
+def run_length(trainer: Trainer, tokens_per_step: float | None = None) -> RunLength:
+    """What is known about the run once its training data is loaded; call it in ``on_train_start`` or later.
+
+    It counts the loader that the fit loop has anyway. ``Trainer.estimated_stepping_batches`` would load the data where
+    it is not loaded yet, and a stateful loader then loses the position that its checkpoint holds.
+
+    Args:
+        trainer: in a fit.
+        tokens_per_step: tokens in one optimizer step over all ranks, which only the user knows.
+
+    Returns:
+        Unknown quantities are None: the total of an endless run, and the steps per epoch of unsized data. Skipped steps
+        are not foreseen: a run limited by ``max_epochs`` ends that much before ``total_steps``.
+    """
+    batches, epochs = trainer.num_training_batches, trainer.max_epochs
+    total: int | None = None
+    per_epoch: float | None = None
+    if math.isfinite(batches) and batches > 0:
+        known_epochs = epochs if epochs is not None and epochs > 0 else None
+        windows = [_window(trainer, epoch) for epoch in range(known_epochs or 1)]
+        steps = sum(math.ceil(batches / window) for window in windows)  # the last batch of an epoch always steps
+        per_epoch = steps / len(windows)
+        total = steps if known_epochs else None
+    if trainer.max_steps >= 0:
+        total = trainer.max_steps if total is None else min(total, trainer.max_steps)
+    return RunLength(total_steps=total, steps_per_epoch=per_epoch, tokens_per_step=tokens_per_step)
+
+
+def _window(trainer: Trainer, epoch: int) -> int:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler):
+            return int(callback.get_accumulate_grad_batches(epoch))
+    return trainer.accumulate_grad_batches
