@@ -1,0 +1,41 @@
+# Two commands for newcomers: `make train` and `make test`. VENV and PYTHON may be set on the command line.
+VENV ?= .venv
+PYTHON ?= python3
+BIN = $(VENV)/bin
+# one thread a process: pytest runs two processes, and bits depend on the thread count
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help train test test-all lint bench generate
+
+help:
+	@echo "make train      train the default recipe (char_gpt) and log it to MLflow"
+	@echo "make test       the quick tests, under 10 minutes on 2 cores"
+	@echo "make test-all   lint, types, quick and slow tests: what CI runs"
+	@echo "make lint       ruff and mypy"
+	@echo "make bench      the overhead table"
+	@echo "make generate   write the generated parts again (export table, catalogue)"
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+train: $(VENV)/installed
+	$(BIN)/stabletrain train char_gpt
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -n 2
+
+test-all: lint test
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/overhead.py
+
+generate: $(VENV)/installed
+	$(BIN)/python -m stabletrain.testing.generate

@@ -1,0 +1,180 @@
+"""Runs side by side: only the settings that differ, and what came of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import quote
+
+from stabletrain.errors import UserError
+from stabletrain.tracking.store import ensure_store, explained, open_client
+
+if TYPE_CHECKING:
+    import pandas  # type: ignore[import-untyped]
+
+_Row = TypeVar("_Row")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """What a comparison needs to know of one run."""
+
+    run_id: str
+    name: str
+    status: str
+    params: Mapping[str, str] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A table with one column per run: the parameters that differ, then the final metrics.
+
+    ``None`` stands for "this run has no such value", which is not the same as NaN.
+    """
+
+    runs: tuple[RunSummary, ...]
+    params: Mapping[str, tuple[str | None, ...]]
+    metrics: Mapping[str, tuple[float | None, ...]]
+
+    def table(self) -> list[list[str]]:
+        """Return the table as text, the header first; a missing value is a dash."""
+        rows = [["", *(run.name for run in self.runs)], ["status", *(run.status for run in self.runs)]]
+        rows += [[key, *("-" if value is None else value for value in row)] for key, row in self.params.items()]
+        rows += [[key, *(_number(value) for value in row)] for key, row in self.metrics.items()]
+        return rows
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return a DataFrame with one row per run, indexed by run id."""
+        import pandas
+
+        columns: dict[str, Sequence[Any]] = {
+            "name": [run.name for run in self.runs],
+            "status": [run.status for run in self.runs],
+            **{f"params.{key}": row for key, row in self.params.items()},
+            **{f"metrics.{key}": row for key, row in self.metrics.items()},
+        }
+        return pandas.DataFrame(columns, index=[run.run_id for run in self.runs])
+
+
+def compare(
+    uri: str,
+    run_ids: Sequence[str] | None = None,
+    *,
+    experiment: str | None = None,
+    metrics: Iterable[str] | None = None,
+    params: Iterable[str] | None = None,
+    limit: int = 50,
+) -> Comparison:
+    """Read runs from the store and put them side by side.
+
+    Args:
+        uri: MLflow tracking URI.
+        run_ids: the runs, in the order of the columns; or name an ``experiment``.
+        experiment: every run of this experiment, the newest first.
+        metrics: names or patterns such as ``val/*``; all if None.
+        params: names or patterns, shown even if equal; those that differ if None.
+        limit: runs read from an experiment, at most.
+
+    Raises:
+        UserError: if neither or both of ``run_ids`` and ``experiment`` are given, or one does not exist.
+        StoreError: if the store cannot be used.
+    """
+    if (run_ids is None) == (experiment is None):
+        raise UserError("compare: expected either run_ids or experiment, got both or neither; give one of them")
+    ensure_store(uri)
+    with explained(uri):
+        client = open_client(uri)
+        found = _by_id(client, run_ids) if run_ids is not None else _by_experiment(client, str(experiment), limit)
+    return side_by_side([_summary(run) for run in found], metrics=metrics, params=params)
+
+
+def side_by_side(
+    runs: Sequence[RunSummary], *, metrics: Iterable[str] | None = None, params: Iterable[str] | None = None
+) -> Comparison:
+    """Arrange runs into a comparison; no store is needed.
+
+    Args:
+        runs: the columns.
+        metrics: names or patterns; all if None.
+        params: names or patterns, shown even if equal; those that differ if None.
+
+    >>> a = RunSummary(run_id="1", name="a", status="FINISHED", params={"lr": "0.1"}, metrics={"loss": 2.0})
+    >>> b = RunSummary(run_id="2", name="b", status="FAILED", params={"lr": "0.3"})
+    >>> side_by_side([a, b]).table()
+    [['', 'a', 'b'], ['status', 'FINISHED', 'FAILED'], ['lr', '0.1', '0.3'], ['loss', '2', '-']]
+    """
+    param_rows = {key: tuple(run.params.get(key) for run in runs) for key in _keys(run.params for run in runs)}
+    if params is None:
+        param_rows = {key: row for key, row in param_rows.items() if len(set(row)) > 1}
+    else:
+        param_rows = _matching(param_rows, params)
+    metric_rows = {key: tuple(run.metrics.get(key) for run in runs) for key in _keys(run.metrics for run in runs)}
+    if metrics is not None:
+        metric_rows = _matching(metric_rows, metrics)
+    return Comparison(runs=tuple(runs), params=param_rows, metrics=metric_rows)
+
+
+def comparison_url(server: str, run_ids: Sequence[str], experiment_ids: Sequence[str]) -> str:
+    """Return the address of MLflow's page that compares runs, for a running ``mlflow ui``.
+
+    Args:
+        server: address of the server.
+        run_ids: the runs.
+        experiment_ids: ids (not names) of their experiments.
+
+    >>> comparison_url("http://127.0.0.1:5000/", ["a", "b"], ["1"])
+    'http://127.0.0.1:5000/#/compare-runs?runs=%5B%22a%22%2C%22b%22%5D&experiments=%5B%221%22%5D'
+    """
+    lists = [quote(json.dumps(list(items), separators=(",", ":"))) for items in (run_ids, experiment_ids)]
+    return f"{server.rstrip('/')}/#/compare-runs?runs={lists[0]}&experiments={lists[1]}"
+
+
+def _keys(mappings: Iterable[Mapping[str, Any]]) -> list[str]:
+    return sorted({key for mapping in mappings for key in mapping})
+
+
+def _matching(rows: Mapping[str, _Row], patterns: Iterable[str]) -> dict[str, _Row]:
+    return {key: rows[key] for pattern in patterns for key in rows if fnmatchcase(key, pattern)}
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return "nan" if math.isnan(value) else f"{value:.6g}"
+
+
+def _summary(run: Any) -> RunSummary:
+    return RunSummary(
+        run_id=run.info.run_id,
+        name=run.info.run_name or run.info.run_id[:8],
+        status=run.info.status,
+        params=dict(run.data.params),
+        metrics=dict(run.data.metrics),
+    )
+
+
+def _by_id(client: Any, run_ids: Sequence[str]) -> list[Any]:
+    from mlflow.exceptions import MlflowException
+
+    found = []
+    for run_id in run_ids:
+        try:
+            found.append(client.get_run(run_id))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            raise UserError(f"compare: there is no run {run_id!r} in {client.tracking_uri}; correct the id") from None
+    return found
+
+
+def _by_experiment(client: Any, name: str, limit: int) -> list[Any]:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        known = ", ".join(sorted(item.name for item in client.search_experiments()))
+        raise UserError(f"compare: there is no experiment {name!r} in {client.tracking_uri}; it has: {known or 'none'}")
+    return list(client.search_runs([experiment.experiment_id], max_results=limit))

@@ -1,0 +1,307 @@
+"""The Lightning logger: metrics cost the training loop microseconds, and a failing store cannot end a run."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning_utilities.core.rank_zero import rank_zero_only
+
+from stabletrain.tracking import runs
+from stabletrain.tracking.store import absolute_uri, default_tracking_uri, ensure_store, explained, open_client
+from stabletrain.tracking.writer import MetricWriter, Point
+
+log = logging.getLogger(__name__)
+
+UNSENT = "metrics-unsent.jsonl"
+
+
+class MLflowLogger(Logger):
+    """Logs to MLflow from one background thread; ``Trainer(logger=MLflowLogger())`` is enough.
+
+    Lightning's own ``MLFlowLogger`` raises with MLflow 3's defaults, waits for the database at every step, cuts
+    parameters at 250 characters, and leaves a resumed run FINISHED; none of this can be mended by subclassing it.
+
+    The run is created (or, with ``run_id``, reopened with status RUNNING) when training begins. It ends as FINISHED,
+    FAILED (exception) or KILLED (Ctrl-C, SIGTERM). Metrics that the store does not take are kept in
+    ``metrics-unsent.jsonl``. NaN and infinities are stored as NaN and counted by ``nonfinite/<name>``. Names that
+    MLflow does not accept are changed, and keep a hash so that no two become one.
+
+    Args:
+        tracking_uri: MLflow store; ``MLFLOW_TRACKING_URI`` or ``sqlite:///<current folder>/mlflow.db`` if None.
+        experiment: name of the experiment, made if missing.
+        run_id: a run to go on with; a new one if None.
+        run_name: shown in the UI; MLflow invents one if None.
+        save_dir: folder for local files (unsent metrics, and checkpoints of a ModelCheckpoint without ``dirpath``);
+            the Trainer's ``default_root_dir`` and, for unsent metrics, the current folder if None.
+        tags: tags of the run.
+        parent_run_id: the run under which a new one is shown.
+
+    Raises:
+        StoreError: when training begins, if the store cannot be used.
+
+    >>> logger = MLflowLogger("sqlite:////tmp/mlflow.db", experiment="demo")
+    >>> logger.name, logger.version
+    ('demo', None)
+    """
+
+    def __init__(
+        self,
+        tracking_uri: str | None = None,
+        experiment: str = "stabletrain",
+        run_id: str | None = None,
+        run_name: str | None = None,
+        save_dir: str | os.PathLike[str] | None = None,
+        tags: Mapping[str, str] | None = None,
+        parent_run_id: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.tracking_uri = absolute_uri(tracking_uri) if tracking_uri else default_tracking_uri()
+        self._experiment_name = experiment
+        self._run_id = run_id
+        self._run_name = run_name
+        self._save_dir = None if save_dir is None else str(Path(save_dir).absolute())
+        self._tags = dict(tags or {})
+        self._parent_run_id = parent_run_id
+        self._last_step = 0
+        self._session: _Session | None = None
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The ``mlflow.MlflowClient`` of the run, which begins now if it has not begun (a dummy on other ranks)."""
+        return self._open().client
+
+    @property
+    def run_id(self) -> str | None:
+        """The run's id; on rank zero the run begins now if it has not begun."""
+        if _rank() == 0:
+            self._open()
+        return self._run_id
+
+    @property
+    def name(self) -> str:
+        """Name of the experiment."""
+        return self._experiment_name
+
+    @property
+    def version(self) -> str | None:
+        """The run's id, or None as long as it has not begun."""
+        return self._run_id
+
+    @property
+    def save_dir(self) -> str | None:
+        """Folder for local files, or None."""
+        return self._save_dir
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Queue metrics for the writer; returns within microseconds.
+
+        Args:
+            metrics: numbers or one-element tensors by name; anything else is left out, with a warning.
+            step: step they belong to; the last one if None.
+        """
+        if step is None:
+            step = self._last_step
+        self._last_step = step
+        try:
+            values = {name: float(value) for name, value in metrics.items()}
+        except (TypeError, ValueError):
+            values = self._numbers_of(metrics)
+        self._open().writer.put(values, step)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Mapping[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Write parameters, nested ones with dotted names; a changed value becomes a tag ``changed.<name>``.
+
+        Args:
+            params: a mapping, Namespace or dataclass.
+            args: ignored (other loggers take metrics here).
+            kwargs: ignored.
+        """
+        if is_dataclass(params) and not isinstance(params, type):
+            params = asdict(params)
+        nested = vars(params) if isinstance(params, Namespace) else dict(params)
+        session = self._open()
+        session.attempt("parameters", lambda: runs.write_params(session.client, session.run_id, nested))
+
+    @rank_zero_only
+    def log_artifact(self, path: str | os.PathLike[str], name: str | None = None) -> None:
+        """Copy a file or folder into the run's artifacts.
+
+        Args:
+            path: what to copy.
+            name: its name among the artifacts, e.g. ``plots/lr.png``; its own if None.
+
+        Raises:
+            FileNotFoundError: if there is nothing at ``path``.
+        """
+        source = Path(path)
+        if not source.exists():
+            raise FileNotFoundError(f"log_artifact: {source} does not exist")
+        session = self._open()
+        session.attempt(
+            f"artifact {source.name}", lambda: runs.write_artifact(session.client, session.run_id, source, name)
+        )
+
+    def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
+        """Write what is queued, and note where the checkpoint is (tags ``checkpoint.*``); nothing is copied."""
+        if _rank() != 0:
+            return
+        tags = checkpoint_tags(checkpoint_callback)
+        session = self._open()
+        session.writer.flush(timeout=5.0)
+        session.attempt("checkpoint tags", lambda: runs.write_tags(session.client, session.run_id, tags))
+
+    def save(self) -> None:
+        """Do nothing: Lightning calls this after every logged step, and the writer works on its own; see `flush`."""
+
+    def flush(self, timeout: float = 60.0) -> bool:
+        """Wait until everything logged so far is written; False if time ran out.
+
+        Args:
+            timeout: seconds.
+        """
+        return self._session is None or self._session.writer.flush(timeout)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write everything and settle the run: FINISHED, FAILED, or KILLED after Ctrl-C or SIGTERM.
+
+        Args:
+            status: ``"success"`` or ``"finished"``, ``"killed"`` or ``"aborted"``; anything else is a failure.
+        """
+        if self._session is None:
+            return
+        # Lightning says "failed" for everything, from within the handler of the exception that it leaves unnamed.
+        interrupted = isinstance(sys.exc_info()[1], KeyboardInterrupt | SIGTERMException)
+        if status in ("success", "finished"):
+            final: runs.Status = "FINISHED"
+        elif interrupted or status in ("killed", "aborted"):
+            final = "KILLED"
+        else:
+            final = "FAILED"
+        session, self._session = self._session, None
+        session.close(final)
+
+    def _numbers_of(self, metrics: Mapping[str, Any]) -> dict[str, float]:
+        values = {}
+        for name, value in metrics.items():
+            try:
+                values[name] = float(value)
+            except (TypeError, ValueError):
+                log.warning("metric %s is not a number (%s) and is left out", name, type(value).__name__)
+        return values
+
+    def _open(self) -> _Session:
+        session = self._session
+        if session is not None and session.writer.pid == os.getpid():
+            return session
+        ensure_store(self.tracking_uri)
+        with explained(self.tracking_uri):
+            client = open_client(self.tracking_uri)
+            if self._run_id is None:
+                self._run_id = self._create(client)
+            else:
+                runs.reopen(client, self._run_id)
+            unsent = Path(self._save_dir or Path.cwd()) / UNSENT
+            self._session = _Session(client, self._run_id, unsent)
+        return self._session
+
+    def _create(self, client: Any) -> str:
+        from stabletrain.tracking.record import git_state, write_environment
+
+        tags = {**runs.describe({}), **runs.git_tags(git_state(Path.cwd())), **self._tags}
+        if self._parent_run_id is not None:
+            tags["mlflow.parentRunId"] = self._parent_run_id
+        run_id = runs.create_run(self.tracking_uri, self._experiment_name, name=self._run_name, tags=tags)
+        with tempfile.TemporaryDirectory() as scratch:
+            write_environment(scratch)
+            client.log_artifacts(run_id, scratch, artifact_path="environment")
+        return run_id
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Threads and database connections stay here; a copy in another process opens its own.
+        return {**self.__dict__, "_session": None}
+
+
+class _Session:
+    """One process's work on one run: client, writer, and a settled status even if nobody calls `finalize`."""
+
+    def __init__(self, client: Any, run_id: str, unsent: Path) -> None:
+        self.client = client
+        self.run_id = run_id
+        metrics = client.get_run(run_id).data.metrics
+        prefix = "nonfinite/"
+        counts = {key.removeprefix(prefix): int(value) for key, value in metrics.items() if key.startswith(prefix)}
+        self.writer = MetricWriter(self._send, unsent, run_id, nonfinite=counts)
+        atexit.register(self._at_exit)
+
+    def close(self, status: runs.Status) -> None:
+        """Write everything, then set the final status."""
+        atexit.unregister(self._at_exit)
+        self.writer.close()
+        self.attempt("final status", lambda: self.client.set_terminated(self.run_id, status))
+
+    def attempt(self, what: str, action: Callable[[], None]) -> None:
+        """Do something with the store three times at most; a failure is a warning, never the end of training."""
+        for wait in (0.1, 1.0, None):
+            try:
+                action()
+            except Exception as error:
+                if wait is None:
+                    first_line = (str(error).strip().splitlines() or [""])[0]
+                    log.warning("MLflow does not take the %s of run %s: %s", what, self.run_id, first_line)
+                else:
+                    time.sleep(wait)
+            else:
+                return
+
+    def _send(self, points: Sequence[Point]) -> None:
+        from mlflow.entities import Metric
+
+        self.client.log_batch(self.run_id, metrics=[Metric(*point) for point in points])
+
+    def _at_exit(self) -> None:
+        if self.writer.pid != os.getpid():
+            return
+        last = getattr(sys, "last_value", None)
+        if isinstance(last, KeyboardInterrupt):
+            self.close("KILLED")
+        else:
+            self.close("FINISHED" if last is None else "FAILED")
+
+
+def _rank() -> int:
+    # Lightning sets it on the decorator itself, before any logger is used.
+    return int(getattr(rank_zero_only, "rank", 0))
+
+
+def checkpoint_tags(callback: ModelCheckpoint) -> dict[str, str]:
+    """Return where a ModelCheckpoint's last and best checkpoints are.
+
+    Args:
+        callback: a ModelCheckpoint that has just saved.
+    """
+    # Lightning keeps path and step of the last save in private attributes only.
+    path, step = getattr(callback, "_last_checkpoint_saved", ""), getattr(callback, "_last_global_step_saved", None)
+    tags = {"checkpoint.last": str(path or callback.last_model_path), "checkpoint.last_step": str(step)}
+    if callback.best_model_path:
+        tags["checkpoint.best"] = str(callback.best_model_path)
+    if callback.monitor and callback.best_model_score is not None:
+        tags["checkpoint.best_score"] = f"{callback.monitor}={float(callback.best_model_score):.8g}"
+    return tags

@@ -1,0 +1,287 @@
+"""A run's entry in the store, as the launcher keeps it: opened with everything known before it starts, and settled."""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from stabletrain.tracking.naming import MAX_PARAM, MAX_TAG, chunks, flatten, safe_key, shorten
+from stabletrain.tracking.store import StoreError, ensure_store, explained, open_client, sqlite_path, store_lock
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+# They say where a run was, not what it was; comparing them would call equal runs different.
+_NOT_PARAMS = ("run_dir", "resume", "logger", "trust")
+
+_OPEN = ("RUNNING", "SCHEDULED")
+
+
+def start_run(
+    config: Mapping[str, Any],
+    *,
+    uri: str,
+    experiment: str,
+    parent_run_id: str | None = None,
+    name: str | None = None,
+    run_id: str | None = None,
+    tags: Mapping[str, str] | None = None,
+    code: str | Path | None = None,
+) -> str:
+    """Open a run with its parameters, tags, ``run.yaml`` and environment record, or reopen one to resume it.
+
+    Parameters cannot be changed in MLflow, so on a resume those that changed become tags ``changed.<name>``, and the
+    artifacts go to ``resume-<n>/``. In the ``run.yaml`` artifact ``logger.run_id`` is the run's own id.
+
+    Args:
+        config: the resolved run, as in ``run.yaml``.
+        uri: MLflow tracking URI.
+        experiment: name of the experiment, made if missing (a resumed run stays in its own).
+        parent_run_id: the run under which this one is shown, e.g. a sweep's.
+        name: shown in the UI; MLflow invents one if None.
+        run_id: the run to resume; its status becomes RUNNING again.
+        tags: further tags.
+        code: folder of the user's code, for its git state; the current folder if None.
+
+    Returns:
+        The run's id.
+
+    Raises:
+        StoreError: if the store cannot be used, the experiment is deleted, or ``run_id`` does not exist.
+    """
+    from stabletrain.tracking.record import git_state, write_environment
+
+    ensure_store(uri)
+    with explained(uri):
+        client = open_client(uri)
+        state = git_state(code or Path.cwd())
+        all_tags = {**describe(config), **git_tags(state), **(tags or {})}
+        if parent_run_id is not None:
+            all_tags["mlflow.parentRunId"] = parent_run_id
+        if run_id is None:
+            run_id, folder = create_run(uri, experiment, name=name), None
+        else:
+            resumes = reopen(client, run_id)
+            folder = f"resume-{resumes}"
+            all_tags["stabletrain.resumes"] = str(resumes)
+        write_tags(client, run_id, all_tags)
+        write_params(client, run_id, {key: value for key, value in config.items() if key not in _NOT_PARAMS})
+        with tempfile.TemporaryDirectory() as scratch:
+            (Path(scratch) / "run.yaml").write_text(_yaml(_with_run_id(config, run_id)), encoding="utf-8")
+            write_environment(Path(scratch) / "environment", code=code)
+            client.log_artifacts(run_id, scratch, artifact_path=folder)
+    return run_id
+
+
+def settle(uri: str, run_id: str, status: Status, *, force: bool = False) -> str:
+    """Give a run its final status if it is still open; call it as often as you like.
+
+    Args:
+        uri: MLflow tracking URI.
+        run_id: the run.
+        status: ``FINISHED``, ``FAILED`` or ``KILLED``.
+        force: overwrite a final status too, for an end that the run itself did not see.
+
+    Returns:
+        The status that the run has now.
+
+    Raises:
+        StoreError: if the store cannot be used.
+    """
+    with explained(uri):
+        client = open_client(uri)
+        now: str = client.get_run(run_id).info.status
+        if now != status and (force or now in _OPEN):
+            client.set_terminated(run_id, status)
+            return status
+    return now
+
+
+def upload_unsent(uri: str, path: str | Path) -> int:
+    """Send metrics that a run had to keep in ``metrics-unsent.jsonl``, then delete the file.
+
+    Sending a metric twice does no harm. A line that was cut off when its process was killed is left out.
+
+    Args:
+        uri: MLflow tracking URI.
+        path: the file.
+
+    Returns:
+        How many metrics were sent.
+    """
+    from mlflow.entities import Metric
+
+    lines = [line for text in Path(path).read_text(encoding="utf-8").splitlines() if (line := _parse(text))]
+    by_run: dict[str, list[Any]] = {}
+    for line in lines:
+        metric = Metric(line["key"], float(line["value"]), line["timestamp"], line["step"])
+        by_run.setdefault(line["run_id"], []).append(metric)
+    with explained(uri):
+        client = open_client(uri)
+        for run_id, metrics in by_run.items():
+            for part in chunks(metrics, 1000):
+                client.log_batch(run_id, metrics=part)
+    Path(path).unlink()
+    return len(lines)
+
+
+def describe(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the tags that say what a run is, from its configuration.
+
+    Args:
+        config: the resolved run, as in ``run.yaml``; missing parts give no tag.
+
+    >>> tags = describe({"recipe": "char_gpt", "seed": 3, "choices": {"plugins/clip": "zscore", "strategy": "ddp"},
+    ...                  "launch": {"processes": 2}, "precision": {"precision": "32-true"}})
+    >>> tags["plugins"], tags["precision"], tags["strategy"], tags["world_size"]
+    ('clip=zscore', '32-true', 'ddp', '2')
+    """
+    choices = config.get("choices") or {}
+    plugins = {key.removeprefix("plugins/"): value for key, value in choices.items() if key.startswith("plugins/")}
+    if not plugins:
+        nodes = config.get("plugins") or {}
+        plugins = {slot: str(node["_target_"]).rpartition(".")[2] for slot, node in nodes.items() if node}
+    launch = config.get("launch") or {}
+    data = config.get("data") or {}
+    tags = {
+        "stabletrain.version": importlib.metadata.version("stabletrain"),
+        "recipe": config.get("recipe"),
+        "plugins": ",".join(f"{slot}={option}" for slot, option in sorted(plugins.items()) if option != "none"),
+        "precision": choices.get("precision") or (config.get("precision") or {}).get("precision"),
+        "strategy": choices.get("strategy") or (config.get("strategy") or {}).get("strategy"),
+        "world_size": int(launch.get("processes") or 1) * int(launch.get("nodes") or 1) if launch else None,
+        "seed": config.get("seed"),
+        "data.digest": data.get("sha256") or data.get("digest"),
+    }
+    return {key: str(value) for key, value in tags.items() if value is not None}
+
+
+def create_run(uri: str, experiment: str, *, name: str | None = None, tags: Mapping[str, str] | None = None) -> str:
+    """Create an empty run (and its experiment if missing) and return its id.
+
+    Args:
+        uri: MLflow tracking URI of a store that `ensure_store` has made ready.
+        experiment: name of the experiment.
+        name: shown in the UI; MLflow invents one if None.
+        tags: tags of the new run.
+
+    Raises:
+        StoreError: if the experiment is deleted.
+    """
+    client = open_client(uri)
+    with store_lock(uri):
+        found = client.get_experiment_by_name(experiment)
+        if found is None:
+            experiment_id = client.create_experiment(experiment, artifact_location=_artifact_location(uri, experiment))
+        else:
+            experiment_id = found.experiment_id
+    if found is not None and found.lifecycle_stage == "deleted":
+        raise StoreError(
+            f"tracking store: the experiment {experiment!r} is deleted; choose another name (logger.experiment) or run "
+            f"`MLFLOW_TRACKING_URI={uri} mlflow experiments restore --experiment-id {experiment_id}`"
+        )
+    run = client.create_run(experiment_id, run_name=name, tags=dict(tags or {}))
+    return str(run.info.run_id)
+
+
+def reopen(client: Any, run_id: str) -> int:
+    """Set a run's status to RUNNING again and return how often it has been resumed, this time included."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise StoreError(
+            f"tracking store: there is no run {run_id!r} in {client.tracking_uri}; "
+            f"correct logger.run_id or MLFLOW_TRACKING_URI"
+        ) from None
+    if run.info.status != "RUNNING":
+        client.update_run(run_id, status="RUNNING")
+    return int(run.data.tags.get("stabletrain.resumes", 0)) + 1
+
+
+def write_params(client: Any, run_id: str, params: Mapping[str, Any]) -> None:
+    """Log nested parameters; those the run already has with another value become tags ``changed.<name>``."""
+    from mlflow.entities import Param, RunTag
+
+    wanted = {
+        safe_key(key): shorten(value, MAX_PARAM)
+        for key, value in flatten(params)
+        if not key.endswith(("._partial_", "._recursive_", "._convert_"))
+    }
+    present = client.get_run(run_id).data.params
+    fresh = [Param(key, value) for key, value in wanted.items() if key not in present]
+    changed = [
+        RunTag(safe_key(f"changed.{key}"), shorten(value, MAX_TAG))
+        for key, value in wanted.items()
+        if present.get(key, value) != value
+    ]
+    for part in chunks(fresh, 100):
+        client.log_batch(run_id, params=part)
+    for part in chunks(changed, 100):
+        client.log_batch(run_id, tags=part)
+
+
+def write_tags(client: Any, run_id: str, tags: Mapping[str, object]) -> None:
+    """Set a run's tags, in as few transactions as MLflow allows."""
+    from mlflow.entities import RunTag
+
+    for part in chunks([RunTag(safe_key(key), shorten(value, MAX_TAG)) for key, value in tags.items()], 100):
+        client.log_batch(run_id, tags=part)
+
+
+def write_artifact(client: Any, run_id: str, path: str | Path, name: str | None = None) -> None:
+    """Copy a file or folder into a run's artifacts under ``name``, its own name if None."""
+    source = Path(path)
+    target = PurePosixPath(name or source.name)
+    parent = None if str(target.parent) == "." else str(target.parent)
+    if source.is_dir():
+        client.log_artifacts(run_id, str(source), artifact_path=str(target))
+    elif target.name == source.name:
+        client.log_artifact(run_id, str(source), artifact_path=parent)
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            link = Path(scratch) / target.name
+            link.symlink_to(source.resolve())
+            client.log_artifact(run_id, str(link), artifact_path=parent)
+
+
+def _parse(text: str) -> dict[str, Any] | None:
+    try:
+        line: dict[str, Any] = json.loads(text)
+    except json.JSONDecodeError:
+        return None
+    return line
+
+
+def _artifact_location(uri: str, experiment: str) -> str | None:
+    # Beside the database: MLflow's default is the current folder of whoever happens to come first.
+    path = sqlite_path(uri)
+    return None if path is None else (path.parent / "mlartifacts" / safe_key(experiment).replace("/", "_")).as_uri()
+
+
+def git_tags(state: Mapping[str, Any]) -> dict[str, str]:
+    """Return the tags of a state from `stabletrain.tracking.git_state`; none outside a repository."""
+    if state["sha"] is None:
+        return {}
+    tags = {"git.sha": state["sha"], "git.dirty": str(state["dirty"]).lower(), "mlflow.source.git.commit": state["sha"]}
+    return tags | ({"git.branch": state["branch"]} if state["branch"] else {})
+
+
+def _with_run_id(config: Mapping[str, Any], run_id: str) -> dict[str, Any]:
+    filled = copy.deepcopy(dict(config))
+    if isinstance(filled.get("logger"), dict):
+        filled["logger"]["run_id"] = run_id
+    return filled
+
+
+def _yaml(config: Mapping[str, Any]) -> str:
+    import yaml
+
+    return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=120)

@@ -1,0 +1,207 @@
+"""Metrics on their way to the store: one queue, one thread, large batches, a file for what the store refuses."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import NamedTuple
+
+from stabletrain.tracking.naming import safe_key
+
+log = logging.getLogger(__name__)
+
+BATCH = 1000  # MLflow's limit for one log_batch
+
+
+class Point(NamedTuple):
+    """One value of one metric, in the form MLflow stores."""
+
+    key: str
+    value: float
+    timestamp: int  # milliseconds since 1970
+    step: int
+
+
+class _Entry(NamedTuple):
+    metrics: Mapping[str, float]
+    timestamp: int
+    step: int
+
+
+class _Signal(threading.Event):
+    def __init__(self, *, last: bool) -> None:
+        super().__init__()
+        self.last = last
+
+
+class MetricWriter:
+    """Takes metrics in microseconds and writes them from a thread of its own, in order, in batches of up to 1000.
+
+    A failing store never reaches the caller: a batch is tried again after each of ``delays``, then appended to
+    ``unsent``, and one warning is logged. While the store keeps failing, later batches get one attempt each.
+
+    NaN and infinities are written as NaN (MLflow would store an infinity as 1.8e308, which ruins every plot), and a
+    metric ``nonfinite/<name>`` counts them.
+
+    Args:
+        send: writes a batch of points or raises.
+        unsent: file for batches that could not be written, one JSON object a line.
+        run_id: written into that file.
+        nonfinite: counts so far, by metric key, of a run that is resumed.
+        linger: seconds that a metric may wait for company.
+        delays: seconds before each further attempt.
+    """
+
+    def __init__(
+        self,
+        send: Callable[[Sequence[Point]], None],
+        unsent: Path,
+        run_id: str,
+        *,
+        nonfinite: Mapping[str, int] | None = None,
+        linger: float = 0.5,
+        delays: Sequence[float] = (0.1, 0.5, 2.0),
+    ) -> None:
+        self.pid = os.getpid()
+        self.unsent = unsent
+        self._send = send
+        self._run_id = run_id
+        self._nonfinite = dict(nonfinite or {})
+        self._linger = linger
+        self._delays = tuple(delays)
+        self._queue: SimpleQueue[_Entry | _Signal] = SimpleQueue()
+        self._hurry = threading.Event()
+        self._giving_up = threading.Event()
+        self._in_flight: Sequence[Point] = ()
+        self._failing = False
+        self._warned = False
+        self._file_lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="stabletrain-metrics", daemon=True)
+        self._thread.start()
+
+    def put(self, metrics: Mapping[str, float], step: int) -> None:
+        """Hand over the metrics of one step; they must not be changed afterwards.
+
+        Args:
+            metrics: values by name.
+            step: step they belong to.
+        """
+        self._queue.put(_Entry(metrics, time.time_ns() // 1_000_000, step))
+
+    def flush(self, timeout: float = 60.0) -> bool:
+        """Wait until everything handed over so far is in the store (or in the file); False if time ran out.
+
+        Args:
+            timeout: seconds.
+        """
+        return self._signal(last=False, timeout=timeout)
+
+    def close(self, timeout: float = 60.0) -> bool:
+        """Flush and end the thread. What a hanging store did not take in time goes to the file.
+
+        Args:
+            timeout: seconds.
+
+        Returns:
+            Whether the thread came to its end in time.
+        """
+        if self._signal(last=True, timeout=timeout):
+            self._thread.join(timeout=5.0)
+            return True
+        self._giving_up.set()
+        left, _, _ = self._drain()
+        self._keep([*self._in_flight, *left], TimeoutError(f"no answer within {timeout:g} s"))
+        return False
+
+    def _signal(self, *, last: bool, timeout: float) -> bool:
+        if not self._thread.is_alive() or self.pid != os.getpid():
+            return True
+        signal = _Signal(last=last)
+        self._queue.put(signal)
+        self._hurry.set()
+        return signal.wait(timeout)
+
+    def _run(self) -> None:
+        ended = False
+        while not ended:
+            first = self._queue.get()
+            self._hurry.wait(self._linger)
+            self._hurry.clear()
+            points, signals, ended = self._drain(first)
+            for start in range(0, len(points), BATCH):
+                self._in_flight = points[start:]
+                if not self._giving_up.is_set():
+                    self._deliver(points[start : start + BATCH])
+            self._in_flight = ()
+            for signal in signals:
+                signal.set()
+
+    def _drain(self, first: _Entry | _Signal | None = None) -> tuple[list[Point], list[_Signal], bool]:
+        points: list[Point] = []
+        signals: list[_Signal] = []
+        item = first
+        while True:
+            if isinstance(item, _Signal):
+                signals.append(item)
+                if item.last:
+                    return points, signals, True
+            elif item is not None:
+                self._expand(item, points)
+            try:
+                item = self._queue.get_nowait()
+            except Empty:
+                return points, signals, False
+
+    def _expand(self, entry: _Entry, points: list[Point]) -> None:
+        for name, value in entry.metrics.items():
+            key = safe_key(name)
+            if math.isfinite(value):
+                points.append(Point(key, value, entry.timestamp, entry.step))
+                continue
+            count = self._nonfinite[key] = self._nonfinite.get(key, 0) + 1
+            points.append(Point(key, math.nan, entry.timestamp, entry.step))
+            points.append(Point(safe_key(f"nonfinite/{key}"), float(count), entry.timestamp, entry.step))
+
+    def _deliver(self, points: Sequence[Point]) -> None:
+        waits: list[float | None] = [None] if self._failing else [*self._delays, None]
+        for wait in waits:
+            try:
+                self._send(points)
+            except Exception as error:
+                if wait is not None and not self._giving_up.wait(wait):
+                    continue
+                self._failing = True
+                if not self._giving_up.is_set():
+                    self._keep(points, error)
+            else:
+                self._failing = False
+            return
+
+    def _keep(self, points: Sequence[Point], error: Exception) -> None:
+        if not points:
+            return
+        lines = [json.dumps({"run_id": self._run_id, **point._asdict()}) + "\n" for point in points]
+        try:
+            with self._file_lock:
+                self.unsent.parent.mkdir(parents=True, exist_ok=True)
+                with self.unsent.open("a", encoding="utf-8") as file:
+                    file.writelines(lines)
+        except OSError as second:
+            log.error("%d metrics of run %s are lost: MLflow: %s; file: %s", len(points), self._run_id, error, second)
+            return
+        if not self._warned:
+            self._warned = True
+            log.warning(
+                "MLflow does not take metrics (%s: %s). Training goes on; they are kept in %s. "
+                "Send them later with stabletrain.tracking.upload_unsent(uri, path).",
+                type(error).__name__,
+                (str(error).strip().splitlines() or [""])[0],
+                self.unsent,
+            )

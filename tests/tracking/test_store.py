@@ -1,0 +1,175 @@
+import os
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from stabletrain.errors import UserError
+from stabletrain.tracking import StoreError, default_tracking_uri, ensure_store
+from stabletrain.tracking.store import explained
+
+
+def test_default_is_an_absolute_path(tmp_path, monkeypatch):
+    """Bug: a relative path means another file in every process that has another current folder."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert default_tracking_uri() == f"sqlite:///{tmp_path}/mlflow.db"
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("http://localhost:5000", "http://localhost:5000"),
+        ("sqlite:////x/y.db", "sqlite:////x/y.db"),
+        ("sqlite:///y.db?timeout=3", "sqlite:///{cwd}/y.db?timeout=3"),
+    ],
+)
+def test_environment_wins(tmp_path, monkeypatch, value, expected):
+    """Bug: the variable is read at import (as Lightning does), or its relative path stays relative."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", value)
+    assert default_tracking_uri() == expected.format(cwd=tmp_path)
+
+
+def test_three_processes_on_a_fresh_database(tmp_path):
+    """Bug: processes that start together all migrate, and all but one die."""
+    uri = f"sqlite:///{tmp_path}/deep/er/mlflow.db"
+    code = (
+        "import sys; from stabletrain.tracking.runs import create_run, ensure_store\n"
+        "ensure_store(sys.argv[1]); print(create_run(sys.argv[1], 'race'))"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, uri],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for _ in range(3)
+    ]
+    ends = [worker.communicate(timeout=120) for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0, 0], [err for _, err in ends]
+    assert len({out.strip() for out, _ in ends}) == 3
+    assert all("Creating initial" not in err for _, err in ends)
+
+
+def corrupt_random(path: Path) -> None:
+    path.write_bytes(os.urandom(40_000))
+
+
+def corrupt_truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:50_000])
+
+
+def corrupt_middle(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[8192:60_000] = os.urandom(60_000 - 8192)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [corrupt_random, corrupt_truncated, corrupt_middle])
+def test_damaged_database(uri, tmp_path, damage):
+    """Bug: MLflow retries a damaged file for more than a minute, then shows a page of SQL."""
+    damage(tmp_path / "mlflow.db")
+    with pytest.raises(StoreError) as caught:
+        ensure_store(uri)
+    message = str(caught.value)
+    assert str(tmp_path / "mlflow.db") in message
+    assert "damaged" in message
+    assert "restore a backup" in message
+    assert isinstance(caught.value, UserError)
+    assert isinstance(caught.value, ValueError)
+
+
+def test_locked_database(uri, tmp_path):
+    """Bug: a database that another program holds ends in a traceback, or hangs."""
+    with closing(sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(StoreError, match=r"mlflow\.db.*locked.*another program"):
+            ensure_store(uri, timeout=0.1)
+        other.execute("ROLLBACK")
+    ensure_store(uri)
+
+
+def test_held_lock_file(uri, tmp_path):
+    """Bug: a process that hangs while it holds the lock makes every later one hang without a word."""
+    from filelock import FileLock
+
+    from stabletrain.tracking.store import store_lock
+
+    with (
+        FileLock(tmp_path / "mlflow.db.lock"),
+        pytest.raises(StoreError, match=r"mlflow\.db\.lock has been held"),
+        store_lock(uri, timeout=0.1),
+    ):
+        pass
+
+
+def test_folder_that_cannot_be_made(tmp_path):
+    """Bug: an unwritable place gives PermissionError or NotADirectoryError without saying what to change."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match=r"MLFLOW_TRACKING_URI"):
+        ensure_store(f"sqlite:///{tmp_path}/file/mlflow.db")
+
+
+def test_path_is_a_folder(tmp_path):
+    """Bug: 'unable to open database file' for a folder hides the typing mistake."""
+    with pytest.raises(StoreError, match="is a folder"):
+        ensure_store(f"sqlite:///{tmp_path}")
+
+
+@pytest.mark.parametrize("uri", ["file:///tmp/mlruns", "./mlruns", "mlruns"])
+def test_file_store(uri, monkeypatch):
+    """Bug: MLflow 3 refuses folders only after the run was prepared."""
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
+    with pytest.raises(StoreError, match="sqlite:///"):
+        ensure_store(uri)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    ensure_store(uri)
+
+
+def test_servers_are_left_alone():
+    """Bug: a server's address is taken for a path."""
+    ensure_store("http://localhost:1")
+    ensure_store("databricks")
+
+
+def revision(path: Path) -> str:
+    with closing(sqlite3.connect(path)) as connection:
+        return connection.execute("SELECT version_num FROM alembic_version").fetchone()[0]
+
+
+def test_old_schema_is_upgraded_after_a_copy(uri, tmp_path):
+    """Bug: after an update of MLflow the first run dies, or its database is changed without a copy."""
+    from alembic import command
+    from mlflow.store.db.utils import _get_alembic_config
+
+    path = tmp_path / "mlflow.db"
+    latest = revision(path)
+    command.downgrade(_get_alembic_config(uri), "-1")
+    old = revision(path)
+    assert old != latest
+    ensure_store(uri)
+    assert revision(path) == latest
+    (copy,) = tmp_path.glob("mlflow.db.before-upgrade-*")
+    assert revision(copy) == old
+
+
+def test_schema_of_a_newer_mlflow(uri, tmp_path):
+    """Bug: a database of a newer MLflow gives a page of alembic."""
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = 'ffffffffffff'")
+        connection.commit()
+    with pytest.raises(StoreError, match=r"could not be upgraded.*mlflow db upgrade.*before-upgrade"):
+        ensure_store(uri)
+
+
+def test_other_errors_keep_their_type():
+    """Bug: a bug of ours is dressed up as a mistake of the user."""
+    with pytest.raises(KeyError), explained("sqlite:////x.db"):
+        raise KeyError("locked")
