@@ -1,0 +1,56 @@
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+from torch import Tensor, nn
+
+
+class Workload(L.LightningModule):
+    """A LightningModule that logs `train_loss`, the mean since the last validation, at each validation.
+
+    Metrics are updated and logged in hooks, not in steps, so that `torch.compile` sees tensors only.
+    `self.log` costs more per step than a small model's optimizer; two sums on the device cost a few microseconds.
+    Losses that are not finite are left out of the mean: they are events, and belong to the guard.
+    """
+
+    _loss_sum: Tensor | None = None
+    _loss_count: Tensor | None = None
+
+    def on_train_batch_end(self, outputs: Tensor | Mapping[str, Any] | None, batch: Any, batch_idx: int) -> None:
+        """Add the loss to the mean."""
+        loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
+        if loss is None:
+            return
+        finite = loss.isfinite()
+        self._add(loss.float().where(finite, 0.0), finite.long())
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the mean and begin a new one."""
+        if self._loss_sum is None or self._loss_count is None:
+            return
+        self.log("train_loss", self._loss_sum / self._loss_count, sync_dist=True)
+        self._loss_sum = self._loss_count = None
+
+    def _add(self, loss: Tensor, count: Tensor) -> None:
+        if self._loss_sum is None or self._loss_count is None:
+            self._loss_sum, self._loss_count = loss, count
+        else:
+            self._loss_sum, self._loss_count = self._loss_sum + loss, self._loss_count + count
+
+
+def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two parameter groups: matrices and larger decay, vectors (biases, norms) do not.
+
+    Args:
+        module: its trainable parameters are grouped.
+        weight_decay: of the first group, at least 0.
+
+    >>> [(len(g["params"]), g["weight_decay"]) for g in decay_groups(nn.Linear(2, 2), 0.1)]
+    [(1, 0.1), (1, 0.0)]
+    """
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,109 @@
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from stabletrain.workloads.base import Workload, decay_groups
+from stabletrain.workloads.metrics import WeightedMean
+
+
+class DigitsCNN(Workload):
+    """Small convolutional network with batch normalisation and dropout for 8 x 8 digits.
+
+    Training images are shifted at random by up to one pixel each way. Logs `val_loss` (nats), `val_accuracy` (0 .. 1)
+    and `train_loss`.
+
+    Args:
+        width: channels of the first stage, at least 1; the second has twice as many.
+        dropout: probability before the last layer, 0 <= p < 1.
+        max_shift: greatest random shift, in pixels, 0 to 3; 0 is off.
+        lr: learning rate of the default SGD, above 0.
+        momentum: Nesterov momentum of the default SGD, 0 < m < 1.
+        weight_decay: of the default SGD, on weights but not on biases and norms, at least 0.
+    """
+
+    def __init__(
+        self,
+        width: int = 32,
+        dropout: float = 0.3,
+        max_shift: int = 1,
+        lr: float = 0.05,
+        momentum: float = 0.9,
+        weight_decay: float = 5e-4,
+    ) -> None:
+        super().__init__()
+        if width < 1:
+            raise ValueError(f"model.width: expected at least 1 channel, got {width}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"model.dropout: expected 0 <= dropout < 1, got {dropout}; 0 switches it off")
+        if not 0 <= max_shift <= 3:
+            raise ValueError(f"model.max_shift: expected 0 to 3 pixels, got {max_shift}; 0 switches it off")
+        self.save_hyperparameters(logger=False)
+        self.net = nn.Sequential(
+            *_stage(1, width),
+            *_stage(width, width),
+            nn.MaxPool2d(2),
+            *_stage(width, 2 * width),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Dropout(dropout),
+            nn.Linear(2 * width * 2 * 2, 10),
+        )
+        self.max_shift, self.lr, self.momentum, self.weight_decay = max_shift, lr, momentum, weight_decay
+        self.val_loss = WeightedMean()
+        self.val_accuracy = MulticlassAccuracy(num_classes=10, average="micro")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (batch, 10) of images (batch, 1, 8, 8)."""
+        logits: Tensor = self.net(images)
+        return logits
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Cross-entropy of one batch of shifted images."""
+        images, labels = batch
+        return F.cross_entropy(self(shift_randomly(images, self.max_shift)), labels)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Cross-entropy and logits of one batch."""
+        images, labels = batch
+        logits = self(images)
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+    def on_validation_batch_end(
+        self, outputs: Any, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Add one batch to loss and accuracy."""
+        _, labels = batch
+        self.val_loss.update(outputs["loss"], len(labels))
+        self.val_accuracy.update(outputs["logits"], labels)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log loss, accuracy and the training's loss."""
+        super().on_validation_epoch_end()
+        self.log("val_loss", self.val_loss)
+        self.log("val_accuracy", self.val_accuracy, prog_bar=True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """SGD with Nesterov momentum and a constant learning rate."""
+        return torch.optim.SGD(decay_groups(self, self.weight_decay), lr=self.lr, momentum=self.momentum, nesterov=True)
+
+
+def shift_randomly(images: Tensor, most: int) -> Tensor:
+    """Each image moved by its own whole number of pixels, -most .. most in both directions; zeros come in.
+
+    Args:
+        images: (batch, channels, height, width).
+        most: greatest shift in pixels, at least 0.
+    """
+    if most == 0:
+        return images
+    batch, _, height, width = images.shape
+    windows = F.pad(images, (most, most, most, most)).unfold(2, height, 1).unfold(3, width, 1)
+    down, right = torch.randint(2 * most + 1, (2, batch), device=images.device)
+    return windows[torch.arange(batch, device=images.device), :, down, right]
+
+
+def _stage(channels: int, width: int) -> tuple[nn.Module, ...]:
+    return nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()

@@ -1,0 +1,70 @@
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from stabletrain.workloads.batches import Examples, as_gathered
+
+_VALIDATION_SHARE = 0.2
+_SPLIT_SEED = 0
+_LARGEST_PIXEL = 16.0
+
+
+class DigitsData(L.LightningDataModule):
+    """1797 handwritten digits of 8 x 8 pixels (scikit-learn's `load_digits`; Alpaydin and Kaynak, UCI 1998).
+
+    A batch is (images (batch, 1, 8, 8) float in 0 .. 1, labels (batch,) int64). One fixed split, alike in every run:
+    1437 digits for training, 360 for validation, each class in the same proportion in both.
+
+    Args:
+        batch_size: digits per batch and process, 1 to 1437.
+        workers: loader processes; 0 is fastest here.
+    """
+
+    def __init__(self, batch_size: int = 64, workers: int = 0) -> None:
+        super().__init__()
+        if not 1 <= batch_size <= 1437:
+            raise ValueError(f"data.batch_size: expected 1 to 1437 digits, got {batch_size}")
+        if workers < 0:
+            raise ValueError(f"data.workers: expected at least 0, got {workers}")
+        self.save_hyperparameters(logger=False)
+        self.batch_size, self.workers = batch_size, workers
+        self._split: tuple[Examples, Examples] | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load and split the digits, once for all stages."""
+        self._examples()
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        """Shuffled training batches; an incomplete last batch is dropped: batch norm needs several digits."""
+        train, _ = self._examples()
+        return DataLoader(
+            train, self.batch_size, shuffle=True, drop_last=True, num_workers=self.workers, collate_fn=as_gathered
+        )
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        """Validation batches in a fixed order."""
+        _, validation = self._examples()
+        return DataLoader(
+            validation,
+            self.batch_size,
+            num_workers=self.workers,
+            collate_fn=as_gathered,
+            # see ShakespeareData: without its own generator a loader changes the training's random numbers
+            generator=torch.Generator(),
+        )
+
+    def _examples(self) -> tuple[Examples, Examples]:
+        if self._split is None:
+            from sklearn.datasets import load_digits
+            from sklearn.model_selection import train_test_split
+
+            pixels, labels = load_digits(return_X_y=True)
+            chosen = train_test_split(
+                range(len(labels)), test_size=_VALIDATION_SHARE, random_state=_SPLIT_SEED, stratify=labels
+            )
+            images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / _LARGEST_PIXEL
+            targets = torch.tensor(labels, dtype=torch.int64)
+            train, validation = (Examples(images[sorted(part)], targets[sorted(part)]) for part in chosen)
+            self._split = train, validation
+        return self._split

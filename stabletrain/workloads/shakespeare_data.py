@@ -1,0 +1,130 @@
+from math import ceil
+from pathlib import Path
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from stabletrain.workloads import text
+from stabletrain.workloads.batches import Windows, as_gathered
+from stabletrain.workloads.errors import DataError
+
+_SHIPPED = Path(__file__).parent / "data" / "shakespeare.txt.gz"
+_SHIPPED_SHA256 = "e1d2e18ac43deb31b3e5d9717ab4783be810a9c5cd0e7cb2c83797d39757bac8"
+_VALIDATION_SHARE = 0.1
+
+
+class ShakespeareData(L.LightningDataModule):
+    """Windows of the works of Shakespeare, or of another text in the same 84 characters.
+
+    A batch is one int64 tensor (batch_size, context + 1): inputs are `batch[:, :-1]`, targets `batch[:, 1:]`. The last
+    10 % of the text is for validation and shares no character with the training part.
+
+    Args:
+        path: `.txt` or `.txt.gz` file in UTF-8; None: the text shipped with stabletrain.
+        sha256: digest of the uncompressed text; None: the shipped text's digest if path is None, else not checked.
+        context: tokens the model sees at once, at least 1.
+        batch_size: windows per batch and process, at least 1.
+        validation_windows: windows in one validation, at least 1; at most as many as there are.
+        seed: chooses the windows; the order within an epoch is the loader's.
+        shuffle: False gives every epoch one fixed order, so that batch t is a function of (seed, t).
+        workers: loader processes; 0 is fastest here, since a batch is one gather.
+
+    Raises:
+        DataError: at setup, when the file is missing, empty, truncated, too short or has other characters.
+    """
+
+    def __init__(
+        self,
+        path: str | None = None,
+        sha256: str | None = None,
+        context: int = 64,
+        batch_size: int = 32,
+        validation_windows: int = 1024,
+        seed: int = 0,
+        shuffle: bool = True,
+        workers: int = 0,
+    ) -> None:
+        super().__init__()
+        for key, value, least in (
+            ("context", context, 1),
+            ("batch_size", batch_size, 1),
+            ("validation_windows", validation_windows, 1),
+            ("workers", workers, 0),
+        ):
+            if value < least:
+                raise ValueError(f"data.{key}: expected an integer of at least {least}, got {value}; raise it")
+        self.save_hyperparameters(logger=False)
+        self.path, self.sha256, self.context, self.batch_size = path, sha256, context, batch_size
+        self.validation_windows, self.seed, self.shuffle, self.workers = validation_windows, seed, shuffle, workers
+        self._split: tuple[Windows, Windows] | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of different tokens."""
+        return len(text.VOCABULARY)
+
+    def encode(self, characters: str) -> Tensor:
+        """Token numbers of a text; raises DataError for a character outside the vocabulary."""
+        return text.encode(characters)
+
+    def decode(self, tokens: Tensor) -> str:
+        """Text of a 1-D tensor of token numbers."""
+        return text.decode(tokens)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read, check and split the text, once for all stages."""
+        self._windows()
+
+    def _windows(self) -> tuple[Windows, Windows]:
+        if self._split is not None:
+            return self._split
+        path = _SHIPPED if self.path is None else Path(self.path).absolute()
+        expected = _SHIPPED_SHA256 if self.path is None and self.sha256 is None else self.sha256
+        characters = text.read_text(path, expected)
+        try:
+            tokens = text.encode(characters)
+        except DataError as error:
+            raise DataError(f"data file {path}: {error}") from error
+        length = self.context + 1
+        cut = len(tokens) - int(len(tokens) * _VALIDATION_SHARE)
+        if len(tokens) - cut < 2 * length:
+            raise DataError(
+                f"data file {path}: expected at least {ceil(2 * length / _VALIDATION_SHARE)} characters for "
+                f"data.context={self.context}, got {len(tokens)}; use a longer text or a smaller data.context"
+            )
+        # Every seed is judged on the same validation windows, so that runs can be compared.
+        self._split = Windows(tokens[:cut], length, self.seed), Windows(tokens[cut:], length, seed=0)
+        return self._split
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        """Batches of training windows; an incomplete last batch is dropped."""
+        train, _ = self._windows()
+        if len(train) < self.batch_size:
+            raise DataError(
+                f"data.batch_size: expected at most the {len(train)} windows of the training text, "
+                f"got {self.batch_size}; lower it or use a longer text"
+            )
+        return DataLoader(
+            train,
+            self.batch_size,
+            shuffle=self.shuffle,
+            drop_last=True,
+            num_workers=self.workers,
+            collate_fn=as_gathered,
+        )
+
+    def val_dataloader(self) -> DataLoader[Tensor]:
+        """Batches of the fixed validation windows, in a fixed order."""
+        _, validation = self._windows()
+        count = min(self.validation_windows, len(validation))
+        return DataLoader(
+            Subset(validation, range(count)),
+            self.batch_size,
+            num_workers=self.workers,
+            collate_fn=as_gathered,
+            # A loader draws a number from the global generator at each start unless it has its own: validation must
+            # not change the training's random numbers.
+            generator=torch.Generator(),
+        )

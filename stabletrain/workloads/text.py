@@ -1,0 +1,106 @@
+"""Characters to token numbers and back, and the one way a text file is read."""
+
+import gzip
+import hashlib
+import string
+import zlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stabletrain.workloads.errors import DataError
+
+VOCABULARY: str = "\n !\"&'()*,-./0123456789:;?@" + string.ascii_uppercase + "[]_" + string.ascii_lowercase + "{}"
+"""The 84 characters of the shipped text in code-point order; a character's place is its token."""
+
+_UNKNOWN = 255
+_TOKEN_OF_BYTE = torch.full((256,), _UNKNOWN, dtype=torch.uint8)
+_TOKEN_OF_BYTE[list(VOCABULARY.encode())] = torch.arange(len(VOCABULARY), dtype=torch.uint8)
+_BYTE_OF_TOKEN = torch.tensor(list(VOCABULARY.encode()), dtype=torch.uint8)
+
+
+def encode(text: str) -> Tensor:
+    """Token numbers of a text.
+
+    Args:
+        text: characters of `VOCABULARY` only.
+
+    Returns:
+        uint8 tensor with one number per character.
+
+    Raises:
+        DataError: a character is not in the vocabulary.
+
+    >>> encode("O Romeo").tolist()
+    [41, 1, 44, 70, 68, 60, 70]
+    >>> decode(encode("O Romeo"))
+    'O Romeo'
+    """
+    # One byte per character also for characters outside ASCII (none of which is known), so that a place stays a place.
+    raw = text.encode() if text.isascii() else bytes(min(ord(c), _UNKNOWN) for c in text)
+    if not raw:  # frombuffer refuses an empty buffer
+        return torch.empty(0, dtype=torch.uint8)
+    tokens = _TOKEN_OF_BYTE[torch.frombuffer(bytearray(raw), dtype=torch.uint8).int()]
+    unknown = tokens == _UNKNOWN
+    if unknown.any():
+        place = int(unknown.nonzero()[0])
+        raise DataError(
+            f"character {text[place]!r} at position {place} is not one of the {len(VOCABULARY)} characters of the "
+            f"vocabulary (expected letters, digits, space, line feed and {_punctuation()!r}); replace it in the text"
+        )
+    return tokens
+
+
+def decode(tokens: Tensor) -> str:
+    """Text of token numbers; the inverse of `encode`.
+
+    Args:
+        tokens: 1-D integer tensor, each in 0 .. 83.
+
+    >>> decode(torch.tensor([73, 70, 74, 60]))
+    'rose'
+    """
+    return bytes(_BYTE_OF_TOKEN[tokens.cpu().long()].tolist()).decode("ascii")
+
+
+def read_text(path: Path, sha256: str | None) -> str:
+    """Contents of a text file, gzipped if its name ends in `.gz`, checked.
+
+    Args:
+        path: the file, UTF-8.
+        sha256: digest the uncompressed bytes must have; None: not checked.
+
+    Raises:
+        DataError: the file is missing, empty, truncated, not UTF-8, or another digest.
+    """
+    remedy = "set data.path to a readable .txt or .txt.gz file, or to null for the text shipped with stabletrain"
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"data file {path}: expected a readable file, got {error.strerror}; {remedy}") from error
+    if path.suffix == ".gz" and raw:
+        try:
+            raw = gzip.decompress(raw)
+        except (EOFError, OSError, zlib.error) as error:
+            raise DataError(
+                f"data file {path}: expected a whole gzip file, got a truncated or damaged one of {len(raw)} bytes "
+                f"({error}); fetch or write it again, or {remedy}"
+            ) from error
+    if not raw:
+        raise DataError(f"data file {path}: expected text, got an empty file; {remedy}")
+    digest = hashlib.sha256(raw).hexdigest()
+    if sha256 is not None and digest != sha256:
+        raise DataError(
+            f"data file {path}: expected sha256 {sha256} of the uncompressed text, got {digest} ({len(raw)} bytes): "
+            f"the file is truncated or was changed; restore it (reinstall stabletrain if it is the shipped one), "
+            f"correct data.sha256, or {remedy}"
+        )
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"data file {path}: expected UTF-8 text, got {error}; convert it, or {remedy}") from error
+
+
+def _punctuation() -> str:
+    return "".join(c for c in VOCABULARY if not c.isalnum() and not c.isspace())
