@@ -43,7 +43,8 @@ class Ema(NamedTuple):
         if not math.isfinite(x):
             return self
         mean = decay * self.mean + (1.0 - decay) * x
-        return Ema(mean, decay * self.var + (1.0 - decay) * (x - mean) ** 2)
+        off = x - mean  # squared as a product: ** raises where a product becomes infinite
+        return Ema(mean, decay * self.var + (1.0 - decay) * off * off)
 
     @classmethod
     def from_moments(cls, samples: Iterable[float]) -> Ema:
@@ -54,7 +55,7 @@ class Ema(NamedTuple):
         """
         finite = [x for x in samples if math.isfinite(x)]
         mean = math.fsum(finite) / len(finite)
-        return cls(mean, math.fsum((x - mean) ** 2 for x in finite) / len(finite))
+        return cls(mean, math.fsum((x - mean) * (x - mean) for x in finite) / len(finite))
 
     @classmethod
     def from_robust(cls, samples: Iterable[float], min_sigma: float = 0.0) -> Ema:
@@ -65,7 +66,8 @@ class Ema(NamedTuple):
             min_sigma: floor of the standard deviation, in the unit of the samples.
         """
         window = Window().extend(samples)
-        return cls(window.median, max(min_sigma, MAD_TO_SIGMA * window.mad) ** 2)
+        sigma = max(min_sigma, MAD_TO_SIGMA * window.mad)
+        return cls(window.median, sigma * sigma)
 
 
 class Window(NamedTuple):

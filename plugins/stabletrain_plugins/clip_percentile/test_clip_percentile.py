@@ -1,0 +1,152 @@
+"""AutoClip's vectors, the one step by which we differ from it, and its defects."""
+
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+
+from stabletrain.core.limits import NO_LIMITS
+from stabletrain.core.outcome import Outcome
+from stabletrain.core.rule import replay
+from stabletrain.core.state import from_plain, to_plain
+from stabletrain.errors import UserError
+from stabletrain_plugins.clip_percentile.rule import ClipPercentileRule, PercentileState
+
+VECTORS = json.loads((Path(__file__).parents[3] / "tests" / "vectors" / "autoclip.json").read_text("utf-8"))
+SEQUENCES = {name: [float(norm) for norm in norms] for name, norms in VECTORS["sequences"].items()}
+SMOOTH = [case for case in VECTORS["cases"] if "nan" not in case["sequence"] and "inf" not in case["sequence"]]
+
+
+def name(case) -> str:
+    return f"p{case['params']['clip_percentile']}-{case['sequence']}"
+
+
+def learn(rule: ClipPercentileRule, norms: list[float]) -> list[PercentileState]:
+    states = [rule.init()]
+    for t, norm in enumerate(norms):
+        states.append(rule.observe(states[-1], Outcome(t, 2.0, norm, norm, norm)).state)
+    return states
+
+
+def applied(rule: ClipPercentileRule, norms: list[float]) -> list[float]:
+    return [step.outcome.applied_norm for step in replay(rule, [(2.0, norm) for norm in norms])]
+
+
+def threshold(rule: ClipPercentileRule, state: PercentileState) -> float:
+    (bound,) = rule.limits(state).bounds
+    return bound.above
+
+
+@pytest.mark.parametrize("case", SMOOTH, ids=name)
+def test_our_limit_for_the_next_step_is_the_references_limit_for_this_one(case):
+    # the reference counts the current norm in its own percentile; our limits come from history alone
+    rule = ClipPercentileRule(percentile=case["params"]["clip_percentile"], regime_after=None)
+    norms = SEQUENCES[case["sequence"]]
+    for norm, state, expected in zip(norms, learn(rule, norms)[1:], case["post_norm"], strict=True):
+        limit = threshold(rule, state)
+        assert norm * min(1.0, limit / (norm + 1e-6)) == pytest.approx(expected, rel=1e-11)
+
+
+@pytest.mark.parametrize(("percentile", "largest"), [(10, 0.002), (50, 0.005)])
+def test_on_a_steady_run_both_hold_a_step_to_nearly_the_same(percentile, largest):
+    (case,) = (c for c in SMOOTH if c["params"]["clip_percentile"] == percentile and c["sequence"] == "steady")
+    ours = applied(ClipPercentileRule(percentile=percentile), SEQUENCES["steady"])
+    apart = [abs(mine / theirs - 1.0) for mine, theirs in zip(ours, case["post_norm"], strict=True)]
+    assert max(apart[20:]) < largest
+
+
+def test_a_new_maximum_is_clipped_here_and_passes_there():
+    # at percentile 100 the reference cannot clip at all: every norm is at most the maximum that includes it
+    (case,) = (c for c in SMOOTH if name(c) == "p100-single_spike_at_60")
+    norms = SEQUENCES["single_spike_at_60"]
+    assert case["post_norm"][60] == pytest.approx(8.0, rel=1e-6)
+    assert applied(ClipPercentileRule(percentile=100), norms)[60] == max(norms[:60])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0])
+def test_a_norm_that_is_no_size_never_enters(bad):
+    # the reference keeps NaN in its history: every later gradient is NaN
+    rule, norms = ClipPercentileRule(), [3.0, 1.0, 2.0, 5.0]
+    for position in range(len(norms) + 1):
+        with_bad = [*norms[:position], bad, *norms[position:]]
+        assert learn(rule, with_bad)[-1] == learn(rule, norms)[-1]
+        result = applied(rule, with_bad)
+        assert result.pop(position) == pytest.approx(bad, rel=0, abs=0, nan_ok=True)
+        assert result == applied(rule, norms)
+
+
+@pytest.mark.parametrize("sequence", ["nan_once_at_60", "inf_first_3_fp16_start"])
+def test_the_references_lost_runs_go_on(sequence):
+    (case,) = (c for c in VECTORS["cases"] if name(c) == f"p10-{sequence}")
+    norms = SEQUENCES[sequence]
+    ours = applied(ClipPercentileRule(), norms)
+    assert "nan" in case["post_norm"]
+    assert all(0.0 < mine <= norm for mine, norm in zip(ours, norms, strict=True) if math.isfinite(norm))
+    assert sum(mine < norm for mine, norm in zip(ours, norms, strict=True)) > 90
+
+
+def test_with_the_papers_percentile_nine_steps_in_ten_are_clipped():
+    draw = random.Random(0)
+    norms = [math.exp(0.3 * draw.gauss(0.0, 1.0)) for _ in range(2000)]
+    steps = list(replay(ClipPercentileRule(), [(2.0, norm) for norm in norms]))
+    assert sum(step.outcome.clipped for step in steps) / len(steps) == pytest.approx(0.9, abs=0.02)
+
+
+@pytest.mark.parametrize("factor", [1.5, 3.0])
+@pytest.mark.parametrize("percentile", [10.0, 95.0])
+def test_a_higher_level_is_learned_anew_and_reported(factor, percentile):
+    draw = random.Random(0)
+    norms = [math.exp(0.06 * draw.gauss(0.0, 1.0)) for _ in range(1200)]
+    norms = norms[:1000] + [factor * norm for norm in norms[1000:]]
+    steps = list(replay(ClipPercentileRule(percentile=percentile), [(2.0, norm) for norm in norms]))
+    (event,) = (event for step in steps for event in step.events)
+    assert (event.step, event.kind, event.plugin) == (1019, "regime", "clip_percentile")
+    assert event.value == pytest.approx(factor, rel=0.1)
+    assert "20 steps in a row" in event.reason
+    assert min(step.outcome.applied_norm for step in steps[1020:]) > 0.8 * factor
+    late = [step.outcome.clipped for step in replay(ClipPercentileRule(regime_after=None), [(2.0, n) for n in norms])]
+    assert all(late[1000:])  # without it, the old level holds every step for as long as it is in the window
+
+
+def test_the_window_is_bounded():
+    rule = ClipPercentileRule(percentile=50, window=3, regime_after=None)
+    state = learn(rule, [100.0, 1.0, 2.0, 3.0])[-1]
+    assert state.window.values == (1.0, 2.0, 3.0)
+    assert threshold(rule, state) == 2.0
+
+
+def test_nothing_is_held_during_the_warmup():
+    rule = ClipPercentileRule(warmup_steps=3)
+    states = learn(rule, [1.0, 2.0, 3.0])
+    assert [rule.limits(state) == NO_LIMITS for state in states] == [True, True, True, False]
+
+
+@pytest.mark.parametrize("change", [{"skipped": True}, {"overflow": True}])
+def test_a_step_that_was_not_applied_is_not_learned(change):
+    rule = ClipPercentileRule()
+    state = learn(rule, [1.0, 2.0])[-1]
+    assert rule.observe(state, Outcome(2, 2.0, 50.0, 50.0, math.nan, **change)).state == state
+
+
+def test_resumed_from_json_at_any_cut_equals_uninterrupted():
+    draw = random.Random(0)
+    rule = ClipPercentileRule(percentile=90, window=40)
+    norms = [math.exp(0.1 * draw.gauss(0.0, 1.0)) * (3.0 if t >= 60 else 1.0) for t in range(100)]
+    states = learn(rule, norms)
+    for cut, state in enumerate(states):
+        again = from_plain(rule.state_type(), json.loads(json.dumps(to_plain(state))))
+        for t, norm in enumerate(norms[cut:], cut):
+            again = rule.observe(again, Outcome(t, 2.0, norm, norm, norm)).state
+        assert again == states[-1]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"percentile": 101.0}, {"window": 1}, {"warmup_steps": 0}, {"regime_after": 501}],
+    ids=lambda arguments: next(iter(arguments)),
+)
+def test_an_argument_out_of_range_is_refused_by_its_config_key(arguments):
+    with pytest.raises(UserError, match=rf"plugins\.clip\.{next(iter(arguments))}"):
+        ClipPercentileRule(**arguments)

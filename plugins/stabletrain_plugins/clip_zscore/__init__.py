@@ -1,0 +1,1 @@
+"""Hold the gradient norm to its own history, by a z-score."""

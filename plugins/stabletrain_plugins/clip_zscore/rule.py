@@ -1,0 +1,241 @@
+"""Clip by the z-score of the gradient norm against its own history (ZClip, Kumar et al. 2025)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Self
+
+from stabletrain.core.events import Event
+from stabletrain.core.limits import Bound, Limits
+from stabletrain.core.outcome import Outcome
+from stabletrain.core.rule import Observation, Rule
+from stabletrain.core.statistics import MAD_TO_SIGMA, Ema, Window
+from stabletrain.errors import UserError
+
+_OUTLIER = 5.0
+"""Robust standard deviations, in log space, beyond which a sample does not enter a new baseline."""
+_OUTLIER_SIGMA = 0.05
+"""Least standard deviation in that judgement: a norm within 28 % of the median is never an outlier."""
+_LARGEST = 1e150
+"""Squares of norms up to here are finite."""
+
+
+class ZScoreState(NamedTuple):
+    """History of the norm.
+
+    Args:
+        ema: mean and variance of the norm, or of its logarithm; None during the warm-up.
+        samples: norms of the warm-up; afterwards those of the current run of steps on one side of the limits.
+        side: of that run: 1 above the threshold, -1 below its mirror image, 0 none.
+    """
+
+    ema: Ema | None = None
+    samples: tuple[float, ...] = ()
+    side: int = 0
+
+
+@dataclass(frozen=True)
+class ClipZScoreRule(Rule[ZScoreState]):
+    """Clip a gradient whose norm lies more than ``z_threshold`` standard deviations above its moving mean.
+
+    Mean and standard deviation follow ``s = log(norm)`` (or the norm itself) exponentially; a norm with
+    ``s > mean + z_threshold * std`` is brought back as ``target`` says. What enters the history of a clipped step is
+    the norm *after* this clipping, so an outlier moves it little. With ``target="threshold"`` that also limits the
+    share of clipped steps in any stationary sequence, whatever its distribution, to about ``1 / z_threshold**2``: were
+    it more, the variance would grow. When ``regime_after`` steps in a row lie above, the level itself has changed, and
+    is learned anew from them. In log space the same holds below ``mean - z_threshold * std``, where nothing is clipped.
+
+    Zero norms and non-finite ones are never learned, and never clipped.
+
+    Args:
+        z_threshold: standard deviations above the mean at which clipping begins, > 0.
+        decay: weight kept on the past in mean and variance, per step, in (0, 1).
+        warmup_steps: steps that are only learned from, >= 2; outliers among them are left out.
+        space: of the statistics: ``"log"`` or ``"linear"``.
+        target: what a clipped norm is brought to: the ``"threshold"``; the ``"mean"``; or ``"reciprocal"``,
+            ``mean + (z_threshold * std)**2 / (s - mean)``, from the threshold towards the mean as the excess grows.
+        clip_factor: factor on the norm that a clipped one is brought to, > 0.
+        max_norm: fixed maximum besides, also during the warm-up, > 0; None: none.
+        regime_after: steps in a row beyond the limits after which the level is learned anew, >= 2; None: never.
+        min_sigma: floor of the standard deviation, as a share of the norm (in log space: in nats), > 0.
+        learn_from_clipped: take clipped steps, as clipped, into the history; else leave them out.
+
+    Raises:
+        UserError: if an argument is out of range.
+
+    References:
+        Kumar, Owen, Chowdhury and Güra, ZClip: Adaptive Spike Mitigation for LLM Pre-Training, 2025,
+        https://arxiv.org/abs/2504.02507
+
+    >>> from stabletrain.core.rule import replay
+    >>> rule = ClipZScoreRule(warmup_steps=4)
+    >>> norms = [1.0, 1.1, 0.9, 1.0, 1.05, 50.0, 1.0]
+    >>> [round(step.outcome.applied_norm, 2) for step in replay(rule, [(2.0, g) for g in norms])]
+    [1.0, 1.1, 0.9, 1.0, 1.05, 1.23, 1.0]
+    """
+
+    plugin = "clip_zscore"
+    slot = "clip"
+    clips = True
+
+    z_threshold: float = 3.0
+    decay: float = 0.98
+    warmup_steps: int = 50
+    space: Literal["log", "linear"] = "log"
+    target: Literal["threshold", "mean", "reciprocal"] = "threshold"
+    clip_factor: float = 1.0
+    max_norm: float | None = None
+    regime_after: int | None = 20
+    min_sigma: float = 0.05
+    learn_from_clipped: bool = True
+
+    def __post_init__(self) -> None:
+        self.require(0 < self.z_threshold < math.inf, "z_threshold", "> 0 and finite")
+        self.require(0 < self.decay < 1, "decay", "in (0, 1)")
+        self.require(self.warmup_steps >= 2, "warmup_steps", ">= 2")
+        self.require(self.space in ("log", "linear"), "space", '"log" or "linear"')
+        self.require(
+            self.target in ("threshold", "mean", "reciprocal"), "target", '"threshold", "mean" or "reciprocal"'
+        )
+        self.require(0 < self.clip_factor < math.inf, "clip_factor", "> 0 and finite")
+        self.require(self.max_norm is None or self.max_norm > 0, "max_norm", "> 0 or None")
+        self.require(self.regime_after is None or self.regime_after >= 2, "regime_after", ">= 2 or None")
+        self.require(0 < self.min_sigma < math.inf, "min_sigma", "> 0 and finite")
+
+    @classmethod
+    def zclip(
+        cls,
+        *,
+        alpha: float = 0.97,
+        z_thresh: float = 2.5,
+        max_grad_norm: float | None = 1.0,
+        warmup_steps: int = 25,
+        mode: Literal["zscore", "percentile"] = "zscore",
+        clip_option: Literal["adaptive_scaling", "mean"] = "adaptive_scaling",
+        clip_factor: float = 1.0,
+        skip_update_on_spike: bool = False,
+        regime_after: int | None = 20,
+        name: str | None = None,
+    ) -> Self:
+        """ZClip as published, by its own names and defaults; repaired where it fails.
+
+        It differs where non-finite norms poison the reference, where an outlier in the warm-up spoils its statistics,
+        and where it clips for ever after a change of level (``regime_after=None`` brings that back).
+
+        Args:
+            alpha: `decay`, in (0, 1).
+            z_thresh: `z_threshold`, > 0.
+            max_grad_norm: `max_norm`, > 0 or None.
+            warmup_steps: steps that are only learned from, >= 2.
+            mode: ``"zscore"`` clips as `clip_option` says, ``"percentile"`` to ``mean + z_thresh * std``.
+            clip_option: in mode zscore: ``"adaptive_scaling"`` is the target ``"reciprocal"``, ``"mean"`` the mean.
+            clip_factor: factor on the clipped norm, > 0; of adaptive scaling only.
+            skip_update_on_spike: leave clipped steps out of the statistics.
+            regime_after: as in the rule itself; not in the reference.
+            name: as in the rule itself.
+
+        Raises:
+            UserError: if an argument is out of range or has no meaning in this mode.
+        """
+        if mode not in ("zscore", "percentile") or clip_option not in ("adaptive_scaling", "mean"):
+            raise UserError(
+                'clip_zscore: zclip() expects mode "zscore" or "percentile", and clip_option "adaptive_scaling" or '
+                f'"mean"; got mode={mode!r} and clip_option={clip_option!r} (config keys plugins.clip.mode and '
+                "plugins.clip.clip_option)"
+            )
+        adaptive = mode == "zscore" and clip_option == "adaptive_scaling"
+        if clip_factor != 1.0 and not adaptive:
+            raise UserError(
+                f"clip_zscore: clip_factor={clip_factor} has no effect in ZClip but with mode='zscore' and "
+                f"clip_option='adaptive_scaling', got {mode!r} and {clip_option!r}: leave it at 1.0 "
+                "(config key plugins.clip.clip_factor)"
+            )
+        return cls(
+            z_threshold=z_thresh,
+            decay=alpha,
+            warmup_steps=warmup_steps,
+            space="linear",
+            target="reciprocal" if adaptive else ("mean" if mode == "zscore" else "threshold"),
+            clip_factor=clip_factor,
+            max_norm=max_grad_norm,
+            regime_after=regime_after,
+            min_sigma=1e-6,
+            learn_from_clipped=not skip_update_on_spike,
+            name=name,
+        )
+
+    def init(self) -> ZScoreState:
+        """The warm-up begins."""
+        return ZScoreState()
+
+    def limits(self, state: ZScoreState) -> Limits:
+        """The z-score bound after the warm-up, and the fixed maximum if there is one."""
+        bounds: tuple[Bound, ...] = () if state.ema is None else (self._bound(state.ema),)
+        if self.max_norm is not None:
+            bounds += (Bound(self.max_norm, self.max_norm),)
+        return Limits(frozenset(bounds))
+
+    def observe(self, state: ZScoreState, outcome: Outcome) -> Observation[ZScoreState]:
+        """Learn the norm, as this rule alone would have held it."""
+        norm = outcome.grad_norm
+        if not (0.0 < norm < _LARGEST and outcome.applied):
+            return Observation(state)
+        ema = state.ema
+        if ema is None:
+            samples = (*state.samples, norm)
+            full = len(samples) >= self.warmup_steps
+            return Observation(ZScoreState(self._baseline(samples)) if full else ZScoreState(None, samples))
+        bound = self._bound(ema)
+        s = self._s(norm)
+        if norm > bound.threshold:
+            side = 1
+            learned = self._s(bound.hold(norm)) if self.learn_from_clipped else math.nan
+        elif self.space == "log" and s < ema.mean - self._reach(ema):
+            side = -1
+            learned = ema.mean - self._reach(ema)
+        else:
+            return Observation(ZScoreState(ema.add(s, self.decay)))
+        run = (*state.samples, norm) if side == state.side else (norm,)
+        if self.regime_after is not None and len(run) >= self.regime_after:
+            return self._relearn(ema, run, side, outcome.step)
+        kept = run if self.regime_after is not None else ()
+        return Observation(ZScoreState(ema.add(learned, self.decay), kept, side))
+
+    def _relearn(self, old: Ema, run: tuple[float, ...], side: int, step: int) -> Observation[ZScoreState]:
+        new = self._baseline(run)
+        limit, was, now = (self._norm(s) for s in (old.mean + side * self._reach(old), old.mean, new.mean))
+        where = "above" if side > 0 else "below"
+        reason = (
+            f"grad_norm {where} {limit:.4g} for {len(run)} steps in a row: level learned anew, {was:.4g} -> {now:.4g}"
+        )
+        return Observation(ZScoreState(new), (Event(step, self.label, "regime", now, limit, reason),))
+
+    def _baseline(self, norms: tuple[float, ...]) -> Ema:
+        """Mean and variance of norms, those left out that are far from the median."""
+        logs = Window().extend(math.log(norm) for norm in norms)
+        reach = _OUTLIER * max(MAD_TO_SIGMA * logs.mad, _OUTLIER_SIGMA)
+        return Ema.from_moments(self._s(norm) for norm in norms if abs(math.log(norm) - logs.median) <= reach)
+
+    def _bound(self, ema: Ema) -> Bound:
+        mean, reach = ema.mean, self._reach(ema)
+        log = self.space == "log"
+        target = mean + reach if self.target == "threshold" else mean
+        pull = reach * reach if self.target == "reciprocal" else 0.0
+        if self.clip_factor != 1.0:
+            if log:
+                target += math.log(self.clip_factor)
+            else:
+                target, pull = self.clip_factor * target, self.clip_factor * pull
+        return Bound(mean + reach, target, pull, mean if pull else 0.0, log)
+
+    def _reach(self, ema: Ema) -> float:
+        """Distance of the threshold from the mean."""
+        least = self.min_sigma if self.space == "log" else self.min_sigma * ema.mean
+        return self.z_threshold * max(math.sqrt(ema.var), least)
+
+    def _s(self, norm: float) -> float:
+        return math.log(norm) if self.space == "log" else norm
+
+    def _norm(self, s: float) -> float:
+        return math.exp(s) if self.space == "log" else s

@@ -1,0 +1,295 @@
+"""ZClip's vectors, its defects, and what the default promises: faults are clipped, healthy steps are left alone."""
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import stabletrain
+from stabletrain.core.events import Event
+from stabletrain.core.outcome import Outcome
+from stabletrain.core.rule import Rule, replay
+from stabletrain.core.state import from_plain, to_plain
+from stabletrain.errors import UserError
+from stabletrain_plugins.clip_zscore.rule import ClipZScoreRule, ZScoreState
+
+VECTORS = json.loads((Path(__file__).parents[3] / "tests" / "vectors" / "zclip.json").read_text("utf-8"))
+SEQUENCES = {name: [float(norm) for norm in norms] for name, norms in VECTORS["sequences"].items()}
+SMOOTH = [case for case in VECTORS["cases"] if "nan" not in case["sequence"] and "inf" not in case["sequence"]]
+
+
+class Step(NamedTuple):
+    held: float
+    state: ZScoreState
+    events: tuple[Event, ...]
+
+
+def run(rule: ClipZScoreRule, norms: list[float], state: ZScoreState | None = None) -> list[Step]:
+    state = rule.init() if state is None else state
+    steps = []
+    for t, norm in enumerate(norms):
+        held = rule.limits(state).hold(norm)
+        state, events, requests = rule.observe(state, Outcome(t, 2.0, norm, norm, held))
+        assert requests == ()
+        steps.append(Step(held, state, events))
+    return steps
+
+
+def clipped(rule: ClipZScoreRule, norms: list[float]) -> list[int]:
+    return [t for t, step in enumerate(replay(rule, [(2.0, norm) for norm in norms])) if step.outcome.clipped]
+
+
+def lognormal(seed: int, sigma: float, n: int = 2000, level: float = 0.8) -> list[float]:
+    draw = random.Random(seed)
+    return [level * math.exp(sigma * draw.gauss(0.0, 1.0)) for _ in range(n)]
+
+
+# ---- the preset against the reference -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", SMOOTH, ids=lambda case: f"{case['config']}-{case['sequence']}")
+def test_zclip_matches_the_reference(case):
+    rule = ClipZScoreRule.zclip(regime_after=None, **case["params"])
+    steps = run(rule, SEQUENCES[case["sequence"]])
+    # the reference divides by norm + 1e-6 (1.2e-6 of a norm of 0.8) and by std + 1e-6 (1.4e-5 of a variance)
+    assert [step.held for step in steps] == pytest.approx(case["post_norm"], rel=2e-6)
+    for step, mean, var in zip(steps, case["mean"], case["var"], strict=True):
+        assert (step.state.ema is None) == (mean is None)
+        if step.state.ema is not None:
+            assert step.state.ema.mean == pytest.approx(mean, rel=1e-6)
+            assert step.state.ema.var == pytest.approx(var, rel=2e-5)
+
+
+def test_one_nan_does_not_switch_zclip_off():
+    # the reference's mean and variance are NaN from there on, and nothing is clipped any more
+    norms = SEQUENCES["nan_once_at_60"]
+    (case,) = (c for c in VECTORS["cases"] if c["config"] == "no_max" and c["sequence"] == "nan_once_at_60")
+    assert case["mean"][-1] == "nan"
+    rule = ClipZScoreRule.zclip(max_grad_norm=None)
+    without = run(rule, norms[:60] + norms[61:])
+    steps = run(rule, norms)
+    assert math.isnan(steps[60].held)
+    assert steps[:60] + steps[61:] == without
+    assert run(rule, [8.0], steps[-1].state)[0].held < 1.0
+
+
+def test_infinite_norms_in_the_first_steps_only_prolong_the_warmup():
+    # the reference's mean is infinite from the 25th step on
+    norms = SEQUENCES["inf_first_3_fp16_start"]
+    (case,) = (c for c in VECTORS["cases"] if c["sequence"] == "inf_first_3_fp16_start")
+    assert case["mean"][-1] == "inf"
+    rule = ClipZScoreRule.zclip(max_grad_norm=None)
+    steps = run(rule, norms)
+    assert steps[:3] == [(math.inf, rule.init(), ())] * 3  # not even the gradient is touched: 0 * inf is NaN
+    assert steps[3:] == run(rule, norms[3:])
+
+
+def test_zclip_does_not_lock_in_after_a_level_shift():
+    # the reference clips every step from 60 on, for ever; so does the preset when asked to
+    norms = SEQUENCES["level_shift_x3_from_60"]
+    assert set(range(60, 120)) <= set(clipped(ClipZScoreRule.zclip(max_grad_norm=None, regime_after=None), norms))
+    after = [t for t in clipped(ClipZScoreRule.zclip(max_grad_norm=None), norms) if t >= 60]
+    assert after[:20] == list(range(60, 80))
+    assert len(after) <= 22
+
+
+def test_an_outlier_in_the_warmup_does_not_spoil_zclip():
+    norms = lognormal(0, 0.06, 25)
+    spoilt = [*norms[:12], 8.0, *norms[13:]]
+    clean, robust = (run(ClipZScoreRule.zclip(), each)[-1].state.ema for each in (norms, spoilt))
+    assert robust.mean == pytest.approx(clean.mean, rel=0.02)
+    assert robust.var == pytest.approx(clean.var, rel=0.3)  # the reference: 1.41**2 instead of 0.05**2
+
+
+def test_zclip_keeps_its_fixed_maximum_during_the_warmup_and_out_of_the_history():
+    steps = run(ClipZScoreRule.zclip(warmup_steps=4), [2.0, 2.2, 1.8, 2.0, 2.1])
+    assert [step.held for step in steps] == [1.0] * 5
+    assert steps[3].state.ema.mean == 2.0
+
+
+def test_the_preset_makes_the_callback_too():
+    preset = stabletrain.ClipZScore.zclip(max_grad_norm=None, name="zclip")
+    assert isinstance(preset, stabletrain.ClipZScore)
+    assert (preset.space, preset.target, preset.max_norm, preset.label) == ("linear", "reciprocal", None, "zclip")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mode": "percentil"}, "mode='percentil'"),
+        ({"clip_option": "median"}, "clip_option='median'"),
+        ({"clip_option": "mean", "clip_factor": 0.5}, r"clip_factor=0\.5 has no effect"),
+        ({"mode": "percentile", "clip_factor": 0.5}, r"clip_factor=0\.5 has no effect"),
+    ],
+)
+def test_the_preset_refuses_what_has_no_meaning(arguments, message):
+    with pytest.raises(UserError, match=message):
+        ClipZScoreRule.zclip(**arguments)
+
+
+# ---- the default ----------------------------------------------------------------------------------------------------
+
+HEALTHY = {
+    "steady": lambda t, n: (0.8, 0.06),
+    "steady_wide": lambda t, n: (0.8, 0.3),
+    "exponential_decay": lambda t, n: (5.0 * 0.04 ** (t / n), 0.06),
+    "fast_decay": lambda t, n: (0.2 + 5.0 * math.exp(-t / 100), 0.1),
+    "slow_drift": lambda t, n: (0.5 * 3.0 ** (t / n), 0.06),
+    "slow_wave": lambda t, n: (math.exp(0.5 * math.sin(t / 300)), 0.1),
+    "heavy_tail": lambda t, n: (1.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("shape", HEALTHY)
+def test_the_default_leaves_healthy_steps_alone(shape):
+    touched = []
+    for seed in range(5):
+        draw, n = random.Random(seed), 4000
+        levels = [HEALTHY[shape](t, n) for t in range(n)]
+        norms = [level * math.exp(sigma * draw.gauss(0.0, 1.0)) for level, sigma in levels]
+        touched.append(len(clipped(ClipZScoreRule(), norms)) / n)
+    assert max(touched) <= 0.005
+
+
+@pytest.mark.parametrize("factor", [1.5, 3.0, 10.0])
+@pytest.mark.parametrize("sigma", [0.02, 0.06, 0.1, 0.3])
+def test_the_default_adapts_to_a_higher_level(factor, sigma):
+    for seed in range(5):
+        norms = lognormal(seed, sigma)
+        norms = norms[:500] + [factor * norm for norm in norms[500:]]
+        late = [t for t in clipped(ClipZScoreRule(), norms) if t >= 525]
+        assert len(late) <= 0.005 * len(norms)
+
+
+def test_the_default_guards_a_lower_level_soon_after_a_fall():
+    for seed in range(5):
+        norms = lognormal(seed, 0.06)
+        norms = norms[:500] + [norm / 10 for norm in norms[500:]]
+        norms[525] *= 10
+        assert 525 in clipped(ClipZScoreRule(), norms)
+
+
+@pytest.mark.parametrize("sigma", [0.06, 0.1, 0.2, 0.3])
+@pytest.mark.parametrize("factor", [10.0, 100.0])
+def test_faults_are_clipped(sigma, factor):
+    faults = range(100, 2000, 100)
+    for seed in range(5):
+        norms = lognormal(seed, sigma)
+        for t in faults:
+            norms[t] *= factor
+        assert set(faults) <= set(clipped(ClipZScoreRule(), norms))
+
+
+def test_a_burst_shorter_than_a_regime_is_clipped_to_its_end():
+    norms = lognormal(0, 0.06)
+    norms[500:515] = [20 * norm for norm in norms[500:515]]
+    assert set(range(500, 515)) <= set(clipped(ClipZScoreRule(), norms))
+
+
+def test_levels_that_alternate_do_not_lock_in():
+    # never regime_after in a row: only the history of clipped norms can end it
+    norms = lognormal(0, 0.06)
+    norms[500::2] = [3 * norm for norm in norms[500::2]]
+    assert max(clipped(ClipZScoreRule(), norms)) < 600
+
+
+@pytest.mark.parametrize("share", [0.11, 0.3])
+def test_outliers_that_are_no_exception_are_not_clipped_for_ever(share):
+    draw = random.Random(0)
+    norms = [100 * norm if draw.random() < share else norm for norm in lognormal(0, 0.06, 5000)]
+    assert len(clipped(ClipZScoreRule(), norms)) / len(norms) < 1 / 3.0**2
+
+
+def test_one_tiny_norm_does_not_blind_the_log_statistics():
+    # log(1e-30) is 69 below: taken as it is, it would raise the threshold beyond any fault for hundreds of steps
+    norms = lognormal(0, 0.06)
+    norms[500], norms[501] = 1e-30, 8.0
+    assert 501 in clipped(ClipZScoreRule(), norms)
+
+
+def test_zero_norms_are_no_history():
+    norms = lognormal(0, 0.06, 200)
+    rule = ClipZScoreRule(warmup_steps=10)
+    with_zeros = [0.0, *norms[:100], 0.0, *norms[100:]]
+    steps = run(rule, with_zeros)
+    assert (steps[0].held, steps[101].held) == (0.0, 0.0)
+    assert [s for t, s in enumerate(steps) if t not in (0, 101)][-1].state == run(rule, norms)[-1].state
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 0.0, 1e200])
+@pytest.mark.parametrize("rule", [ClipZScoreRule(warmup_steps=4), ClipZScoreRule.zclip(warmup_steps=4)], ids=str)
+def test_a_bad_norm_at_any_position_leaves_no_trace(bad, rule):
+    norms = [1.0, 1.1, 0.9, 1.0, 1.2, 9.0, 9.0, 1.0, 1.05]
+    expected = run(rule, norms)[-1].state
+    for position in range(len(norms) + 1):
+        assert run(rule, [*norms[:position], bad, *norms[position:]])[-1].state == expected
+
+
+@pytest.mark.parametrize("change", [{"skipped": True}, {"overflow": True}])
+def test_a_step_that_was_not_applied_is_not_learned(change):
+    rule = ClipZScoreRule()
+    state = run(rule, lognormal(0, 0.06, 60))[-1].state
+    assert rule.observe(state, Outcome(60, 2.0, 50.0, 50.0, math.nan, **change)).state == state
+
+
+def test_the_history_does_not_depend_on_tighter_bounds_of_others():
+    rule, norms = ClipZScoreRule(), lognormal(0, 0.3, 200)
+    state = rule.init()
+    for t, norm in enumerate(norms):
+        state = rule.observe(state, Outcome(t, 2.0, norm, norm, 0.01)).state
+    assert state == run(rule, norms)[-1].state
+
+
+def test_a_new_regime_is_reported_with_its_numbers():
+    norms = [1.0, 1.02, 0.98] * 30
+    steps = run(ClipZScoreRule(), [*norms, *(5.0 * norm for norm in norms[:30])])
+    ((t, event),) = [(t, event) for t, step in enumerate(steps) for event in step.events]
+    assert t == event.step == 90 + 19
+    assert (event.plugin, event.kind) == ("clip_zscore", "regime")
+    assert event.value == pytest.approx(5.0, rel=0.01)
+    assert "20 steps in a row" in event.reason
+    assert "-> 5" in event.reason
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"), [("threshold", math.exp(0.6)), ("mean", 1.0), ("reciprocal", math.exp(0.36 / 3.0))]
+)
+@pytest.mark.parametrize("clip_factor", [1.0, 0.5])
+def test_targets_in_log_space(target, expected, clip_factor):
+    rule = ClipZScoreRule(target=target, clip_factor=clip_factor, min_sigma=0.2, warmup_steps=2)
+    state = run(rule, [1.0, 1.0])[-1].state
+    assert rule.limits(state).hold(math.exp(3.0)) == pytest.approx(clip_factor * expected)
+    assert rule.limits(state).hold(math.exp(0.59)) == math.exp(0.59)
+
+
+@pytest.mark.parametrize("rule", [ClipZScoreRule(), ClipZScoreRule.zclip(), ClipZScoreRule(regime_after=None)], ids=str)
+def test_resumed_from_json_at_any_cut_equals_uninterrupted(rule: Rule):
+    norms = lognormal(0, 0.1, 60) + lognormal(1, 0.1, 30, level=4.0)
+    whole = run(rule, norms)
+    for cut in range(len(norms)):
+        plain = json.loads(json.dumps(to_plain(whole[cut].state)))
+        resumed = run(rule, norms[cut + 1 :], from_plain(rule.state_type(), plain))
+        assert [(s.held, s.state) for s in resumed] == [(s.held, s.state) for s in whole[cut + 1 :]]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"z_threshold": 0.0},
+        {"decay": 1.0},
+        {"warmup_steps": 1},
+        {"space": "loq"},
+        {"target": "median"},
+        {"clip_factor": 0.0},
+        {"max_norm": 0.0},
+        {"regime_after": 1},
+        {"min_sigma": 0.0},
+    ],
+    ids=lambda arguments: next(iter(arguments)),
+)
+def test_an_argument_out_of_range_is_refused_by_its_config_key(arguments):
+    with pytest.raises(UserError, match=rf"plugins\.clip\.{next(iter(arguments))}"):
+        ClipZScoreRule(**arguments)

@@ -1,0 +1,1 @@
+"""Set the learning rate from the number of applied optimizer steps."""

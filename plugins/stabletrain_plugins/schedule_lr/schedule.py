@@ -1,0 +1,278 @@
+"""The learning rate as a pure function of the number of applied optimizer steps."""
+
+from __future__ import annotations
+
+import logging
+import math
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from stabletrain.core import curves
+from stabletrain.core.curves import Curve
+from stabletrain.core.events import Event, Request, RequestKind
+from stabletrain.core.lengths import RunLength
+from stabletrain.core.outcome import Outcome
+from stabletrain.core.schedule import Schedule
+from stabletrain.errors import UserError
+from stabletrain.runtime import compat
+from stabletrain.runtime.member import GuardMember
+from stabletrain.runtime.run_length import run_length
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+logger = logging.getLogger("stabletrain")
+
+
+class ScheduleLR(GuardMember, Schedule):  # noqa: D101
+    __doc__ = Schedule.__doc__
+
+    handles = frozenset({RequestKind.REWARM})
+
+    _curve: Curve | None = None
+    _run = RunLength()
+    _used: float | Tensor | None = None
+    _logged: int = -1
+    _step: int = 0
+    _rewarm: tuple[int, int] | None = None
+    _saved: tuple[int, float] | None = None
+    _undo: Callable[[], None] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._bases: list[list[float]] = []
+
+    def factor(self, step: int) -> float:
+        """Share of the base rate at a step of the current, or last, run; a second warm-up included.
+
+        Args:
+            step: index of the update, in applied steps from 0.
+
+        Raises:
+            UserError: before the first training has started.
+        """
+        if self._curve is None:
+            raise UserError("schedule: the curve is known once training has started; before, use curve(RunLength(...))")
+        again = curves.rewarm_factor(step, *self._rewarm) if self._rewarm else 1.0
+        return self._curve.factor(step) * again
+
+    def rewarm(self, steps: int) -> None:
+        """Warm up once more from the present position, on top of the curve, as after a rollback.
+
+        Args:
+            steps: length in applied steps, >= 0; a later call replaces an earlier one.
+        """
+        self._rewarm = (self._step, steps) if steps else None
+
+    def plot(self, path: str | Path | None = None, steps: int | None = None) -> Figure:
+        """Draw the curve.
+
+        Args:
+            path: a file to save the picture in; its ending is the format.
+            steps: length of the run in applied steps; None is that of the last training, or `total` if given in steps.
+
+        Returns:
+            The matplotlib figure.
+        """
+        from matplotlib.figure import Figure
+
+        run = self._run if steps is None else RunLength(total_steps=steps, tokens_per_step=self.tokens_per_step)
+        curve = self.curve(run)
+        known = self.horizon(run).total_steps
+        if known is None:
+            raise UserError("schedule: plot(steps=...) needs the length of the run, in applied steps")
+        base = self._bases[0][0] if self._bases else 1.0
+        xs = sorted({*range(0, known, max(1, known // 2000)), known - 1})
+        figure = Figure(figsize=(6, 3), layout="constrained")
+        axes = figure.add_subplot(xlabel="applied steps", ylabel="learning rate" if self._bases else "x base rate")
+        axes.plot(xs, [base * curve.factor(x) for x in xs])
+        axes.set_ylim(bottom=0)
+        axes.set_xlim(0, known)
+        axes.grid(alpha=0.3)
+        axes.set_title(self.kind)
+        if path is not None:
+            figure.savefig(path)
+        return figure
+
+    # ---- in a Trainer -----------------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """A new run begins: no second warm-up, nothing loaded."""
+        self._step, self._rewarm, self._saved = 0, None, None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Join the guard if other plugins have one; a schedule by itself needs none."""
+        if stage != "fit":
+            return
+        self._curve, self._logged = None, -1
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        if any(isinstance(each, GuardMember) for each in callbacks if each is not self):
+            super().setup(trainer, pl_module, stage)
+            return
+        if self._fitted is None or self._fitted() is not trainer:
+            self.reset()
+        self._guard, self._leads, self._fitted = None, False, weakref.ref(trainer)
+        compat.silence_step_hooks(self, among=GuardMember)
+
+    def on_optimizer_ready(self, trainer: Trainer) -> None:
+        """Take the base rates, before a checkpoint's optimizer state is loaded, and settle who sets the rate."""
+        if self._undo is not None:
+            return
+        strategy, configs = trainer.strategy, list(trainer.strategy.lr_scheduler_configs)
+        names = ", ".join(type(config.scheduler).__name__ for config in configs)
+        self._bases = []
+        if configs and self.module_scheduler == "keep":
+            self._say(trainer, f"the module's own scheduler ({names}) sets the learning rate; ScheduleLR only logs it")
+            self._undo = lambda: None
+            return
+        if configs:
+            self._say(trainer, f"ScheduleLR replaces the module's own scheduler ({names}) for this run")
+        strategy.lr_scheduler_configs = []
+        self._bases = [[_base_rate(group) for group in each.param_groups] for each in trainer.optimizers]
+
+        def undo() -> None:
+            strategy.lr_scheduler_configs = configs
+            self._write(trainer, 1.0)
+
+        self._undo = undo
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The optimizer exists."""
+        self.on_optimizer_ready(trainer)
+        super().on_fit_start(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Build the curve, now that the length of the training data is known, and set the first rate."""
+        if not self._bases:
+            return
+        self._run = self._stretched(trainer, run_length(trainer, self.tokens_per_step))
+        self._curve = self.curve(self._run)
+        if self._saved is not None:
+            step, factor = self._saved
+            if not math.isclose(self.factor(step), factor, rel_tol=1e-9):
+                self._say(
+                    trainer,
+                    f"the schedule is not the checkpoint's (another total, or other arguments): at step {step} the "
+                    f"learning rate was {factor:.4g} of the base rate, now it is {self.factor(step):.4g}",
+                )
+        self._set(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Set the rate of the coming step."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self._set(trainer)
+        self._used = _rate(trainer)
+
+    def on_outcome(self, outcome: Outcome) -> None:
+        """Where the host learns late that a step was dropped: set the rate again, just before the next one is taken."""
+        if self._guard is not None and self._guard.on_device:
+            self._set(self._guard.trainer)
+            self._used = _rate(self._guard.trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Set the rate of the next step already, for callbacks that look at it before this one gets to."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        attempted = compat.logger_step(trainer)
+        due = (attempted + 1) % compat.log_interval(trainer) == 0 and attempted != self._logged
+        if self._guard is None and due:
+            self._logged = attempted
+            metrics = self.metrics()
+            compat.publish_metrics(trainer, metrics, {})
+            if trainer.is_global_zero:
+                for each in trainer.loggers:
+                    each.log_metrics(metrics, step=attempted)
+        self._set(trainer)
+
+    def metrics(self) -> dict[str, float]:
+        """`lr`: the rate of the first parameter group in the last step, once."""
+        used, self._used = self._used, None
+        return {} if used is None else {"lr": float(used)}
+
+    def handle_request(self, trainer: Trainer, module: LightningModule, request: Request) -> None:
+        """Warm up once more from the present step, because a rule asks for it."""
+        if self._curve is None:
+            self._say(trainer, f"{request.plugin} asks to re-warm the learning rate, which is the module's scheduler's")
+            return
+        self._set(trainer)
+        steps = self.steps("lr_warmup" if self.lr_rewarm is None else "lr_rewarm", self.horizon(self._run))
+        self.rewarm(steps)
+        self._set(trainer)
+        if self._guard is not None:
+            why = f"learning rate climbs again over {steps} steps from step {self._step}: {request.reason}"
+            self._guard.report(Event(self._step, "schedule_lr", "rewarm", float(steps), math.nan, why))
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Undo: Lightning calls no teardown after an exception."""
+        super().on_exception(trainer, pl_module, exception)
+        self._finish()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the module its schedulers back, and the parameter groups their base rates."""
+        super().teardown(trainer, pl_module, stage)
+        self._finish()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, to notice another schedule after a resume, and a second warm-up."""
+        plain = super().state_dict()
+        factor = self.factor(self._step) if self._curve else None
+        return {**plain, "step": self._step, "factor": factor, "rewarm": list(self._rewarm) if self._rewarm else None}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take `state_dict` back."""
+        super().load_state_dict(state_dict)
+        self._saved = None if state_dict["factor"] is None else (state_dict["step"], state_dict["factor"])
+        rewarm = state_dict["rewarm"]
+        self._rewarm = (rewarm[0], rewarm[1]) if rewarm else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickles and copies leave the running fit behind."""
+        return {**super().__getstate__(), "_undo": None}
+
+    # ---- helpers ----------------------------------------------------------------------------------------------------
+
+    def _set(self, trainer: Trainer) -> None:
+        if self._curve is not None:
+            self._step = trainer.global_step
+            self._write(trainer, self.factor(self._step))
+
+    def _write(self, trainer: Trainer, factor: float) -> None:
+        for optimizer, bases in zip(trainer.optimizers, self._bases, strict=False):
+            bases += [_base_rate(group) for group in optimizer.param_groups[len(bases) :]]
+            for group, base in zip(optimizer.param_groups, bases, strict=True):
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(base * factor)
+                else:
+                    group["lr"] = base * factor
+
+    def _finish(self) -> None:
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
+
+    def _stretched(self, trainer: Trainer, run: RunLength) -> RunLength:
+        """The run; for `fast_dev_run`, a look at the code, so much longer that lengths in steps fit."""
+        if not compat.is_fast_dev_run(trainer) or run.total_steps is None:
+            return run
+        return replace(run, total_steps=max(run.total_steps, self.steps("lr_warmup", run) + self.steps("decay", run)))
+
+    def _say(self, trainer: Trainer, line: str) -> None:
+        if trainer.is_global_zero:
+            logger.warning(line)
+
+
+def _base_rate(group: dict[str, Any]) -> float:
+    """What the optimizer was made with: a scheduler's constructor has changed `lr` already (OneCycleLR both keys)."""
+    return float(group.get("max_lr", group.get("initial_lr", group["lr"])))
+
+
+def _rate(trainer: Trainer) -> float | Tensor:
+    rate: float | Tensor = trainer.optimizers[0].param_groups[0]["lr"]
+    return rate.detach().clone() if isinstance(rate, Tensor) else rate

@@ -1,0 +1,536 @@
+import copy
+import itertools
+import logging
+import pickle
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, ClassVar, get_args
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from stabletrain.config.discovery import content, groups
+from stabletrain.core.events import Event, Request, RequestKind
+from stabletrain.core.lengths import RunLength
+from stabletrain.core.schedule import Kind, Schedule
+from stabletrain.errors import UserError
+from stabletrain.runtime.member import Guard, as_callback
+from stabletrain.runtime.requests import execute
+from stabletrain_plugins.clip_norm.rule import ClipNormRule
+from stabletrain_plugins.schedule_lr.schedule import ScheduleLR
+from stabletrain_plugins.skip_nonfinite.rule import SkipNonFiniteRule
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*smaller than the logging interval:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint:UserWarning"),
+]
+BASE = 0.1
+CONF = Path(__file__).parent / "conf" / "schedule"
+
+
+class Net(LightningModule):
+    """Two parameter groups; records the rates that each applied step really used."""
+
+    def __init__(
+        self,
+        scheduler: Callable[[Any], Any] | None = None,
+        make: Callable[..., Any] = torch.optim.SGD,
+        nan_at: frozenset[int] = frozenset(),
+        stop_at: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(3, 3), nn.Linear(3, 1)
+        self.scheduler, self.make, self.nan_at, self.stop_at = scheduler, make, nan_at, stop_at
+        self.used: list[tuple[float, ...]] = []
+        self.seen = 0
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        if self.seen == self.stop_at:
+            raise RuntimeError("stopped by the test")
+        loss = self.head(torch.tanh(self.body(batch))).square().mean()
+        if self.seen in self.nan_at:
+            loss = loss * torch.nan
+        self.seen += 1
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        groups = [{"params": self.body.parameters()}, {"params": self.head.parameters(), "lr": BASE * 10}]
+        optimizer = self.make(groups, lr=BASE)
+        optimizer.register_step_post_hook(
+            lambda opt, *_: self.used.append(tuple(float(group["lr"]) for group in opt.param_groups))
+        )
+        if self.scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
+
+
+class Evaluated(Net):
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        pass
+
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+        pass
+
+
+def data(batches: int = 8) -> DataLoader[Tensor]:
+    rows = torch.randn(batches * 2, 3, generator=torch.Generator().manual_seed(0))
+    return DataLoader(list(rows), batch_size=2)
+
+
+def trainer(tmp_path: Path, *callbacks: Callback, **arguments: Any) -> Trainer:
+    defaults: dict[str, Any] = {
+        "max_epochs": 2,
+        "logger": False,
+        "enable_checkpointing": any(isinstance(each, ModelCheckpoint) for each in callbacks),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "accelerator": "cpu",
+        "default_root_dir": tmp_path,
+    }
+    return Trainer(callbacks=list(callbacks), **{**defaults, **arguments})
+
+
+def wanted(schedule: Schedule, total: int, steps: range | None = None, **known: Any) -> list[tuple[float, ...]]:
+    curve = schedule.curve(RunLength(total_steps=total, **known))
+    return [(BASE * curve.factor(step), BASE * 10 * curve.factor(step)) for step in steps or range(total)]
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def option(name: str) -> dict[str, Any]:
+    arguments = content(groups()["schedule"][name])
+    assert arguments.pop("_target_") == "stabletrain.ScheduleLR"
+    return arguments
+
+
+# ---- the rate that is used ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", get_args(Kind))
+def test_every_option_trains_on_exactly_its_curve(tmp_path: Path, kind: str) -> None:
+    schedule, net = ScheduleLR(**option(kind)), Net()
+    trainer(tmp_path, schedule, max_steps=16).fit(net, data())
+    assert net.used == wanted(schedule, 16)
+    assert all(0 < rate <= BASE for rate, _ in net.used)
+    assert schedule.kind == kind
+
+
+@pytest.mark.parametrize(
+    ("arguments", "total"),
+    [
+        ({"max_epochs": 3}, 24),
+        ({"max_epochs": 3, "accumulate_grad_batches": 3}, 9),  # 8 batches: windows of 3, 3 and 2
+        ({"max_epochs": 3, "limit_train_batches": 5}, 15),
+        ({"max_steps": 11, "max_epochs": -1}, 11),
+        ({"max_steps": 11, "max_epochs": 9}, 11),
+        ({"max_steps": 1000, "max_epochs": 2}, 16),
+        ({"max_steps": 1, "max_epochs": -1}, 1),
+    ],
+)
+def test_the_total_is_that_of_the_run(tmp_path: Path, arguments: dict[str, Any], total: int) -> None:
+    schedule, net = ScheduleLR("cosine"), Net()
+    trainer(tmp_path, schedule, **arguments).fit(net, data())
+    assert len(net.used) == total
+    assert net.used == wanted(schedule, total)
+
+
+def test_the_total_follows_an_accumulation_that_changes_between_epochs(tmp_path: Path) -> None:
+    # Lightning's own estimate takes the first epoch's window for all of them
+    schedule, net = ScheduleLR("linear", lr_warmup=0), Net()
+    trainer(tmp_path, schedule, GradientAccumulationScheduler({0: 1, 1: 4}), max_epochs=3).fit(net, data())
+    assert net.used == wanted(schedule, 8 + 2 + 2)
+
+
+def test_lengths_in_epochs_and_tokens(tmp_path: Path) -> None:
+    schedule = ScheduleLR("wsd", lr_warmup="0.5ep", decay="600tok", tokens_per_step=100)
+    net = Net()
+    trainer(tmp_path, schedule).fit(net, data())
+    assert net.used == wanted(ScheduleLR("wsd", lr_warmup=4, decay=6), 16)
+
+
+class Endless(IterableDataset[Tensor]):
+    def __iter__(self) -> Iterator[Tensor]:
+        return itertools.repeat(torch.ones(3))
+
+
+def test_data_without_a_length_need_a_total_only_where_the_curve_has_an_end(tmp_path: Path) -> None:
+    endless = DataLoader(Endless(), batch_size=2)
+    net = Net()
+    trainer(tmp_path, ScheduleLR(lr_warmup=4), max_epochs=1, max_steps=6).fit(net, endless)
+    assert [rate for rate, _ in net.used] == pytest.approx([BASE * f for f in (0.25, 0.5, 0.75, 1, 1, 1)])
+    with pytest.raises(UserError, match=r"lr_warmup: 2% cannot be turned .* set trainer.max_steps"):
+        trainer(tmp_path, ScheduleLR()).fit(Net(), endless)
+    with pytest.raises(UserError, match=r"kind='cosine' needs to know where it ends"):
+        trainer(tmp_path, ScheduleLR("cosine", lr_warmup=4)).fit(Net(), endless)
+
+
+def test_the_final_value_is_held_after_an_explicit_total(tmp_path: Path) -> None:
+    net = Net()
+    trainer(tmp_path, ScheduleLR("linear", lr_warmup=0, total=8, min_factor=0.5)).fit(net, data())
+    assert [rate for rate, _ in net.used[8:]] == [BASE / 2] * 8
+
+
+def test_a_tensor_rate_is_filled_not_replaced(tmp_path: Path) -> None:
+    # capturable and compiled optimizers hold on to the tensor: a float in its place would be ignored or recompile
+    schedule = ScheduleLR("linear", lr_warmup=2)
+    net = Net(make=lambda groups, lr: torch.optim.AdamW(groups, lr=torch.tensor(lr, dtype=torch.float64)))
+    run = trainer(tmp_path, schedule)
+    rate: list[Tensor] = []
+
+    class Look(Callback):
+        def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            rate.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    run.callbacks.append(Look())  # type: ignore[attr-defined]
+    run.fit(net, data())
+    assert run.optimizers[0].param_groups[0]["lr"] is rate[0]
+    assert [each[0] for each in net.used] == [each[0] for each in wanted(schedule, 16)]
+
+
+# ---- the applied step is what counts --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_skipped_step_holds_the_position(tmp_path: Path, order: int) -> None:
+    skip, schedule = as_callback(SkipNonFiniteRule)(), ScheduleLR("linear", lr_warmup=0, total=16)
+    net = Net(nan_at=frozenset({0, 3, 4, 15}))
+    run = trainer(tmp_path, *[skip, schedule][::order])
+    run.fit(net, data())
+    assert run.global_step == 12
+    assert net.used == wanted(schedule, 16, range(12))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_step_dropped_on_the_device_holds_it_too(tmp_path: Path, order: int) -> None:
+    # there the host learns of it late, when the next backward is queued already
+    def fused(groups: Any, lr: float) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(groups, lr=lr, fused=True)
+
+    schedule = ScheduleLR("linear", lr_warmup=0, total=16)
+    net = Net(make=fused, nan_at=frozenset({0, 3, 4, 15}))
+    run = trainer(tmp_path, *[as_callback(SkipNonFiniteRule)(), schedule, Guard(mode="device")][::order])
+    run.fit(net, data())
+    dropped_calls = {0, 3, 4, 15}  # the kernel is called for these as well, and does nothing
+    assert run.global_step == 12
+    assert [rates for call, rates in enumerate(net.used) if call not in dropped_calls] == wanted(
+        schedule, 16, range(12)
+    )
+
+
+@pytest.mark.parametrize("guarded", [False, True])
+def test_resumed_equals_uninterrupted(tmp_path: Path, guarded: bool) -> None:
+    def parts() -> list[Callback]:
+        return [ScheduleLR("wsd", lr_warmup=3), *([as_callback(ClipNormRule)(max_norm=0.5)] if guarded else [])]
+
+    whole, first, second = Net(), Net(), Net()
+    trainer(tmp_path, *parts(), max_epochs=4).fit(whole, data())
+    torch.manual_seed(0)
+    save = ModelCheckpoint(dirpath=tmp_path, every_n_epochs=1, save_top_k=-1, filename="{epoch}")
+    first.stop_at = 20
+    with pytest.raises(RuntimeError, match="stopped by the test"):
+        trainer(tmp_path, *parts(), save, max_epochs=4).fit(first, data())
+    trainer(tmp_path, *parts(), max_epochs=4).fit(second, data(), ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert first.used == whole.used[:20]
+    assert second.used == whole.used[16:]
+
+
+def test_a_checkpoint_made_without_it_resumes_at_the_position_of_its_step(tmp_path: Path) -> None:
+    # a schedule that starts over would warm up again; one that takes the saved rate for its base would decay twice
+    save = ModelCheckpoint(dirpath=tmp_path, filename="plain")
+    trainer(tmp_path, save, max_epochs=1).fit(Net(scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 1)), data())
+    schedule, net = ScheduleLR("cosine"), Net()
+    trainer(tmp_path, schedule).fit(net, data(), ckpt_path=tmp_path / "plain.ckpt")
+    assert net.used == wanted(schedule, 16, range(8, 16))
+
+
+def test_a_jump_of_the_rate_at_a_resume_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save = ModelCheckpoint(dirpath=tmp_path, filename="half")
+    trainer(tmp_path, ScheduleLR("linear", total=16), save, max_epochs=1).fit(Net(), data())
+    trainer(tmp_path, ScheduleLR("linear", total=16)).fit(Net(), data(), ckpt_path=tmp_path / "half.ckpt")
+    assert "not the checkpoint's" not in caplog.text
+    trainer(tmp_path, ScheduleLR("linear", total=32)).fit(Net(), data(), ckpt_path=tmp_path / "half.ckpt")
+    assert "at step 8 the learning rate was 0.5333 of the base rate, now it is 0.7742" in caplog.text
+
+
+def test_a_second_warm_up_starts_at_the_present_step_and_survives_a_resume(tmp_path: Path) -> None:
+    class Ask(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+            if trainer.global_step == 6:
+                request = Request(RequestKind.REWARM, "test", "because")
+                trainer.callbacks[0].handle_request(trainer, pl_module, request)  # type: ignore[attr-defined]
+
+    net, resumed = Net(), Net()
+    save = ModelCheckpoint(dirpath=tmp_path, every_n_epochs=1, save_top_k=-1, filename="{epoch}")
+    trainer(tmp_path, ScheduleLR(lr_warmup=0, lr_rewarm=4), Ask(), save).fit(net, data())
+    shares = [1, 1, 1, 1, 1, 1, 0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1]
+    assert [rate for rate, _ in net.used] == pytest.approx([BASE * share for share in shares])
+    again = trainer(tmp_path, ScheduleLR(lr_warmup=0, lr_rewarm=4))
+    again.fit(resumed, data(), ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert resumed.used == net.used[8:]
+
+
+# ---- beside others --------------------------------------------------------------------------------------------------
+
+SCHEDULERS: dict[str, Callable[[Any], Any]] = {
+    "StepLR": lambda o: torch.optim.lr_scheduler.StepLR(o, 1, 0.5),
+    "LambdaLR": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: (step + 1) / 100),
+    "OneCycleLR": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, [BASE, BASE * 10], total_steps=99),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("guarded", [False, True])
+def test_replaces_the_modules_scheduler_and_gives_it_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, guarded: bool
+) -> None:
+    schedule, net = ScheduleLR("cosine"), Net(SCHEDULERS[name])
+    run = trainer(tmp_path, *([as_callback(ClipNormRule)()] if guarded else []), schedule)
+    run.fit(net, data())
+    # LambdaLR has put the rate at a hundredth when ours first looks at it, OneCycleLR the base too
+    assert net.used == wanted(schedule, 16)
+    assert caplog.text.count(f"replaces the module's own scheduler ({name})") == 1
+    assert [type(config.scheduler).__name__ for config in run.lr_scheduler_configs] == [name]
+
+
+def test_keeps_out_of_the_way_of_the_modules_scheduler_if_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    alone, net = Net(SCHEDULERS["StepLR"]), Net(SCHEDULERS["StepLR"])
+    trainer(tmp_path).fit(alone, data())
+    run = trainer(tmp_path, ScheduleLR("cosine", module_scheduler="keep"), log_every_n_steps=1)
+    run.fit(net, data())
+    assert net.used == alone.used
+    assert caplog.text.count("the module's own scheduler (StepLR) sets the learning rate") == 1
+    assert run.callback_metrics["lr"] == pytest.approx(alone.used[-1][0])
+
+
+def test_keep_on_a_module_without_a_scheduler_is_an_ordinary_schedule(tmp_path: Path) -> None:
+    schedule, net = ScheduleLR("linear", module_scheduler="keep"), Net()
+    trainer(tmp_path, schedule).fit(net, data())
+    assert net.used == wanted(schedule, 16)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("guarded", [False, True])
+def test_learning_rate_monitor_and_our_own_log_see_the_rate_that_is_used(
+    tmp_path: Path, order: int, guarded: bool
+) -> None:
+    logger = CSVLogger(tmp_path)
+    parts = [LearningRateMonitor(), ScheduleLR("cosine"), *([as_callback(ClipNormRule)()] if guarded else [])][::order]
+    net = Net()
+    trainer(tmp_path, *parts, logger=logger, log_every_n_steps=1, accumulate_grad_batches=2).fit(net, data())
+    header, *lines = [line.split(",") for line in Path(logger.log_dir, "metrics.csv").read_text().splitlines()]
+    columns = [dict(zip(header, line, strict=True)) for line in lines]
+    monitored = {row["step"]: float(row["lr-SGD/pg1"]) for row in columns if row["lr-SGD/pg1"]}
+    ours = {row["step"]: float(row["lr"]) for row in columns if row["lr"]}
+    assert list(monitored.values()) == list(ours.values()) == [rate for rate, _ in net.used]
+    assert list(monitored) == list(ours) == [str(step) for step in range(8)]
+
+
+def test_our_log_keeps_the_trainers_interval(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    net = Net()
+    trainer(tmp_path, ScheduleLR("linear"), logger=logger, log_every_n_steps=4).fit(net, data())
+    lines = Path(logger.log_dir, "metrics.csv").read_text().splitlines()
+    assert [float(line.split(",")[0]) for line in lines[1:]] == [net.used[step][0] for step in (3, 7, 11, 15)]
+
+
+def test_several_optimizers_in_manual_optimization(tmp_path: Path) -> None:
+    class Manual(Net):
+        automatic_optimization = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.rates: list[list[float]] = []
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> None:  # type: ignore[override]
+            optimizers = self.optimizers()
+            self.rates.append([optimizer.param_groups[0]["lr"] for optimizer in optimizers])  # type: ignore[union-attr]
+            loss = self.head(self.body(batch)).square().mean()
+            self.manual_backward(loss)
+            for optimizer in optimizers:  # type: ignore[union-attr]
+                optimizer.step()
+                optimizer.zero_grad()
+
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.SGD(self.body.parameters(), lr=1.0), torch.optim.SGD(self.head.parameters(), lr=0.5)]
+
+    net = Manual()
+    trainer(tmp_path, ScheduleLR("linear", lr_warmup=0, total=32)).fit(net, data())
+    # global_step counts each optimizer's step there, and so does the schedule
+    assert net.rates == [[1 - 2 * step / 32, 0.5 * (1 - 2 * step / 32)] for step in range(16)]
+
+
+# ---- the life of a callback -----------------------------------------------------------------------------------------
+
+
+def test_two_fits_in_a_row_and_everything_is_undone_between(tmp_path: Path) -> None:
+    schedule = ScheduleLR("cosine")
+    for _ in range(2):
+        net = Net()
+        run = trainer(tmp_path, schedule)
+        run.fit(net, data())
+        assert net.used == wanted(schedule, 16)
+    # the same Trainer goes on, with an optimizer that the module made once: its decayed rate must not become the base
+    once = run.optimizers[0]
+    net.configure_optimizers = lambda: once  # type: ignore[method-assign]
+    net.used.clear()
+    run.fit_loop.max_epochs = 4
+    run.fit(net, data())
+    assert net.used == wanted(schedule, 32, range(16, 32))
+    assert [group["lr"] for group in once.param_groups] == [BASE, BASE * 10]
+
+
+def test_an_exception_undoes_it_too(tmp_path: Path) -> None:
+    net = Net(SCHEDULERS["StepLR"], stop_at=5)
+    run = trainer(tmp_path, ScheduleLR("cosine"))
+    with pytest.raises(RuntimeError, match="stopped by the test"):
+        run.fit(net, data())
+    assert len(run.lr_scheduler_configs) == 1
+    assert run.optimizers[0].param_groups[0]["lr"] == BASE
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"kind": "cosine", "lr_warmup": 100}, {"kind": "wsd", "lr_warmup": 9, "decay": 9}]
+)
+def test_fast_dev_run_takes_lengths_that_its_few_batches_cannot_hold(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    net = Net()
+    trainer(tmp_path, ScheduleLR(**arguments), fast_dev_run=2).fit(net, data())
+    assert [rate for rate, _ in net.used] == pytest.approx([BASE * s / arguments["lr_warmup"] for s in (1, 2)])
+
+
+def test_validate_and_test_do_not_touch_it(tmp_path: Path) -> None:
+    schedule, net = ScheduleLR("cosine"), Evaluated()
+    run = trainer(tmp_path, schedule)
+    run.validate(net, data(), verbose=False)
+    run.fit(net, data(), data())
+    used = copy.deepcopy(net.used)
+    state = schedule.state_dict()
+    run.validate(net, data(), verbose=False)
+    run.test(net, data(), verbose=False)
+    assert used == net.used == wanted(schedule, 16)
+    assert schedule.state_dict() == state
+
+
+def test_pickles_and_copies_keep_the_arguments(tmp_path: Path) -> None:
+    schedule = ScheduleLR("step", milestones=[3, "1ep"])
+    trainer(tmp_path, schedule).fit(Net(), data())
+    for other in (pickle.loads(pickle.dumps(schedule)), copy.deepcopy(schedule)):
+        net = Net()
+        trainer(tmp_path, other).fit(net, data())
+        assert net.used == wanted(schedule, 16, steps_per_epoch=8)
+
+
+def test_an_event_and_a_request_reach_the_guard(tmp_path: Path) -> None:
+    class Heard(Callback):
+        events: ClassVar[list[Event]] = []
+
+        def on_stability_event(self, trainer: Trainer, module: LightningModule, event: Event) -> None:
+            self.events.append(event)
+
+        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+            if trainer.global_step == 6:
+                execute([Request(RequestKind.REWARM, "test", "loss 9.0 > 3.0")], schedule._guard)  # type: ignore[arg-type]
+
+    schedule, net = ScheduleLR(lr_warmup=0, lr_rewarm=4), Net()
+    trainer(tmp_path, as_callback(ClipNormRule)(), schedule, Heard()).fit(net, data())
+    assert [round(rate / BASE, 9) for rate, _ in net.used[5:10]] == [1, 0.25, 0.5, 0.75, 1]
+    assert [(event.step, event.kind, event.value) for event in Heard.events] == [(6, "rewarm", 4.0)]
+    assert "loss 9.0 > 3.0" in Heard.events[0].reason
+
+
+# ---- arguments ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", get_args(Kind))
+def test_options_hold_every_argument_and_change_only_what_the_kind_demands(name: str) -> None:
+    given = option(name)
+    defaults = {field.name: field.default for field in fields(Schedule)}
+    assert list(given) == list(defaults)
+    given["milestones"] = tuple(given["milestones"])
+    changed = {key for key, value in given.items() if value != defaults[key]}
+    expected = {"one_cycle": {"lr_warmup"}, "cyclical": {"lr_warmup", "min_factor"}}.get(name, set())
+    assert changed - {"kind"} == expected
+    assert given["kind"] == name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kind": "cosin"}, r"kind must be one of constant, .*got 'cosin'"),
+        ({"tail": "sqrt"}, "tail must be one of linear, cosine, 1-sqrt"),
+        ({"kind": "cosine", "cycles": 3}, "cycles=3 has no effect with kind='cosine'; it belongs to cosine_restarts"),
+        ({"kind": "wsd", "lr_warmup": "90%"}, "lr_warmup='90%' and decay='20%' together are longer than the whole run"),
+        ({"kind": "linear", "lr_warmup": 20, "total": 10}, "lr_warmup must be no longer than the total of 10 steps"),
+        ({"kind": "cyclical"}, "min_factor must be above 0"),
+        ({"kind": "inverse_sqrt", "lr_warmup": 0}, "without a warm-up needs a timescale"),
+        ({"lr_warmup": "10ba"}, "schedule.lr_warmup: expected 500"),
+        ({"lr_warmup": "1e6tok"}, "set tokens_per_step"),
+        ({"lr_rewarm": "soon"}, "schedule.lr_rewarm: expected 500"),
+        ({"kind": "step", "gamma": 2.0}, "gamma must be above 0 and at most 1"),
+        ({"module_scheduler": "both"}, "module_scheduler must be one of replace, keep"),
+    ],
+)
+def test_a_mistake_is_reported_at_once_with_its_key(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        ScheduleLR(**arguments)
+    assert "schedule." in str(error.value)
+
+
+def test_a_warm_up_longer_than_the_run_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    net = Net()
+    with pytest.raises(UserError, match=r"lr_warmup must be no longer than the total of 16 steps, got 100"):
+        trainer(tmp_path, ScheduleLR("cosine", lr_warmup=100)).fit(net, data())
+    assert not net.used
+
+
+@pytest.mark.parametrize("milestones", [[10, "1ep"], [1, 10]])
+def test_milestones_out_of_order_or_inside_the_warm_up_are_refused(milestones: list[int | str]) -> None:
+    with pytest.raises(UserError, match="milestones must be ascending and after the warm-up of 2 steps"):
+        ScheduleLR("step", milestones=milestones).curve(RunLength(total_steps=100, steps_per_epoch=5))
+
+
+def test_lengths_in_several_units_are_judged_by_the_run_not_before() -> None:
+    # 3 epochs may well be shorter than 100 steps
+    curve = ScheduleLR("linear", lr_warmup="3ep", total=100).curve(RunLength(steps_per_epoch=20))
+    assert curve.factor(59) == 1.0
+
+
+def test_a_run_that_is_all_warm_up_is_one() -> None:
+    curve = ScheduleLR("cosine", lr_warmup=4, total=4).curve(RunLength())
+    assert [curve.factor(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+
+
+@pytest.mark.parametrize("kind", get_args(Kind))
+def test_plot_draws_the_curve(tmp_path: Path, kind: str) -> None:
+    schedule = ScheduleLR(**option(kind))
+    figure = schedule.plot(tmp_path / "curve.png", steps=100)
+    line = figure.axes[0].lines[0]
+    curve = schedule.curve(RunLength(total_steps=100))
+    assert list(line.get_ydata()) == [curve.factor(step) for step in range(100)]
+    assert (tmp_path / "curve.png").stat().st_size > 1000
+
+
+def test_plot_needs_a_length_and_after_a_run_knows_it(tmp_path: Path) -> None:
+    schedule = ScheduleLR("linear")
+    with pytest.raises(UserError, match=r"trainer.max_steps|plot\(steps=...\)"):
+        schedule.plot()
+    trainer(tmp_path, schedule).fit(Net(), data())
+    assert list(schedule.plot().axes[0].lines[0].get_ydata()) == [rate for rate, _ in wanted(schedule, 16)]
+
+
+def test_nothing_is_said_when_there_is_nothing_to_say(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="stabletrain"):
+        trainer(tmp_path, ScheduleLR("cosine")).fit(Net(), data())
+    assert not caplog.records

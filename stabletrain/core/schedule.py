@@ -1,0 +1,232 @@
+"""A learning-rate schedule as its arguments: from lengths of time and shares to one curve. Standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Literal, get_args
+
+from stabletrain.core import curves
+from stabletrain.core.curves import Curve, TailShape
+from stabletrain.core.lengths import Length, LengthLike, RunLength
+from stabletrain.errors import UserError
+
+Kind = Literal[
+    "constant",
+    "linear",
+    "cosine",
+    "cosine_restarts",
+    "wsd",
+    "inverse_sqrt",
+    "exponential",
+    "step",
+    "polynomial",
+    "cyclical",
+    "one_cycle",
+    "power",
+]
+
+USED_BY: dict[str, tuple[Kind, ...]] = {
+    "min_factor": tuple(kind for kind in get_args(Kind) if kind != "constant"),
+    "decay": ("wsd", "power"),
+    "tail": ("wsd", "power"),
+    "cycles": ("cosine_restarts", "cyclical"),
+    "cycle_growth": ("cosine_restarts",),
+    "timescale": ("inverse_sqrt", "power"),
+    "exponent": ("power",),
+    "gamma": ("exponential", "step"),
+    "gamma_every": ("exponential",),
+    "milestones": ("step",),
+    "power": ("polynomial",),
+    "start_factor": ("one_cycle",),
+    "warmup_from_zero": tuple(kind for kind in get_args(Kind) if kind != "one_cycle"),
+}
+"""Which kinds look at an argument; those not listed here matter to all."""
+
+_ENDLESS = 10**15
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """Set the learning rate before every step: base rate x curve(applied steps).
+
+    The base rate is what the optimizer was made with, for each parameter group by itself. Nothing is accumulated: the
+    rate depends on the index of the step alone, so a resumed or rolled back run has the right one at once, and a
+    skipped step holds the position. Lengths are applied steps (``500``), epochs (``"3ep"``), tokens (``"1e9tok"``) or a
+    share of ``total`` (``"2%"``).
+
+    Args:
+        kind: shape of the curve.
+        lr_warmup: length of the linear climb from 1/lr_warmup of the base rate at the first step; 0 is none. For
+            one_cycle the length of its own, cosine-shaped rise.
+        total: length of the whole curve, warm-up included; None is the run's, from max_steps, or max_epochs and the
+            training data.
+        min_factor: final share of the base rate, 0 to 1; kinds without an end go no lower.
+        decay: length of the tail of wsd and power.
+        tail: shape of that tail.
+        cycles: number of cycles of cosine_restarts and cyclical, >= 1.
+        cycle_growth: length of a cycle of cosine_restarts relative to the one before, > 0.
+        timescale: of inverse_sqrt and power: steps over which the rate stays near the base; None is lr_warmup.
+        exponent: of power, <= 0.
+        gamma: factor of exponential and step, above 0, at most 1.
+        gamma_every: length over which exponential falls by gamma.
+        milestones: when step falls by gamma, from the start of the run, ascending.
+        power: of polynomial, > 0.
+        start_factor: first share of the base rate of one_cycle, above 0, at most 1.
+        warmup_from_zero: begin the warm-up at 0, as transformers and OLMo do; the first batch then changes nothing.
+        lr_rewarm: length of the linear climb that a rollback asks for, on top of the curve; None is lr_warmup.
+        tokens_per_step: tokens in one optimizer step over all ranks; needed for lengths in tokens only.
+        module_scheduler: who wins on a module that has a scheduler of its own: ``"replace"`` (this one; the module's is
+            out for the run) or ``"keep"`` (the module's; this one only logs).
+
+    Raises:
+        UserError: if an argument makes no sense, or has no effect with the kind; when training starts, if the lengths
+            do not fit the run.
+
+    References: module docstring of `stabletrain.core.curves`.
+    """
+
+    kind: Kind = "constant"
+    lr_warmup: LengthLike = "2%"
+    total: LengthLike | None = None
+    min_factor: float = 0.0
+    decay: LengthLike = "20%"
+    tail: TailShape = "1-sqrt"
+    cycles: int = 4
+    cycle_growth: float = 1.0
+    timescale: LengthLike | None = None
+    exponent: float = -0.51
+    gamma: float = 0.1
+    gamma_every: LengthLike = "50%"
+    milestones: Sequence[LengthLike] = ("50%", "75%")
+    power: float = 2.0
+    start_factor: float = 0.04
+    warmup_from_zero: bool = False
+    lr_rewarm: LengthLike | None = None
+    tokens_per_step: float | None = None
+    module_scheduler: Literal["replace", "keep"] = "replace"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "milestones", tuple(self.milestones))
+        for argument, allowed in (
+            ("kind", Kind),
+            ("tail", TailShape),
+            ("module_scheduler", Literal["replace", "keep"]),
+        ):
+            if getattr(self, argument) not in get_args(allowed):
+                raise self._error(argument, f"one of {', '.join(get_args(allowed))}")
+        for field in fields(Schedule):
+            argument, kinds = field.name, USED_BY.get(field.name, get_args(Kind))
+            if self.kind not in kinds and getattr(self, argument) != field.default:
+                raise UserError(
+                    f"schedule: {argument}={getattr(self, argument)!r} has no effect with kind={self.kind!r}; "
+                    f"it belongs to {', '.join(kinds)} (config key schedule.{argument})"
+                )
+        self._check_early()
+
+    def _check_early(self) -> None:
+        """Report what can be seen without the run now, not after the data has been loaded."""
+        names = ("lr_warmup", "total", "decay", "timescale", "gamma_every", "lr_rewarm")
+        given = [(name, getattr(self, name)) for name in names] + [("milestones", each) for each in self.milestones]
+        units = {Length.parse(value, name=f"schedule.{name}").unit for name, value in given if value is not None}
+        if self.kind == "step":
+            curves.MultiStep((), self.gamma, self.min_factor)
+        elif self.total is None or len(units - {"percent"}) <= 1:  # else the run decides what is longer than what
+            self.curve(RunLength(total_steps=_ENDLESS, steps_per_epoch=10**6, tokens_per_step=self.tokens_per_step))
+
+    def curve(self, run: RunLength) -> Curve:
+        """The curve for a run of known length.
+
+        Args:
+            run: what is known about the run.
+
+        Raises:
+            UserError: if a length needs something unknown, or the lengths do not fit into each other.
+
+        >>> curve = Schedule("cosine", lr_warmup=4).curve(RunLength(total_steps=12))
+        >>> [round(curve.factor(step), 3) for step in (0, 3, 4, 8, 12)]
+        [0.25, 1.0, 1.0, 0.5, 0.0]
+        """
+        run = self.horizon(run)
+        warmup = self.steps("lr_warmup", run)
+        if run.total_steps is not None and warmup > run.total_steps:
+            raise self._error("lr_warmup", f"no longer than {_whole(run)}")
+        return self._shape(run, warmup)
+
+    def _shape(self, run: RunLength, warmup: int) -> Curve:
+        low = self.min_factor
+
+        def climb(body: Curve) -> Curve:
+            return curves.Warmup(warmup, body, self.warmup_from_zero)
+
+        if self.kind == "constant":
+            return climb(curves.Constant())
+        if self.kind == "exponential":
+            return climb(curves.Exponential(self.gamma, self.steps("gamma_every", run), low))
+        if self.kind == "step":
+            stones = [Length.parse(each).resolve(run, name="schedule.milestones") for each in self.milestones]
+            if stones != sorted(stones) or min(stones, default=warmup) < warmup:
+                raise self._error("milestones", f"ascending and after the warm-up of {warmup} steps")
+            return climb(curves.MultiStep(tuple(stone - warmup for stone in stones), self.gamma, low))
+        if self.kind == "inverse_sqrt":
+            return climb(curves.Power(self._timescale(run, warmup), -0.5, low))
+
+        if run.total_steps is None:
+            raise UserError(
+                f"schedule: kind={self.kind!r} needs to know where it ends and the run has no known end: set "
+                "trainer.max_steps or trainer.max_epochs, or give schedule.total in steps"
+            )
+        if self.kind == "one_cycle":
+            return curves.OneCycle(run.total_steps, warmup, self.start_factor, low)
+        rest = max(run.total_steps - warmup, 1)
+        if self.kind == "linear" or self.kind == "cosine":
+            return climb(curves.Tail(curves.Constant(), rest, rest, self.kind, low))
+        if self.kind == "wsd":
+            return climb(curves.Tail(curves.Constant(), rest, self._decay(run, rest), self.tail, low))
+        if self.kind == "power":
+            body = curves.Power(self._timescale(run, warmup), self.exponent, 0.0)
+            return climb(curves.Tail(body, rest, self._decay(run, rest), self.tail, low))
+        if self.kind == "polynomial":
+            return climb(curves.Polynomial(rest, self.power, low))
+        if self.kind == "cyclical":
+            return climb(curves.Triangular(rest, self.cycles, low))
+        return climb(curves.CosineRestarts(rest, self.cycles, self.cycle_growth, low))
+
+    def horizon(self, run: RunLength) -> RunLength:
+        """The run as the curve sees it: with `total` for its length, if that is given."""
+        return run if self.total is None else replace(run, total_steps=self.steps("total", run))
+
+    def steps(self, argument: str, run: RunLength) -> int:
+        """One of the lengths, in steps.
+
+        Args:
+            argument: its name.
+            run: what is known about the run; see `horizon`.
+        """
+        name = f"schedule.{argument}"
+        return Length.parse(getattr(self, argument), name=name).resolve(run, name=name)
+
+    def _decay(self, run: RunLength, rest: int) -> int:
+        steps = self.steps("decay", run)
+        if steps > rest:
+            raise UserError(
+                f"schedule: lr_warmup={self.lr_warmup!r} and decay={self.decay!r} together are longer than "
+                f"{_whole(run)} (config keys schedule.lr_warmup, schedule.decay)"
+            )
+        return steps
+
+    def _timescale(self, run: RunLength, warmup: int) -> int:
+        steps = warmup if self.timescale is None else self.steps("timescale", run)
+        if steps < 1:
+            raise UserError(
+                f"schedule: kind={self.kind!r} without a warm-up needs a timescale (config key schedule.timescale)"
+            )
+        return steps
+
+    def _error(self, argument: str, expected: str) -> UserError:
+        got = getattr(self, argument)
+        return UserError(f"schedule: {argument} must be {expected}, got {got!r} (config key schedule.{argument})")
+
+
+def _whole(run: RunLength) -> str:
+    return "the whole run" if run.total_steps == _ENDLESS else f"the total of {run.total_steps} steps"
