@@ -54,7 +54,10 @@ class Bound(NamedTuple):
         if not self.threshold < norm < math.inf:
             return norm
         s = math.log(norm) if self.log else norm
-        held = self.target + (self.pull / (s - self.centre) if self.pull else 0.0)
+        held = self.target
+        if self.pull > 0:
+            gap = s - self.centre
+            held += self.pull / gap if gap > 0 else math.inf  # the logarithm may round a norm back onto the pole
         return min(norm, max(0.0, _exp(held) if self.log else held))
 
 

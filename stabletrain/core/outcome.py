@@ -37,5 +37,5 @@ class Outcome(NamedTuple):
 
     @property
     def clipped(self) -> bool:
-        """Whether a bound made the applied gradient smaller."""
-        return self.applied and self.applied_norm < self.transformed_norm
+        """Whether a transform or a bound made the applied gradient smaller."""
+        return self.applied and self.applied_norm < self.grad_norm

@@ -76,6 +76,10 @@ class Rule(ABC, Generic[S]):
         """The state to go on with after a rollback, from the state at the time of the snapshot. Default: that one."""
         return state
 
+    def readings(self, state: S) -> dict[str, float]:
+        """Metrics of this rule, for the loggers; asked for when metrics are due. Default: none."""
+        return {}
+
     def state_type(self) -> Any:
         """The type of the state, read from the annotation of `init`."""
         return typing.get_type_hints(type(self).init)["return"]

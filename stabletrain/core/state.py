@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+_SCALARS = (type(None), bool, int, float, str)
+
 
 def to_plain(state: Any) -> Any:
     """A state (named tuples, tuples, numbers, strings, None) as dicts, lists and scalars.
@@ -21,7 +23,7 @@ def to_plain(state: Any) -> Any:
         return {field: to_plain(getattr(state, field)) for field in state._fields}
     if isinstance(state, tuple):
         return [to_plain(item) for item in state]
-    if state is None or isinstance(state, bool | int | float | str):
+    if type(state) in _SCALARS:  # not their subclasses: torch.load(weights_only=True) refuses those
         return state
     raise TypeError(
         f"a rule's state may hold named tuples, tuples, numbers, strings and None, got {type(state).__name__}"
@@ -45,8 +47,14 @@ def _restore(kind: Any, plain: Any) -> Any:
         kind = next(arg for arg in typing.get_args(kind) if arg is not type(None))
         return _restore(kind, plain)
     if origin is tuple:
-        item = typing.get_args(kind)[0]
-        return tuple(_restore(item, each) for each in plain)
+        items = typing.get_args(kind)
+        if not isinstance(plain, list | tuple):
+            raise ValueError(f"{kind}: expected a list, got {type(plain).__name__}")
+        if items[-1] is Ellipsis:
+            items = items[:1] * len(plain)
+        if len(items) != len(plain):
+            raise ValueError(f"{kind}: expected {len(items)} items, got {len(plain)}")
+        return tuple(_restore(item, each) for item, each in zip(items, plain, strict=True))
     if hasattr(kind, "_fields"):
         hints = _hints(kind)
         if not isinstance(plain, dict) or set(plain) != set(hints):

@@ -6,11 +6,13 @@ and one test break, and say so.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import Strategy
 from torch.optim import Optimizer
 
 STEP_HOOKS = (
@@ -125,8 +127,8 @@ def is_fast_dev_run(trainer: Trainer) -> bool:
 
 
 def log_interval(trainer: Trainer) -> int:
-    """Every how many steps metrics go to the loggers, at least 1."""
-    return max(1, int(trainer.log_every_n_steps))  # type: ignore[attr-defined]
+    """Every how many steps metrics go to the loggers; 0 in Lightning means never, which here is a very long time."""
+    return int(trainer.log_every_n_steps) or 2**62  # type: ignore[attr-defined]
 
 
 def resumes_from_checkpoint(trainer: Trainer) -> bool:
@@ -137,3 +139,40 @@ def resumes_from_checkpoint(trainer: Trainer) -> bool:
 def unwrapped(module: LightningModule) -> LightningModule:
     """The module itself where torch.compile wrapped it."""
     return getattr(module, "_orig_mod", module)
+
+
+def dump_checkpoint(trainer: Trainer) -> dict[str, Any]:
+    """Everything that a checkpoint holds; the tensors are the live ones. Must be called on all ranks.
+
+    What was prepared with `before_checkpoint` happens first.
+    """
+    return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+
+
+def window_is_open(trainer: Trainer) -> bool:
+    """Whether gradients of the batch that just ended wait for more before the optimizer steps (accumulation)."""
+    return bool(trainer.fit_loop.epoch_loop._should_accumulate())
+
+
+def batches_seen(trainer: Trainer) -> int:
+    """Training batches of this rank since the start of the run."""
+    return int(trainer.fit_loop.epoch_loop.total_batch_idx) + 1
+
+
+def reads_own_checkpoints(trainer: Trainer) -> bool:
+    """Whether the strategy reads and writes checkpoints in its own way, past every CheckpointIO (sharded ones)."""
+    mine = type(trainer.strategy)
+    return mine.load_checkpoint is not Strategy.load_checkpoint or mine.save_checkpoint is not Strategy.save_checkpoint
+
+
+def sigterm_is_lightnings(trainer: Trainer) -> bool:
+    """Whether SIGTERM is handled by Lightning's fit alone: nobody else had or has taken it."""
+    connector = trainer._signal_connector
+    before = connector._original_handlers.get(signal.SIGTERM)
+    lightnings = type(signal.getsignal(signal.SIGTERM)).__module__ == type(connector).__module__
+    return lightnings and before in (None, signal.SIG_DFL)
+
+
+def may_be_last_batch(trainer: Trainer) -> bool:
+    """Whether the epoch or the fit may end with the batch in progress."""
+    return bool(trainer.is_last_batch) or 0 < trainer.max_steps <= trainer.global_step or trainer.should_stop

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -51,6 +52,40 @@ def tensor_norms(gradients: Sequence[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(gradients))  # type: ignore[arg-type]
 
 
+def unit_norms(tensors: Sequence[Tensor]) -> Tensor:
+    """The L2 norm of every output unit of gradients or parameters, as one vector, in float32 (float64 for float64).
+
+    The units of a tensor with two dimensions or more are its rows (one index of the first dimension); any other
+    tensor is one unit. Of a sharded tensor these are the units of which this rank holds a part, each with the norm of
+    the whole unit. All ranks must call it when tensors are sharded, also a rank whose shards are empty.
+    """
+    with torch.no_grad():
+        whole = [_without_partial(t) for t in tensors]
+        norms = [_local_unit_norms(local(t)) for t in whole]
+        for group, members in _units_split_over(whole).items():
+            squares = torch.cat([norms[i] for i in members]).square()
+            dist.all_reduce(squares, group=group)
+            sizes = [len(norms[i]) for i in members]
+            for i, joined in zip(members, squares.sqrt().split_with_sizes(sizes), strict=True):
+                norms[i] = joined
+        return torch.cat([n.to(norms[0].device) for n in norms])
+
+
+def scale_units_(gradients: Sequence[Tensor], factors: Tensor) -> None:
+    """Multiply each output unit by its own factor, in place.
+
+    Args:
+        gradients: any gradients that are not sparse.
+        factors: one for each unit, in the order of `unit_norms`.
+    """
+    with torch.no_grad():
+        values = [local(g) for g in gradients]
+        parts = factors.split_with_sizes([len(v) if v.ndim > 1 else 1 for v in values])
+        for v, factor in zip(values, parts, strict=True):
+            factor = factor.to(v.device, v.dtype)
+            v.mul_(factor.view(-1, *(1,) * (v.ndim - 1)) if v.ndim > 1 else factor.squeeze(0))
+
+
 def scale_(gradients: Sequence[Tensor], factor: float | Tensor) -> None:
     """Multiply all gradients by one factor, in place."""
     with torch.no_grad():
@@ -77,6 +112,9 @@ def scale_each_(gradients: Sequence[Tensor], factors: Tensor) -> None:
 def clamp_(gradients: Sequence[Tensor], limit: float) -> None:
     """Clamp every element to [-limit, limit], in place. NaN stays NaN."""
     with torch.no_grad():
+        for g in gradients:
+            if g.is_sparse and not g.is_coalesced():
+                g.copy_(g.coalesce())  # an element is the sum of its entries
         for group in _by_device_and_dtype([local(g) for g in gradients]):
             torch._foreach_clamp_max_(group, limit)
             torch._foreach_clamp_min_(group, -limit)
@@ -98,6 +136,32 @@ def _mixed_norms(gradients: Sequence[Tensor]) -> Tensor:
             norms.append(torch.linalg.vector_norm(values, dtype=_accumulate(values.dtype)))
     dtype = torch.float64 if any(n.dtype == torch.float64 for n in norms) else torch.float32
     return torch.stack([n.to(norms[0].device, dtype) for n in norms])
+
+
+def _local_unit_norms(values: Tensor) -> Tensor:
+    dtype = _accumulate(values.dtype)
+    within = tuple(range(1, values.ndim)) or None
+    norms: Tensor = torch.linalg.vector_norm(values, dim=within, dtype=dtype)
+    return norms if values.ndim > 1 else norms.view(1)
+
+
+def _without_partial(tensor: Tensor) -> Tensor:
+    if not isinstance(tensor, DTensor) or not any(p.is_partial() for p in tensor.placements):
+        return tensor
+    settled: Tensor = tensor.redistribute(placements=[Replicate() if p.is_partial() else p for p in tensor.placements])
+    return settled
+
+
+def _units_split_over(tensors: Sequence[Tensor]) -> dict[dist.ProcessGroup, list[int]]:
+    """Process groups whose ranks hold parts of one unit, and for which tensors: rows cut across, vectors cut at all."""
+    groups: dict[dist.ProcessGroup, list[int]] = {}
+    for i, t in enumerate(tensors):
+        if isinstance(t, DTensor):
+            for mesh_dim, placement in enumerate(t.placements):
+                cut = getattr(placement, "dim", None)  # of all kinds of shards; a replica has none
+                if cut is not None and (t.ndim == 1 or cut != 0):
+                    groups.setdefault(t.device_mesh.get_group(mesh_dim), []).append(i)
+    return groups
 
 
 def _by_device_and_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -82,13 +82,15 @@ class StepGuard:
         self._rules = [m for m in members if isinstance(m, RuleCallback)]
         # transforms do not commute: their order is their name's, whatever the order of the list
         self._transforms: list[TransformCallback] = sorted(
-            (m for m in members if isinstance(m, TransformCallback)), key=lambda m: m.state_key
+            (m for m in members if isinstance(m, TransformCallback)), key=lambda m: (m.plugin, m.state_key)
         )
         self._onlookers = [m for m in members if type(m).on_gradients is not GuardMember.on_gradients]
         self._listeners = [m for m in members if type(m).on_outcome is not GuardMember.on_outcome]
         self._losses: list[Tensor] = []
         self._pending: Callable[[], Outcome] | None = None
         self._requests: list[Request] = []
+        self._attempted = False
+        self.is_open = False
         self._control: StepControl | None = None
         self._undo: list[Callable[[], None]] = []
 
@@ -96,16 +98,22 @@ class StepGuard:
 
     def open(self) -> None:
         """The optimizer exists: choose the mode, take control of its steps, set the first learning rate."""
+        for member in self.members:
+            member.on_optimizer_ready(self.trainer)
         refuse.at_fit_start(self.trainer)
         self._scaler = compat.grad_scaler(self.trainer)
         self._control = StepControl(self.trainer, self.module)
         self._undo = [self._control.undo, compat.before_checkpoint(self.trainer, self.settle)]
         self._parameters = [p for group in self._control.optimizer.param_groups for p in group["params"]]
+        names = {id(p): name for name, p in self.module.named_parameters()}
+        self._names = [names.get(id(p), f"parameter {i}") for i, p in enumerate(self._parameters)]
         self.on_device = refuse.decides_on_device(self.trainer, self.mode, self._parameters[0].device)
         self._log_every = compat.log_interval(self.trainer)
+        self.is_open = True
 
     def close(self) -> None:
         """Undo everything; calling it again does nothing."""
+        self.is_open = False
         while self._undo:
             self._undo.pop()()
         self._losses.clear()
@@ -120,13 +128,14 @@ class StepGuard:
 
     def take_loss(self, loss: Tensor) -> None:
         """A micro-batch's loss, as Lightning is about to differentiate it: divided by the window, times the scale."""
-        self._losses.append(loss.detach())
+        self._losses.append(loss.detach().reshape(()) if loss.ndim else loss.detach())
 
     def decide(self, optimizer: Optimizer) -> None:
         """Gradients are complete: measure, ask, act."""
         self.settle()
         if not self._losses:  # training_step returned None: there was no backward, so there is nothing to guard
             return
+        self.control.begin()
         if self._scaler is not None and not compat.scaler_has_unscaled(self._scaler, optimizer):
             self._scaler.unscale_(optimizer)  # Lightning leaves it to the kernel of a fused optimizer
         loss = self._window_loss()
@@ -137,17 +146,17 @@ class StepGuard:
         limits = join([each.rule.limits(each.state) for each in self._rules])
         decide = self._decide_on_device if self.on_device else self._decide_exactly
         self._pending = decide(limits, loss, grad_norm, grads)
+        self._attempted = True
 
     def end_batch(self) -> None:
         """The batch is over: history takes in the outcome, requests are executed, metrics go out."""
-        if self._pending is not None and not self.on_device:
+        # in device mode the host does not wait, unless this may be the last batch: then nothing would settle the step
+        if not self.on_device or compat.may_be_last_batch(self.trainer):
             self.settle()
-            if self._scaler is not None:
-                self.control.finish_scaler(self._scaler)
-            if self.counters.attempted % self._log_every == 0:
+        if self._attempted:
+            self._attempted = False
+            if self.counters.attempted % self._log_every == 0 or self.trainer.is_last_batch:
                 self.flush()
-        elif self.on_device and not self._losses and self.counters.attempted % self._log_every == 0:
-            self.flush()
         if self._requests:
             requests, self._requests = self._requests, []
             self.flush()
@@ -161,6 +170,8 @@ class StepGuard:
         outcome = pending()
         if self.on_device and not outcome.applied:
             self.control.hold()
+        if self._scaler is not None:
+            self.control.finish_scaler(self._scaler)
         self.counters = self.counters.add(outcome)
         self.interval.add(outcome)
         for each in self._rules:
@@ -174,9 +185,13 @@ class StepGuard:
             transform.commit(outcome.applied)
         for listener in self._listeners:
             listener.on_outcome(outcome)
-        if self._max_attempts is not None and self.counters.attempted > self._max_attempts:
+        if self._max_attempts is not None and self._max_attempts <= self.counters.attempted and not self._complete:
             reason = f"{self.counters.attempted} steps attempted, {self.counters.applied} applied (Guard.max_attempts)"
             self._requests.append(Request(RequestKind.STOP, "guard", reason))
+
+    @property
+    def _complete(self) -> bool:
+        return 0 < self.trainer.max_steps <= self.trainer.global_step
 
     @property
     def control(self) -> StepControl:
@@ -228,8 +243,6 @@ class StepGuard:
         signals = Signals(loss, grad_norm, transformed)
         decision = device_limits.decide(limits, *signals)
         self.control.decide_on_device(*decision)
-        for transform in self._transforms:
-            transform.commit_on_device(decision.dropped)
         copy, step = signals.start_copy(), self.counters.attempted
 
         def outcome() -> Outcome:
@@ -241,9 +254,12 @@ class StepGuard:
         return outcome
 
     def _transform(self, grads: list[Tensor]) -> Tensor:
-        parameters = [p for p in self._parameters if p.grad is not None]
-        for transform in self._transforms:
-            transform.transform(parameters, grads)
+        if grads:
+            present = [i for i, p in enumerate(self._parameters) if p.grad is not None]
+            names = [self._names[i] for i in present]
+            parameters = [self._parameters[i] for i in present]
+            for transform in self._transforms:
+                transform.transform(names, parameters, grads)
         return gradients.global_norm(grads)
 
     # ---- what others get to see -------------------------------------------------------------------------------------
@@ -271,7 +287,7 @@ class StepGuard:
 
 
 def _read(loss: Tensor, grad_norm: Tensor) -> tuple[float, float]:
-    if loss.device.type == "cpu":
+    if loss.device.type == "cpu" or loss.device != grad_norm.device:
         return loss.item(), grad_norm.item()
     loss_value, norm = torch.stack([loss.double(), grad_norm.double()]).tolist()  # one wait, not two
     return loss_value, norm

@@ -10,12 +10,13 @@ import functools
 import typing
 import weakref
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -44,6 +45,9 @@ class GuardMember(Callback):
     def reset(self) -> None:
         """Forget the history: a fit begins with a Trainer that this callback has not served before."""
 
+    def on_optimizer_ready(self, trainer: Trainer) -> None:
+        """The optimizer exists, and the guard is about to look at it: a schedule takes over here."""
+
     def on_gradients(self, step: int, parameters: Sequence[Tensor]) -> None:
         """Look at the complete, unscaled, untouched gradients of attempted step ``step``; do not change them."""
 
@@ -68,7 +72,9 @@ class GuardMember(Callback):
         self._leads = self is members[0]
         if self._leads:
             options = next((m.options() for m in members if isinstance(m, Guard)), {})
+            before = None if self._guard is None or self._guard.trainer is not trainer else self._guard.counters
             guard = StepGuard(trainer, compat.unwrapped(pl_module), members, **options)
+            guard.counters = before or guard.counters
             for member in members:
                 member._guard = guard
         compat.silence_step_hooks(self, among=Callback if self._leads else GuardMember)
@@ -77,6 +83,8 @@ class GuardMember(Callback):
         """The optimizer exists: take control of its steps."""
         if self._leads and self._guard is not None:
             self._guard.open()
+            if not self._guard.control.watches_windows:
+                self.__dict__["on_train_batch_start"] = None  # one hook less at every step
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so when a checkpoint had nothing for this plugin."""
@@ -146,7 +154,7 @@ class GuardMember(Callback):
         return {key: value for key, value in self.__dict__.items() if key not in fit}
 
     def _settle_and_flush(self) -> None:
-        if self._leads and self._guard is not None:
+        if self._leads and self._guard is not None and self._guard.is_open:
             self._guard.settle()
             self._guard.flush()
 
@@ -209,23 +217,20 @@ class RuleCallback(GuardMember):
         """Begin with an empty history."""
         self.state = self.rule.init()
 
+    def metrics(self) -> dict[str, float]:
+        """The rule's readings; of an instance with a name of its own, below that name."""
+        readings = self.rule.readings(self.state)
+        return {f"{self.rule.name}/{key}": value for key, value in readings.items()} if self.rule.name else readings
+
     def state_dict(self) -> dict[str, Any]:
         """The rule's state and arguments, as plain Python types."""
-        plain = super().state_dict()
-        arguments = {key: _plain_argument(value) for key, value in self.rule.arguments().items()}
-        return {**plain, "arguments": arguments, "state": to_plain(self.state)}
+        arguments = _plain_arguments(self.rule.arguments())
+        return {**super().state_dict(), "arguments": arguments, "state": to_plain(self.state)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint; other arguments than it was made with are said aloud."""
         super().load_state_dict(state_dict)
-        saved, mine = state_dict["arguments"], self.rule.arguments()
-        changed = [
-            f"{key}={value!r} (was {saved.get(key)!r})"
-            for key, value in mine.items()
-            if _plain_argument(value) != saved.get(key)
-        ]
-        if changed:
-            rank_zero_warn(f"{self.state_key}: goes on from a checkpoint with other arguments: {', '.join(changed)}")
+        _warn_of_changes(self.state_key, state_dict["arguments"], self.rule.arguments())
         self.state = from_plain(self.rule.state_type(), state_dict["state"])
 
     def __eq__(self, other: object) -> bool:
@@ -241,30 +246,58 @@ class RuleCallback(GuardMember):
         return typing.cast(Rule[Any], self)
 
 
+@dataclass(eq=False)
 class TransformCallback(GuardMember):
     """A per-tensor change of the gradients, made between the raw norm and the bounds.
 
-    Transforms do not commute, so they run in the order of their names. State that belongs to the history lives in
-    device tensors: `transform` prepares the next one, `commit` or `commit_on_device` keeps it if the step is applied.
+    A subclass is a ``@dataclass(eq=False)`` of its arguments. Transforms do not commute, so they run in the order of
+    their plugins' names. State that belongs to the history lives in device tensors: `transform` prepares the next
+    one, `commit` keeps it if the step is applied. In both modes of the guard, `commit` comes before the next
+    `transform` and before any checkpoint.
+
+    Args:
+        name: what checkpoints call this transform; needed when one run has two of a kind. Default: the plugin's name.
     """
 
+    plugin: ClassVar[str]
+    """Name of the plugin, such as ``clip_value``."""
+    slot: ClassVar[str]
+    """The slot of the configuration that it fills, such as ``clip``."""
     clips: ClassVar[bool] = True
     """It changes gradients, and so excludes the Trainer's own ``gradient_clip_val``."""
 
+    name: str | None = field(default=None, kw_only=True)
+
     @abstractmethod
-    def transform(self, parameters: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-        """Change gradients in place, through `stabletrain.runtime.gradients`.
+    def transform(self, names: Sequence[str], parameters: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+        """Change gradients in place, through `stabletrain.runtime.gradients`; never wait for the device.
 
         Args:
-            parameters: those that have a gradient, in the optimizer's order.
+            names: of the parameters that have a gradient, at least one, in the optimizer's order.
+            parameters: the parameters themselves.
             grads: their gradients.
         """
 
     def commit(self, applied: bool) -> None:
-        """The step in progress was applied, or not (exact mode and late confirmation)."""
+        """The step last transformed for was applied, or not."""
 
-    def commit_on_device(self, dropped: Tensor) -> None:
-        """As `commit`, decided on the device: ``dropped`` is a 0-d tensor, 1 if the step was dropped."""
+    @property
+    def state_key(self) -> str:
+        """The key of this plugin's state in a checkpoint."""
+        return self.name or self.plugin
+
+    def state_dict(self) -> dict[str, Any]:
+        """The arguments; subclasses with a history add it, as tensors and plain Python types."""
+        return {**super().state_dict(), "arguments": _plain_arguments(Rule.arguments(typing.cast(Any, self)))}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint; other arguments than it was made with are said aloud."""
+        super().load_state_dict(state_dict)
+        _warn_of_changes(self.state_key, state_dict["arguments"], Rule.arguments(typing.cast(Any, self)))
+
+    def require(self, ok: bool, argument: str, expected: str) -> None:
+        """As `Rule.require`: refuse an argument with one message that names it."""
+        Rule.require(typing.cast(Any, self), ok, argument, expected)
 
 
 @functools.cache
@@ -280,5 +313,13 @@ def as_callback(rule: type[Rule[Any]]) -> type[RuleCallback]:
     return type(name, (RuleCallback, rule), {"__module__": module, "__doc__": rule.__doc__})
 
 
-def _plain_argument(value: Any) -> Any:
-    return value if value is None or isinstance(value, bool | int | float | str) else repr(value)
+def _plain_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    plain = (bool, int, float, str, type(None))
+    return {key: value if isinstance(value, plain) else repr(value) for key, value in arguments.items()}
+
+
+def _warn_of_changes(state_key: str, saved: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    plain = _plain_arguments(mine)
+    changed = [f"{key}={mine[key]!r} (was {saved.get(key)!r})" for key in mine if plain[key] != saved.get(key)]
+    if changed:
+        rank_zero_warn(f"{state_key}: goes on from a checkpoint with other arguments: {', '.join(changed)}")

@@ -51,6 +51,11 @@ def at_fit_start(trainer: Trainer) -> None:
             f"stabletrain plugins guard exactly one optimizer, and configure_optimizers returned "
             f"{len(trainer.optimizers)}. Merge them into one optimizer with parameter groups, or remove the plugins."
         )
+    if not any(group["params"] for group in trainer.optimizers[0].param_groups):
+        raise UserError(
+            "stabletrain plugins guard an optimizer, and configure_optimizers returned none. Return one, or remove the "
+            "plugins."
+        )
     if isinstance(trainer.optimizers[0], torch.optim.LBFGS):
         raise UserError(
             "stabletrain plugins cannot guard LBFGS: it evaluates the loss several times within one step, so there is "

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from stabletrain.runtime import compat
+from stabletrain.runtime.changed_buffers import ChangedBuffers
 
 
 class StepControl:
@@ -37,13 +38,22 @@ class StepControl:
         self._drop = False
         self._held = False
         self._scaler_state: dict[str, Any] | None = None
+        self._replaced: list[tuple[object, str, Any]] = []
         self._wrap_optimizer_step()
         self._wrap_scheduler_step()
 
+    @property
+    def watches_windows(self) -> bool:
+        """Whether `open_window` has anything to do: the module has buffers."""
+        return len(self._buffers) > 0
+
     def open_window(self) -> None:
         """An accumulation window begins: what the buffers hold now is what a dropped window goes back to."""
-        self._held = False
         self._buffers.keep()
+
+    def begin(self) -> None:
+        """A decision is about to be made: nothing is dropped or held yet."""
+        self._drop = self._held = False  # after an overflow the loss scaler does not call step: a drop is left over
 
     def drop(self, scaler: torch.amp.GradScaler | None = None) -> None:
         """Decided on the host: do not apply the step in progress, and leave the loss scale alone."""
@@ -72,8 +82,19 @@ class StepControl:
 
     def undo(self) -> None:
         """Leave optimizer and module as they were before the fit."""
-        self.optimizer.__dict__.pop("step", None)
-        self._module.__dict__.pop("lr_scheduler_step", None)
+        for owner, name, before in self._replaced:
+            if before is None:
+                owner.__dict__.pop(name, None)
+            else:
+                owner.__dict__[name] = before
+        self._replaced.clear()
+        self.optimizer.__dict__.pop("grad_scale", None)
+        self.optimizer.__dict__.pop("found_inf", None)
+
+    def _replace(self, owner: object, name: str, method: Callable[..., Any]) -> None:
+        # torch's schedulers leave a method of their own on the optimizer: undo must put that one back
+        self._replaced.append((owner, name, owner.__dict__.get(name)))
+        owner.__dict__[name] = method
 
     def _wrap_optimizer_step(self) -> None:
         inner = self.optimizer.step
@@ -96,7 +117,7 @@ class StepControl:
             return result
 
         # a bound method: torch's schedulers read `__func__` of it
-        self.optimizer.step = types.MethodType(step, self.optimizer)  # type: ignore[method-assign]
+        self._replace(self.optimizer, "step", types.MethodType(step, self.optimizer))
 
     def _wrap_scheduler_step(self) -> None:
         if not self.trainer.lr_scheduler_configs:
@@ -108,67 +129,4 @@ class StepControl:
             if not (self._held and compat.scheduler_interval(self.trainer, scheduler) == "step"):
                 inner(scheduler, metric)
 
-        self._module.lr_scheduler_step = lr_scheduler_step  # type: ignore[method-assign]
-
-
-class ChangedBuffers:
-    """Copies of a module's buffers, refreshed only for those that changed.
-
-    A buffer has changed when it is another tensor than before, or when its version counter moved (an in-place change;
-    one made through ``.data`` is invisible here).
-
-    Args:
-        module: the module whose buffers are watched, non-persistent ones included.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        owners = [
-            (child, name) for child in module.modules() for name, buffer in child._buffers.items() if buffer is not None
-        ]
-        self._owners = owners
-        self._tensors = [self._of(owner) for owner in owners]
-        self._copies = [tensor.detach().clone() for tensor in self._tensors]
-        self._versions = [tensor._version for tensor in self._tensors]
-
-    def keep(self) -> None:
-        """Take the buffers as they are now."""
-        for i in self._changed():
-            tensor = self._of(self._owners[i])
-            if tensor.shape == self._copies[i].shape:
-                self._copies[i].copy_(tensor)
-            else:
-                self._copies[i] = tensor.detach().clone()
-            self._tensors[i], self._versions[i] = tensor, tensor._version
-
-    def restore(self) -> None:
-        """Put the changed buffers back, in the tensors they were in."""
-        for i in self._changed():
-            child, name = self._owners[i]
-            tensor = self._tensors[i]
-            with torch.no_grad():
-                tensor.copy_(self._copies[i])
-            child._buffers[name] = tensor
-            self._versions[i] = tensor._version
-
-    def choose(self, dropped: Tensor) -> None:
-        """As `restore` where ``dropped`` is 1, else as `keep`, decided on the device."""
-        for i in self._changed():
-            tensor = self._of(self._owners[i])
-            with torch.no_grad():
-                tensor.copy_(torch.where(dropped.bool(), self._copies[i], tensor))
-            self._copies[i].copy_(tensor)
-            self._tensors[i], self._versions[i] = tensor, tensor._version
-
-    def _changed(self) -> list[int]:
-        return [
-            i
-            for i, owner in enumerate(self._owners)
-            if (tensor := self._of(owner)) is not self._tensors[i] or tensor._version != self._versions[i]
-        ]
-
-    @staticmethod
-    def _of(owner: tuple[nn.Module, str]) -> Tensor:
-        child, name = owner
-        tensor = child._buffers[name]
-        assert tensor is not None, f"buffer {name} of {type(child).__name__} became None during training"
-        return tensor
+        self._replace(self._module, "lr_scheduler_step", lr_scheduler_step)

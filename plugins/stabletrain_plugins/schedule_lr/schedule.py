@@ -114,6 +114,8 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         if any(isinstance(each, GuardMember) for each in callbacks if each is not self):
             super().setup(trainer, pl_module, stage)
+            if not self._leads:
+                compat.silence_step_hooks(self, among=ScheduleLR)  # the guard says when a rate is due: on_outcome
             return
         if self._fitted is None or self._fitted() is not trainer:
             self.reset()
@@ -164,25 +166,28 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
         self._set(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Set the rate of the coming step."""
+        """Set the rate of the coming step, where there is no guard to say when."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        self._set(trainer)
-        self._used = _rate(trainer)
+        if self._guard is None:
+            self._set(trainer)
+            self._used = _rate(trainer)
 
     def on_outcome(self, outcome: Outcome) -> None:
-        """Where the host learns late that a step was dropped: set the rate again, just before the next one is taken."""
-        if self._guard is not None and self._guard.on_device:
-            self._set(self._guard.trainer)
-            self._used = _rate(self._guard.trainer)
+        """A step is over: set the rate of the next one."""
+        assert self._guard is not None, "outcomes come from a guard"
+        self._used = _rate(self._guard.trainer)
+        self._set(self._guard.trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Set the rate of the next step already, for callbacks that look at it before this one gets to."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._guard is not None:
+            return
         attempted = compat.logger_step(trainer)
         due = (attempted + 1) % compat.log_interval(trainer) == 0 and attempted != self._logged
-        if self._guard is None and due:
+        if due:
             self._logged = attempted
             metrics = self.metrics()
             compat.publish_metrics(trainer, metrics, {})

@@ -1,0 +1,1 @@
+"""Hold each tensor's gradient norm to its own history."""

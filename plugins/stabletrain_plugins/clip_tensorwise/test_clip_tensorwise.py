@@ -1,0 +1,179 @@
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from stabletrain import ClipTensorwise, UserError
+
+VECTORS = json.loads((Path(__file__).parents[3] / "tests" / "vectors" / "adagc_pytorch_optimizer.json").read_text())
+BROKEN = ("nan_once_at_60", "inf_first_3_fp16_start")
+SOUND = [case for case in VECTORS["cases"] if case["sequence"] not in BROKEN]
+NAMES = ("A", "B")
+
+
+def case_of(sequence: str) -> dict[str, Any]:
+    case: dict[str, Any] = next(case for case in VECTORS["cases"] if case["sequence"] == sequence)
+    return case
+
+
+def made_for(case: dict[str, Any]) -> ClipTensorwise:
+    theirs = {"lambda_rel": "max_ratio", "beta": "decay", "warmup_steps": "warmup_steps"}
+    return ClipTensorwise(**{theirs[key]: value for key, value in case["params"].items()})
+
+
+def gradient_of(norm: float) -> Tensor:
+    return torch.full((4,), norm / 2, dtype=torch.float64)
+
+
+def step(clip: ClipTensorwise, norms: Sequence[float], applied: bool = True) -> list[float]:
+    """Clipped norms of parameters A, B, ... with gradients of the given norms."""
+    grads = [gradient_of(norm) for norm in norms]
+    clip.transform([chr(ord("A") + i) for i in range(len(norms))], grads, grads)
+    clip.commit(applied)
+    return [g.norm().item() for g in grads]
+
+
+@pytest.mark.parametrize("case", SOUND, ids=lambda case: f"{case['sequence']}-{case['params']}")
+def test_matches_the_reference_where_it_is_right(case: dict[str, Any]) -> None:
+    clip, output = made_for(case), case["output"]
+    # where the global norm is clipped, the reference divides by norm + 1e-6
+    tolerance = 3e-7 if case["sequence"].startswith("exp_decay") else 1e-11
+    for t, norm in enumerate(case["input_norms"]):
+        held = step(clip, [norm, 0.3])
+        mine = [*held, clip.gamma("A"), clip.gamma("B")]
+        theirs = [output[key][t] for key in ("clipped_norm_A", "clipped_norm_B", "gamma_A", "gamma_B")]
+        assert mine == pytest.approx(theirs, rel=tolerance), t
+
+
+def test_one_nan_does_not_end_the_reference_norm() -> None:
+    case = case_of("nan_once_at_60")
+    assert case["output"]["gamma_A"][-1] == "nan"
+    clip = made_for(case)
+    for norm in case["input_norms"]:
+        before = clip.gamma("A")
+        held = step(clip, [float(norm), 0.3])[0]
+        assert math.isfinite(clip.gamma("A"))
+        assert norm != "nan" or (math.isnan(held) and clip.gamma("A") == before)
+    assert 0.7 < clip.gamma("A") < 0.9
+
+
+def test_an_fp16_start_teaches_nothing_but_its_finite_steps() -> None:
+    case = case_of("inf_first_3_fp16_start")
+    assert case["output"]["gamma_B"][0] == 0.0
+    clip, alone = made_for(case), made_for(case)
+    for norm in case["input_norms"]:
+        step(clip, [float(norm), 0.3], applied=norm != "inf")
+        if norm != "inf":
+            step(alone, [norm, 0.3])
+    assert clip.gamma("A") == alone.gamma("A")
+    assert clip.gamma("B") == alone.gamma("B") == pytest.approx(0.3, rel=0.01)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("at", range(8))
+def test_a_bad_gradient_at_any_step_leaves_the_state_finite(at: int, bad: float) -> None:
+    clip = ClipTensorwise(warmup_steps=4)
+    for t in range(8):
+        before = clip.gamma("A")
+        grads = [gradient_of(0.5), gradient_of(0.25)]
+        if t == at:
+            grads[0][t % 4] = bad
+        given = grads[0].clone()
+        clip.transform(NAMES, grads, grads)
+        clip.commit(True)
+        if t == at:
+            assert torch.equal(grads[0].nan_to_num(9.0), given.nan_to_num(9.0))
+            assert clip.gamma("A") == before
+    assert clip.gamma("A") == 0.5
+    assert clip.gamma("B") == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 5])
+def test_a_tensor_whose_gradient_begins_at_zero_is_not_frozen(warmup_steps: int) -> None:
+    # the first gradient of a low-rank adapter's A is exactly zero; a minimum of zero could never grow again
+    clip = ClipTensorwise(warmup_steps=warmup_steps)
+    for norm in (0.0, 0.1, 0.1, 0.0, 0.1, 0.1, 0.0, 0.1):
+        assert step(clip, [norm, 0.3])[0] == pytest.approx(norm)
+    assert clip.gamma("A") == pytest.approx(0.1)
+
+
+def test_a_step_that_is_not_applied_leaves_no_trace() -> None:
+    clip = ClipTensorwise(warmup_steps=3)
+    for t in range(6):
+        step(clip, [0.5, 0.2])
+        before = clip.state_dict()["state"]
+        step(clip, [0.1 * t, 7.0], applied=False)
+        after = clip.state_dict()["state"]
+        assert torch.equal(before["gammas"], after["gammas"])
+        assert before["applied"] == after["applied"] == t + 1
+
+
+def test_a_parameter_without_a_gradient_keeps_its_reference_norm() -> None:
+    clip = ClipTensorwise(warmup_steps=0)
+    step(clip, [0.5, 0.2])
+    gradient = gradient_of(0.2)
+    clip.transform(["B"], [gradient], [gradient])
+    clip.commit(True)
+    assert (clip.gamma("A"), clip.gamma("B"), clip.gamma("C")) == (0.5, pytest.approx(0.2), math.inf)
+
+
+def test_a_parameter_that_joins_late_is_clipped_from_its_second_step_on() -> None:
+    clip = ClipTensorwise(max_ratio=1.5, warmup_steps=2)
+    for _ in range(4):
+        step(clip, [0.5])
+    assert step(clip, [0.5, 8.0])[1] == 8.0
+    assert step(clip, [0.5, 80.0])[1] == pytest.approx(12.0)
+
+
+def test_warmup_holds_the_global_norm() -> None:
+    clip = ClipTensorwise(max_norm=1.0)
+    assert step(clip, [3.0, 4.0]) == pytest.approx([0.6, 0.8])
+    assert step(clip, [0.3, 0.4]) == pytest.approx([0.3, 0.4])
+
+
+def test_state_goes_by_name_and_loads_as_weights_only(tmp_path: Path) -> None:
+    clip = ClipTensorwise(warmup_steps=2)
+    for _ in range(4):
+        step(clip, [0.5, 0.2])
+    torch.save(clip.state_dict(), tmp_path / "state.pt")
+    loaded = ClipTensorwise(warmup_steps=2)
+    loaded.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    grads = [gradient_of(9.0), gradient_of(9.0)]
+    loaded.transform(["B", "A"], grads, grads)
+    assert [g.norm().item() for g in grads] == pytest.approx([1.05 * 0.2, 1.05 * 0.5])
+
+
+def test_other_arguments_than_the_checkpoint_s_are_said_aloud() -> None:
+    saved = ClipTensorwise().state_dict()
+    with pytest.warns(UserWarning, match=r"clip_tensorwise: goes on .* other arguments: max_ratio=1.5 \(was 1.05\)"):
+        ClipTensorwise(max_ratio=1.5).load_state_dict(saved)
+
+
+def test_how_often_it_clips_a_healthy_steady_sequence() -> None:
+    """The numbers of the card: of the steps after the warm-up, the share that is clipped."""
+    norms = case_of("steady")["input_norms"]
+    shares = {}
+    for max_ratio, decay in ((1.05, 0.98), (1.05, 0.9), (1.5, 0.98)):
+        clip = ClipTensorwise(max_ratio, decay, warmup_steps=25)
+        clipped = [step(clip, [norm, 0.3])[0] < norm * (1 - 1e-9) for norm in norms][24:]
+        shares[max_ratio, decay] = sum(clipped) / len(clipped)
+    assert shares == pytest.approx({(1.05, 0.98): 0.70, (1.05, 0.9): 0.40, (1.5, 0.98): 0.0}, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_ratio": 0.0}, r"max_ratio must be > 0, got 0.0 \(config key plugins.clip.max_ratio\)"),
+        ({"decay": 1.0}, r"decay must be in \[0, 1\)"),
+        ({"warmup_steps": -1}, r"warmup_steps must be >= 0"),
+        ({"max_norm": 0.0}, r"max_norm must be > 0"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ClipTensorwise(**arguments)

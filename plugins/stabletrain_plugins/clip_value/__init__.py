@@ -1,0 +1,1 @@
+"""Clamp every element of the gradient."""
