@@ -31,6 +31,8 @@ _PLUGINS = {
     "ClipZScore": "stabletrain_plugins.clip_zscore.rule:ClipZScoreRule",
     "DetectSpikes": "stabletrain_plugins.detect_spikes.rule:DetectSpikesRule",
     "MonitorGradients": "stabletrain_plugins.monitor_gradients.callback:MonitorGradients",
+    "ResumeExactly": "stabletrain_plugins.resume_exactly.callback:ResumeExactly",
+    "SaveCheckpoints": "stabletrain_plugins.save_checkpoints.callback:SaveCheckpoints",
     "ScheduleLR": "stabletrain_plugins.schedule_lr.schedule:ScheduleLR",
     "SkipNonFinite": "stabletrain_plugins.skip_nonfinite.rule:SkipNonFiniteRule",
     "SkipOutliers": "stabletrain_plugins.skip_outliers.rule:SkipOutliersRule",
@@ -46,6 +48,9 @@ if TYPE_CHECKING:
     from stabletrain_plugins.clip_zscore.rule import ClipZScoreRule
     from stabletrain_plugins.detect_spikes.rule import DetectSpikesRule
     from stabletrain_plugins.monitor_gradients.callback import MonitorGradients as MonitorGradients
+    from stabletrain_plugins.resume_exactly.callback import ResumeExactly as ResumeExactly
+    from stabletrain_plugins.save_checkpoints.callback import SaveCheckpoints as SaveCheckpoints
+    from stabletrain_plugins.schedule_lr.schedule import ScheduleLR as ScheduleLR
     from stabletrain_plugins.skip_nonfinite.rule import SkipNonFiniteRule
     from stabletrain_plugins.skip_outliers.rule import SkipOutliersRule
 

@@ -1,2 +1,7 @@
-class DataError(ValueError):
+
+
+from stabletrain.errors import UserError
+
+
+class DataError(UserError):
     """A data file is missing, damaged, or does not hold what the workload needs."""

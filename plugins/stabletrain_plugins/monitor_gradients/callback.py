@@ -1,0 +1,183 @@
+"""Gradient and weight norms by layer, looked at every N steps and read from the device once per flush."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from stabletrain.core.events import Event
+from stabletrain.core.outcome import Outcome
+from stabletrain.errors import UserError
+from stabletrain.runtime import gradients
+from stabletrain.runtime.member import GuardMember
+
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""What torch.compile, FSDP and activation checkpointing put into names."""
+
+
+class MonitorGradients(GuardMember):
+    """Log the norms of gradients and weights layer by layer, and say where a gradient became non-finite.
+
+    Every ``every`` attempted steps, and at the first, the norms are computed on the device; they are read once, when
+    the guard sends its metrics out (``Trainer(log_every_n_steps=...)``): ``grad_norm/<layer>`` and
+    ``weight_norm/<layer>``, means over the looks since the last time, and ``nonfinite_layers``, the most layers with a
+    non-finite gradient in one look. Gradients are looked at unscaled, before any transform or clipping. The global
+    ``grad_norm``, ``clipped`` and ``skipped`` are the guard's own metrics, of every step.
+
+    When a step is non-finite, an event names the parameters where its gradient is. Where decisions are made on the
+    device (``Guard(mode="device")``), that step's gradients are gone when the host learns of it, and none is named.
+
+    Args:
+        every: attempted steps from one look to the next, >= 1.
+        depth: levels of modules that make a layer, >= 1; an index counts with its list, so that 1 gives
+            ``model.blocks.3``. None: every module is a layer.
+        weights: look at the weights too.
+
+    Raises:
+        UserError: if an argument is out of range.
+
+    >>> MonitorGradients(every=10, depth=None).every
+    10
+    """
+
+    plugin: ClassVar[str] = "monitor_gradients"
+    slot: ClassVar[str] = "gradients"
+
+    def __init__(self, every: int = 50, depth: int | None = 1, weights: bool = True) -> None:
+        for key, value in (("every", every), ("depth", 1 if depth is None else depth)):
+            if value < 1:
+                raise UserError(
+                    f"monitor_gradients: {key} must be >= 1, got {value} (config key plugins.gradients.{key})"
+                )
+        self.every = every
+        self.depth = depth
+        self.weights = weights
+        self._clear()
+
+    def _clear(self) -> None:
+        self._looks: list[Tensor] = []
+        self._worst: int | None = None
+        self._layers: list[str] = []
+        self._layer_of: list[int] = []
+        self._index: dict[int, tuple[list[int], Tensor]] = {}
+
+    @property
+    def state_key(self) -> str:
+        """The key of this plugin's state in a checkpoint."""
+        return self.plugin
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Join the guard; nothing has been looked at yet."""
+        if stage == "fit":
+            self._clear()
+        super().setup(trainer, pl_module, stage)
+
+    def on_gradients(self, step: int, parameters: Sequence[Tensor]) -> None:
+        """Measure on the device, in the steps whose turn it is."""
+        if (step + 1) % self.every and step:
+            return
+        if not self._layers:
+            self._group(parameters)
+        grads = gradients.of(parameters)
+        present = [layer for layer, p in zip(self._layer_of, parameters, strict=True) if gradients.of((p,))]
+        look = [self._norms(0, grads, present, parameters[0].device)]
+        if self.weights:
+            look.append(self._norms(1, [p.detach() for p in parameters], self._layer_of, parameters[0].device))
+        self._looks.append(torch.stack(look))
+
+    def on_outcome(self, outcome: Outcome) -> None:
+        """After a non-finite step: name the parameters where its gradient is non-finite."""
+        if outcome.overflow or (math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm)):
+            return
+        guard = self._guard
+        if guard is None or guard.on_device:
+            return
+        named = [(name, grad) for name, p in guard.module.named_parameters() for grad in gradients.of((p,))]
+        if not named:
+            return
+        norms = gradients.tensor_norms([grad for _, grad in named]).tolist()
+        names = [name for name, _ in named]
+        layers = layer_names(names, self.depth)
+        at = [i for i, norm in enumerate(norms) if not math.isfinite(norm)]
+        bad = [names[i] for i in at]
+        self._worst = max(self._worst or 0, len({layers[i] for i in at}))
+        where = f", from {bad[0]} to {bad[-1]} in forward order" if len(bad) > 1 else f": {bad[0]}" if bad else ""
+        reason = f"loss {outcome.loss:.4g}, gradient non-finite in {len(bad)} of {len(named)} parameters{where}"
+        guard.report(Event(outcome.step, self.plugin, "nonfinite", float(len(bad)), 0.0, reason))
+
+    def metrics(self) -> dict[str, float]:
+        """Means over the looks since the last flush, read from the device at once."""
+        looks, self._looks = self._looks, []
+        worst, self._worst = self._worst, None
+        if not looks:
+            return {} if worst is None else {"nonfinite_layers": float(worst)}
+        table: list[list[list[float]]] = torch.stack(looks).tolist()
+        seen = max(sum(not math.isfinite(norm) for norm in look[0]) for look in table)
+        metrics = {"nonfinite_layers": float(max(seen, worst or 0))}
+        for row, what in enumerate(("grad_norm", "weight_norm")[: len(table[0])]):
+            for column, layer in enumerate(self._layers):
+                finite = [look[row][column] for look in table if math.isfinite(look[row][column])]
+                if finite:
+                    metrics[f"{what}/{layer}"] = math.fsum(finite) / len(finite)
+        return metrics
+
+    def _group(self, parameters: Sequence[Tensor]) -> None:
+        assert self._guard is not None, "gradients are shown by the guard"
+        order = {id(p): (i, name) for i, (name, p) in enumerate(self._guard.module.named_parameters())}
+        named = [order.get(id(p), (len(order) + i, f"parameter {i}")) for i, p in enumerate(parameters)]
+        layers = layer_names([name for _, name in named], self.depth)
+        forward = sorted(zip(named, layers, strict=True))
+        self._layers = list(dict.fromkeys(layer for _, layer in forward))
+        at = {layer: i for i, layer in enumerate(self._layers)}
+        self._layer_of = [at[layer] for layer in layers]
+
+    def _norms(self, row: int, tensors: Sequence[Tensor], layer_of: list[int], device: torch.device) -> Tensor:
+        """The norm of each layer, in float64: the square of a large float32 is no overflow there."""
+        if not tensors:
+            return torch.zeros(len(self._layers), dtype=torch.float64, device=device)
+        squares = gradients.tensor_norms(tensors).double().square()
+        known, index = self._index.get(row, ([], squares))
+        if known != layer_of:
+            index = torch.tensor(layer_of, device=squares.device)
+            self._index[row] = (layer_of, index)
+        return squares.new_zeros(len(self._layers)).index_add_(0, index, squares).sqrt()
+
+
+def layer_names(parameters: Sequence[str], depth: int | None) -> list[str]:
+    """The layer of each parameter: the beginning of its module's name.
+
+    Levels that all modules share (``model.``) are kept and not counted, and an index counts with the list that it is
+    in (``blocks.3`` is one level). A parameter of the module that all others are in is a layer by itself.
+
+    Args:
+        parameters: names as in `torch.nn.Module.named_parameters`.
+        depth: levels of modules, >= 1; None: all of them.
+
+    >>> layer_names(["model.wte.weight", "model.blocks.0.mlp.up.weight", "model.blocks.0.mlp.up.bias"], depth=1)
+    ['model.wte', 'model.blocks.0', 'model.blocks.0']
+    """
+    names = [".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in parameters]
+    paths = [_levels(name) for name in names]
+    same = [len(set(level)) == 1 for level in zip(*paths, strict=False)]
+    shared = [*same, False].index(False)
+    if all(len(path) == shared for path in paths):
+        shared = max(0, shared - 1)  # one module alone: it is the layer
+    end = None if depth is None else shared + depth
+    return [".".join(path[:end]) if len(path) > shared else name for name, path in zip(names, paths, strict=True)]
+
+
+def _levels(parameter: str) -> list[str]:
+    levels: list[str] = []
+    before = ""
+    for part in parameter.split(".")[:-1]:
+        if part.isdigit() and levels and not before.isdigit():
+            levels[-1] += f".{part}"
+        else:
+            levels.append(part)
+        before = part
+    return levels

@@ -1,0 +1,327 @@
+import inspect
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers.logger import Logger
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.utils.data import DataLoader
+
+from stabletrain.core.events import Event
+from stabletrain.errors import UserError
+from stabletrain.runtime import gradients
+from stabletrain.runtime.member import Guard, as_callback
+from stabletrain_plugins.clip_norm.rule import ClipNormRule
+from stabletrain_plugins.monitor_gradients import callback
+from stabletrain_plugins.monitor_gradients.callback import MonitorGradients, layer_names
+from stabletrain_plugins.skip_nonfinite.rule import SkipNonFiniteRule
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")
+CONF = Path(__file__).parent / "conf" / "plugins" / "gradients" / "monitor.yaml"
+LAYERS = ("net.inp", "net.blocks.0", "net.blocks.1", "net.out", "net.scale")
+ClipNorm, SkipNonFinite = as_callback(ClipNormRule), as_callback(SkipNonFiniteRule)
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp = nn.Linear(4, 8)
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2)])
+        self.out = nn.Linear(8, 1)
+        self.scale = nn.Parameter(torch.ones(()))
+        self.unused = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inp(x)
+        for block in self.blocks:
+            x = block(x)
+        out: Tensor = self.scale * self.out(x)
+        return out
+
+
+class Net(LightningModule):
+    """Records the true gradient norms; at some steps a block's gradient becomes non-finite on its way back."""
+
+    def __init__(self, poison: dict[int, float] | None = None, fused: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = Stack()
+        self.poison, self.fused = poison or {}, fused
+        self.true: list[dict[str, float]] = []
+        self.net.blocks[1][0].bias.register_hook(self._poisoned)
+
+    def _poisoned(self, grad: Tensor) -> Tensor | None:
+        value = self.poison.get(len(self.true))
+        return None if value is None else torch.full_like(grad, value)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = (self.net(batch[:, :4]) - batch[:, 4:]).square().mean()
+        return loss * self.poison[-1] if -1 in self.poison and batch_idx == 5 else loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        pass
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        prefixes = {layer: f"{layer}." for layer in LAYERS[:-1]} | {"net.scale": "net.scale"}
+        self.true.append(
+            {
+                layer: math.sqrt(
+                    sum(
+                        p.grad.double().square().sum().item()
+                        for name, p in self.named_parameters()
+                        if name.startswith(prefix) and p.grad is not None
+                    )
+                )
+                for layer, prefix in prefixes.items()
+            }
+        )
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2, fused=self.fused)
+
+
+class Record(Logger):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[int, dict[str, float]]] = []
+
+    name = "record"
+    version = 0
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.rows.append((step or 0, dict(metrics)))
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+class Listen(Callback):
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def on_stability_event(self, trainer: Trainer, module: LightningModule, event: Event) -> None:
+        self.events.append(event)
+
+
+def fit(module: Net, folder: Path, *callbacks: Callback, steps: int = 20, **options: Any) -> tuple[Trainer, Record]:
+    generator = torch.Generator().manual_seed(1)
+    batches = [torch.randn(16, 5, generator=generator) for _ in range(steps)]
+    record = Record()
+    arguments: dict[str, Any] = {
+        "max_epochs": 1,
+        "accelerator": "cpu",
+        "logger": record,
+        "log_every_n_steps": 10,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "limit_val_batches": 0,
+        "default_root_dir": folder,
+        **options,
+    }
+    trainer = Trainer(callbacks=list(callbacks), **arguments)
+    loader = DataLoader(batches, batch_size=None)
+    trainer.fit(module, loader, loader)
+    return trainer, record
+
+
+def mean(values: list[float]) -> Any:
+    return pytest.approx(sum(values) / len(values), rel=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["exact", "device"])
+def test_norms_of_layers_are_those_of_the_looks_since_the_last_flush(tmp_path: Path, mode: Any) -> None:
+    module = Net(fused=True)
+    _, record = fit(module, tmp_path, Guard(mode=mode), MonitorGradients(every=5))
+    rows = [row for _, row in record.rows if "grad_norm" in row]
+    assert len(rows) == 2
+    for layer in LAYERS:
+        assert rows[1][f"grad_norm/{layer}"] == mean([module.true[step][layer] for step in (14, 19)])
+        if mode == "exact":
+            assert rows[0][f"grad_norm/{layer}"] == mean([module.true[step][layer] for step in (0, 4, 9)])
+    assert rows[1]["nonfinite_layers"] == rows[1]["grad_norm/net.unused"] == 0
+    assert {key for key in rows[1] if key.startswith("weight_norm/")} == {
+        f"weight_norm/{layer}" for layer in (*LAYERS, "net.unused")
+    }
+
+
+def test_weights_are_those_that_the_step_began_with(tmp_path: Path) -> None:
+    module = Net()
+    before = module.net.out.weight.detach().norm().hypot(module.net.out.bias.detach().norm()).item()
+    _, record = fit(module, tmp_path, MonitorGradients(), steps=1, log_every_n_steps=1)
+    assert record.rows[0][1]["weight_norm/net.out"] == pytest.approx(before, rel=1e-6)
+    _, record = fit(Net(), tmp_path, MonitorGradients(weights=False), steps=1, log_every_n_steps=1)
+    assert not [key for key in record.rows[0][1] if key.startswith("weight_norm")]
+
+
+def test_gradients_are_seen_before_clipping_and_make_up_the_global_norm(tmp_path: Path) -> None:
+    monitor = MonitorGradients(every=1)
+    _, record = fit(Net(), tmp_path, ClipNorm(max_norm=1e-3), monitor, steps=1, log_every_n_steps=1)
+    row = record.rows[0][1]
+    assert row["clipped"] == 1.0
+    norms = [value for key, value in row.items() if key.startswith("grad_norm/")]
+    assert math.hypot(*norms) == pytest.approx(row["grad_norm"], rel=1e-6)
+    assert row["grad_norm"] > 0.1
+
+
+@pytest.mark.parametrize("plugins", [[], [ClipNorm(0.5), SkipNonFinite()]], ids=["alone", "beside rules"])
+def test_training_is_bit_identical_with_it(tmp_path: Path, plugins: list[Callback]) -> None:
+    with_it, without = Net(), Net()
+    fit(with_it, tmp_path, *plugins, MonitorGradients(every=1, depth=None), log_every_n_steps=1)
+    fit(without, tmp_path, *plugins)
+    for (name, a), b in zip(with_it.state_dict().items(), without.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_steps_between_looks_cost_nothing_and_the_device_is_read_once_a_flush(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured, read = [], []
+    tensor_norms, to_list = gradients.tensor_norms, Tensor.tolist
+
+    class Counted:
+        of = staticmethod(gradients.of)
+
+        @staticmethod
+        def tensor_norms(tensors: Any) -> Tensor:
+            measured.append(len(tensors))
+            return tensor_norms(tensors)
+
+    def counted_list(tensor: Tensor) -> Any:
+        if tensor.ndim == 3:
+            read.append(tensor.shape[0])
+        return to_list(tensor)
+
+    monkeypatch.setattr(callback, "gradients", Counted)
+    monkeypatch.setattr(Tensor, "tolist", counted_list)
+    fit(Net(), tmp_path, MonitorGradients(every=4))
+    assert len(measured) == 2 * len([0, 3, 7, 11, 15, 19])
+    assert read == [3, 3]
+
+
+def test_other_callbacks_can_monitor_a_layer(tmp_path: Path) -> None:
+    # self.log would not reach ModelCheckpoint from a callback that logs at a flush
+    best = ModelCheckpoint(tmp_path, monitor="grad_norm/net.out", save_on_train_epoch_end=False)
+    trainer, _ = fit(
+        Net(), tmp_path, MonitorGradients(every=5), best, enable_checkpointing=True, limit_val_batches=1, steps=10
+    )
+    assert {"grad_norm/net.blocks.0", "weight_norm/net.out", "nonfinite_layers"} <= set(trainer.callback_metrics)
+    assert best.best_model_score == trainer.callback_metrics["grad_norm/net.out"]
+    checkpoint = torch.load(best.best_model_path, weights_only=True)
+    assert checkpoint["callbacks"]["monitor_gradients"]["counters"]["attempted"] == 10
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_the_parameter_whose_gradient_became_nonfinite_is_named(tmp_path: Path, value: float) -> None:
+    # between two looks: a step in 50 would miss it
+    listen = Listen()
+    module = Net(poison={7: value})
+    _, record = fit(module, tmp_path, MonitorGradients(every=50), SkipNonFinite(), listen)
+    (event,) = [event for event in listen.events if event.plugin == "monitor_gradients"]
+    assert (event.step, event.kind, event.value) == (7, "nonfinite", 1.0)
+    assert event.reason.endswith("non-finite in 1 of 9 parameters: net.blocks.1.0.bias")
+    assert [row["nonfinite_layers"] for _, row in record.rows if "nonfinite_layers" in row] == [1.0]
+
+
+def test_a_nonfinite_loss_makes_all_gradients_nonfinite_and_names_the_first(tmp_path: Path) -> None:
+    listen = Listen()
+    fit(Net(poison={-1: math.nan}), tmp_path, MonitorGradients(), SkipNonFinite(), listen)
+    (event,) = [event for event in listen.events if event.plugin == "monitor_gradients"]
+    assert "loss nan, gradient non-finite in 9 of 9 parameters, from net.scale to net.out.bias" in event.reason
+
+
+@pytest.mark.parametrize("mode", ["exact", "device"])
+def test_a_nonfinite_layer_is_counted_and_enters_no_mean(tmp_path: Path, mode: Any) -> None:
+    module = Net(poison={14: math.inf}, fused=True)
+    _, record = fit(module, tmp_path, Guard(mode=mode), MonitorGradients(every=5), SkipNonFinite())
+    first, second = (row for _, row in record.rows if "grad_norm" in row)
+    assert (first["nonfinite_layers"], second["nonfinite_layers"]) == (0.0, 1.0)
+    assert second["grad_norm/net.blocks.1"] == mean([module.true[19]["net.blocks.1"]])
+    assert second["grad_norm/net.blocks.0"] == mean([module.true[step]["net.blocks.0"] for step in (14, 19)])
+
+
+def test_a_layer_that_is_never_finite_is_left_out_and_counted(tmp_path: Path) -> None:
+    module = Net(poison=dict.fromkeys(range(4), math.nan))
+    skip = SkipNonFinite(max_in_a_row=100)
+    _, record = fit(module, tmp_path, MonitorGradients(every=1), skip, steps=4, log_every_n_steps=4)
+    row = record.rows[-1][1]
+    assert row["nonfinite_layers"] == 1
+    assert "grad_norm/net.blocks.1" not in row
+    assert "grad_norm/net.out" in row
+
+
+def test_a_second_fit_begins_anew(tmp_path: Path) -> None:
+    monitor = MonitorGradients(every=5)
+    fit(Net(), tmp_path, monitor, steps=7, log_every_n_steps=7)
+    module = Net()
+    _, record = fit(module, tmp_path, monitor, steps=3, log_every_n_steps=3)
+    assert record.rows[-1][1]["grad_norm/net.out"] == mean([module.true[0]["net.out"]])
+
+
+@pytest.mark.parametrize(
+    ("depth", "layers"),
+    [
+        (1, ["m.wte", "m.blocks.0", "m.blocks.0", "m.blocks.1", "m.scale"]),
+        (2, ["m.wte", "m.blocks.0.mlp.0", "m.blocks.0.attn", "m.blocks.1.mlp", "m.scale"]),
+        (None, ["m.wte", "m.blocks.0.mlp.0", "m.blocks.0.attn", "m.blocks.1.mlp.up", "m.scale"]),
+    ],
+)
+def test_layers_are_modules_at_a_depth(depth: int | None, layers: list[str]) -> None:
+    names = ["wte.weight", "blocks.0.mlp.0.bias", "blocks.0._orig_mod.attn.weight", "blocks.1.mlp.up.bias", "scale"]
+    assert layer_names([f"m.{name}" for name in names], depth) == layers
+
+
+@pytest.mark.parametrize(
+    ("names", "layers"),
+    [
+        (["weight", "bias"], ["weight", "bias"]),
+        (["lin.weight", "lin.bias"], ["lin", "lin"]),
+        (["net.0.weight", "net.2.weight"], ["net.0", "net.2"]),
+        (["0.weight", "1.weight"], ["0", "1"]),
+        ([], []),
+    ],
+)
+def test_layers_of_small_models(names: list[str], layers: list[str]) -> None:
+    assert layer_names(names, 1) == layers
+
+
+def test_a_large_norm_is_no_overflow() -> None:
+    monitor = MonitorGradients()
+    monitor._layers = ["a"]
+    norms = monitor._norms(0, [torch.full((2,), 1e19), torch.full((2,), 1e19)], [0, 0], torch.device("cpu"))
+    assert norms.item() == pytest.approx(2e19, rel=1e-6)
+
+
+def test_sharded_and_sparse_gradients_have_the_norm_of_the_whole(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        full = torch.arange(6.0).reshape(3, 2)
+        sparse = torch.sparse_coo_tensor(torch.tensor([[0, 0]]), torch.ones(2, 2), (3, 2), check_invariants=True)
+        monitor = MonitorGradients()
+        monitor._layers = ["sharded", "sparse"]
+        tensors = [distribute_tensor(full, mesh, [Shard(0)]), sparse]
+        norms = monitor._norms(0, tensors, [0, 1], torch.device("cpu"))
+        assert norms.tolist() == pytest.approx([full.norm().item(), math.sqrt(8)])
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("arguments", [{"every": 0}, {"depth": 0}])
+def test_a_wrong_argument_is_named(arguments: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=rf"plugins\.gradients\.{next(iter(arguments))}"):
+        MonitorGradients(**arguments)
+
+
+def test_the_option_file_says_the_defaults() -> None:
+    node = yaml.safe_load(CONF.read_text())
+    assert node.pop("_target_") == "stabletrain.MonitorGradients"
+    assert node == {key: p.default for key, p in inspect.signature(MonitorGradients).parameters.items()}

@@ -1,0 +1,1 @@
+"""Drop steps whose loss or gradient norm is far from its history."""

@@ -1,0 +1,378 @@
+import dataclasses
+import json
+import math
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from stabletrain.core.events import RequestKind
+from stabletrain.core.limits import SkipAbove
+from stabletrain.core.outcome import Outcome
+from stabletrain.core.rule import Replayed, replay
+from stabletrain.core.state import from_plain, to_plain
+from stabletrain.errors import UserError
+from stabletrain_plugins.skip_outliers.rule import OutlierState, SkipOutliersRule
+
+Series = list[tuple[float, float]]
+DEFAULT = SkipOutliersRule()
+SHORT = SkipOutliersRule(window=16, min_samples=8, regime_after=4, max_in_a_row=6)
+CONF = Path(__file__).parent / "conf" / "plugins" / "outliers"
+VECTORS = json.loads(
+    (Path(__file__).parents[3] / "tests" / "vectors" / "olmo_skipstep_decisions.json").read_text(),
+    parse_constant=float,
+)
+
+
+def run(rule: SkipOutliersRule, series: Series) -> list[Replayed]:
+    return list(replay(rule, series))
+
+
+def skipped(steps: list[Replayed]) -> list[int]:
+    return [step.outcome.step for step in steps if step.outcome.skipped]
+
+
+def kinds(steps: list[Replayed], kind: str) -> list[int]:
+    return [step.outcome.step for step in steps if any(event.kind == kind for event in step.events)]
+
+
+def requests(steps: list[Replayed]) -> list[int]:
+    return [step.outcome.step for step in steps if step.requests]
+
+
+def steady(seed: int, steps: int, sigma: float = 0.1, level: float = 0.8) -> Series:
+    r = random.Random(seed)
+    return [(2.5 * (1 + 0.03 * r.gauss(0, 1)), level * math.exp(sigma * r.gauss(0, 1))) for _ in range(steps)]
+
+
+def healthy(kind: str, seed: int, steps: int = 2000) -> Iterator[tuple[float, float]]:
+    r = random.Random(seed)
+    for t in range(steps):
+        a, b = r.gauss(0, 1), r.gauss(0, 1)
+        match kind:
+            case "steady":
+                yield 2.5 + 0.08 * a, 0.8 * math.exp(0.1 * b)
+            case "decay":
+                yield (2 + 8 * math.exp(-t / 100)) * (1 + 0.02 * a), (0.5 + 5 * math.exp(-t / 150)) * math.exp(0.2 * b)
+            case "drift":
+                yield 2.5 * (1 + 0.03 * a) * (1 + t / steps), math.exp(2 * t / steps + 0.2 * b)
+            case "lognormal":
+                yield 2.5 + 0.1 * a, math.exp(b)
+            case "lognormal loss":
+                yield math.exp(a), math.exp(b)
+            case "converging":
+                yield 3 * math.exp(-t / 400 + 0.7 * a), math.exp(-t / 400 + 0.7 * b)
+            case "negative loss":
+                yield -3 + 0.5 * a, math.exp(0.3 * b)
+            case "constant":
+                yield 2.0, 1.0
+
+
+HEALTHY = ["steady", "decay", "drift", "lognormal", "lognormal loss", "converging", "negative loss", "constant"]
+
+
+# ---- it leaves healthy training alone -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", HEALTHY)
+def test_healthy_training_is_left_alone(kind: str) -> None:
+    # a loss judged in linear space alone drops 3 % of log-normal losses, those of a classifier near its end
+    assert skipped(run(DEFAULT, list(healthy(kind, seed=0)))) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", HEALTHY)
+def test_healthy_training_is_left_alone_over_20_seeds(kind: str) -> None:
+    assert sum(len(skipped(run(DEFAULT, list(healthy(kind, seed))))) for seed in range(20)) == 0
+
+
+def test_only_zeros_are_no_scale_to_judge_by() -> None:
+    # a limit of 0 from a converged hinge loss would drop every later step
+    series = [(0.0, 0.0)] * 100 + [(0.1, 0.3)] * 100
+    assert skipped(run(DEFAULT, series)) == []
+
+
+def test_a_zero_norm_is_neither_history_nor_outlier() -> None:
+    series = [pair for each in steady(0, 200) for pair in (each, (2.5, 0.0))]
+    steps = run(DEFAULT, series)
+    assert skipped(steps) == []
+    assert skipped(run(DEFAULT, [*series, (2.5, 8.0)])) == [len(series)]
+
+
+# ---- it catches what it claims --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factor", [10.0, 100.0])
+@pytest.mark.parametrize("sigma", [0.0, 0.1, 0.3])
+def test_a_gradient_of_wrong_scale_is_dropped(sigma: float, factor: float) -> None:
+    for seed in range(5):
+        series = steady(seed, 300, sigma)
+        for at in (64, 65, 128, 299):
+            faulty = [(loss, factor * norm if t == at else norm) for t, (loss, norm) in enumerate(series)]
+            steps = run(DEFAULT, faulty)
+            # where the norm happens to be 2.5 sigmas low, ten times it is still 4.9 sigmas high: no claim below 6
+            if math.log(factor * series[at][1] / 0.8) > 8 * sigma + 0.5:
+                assert skipped(steps) == [at]
+
+
+def test_a_loss_spike_is_dropped_though_the_norm_is_normal() -> None:
+    series = steady(1, 300)
+    series[200] = (4.5, series[200][1])
+    assert skipped(run(DEFAULT, series)) == [200]
+
+
+def test_every_step_of_a_burst_is_dropped() -> None:
+    # OLMo's statistics take the first spikes in, and are blind to the rest
+    series = steady(2, 300)
+    series[200:210] = [(7.0, 2.5)] * 10
+    assert skipped(run(DEFAULT, series)) == list(range(200, 210))
+    assert len(skipped(run(SkipOutliersRule.olmo(), series))) < 10
+    assert skipped(run(SkipOutliersRule.olmo(keep_outliers=False), series)) == list(range(200, 210))
+
+
+def test_spikes_while_it_only_learns_do_no_harm() -> None:
+    series = steady(3, 200)
+    series[10], series[30], series[150] = (50.0, 400.0), (50.0, 400.0), (7.0, 20.0)
+    assert skipped(run(DEFAULT, series)) == [150]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("rule", [SHORT, SkipOutliersRule.olmo(window=20, max_in_a_row=6)], ids=["default", "olmo"])
+def test_a_nonfinite_step_at_any_position_is_as_if_it_had_not_been(rule: SkipOutliersRule, bad: float) -> None:
+    series = steady(4, 80)
+    series[50:53] = [(7.0, 30.0)] * 3
+    without = [step.outcome.skipped for step in run(rule, series)]
+    for at in range(len(series) + 1):
+        for pair in ((bad, 1.0), (2.0, bad), (bad, bad)):
+            steps = run(rule, [*series[:at], pair, *series[at:]])
+            decisions = [step.outcome.skipped for step in steps]
+            assert not decisions.pop(at), "dropping it is skip_nonfinite's business"
+            assert decisions == without
+
+
+def test_the_largest_floats_overflow_nowhere() -> None:
+    for rule in (SHORT, SkipOutliersRule.olmo(window=20), dataclasses.replace(SHORT, log_norm=False)):
+        for value in (1.7e308, 5e-324, 1e200):
+            state = rule.init()
+            for step in run(rule, [(value, value), (1.0, value), (-value, 1.0)] * 20):
+                state = rule.observe(state, step.outcome).state
+            json.dumps(to_plain(state), allow_nan=False)
+
+
+# ---- a new level of the norm ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factor", [1.5, 2.0, 3.0, 10.0])
+@pytest.mark.parametrize("sigma", [0.02, 0.0676, 0.1, 0.2, 0.3])
+def test_a_new_level_of_the_norm_is_learned(sigma: float, factor: float) -> None:
+    # ZClip stays locked in for ever. With sigma 0.0676 a factor of 1.5 lies at the limit: half the steps are above it
+    for seed in range(4):
+        after = steady(seed + 100, 400, sigma, level=0.8 * factor)
+        steps = run(DEFAULT, steady(seed, 300, sigma) + after)
+        assert len(skipped(steps)) <= DEFAULT.regime_after
+        assert not requests(steps)
+        learned = kinds(steps, "regime")
+        if sigma <= 0.1 and factor >= 3:
+            assert learned == [300 + DEFAULT.regime_after - 1]
+        for at in learned:
+            level = next(event for event in steps[at].events if event.kind == "regime")
+            assert level.value == pytest.approx(0.8 * factor, rel=0.35)
+            assert str(DEFAULT.regime_after) in level.reason
+
+
+def test_it_protects_at_once_after_learning_a_level() -> None:
+    series = steady(5, 300) + steady(6, 60, level=2.4)
+    at = 300 + DEFAULT.regime_after
+    for fault in ((2.5, 24.0), (7.0, 2.4)):
+        faulty = [*series[:at], fault, *series[at:]]
+        assert skipped(run(DEFAULT, faulty)) == list(range(300, at + 1))
+
+
+def test_a_raised_loss_is_no_new_level() -> None:
+    # re-learning a divergence would bless it
+    steps = run(DEFAULT, steady(7, 300) + [(7.0, 8.0)] * 40)
+    assert kinds(steps, "regime") == []
+    assert requests(steps) == [300 + DEFAULT.max_in_a_row - 1]
+
+
+def test_one_raised_loss_among_the_suspects_begins_the_count_anew() -> None:
+    shift = [(2.5, 8.0)] * 15
+    steps = run(dataclasses.replace(DEFAULT, max_in_a_row=100), steady(7, 300) + shift + [(7.0, 8.0)] + shift * 2)
+    assert kinds(steps, "regime") == [300 + 16 + 19]
+
+
+def test_without_regime_after_a_new_level_is_a_reason_to_give_up() -> None:
+    rule = SkipOutliersRule(regime_after=None)
+    steps = run(rule, steady(8, 300) + steady(9, 50, level=8.0))
+    assert kinds(steps, "regime") == []
+    assert requests(steps) == [329]
+
+
+def test_the_loss_decides_about_a_new_level_also_where_only_the_norm_is_watched() -> None:
+    rule = SkipOutliersRule(signals="grad_norm")
+    assert requests(run(rule, steady(10, 300) + [(7.0, 8.0)] * 40)) == [329]
+    assert kinds(run(rule, steady(10, 300) + [(2.5, 8.0)] * 40), "regime") == [319]
+
+
+# ---- dropped steps in a row -----------------------------------------------------------------------------------------
+
+
+def test_too_many_in_a_row_ask_for_a_rollback_with_the_number() -> None:
+    steps = run(DEFAULT, steady(11, 100) + [(9.0, 0.8)] * 70)
+    assert requests(steps) == [129, 159]
+    (request,) = steps[129].requests
+    assert request.kind is RequestKind.ROLLBACK
+    assert "30 outliers in a row" in request.reason
+    assert "loss 9" in request.reason
+
+
+def test_an_applied_step_ends_the_row_and_a_nonfinite_one_does_not() -> None:
+    bad = (9.0, 0.8)
+    base = steady(11, 100)
+    assert requests(run(DEFAULT, base + [bad] * 29 + [base[0]] + [bad] * 29)) == []
+    assert requests(run(DEFAULT, base + [bad] * 29 + [(math.nan, 1.0)] + [bad])) == [130]
+
+
+def test_a_step_dropped_by_another_rule_is_no_history() -> None:
+    state = DEFAULT.init()
+    for step in run(DEFAULT, steady(12, 100)):
+        state = DEFAULT.observe(state, step.outcome).state
+    other = Outcome(100, 2.5, 0.8, 0.8, math.nan, skipped=True)
+    overflow = Outcome(100, 2.5, 0.8, 0.8, math.nan, overflow=True)
+    assert DEFAULT.observe(state, other) == (state, (), ())
+    assert DEFAULT.observe(state, overflow) == (state, (), ())
+
+
+def test_events_name_the_values_and_limits() -> None:
+    steps = run(DEFAULT, [*steady(13, 100), (9.0, 33.0)])
+    (event,) = steps[-1].events
+    assert (event.kind, event.value, event.plugin, event.step) == ("skip", 9.0, "skip_outliers", 100)
+    assert event.limit < 4
+    assert "loss 9 >" in event.reason
+    assert "grad_norm 33 >" in event.reason
+    assert "(1 in a row)" in event.reason
+
+
+def test_a_rollback_ends_the_row_and_keeps_the_history() -> None:
+    state = DEFAULT.init()
+    for step in run(DEFAULT, steady(13, 100) + [(2.5, 33.0)] * 5):
+        state = DEFAULT.observe(state, step.outcome).state
+    rebased = DEFAULT.rebase(state, "spike")
+    assert (rebased.in_a_row, rebased.suspects, rebased.shifted) == (0, (), 0)
+    assert (rebased.loss, rebased.norm) == (state.loss, state.norm)
+
+
+@pytest.mark.parametrize(
+    ("signals", "watched"), [("both", {"loss", "grad_norm"}), ("loss", {"loss"}), ("grad_norm", {"grad_norm"})]
+)
+def test_only_the_chosen_signals_are_limited(signals: Any, watched: set[str]) -> None:
+    rule = SkipOutliersRule(signals=signals)
+    state = rule.init()
+    for step in run(rule, steady(14, 63)):
+        state = rule.observe(state, step.outcome).state
+    assert rule.limits(state).skips == frozenset()
+    state = rule.observe(state, Outcome(63, 2.5, 0.8, 0.8, 0.8)).state
+    skips = rule.limits(state).skips
+    assert {skip.signal for skip in skips if isinstance(skip, SkipAbove)} == watched
+
+
+# ---- OLMo-core ------------------------------------------------------------------------------------------------------
+
+
+def olmo(case: dict[str, Any]) -> tuple[SkipOutliersRule, Series]:
+    params, with_norms = case["params"], case["with_grad_norms"]
+    rule = SkipOutliersRule.olmo(
+        window=params.get("rolling_interval_length", 128),
+        sigmas=params.get("sigma_factor", 6.0),
+        signals="both" if with_norms else "loss",
+    )
+    losses = [float(loss) for loss in VECTORS["losses"][case["sequence"]]]
+    norms = VECTORS["grad_norms"] if with_norms else [1.0] * len(losses)
+    return rule, list(zip(losses, norms, strict=True))
+
+
+def named(case: dict[str, Any]) -> str:
+    return f"{case['sequence']}-{case['params']}-{'norm' if case['with_grad_norms'] else 'loss'}"
+
+
+FINITE = [case for case in VECTORS["cases"] if not case["sequence"].startswith("nan")]
+NAN = [case for case in VECTORS["cases"] if case["sequence"].startswith("nan")]
+
+
+@pytest.mark.parametrize("case", FINITE, ids=named)
+def test_olmo_decides_as_the_reference(case: dict[str, Any]) -> None:
+    rule, series = olmo(case)
+    assert skipped(run(rule, series)) == case["skipped_steps"]
+
+
+@pytest.mark.parametrize("case", NAN, ids=named)
+def test_olmo_is_not_blocked_by_one_nan_as_the_reference_is(case: dict[str, Any]) -> None:
+    rule, series = olmo(case)
+    at = next(t for t, (loss, _) in enumerate(series) if math.isnan(loss))
+    assert len(case["skipped_steps"]) > rule.window // 2
+    healthy_case = next(c for c in FINITE if {**c, **{k: case[k] for k in ("params", "with_grad_norms")}} == c)
+    assert healthy_case["sequence"] == "decaying_loss"
+    assert skipped(run(rule, series)) == [t for t in healthy_case["skipped_steps"] if t != at]
+
+
+def test_the_default_drops_the_whole_plateau_that_the_reference_accepts() -> None:
+    case = next(c for c in FINITE if c["sequence"].startswith("divergence") and c["with_grad_norms"])
+    assert case["skipped_steps"][:5] == [300, 301, 302, 303, 350]
+    _, series = olmo(case)
+    steps = run(DEFAULT, series)
+    assert skipped(steps) == list(range(300, 400))
+    assert requests(steps) == [329, 359, 389]
+
+
+# ---- state and configuration ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", [SHORT, SkipOutliersRule.olmo(window=20, max_in_a_row=6)], ids=["default", "olmo"])
+def test_resumed_at_any_cut_equals_uninterrupted(rule: SkipOutliersRule) -> None:
+    # the reference saves no history: a resumed run is unprotected for half a window
+    series = (
+        steady(15, 40) + [(7.0, 9.0)] * 8 + steady(16, 10) + steady(17, 30, level=8.0) + [(math.nan, 1.0), (7.0, 90.0)]
+    )
+    whole = run(rule, series)
+    assert len({event.kind for step in whole for event in step.events}) == (2 if rule is SHORT else 1)
+    for cut in range(len(series)):
+        state = rule.init()
+        for step in whole[:cut]:
+            state = rule.observe(state, step.outcome).state
+        state = from_plain(OutlierState, json.loads(json.dumps(to_plain(state), allow_nan=False)))
+        resumed = list(replay(rule, series[cut:], state))
+        for before, after in zip(whole[cut:], resumed, strict=True):
+            assert repr(before.outcome._replace(step=0)) == repr(after.outcome._replace(step=0))
+            assert [e.reason for e in before.events] == [e.reason for e in after.events]
+            assert before.requests == after.requests
+
+
+@pytest.mark.parametrize(("option", "rule"), [("skip", DEFAULT), ("olmo", SkipOutliersRule.olmo())])
+def test_an_option_file_says_what_the_rule_does(option: str, rule: SkipOutliersRule) -> None:
+    node = yaml.safe_load((CONF / f"{option}.yaml").read_text())
+    assert node.pop("_target_") == "stabletrain.SkipOutliers"
+    assert node == {**rule.arguments(), "name": None}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"sigmas": 0.0},
+        {"sigmas": math.nan},
+        {"window": 1},
+        {"min_samples": 129},
+        {"min_samples": 1},
+        {"signals": "norm"},
+        {"min_sigma_norm": 0.0},
+        {"min_sigma_loss": -1.0},
+        {"regime_after": 1},
+        {"max_in_a_row": 20},
+        {"max_in_a_row": 0, "regime_after": None},
+    ],
+)
+def test_a_wrong_argument_is_named(arguments: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=rf"plugins\.outliers\.{next(iter(arguments))}"):
+        SkipOutliersRule(**arguments)

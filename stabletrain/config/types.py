@@ -1,0 +1,95 @@
+"""Whether a value from YAML fits a type hint, and how to say so."""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from typing import Any, Literal, cast
+
+from pydantic import (
+    ConfigDict,
+    PydanticSchemaGenerationError,
+    PydanticUndefinedAnnotation,
+    TypeAdapter,
+    ValidationError,
+)
+
+from stabletrain.config.problems import suggestion
+
+_ANY = (Any, object, inspect.Parameter.empty)
+
+
+def mismatch(value: object, hint: object) -> str | None:
+    """Return what is wrong with a value, or None where it fits (or where the hint cannot be judged).
+
+    YAML knows fewer types than Python: a list may stand for a tuple, an integer for a float, a text for a path or an
+    enumeration. A text is never taken for a number, since it would arrive as a text.
+
+    Args:
+        value: a plain value: mapping, list, text, number, bool or None.
+        hint: a type hint.
+
+    >>> mismatch(3, int | None) is None
+    True
+    >>> mismatch("three", int | None)
+    "expected int or None, got 'three' (str)"
+    >>> mismatch("linaer", Literal["linear", "log"])
+    "expected 'linear' or 'log', got 'linaer' (str); did you mean 'linear'?"
+    """
+    if hint in _ANY or isinstance(hint, str | typing.TypeVar):
+        return None
+    try:
+        adapter: TypeAdapter[Any] = TypeAdapter(cast(Any, hint), config=ConfigDict(arbitrary_types_allowed=True))
+    except (PydanticSchemaGenerationError, PydanticUndefinedAnnotation, TypeError, NameError):
+        return None
+    except Exception as error:
+        if type(error).__module__.startswith("pydantic"):
+            return None
+        raise
+    try:
+        result = adapter.validate_python(value)
+    except ValidationError:
+        return _message(value, hint)
+    coerced = (
+        isinstance(value, str | bool | float) and isinstance(result, int | float) and type(result) is not type(value)
+    )
+    return _message(value, hint) if coerced else None
+
+
+def readable(hint: object) -> str:
+    """Return a type hint in words.
+
+    Args:
+        hint: a type hint.
+
+    >>> readable(dict[str, int] | None)
+    'dict[str, int] or None'
+    """
+    return " or ".join(_alternatives(hint))
+
+
+def _alternatives(hint: object) -> list[str]:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return list(dict.fromkeys(text for part in arguments for text in _alternatives(part)))
+    if origin is Literal:
+        return [repr(choice) for choice in arguments]
+    if origin is typing.Annotated:
+        return _alternatives(arguments[0])
+    if hint is type(None):
+        return ["None"]
+    if isinstance(hint, type) and origin is None:
+        return [hint.__name__]
+    return [str(hint).replace("typing.", "").replace("collections.abc.", "")]
+
+
+def _choices(hint: object) -> list[str]:
+    if typing.get_origin(hint) is Literal:
+        return [choice for choice in typing.get_args(hint) if isinstance(choice, str)]
+    return [choice for part in typing.get_args(hint) for choice in _choices(part)]
+
+
+def _message(value: object, hint: object) -> str:
+    near = suggestion(value, _choices(hint), list_all=False) if isinstance(value, str) else ""
+    return f"expected {readable(hint)}, got {value!r} ({type(value).__name__}){near}"

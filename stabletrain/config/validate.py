@@ -1,0 +1,290 @@
+"""Checking a composed config against the signatures it will be called with: every mistake at once, each with its key.
+
+There is no schema beside the code: a ``_target_`` is resolved (`stabletrain.config.trust`), and its arguments are held
+to ``inspect.signature`` and the type hints; ``trainer``, ``precision`` and ``strategy`` to Lightning's Trainer.
+"""
+
+from __future__ import annotations
+
+import inspect
+import typing
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from stabletrain.config import discovery
+from stabletrain.config.build import build_callback
+from stabletrain.config.compose import BUILT, Composed
+from stabletrain.config.problems import Problem, suggestion
+from stabletrain.config.trust import resolve
+from stabletrain.config.types import mismatch
+from stabletrain.errors import UserError
+
+TRAINER_PARTS = ("trainer", "precision", "strategy")
+_HYDRA_KEYS = frozenset({"_target_", "_convert_", "_recursive_", "_partial_", "_args_"})
+_OURS: dict[str, Any] = {
+    "recipe": str,
+    "seed": int,
+    "run_dir": str | None,
+    "resume": str | None,
+    "dry_run": bool,
+    "callbacks": dict,
+    "plugins": dict,
+    "launch": dict,
+    "trainer": dict,
+    "precision": dict | None,
+    "strategy": dict | None,
+}
+_LAUNCH: dict[str, Any] = {
+    "kind": Literal["local", "torchrun", "slurm"],
+    "processes": int,
+    "nodes": int,
+    "threads": int,
+    "sbatch": dict,
+}
+_ELSEWHERE = {
+    "logger": "logger is a group of its own; use logger=none or logger=mlflow",
+    "callbacks": "further callbacks go below the key callbacks: callbacks.NAME._target_=...",
+    "plugins": "use precision=OPTION, or plugins/SLOT=OPTION for plugins of this project",
+    "default_root_dir": "use run_dir=FOLDER",
+}
+
+
+def check(composed: Composed, trust: Iterable[str] = ()) -> list[Problem]:
+    """Return every mistake in a composed config.
+
+    Args:
+        composed: what `stabletrain.config.compose.compose` made.
+        trust: further packages that ``_target_`` may name.
+    """
+    config, trust = composed.config, tuple(trust)
+    missing = {problem.key for problem in composed.problems}
+    found = list(composed.problems)
+    for checked in (
+        _own_keys(config),
+        _nodes(config, trust),
+        _trainer(config, trust),
+        _launch(config),
+        _resume(config),
+    ):
+        found += [problem for problem in checked if problem.key not in missing]
+    return found
+
+
+def check_node(node: Mapping[str, Any], key: str, trust: Iterable[str] = ()) -> Iterator[Problem]:
+    """Yield what is wrong with one node to build, and with the nodes inside it.
+
+    Args:
+        node: a mapping with ``_target_``.
+        key: the node's config key.
+        trust: further packages that ``_target_`` may name.
+    """
+    try:
+        target = resolve(node["_target_"], trust)
+    except UserError as error:
+        yield Problem(f"{key}._target_", str(error))
+        return
+    name = str(node["_target_"]).rsplit(".", 1)[1]
+    yield from _arguments(target, name, node, key, complete=not node.get("_partial_") and "_args_" not in node)
+    for argument, value in node.items():
+        yield from _inner_nodes(value, f"{key}.{argument}", trust)
+
+
+def _inner_nodes(value: object, key: str, trust: Iterable[str]) -> Iterator[Problem]:
+    if isinstance(value, Mapping):
+        if "_target_" in value:
+            yield from check_node(value, key, trust)
+        else:
+            for name, inner in value.items():
+                yield from _inner_nodes(inner, f"{key}.{name}", trust)
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _inner_nodes(inner, f"{key}[{index}]", trust)
+
+
+def _arguments(
+    target: Callable[..., Any], name: str, given: Mapping[str, Any], key: str, *, complete: bool
+) -> Iterator[Problem]:
+    """Hold the given arguments to a signature: unknown names, wrong types, and what is missing."""
+    try:
+        parameters = inspect.signature(target).parameters
+    except (TypeError, ValueError):
+        return
+    hints = hints_of(target)
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    named = {
+        parameter_name: parameter
+        for parameter_name, parameter in parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    }
+    for argument, value in given.items():
+        if argument in _HYDRA_KEYS:
+            continue
+        if argument not in named:
+            if not open_ended:
+                yield Problem(f"{key}.{argument}", f"{name} has no argument {argument!r}{suggestion(argument, named)}")
+            continue
+        if value == "???":
+            continue
+        wrong = None if _holds_node(value) else mismatch(value, hints.get(argument, named[argument].annotation))
+        if wrong:
+            yield Problem(f"{key}.{argument}", wrong)
+    if complete:
+        for argument, parameter in named.items():
+            if parameter.default is parameter.empty and argument not in given:
+                yield Problem(f"{key}.{argument}", f"{name} needs this argument; set it")
+
+
+def hints_of(target: Callable[..., Any]) -> dict[str, Any]:
+    """Return the type hints of a callable's arguments, as far as they can be evaluated.
+
+    Args:
+        target: a class or function.
+    """
+    if inspect.isclass(target) and "__signature__" not in vars(target):
+        target = target.__init__
+    try:
+        return {name: p.annotation for name, p in inspect.signature(target, eval_str=True).parameters.items()}
+    except Exception:
+        pass
+    try:
+        return typing.get_type_hints(target)
+    except Exception:  # a hint that cannot be evaluated here leaves its argument unjudged, nothing worse
+        return {}
+
+
+def _holds_node(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return "_target_" in value or any(map(_holds_node, value.values()))
+    return isinstance(value, list) and any(map(_holds_node, value))
+
+
+def _own_keys(config: Mapping[str, Any]) -> Iterator[Problem]:
+    known = (*BUILT, *_OURS)
+    for key, value in config.items():
+        if key not in known:
+            yield Problem(key, f"there is no such key{suggestion(key, known)}")
+        elif key in _OURS:
+            wrong = mismatch(value, _OURS[key])
+            if wrong:
+                yield Problem(key, wrong)
+    if isinstance(config.get("seed"), int) and not 0 <= config["seed"] < 2**32:
+        yield Problem("seed", f"expected 0 to 2**32 - 1, got {config['seed']}")
+
+
+def _nodes(config: Mapping[str, Any], trust: tuple[str, ...]) -> Iterator[Problem]:
+    slots = discovery.slots()
+    for key in BUILT:
+        yield from _optional_node(config.get(key), key, trust, f"choose an option: {key}=OPTION")
+        if config.get(key) is None and key in ("model", "data"):
+            yield Problem(key, f"nothing is chosen; add {key}=OPTION{suggestion('', discovery.groups().get(key, {}))}")
+    for parent in ("plugins", "callbacks"):
+        nodes = config.get(parent)
+        for name, node in nodes.items() if isinstance(nodes, Mapping) else ():
+            if parent == "callbacks":
+                advice = f"add {parent}.{name}._target_=..."
+            elif name in slots:
+                options = [option.name for option in slots[name].options if option.name != "none"]
+                advice = f"add plugins/{name}=OPTION{suggestion('', options)}"
+            else:
+                advice = f"there is no slot {name!r}{suggestion(str(name), slots)}"
+            yield from _optional_node(node, f"{parent}.{name}", trust, advice)
+    yield from _constructed(config, trust)
+
+
+def _optional_node(node: object, key: str, trust: tuple[str, ...], advice: str) -> Iterator[Problem]:
+    if node is None:
+        return
+    if not isinstance(node, Mapping):
+        yield Problem(key, f"expected something to build (_target_ and its arguments), got {node!r}; {advice}")
+    elif "_target_" not in node:
+        yield Problem(
+            key, f"arguments are set ({', '.join(map(str, node))}), but nothing is chosen to take them; {advice}"
+        )
+    else:
+        yield from check_node(node, key, trust)
+
+
+def _constructed(config: Mapping[str, Any], trust: tuple[str, ...]) -> Iterator[Problem]:
+    """Build plugins and schedule, which is cheap, to have each refuse its own impossible values now."""
+    plugins = config.get("plugins")
+    nodes = {f"plugins.{slot}": node for slot, node in plugins.items()} if isinstance(plugins, Mapping) else {}
+    nodes["schedule"] = config.get("schedule")
+    for key, node in nodes.items():
+        if not isinstance(node, Mapping) or "_target_" not in node or next(check_node(node, key, trust), None):
+            continue
+        try:
+            build_callback(node, key=key, trust=trust)
+        except (ValueError, TypeError) as error:
+            yield Problem(key, str(error).removeprefix(f"{key}: "))
+
+
+def _trainer(config: Mapping[str, Any], trust: tuple[str, ...]) -> Iterator[Problem]:
+    from lightning.pytorch import Trainer
+
+    seen: dict[str, str] = {}
+    for part in TRAINER_PARTS:
+        given = config.get(part)
+        if not isinstance(given, Mapping):
+            continue
+        for argument in given:
+            where = f"{part}.{argument}"
+            if argument in _ELSEWHERE and not (part == "precision" and argument == "plugins"):
+                yield Problem(where, _ELSEWHERE[argument])
+            elif argument in seen:
+                yield Problem(
+                    where, f"{seen[argument]} sets it too; keep one of them ({part}=none removes the group's)"
+                )
+            seen.setdefault(argument, where)
+        yield from _arguments(Trainer, "Lightning's Trainer", given, part, complete=False)
+        for argument, value in given.items():
+            yield from _inner_nodes(value, f"{part}.{argument}", trust)
+
+
+def _launch(config: Mapping[str, Any]) -> Iterator[Problem]:
+    launch, trainer = config.get("launch"), config.get("trainer")
+    if not isinstance(launch, Mapping) or not isinstance(trainer, Mapping):
+        return
+    for key, value in launch.items():
+        wrong = mismatch(value, _LAUNCH[key]) if key in _LAUNCH else f"there is no such key{suggestion(key, _LAUNCH)}"
+        if wrong:
+            yield Problem(f"launch.{key}", wrong)
+        elif _LAUNCH[key] is int and value < 1:
+            yield Problem(f"launch.{key}", f"expected at least 1, got {value}")
+    for argument, source in (("devices", "processes"), ("num_nodes", "nodes")):
+        if argument in trainer and trainer[argument] != launch.get(source):
+            yield Problem(
+                f"trainer.{argument}", f"it follows launch.{source}; set launch.{source}={trainer[argument]} instead"
+            )
+    if launch.get("nodes") != 1 and launch.get("kind") in ("local", "torchrun"):
+        yield Problem("launch.nodes", "several nodes need launch=slurm")
+    for key, value in (launch.get("sbatch") or {}).items() if isinstance(launch.get("sbatch"), Mapping) else ():
+        if not str(key).replace("-", "").isalnum() or not isinstance(value, str | int | None) or "\n" in str(value):
+            yield Problem(
+                f"launch.sbatch.{key}", f"expected a long option of sbatch with a one-line value, got {value!r}"
+            )
+
+
+def _resume(config: Mapping[str, Any]) -> Iterator[Problem]:
+    resume = config.get("resume")
+    if not isinstance(resume, str):
+        return
+    path = checkpoint_of(resume)
+    if path is None:
+        yield Problem("resume", f"there is no checkpoint {resume!r}; expected a .ckpt here, or a run's folder")
+    elif path.is_file() and not zipfile.is_zipfile(path):
+        yield Problem("resume", f"{path} is no checkpoint, or a truncated one; take an earlier one")
+
+
+def checkpoint_of(resume: str) -> Path | None:
+    """Return the checkpoint that ``resume`` means: itself, or the newest one of a run's folder.
+
+    Args:
+        resume: path of a checkpoint (a file, or a folder that a sharded strategy wrote) or of a run's folder.
+    """
+    path = Path(resume).expanduser().absolute()
+    if path.is_dir() and (path / "checkpoints").is_dir():
+        found = sorted((path / "checkpoints").glob("*.ckpt"), key=lambda file: file.stat().st_mtime)
+        return found[-1].resolve() if found else None
+    return path if path.exists() else None

@@ -1,0 +1,74 @@
+"""Ending a run at the end of a batch, with a checkpoint, when a signal has asked for it."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from stabletrain.launch.signals import Interrupted, SignalWatch
+
+CHECKPOINT = "interrupted.ckpt"
+
+
+class SaveAndStop(Callback):
+    """Save a checkpoint and raise `Interrupted` after the batch in which a signal arrived, on all ranks alike.
+
+    Args:
+        watch: what receives the signals.
+        folder: where the checkpoint goes.
+    """
+
+    def __init__(self, watch: SignalWatch, folder: Path) -> None:
+        self.started = False
+        self._watch = watch
+        self._folder = folder
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the signals back from Lightning, which registers its own handlers before this hook."""
+        self._watch.install()
+        self._watch.patient = True
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Remember that the run is under way."""
+        self.started = True
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop here if asked to."""
+        self._stop_if_asked(trainer)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Stop here if asked to."""
+        if self.started:
+            self._stop_if_asked(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop waiting for batches to end."""
+        self._watch.patient = False
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Stop waiting for batches to end."""
+        self._watch.patient = False
+
+    def _stop_if_asked(self, trainer: Trainer) -> None:
+        signum = self._watch.received
+        asked = signum is not None
+        if trainer.world_size > 1:
+            # A signal reaches the ranks at different batches, and saving needs all of them at once.
+            asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
+        if asked:
+            path = self._folder / CHECKPOINT
+            trainer.save_checkpoint(path, weights_only=False)
+            raise Interrupted(signum if signum is not None else signal.SIGTERM, str(path))

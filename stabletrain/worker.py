@@ -1,0 +1,8 @@
+"""``python -m stabletrain.worker run.yaml``: one process of one run."""
+
+import sys
+
+from stabletrain.launch.worker import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,140 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+HEAVY = ("torch", "lightning", "mlflow", "hydra", "numpy")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["ls"], ["ls", "plugins"], ["train", "--help"], ["show", "clip_norm"]])
+def test_looking_around_imports_nothing_heavy(words: list[str]) -> None:
+    # lightning alone takes four seconds
+    code = (
+        "import sys; sys.argv[1:] = " + repr(words) + "\n"
+        "from stabletrain.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        f"heavy = [name for name in {HEAVY} if name in sys.modules]\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_completion_of_recipes_and_groups_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\n"
+        "from stabletrain.config.completion import complete\n"
+        "assert complete([], 'char') == ['char_gpt']\n"
+        "assert complete(['char_gpt'], 'plugins/cl') == ['plugins/clip=']\n"
+        "assert 'plugins/clip=none,norm' in complete(['char_gpt'], 'plugins/clip=none,no')\n"
+        f"assert not [name for name in {HEAVY} if name in sys.modules]\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_completion_of_keys() -> None:
+    from stabletrain.config.completion import complete
+
+    found = complete(["digits_cnn", "schedule=none"], "optimizer.l")
+    assert found == ["optimizer.lr="]
+
+
+def test_the_shell_asks_the_program_for_completions() -> None:
+    script = Path(sys.executable).with_name("stabletrain")
+    asked = {"_STABLETRAIN_COMPLETE": "complete_bash", "COMP_WORDS": "stabletrain train char", "COMP_CWORD": "2"}
+    done = subprocess.run([script], env={**os.environ, **asked}, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["char_gpt"]
+
+
+def test_ls_lists_everything(cli) -> None:
+    out = cli("ls").stdout
+    for word in ("char_gpt", "digits_cnn", "clip_norm", "plugins/clip=norm", "How large may the gradient be"):
+        assert word in out
+
+
+def test_show_a_plugin(cli) -> None:
+    out = cli("show", "clip_norm").stdout
+    for word in ("clip_norm: a rule of stabletrain", "plugins/clip=norm", "max_norm", "Arguments"):
+        assert word in out
+    assert cli("show", "norm").stdout == out
+
+
+def test_show_a_slot_and_a_group(cli) -> None:
+    assert "How large may the gradient be" in cli("show", "clip").stdout
+    assert "bf16_mixed" in cli("show", "precision").stdout
+
+
+def test_show_a_recipe_is_its_composed_config(cli) -> None:
+    done = cli("show", "digits_cnn", "trainer.max_epochs=3")
+    assert done.returncode == 0, done.stderr
+    content = yaml.safe_load(done.stdout)
+    assert content["trainer"]["max_epochs"] == 3
+    assert content["model"]["_target_"] == "stabletrain.workloads.DigitsCNN"
+
+
+def test_cp_makes_a_recipe_that_runs(cli) -> None:
+    assert cli("cp", "digits_cnn", "mine.yaml").returncode == 0
+    again = cli("cp", "digits_cnn", "mine.yaml")
+    assert again.returncode == 2
+    assert "exists already" in again.stderr
+    assert "DigitsCNN" in cli("show", "./mine.yaml").stdout
+
+
+@pytest.fixture
+def series(tmp_path: Path) -> Path:
+    rows = ["2.0,0.5", "1.9,8.0", "nan,0.5", "1.8,inf", "1.7,0.4"]
+    file = tmp_path / "series.csv"
+    file.write_text("\n".join(["step,loss,grad_norm", *(f"{step},{row}" for step, row in enumerate(rows))]) + "\n")
+    return file
+
+
+def test_replay_clips_and_skips(cli, series: Path) -> None:
+    clip = cli("replay", "clip_norm", str(series), "max_norm=1")
+    assert clip.returncode == 0, clip.stderr
+    assert "5 steps, 1 clipped (20.00%), 0 skipped" in clip.stdout
+    skip = cli("replay", "skip_nonfinite", str(series))
+    assert "2 skipped (40.00%)" in skip.stdout
+    assert "step 2: " in skip.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("loss,norm\n1,2\n", ["lacks the column grad_norm"]),
+        ("", ["lacks the column", "an empty file"]),
+        ("loss,grad_norm\n", ["no rows"]),
+        ("loss,grad_norm\n1,2\n1,x\n", ["line 3", "grad_norm='x'"]),
+        ("loss,grad_norm\n1\n", ["line 2"]),
+    ],
+)
+def test_replay_of_a_broken_file(cli, tmp_path: Path, text: str, words: list[str]) -> None:
+    (tmp_path / "bad.csv").write_text(text)
+    done = cli("replay", "norm", "bad.csv")
+    assert done.returncode == 2
+    for word in ("bad.csv", *words):
+        assert word in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["clip_nrom", "series.csv"], ["did you mean 'clip_norm'"]),
+        (["clip_norm", "nowhere.csv"], ["nowhere.csv", "cannot be read"]),
+        (["clip_norm", "series.csv", "max_nrm=3"], ["max_nrm", "did you mean 'max_norm'"]),
+        (["clip_norm", "series.csv", "max_norm=big"], ["max_norm", "expected float"]),
+        (["clip_norm", "series.csv", "max_norm=-1"], ["max_norm"]),
+        (["clip_norm", "series.csv", "max_norm"], ["expected key=value"]),
+        (["schedule_lr", "series.csv"], ["only rules"]),
+    ],
+)
+def test_replay_of_a_wrong_rule(cli, series: Path, arguments: list[str], words: list[str]) -> None:
+    done = cli("replay", *arguments)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr

@@ -1,0 +1,64 @@
+import pytest
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping
+from omegaconf import OmegaConf
+
+import stabletrain
+from stabletrain.config.compose import compose
+from stabletrain.errors import UserError
+
+
+def test_omegaconf_and_plain_nodes_mean_the_same() -> None:
+    node = {"clip": {"_target_": "stabletrain.ClipNorm", "max_norm": "${limit}"}, "spike": None, "nonfinite": {}}
+    config = OmegaConf.create({"plugins": node, "limit": 0.5})
+    (made,) = stabletrain.callbacks(config.plugins)
+    assert isinstance(made, stabletrain.ClipNorm)
+    assert made.max_norm == 0.5
+
+
+def test_what_is_no_callback_is_refused() -> None:
+    with pytest.raises(UserError, match=r"plugins\.clip: 'torch\.nn\.Identity' made a Identity, expected a Lightning"):
+        stabletrain.callbacks({"clip": {"_target_": "torch.nn.Identity"}})
+
+
+def test_arguments_without_a_choice_are_refused() -> None:
+    # they would be dropped, and the run would go unprotected
+    with pytest.raises(UserError, match=r"plugins\.spike: expected _target_.*plugins/spike=OPTION"):
+        stabletrain.callbacks({"spike": {"window": 3}})
+    with pytest.raises(UserError, match=r"pass cfg\.plugins"):
+        stabletrain.callbacks([1])
+
+
+def test_any_lightning_callback_may_stand_in_a_slot() -> None:
+    (made,) = stabletrain.callbacks({"x": {"_target_": "lightning.pytorch.callbacks.EarlyStopping", "monitor": "loss"}})
+    assert isinstance(made, EarlyStopping)
+
+
+def test_default_callbacks_are_the_stack_of_train_yaml() -> None:
+    # a script with default_callbacks() and a run of a recipe have to be protected alike
+    from pathlib import Path
+
+    from stabletrain.config.build import build_callback
+
+    tiny = str(Path(__file__).parents[1] / "launch" / "tiny.yaml")
+    off = ("schedule", "plugins/clip", "plugins/nonfinite", "plugins/outliers", "plugins/gradients")
+    import yaml
+
+    from stabletrain.paths import data_dir
+
+    defaults = yaml.safe_load((data_dir("conf") / "train.yaml").read_text())["defaults"]
+    chosen = {group: name for entry in defaults if isinstance(entry, dict) for group, name in entry.items()}
+    config = compose(tiny, [f"{group}={chosen[group]}" for group in off]).config
+    composed: list[Callback] = [build_callback(config["schedule"], key="schedule")]
+    composed += stabletrain.callbacks(config["plugins"])
+    made = stabletrain.default_callbacks()
+    assert [type(callback) for callback in made] == [type(callback) for callback in composed]
+    for one, other in zip(made, composed, strict=True):
+        assert _arguments(one) == _arguments(other)
+
+
+def _arguments(callback: Callback) -> dict[str, object]:
+    import inspect
+
+    names = inspect.signature(type(callback)).parameters
+    return {name: getattr(callback, name, None) for name in names}

@@ -1,0 +1,127 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stabletrain.config.compose import compose
+from stabletrain.config.types import mismatch
+from stabletrain.config.validate import check, check_node, checkpoint_of
+
+TINY = str(Path(__file__).parents[1] / "launch" / "tiny.yaml")
+OURS = [
+    "model._target_=stabletrain.workloads.DigitsCNN",
+    "data._target_=stabletrain.workloads.DigitsData",
+]
+
+
+def problems(*overrides: str) -> list[str]:
+    return [str(problem) for problem in check(compose(TINY, [*OURS, *overrides]))]
+
+
+def test_a_right_config_has_no_problem() -> None:
+    assert problems("plugins/clip=norm", "plugins/nonfinite=skip", "optimizer=adamw") == []
+
+
+@pytest.mark.parametrize("group", ["optimizer", "precision", "strategy", "launch", "logger", "schedule", "trainer"])
+def test_every_option_that_we_ship_fits_its_signature(group: str) -> None:
+    # an option file whose key is not an argument would crash for whoever chooses it first
+    from stabletrain.config.discovery import groups
+
+    for name in groups()[group]:
+        assert problems(f"{group}={name}") == [], name
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optimzer=adamw", ["optimzer: there is no such key", "did you mean 'optimizer'"]),
+        ("optimizer=adamw optimizer.wieght_decay=1", ["optimizer.wieght_decay: AdamW has no", "'weight_decay'"]),
+        ("optimizer=adamw optimizer.lr=abc", ["optimizer.lr: expected float", "'abc' (str)"]),
+        ("optimizer=adamw optimizer.lr='1e-3'", ["optimizer.lr: expected float", "(str)"]),
+        ("optimizer.lr=1", ["optimizer: arguments are set (lr), but nothing is chosen", "optimizer=OPTION"]),
+        ("trainer.max_epocs=3", ["trainer.max_epocs", "did you mean 'max_epochs'"]),
+        ("trainer.max_steps=many", ["trainer.max_steps: expected int, got 'many'"]),
+        ("trainer.max_steps=10.5", ["trainer.max_steps: expected int, got 10.5"]),
+        ("trainer.precision=16-mixed", ["precision.precision: trainer.precision sets it too"]),
+        ("trainer.logger=true", ["trainer.logger: logger is a group of its own"]),
+        ("trainer.devices=2", ["trainer.devices: it follows launch.processes; set launch.processes=2"]),
+        ("strategy.strategy=[1]", ["strategy.strategy: expected str or Strategy, got [1]"]),
+        ("precision.precision=bf16-mixd", ["precision.precision", "did you mean 'bf16-mixed'"]),
+        ("plugins.spike.window=3", ["plugins.spike: arguments are set (window)", "nothing is chosen"]),
+        ("plugins.spkie.window=3", ["plugins.spkie", "there is no slot 'spkie'; did you mean 'spike'"]),
+        ("plugins.clip=3", ["plugins.clip: expected something to build", "got 3"]),
+        ("plugins/clip=norm plugins.clip.max_nrm=3", ["plugins.clip.max_nrm: ClipNorm has no", "'max_norm'"]),
+        ("plugins/clip=norm plugins.clip.max_norm=big", ["plugins.clip.max_norm: expected float, got 'big'"]),
+        ("plugins/clip=norm plugins.clip.max_norm=-1", ["plugins.clip: ", "max_norm", "-1"]),
+        ("callbacks.early._target_=lightning.pytorch.callbacks.EarlyStopping", ["callbacks.early.monitor", "needs"]),
+        ("callbacks.early.patience=3", ["callbacks.early", "add callbacks.early._target_"]),
+        ("callbacks.x._target_=lightning.pytorch.callbacks.ModelCheckpont", ["did you mean", "ModelCheckpoint'"]),
+        ("seed=-1", ["seed: expected 0 to"]),
+        ("seed=abc", ["seed: expected int"]),
+        ("dry_run=3", ["dry_run: expected bool"]),
+        ("launch.threads=0", ["launch.threads: expected at least 1"]),
+        ("launch.kind=locl", ["launch.kind", "did you mean 'local'"]),
+        ("launch.procs=2", ["launch.procs: there is no such key"]),
+        ("launch.nodes=2", ["launch.nodes: several nodes need launch=slurm"]),
+        ("launch=slurm launch.sbatch.a_b=3", ["launch.sbatch.a_b: expected a long option"]),
+        ("resume=/no/such.ckpt", ["resume: there is no checkpoint '/no/such.ckpt'"]),
+        ("resume=https://example.com/x.ckpt", ["resume: there is no checkpoint"]),
+        ("model._target_=os.system", ["model._target_: 'os.system' may not be built"]),
+    ],
+)
+def test_a_mistake_is_told_with_its_key(override: str, words: list[str]) -> None:
+    told = "\n".join(problems(*override.split()))
+    for word in words:
+        assert word in told
+
+
+def test_all_mistakes_are_told_at_once_and_once() -> None:
+    found = problems("optimzer=x", "trainer.max_epocs=3", "seed=-1", "plugins/clip=nrom", "model.width=wide")
+    assert len(found) == len(set(found)) == 5
+
+
+def test_a_truncated_checkpoint_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "cut.ckpt").write_bytes(b"PK\x03\x04" + bytes(100))
+    assert "truncated" in "".join(problems(f"resume={tmp_path}/cut.ckpt"))
+
+
+def test_a_runs_folder_means_its_newest_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    assert checkpoint_of(str(tmp_path)) is None
+    (folder / "a.ckpt").touch()
+    assert checkpoint_of(str(tmp_path)) == folder / "a.ckpt"
+
+
+def test_inner_nodes_are_checked_with_their_full_key() -> None:
+    node: dict[str, Any] = {
+        "_target_": "torch.nn.Sequential",
+        "_args_": [{"_target_": "torch.nn.Linear", "in_features": 3, "out": 4}],
+    }
+    found = [str(problem) for problem in check_node(node, "model")]
+    assert found[0].startswith("model._args_[0].out: Linear has no argument 'out'")
+    assert found[1].startswith("model._args_[0].out_features: Linear needs this argument")
+
+
+@pytest.mark.parametrize(
+    ("value", "hint"),
+    [
+        (3, float),
+        ([1, 2], tuple[float, float]),
+        ("a/b", Path),
+        (None, int | None),
+        (True, bool),
+        (3.0, float),
+        ("x", "X"),
+    ],
+)
+def test_yaml_values_that_fit(value: object, hint: object) -> None:
+    assert mismatch(value, hint) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "hint"), [("3", int), ("1e-3", float), (True, int), (1.5, int), (3, str), ([1], int)]
+)
+def test_values_that_would_arrive_as_something_else(value: object, hint: object) -> None:
+    # pydantic's lax mode takes "3" for 3, but it is the text that reaches the constructor
+    assert mismatch(value, hint) is not None

@@ -1,0 +1,85 @@
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+TINY = str(HERE / "tiny.yaml")
+
+
+class Cli:
+    """The real command line, in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = {
+            **{key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"},
+            "PYTHONPATH": str(HERE),
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "stabletrain", *words],
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def __call__(self, *words: str) -> subprocess.CompletedProcess[str]:
+        process = self.start(*words)
+        out, err = process.communicate(timeout=300)
+        return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+    def tiny(self, *words: str) -> subprocess.CompletedProcess[str]:
+        return self("train", TINY, "--trust", "tiny_workload", *words)
+
+    def results(self, recipe: str = "tiny") -> list[dict[str, Any]]:
+        files = sorted((self.folder / "runs" / recipe).glob("*/result.json"))
+        return [json.loads(file.read_text()) for file in files]
+
+    def runs(self) -> list[Any]:
+        from mlflow import MlflowClient
+
+        client = MlflowClient(f"sqlite:///{self.folder}/mlflow.db")
+        ids = [experiment.experiment_id for experiment in client.search_experiments()]
+        return list(client.search_runs(ids))
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Cli:
+    return Cli(tmp_path)
+
+
+Make = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> dict[str, Any]:
+    """A run.yaml's content."""
+    return {
+        "recipe": "tiny",
+        "seed": 0,
+        "run_dir": str(tmp_path / "run"),
+        "resume": None,
+        "model": {"_target_": "tiny_workload.TinyModel"},
+        "data": {"_target_": "tiny_workload.TinyData"},
+        "optimizer": None,
+        "schedule": None,
+        "plugins": {},
+        "callbacks": {},
+        "precision": {"precision": "32-true"},
+        "strategy": {"strategy": "auto"},
+        "trainer": {"max_steps": 3, "accelerator": "cpu", "devices": 1},
+        "logger": None,
+        "launch": {"kind": "local", "processes": 1, "nodes": 1, "threads": 1},
+        "trust": [],
+        "choices": {},
+    }

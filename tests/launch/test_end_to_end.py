@@ -1,0 +1,142 @@
+"""Whole runs through the command line: launcher, worker, MLflow, exit codes."""
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+
+def test_a_run_leaves_its_folder_and_says_what_to_type_next(cli) -> None:
+    done = cli.tiny("optimizer=adamw", "logger=mlflow")
+    assert done.returncode == 0, done.stderr
+    (result,) = cli.results()
+    assert result["end"] == "finished"
+    assert result["steps"] == 5
+    assert result["threads"] == 2
+    (folder,) = (cli.folder / "runs" / "tiny").iterdir()
+    content = yaml.safe_load((folder / "run.yaml").read_text())
+    assert content["run_dir"] == str(folder)
+    assert content["optimizer"]["_target_"] == "torch.optim.AdamW"
+    assert content["choices"]["optimizer"] == "adamw"
+    assert content["trust"] == ["tiny_workload"]
+    assert (folder / "checkpoints" / "last.ckpt").exists()
+    assert (folder / "worker.log").exists()
+    (run,) = cli.runs()
+    assert run.info.status == "FINISHED"
+    assert content["logger"]["run_id"] == run.info.run_id
+    assert f"mlflow ui --backend-store-uri sqlite:///{cli.folder}/mlflow.db" in done.stdout
+    assert done.stdout.count("stabletrain train") == 2
+    assert "--trust=tiny_workload" in done.stdout
+
+
+def test_a_bug_in_the_users_module_keeps_its_whole_traceback(cli) -> None:
+    done = cli.tiny("model.does=raise", "model.at=2", "logger=mlflow")
+    assert done.returncode == 1
+    assert 'raise RuntimeError("a bug in the user\'s module")' in done.stderr
+    (result,) = cli.results()
+    assert result["end"] == "failed"
+    assert result["steps"] == 2
+    assert cli.runs()[0].info.status == "FAILED"
+
+
+def test_a_killed_worker_is_settled(cli) -> None:
+    # without a process in front, MLflow shows it RUNNING for ever
+    done = cli.tiny("model.does=sigkill", "model.at=2", "logger=mlflow")
+    assert done.returncode == 1
+    assert "signal 9" in done.stdout
+    assert cli.runs()[0].info.status == "KILLED"
+    assert cli.results()[0]["end"] == "killed"
+
+
+def test_a_plugin_that_stops_the_run_exits_with_3(cli) -> None:
+    done = cli.tiny(
+        "model.does=poison", "plugins/nonfinite=skip", "plugins.nonfinite.max_in_a_row=4", "trainer.max_steps=50"
+    )
+    assert done.returncode == 3, done.stderr
+    assert "Traceback" not in done.stderr
+    (result,) = cli.results()
+    assert result["end"] == "stopped"
+    assert "4" in result["message"]
+
+
+@pytest.mark.parametrize(
+    ("signum", "code", "end"),
+    [(signal.SIGINT, 130, "interrupted"), pytest.param(signal.SIGTERM, 143, "terminated", marks=pytest.mark.slow)],
+)
+def test_a_signal_saves_and_the_run_can_go_on(cli, signum: signal.Signals, code: int, end: str) -> None:
+    process = cli.start(
+        "train", str(Path(__file__).parent / "tiny.yaml"), "--trust", "tiny_workload",
+        "model.pause=0.05", "trainer.max_steps=2000", "logger=mlflow", "run_dir=first",
+    )  # fmt: skip
+    ready = cli.folder / "first" / "worker.log"
+    deadline = time.monotonic() + 120
+    while not (ready.exists() and "TPU available" in ready.read_text()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(3)
+    process.send_signal(signum)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == code, err
+    assert "Traceback" not in err
+    checkpoint = cli.folder / "first" / "checkpoints" / "interrupted.ckpt"
+    assert f"resume={checkpoint}" in out
+    assert cli.runs()[0].info.status == "KILLED"
+    import json
+
+    result = json.loads((cli.folder / "first" / "result.json").read_text())
+    steps = result["steps"]
+    assert result["end"] == end
+    assert steps > 0
+    resumed = cli.tiny(f"resume={checkpoint}", f"trainer.max_steps={steps + 3}", "run_dir=second")
+    assert resumed.returncode == 0, resumed.stderr
+    assert json.loads((cli.folder / "second" / "result.json").read_text())["steps"] == steps + 3
+
+
+def test_a_sweep_is_one_parent_and_a_process_for_each_job(cli) -> None:
+    done = cli.tiny("-m", "seed=7", "plugins/clip=none,norm", "logger=mlflow", "run_dir=sweep")
+    assert done.returncode == 0, done.stderr
+    runs = {run.info.run_name: run for run in cli.runs()}
+    assert set(runs) == {"sweep", "plugins/clip=none", "plugins/clip=norm"}
+    parent = runs.pop("sweep")
+    assert {run.info.status for run in (parent, *runs.values())} == {"FINISHED"}
+    assert {run.data.tags["mlflow.parentRunId"] for run in runs.values()} == {parent.info.run_id}
+    assert sorted(path.name for path in (cli.folder / "sweep").iterdir()) == ["0", "1"]
+
+
+@pytest.mark.slow
+def test_a_failing_job_does_not_end_the_sweep(cli) -> None:
+    done = cli.tiny("-m", "model.does=raise,nothing", "model.at=1", "run_dir=sweep")
+    assert done.returncode == 1
+    assert "failed after 1 steps" in done.stdout
+    assert "finished after 5 steps" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_users_mistake_before_and_after_the_first_step(cli) -> None:
+    before = cli.tiny("data.broken=true", "run_dir=before")
+    assert before.returncode == 2
+    assert "error: data.path: /no/such/file is missing" in before.stderr
+    after = cli.tiny("model.does=mistake", "model.at=2", "run_dir=after")
+    assert after.returncode == 1
+    assert "error: data.path: this file ended early" in after.stderr
+    assert "Traceback" not in before.stderr + after.stderr
+
+
+@pytest.mark.slow
+def test_several_processes_and_a_signal_in_one_of_them(cli) -> None:
+    done = cli.tiny("launch.processes=2", "launch.threads=1", "run_dir=whole")
+    assert done.returncode == 0, done.stderr
+    cut = cli.tiny("launch.processes=2", "launch.threads=1", "model.does=sigint", "model.at=2", "run_dir=cut")
+    assert cut.returncode == 130, cut.stderr
+    assert "ChildFailedError" not in cut.stderr
+    assert (cli.folder / "cut" / "checkpoints" / "interrupted.ckpt").exists()
+
+
+def test_dry_run_makes_nothing(cli) -> None:
+    done = cli.tiny("dry_run=true", "logger=mlflow")
+    assert done.returncode == 0
+    assert "composes" in done.stdout
+    assert list(cli.folder.iterdir()) == []

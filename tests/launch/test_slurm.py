@@ -1,0 +1,78 @@
+"""SLURM by stand-ins for sbatch and srun: what is handed over, and what the batch script does."""
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from stabletrain.config.problems import ConfigError
+from stabletrain.errors import UserError
+from stabletrain.launch.slurm import batch_script, submit
+
+
+@pytest.fixture
+def slurm_config(config: dict[str, Any]) -> dict[str, Any]:
+    Path(config["run_dir"]).mkdir()
+    config["launch"] = {
+        "kind": "slurm",
+        "processes": 4,
+        "nodes": 2,
+        "threads": 3,
+        "sbatch": {"partition": "gpu", "exclusive": None},
+    }
+    return config
+
+
+def program(folder: Path, name: str, text: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text("#!/bin/bash\n" + text)
+    (folder / name).chmod(0o755)
+
+
+def test_the_script_asks_for_what_the_config_says(slurm_config: dict[str, Any]) -> None:
+    script = batch_script(slurm_config, Path("/run.yaml"), {**os.environ, "STABLETRAIN_TRUST": "a b;rm"})
+    for line in ("nodes=2", "ntasks-per-node=4", "cpus-per-task=3", "partition=gpu", "exclusive\n"):
+        assert f"#SBATCH --{line}" in script
+    assert "export STABLETRAIN_TRUST='a b;rm'" in script
+
+
+def test_the_job_is_submitted_and_settles_itself(
+    slurm_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # nobody waits for a batch job: its script has to settle it, whatever happened to the worker
+    program(tmp_path / "bin", "sbatch", 'echo "4711;cluster"')
+    program(tmp_path / "bin", "srun", "exit 137")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    run_yaml = Path(slurm_config["run_dir"]) / "run.yaml"
+    run_yaml.write_text(yaml.safe_dump(slurm_config))
+    assert submit(slurm_config, run_yaml, os.environ) == "4711"
+    done = subprocess.run(["bash", str(run_yaml.parent / "job.sbatch")], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert '"killed"' in (run_yaml.parent / "result.json").read_text()
+
+
+def test_a_refusal_is_told(slurm_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program(tmp_path / "bin", "sbatch", 'echo "invalid partition" >&2; exit 1')
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    with pytest.raises(UserError, match="invalid partition"):
+        submit(slurm_config, Path(slurm_config["run_dir"]) / "run.yaml", os.environ)
+
+
+def test_a_machine_without_slurm_is_told(
+    slurm_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="no sbatch on this machine"):
+        submit(slurm_config, Path(slurm_config["run_dir"]) / "run.yaml", os.environ)
+
+
+def test_a_line_break_cannot_add_a_line_to_the_script() -> None:
+    from stabletrain.config.compose import compose
+    from stabletrain.config.validate import check
+
+    tiny = str(Path(__file__).parent / "tiny.yaml")
+    found = check(compose(tiny, ["launch=slurm", 'launch.sbatch.comment="a\nrm -rf ~"']), ["tiny_workload"])
+    assert any(problem.key == "launch.sbatch.comment" for problem in found), str(ConfigError(found))

@@ -1,0 +1,170 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from stabletrain.config.trust import TrustError
+from stabletrain.errors import UserError
+from stabletrain.launch.assemble import assemble, override_optimizer, run_callbacks, trainer_arguments
+from stabletrain.launch.process import AGREED, Ended, worker_command, worker_environment
+from stabletrain.launch.result import EXIT_CODES, MLFLOW, Result, read_result
+from stabletrain.launch.run_folder import make_run_folder, write_run_yaml
+from stabletrain.launch.settle import conclude
+from stabletrain.launch.signals import SignalWatch
+from stabletrain.launch.worker import main
+
+
+@pytest.fixture(autouse=True)
+def own_workload(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.setenv("STABLETRAIN_TRUST", "tiny_workload")
+
+
+def test_the_optimizer_of_any_module_can_be_replaced(config: dict[str, Any]) -> None:
+    config["optimizer"] = {"_target_": "torch.optim.AdamW", "_partial_": True, "lr": 0.5, "betas": [0.9, 0.95]}
+    run = assemble(config, SignalWatch())
+    run.model.layer.bias.requires_grad_(False)
+    optimizer = run.model.configure_optimizers()
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(run.model.layer.weight)]
+
+
+def test_replacing_the_optimizer_leaves_the_class_alone(config: dict[str, Any]) -> None:
+    # a second model of the class in one process would train with the first one's optimizer
+    import tiny_workload
+
+    model = tiny_workload.TinyModel()
+    override_optimizer(model, {"_target_": "torch.optim.AdamW", "_partial_": True})
+    assert isinstance(tiny_workload.TinyModel().configure_optimizers(), torch.optim.SGD)
+
+
+def test_callbacks_come_in_the_configs_order(config: dict[str, Any], tmp_path: Path) -> None:
+    config["plugins"] = {
+        "nonfinite": {"_target_": "stabletrain.SkipNonFinite"},
+        "clip": {"_target_": "stabletrain.ClipNorm"},
+    }
+    config["callbacks"] = {"stop": {"_target_": "lightning.pytorch.callbacks.EarlyStopping", "monitor": "loss"}}
+    names = [type(callback).__name__ for callback in run_callbacks(config, {}, tmp_path)]
+    assert names == ["SkipNonFinite", "ClipNorm", "EarlyStopping", "ModelCheckpoint", "ProgressLines"]
+
+
+def test_an_own_model_checkpoint_replaces_ours_and_saves_in_the_run_folder(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    config["callbacks"] = {"best": {"_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "monitor": "val_loss"}}
+    (found,) = (c for c in run_callbacks(config, {}, tmp_path) if isinstance(c, ModelCheckpoint))
+    assert found.monitor == "val_loss"
+    assert found.dirpath == str(tmp_path)
+
+
+def test_without_checkpointing_and_bar_there_are_none(config: dict[str, Any], tmp_path: Path) -> None:
+    # Lightning raises if the callback is there although it was switched off
+    assert run_callbacks(config, {"enable_checkpointing": False, "enable_progress_bar": False}, tmp_path) == []
+
+
+def test_precision_may_be_a_plugin_object(config: dict[str, Any]) -> None:
+    from stabletrain.config.discovery import groups
+
+    config["precision"] = yaml.safe_load(groups()["precision"]["fp16_mixed_cpu"].file.read_text())
+    made = trainer_arguments(config)["plugins"]
+    assert type(made).__name__ == "MixedPrecision"
+    assert isinstance(made.scaler, torch.amp.GradScaler)
+
+
+def test_the_worker_does_not_believe_the_trust_in_run_yaml(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # a run.yaml from somewhere else could name its own code and vouch for it
+    monkeypatch.delenv("STABLETRAIN_TRUST")
+    config["trust"] = ["tiny_workload"]
+    with pytest.raises(TrustError, match=r"model\._target_: 'tiny_workload\.TinyModel'"):
+        assemble(config, SignalWatch())
+
+
+def test_a_model_that_is_none_is_refused(config: dict[str, Any]) -> None:
+    config["model"] = {"_target_": "torch.nn.Identity"}
+    with pytest.raises(UserError, match=r"model: 'torch\.nn\.Identity' made a Identity, expected a Light"):
+        assemble(config, SignalWatch())
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "a: [", "recipe: x"])
+def test_what_is_no_run_yaml_is_a_usage_error(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import signal
+
+    before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
+    (tmp_path / "run.yaml").write_text(text)
+    try:
+        assert main([str(tmp_path / "run.yaml")]) == 2
+        assert main([str(tmp_path / "no.yaml")]) == 2
+        assert main([]) == 2
+    finally:
+        for signum, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+            signal.signal(signum, handler)
+    assert "run.yaml" in capsys.readouterr().err
+
+
+def test_run_yaml_survives_its_file(config: dict[str, Any], tmp_path: Path) -> None:
+    # YAML reads 1e-3 back as a text, and a seed as 007 as seven
+    (tmp_path / "run").mkdir()
+    config["optimizer"] = {
+        "lr": 1e-3,
+        "eps": 1e-8,
+        "betas": [0.9, 0.95],
+        "text": "1e-3",
+        "no": "no",
+        "time": "01:00:00",
+    }
+    assert yaml.safe_load(write_run_yaml(config).read_text()) == config
+
+
+def test_run_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    one, two = make_run_folder("tiny", None), make_run_folder("tiny", None)
+    assert one != two
+    assert one.parent == tmp_path / "runs" / "tiny"
+    assert make_run_folder("tiny", "here", job=3) == tmp_path / "here" / "3"
+    (tmp_path / "here" / "3" / "run.yaml").touch()
+    with pytest.raises(UserError, match="holds a run already"):
+        make_run_folder("tiny", "here", job=3)
+    with pytest.raises(UserError, match="run_dir: cannot write in /dev/null/x"):
+        make_run_folder("tiny", "/dev/null/x")
+
+
+def test_commands(tmp_path: Path) -> None:
+    one = {"kind": "local", "processes": 1, "nodes": 1, "threads": 3}
+    assert worker_command(one, tmp_path)[1:] == ["-m", "stabletrain.worker", str(tmp_path)]
+    two = worker_command({**one, "processes": 2}, tmp_path)
+    assert two[1:7] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    assert two[-1] == AGREED
+    assert "torch.distributed.run" in worker_command({**one, "kind": "torchrun"}, tmp_path)
+
+
+def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STABLETRAIN_TRUST", "a")
+    made = worker_environment({"threads": 3}, ["b"])
+    assert made["OMP_NUM_THREADS"] == "3"
+    assert made["STABLETRAIN_TRUST"] == "a,b"
+    assert made["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+
+
+@pytest.mark.parametrize("end", EXIT_CODES)
+def test_every_end_has_a_code_and_a_status(end: Any, tmp_path: Path) -> None:
+    assert (MLFLOW[end] == "FINISHED") == (EXIT_CODES[end] == 0)
+    result = Result(end=end, steps=3, metrics={"loss": float("nan")})
+    result.write(tmp_path)
+    found = read_result(tmp_path)
+    assert found is not None
+    assert (found.end, found.steps) == (end, 3)
+
+
+@pytest.mark.parametrize(
+    ("code", "end"), [(-9, "killed"), (137, "killed"), (143, "killed"), (1, "failed"), (0, "failed")]
+)
+def test_a_worker_without_last_words(code: int, end: str, config: dict[str, Any], tmp_path: Path) -> None:
+    # exit code 0 without a result is no success either
+    (tmp_path / "run").mkdir()
+    assert conclude(config, Ended(code=code)).end == end
