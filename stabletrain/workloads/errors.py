@@ -1,5 +1,3 @@
-
-
 from stabletrain.errors import UserError
 
 

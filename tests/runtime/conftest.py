@@ -1,0 +1,6 @@
+"""Makes `fits` importable: the small trainings that these tests share, also with scripts run in processes of their own."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))

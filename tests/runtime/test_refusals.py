@@ -1,0 +1,114 @@
+"""What cannot be guarded is refused before the first step: what is wrong, and what to do."""
+
+from typing import Any
+
+import pytest
+import torch
+from fits import HEALTHY, Net, SkipHighLoss, batches, fit
+from lightning.pytorch.strategies import SingleDeviceStrategy
+
+from stabletrain import ClipNorm, Guard, SkipNonFinite, UserError
+
+ITEMS = batches(HEALTHY, HEALTHY)
+
+
+class Manual(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class Two(Net):
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(self.net[:2].parameters(), 0.1), torch.optim.SGD(self.net[2:].parameters(), 0.1)]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        raise AssertionError("trained")
+
+
+class Unoptimized(Net):
+    def configure_optimizers(self) -> Any:
+        return None
+
+
+class SecondOrder(Net):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS(self.parameters())
+
+
+class Engine(SingleDeviceStrategy):
+    """Accumulates and steps by itself, as DeepSpeed's does."""
+
+    @property
+    def handles_gradient_accumulation(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "words"),
+    [
+        (Manual, {}, ["ClipNorm", "Manual", "manual optimization", "Use automatic optimization"]),
+        (SecondOrder, {}, ["LBFGS", "several times", "first-order"]),
+        (Net, {"strategy": Engine("cpu")}, ["Engine", "steps in its own engine", "strategy=ddp"]),
+        (Net, {"gradient_clip_val": 0.5}, ["gradient_clip_val=0.5", "ClipNorm", "both clip", "trainer.gradient_clip_val"]),
+    ],
+)
+def test_refusals(make: Any, options: dict[str, Any], words: list[str]) -> None:
+    """Bug: training that goes on unguarded, clips twice, or dies in the middle with a message of Lightning's."""
+    with pytest.raises(UserError) as refused:
+        fit(make(), ITEMS, ClipNorm(), SkipNonFinite(), **options)
+    for word in words:
+        assert word in str(refused.value)
+
+
+def test_several_optimizers_are_refused() -> None:
+    """Bug: only the first of several optimizers guarded. (Manual optimization is the only way to have several.)"""
+
+    class ManualTwo(Two):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+    with pytest.raises(UserError, match="manual optimization"):
+        fit(ManualTwo(), ITEMS, SkipNonFinite())
+
+
+@pytest.mark.filterwarnings("ignore:.*`LightningModule.configure_optimizers` returned `None`:UserWarning")
+def test_a_module_without_optimizer_is_refused() -> None:
+    """Bug: an IndexError from inside."""
+    with pytest.raises(UserError, match="configure_optimizers returned none. Return one"):
+        fit(Unoptimized(), ITEMS, SkipNonFinite())
+
+
+def test_the_trainers_own_clipping_is_allowed_beside_a_skip() -> None:
+    """Bug: a refusal of what works."""
+    assert fit(Net(), ITEMS, SkipNonFinite(), SkipHighLoss(), gradient_clip_val=0.5).global_step == 2
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "word"),
+    [
+        (Net("adamw-loop"), {}, "AdamW has no kernel that can drop a step"),
+        (Net("adamw-fused"), {"fp16": True}, "GradScaler"),
+        (Net("adamw-fused", "step"), {}, "ScheduleLR can"),
+    ],
+)
+def test_device_mode_where_it_is_impossible(module: Net, options: dict[str, Any], word: str) -> None:
+    """Bug: a decision that nobody executes."""
+    with pytest.raises(UserError, match='mode="auto"') as refused:
+        fit(module, ITEMS, SkipNonFinite(), Guard(mode="device"), **options)
+    assert word in str(refused.value)
+    assert fit(module, ITEMS, SkipNonFinite(), Guard(mode="auto"), **options).global_step == 2
+
+
+@pytest.mark.parametrize("options", [{"mode": "fast"}, {"max_attempts": 0}])
+def test_wrong_options(options: dict[str, Any]) -> None:
+    """Bug: a typo that silently means the default."""
+    with pytest.raises(UserError, match="config key guard"):
+        Guard(**options)
+
+
+def test_two_of_a_kind_need_names() -> None:
+    """Bug: two histories under one key of the checkpoint."""
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `ClipNorm`"):
+        fit(Net(), ITEMS, ClipNorm(), ClipNorm())
