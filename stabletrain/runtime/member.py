@@ -149,8 +149,8 @@ class GuardMember(Callback):
             self._guard.counters = Counters(**state_dict["counters"])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickles and copies leave the running fit behind; ``log`` is the module's, put there by Lightning."""
-        fit = {"_guard", "_leads", "_fitted", "log", *compat.STEP_HOOKS}
+        """Pickles and copies leave the running fit behind; ``log`` is the module's: Lightning puts it there."""
+        fit = {"_guard", "_leads", "_fitted", "log", "log_dict", *compat.STEP_HOOKS}
         return {key: value for key, value in self.__dict__.items() if key not in fit}
 
     def _settle_and_flush(self) -> None:

@@ -1,0 +1,123 @@
+"""Config, defaults and signature agree."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from stabletrain.config.discovery import Option, content
+from stabletrain.config.validate import check_node
+from stabletrain.testing.failure import wrong
+from stabletrain.testing.subject import Subject, choice
+
+CALLBACKS = ("rule", "transform", "callback", "schedule")
+"""Kinds of plugins that are Lightning callbacks."""
+
+_HYDRA_KEYS = frozenset({"_target_", "_partial_", "_convert_", "_recursive_", "_args_"})
+
+
+def options_exist(subject: Subject) -> None:
+    """A plugin offers something to choose."""
+    if not subject.options:
+        wrong("at least one file conf/<group>/<option>.yaml", f"none below {subject.plugin.folder / 'conf'}")
+    if subject.plugin.kind == "other":
+        wrong(
+            "a code file named for its kind (rule.py, transform.py, callback.py, ...)",
+            f"none in {subject.plugin.folder}",
+        )
+
+
+def targets_are_public(subject: Subject) -> None:
+    """Every ``_target_`` resolves to a public object that a config may build."""
+    for option in subject.options:
+        nodes = list(subject.targets(option))
+        if not nodes:
+            wrong(f"{choice(option)} to have a _target_", f"{sorted(subject.node(option) or {})} in {option.file}")
+        for node in nodes:
+            subject.resolve(node["_target_"])
+
+
+def keys_are_parameters(subject: Subject) -> None:
+    """Every parameter of the constructor is in the YAML file, and nothing else."""
+    for option in subject.options:
+        for node in subject.targets(option):
+            given, named = set(node) - _HYDRA_KEYS, set(_parameters(subject, node))
+            written = _written(option)
+            if missing := sorted(named - given - written):
+                wrong(f"{option.file} to set every parameter of {node['_target_']}", f"no {', '.join(missing)}")
+            if unknown := sorted(given - named):
+                wrong(f"{option.file} to set parameters of {node['_target_']} only", ", ".join(unknown))
+
+
+def values_are_arguments(subject: Subject) -> None:
+    """Every value has its parameter's type, and the option can be built."""
+    for option in subject.options:
+        for node in subject.targets(option):
+            for problem in check_node(node, choice(option), subject.trust):
+                wrong(f"{option.file} to hold valid arguments", f"{problem.key}: {problem.text}")
+        if "_target_" in subject.node(option):
+            try:
+                built = subject.build(option)
+            except Exception as error:
+                wrong(f"{choice(option)} to be built as it is", f"{type(error).__name__}: {error}")
+            if subject.plugin.kind in CALLBACKS:
+                from lightning.pytorch import Callback
+
+                if not isinstance(built, Callback):
+                    wrong(f"{choice(option)} to be a Lightning callback", type(built).__name__)
+
+
+def defaults_agree(subject: Subject) -> None:
+    """For every target, one option holds the constructor's defaults and no other value."""
+    by_target: dict[str, list[Option]] = {}
+    for option in subject.options:
+        for node in subject.targets(option):
+            by_target.setdefault(str(node["_target_"]), []).append(option)
+    for target, options in by_target.items():
+        found = {choice(option): differences(subject, option) for option in options}
+        if all(found.values()):
+            name = min(found, key=lambda each: len(found[each]))
+            wrong(
+                f"an option of {target} with the defaults of its signature (closest: {name})",
+                "; ".join(found[name]),
+            )
+
+
+def differences(subject: Subject, option: Option) -> list[str]:
+    """The values of an option that are not the default of their parameter, each as a text."""
+    found = []
+    for node in subject.targets(option):
+        for name, parameter in _parameters(subject, node).items():
+            if name in node and parameter.default is not parameter.empty:
+                value, default = node[name], parameter.default
+                if _comparable(value) != _comparable(default):
+                    found.append(f"{name}: {value!r} in the file, {default!r} in the signature")
+    return found
+
+
+def _parameters(subject: Subject, node: Mapping[str, Any]) -> dict[str, inspect.Parameter]:
+    target = subject.resolve(node["_target_"])
+    found = {
+        name: parameter
+        for name, parameter in inspect.signature(target).parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    }
+    if node.get("_partial_"):  # what is left open is given later: an optimizer's parameters
+        found = {name: p for name, p in found.items() if p.default is not p.empty or name in node}
+    return found
+
+
+def _written(option: Option) -> set[str]:
+    """The top-level keys of the file, interpolated ones included."""
+    return set(content(option))
+
+
+def _comparable(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(_comparable(item) for item in value)
+    if isinstance(value, Mapping):
+        return {str(key): _comparable(item) for key, item in value.items()}
+    if isinstance(value, bool):  # True == 1, but a file that says 1 says something else
+        return ("bool", value)
+    return value

@@ -1,0 +1,159 @@
+"""A plugin in a real training, on the CPU: alone, beside others in any order, a second time, and with NaN losses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from stabletrain.config.discovery import Option
+from stabletrain.config.trust import instantiate
+from stabletrain.testing.checks.equality import difference, nonfinite_numbers
+from stabletrain.testing.failure import wrong
+from stabletrain.testing.subject import Subject, choice
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback
+
+    from stabletrain.testing.toy import Fitted
+
+SPIKES = {7: 1e3, 70: 1e3, 71: 50.0, 90: 1e4}
+"""Factors on the loss of single batches: gross faults, also in the warm-up of a rule."""
+
+
+class Parts(NamedTuple):
+    """What one option contributes to a training."""
+
+    callbacks: list[Callback]
+    make_optimizer: Any
+    trainer: dict[str, Any]
+
+
+def parts(subject: Subject, option: Option) -> Parts:
+    """Fresh parts of an option, by the kind of its plugin."""
+    kind = subject.plugin.kind
+    if kind == "optimizer":
+        return Parts([], subject.build(option), {})
+    if kind in ("precision", "strategy"):
+        arguments: Mapping[str, Any] = subject.node(option) or {}
+        built = {
+            key: instantiate(value, trust=subject.trust, key=choice(option))
+            if isinstance(value, Mapping) and "_target_" in value
+            else value
+            for key, value in arguments.items()
+        }
+        return Parts([], None, built)
+    return Parts([subject.build(option)], None, {})
+
+
+def train(folder: Path, made: Parts, **arguments: Any) -> Fitted:
+    """Train the toy with these parts; further callbacks come behind them."""
+    from stabletrain.testing.toy import fit
+
+    arguments.setdefault("callbacks", made.callbacks)
+    return fit(folder, make_optimizer=made.make_optimizer, trainer=made.trainer, **arguments)
+
+
+def harmless_until_triggered(subject: Subject) -> None:
+    """Where a plugin changed no gradient, step or rate, weights are as without it, bit for bit."""
+    from stabletrain.testing.toy import fit
+
+    with TemporaryDirectory() as folder:
+        bare = fit(Path(folder), watch=False)
+        watched = fit(Path(folder))
+        for option in subject.options:
+            done = train(Path(folder), parts(subject, option))
+            if done.stopped:
+                wrong(f"{choice(option)} to let a healthy training go on", f"it was stopped: {done.stopped}")
+            if _did_something(done) or done.rates != watched.rates or len(done.outcomes) != len(watched.outcomes):
+                continue
+            if found := difference(bare.weights, done.weights):
+                wrong(f"{choice(option)}, which never triggered, to leave the weights bit-identical", found)
+
+
+def order_is_irrelevant(subject: Subject) -> None:
+    """First, in the middle or last beside two other plugins, with faults: the same weights and states."""
+    from stabletrain import ClipNorm, SkipNonFinite
+
+    faults = {**SPIKES, 20: math.nan, 80: math.inf}
+    with TemporaryDirectory() as folder:
+        results = []
+        for place in range(3):
+            made = parts(subject, subject.plain_option())
+            others = [SkipNonFinite(name="beside_skip"), ClipNorm(name="beside_clip")]
+            callbacks: list[Any] = [*others[:place], *made.callbacks, *others[place:]]
+            done = train(Path(folder), made, callbacks=callbacks, faults=faults)
+            states = dict(zip([_key(each, others) for each in callbacks], done.states, strict=True))
+            results.append(
+                {
+                    "weights": done.weights,
+                    "optimizer state": done.optimizer,
+                    "plugin states": states if _repeats(subject) else None,
+                    "outcomes": done.outcomes,
+                    "end": done.stopped,
+                }
+            )
+        for place, result in enumerate(results[1:], 1):
+            for what, expected in results[0].items():
+                if found := difference(expected, result[what]):
+                    wrong(
+                        "the place in the list of callbacks to be irrelevant",
+                        f"other {what} at place {place} than in front: {found}",
+                    )
+
+
+def second_fit_equals_first(subject: Subject) -> None:
+    """The same object in a new Trainer begins anew."""
+    with TemporaryDirectory() as folder:
+        for option in subject.representatives():
+            made = parts(subject, option)
+            first = train(Path(folder), made, faults=SPIKES)
+            second = train(Path(folder), made, faults=SPIKES)
+            for one, other, what in (
+                (first.weights, second.weights, "weights"),
+                (first.states, second.states, "state") if _repeats(subject) else (None, None, "state"),
+                (first.outcomes, second.outcomes, "outcomes"),
+            ):
+                if found := difference(one, other):
+                    wrong(f"{choice(option)} to begin anew with a new Trainer", f"other {what}: {found}")
+
+
+def nan_losses_do_not_break(subject: Subject) -> None:
+    """A NaN or infinite loss raises nothing; beside `SkipNonFinite`, weights and states stay finite."""
+    from stabletrain import SkipNonFinite
+
+    with TemporaryDirectory() as folder:
+        for at in ({0: math.nan}, {1: math.nan, 40: math.inf}, {95: math.nan}, {30: -math.inf, 31: math.nan}):
+            option = subject.plain_option()
+            case = f"with losses times {at} ({choice(option)})"
+            alone = parts(subject, option)
+            made = parts(subject, option)
+            skip = SkipNonFinite(name="beside_skip")
+            try:
+                train(Path(folder), alone, faults=at)
+                done = train(Path(folder), made, callbacks=[*made.callbacks, skip], faults=at)
+            except Exception as error:
+                wrong(f"training to go on {case}", f"{type(error).__name__}: {error}")
+            if done.stopped:
+                wrong(f"training to go on {case}, beside SkipNonFinite", f"it was stopped: {done.stopped}")
+            for what, value in (("weights", done.weights), ("plugin states", done.states)):
+                if lost := [each for each in nonfinite_numbers(value) if not each.endswith("inf")]:
+                    wrong(f"finite {what} {case}, beside SkipNonFinite", lost[0])
+
+
+def _repeats(subject: Subject) -> bool:
+    """Whether two equal runs must leave equal states: those of a callback may name the run, or the time."""
+    return subject.plugin.kind != "callback"
+
+
+def _did_something(done: Fitted) -> bool:
+    return any(
+        each.clipped or each.skipped or each.overflow or each.transformed_norm != each.grad_norm
+        for each in done.outcomes
+    )
+
+
+def _key(callback: Any, others: list[Any]) -> str:
+    return str(callback.name) if callback in others else "plugin"

@@ -1,0 +1,117 @@
+"""A plugin under test: its options, and fresh objects built from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stabletrain.config.discovery import Option, Plugin
+from stabletrain.config.trust import instantiate, resolve
+from stabletrain.errors import UserError
+from stabletrain.testing.failure import wrong
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What the checks of one plugin share.
+
+    Args:
+        plugin: as discovery found it.
+    """
+
+    plugin: Plugin
+    _nodes: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def options(self) -> tuple[Option, ...]:
+        """Its options; the none of a slot is nobody's."""
+        return tuple(option for option in self.plugin.options if option.name != "none")
+
+    def node(self, option: Option) -> Any:
+        """The content of an option's file, without the values that are interpolated from elsewhere."""
+        key = str(option.file)
+        if key not in self._nodes:
+            self._nodes[key] = _without_interpolations(_loaded(option.file))
+        return self._nodes[key]
+
+    def targets(self, option: Option) -> Iterator[Mapping[str, Any]]:
+        """Every node of an option with a ``_target_`` that is this plugin's, or ours."""
+        packages = {"stabletrain", "stabletrain_plugins", self.plugin.package.split(".")[0]}
+        for node in _with_target(self.node(option)):
+            if str(node["_target_"]).split(".")[0] in packages:
+                yield node
+
+    def build(self, option: Option) -> Any:
+        """A fresh object of an option."""
+        return instantiate(self.node(option), trust=self.trust, key=choice(option))
+
+    def plain_option(self) -> Option:
+        """The option closest to the constructor's defaults."""
+        from stabletrain.testing.checks.config import differences
+
+        return min(self.options, key=lambda option: len(differences(self, option)))
+
+    def representatives(self) -> list[Option]:
+        """One option for each thing that the plugin's options build: options that only preset values share one."""
+        found: dict[object, Option] = {}
+        for option in (self.plain_option(), *self.options):
+            found.setdefault(tuple(str(node["_target_"]) for node in self.targets(option)), option)
+        return list(found.values())
+
+    @property
+    def trust(self) -> tuple[str, ...]:
+        """The plugin's own package."""
+        return (self.plugin.package.split(".")[0],)
+
+    def resolve(self, target: object) -> Any:
+        """The object that a ``_target_`` names."""
+        try:
+            return resolve(target, self.trust)
+        except UserError as error:
+            wrong(f"_target_ {target!r} to name a public class or function", str(error))
+
+
+def choice(option: Option) -> str:
+    """An option as it is typed: ``plugins/clip=zscore``."""
+    return f"{option.group}={option.name}"
+
+
+def _loaded(file: Path) -> Any:
+    """A config file with the options of its own group that it builds on (its defaults list) merged in."""
+    from omegaconf import OmegaConf
+
+    plain = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    if not isinstance(plain, dict) or "defaults" not in plain:
+        return plain
+    entries, own = plain.pop("defaults"), plain
+    if "_self_" not in entries:
+        entries = [*entries, "_self_"]
+    merged: dict[Any, Any] = {}
+    for entry in entries:
+        if not isinstance(entry, str):
+            wrong(f"the defaults of {file} to name options of its own group", repr(entry))
+        merged.update(own if entry == "_self_" else _loaded(file.parent / f"{entry.removesuffix('.yaml')}.yaml"))
+    return merged
+
+
+def _with_target(node: Any) -> Iterator[Mapping[str, Any]]:
+    if isinstance(node, Mapping):
+        if "_target_" in node:
+            yield node
+        for value in node.values():
+            yield from _with_target(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _with_target(value)
+
+
+def _without_interpolations(node: Any) -> Any:
+    if isinstance(node, Mapping):
+        return {
+            key: _without_interpolations(value)
+            for key, value in node.items()
+            if not (isinstance(value, str) and "${" in value)
+        }
+    return node

@@ -1,0 +1,239 @@
+"""A tiny model, and data that are a function of the batch's number: training that goes on exactly where it was cut."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.utils.data import DataLoader, IterableDataset
+
+from stabletrain.core.outcome import Outcome
+from stabletrain.runtime.member import GuardMember
+from stabletrain.runtime.stop import TrainingStopped
+
+STEPS = 96
+"""Length of a run, in batches; long enough for the warm-up of the plugins that come with stabletrain."""
+
+MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
+
+
+class ToyBatches(IterableDataset[tuple[int, float]]):
+    """Pairs of a batch's number and the factor on its loss, from a given number on; no random numbers.
+
+    Args:
+        start: number of the first batch.
+        faults: factors on the loss of single batches; NaN and infinity are factors too.
+        steps: number of the last batch, plus 1.
+    """
+
+    def __init__(self, start: int = 0, faults: Mapping[int, float] | None = None, steps: int = STEPS) -> None:
+        self.start, self.faults, self.steps = start, dict(faults or {}), steps
+
+    def __iter__(self) -> Iterator[tuple[int, float]]:
+        return ((index, self.faults.get(index, 1.0)) for index in range(self.start, self.steps))
+
+
+class ToyModule(LightningModule):
+    """A regression with 66 parameters and batch normalisation, whose inputs follow from the batch's number.
+
+    Args:
+        make_optimizer: makes the optimizer of the parameters; None: AdamW.
+        raise_at: batch at which `training_step` raises; None: never.
+    """
+
+    def __init__(self, make_optimizer: MakeOptimizer | None = None, raise_at: int | None = None) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 2))
+        self._make_optimizer = make_optimizer
+        self._raise_at = raise_at
+
+    def training_step(self, batch: tuple[int, float], batch_idx: int) -> Tensor:
+        """Mean squared error of a fixed function, times the batch's factor."""
+        index, factor = batch
+        if index == self._raise_at:
+            raise ToyError(f"batch {index}")
+        grid = torch.arange(32, dtype=torch.float32).reshape(8, 4)
+        x = torch.sin(grid * 0.7 + 1.3 * index)
+        y = torch.stack([x.sum(1), x.prod(1)], dim=1)
+        loss: Tensor = ((self.net(x) - y) ** 2).mean() * factor
+        return loss
+
+    def configure_optimizers(self) -> Optimizer:
+        """The optimizer that was asked for."""
+        parameters = list(self.parameters())
+        return self._make_optimizer(parameters) if self._make_optimizer else AdamW(parameters, lr=1e-3)
+
+
+class ToyError(Exception):
+    """Raised by `ToyModule` where a test wants an exception."""
+
+
+class Watcher(GuardMember):
+    """Writes down outcomes, and saves checkpoints behind given batches."""
+
+    def __init__(self, save: Mapping[int, Path] | None = None) -> None:
+        self.outcomes: list[Outcome] = []
+        self.rates: list[float] = []
+        self._save = dict(save or {})
+
+    @property
+    def state_key(self) -> str:
+        """A key of its own."""
+        return "stabletrain.testing.Watcher"
+
+    def on_outcome(self, outcome: Outcome) -> None:
+        """Keep it."""
+        self.outcomes.append(outcome)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Note the learning rate of the step."""
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        self.rates.append(float(optimizer.param_groups[0]["lr"]))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save where asked to."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if (path := self._save.get(int(batch[0]) + 1)) is not None:
+            trainer.save_checkpoint(path)
+
+
+class Fitted(NamedTuple):
+    """What a run left behind.
+
+    Args:
+        weights: parameters and buffers.
+        optimizer: the optimizer's state.
+        states: what each plugin would put into a checkpoint at the end.
+        outcomes: the outcome of every attempted step; empty without plugins.
+        rates: the learning rate of every attempted step.
+        module: the module.
+        stopped: why a plugin stopped the run; None if none did.
+    """
+
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    states: list[dict[str, Any]]
+    outcomes: list[Outcome]
+    rates: list[float]
+    module: ToyModule
+    stopped: str | None
+
+
+def fit(
+    folder: Path,
+    callbacks: Sequence[Callback] = (),
+    *,
+    faults: Mapping[int, float] | None = None,
+    start: int = 0,
+    steps: int = STEPS,
+    save: Mapping[int, Path] | None = None,
+    resume: Path | None = None,
+    make_optimizer: MakeOptimizer | None = None,
+    trainer: Mapping[str, Any] | None = None,
+    watch: bool = True,
+    raise_at: int | None = None,
+) -> Fitted:
+    """Train the toy on the CPU, silently.
+
+    Args:
+        folder: where logs may go.
+        callbacks: what to train it with.
+        faults: factors on the loss, by batch.
+        start: number of the first batch.
+        steps: number of the last batch, plus 1.
+        save: number of batches done -> file to save a checkpoint in.
+        resume: a checkpoint to go on from; `start` must be the number of batches done there.
+        make_optimizer: makes the optimizer; None: AdamW.
+        trainer: further arguments of the Trainer.
+        watch: also record outcomes; without it and without callbacks this is plain Lightning.
+        raise_at: batch at which the module raises `ToyError`.
+    """
+    watcher = Watcher(save)
+    members = [*callbacks, *([watcher] if watch else [])]
+    module = ToyModule(make_optimizer, raise_at)
+    end = _End(callbacks, steps - 1)
+    loader = DataLoader(ToyBatches(start, faults, steps), batch_size=None)
+    stopped = None
+    with quiet():
+        running = Trainer(
+            accelerator="cpu",
+            devices=1,
+            logger=False,
+            enable_checkpointing=any(isinstance(each, Checkpoint) for each in callbacks),
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=folder,
+            max_steps=steps,
+            max_epochs=1,
+            log_every_n_steps=5,
+            callbacks=[*members, end],
+            **(trainer or {}),
+        )
+        try:
+            running.fit(module, loader, ckpt_path=resume, weights_only=True)
+        except TrainingStopped as stop:
+            stopped = stop.reason
+    return Fitted(
+        {name: tensor.detach().clone() for name, tensor in module.state_dict().items()},
+        end.optimizer,
+        end.states,
+        watcher.outcomes,
+        watcher.rates,
+        module,
+        stopped,
+    )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Lightning says nothing about hardware and loaders; one thread, which such small tensors are fastest with."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "stabletrain")]
+    levels, threads = [each.level for each in loggers], torch.get_num_threads()
+    try:
+        for each in loggers:
+            each.setLevel(logging.ERROR)
+        torch.set_num_threads(1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)
+
+
+class _End(Callback):
+    """Last in the list: keeps the optimizer, and the plugins' states when the last batch is over."""
+
+    def __init__(self, plugins: Sequence[Callback], last: int) -> None:
+        self._plugins, self._last = plugins, last
+        self.optimizer: dict[str, Any] = {}
+        self.states: list[dict[str, Any]] = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if int(batch[0]) == self._last:
+            self._copy(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, TrainingStopped):
+            self._copy(trainer)
+
+    def _copy(self, trainer: Trainer) -> None:
+        self.optimizer = deepcopy(trainer.optimizers[0].state_dict())
+        self.states = [deepcopy(each.state_dict()) for each in self._plugins]

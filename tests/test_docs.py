@@ -1,0 +1,121 @@
+"""What the documents show is what happens: python blocks run, `$ stabletrain` commands succeed.
+
+One namespace and one empty folder for each document, its blocks in order. What cannot run is a ```text block.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = sorted(
+    {
+        ROOT / "README.md",
+        *(ROOT / "docs").rglob("*.md"),
+        *ROOT.glob("plugins/**/README.md"),
+        *ROOT.glob("recipes/*.md"),
+    }
+)
+
+FENCE = re.compile(
+    r"^(?P<indent> *)```(?P<language>\S*)[^\n]*\n(?P<body>.*?)^(?P=indent)```\s*$", re.MULTILINE | re.DOTALL
+)
+TRAINS = ("train", "reproduce")
+
+
+class Block(NamedTuple):
+    """A fenced block: its language, its text, the line where it begins."""
+
+    language: str
+    text: str
+    line: int
+
+
+def blocks(document: Path, language: str) -> list[Block]:
+    text = document.read_text(encoding="utf-8")
+    found = [
+        Block(match["language"], match["body"], text.count("\n", 0, match.start()) + 2)
+        for match in FENCE.finditer(text)
+    ]
+    return [block for block in found if block.language == language]
+
+
+def commands(document: Path) -> list[str]:
+    """The `$ stabletrain` lines of the console blocks, with continuation lines joined."""
+    lines = [
+        line.strip()
+        for block in blocks(document, "console")
+        for line in block.text.replace("\\\n", " ").splitlines()
+        if line.strip().startswith("$ stabletrain")
+    ]
+    return [line.removeprefix("$ ") for line in lines]
+
+
+def _id(document: Path) -> str:
+    return document.relative_to(ROOT).as_posix()
+
+
+WITH_PYTHON = [pytest.param(each, id=_id(each)) for each in DOCUMENTS if blocks(each, "python")]
+COMMANDS = [
+    pytest.param(command, id=f"{_id(each)}: {command}", marks=[pytest.mark.slow] if _trains else [])
+    for each in DOCUMENTS
+    for command in dict.fromkeys(commands(each))
+    for _trains in [shlex.split(command)[1:2] in [[word] for word in TRAINS]]
+]
+
+
+def _run(arguments: list[str], folder: Path) -> None:
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", "COLUMNS": "200"}
+    done = subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("document", WITH_PYTHON)
+def test_python_blocks_run(document: Path, tmp_path: Path) -> None:
+    # catches an example that a rename or a changed default broke; a process of its own, as a reader would run it
+    lines: list[str] = []
+    for block in blocks(document, "python"):
+        lines += [""] * (block.line - 1 - len(lines))  # so that a traceback has the document's line numbers
+        lines += block.text.splitlines()
+    script = tmp_path / f"{document.stem}_md.py"
+    script.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    _run([sys.executable, "-W", "ignore", script.name], tmp_path)
+
+
+@pytest.mark.parametrize("document", WITH_PYTHON)
+def test_python_blocks_compile_and_name_what_exists(document: Path) -> None:
+    # the quick half of the test above
+    import ast
+
+    import stabletrain
+
+    for block in blocks(document, "python"):
+        for node in ast.walk(ast.parse(block.text)):
+            if isinstance(node, ast.ImportFrom) and node.module == "stabletrain":
+                unknown = {alias.name for alias in node.names} - set(stabletrain.__all__) - {"testing"}
+                assert not unknown, f"{_id(document)}:{block.line} imports {unknown} from stabletrain"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_succeed(command: str, tmp_path: Path) -> None:
+    # catches a command, option or group in the documents that the command line does not have
+    _run([sys.executable, "-m", *shlex.split(command, comments=True)], tmp_path)
+
+
+def test_fences_are_understood(tmp_path: Path) -> None:
+    # catches a pattern that finds nothing, and so tests nothing
+    document = tmp_path / "doc.md"
+    document.write_text(
+        "text\n\n```python\na = 1\n```\n\n1. item\n\n"
+        "   ```console\n   $ stabletrain ls \\\n     plugins\n   output\n   ```\n"
+        "```text\n$ stabletrain no\n```\n"
+    )
+    assert blocks(document, "python") == [Block("python", "a = 1\n", 4)]
+    assert [shlex.split(each) for each in commands(document)] == [["stabletrain", "ls", "plugins"]]
