@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.strategies import Strategy
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
@@ -269,17 +270,26 @@ def end_epoch_here(trainer: Trainer) -> None:
         loop.update_lr_schedulers("epoch", update_plateau_schedulers=False)
 
 
-def begin_next_epoch_at_zero(trainer: Trainer) -> None:
-    """At a restart from the last batch of an epoch, after the batch loop's reset: the next epoch counts from 0.
+def begin_next_epoch(trainer: Trainer) -> None:
+    """In ``on_train_start``: if the checkpoint was made after an epoch's last batch, the next epoch begins as any other.
 
-    Lightning does so only if it knows the number of batches.
+    Lightning goes on as if within the epoch: it calls no ``on_train_epoch_start``, counts on from the last batch where
+    the loader has no length, and with ``max_steps`` trains a single batch, or counts the epoch twice.
     """
-    loop = trainer.fit_loop.epoch_loop
-    if loop.restarted_on_train_batch_end and loop.batch_progress.is_last_batch:
-        loop.batch_progress.reset_on_run()
-        loop.scheduler_progress.reset_on_run()
-        loop.automatic_optimization.optim_progress.reset_on_run()
-        loop.val_loop.batch_progress.total.reset()
+    fit_loop = trainer.fit_loop
+    loop = fit_loop.epoch_loop
+    progress: Any = fit_loop.epoch_progress
+    after_batch = loop.restarted_on_train_batch_end and loop.batch_progress.is_last_batch
+    if not (after_batch or fit_loop.restarted_on_epoch_end):
+        return
+    if loop.restarted_on_train_batch_end:
+        loop.batch_progress.increment_completed()
+        loop._batches_that_stepped += 1
+    for counts in (progress.total, progress.current):
+        counts.processed = counts.completed = counts.ready
+    _Loop.restarting.fset(fit_loop, False)  # type: ignore[attr-defined]
+    fit_loop.reset_restart_stage()
+    loop.reset_restart_stage()
 
 
 def around_validation(trainer: Trainer, before: Callable[[], None], after: Callable[[], None]) -> Callable[[], None]:
@@ -306,11 +316,10 @@ def around_validation(trainer: Trainer, before: Callable[[], None], after: Calla
     return undo
 
 
-def around_restart(trainer: Trainer, after: Callable[[], None]) -> Callable[[], None]:
-    """Call ``after`` when the batch loop has reset its counts for the first epoch of this fit.
+def trust_loader_at_restart(trainer: Trainer) -> Callable[[], None]:
+    """Spare the user the warning that a loader without a state of its own cannot go on within an epoch: it will.
 
-    Lightning warns there that a loader without a state of its own cannot go on within an epoch; whoever calls this
-    knows better. Returns the function that undoes this.
+    Returns the function that undoes this.
     """
     loop = trainer.fit_loop.epoch_loop
     reset = loop.reset
@@ -320,7 +329,6 @@ def around_restart(trainer: Trainer, after: Callable[[], None]) -> Callable[[], 
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
             reset()
-        after()
 
     loop.reset = trusting  # type: ignore[method-assign]
 
@@ -340,6 +348,11 @@ def takes_index_tap(loader: Any) -> bool:
         and type(loader)._get_iterator is DataLoader._get_iterator
         and getattr(loader, "in_order", True)
     )
+
+
+def has_kept_workers(loader: Any) -> bool:
+    """Whether the loader's next iterator will use the worker processes of an earlier one, and draws no seed for them."""
+    return isinstance(loader, DataLoader) and loader.persistent_workers and loader._iterator is not None
 
 
 def index_sampler(loader: DataLoader[Any]) -> Any:

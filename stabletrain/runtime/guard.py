@@ -137,6 +137,9 @@ class StepGuard:
             return
         self.control.begin()
         if self._scaler is not None and not compat.scaler_has_unscaled(self._scaler, optimizer):
+            if not compat.supports_device_decisions(optimizer):  # no backward in the window's last micro-batch
+                self._losses.clear()
+                return
             self._scaler.unscale_(optimizer)  # Lightning leaves it to the kernel of a fused optimizer
         loss = self._window_loss()
         grads = gradients.of(self._parameters)
@@ -188,6 +191,18 @@ class StepGuard:
         if self._max_attempts is not None and self._max_attempts <= self.counters.attempted and not self._complete:
             reason = f"{self.counters.attempted} steps attempted, {self.counters.applied} applied (Guard.max_attempts)"
             self._requests.append(Request(RequestKind.STOP, "guard", reason))
+
+    def go_on_from_earlier(self, overflows_in_a_row: int) -> None:
+        """The state of an earlier step was put back: what was measured or asked for since is of a past that is no more.
+
+        Attempted steps are counted on.
+
+        Args:
+            overflows_in_a_row: as it was then.
+        """
+        self.counters = self.counters._replace(overflows_in_a_row=overflows_in_a_row)
+        self._losses.clear()
+        self._requests.clear()
 
     @property
     def _complete(self) -> bool:

@@ -1,4 +1,4 @@
-"""Makes `fits` importable: the small trainings that these tests share, also with scripts run in processes of their own."""
+"""Makes `fits` importable: the small trainings that these tests share, also with scripts run by other processes."""
 
 import sys
 from pathlib import Path

@@ -191,7 +191,13 @@ def fit(module: LightningModule, items: Any, *callbacks: Callback, ckpt_path: An
 
 def run(mine: Trainer, module: LightningModule, items: Any, **options: Any) -> None:
     with warnings.catch_warnings():
-        for text in ("returned `None`", "have no `val_dataloader`", "does not have many workers", "callbacks used to create the checkpoint", "is not resumable"):
+        for text in (
+            "returned `None`",
+            "have no `val_dataloader`",
+            "does not have many workers",
+            "callbacks used to create the checkpoint",
+            "is not resumable",
+        ):
             warnings.filterwarnings("ignore", f".*{text}")
         mine.fit(module, loader(items) if isinstance(items, list) else items, **options)
 

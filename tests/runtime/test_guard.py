@@ -114,7 +114,7 @@ def test_the_order_of_the_list_does_not_matter(mode: str) -> None:
 @pytest.mark.parametrize("fp16", [False, True])
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
 def test_the_loss_is_the_windows_mean(fp16: bool, accumulate: int) -> None:
-    """Bugs: the loss divided by the window or multiplied by the scale; the last, shorter window; its last micro-batch."""
+    """Bugs: the loss divided by the window or multiplied by the scale; a shorter last window; one micro-batch only."""
     losses: list[float] = []
 
     class Listening(Net):

@@ -64,7 +64,7 @@ def test_metrics_reach_all_loggers_and_the_trainer(mode: str, tmp_path: Path) ->
     mine = fit(Net("adamw-fused"), ITEMS, *members, logger=loggers, log_every_n_steps=2)
     norms = [o.grad_norm for o in recorder.state if o.applied]
     for each in loggers:
-        rows = list(csv.DictReader((Path(each.log_dir) / "metrics.csv").open()))
+        rows = list(csv.DictReader((Path(each.log_dir) / "metrics.csv").read_text().splitlines()))
         found = [float(row["grad_norm"]) for row in rows if row["grad_norm"]]
         steps = [int(row["step"]) for row in rows]
         assert steps == sorted(steps)

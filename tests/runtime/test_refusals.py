@@ -50,7 +50,11 @@ class Engine(SingleDeviceStrategy):
         (Manual, {}, ["ClipNorm", "Manual", "manual optimization", "Use automatic optimization"]),
         (SecondOrder, {}, ["LBFGS", "several times", "first-order"]),
         (Net, {"strategy": Engine("cpu")}, ["Engine", "steps in its own engine", "strategy=ddp"]),
-        (Net, {"gradient_clip_val": 0.5}, ["gradient_clip_val=0.5", "ClipNorm", "both clip", "trainer.gradient_clip_val"]),
+        (
+            Net,
+            {"gradient_clip_val": 0.5},
+            ["gradient_clip_val=0.5", "ClipNorm", "both clip", "trainer.gradient_clip_val"],
+        ),
     ],
 )
 def test_refusals(make: Any, options: dict[str, Any], words: list[str]) -> None:
@@ -76,7 +80,7 @@ def test_several_optimizers_are_refused() -> None:
 @pytest.mark.filterwarnings("ignore:.*`LightningModule.configure_optimizers` returned `None`:UserWarning")
 def test_a_module_without_optimizer_is_refused() -> None:
     """Bug: an IndexError from inside."""
-    with pytest.raises(UserError, match="configure_optimizers returned none. Return one"):
+    with pytest.raises(UserError, match=r"configure_optimizers returned none\. Return one"):
         fit(Unoptimized(), ITEMS, SkipNonFinite())
 
 
