@@ -25,7 +25,7 @@ from stabletrain.config.problems import ConfigError, Problem, suggestion
 from stabletrain.paths import data_dir
 
 # Groups that hold one thing to build, or nothing: what `none` leaves behind is null in run.yaml.
-BUILT = ("model", "data", "optimizer", "schedule", "logger")
+BUILT = ("model", "data", "optimizer", "schedule", "logger", "chaos")
 
 
 @dataclass(frozen=True, kw_only=True)

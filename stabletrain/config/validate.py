@@ -207,12 +207,14 @@ def _optional_node(node: object, key: str, trust: tuple[str, ...], advice: str) 
 
 
 def _constructed(config: Mapping[str, Any], trust: tuple[str, ...]) -> Iterator[Problem]:
-    """Build plugins and schedule, which is cheap, to have each refuse its own impossible values now."""
+    """Build plugins, schedule and drill, which is cheap, to have each refuse its own impossible values now."""
     plugins = config.get("plugins")
     nodes = {f"plugins.{slot}": node for slot, node in plugins.items()} if isinstance(plugins, Mapping) else {}
-    nodes["schedule"] = config.get("schedule")
+    nodes["schedule"], nodes["chaos"] = config.get("schedule"), config.get("chaos")
     for key, node in nodes.items():
         if not isinstance(node, Mapping) or "_target_" not in node or next(check_node(node, key, trust), None):
+            continue
+        if "???" in node.values():  # said elsewhere: a value is missing
             continue
         try:
             build_callback(node, key=key, trust=trust)

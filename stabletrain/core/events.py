@@ -61,8 +61,10 @@ class Request(NamedTuple):
         kind: what is asked for.
         plugin: name of the plugin that asks.
         reason: one sentence with the number in it.
+        steps: length of the second warm-up, in applied steps; None: whatever the one who makes it thinks right.
     """
 
     kind: RequestKind
     plugin: str
     reason: str
+    steps: int | None = None

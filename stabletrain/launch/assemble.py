@@ -103,6 +103,8 @@ def run_callbacks(config: Mapping[str, Any], arguments: Mapping[str, Any], folde
     if config.get("schedule"):
         found.append(build_callback(config["schedule"], key="schedule"))
     found += callbacks(config.get("plugins"))
+    if config.get("chaos"):
+        found.append(build_callback(config["chaos"], key="chaos"))
     for name, node in (config.get("callbacks") or {}).items():
         if node:
             found.append(build_callback(node, key=f"callbacks.{name}"))

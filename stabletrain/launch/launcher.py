@@ -191,5 +191,5 @@ def run_config(composed: Composed, trust: Sequence[str]) -> dict[str, Any]:
     if config["resume"] is not None:
         config["resume"] = str(checkpoint_of(config["resume"]))
     order = ("recipe", "seed", "run_dir", "resume", "model", "data", "optimizer", "schedule", "plugins", "callbacks")
-    rest = ("precision", "strategy", "trainer", "logger", "launch")
+    rest = ("chaos", "precision", "strategy", "trainer", "logger", "launch")
     return {key: config.get(key) for key in (*order, *rest)} | {"trust": list(trust), "choices": composed.choices}

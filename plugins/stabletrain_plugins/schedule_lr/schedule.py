@@ -207,7 +207,9 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
             self._say(trainer, f"{request.plugin} asks to re-warm the learning rate, which is the module's scheduler's")
             return
         self._set(trainer)
-        steps = self.steps("lr_warmup" if self.lr_rewarm is None else "lr_rewarm", self.horizon(self._run))
+        steps = request.steps
+        if steps is None:
+            steps = self.steps("lr_warmup" if self.lr_rewarm is None else "lr_rewarm", self.horizon(self._run))
         self.rewarm(steps)
         self._set(trainer)
         if self._guard is not None:

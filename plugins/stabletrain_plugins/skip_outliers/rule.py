@@ -105,7 +105,7 @@ class SkipOutliersRule(Rule[OutlierState]):
     signals: Literal["both", "loss", "grad_norm"] = "both"
     robust: bool = True
     log_norm: bool = True
-    min_sigma_norm: float = 0.05
+    min_sigma_norm: float = 0.2
     min_sigma_loss: float = 0.02
     keep_outliers: bool = False
     regime_after: int | None = 20

@@ -1,0 +1,1 @@
+"""Tell loss spikes, divergences and new levels apart, and report them."""

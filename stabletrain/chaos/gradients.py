@@ -1,0 +1,138 @@
+"""Gradients that are not numbers, or of the wrong scale."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn import Parameter
+
+from stabletrain.chaos.fault import Fault
+from stabletrain.errors import UserError
+
+
+class _GradientFault(Fault):
+    """Changes gradients while they are computed, so that a fault on one rank spreads through the reduction."""
+
+    def change(self, grad: Tensor, step: int) -> Tensor:
+        """The gradient to go on with; the given one stays as it is."""
+        raise NotImplementedError
+
+    def targets(self, module: LightningModule) -> list[Parameter]:
+        """The parameters to change the gradients of."""
+        return [p for p in module.parameters() if p.requires_grad]
+
+    def begin(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+        """Hook the parameters; sharded ones have no gradient before backward has ended."""
+        self._step = step
+        self._sharded = []
+        for parameter in self.targets(module):
+            if isinstance(parameter, DTensor):
+                self._sharded.append(parameter)
+            else:
+                handle = parameter.register_hook(lambda grad: self.change(grad, step))  # type: ignore[no-untyped-call]
+                self.later(handle.remove)
+        if self._sharded:
+            self.later(self._sharded.clear)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Change the gradients of sharded parameters, where this rank holds a piece."""
+        for parameter in getattr(self, "_sharded", ()):
+            grad = parameter.grad
+            if isinstance(grad, DTensor) and grad.to_local().numel():
+                local = grad.to_local()
+                local.copy_(self.change(local, self._step))
+
+
+class BadGradient(_GradientFault):
+    """One element of one parameter's gradient becomes NaN, or what else is wanted.
+
+    Args:
+        at_step: first attempted optimizer step that is struck, from 0.
+        value: of the element; NaN and infinity are values too.
+        parameter: name of the parameter; None: the first that is trained.
+        steps: how many attempted steps are struck, >= 1.
+        rank: the only rank that is struck; None: all.
+        once: strike each step once only, also when a rollback or a resumed run comes to it again.
+        seed: chooses the element, >= 0.
+
+    Raises:
+        UserError: if an argument is out of range, or there is no such parameter.
+    """
+
+    def __init__(
+        self,
+        at_step: int,
+        value: float = math.nan,
+        parameter: str | None = None,
+        steps: int = 1,
+        rank: int | None = None,
+        once: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(at_step, steps, rank, once, seed)
+        self.value = value
+        self.parameter = parameter
+
+    def targets(self, module: LightningModule) -> list[Parameter]:
+        """The one parameter."""
+        return [find_parameter(self, module, self.parameter)]
+
+    def strike(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+        """Say so."""
+        self.say(trainer, step, f"{self.value:g} in the gradient of {self.parameter or 'the first parameter'}")
+
+    def change(self, grad: Tensor, step: int) -> Tensor:
+        """A copy with one bad element."""
+        bad = grad.clone(memory_format=torch.contiguous_format)
+        bad.view(-1)[random.Random(f"{self.seed} {step}").randrange(bad.numel())] = self.value
+        return bad
+
+
+class ScaledGradient(_GradientFault):
+    """The whole gradient is multiplied by a factor.
+
+    Args:
+        at_step: first attempted optimizer step that is struck, from 0.
+        factor: on the gradient, finite.
+        steps: how many attempted steps are struck, >= 1.
+        rank: the only rank that is struck; None: all.
+        once: strike each step once only, also when a rollback or a resumed run comes to it again.
+
+    Raises:
+        UserError: if an argument is out of range.
+    """
+
+    def __init__(
+        self, at_step: int, factor: float = 100.0, steps: int = 1, rank: int | None = None, once: bool = True
+    ) -> None:
+        super().__init__(at_step, steps, rank, once)
+        self.factor = factor
+        self.require(math.isfinite(factor), "factor", "finite")
+
+    def strike(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+        """Say so."""
+        self.say(trainer, step, f"gradient times {self.factor:g}")
+
+    def change(self, grad: Tensor, step: int) -> Tensor:
+        """The gradient times the factor."""
+        return grad * self.factor
+
+
+def find_parameter(fault: Fault, module: LightningModule, name: str | None) -> Parameter:
+    """A trained parameter by name, or the first.
+
+    Raises:
+        UserError: if there is none.
+    """
+    trained = {key: p for key, p in module.named_parameters() if p.requires_grad and p.numel()}
+    if not trained or (name is not None and name not in trained):
+        raise UserError(
+            f"{type(fault).__name__}: there is no trained parameter {name!r}, expected one of "
+            f"{', '.join(list(trained)[:8])} ... (config key chaos.parameter)"
+        )
+    return trained[name] if name is not None else next(iter(trained.values()))

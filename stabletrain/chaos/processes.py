@@ -1,0 +1,91 @@
+"""Processes that die, are told to die, stop for a while, or are slow."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal as signals
+import subprocess
+import sys
+import time
+from typing import ClassVar, Literal
+
+from lightning.pytorch import LightningModule, Trainer
+
+from stabletrain.chaos.fault import Fault, finite_positive
+
+_CONTINUE = "import os, sys, time; time.sleep(float(sys.argv[1])); os.kill(int(sys.argv[2]), int(sys.argv[3]))"
+
+
+class SendSignal(Fault):
+    """The process gets a signal as a batch begins: killed (SIGKILL), preempted (SIGTERM), stopped (SIGSTOP).
+
+    Args:
+        at_step: attempted optimizer step at which it is sent, from 0.
+        signal: ``"SIGKILL"``, ``"SIGTERM"``, ``"SIGINT"`` or ``"SIGSTOP"``.
+        seconds: after SIGSTOP, how long the process stands still, > 0; None: until somebody sends SIGCONT.
+        rank: the only rank that gets it; None: all.
+        once: also when a resumed run comes to this step again.
+
+    Raises:
+        UserError: if an argument is out of range.
+    """
+
+    ends_process: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        at_step: int,
+        signal: Literal["SIGKILL", "SIGTERM", "SIGINT", "SIGSTOP"] = "SIGKILL",
+        seconds: float | None = None,
+        rank: int | None = None,
+        once: bool = True,
+    ) -> None:
+        super().__init__(at_step, 1, rank, once)
+        self.signal = signal
+        self.seconds = seconds
+        allowed = ("SIGKILL", "SIGTERM", "SIGINT", "SIGSTOP")
+        self.require(signal in allowed, "signal", f"one of {', '.join(allowed)}")
+        self.require(seconds is None or finite_positive(seconds), "seconds", "> 0 and finite, or None")
+        self.require(seconds is None or signal == "SIGSTOP", "seconds", "None unless signal is SIGSTOP")
+
+    def strike(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+        """Send it to this process."""
+        self.say(trainer, step, f"{self.signal}{f' for {self.seconds:g} s' if self.seconds else ''}")
+        if self.seconds is not None:  # a stopped process cannot wake itself
+            arguments = [str(self.seconds), str(os.getpid()), str(int(signals.SIGCONT))]
+            helper = subprocess.Popen([sys.executable, "-S", "-c", _CONTINUE, *arguments])
+            self.later(functools.partial(_wait_for, helper))
+        os.kill(os.getpid(), signals.Signals[self.signal])
+
+
+def _wait_for(helper: subprocess.Popen[bytes]) -> None:
+    helper.wait()
+
+
+class SlowRank(Fault):
+    """A rank sleeps before its batches.
+
+    Args:
+        at_step: first attempted optimizer step that is struck, from 0.
+        seconds: sleep before each struck step, > 0.
+        steps: how many attempted steps are struck, >= 1.
+        rank: the only rank that is slow; None: all.
+        once: strike each step once only, also when a rollback or a resumed run comes to it again.
+
+    Raises:
+        UserError: if an argument is out of range.
+    """
+
+    def __init__(
+        self, at_step: int, seconds: float = 1.0, steps: int = 10, rank: int | None = 0, once: bool = True
+    ) -> None:
+        super().__init__(at_step, steps, rank, once)
+        self.seconds = seconds
+        self.require(finite_positive(seconds), "seconds", "> 0 and finite")
+
+    def strike(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+        """Sleep."""
+        if step == self.at_step:
+            self.say(trainer, step, f"{self.seconds:g} s of sleep before each of {self.steps} steps")
+        time.sleep(self.seconds)

@@ -1,0 +1,88 @@
+"""A learning rate far too high for a while."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from stabletrain.chaos.fault import Fault, finite_positive
+
+
+class LearningRateSurge(Fault):
+    """The learning rate of every parameter group is multiplied, behind the back of any schedule.
+
+    The rate is changed inside ``optimizer.step``, after the last plugin could set it, and put back before the step
+    returns: whatever reads it elsewhere, schedules and loggers included, sees the rate as it should be.
+
+    Args:
+        at_step: first attempted optimizer step that is struck, from 0.
+        factor: on the learning rate, > 0.
+        steps: how many attempted steps are struck, >= 1.
+        once: strike each step once only, also when a rollback or a resumed run comes to it again.
+
+    Raises:
+        UserError: if an argument is out of range.
+    """
+
+    def __init__(self, at_step: int, factor: float = 30.0, steps: int = 20, once: bool = True) -> None:
+        super().__init__(at_step, steps, None, once)
+        self.factor = factor
+        self.require(finite_positive(factor), "factor", "> 0 and finite")
+        self._rates: list[tuple[dict[str, Any], Any]] = []
+
+    def strike(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+        """Say so."""
+        if step == self.at_step:
+            self.say(trainer, step, f"learning rate times {self.factor:g} for {self.steps} steps")
+
+    def begin(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+        """Hook the optimizers' steps for this micro-batch."""
+        self.later(self._restore)
+        for optimizer in trainer.optimizers:
+            self.later(optimizer.register_step_pre_hook(self._before).remove)
+            self.later(optimizer.register_step_post_hook(self._after).remove)
+
+    def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Raise the rates now, or where the step runs forward and backward itself, behind these."""
+        named = kwargs.get("closure")
+        closure = named if named is not None else next((each for each in args if callable(each)), None)
+        if closure is None:
+            self._raise(optimizer)
+            return None
+
+        def closed(*inner: Any, **more: Any) -> Any:
+            result = closure(*inner, **more)
+            self._raise(optimizer)
+            return result
+
+        if named is not None:
+            return args, {**kwargs, "closure": closed}
+        return tuple(closed if each is closure else each for each in args), kwargs
+
+    def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._restore()
+
+    def _raise(self, optimizer: Optimizer) -> None:
+        self._restore()
+        for group in optimizer.param_groups:
+            rate = group["lr"]
+            if isinstance(rate, Tensor):
+                self._rates.append((group, rate.detach().clone()))
+                with torch.no_grad():
+                    rate.mul_(self.factor)
+            else:
+                self._rates.append((group, rate))
+                group["lr"] = rate * self.factor
+
+    def _restore(self) -> None:
+        for group, rate in self._rates:
+            if isinstance(rate, Tensor):
+                with torch.no_grad():
+                    group["lr"].copy_(rate)
+            else:
+                group["lr"] = rate
+        self._rates.clear()

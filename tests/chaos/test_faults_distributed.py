@@ -1,0 +1,36 @@
+"""A fault on one rank of two: it spreads as a real one does, and both ranks decide alike."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.slow
+SCRIPT = Path(__file__).with_name("faults_on_two_ranks.py")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two_ranks")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SCRIPT)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    done = subprocess.run([*command, str(folder)], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "skipped", "changes"),
+    [("nan_grad", [2], True), ("nan_loss", [2], True), ("bad_batch", [], True), ("slow_rank", [], False)],
+)
+def test_both_ranks_end_with_the_same_weights(folder: Path, name: str, skipped: list[int], changes: bool) -> None:
+    """Bugs: a gradient spoilt behind the reduction, so that ranks part; a decision of one rank alone, which hangs."""
+    ranks = [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    plain = torch.load(folder / "none-0.pt", weights_only=True)
+    assert [rank["skipped"] for rank in ranks] == [skipped, skipped]
+    for key, weight in ranks[0]["weights"].items():
+        assert torch.equal(weight, ranks[1]["weights"][key])
+        assert torch.equal(weight, plain["weights"][key]) is not changes

@@ -1,0 +1,359 @@
+"""Each fault has its effect at its step, before plugins look, and leaves nothing behind."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.plugins.precision import MixedPrecision
+
+from stabletrain import Guard, ScheduleLR, SkipNonFinite
+from stabletrain.chaos import (
+    BadBatch,
+    BadGradient,
+    FlipWeightBit,
+    LearningRateSurge,
+    ScaledGradient,
+    ScaledLoss,
+    SlowRank,
+)
+from stabletrain.errors import UserError
+from stabletrain.runtime.member import GuardMember
+
+
+class Outcomes(GuardMember):
+    def __init__(self):
+        self.seen = []
+
+    def on_outcome(self, outcome):
+        self.seen.append(outcome)
+
+
+def equal(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def clean(module):
+    """No hook, wrapper or attribute of a fault is left."""
+    hooks = [p for p in module.parameters() if p._backward_hooks]
+    return not hooks and "training_step" not in module.__dict__
+
+
+# ---- gradients and losses -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_one_element_of_one_gradient(train, value):
+    run = train(BadGradient(at_step=3, value=value), batches=5)
+    bad = [[int((~g.isfinite()).sum()) for g in grads] for grads in run.watch.grads[:4]]
+    assert bad == [[0, 0, 0, 0]] * 3 + [[1, 0, 0, 0]]
+    assert clean(run.module)
+
+
+def test_the_parameter_and_the_element_can_be_chosen(train):
+    first, second, other = (
+        train(BadGradient(at_step=0, parameter="body.2.weight", seed=seed), batches=1) for seed in (0, 0, 5)
+    )
+    where = [run.watch.grads[0][2].isnan().nonzero().tolist() for run in (first, second, other)]
+    assert where[0] == where[1] != where[2]
+
+
+@pytest.mark.parametrize("mode", ["exact", "device"])
+def test_the_guard_sees_the_bad_gradient_and_drops_the_step(train, mode):
+    outcomes = Outcomes()
+    # the fault stands last in the list, and still comes first
+    run = train(Guard(mode=mode), SkipNonFinite(), outcomes, BadGradient(at_step=3), fused=True)
+    assert [each.step for each in outcomes.seen if each.skipped] == [3]
+    assert all(w.isfinite().all() for w in run.weights)
+
+
+def test_a_scaled_gradient(train):
+    plain, run = train(), train(ScaledGradient(at_step=2, factor=100.0, steps=2))
+    assert equal(run.watch.grads[2], [g * 100.0 for g in plain.watch.grads[2]])
+    assert [t for t in plain.grads_differ(run) if t < 3] == [2]
+    assert float(run.watch.grads[3][0].norm()) > 20 * float(run.watch.grads[4][0].norm())
+    assert clean(run.module)
+
+
+def test_with_accumulation_every_micro_batch_of_the_step_is_struck(train):
+    plain = train(accumulate_grad_batches=4)
+    run = train(ScaledGradient(at_step=1, factor=4.0), accumulate_grad_batches=4)
+    assert len(run.watch.grads) == 2
+    assert equal(run.watch.grads[0], plain.watch.grads[0])
+    assert equal(run.watch.grads[1], [g * 4.0 for g in plain.watch.grads[1]])
+
+
+def test_a_nan_loss(train):
+    outcomes = Outcomes()
+    run = train(SkipNonFinite(), outcomes, ScaledLoss(at_step=2))
+    assert [math.isnan(each.loss) for each in outcomes.seen] == [False, False, True] + [False] * 5
+    assert clean(run.module)
+
+
+def test_a_large_loss_overflows_in_half_precision(train):
+    outcomes = Outcomes()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    train(outcomes, ScaledLoss(at_step=4, factor=1e7), plugins=[MixedPrecision("16-mixed", "cpu", scaler=scaler)])
+    assert [each.step for each in outcomes.seen if each.overflow] == [4]
+    assert math.isfinite(outcomes.seen[4].loss)
+
+
+# ---- batches --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["random", "shuffled_labels", "constant", "rare"])
+def test_a_bad_batch_changes_what_the_module_gets_and_nothing_else(train, kind):
+    plain = train()
+    x, y = (each.clone() for each in plain.data)
+    run = train(BadBatch(at_step=2, steps=2, kind=kind))
+    assert equal(run.data, (x, y))
+    changed = [
+        [not torch.equal(a, b) for a, b in zip(new, old, strict=True)]
+        for new, old in zip(run.module.batches, plain.module.batches, strict=True)
+    ]
+    assert [t for t, each in enumerate(changed) if any(each) and t not in (2, 3)] == []
+    # labels of one batch may be shuffled into themselves: in both it would be no chance
+    assert [any(c[0] for c in changed), any(c[1] for c in changed)] == [kind in ("random", "constant"), True]
+    assert clean(run.module)
+
+
+def test_bad_batches_are_the_same_for_the_same_seed_and_leave_the_global_random_numbers_alone(train):
+    runs = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(3)
+        runs.append((train(BadBatch(at_step=2, seed=seed)).module.batches[2], torch.rand(())))
+    assert equal(runs[0][0], runs[1][0])
+    assert not equal(runs[0][0], runs[2][0])
+    assert runs[0][1] == runs[1][1] == runs[2][1]
+
+
+TOKENS = torch.tensor([[1, 2, 2, 3], [2, 5, 2, 9]])
+
+
+def content(kind, batch, **arguments):
+    fault = BadBatch(at_step=0, kind=kind, **arguments)
+    fault._draw = torch.Generator().manual_seed(0)
+    return fault.other(batch)
+
+
+def test_nested_batches_keep_their_structure_masks_and_scalars():
+    batch = {"ids": TOKENS, "mask": TOKENS > 1, "pair": (torch.ones(3), [torch.tensor(4)]), "name": "text"}
+    bad = content("constant", batch)
+    assert bad["ids"].tolist() == [[2] * 4] * 2
+    assert torch.equal(bad["mask"], batch["mask"])
+    assert bad["name"] == "text"
+    assert bad["pair"][1][0] == 4
+    assert bad["ids"].dtype == TOKENS.dtype
+
+
+def test_what_the_kinds_make_of_tokens():
+    assert content("constant", TOKENS, token=7).unique().tolist() == [7]
+    assert content("rare", TOKENS).unique().tolist() == [1]
+    noise = content("random", torch.full((64, 64), 3).clamp(max=3), vocabulary=8)
+    assert noise.unique().tolist() == list(range(8))
+    own = content("random", TOKENS.repeat(64, 1))
+    assert (own.min(), own.max()) == (1, 9)
+    shuffled = content("shuffled_labels", TOKENS)
+    assert sorted(shuffled.flatten().tolist()) == sorted(TOKENS.flatten().tolist())
+
+
+def test_labels_are_found_by_name_or_place():
+    x, y = torch.arange(50.0), torch.arange(50)
+    for batch, arguments in (
+        ({"x": x, "labels": y}, {}),
+        ({"x": x, "mine": y}, {"labels": "mine"}),
+        ((x, y), {}),
+        ([y, x], {"labels": 0}),
+    ):
+        bad = content("shuffled_labels", batch, **arguments)
+        values, labels = bad.values() if isinstance(bad, dict) else (bad if arguments != {"labels": 0} else bad[::-1])
+        assert torch.equal(values, x)
+        assert not torch.equal(labels, y)
+        assert torch.equal(labels.sort().values, y)
+    with pytest.raises(UserError, match=r"cannot tell the labels of a batch.*chaos\.labels"):
+        content("shuffled_labels", {"x": x, "z": y})
+
+
+# ---- learning rate, weights, time -----------------------------------------------------------------------------------
+
+
+def step_lengths(run):
+    weights = [*run.watch.weights, run.weights]
+    return [max(float((a - b).abs().max()) for a, b in zip(*pair, strict=True)) for pair in itertools.pairwise(weights)]
+
+
+@pytest.mark.parametrize("mode", [None, "exact", "device"])
+@pytest.mark.parametrize("last", [False, True])
+def test_a_surge_of_the_learning_rate_wins_over_the_schedule_and_leaves_no_trace(train, mode, last):
+    def stack(*faults):
+        schedule = ScheduleLR("constant")
+        plugins = [schedule] if mode is None else [Guard(mode=mode), SkipNonFinite(), schedule]
+        return [*plugins, *faults] if last else [*faults, *plugins]
+
+    plain = train(*stack(), fused=True)
+    run = train(*stack(LearningRateSurge(at_step=3, factor=30.0, steps=2)), fused=True)
+    ratios = [a / b for a, b in zip(step_lengths(run), step_lengths(plain), strict=True)]
+    assert ratios[:3] == [1.0] * 3
+    assert ratios[3] == pytest.approx(30.0, rel=0.05)
+    assert ratios[4] > 10
+    assert max(ratios[5:]) < 3
+    assert run.watch.rates == plain.watch.rates
+    optimizer = run.trainer.optimizers[0]
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_a_surge_under_a_loss_scaler(train):
+    def precision():
+        return [MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**10))]
+
+    plain = train(SkipNonFinite(), plugins=precision())
+    run = train(SkipNonFinite(), LearningRateSurge(at_step=3, steps=1), plugins=precision())
+    assert step_lengths(run)[3] / step_lengths(plain)[3] == pytest.approx(30.0, rel=0.05)
+    assert run.watch.rates == plain.watch.rates
+
+
+def test_one_bit_of_one_weight(train):
+    plain = train()
+    run = train(FlipWeightBit(at_step=4, parameter="body.0.bias", element=2, bit=31), Probe(probe := []))
+    assert equal(run.watch.weights[3], plain.watch.weights[3])
+    before, after = plain.watch.weights[4][1], probe[4][1]
+    assert after[2] == -before[2]
+    assert torch.equal(after[:2], before[:2])
+
+
+class Probe(Callback):
+    """Looks at the weights when backward is over: after the flip, before the step."""
+
+    def __init__(self, probe):
+        self.probe = probe
+
+    def on_after_backward(self, trainer, pl_module):
+        self.probe.append([p.detach().clone() for p in pl_module.parameters()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_default_bit_is_the_highest_of_the_exponent(dtype):
+    module = torch.nn.Linear(3, 3).to(dtype)
+    with torch.no_grad():
+        module.weight.fill_(0.75)
+
+    class Someone:
+        global_rank = 0
+
+    FlipWeightBit(at_step=0).strike(Someone(), module, 0)
+    wrong = module.weight.detach().double()[module.weight != 0.75]
+    assert len(wrong) == 1
+    assert wrong.abs() > 1e4
+
+
+def test_a_flipped_bit_must_exist(train):
+    with pytest.raises(UserError, match=r"element must be < 8.*chaos\.element"):
+        train(FlipWeightBit(at_step=0, parameter="body.0.bias", element=8))
+    with pytest.raises(UserError, match="bit must be < 32"):
+        train(FlipWeightBit(at_step=0, bit=32))
+    with pytest.raises(UserError, match="there is no trained parameter 'head'"):
+        train(FlipWeightBit(at_step=0, parameter="head"))
+
+
+def test_a_slow_rank_sleeps_at_its_steps_only(train, monkeypatch):
+    slept = []
+    monkeypatch.setattr("stabletrain.chaos.processes.time.sleep", slept.append)
+    train(SlowRank(at_step=2, seconds=0.25, steps=3))
+    train(SlowRank(at_step=2, seconds=0.25, rank=1))
+    assert slept == [0.25] * 3
+
+
+# ---- when, and how often --------------------------------------------------------------------------------------------
+
+
+def test_a_fault_that_never_comes_changes_nothing(train):
+    plain = train()
+    faults = [
+        each(at_step=100)
+        for each in (BadGradient, ScaledGradient, ScaledLoss, BadBatch, LearningRateSurge, FlipWeightBit)
+    ]
+    assert equal(plain.weights, train(*faults).weights)
+
+
+def test_a_step_that_comes_again_is_not_struck_again(train, monkeypatch):
+    # as after a rollback in memory: the counter of attempted steps goes back
+    attempted = iter([0, 1, 2, 3, 1, 2, 3, 4])
+    monkeypatch.setattr("stabletrain.runtime.compat.logger_step", lambda trainer: now[0])
+    now = [0]
+
+    class Rewind(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            now[0] = next(attempted)
+
+    def struck(fault):
+        nonlocal attempted
+        attempted = iter([0, 1, 2, 3, 1, 2, 3, 4])
+        norms = [float(g[0].norm()) for g in train(Rewind(), fault).watch.grads]
+        return [t for t, norm in enumerate(norms) if norm > 1e3]
+
+    assert struck(ScaledGradient(at_step=2, factor=1e6)) == [2]
+    assert struck(ScaledGradient(at_step=2, factor=1e6, once=False)) == [2, 5]
+    # a step at which the run was rolled back at once
+    attempted_again = [0, 1, 2, 2, 3, 4, 5, 6]
+    attempted = iter(attempted_again)
+
+    class Again(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            now[0] = next(attempted)
+
+    norms = [float(g[0].norm()) for g in train(Again(), ScaledGradient(at_step=2, factor=1e6)).watch.grads]
+    assert [t for t, norm in enumerate(norms) if norm > 1e3] == [2]
+
+
+def test_a_second_run_in_the_same_folder_is_struck_again(train):
+    plain = train()
+    for _ in range(2):
+        assert plain.grads_differ(train(ScaledLoss(at_step=7, factor=2.0))) == [7]
+
+
+def test_a_resumed_run_is_not_struck_again(train, tmp_path):
+    class Save(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 2:
+                trainer.save_checkpoint(tmp_path / "first" / "checkpoints" / "early.ckpt")
+
+    train(Save(), BadGradient(at_step=4), folder=tmp_path / "first")
+    early = tmp_path / "first" / "checkpoints" / "early.ckpt"
+    resumed = train(BadGradient(at_step=4), folder=tmp_path / "second", ckpt_path=early, max_epochs=2)
+    assert resumed.trainer.global_step > 5
+    assert all(w.isfinite().all() for w in resumed.weights)
+    again = train(BadGradient(at_step=4, once=False), folder=tmp_path / "third", ckpt_path=early, max_epochs=2)
+    assert not all(w.isfinite().all() for w in again.weights)
+
+
+def test_an_exception_leaves_nothing_behind(train):
+    class Error(Callback):
+        def on_after_backward(self, trainer, pl_module):
+            self.module = pl_module
+            raise RuntimeError("from the test")
+
+    error = Error()
+    with pytest.raises(RuntimeError, match="from the test"):
+        train(error, ScaledLoss(at_step=0), BadBatch(at_step=0), ScaledGradient(at_step=0))
+    assert clean(error.module)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: BadGradient(at_step=-1), r"at_step must be >= 0, got -1 \(config key chaos\.at_step\)"),
+        (lambda: BadBatch(at_step=0, steps=0), "steps must be >= 1"),
+        (lambda: BadBatch(at_step=0, kind="noise"), "kind must be one of random"),
+        (lambda: BadBatch(at_step=0, vocabulary=0), "vocabulary must be >= 1"),
+        (lambda: BadBatch(at_step=0, token=3), "token must be None unless"),
+        (lambda: ScaledGradient(at_step=0, factor=math.nan), "factor must be finite"),
+        (lambda: LearningRateSurge(at_step=0, factor=0.0), "factor must be > 0"),
+        (lambda: SlowRank(at_step=0, seconds=-1.0), "seconds must be > 0"),
+        (lambda: SlowRank(at_step=0, rank=-1), "rank must be >= 0"),
+    ],
+)
+def test_impossible_arguments_are_refused(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
