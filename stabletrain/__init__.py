@@ -32,6 +32,7 @@ _PLUGINS = {
     "DetectSpikes": "stabletrain_plugins.detect_spikes.rule:DetectSpikesRule",
     "MonitorGradients": "stabletrain_plugins.monitor_gradients.callback:MonitorGradients",
     "ResumeExactly": "stabletrain_plugins.resume_exactly.callback:ResumeExactly",
+    "Rollback": "stabletrain_plugins.rollback.callback:Rollback",
     "SaveCheckpoints": "stabletrain_plugins.save_checkpoints.callback:SaveCheckpoints",
     "ScheduleLR": "stabletrain_plugins.schedule_lr.schedule:ScheduleLR",
     "SkipNonFinite": "stabletrain_plugins.skip_nonfinite.rule:SkipNonFiniteRule",
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from stabletrain_plugins.detect_spikes.rule import DetectSpikesRule
     from stabletrain_plugins.monitor_gradients.callback import MonitorGradients as MonitorGradients
     from stabletrain_plugins.resume_exactly.callback import ResumeExactly as ResumeExactly
+    from stabletrain_plugins.rollback.callback import Rollback as Rollback
     from stabletrain_plugins.save_checkpoints.callback import SaveCheckpoints as SaveCheckpoints
     from stabletrain_plugins.schedule_lr.schedule import ScheduleLR as ScheduleLR
     from stabletrain_plugins.skip_nonfinite.rule import SkipNonFiniteRule

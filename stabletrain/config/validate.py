@@ -287,6 +287,8 @@ def checkpoint_of(resume: str) -> Path | None:
     """
     path = Path(resume).expanduser().absolute()
     if path.is_dir() and (path / "checkpoints").is_dir():
+        if any((path / "checkpoints").glob("step-*/manifest.json")):
+            return path / "checkpoints"  # the newest that verifies is chosen when it is loaded
         found = sorted((path / "checkpoints").glob("*.ckpt"), key=lambda file: file.stat().st_mtime)
         return found[-1].resolve() if found else None
     return path if path.exists() else None

@@ -69,6 +69,14 @@ class SaveAndStop(Callback):
             # A signal reaches the ranks at different batches, and saving needs all of them at once.
             asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
         if asked:
-            path = self._folder / CHECKPOINT
-            trainer.save_checkpoint(path, weights_only=False)
-            raise Interrupted(signum if signum is not None else signal.SIGTERM, str(path))
+            raise Interrupted(signum if signum is not None else signal.SIGTERM, self._save(trainer))
+
+    def _save(self, trainer: Trainer) -> str | None:
+        """Save through the plugin that keeps checkpoints, if the run has one: its are verified, and counted."""
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if getattr(callback, "plugin", None) == "save_checkpoints":
+                saved = callback.save(trainer, wait=True)
+                return str(saved) if saved else None
+        path = self._folder / CHECKPOINT
+        trainer.save_checkpoint(path, weights_only=False)
+        return str(path)

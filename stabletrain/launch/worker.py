@@ -137,6 +137,11 @@ def newest_checkpoint(folder: Path) -> str | None:
     Args:
         folder: the run's folder.
     """
+    from stabletrain.runtime.checkpoints import newest
+
+    verified = newest(folder)
+    if verified is not None:
+        return str(verified)
     found = sorted((folder / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
     return str(found[-1]) if found else None
 

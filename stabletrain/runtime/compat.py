@@ -271,7 +271,7 @@ def end_epoch_here(trainer: Trainer) -> None:
 
 
 def begin_next_epoch(trainer: Trainer) -> None:
-    """In ``on_train_start``: if the checkpoint was made after an epoch's last batch, the next epoch begins as any other.
+    """In ``on_train_start``: after a checkpoint of an epoch's last batch, the next epoch begins as any other.
 
     Lightning goes on as if within the epoch: it calls no ``on_train_epoch_start``, counts on from the last batch where
     the loader has no length, and with ``max_steps`` trains a single batch, or counts the epoch twice.
@@ -351,7 +351,7 @@ def takes_index_tap(loader: Any) -> bool:
 
 
 def has_kept_workers(loader: Any) -> bool:
-    """Whether the loader's next iterator will use the worker processes of an earlier one, and draws no seed for them."""
+    """Whether the loader's next iterator uses the worker processes of an earlier one, and draws no seed for them."""
     return isinstance(loader, DataLoader) and loader.persistent_workers and loader._iterator is not None
 
 

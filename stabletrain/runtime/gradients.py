@@ -15,6 +15,9 @@ from torch.distributed.tensor import DTensor, Replicate
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 
+_SMALL = 2**14
+"""Elements up to which one copy of all gradients costs less than one kernel for each tensor."""
+
 
 def of(parameters: Iterable[Tensor]) -> list[Tensor]:
     """The gradients of those parameters that have one."""
@@ -36,18 +39,20 @@ def global_norm(gradients: Sequence[Tensor]) -> Tensor:
     """
     if not gradients:
         return torch.zeros(())
-    norm: Tensor = torch.linalg.vector_norm(tensor_norms(gradients))
+    small = sum(g.numel() for g in gradients) <= _SMALL
+    if small and gradients[0].dtype not in _LOW_PRECISION and _alike(gradients):
+        values = torch.cat([g.reshape(-1) for g in gradients])
+    else:
+        values = tensor_norms(gradients)
+    norm: Tensor = torch.linalg.vector_norm(values)
     return norm
 
 
 def tensor_norms(gradients: Sequence[Tensor]) -> Tensor:
     """The L2 norm of each gradient, as a vector on the first gradient's device."""
-    first = gradients[0]
-    dtype, device = first.dtype, first.device
-    for g in gradients:
-        if type(g) is not Tensor or g.dtype is not dtype or g.device != device or g.is_sparse:
-            return _mixed_norms(gradients)
-    if dtype in _LOW_PRECISION:
+    if not _alike(gradients):
+        return _mixed_norms(gradients)
+    if gradients[0].dtype in _LOW_PRECISION:
         return torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32))  # type: ignore[arg-type]
     return torch.stack(torch._foreach_norm(gradients))  # type: ignore[arg-type]
 
@@ -118,6 +123,11 @@ def clamp_(gradients: Sequence[Tensor], limit: float) -> None:
         for group in _by_device_and_dtype([local(g) for g in gradients]):
             torch._foreach_clamp_max_(group, limit)
             torch._foreach_clamp_min_(group, -limit)
+
+
+def _alike(tensors: Sequence[Tensor]) -> bool:
+    dtype, device = tensors[0].dtype, tensors[0].device
+    return all(type(t) is Tensor and t.dtype is dtype and t.device == device and not t.is_sparse for t in tensors)
 
 
 def _accumulate(dtype: torch.dtype) -> torch.dtype:

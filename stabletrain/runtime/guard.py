@@ -192,6 +192,11 @@ class StepGuard:
             reason = f"{self.counters.attempted} steps attempted, {self.counters.applied} applied (Guard.max_attempts)"
             self._requests.append(Request(RequestKind.STOP, "guard", reason))
 
+    @property
+    def decided(self) -> int:
+        """Attempted steps, the one in flight included."""
+        return self.counters.attempted + (self._pending is not None)
+
     def go_on_from_earlier(self, overflows_in_a_row: int) -> None:
         """The state of an earlier step was put back: what was measured or asked for since is of a past that is no more.
 

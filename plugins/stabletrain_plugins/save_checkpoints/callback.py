@@ -1,0 +1,286 @@
+"""Checkpoints at intervals, after validation, on SIGTERM and at the end of a run."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from stabletrain.core.lengths import LengthLike
+from stabletrain.errors import UserError
+from stabletrain.runtime import compat
+from stabletrain.runtime.checkpoints.intervals import Intervals
+from stabletrain.runtime.checkpoints.lightning_io import VerifiedIO
+from stabletrain.runtime.checkpoints.loading import newest
+from stabletrain.runtime.checkpoints.manifest import About
+from stabletrain.runtime.checkpoints.recipe import recipe_hash
+from stabletrain.runtime.checkpoints.saver import Saver
+from stabletrain.runtime.checkpoints.store import Keep, Mode, Store
+from stabletrain.runtime.preemption import EXIT_CODE, PreemptionWatch
+from stabletrain.runtime.run_length import run_length
+
+logger = logging.getLogger("stabletrain")
+
+
+class SaveCheckpoints(Checkpoint):
+    """Checkpoints that are complete or absent, verified when they are read, and written while training goes on.
+
+    To go on from the newest good one: ``Trainer.fit(model, ckpt_path=folder)``. It takes ModelCheckpoint's place.
+
+    Args:
+        folder: where checkpoints go; None: ``checkpoints`` in the logger's folder, or in ``default_root_dir``.
+        every: interval, or several of them: applied steps (``500``), epochs (``"1ep"``), tokens (``"1e9tok"``), a share
+            of the run (``"2%"``), or a time (``"30s"``, ``"10min"``, ``"2h"``); None: only at the end of the run.
+        keep_last: so many of the newest are kept, >= 1; with 1, a damaged one has no predecessor. None: all.
+        monitor: a metric: after a validation with the best value so far a checkpoint is saved, and kept besides.
+        mode: whether the smallest (``"min"``) or the largest (``"max"``) value of ``monitor`` is best.
+        tokens_per_step: tokens in one step over all ranks, > 0; only for intervals in tokens.
+        background: write from a copy in memory, which takes as much memory as the checkpoint on rank 0; False: training
+            waits for every write.
+        on_sigterm: on SIGTERM save after the batch, and end the process with exit code 143.
+
+    Raises:
+        UserError: for an argument out of range.
+    """
+
+    plugin: ClassVar[str] = "save_checkpoints"
+    slot: ClassVar[str] = "checkpoints"
+
+    def __init__(
+        self,
+        folder: str | Path | None = None,
+        every: LengthLike | Sequence[LengthLike] | None = "10min",
+        keep_last: int | None = 2,
+        monitor: str | None = None,
+        mode: Mode = "min",
+        tokens_per_step: float | None = None,
+        background: bool = True,
+        on_sigterm: bool = True,
+    ) -> None:
+        if keep_last is not None and keep_last < 1:
+            raise UserError(f"save_checkpoints: keep_last must be >= 1, or null for all, got {keep_last}")
+        if mode not in ("min", "max"):
+            raise UserError(f'save_checkpoints: mode must be "min" or "max", got {mode!r}')
+        self.folder, self.every, self.keep_last = folder, every, keep_last
+        self.monitor, self.mode = monitor, mode
+        self.tokens_per_step, self.background, self.on_sigterm = tokens_per_step, background, on_sigterm
+        Intervals(every, "save_checkpoints.every")
+        self._forget_fit()
+
+    def _forget_fit(self) -> None:
+        self._active = self._rehearsed = self._watching = False
+        self._intervals = Intervals(self.every, "save_checkpoints.every")
+        self._watch = PreemptionWatch()
+        self._saver: Saver | None = None
+        self._place: Path | None = None
+        self._saved_at: tuple[int, int] | None = None
+        self._run = secrets.token_hex(8)
+        self._fitted: weakref.ref[Trainer] | None = None
+        self._recipe: str | None = None
+        self._loaded_recipe: str | None = None
+
+    # ---- for users --------------------------------------------------------------------------------------------------
+
+    @property
+    def last(self) -> str | None:
+        """The newest complete checkpoint, for ``ckpt_path``; None if there is none yet."""
+        place = self._place or (Path(self.folder) if self.folder is not None else None)
+        found = newest(place) if place is not None else None
+        return None if found is None else str(found)
+
+    @property
+    def best_model_path(self) -> str:
+        """The best checkpoint by ``monitor``, or else the newest, which is what ``ckpt_path="best"`` means."""
+        best = None if self._saver is None else self._saver.best(self._run)
+        return str(best.path) if best else self.last or ""
+
+    def save(self, trainer: Trainer, *, wait: bool = False, value: float | None = None) -> Path | None:
+        """Save a checkpoint now; to be called on all ranks, between batches.
+
+        Args:
+            trainer: in a fit.
+            wait: return when it is on the disk.
+            value: of the monitored metric, if it was just measured.
+
+        Returns:
+            The newest checkpoint on the disk, on rank 0 and with ``wait``; a disk that refuses is reported, not raised.
+        """
+        checkpoint = compat.dump_checkpoint(trainer)
+        self._saved_at = _position(trainer)
+        self._intervals.saved(time.monotonic())
+        if self._saver is not None:
+            about = About(
+                step=trainer.global_step,
+                run=self._run,
+                epoch=trainer.current_epoch,
+                world_size=trainer.world_size,
+                recipe=self._recipe,
+                metric=None if value is None else self.monitor,
+                value=value,
+            )
+            self._saver.save(checkpoint, about, wait)
+        if wait:
+            trainer.strategy.barrier("stabletrain.save_checkpoints")
+        return self._saver.newest if self._saver is not None and wait else None
+
+    def wait(self) -> None:
+        """Return when nothing is being written any more."""
+        if self._saver is not None:
+            self._saver.wait()
+
+    # ---- Lightning's hooks ------------------------------------------------------------------------------------------
+
+    @property
+    def state_key(self) -> str:
+        """The key of this plugin's state in a checkpoint."""
+        return self.plugin
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Make ``ckpt_path`` take our folders, and find the place to write."""
+        if compat.reads_own_checkpoints(trainer):
+            raise UserError(
+                f"save_checkpoints: {type(trainer.strategy).__name__} writes checkpoints in a format of its own. Use "
+                "Lightning's ModelCheckpoint (plugins/checkpoints=none), or strategy=ddp"
+            )
+        strategy = trainer.strategy
+        if not isinstance(strategy.checkpoint_io, VerifiedIO):
+            strategy.checkpoint_io = VerifiedIO(strategy.checkpoint_io, strategy.broadcast, trainer.is_global_zero)
+        if stage != "fit":
+            return
+        run = self._run if self._fitted is not None and self._fitted() is trainer else None
+        self._forget_fit()
+        self._run, self._fitted = run or self._run, weakref.ref(trainer)
+        root = trainer.log_dir or trainer.default_root_dir  # asks all ranks: not only on rank 0
+        self._place = (Path(root) / "checkpoints" if self.folder is None else Path(self.folder)).expanduser().absolute()
+        self._active = not compat.is_fast_dev_run(trainer)
+        self._recipe = recipe_hash(Path(trainer.default_root_dir))
+        if self._active and trainer.is_global_zero:
+            keep = Keep(last=self.keep_last, metric=self.monitor, mode=self.mode)
+            self._saver = Saver(Store(self._place, keep), self.background)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The length of the run is known, and Lightning has installed its signal handlers."""
+        if not self._active:
+            return
+        run = run_length(trainer, self.tokens_per_step)
+        self._intervals.start(run, trainer.global_step, time.monotonic())
+        self._watching = self.on_sigterm and self._watch.take_over(trainer)
+        # whether a signal is watched decides about collectives, so all ranks must agree on it
+        self._watching = bool(trainer.strategy.broadcast(self._watching))
+        if self._saver is not None:
+            self._saver.begin(self._run)
+            if self._loaded_recipe and self._recipe and self._loaded_recipe != self._recipe:
+                logger.warning("the checkpoint was made with another recipe than this run's")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save if it is time, once the gradients of the window have been used."""
+        if not self._active or compat.window_is_open(trainer):
+            return
+        if not self._rehearsed:
+            self._rehearse(trainer)
+        due, stop = self._agreed(trainer)
+        if stop:
+            self._save_and_exit(trainer)
+        if due or 0 < trainer.max_steps <= trainer.global_step:
+            self.save(trainer)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """A validation may be long: do not wait for its end when asked to stop."""
+        if self._active and self._watching and self._rehearsed and self._agreed(trainer)[1]:
+            self._save_and_exit(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save if the monitored metric has never been better."""
+        if not self._active or self.monitor is None or trainer.sanity_checking:
+            return
+        if self.monitor not in trainer.callback_metrics:
+            known = ", ".join(sorted(trainer.callback_metrics)) or "none"
+            raise UserError(
+                f"save_checkpoints: monitor={self.monitor!r} is no metric after validation; there are: {known}"
+            )
+        value = float(trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor])))
+        is_best = self._saver is not None and self._saver.is_best(self._run, value)
+        if trainer.strategy.broadcast(is_best):
+            self.save(trainer, value=value)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The end of the run is saved, and on the disk, before anything else is done."""
+        if not self._active:
+            return
+        if self._saved_at != _position(trainer):
+            self.save(trainer)
+        self.wait()
+        trainer.strategy.barrier("stabletrain.save_checkpoints")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """What is being written is finished; the state of a run that failed is not saved."""
+        self.wait()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the trainer as it was."""
+        self.wait()
+        if isinstance(trainer.strategy.checkpoint_io, VerifiedIO):
+            trainer.strategy.checkpoint_io = trainer.strategy.checkpoint_io.inner
+
+    def state_dict(self) -> dict[str, Any]:
+        """The identity of the run and of its recipe."""
+        return {"run": self._run, "recipe": self._recipe}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The run goes on under its identity."""
+        self._run, self._loaded_recipe = state_dict["run"], state_dict["recipe"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickles and copies leave the running fit behind."""
+        return {key: value for key, value in self.__dict__.items() if not key.startswith("_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget_fit()
+
+    # ---- inside -----------------------------------------------------------------------------------------------------
+
+    def _agreed(self, trainer: Trainer) -> tuple[bool, bool]:
+        """Whether a checkpoint is due, and whether to stop; clocks and signals differ between ranks, this does not."""
+        due = self._intervals.due(trainer.global_step, time.monotonic())
+        stop = self._watching and self._watch.received
+        if trainer.world_size > 1:
+            decide = trainer.strategy.reduce_boolean_decision
+            if self._intervals.seconds is not None:
+                due = decide(due, all=False)
+            if self._watching:
+                stop = decide(stop, all=False)
+        return due, stop
+
+    def _rehearse(self, trainer: Trainer) -> None:
+        """After the first step: what cannot be saved is refused now, and the first snapshot finds its memory ready."""
+        self._rehearsed = True
+        checkpoint = compat.dump_checkpoint(trainer)
+        if self._saver is not None:
+            self._saver.prepare(checkpoint)
+
+    def _save_and_exit(self, trainer: Trainer) -> None:
+        path = self.save(trainer, wait=True)
+        logger.warning("SIGTERM: ending with exit code %d; go on from %s", EXIT_CODE, path or self.last)
+        raise SystemExit(EXIT_CODE)
+
+
+def _position(trainer: Trainer) -> tuple[int, int]:
+    return trainer.global_step, compat.batches_seen(trainer)

@@ -1,0 +1,63 @@
+"""The Lightning side of reading: ``ckpt_path=`` takes our folders, and files as before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+
+from stabletrain.runtime.checkpoints.loading import is_ours, load_good, read
+from stabletrain.runtime.checkpoints.manifest import CheckpointError
+
+Broadcast = Callable[[Any], Any]
+
+
+class VerifiedIO(CheckpointIO):
+    """Reads our checkpoints, verified, the same on all ranks; hands everything else to another CheckpointIO.
+
+    Args:
+        inner: what reads and writes single files.
+        broadcast: gives rank 0's object to all ranks.
+        first: whether this is rank 0.
+    """
+
+    def __init__(self, inner: CheckpointIO, broadcast: Broadcast, first: bool) -> None:
+        self.inner = inner
+        self._broadcast = broadcast
+        self._first = first
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint; ``weights_only`` concerns files alone, ours hold nothing but data.
+
+        Raises:
+            CheckpointError: on all ranks, if rank 0 finds no good one, or another rank cannot read the one it found.
+        """
+        if not is_ours(path):
+            return self.inner.load_checkpoint(path, map_location, weights_only)
+        found, answer = None, ("", "")
+        if self._first:
+            try:
+                found = load_good(path)
+                answer = (str(found.path), "")
+            except CheckpointError as error:
+                answer = ("", str(error))
+        chosen, problem = self._broadcast(answer)
+        if problem:
+            raise CheckpointError(problem)
+        return (found or read(Path(chosen))).checkpoint
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write a single file, as before."""
+        self.inner.save_checkpoint(checkpoint, path, storage_options)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove a single file, as before."""
+        self.inner.remove_checkpoint(path)
+
+    def teardown(self) -> None:
+        """The end of the process."""
+        self.inner.teardown()

@@ -1,0 +1,175 @@
+"""Reading checkpoints: verified while they are read, and the previous good one in place of a damaged one."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import xxhash
+
+from stabletrain.runtime.checkpoints import tensor_file
+from stabletrain.runtime.checkpoints.manifest import CheckpointError, Manifest
+from stabletrain.runtime.checkpoints.store import (
+    PREFIX,
+    STATE,
+    TENSORS,
+    Store,
+    checkpoint_folders,
+    is_checkpoint,
+    size_problem,
+)
+from stabletrain.runtime.checkpoints.tree import dtype_of, unpack
+
+logger = logging.getLogger("stabletrain")
+
+
+class Loaded(NamedTuple):
+    """A checkpoint that was read.
+
+    Args:
+        checkpoint: its content, tensors on the CPU.
+        path: its folder.
+        manifest: its manifest.
+    """
+
+    checkpoint: dict[str, Any]
+    path: Path
+    manifest: Manifest
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint that `SaveCheckpoints` wrote, verified, as data: nothing in it can run code.
+
+    Args:
+        path: a checkpoint (``.../step-00000100``), or a folder of checkpoints, or a run's folder, or ``.../last``:
+            the newest good one. In place of a damaged one the previous good one of the run is read, and a warning
+            says so.
+
+    Returns:
+        What was saved, as for ``torch.load``; tensors on the CPU.
+
+    Raises:
+        CheckpointError: if there is no good one; the message says what is wrong with each.
+    """
+    return load_good(path).checkpoint
+
+
+def load_good(path: str | Path) -> Loaded:
+    """As `load`, and say which one it was."""
+    problems: list[str] = []
+    for candidate in _candidates(Path(path)):
+        try:
+            found = read(candidate)
+        except CheckpointError as error:
+            problems.append(f"{candidate.name} is damaged: {error}")
+            continue
+        if problems:
+            logger.warning(
+                "checkpoints: %s; going on from %s (step %d)",
+                "; ".join(problems),
+                found.path,
+                found.manifest.about.step,
+            )
+        return found
+    if problems:
+        raise CheckpointError(f"checkpoints: none in {path} can be used: {'; '.join(problems)}")
+    raise CheckpointError(f"checkpoints: there is none in {path}; expected a checkpoint, or a folder of checkpoints")
+
+
+def read(path: Path) -> Loaded:
+    """Read exactly this checkpoint.
+
+    Raises:
+        CheckpointError: if it is damaged, and how.
+    """
+    manifest = Manifest.read(path)
+    problem = size_problem(path, manifest.files)
+    if problem:
+        raise CheckpointError(problem)
+    try:
+        raw = (path / STATE).read_bytes()
+        if xxhash.xxh3_128(raw).hexdigest() != manifest.files[STATE].xxh3_128:
+            raise CheckpointError(f"{STATE} does not have the checksum it was written with")
+        state = json.loads(raw)
+        wanted = {name: (dtype_of(dtype), shape) for name, dtype, shape in state["tensors"]}
+        tensors = tensor_file.read(path / TENSORS, manifest.files[TENSORS], wanted)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or path} cannot be read ({error.strerror})") from None
+    return Loaded(unpack(state["tree"], [tensors[name] for name in wanted]), path, manifest)
+
+
+def verify(path: str | Path) -> Manifest:
+    """Read every byte of a checkpoint and compare it with its manifest.
+
+    Raises:
+        CheckpointError: if it is damaged, and how.
+    """
+    return read(Path(path)).manifest
+
+
+def newest(path: str | Path) -> Path | None:
+    """The newest complete checkpoint of a folder of checkpoints or a run's folder; its content is not verified.
+
+    Args:
+        path: the folder; may be missing.
+    """
+    folder = store_of(Path(path))
+    for entry in reversed(Store(folder).entries() if folder else []):
+        if size_problem(entry.path, entry.manifest.files) is None:
+            return entry.path
+    return None
+
+
+def store_of(path: Path) -> Path | None:
+    """The folder of checkpoints that a path means: itself, a run's folder, or ``.../last``; None if it means none."""
+    if path.name == "last" and not path.exists():
+        path = path.parent
+    for folder in (path, path / "checkpoints"):
+        if checkpoint_folders(folder):
+            return folder
+    return None
+
+
+def is_ours(path: str | Path) -> bool:
+    """Whether a path is a checkpoint of ours, or a place that holds some."""
+    return is_checkpoint(Path(path)) or store_of(Path(path)) is not None
+
+
+def _candidates(path: Path) -> Iterator[Path]:
+    """The checkpoints to try, best first: never a later one than was asked for, never another run's."""
+    if is_checkpoint(path):
+        yield path
+        entries = Store(path.parent).entries()
+        own = next((entry.manifest for entry in entries if entry.path == path), None)
+        if own is not None:
+            entries = [e for e in entries if e.manifest.sequence < own.sequence and _same_run(e.manifest, own)]
+        else:
+            of_run = [entry for entry in entries if _same_run(entry.manifest, entries[-1].manifest)]
+            entries = [entry for entry in of_run if entry.manifest.about.step <= _step(path)]
+        yield from (entry.path for entry in reversed(entries))
+        return
+    folder = store_of(path)
+    if folder is None:
+        return
+    entries = Store(folder).entries()
+    known = {entry.path for entry in entries}
+    if entries:
+        newest_step = entries[-1].manifest.about.step
+        entries = [entry for entry in entries if _same_run(entry.manifest, entries[-1].manifest)]
+    else:
+        newest_step = -1
+    # those whose manifest is gone were perhaps the newest: reading them fails, and so they are named
+    yield from (each for each in checkpoint_folders(folder) if each not in known and _step(each) >= newest_step)
+    yield from (entry.path for entry in reversed(entries))
+
+
+def _same_run(one: Manifest, other: Manifest) -> bool:
+    return one.about.run == other.about.run
+
+
+def _step(path: Path) -> int:
+    digits = path.name.removeprefix(PREFIX).partition("-")[0]
+    return int(digits) if digits.isdecimal() else 2**63

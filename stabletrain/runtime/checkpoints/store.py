@@ -1,0 +1,193 @@
+"""A folder of checkpoints, each a folder that is complete from the moment it has its name.
+
+    checkpoints/
+      step-00000100/  manifest.json  state.json  tensors.safetensors
+      step-00000200/  ...
+      .writing-step-00000300-host-4711/        never read; removed when the next run begins
+
+Order of a write: files, fsync, manifest, fsync, rename, fsync of the parent. Only then are older checkpoints deleted.
+There is no pointer file: the newest checkpoint is the complete one that was written last, and cannot be out of date.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+import stabletrain
+from stabletrain.runtime.checkpoints import durable, tensor_file
+from stabletrain.runtime.checkpoints.durable import FileRecord
+from stabletrain.runtime.checkpoints.manifest import NAME as MANIFEST
+from stabletrain.runtime.checkpoints.manifest import About, CheckpointError, Manifest
+
+STATE = "state.json"
+TENSORS = "tensors.safetensors"
+PREFIX = "step-"
+
+logger = logging.getLogger("stabletrain")
+
+Mode = Literal["min", "max"]
+
+
+class Entry(NamedTuple):
+    """A complete checkpoint in a folder.
+
+    Args:
+        path: its folder.
+        manifest: its manifest, which is undamaged; the files may not be.
+    """
+
+    path: Path
+    manifest: Manifest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keep:
+    """Which checkpoints of a run are not deleted.
+
+    Args:
+        last: this many of the newest, >= 1; None: all.
+        metric: also the best by this metric; None: no other.
+        mode: whether the smallest or the largest value is best.
+    """
+
+    last: int | None = 2
+    metric: str | None = None
+    mode: Mode = "min"
+
+
+@dataclass(frozen=True)
+class Store:
+    """The checkpoints of one folder.
+
+    Args:
+        folder: made at the first write.
+        keep: what a write leaves of the run's older ones; those of other runs are never deleted.
+    """
+
+    folder: Path
+    keep: Keep = field(default_factory=Keep)
+
+    def write(self, about: About, tree: Any, names: Sequence[str], tensors: Sequence[Tensor]) -> Path:
+        """Write a checkpoint; when this returns, it is on the disk.
+
+        Args:
+            about: what it says of itself.
+            tree: what `Packed` made of it.
+            names: of the tensors.
+            tensors: the tensors, which must not change meanwhile.
+
+        Returns:
+            Its folder.
+
+        Raises:
+            OSError: if the disk refuses; older checkpoints are untouched, and nothing of the new one is left.
+        """
+        older = self.entries()
+        name = self._free_name(about.step)
+        folder = durable.new_folder(self.folder, name)
+        try:
+            index = [
+                [each, str(t.dtype).removeprefix("torch."), list(t.shape)]
+                for each, t in zip(names, tensors, strict=True)
+            ]
+            state = json.dumps({"tree": tree, "tensors": index}, allow_nan=False).encode()
+            files = {
+                TENSORS: durable.write_file(folder / TENSORS, tensor_file.chunks(names, tensors)),
+                STATE: durable.write_file(folder / STATE, [state]),
+            }
+            sequence = 1 + max((entry.manifest.sequence for entry in older), default=0)
+            Manifest(sequence=sequence, about=about, files=files, versions=_versions()).write(folder)
+            final = durable.publish(folder, name)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        try:
+            self._prune(about.run)
+        except OSError as error:
+            logger.warning("old checkpoints in %s could not be deleted: %s", self.folder, error)
+        return final
+
+    def entries(self) -> list[Entry]:
+        """The complete checkpoints with an undamaged manifest, in the order of writing."""
+        found = []
+        for path in checkpoint_folders(self.folder):
+            try:
+                found.append(Entry(path, Manifest.read(path)))
+            except CheckpointError:
+                continue
+        return sorted(found, key=lambda entry: entry.manifest.sequence)
+
+    def sweep(self) -> None:
+        """Remove what killed processes left half written."""
+        durable.sweep(self.folder)
+
+    def best(self, entries: Iterable[Entry]) -> Entry | None:
+        """The best of some checkpoints by the monitored metric; of equal ones the first."""
+        scored = [(e.manifest.about.value, e) for e in entries if e.manifest.about.metric == self.keep.metric]
+        known = [(value, entry) for value, entry in scored if value is not None]
+        if self.keep.metric is None or not known:
+            return None
+        choose = min if self.keep.mode == "min" else max
+        return choose(known, key=lambda each: each[0])[1]
+
+    def _prune(self, run: str) -> None:
+        if self.keep.last is None:
+            return
+        mine = [entry for entry in self.entries() if entry.manifest.about.run == run]
+        kept = {entry.path for entry in mine[-self.keep.last :]}
+        best = self.best(mine)
+        for entry in mine:
+            if entry.path not in kept and (best is None or entry.path != best.path):
+                durable.discard(entry.path)
+
+    def _free_name(self, step: int) -> str:
+        name = f"{PREFIX}{step:08d}"
+        number = 1
+        while (self.folder / (name if number == 1 else f"{name}-{number}")).exists():
+            number += 1
+        return name if number == 1 else f"{name}-{number}"
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """The folders of a folder that are called as checkpoints are, by name.
+
+    Args:
+        folder: may be missing.
+    """
+    try:
+        names = sorted(each.name for each in os.scandir(folder) if each.name.startswith(PREFIX) and each.is_dir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [folder / name for name in names]
+
+
+def size_problem(path: Path, files: Mapping[str, FileRecord]) -> str | None:
+    """What is wrong with a checkpoint at a glance: a file that is missing or has another size."""
+    for name, record in files.items():
+        try:
+            size = (path / name).stat().st_size
+        except OSError:
+            return f"{name} is missing"
+        if size != record.bytes:
+            return f"{name} has {size} bytes, and {record.bytes} were written"
+    return None
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is one checkpoint, be it damaged."""
+    return path.is_dir() and ((path / MANIFEST).exists() or path.name.startswith(PREFIX))
+
+
+def _versions() -> dict[str, str]:
+    return {"stabletrain": stabletrain.__version__, "torch": torch.__version__, "python": platform.python_version()}

@@ -1,0 +1,31 @@
+"""What the tests of the checkpoint store share."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stabletrain.runtime.checkpoints import About, Keep, Saver, Store
+
+Write = Callable[..., Path]
+
+
+def content(step: int) -> dict[str, Any]:
+    """A checkpoint whose every value tells its step."""
+    return {"step": step, "weights": torch.full((1000,), float(step)), "small": torch.tensor(step, dtype=torch.int16)}
+
+
+def save(folder: Path, step: int, run: str = "a", keep: Keep | None = None, **about: Any) -> Path:
+    """Write a checkpoint and return its folder."""
+    saver = Saver(Store(folder, keep or Keep(last=None)))
+    saver.save(content(step), About(step=step, run=run, **about), wait=True)
+    assert saver.newest is not None
+    return saver.newest
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Writes a checkpoint of a step into tmp_path."""
+    return lambda step, **options: save(tmp_path, step, **options)

@@ -1,0 +1,232 @@
+"""What is read is what was written, value by value, type by type and bit by bit; and nothing else can be written."""
+
+import collections
+import enum
+import functools
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from stabletrain.runtime.checkpoints import About, CheckpointError, Saver, Store, load
+from stabletrain.runtime.checkpoints.tree import Packed, unpack
+
+TENSORS = {
+    "fp64": torch.randn(3, dtype=torch.float64),
+    "fp32": torch.randn(2, 3),
+    "fp16": torch.randn(3).half(),
+    "bf16": torch.randn(3, 5).bfloat16(),
+    "fp8": torch.randn(4).to(torch.float8_e4m3fn),
+    "int64": torch.tensor([2**62, -1]),
+    "int8": torch.arange(-3, 4, dtype=torch.int8),
+    "uint8": torch.arange(5, dtype=torch.uint8),
+    "uint16": torch.tensor([65535], dtype=torch.uint16),
+    "bool": torch.tensor([[True], [False]]),
+    "complex64": torch.randn(2, dtype=torch.complex64),
+    "complex128": torch.randn(3, dtype=torch.complex128),
+    "0-d": torch.tensor(7.0),
+    "0-d bf16": torch.tensor(7.0).bfloat16(),
+    "empty": torch.empty(0),
+    "empty 2-d": torch.empty(3, 0, dtype=torch.int32),
+    "transposed": torch.randn(3, 4).t(),
+    "strided": torch.randn(10)[1::3],
+    "expanded": torch.randn(1, 3).expand(4, 3),
+    "conjugate": torch.randn(3, dtype=torch.complex64).conj(),
+    "nan": torch.tensor([math.nan, math.inf, -math.inf, -0.0]),
+    "parameter": torch.nn.Parameter(torch.randn(3)).data,
+}
+
+
+class Colour(enum.IntEnum):
+    RED = 3
+
+
+PLAIN: dict[str, Any] = {
+    "none": None,
+    "bool, not int": [True, 1, False, 0],
+    "int": [0, -(2**70), 10**30],
+    "float": [0.1, -0.0, 5e-324, 1.7976931348623157e308],
+    "inf": [math.inf, -math.inf],
+    "text": ["", "é\n\x00", "\ud800", "T"],
+    "bytes": b"\x00\xff",
+    "complex": complex(-0.0, 2.5),
+    "int keys": {0: {"exp_avg": 1}, 1: {"exp_avg": 2}, -1: {}},
+    "mixed keys": {1: "a", "1": "b", None: "c", (1, 2): "d", 2.5: "e", True is False: "f"},
+    "tuple": (1, (2, [3, (4,)]), ()),
+    "looks like a tag": {"T": 0, "d": [["x", 1]]},
+    "set": {1, 2},
+    "frozenset": frozenset({"a"}),
+    "deque": collections.deque([1, 2], maxlen=5),
+    "ordered": collections.OrderedDict([("b", 1), ("a", 2)]),
+    "random": random.getstate(),
+    "dtype": [torch.bfloat16, torch.device("cuda:1"), torch.Size([2, 3])],
+    "path": Path("/x/y"),
+}
+
+
+def through_a_file(tmp_path: Path, checkpoint: dict[str, Any], snapshots: bool = True) -> dict[str, Any]:
+    saver = Saver(Store(tmp_path), snapshots=snapshots)
+    saver.save(checkpoint, About(step=1, run="a"))
+    saver.wait()
+    assert saver.newest is not None
+    return load(saver.newest)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.resolve_conj().contiguous().reshape(-1).view(torch.uint8)
+
+
+@pytest.mark.parametrize("snapshots", [True, False])
+def test_every_kind_of_tensor(tmp_path: Path, snapshots: bool) -> None:
+    """A dtype or stride that the copy, the format or the reader treats wrongly."""
+    found = through_a_file(tmp_path, TENSORS, snapshots)
+    for name, tensor in TENSORS.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert found[name].shape == tensor.shape, name
+        assert torch.equal(bits(found[name]), bits(tensor)), name
+        assert type(found[name]) is Tensor, name
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_every_kind_of_value(tmp_path: Path, name: str) -> None:
+    """Keys that become text, tuples that become lists, True that becomes 1: all break load_state_dict."""
+    found = through_a_file(tmp_path, {"x": PLAIN[name]})["x"]
+    assert same(found, PLAIN[name])
+
+
+def same(one: Any, other: Any) -> bool:
+    if type(one) is not type(other):
+        return isinstance(one, Path) and isinstance(other, Path) and one == other
+    if isinstance(one, dict):
+        keys = zip(one, other, strict=True)
+        return all(type(a) is type(b) and a == b and same(one[a], other[b]) for a, b in keys)
+    if isinstance(one, list | tuple | collections.deque):
+        return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
+    return repr(one) == repr(other) if isinstance(one, float | complex) else one == other
+
+
+def test_nan_stays_nan(tmp_path: Path) -> None:
+    assert math.isnan(through_a_file(tmp_path, {"x": math.nan})["x"])
+
+
+def test_tied_weights_are_stored_once_and_are_one_tensor_again(tmp_path: Path) -> None:
+    weight = torch.randn(100, 10)
+    found = through_a_file(tmp_path, {"head": weight, "embedding": weight.detach(), "part": weight[:1]})
+    assert found["head"] is found["embedding"]
+    assert torch.equal(found["part"], weight[:1])
+    names = Packed({"head": weight, "embedding": weight.detach(), "part": weight[:1]}).names
+    assert names == ["head", "part"]
+
+
+def test_loaded_tensors_have_memory_of_their_own(tmp_path: Path) -> None:
+    """Views of one buffer would keep all of it alive, and bloat whatever is saved from them."""
+    found = through_a_file(tmp_path, {"a": torch.ones(3), "b": torch.ones(4)})
+    assert found["a"].untyped_storage().nbytes() == 12
+    assert found["b"].untyped_storage().nbytes() == 16
+
+
+def test_names_that_collide(tmp_path: Path) -> None:
+    one, two, three = torch.ones(1), torch.zeros(1), torch.full((1,), 2.0)
+    found = through_a_file(tmp_path, {"a.b": one, "a": {"b": two}, "__metadata__": three})
+    assert (found["a.b"].item(), found["a"]["b"].item(), found["__metadata__"].item()) == (1.0, 0.0, 2.0)
+
+
+def test_an_optimizers_state_and_a_modules_versions(tmp_path: Path) -> None:
+    """Integer keys; and the versions in a state_dict, by which modules migrate old ones."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(4, 3)).sum().backward()
+    optimizer.step()
+    found = through_a_file(tmp_path, {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    assert found["model"]._metadata == model.state_dict()._metadata
+    assert [type(key) for key in found["optimizer"]["state"]] == [int] * 4
+    fresh = torch.optim.AdamW(model.parameters())
+    fresh.load_state_dict(found["optimizer"])
+    for parameter in model.parameters():
+        assert torch.equal(fresh.state[parameter]["exp_avg"], optimizer.state[parameter]["exp_avg"])
+
+
+def test_a_snapshot_is_of_the_moment(tmp_path: Path) -> None:
+    """Training goes on while the writer writes: neither tensors nor containers may follow it."""
+    weight, plain = torch.ones(200_000), {"steps": [1]}
+    saver = Saver(Store(tmp_path))
+    saver.save({"weight": weight, "plain": plain}, About(step=1, run="a"))
+    weight.zero_()
+    plain["steps"].append(2)
+    saver.wait()
+    found = load(tmp_path)
+    assert found["weight"].min().item() == 1.0
+    assert found["plain"] == {"steps": [1]}
+
+
+def test_numpy_and_subclasses_become_plain() -> None:
+    given = {
+        "float": np.float64(0.1), "int": np.int32(3), "array": np.arange(3), "enum": Colour.RED,
+        "text": np.str_("x"), "default": collections.defaultdict(int, a=1),
+    }  # fmt: skip
+    packed = Packed(given)
+    found = unpack(json.loads(json.dumps(packed.tree)), packed.tensors)
+    assert {key: type(value) for key, value in found.items()} == {
+        "float": float, "int": int, "array": np.ndarray, "enum": int, "text": str, "default": dict,
+    }  # fmt: skip
+    assert (found["float"], found["int"], found["enum"], found["text"]) == (0.1, 3, 3, "x")
+    assert found["array"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [object(), functools.partial(print), len, np.array(["x"]), torch.empty(2, device="meta")],
+    ids=["object", "partial", "function", "numpy text", "meta"],
+)
+def test_what_is_no_data_is_refused_with_its_place(value: object) -> None:
+    """Found at the first save, not when somebody wants to resume."""
+    with pytest.raises(CheckpointError, match=r"callbacks\.mine\.1"):
+        Packed({"callbacks": {"mine": [0, value]}})
+
+
+def test_a_container_in_itself_is_refused() -> None:
+    loop: list[Any] = []
+    loop.append(loop)
+    with pytest.raises(CheckpointError, match="itself"):
+        Packed({"x": loop})
+
+
+def test_objects_among_hyper_parameters_are_left_out_by_name() -> None:
+    given = {
+        "hyper_parameters": {"lr": 0.1, "loss": len, "net": {"act": torch.nn.ReLU(), "width": 3}},
+        "hparams_type": dict,
+    }
+    packed = Packed(given)
+    assert unpack(packed.tree, packed.tensors) == {"hyper_parameters": {"lr": 0.1, "net": {"width": 3}}}
+    assert [each.split(" ")[0] for each in packed.left_out] == ["hyper_parameters.loss", "hyper_parameters.net.act"]
+
+
+def test_a_config_of_omegaconf_among_hyper_parameters_becomes_plain() -> None:
+    """With Lightning's own checkpoints, a DictConfig makes resuming impossible."""
+    from omegaconf import DictConfig, OmegaConf
+
+    config = OmegaConf.create({"lr": 0.1, "twice": "${lr}", "layers": [1, 2]})
+    packed = Packed({"hyper_parameters": config, "hparams_type": DictConfig})
+    assert unpack(packed.tree, packed.tensors) == {"hyper_parameters": {"lr": 0.1, "twice": 0.1, "layers": [1, 2]}}
+
+
+def test_other_tools_can_read_the_tensors(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    saver = Saver(Store(tmp_path))
+    saver.save(
+        {"state_dict": {"net.weight": torch.ones(2, 2), "odd": torch.ones(3, dtype=torch.int8)}}, About(step=1, run="a")
+    )
+    saver.wait()
+    found = safetensors.load_file(next(tmp_path.glob("*/tensors.safetensors")))
+    assert torch.equal(found["state_dict.net.weight"], torch.ones(2, 2))
+    assert torch.equal(found["state_dict.odd"], torch.ones(3, dtype=torch.int8))
+
+
+def test_a_dtype_that_the_format_lacks_is_stored_as_bytes(tmp_path: Path) -> None:
+    assert torch.equal(through_a_file(tmp_path, {"x": TENSORS["complex128"]})["x"], TENSORS["complex128"])

@@ -1,0 +1,235 @@
+"""What is kept and deleted, and what a disk that refuses does."""
+
+import errno
+import os
+import pickle
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stabletrain.runtime.checkpoints import About, Keep, Saver, Store, load, newest
+from stabletrain.runtime.checkpoints import durable as durable_module
+
+from .conftest import Write, content, save
+
+
+def steps(folder: Path) -> list[int]:
+    return [entry.manifest.about.step for entry in Store(folder).entries()]
+
+
+def test_the_newest_are_kept(tmp_path: Path) -> None:
+    for step in range(1, 6):
+        save(tmp_path, step, keep=Keep(last=2))
+    assert steps(tmp_path) == [4, 5]
+    assert len(os.listdir(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(("mode", "best"), [("min", 2), ("max", 3)])
+def test_the_best_is_kept_besides(tmp_path: Path, mode: Any, best: int) -> None:
+    keep = Keep(last=1, metric="val_loss", mode=mode)
+    for step, value in ((1, 1.0), (2, 0.5), (3, 2.0), (4, 1.5)):
+        save(tmp_path, step, keep=Keep(last=None), metric="val_loss", value=value)
+    save(tmp_path, 5, keep=keep)
+    assert steps(tmp_path) == [best, 5]
+
+
+def test_a_nan_is_never_the_best(tmp_path: Path) -> None:
+    saver = Saver(Store(tmp_path, Keep(metric="m")))
+    assert not saver.is_best("a", float("nan"))
+    assert saver.is_best("a", 1.0)
+    saver.save(content(1), About(step=1, run="a", metric="m", value=1.0))
+    assert not saver.is_best("a", 1.0)
+    assert not saver.is_best("a", float("nan"))
+    assert saver.is_best("a", 0.5)
+
+
+def test_other_runs_checkpoints_are_left_alone(tmp_path: Path) -> None:
+    """A run started anew in the same folder must not delete what the one before had reached."""
+    save(tmp_path, 900, run="old", keep=Keep(last=1))
+    for step in (1, 2, 3):
+        save(tmp_path, step, run="new", keep=Keep(last=1))
+    assert steps(tmp_path) == [900, 3]
+
+
+def test_a_damaged_one_does_not_count_as_kept(tmp_path: Path) -> None:
+    first = save(tmp_path, 1, keep=Keep(last=2))
+    (save(tmp_path, 2, keep=Keep(last=2)) / "manifest.json").unlink()
+    save(tmp_path, 3, keep=Keep(last=2))
+    assert first.exists()
+
+
+def test_the_same_step_twice_keeps_both(write: Write, tmp_path: Path) -> None:
+    """A step that was skipped leaves the step count where it was, and the data position elsewhere."""
+    assert [write(5).name, write(5).name, write(5).name] == ["step-00000005", "step-00000005-2", "step-00000005-3"]
+    assert newest(tmp_path) == tmp_path / "step-00000005-3"
+
+
+def test_nothing_is_deleted_before_the_new_one_is_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning's asynchronous save with save_top_k=1 can leave no checkpoint at all."""
+    order: list[str] = []
+
+    def spied(name: str) -> Any:
+        real = getattr(durable_module, name)
+
+        def spy(*args: Any) -> Any:
+            done = real(*args)
+            order.append(name)
+            return done
+
+        return spy
+
+    for name in ("write_file", "publish", "discard"):
+        monkeypatch.setattr(durable_module, name, spied(name))
+    save(tmp_path, 1, keep=Keep(last=1))
+    order.clear()
+    save(tmp_path, 2, keep=Keep(last=1))
+    assert order == ["write_file", "write_file", "publish", "discard"]
+
+
+def test_every_file_and_folder_is_synced_before_it_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    real = os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: (synced.append(os.readlink(f"/proc/self/fd/{handle}")), real(handle))
+    )
+    save(tmp_path, 1)
+    names = [Path(each).name for each in synced]
+    assert names[:3] == ["tensors.safetensors", "state.json", "manifest.json"]
+    assert names[3].startswith(".writing-step-00000001")
+    assert names[4] == tmp_path.name
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EIO])
+@pytest.mark.parametrize("wait", [True, False])
+def test_a_disk_that_refuses_is_reported_each_time_and_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int, wait: bool
+) -> None:
+    saver = Saver(Store(tmp_path, Keep(last=1)))
+    saver.save(content(1), About(step=1, run="a"), wait=True)
+    real = durable_module.write_file
+
+    def refuse(path: Path, chunks: Any) -> Any:
+        path.write_bytes(next(iter(chunks))[:10])
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(durable_module, "write_file", refuse)
+    for step in (2, 3):
+        saver.save(content(step), About(step=step, run="a"), wait)
+    saver.wait()
+    assert caplog.text.count(os.strerror(code)) == 2
+    assert "step-00000001" in caplog.text
+    assert os.listdir(tmp_path) == ["step-00000001"]
+    assert load(tmp_path)["step"] == 1
+    monkeypatch.setattr(durable_module, "write_file", real)
+    saver.save(content(4), About(step=4, run="a"), wait=True)
+    assert load(tmp_path)["step"] == 4
+
+
+@pytest.mark.slow
+def test_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
+    """A real one: a file system of 1 MB, with checkpoints of 400 kB of which three would have to fit."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True
+    )
+    if not mounted or mounted.returncode:
+        pytest.skip("a small tmpfs cannot be mounted here: that needs root")
+    try:
+        saver = Saver(Store(disk / "checkpoints", Keep(last=2)))
+        refused = 0
+        for step in range(1, 6):
+            saver.save({"step": step, "w": torch.full((100_000,), float(step))}, About(step=step, run="a"))
+            saver.wait()
+            good = load(disk)
+            assert good["w"].eq(good["step"]).all()
+            refused += good["step"] != step
+        assert good["step"] == 2
+        assert caplog.text.count("No space left on device") == refused == 3
+        assert sorted(os.listdir(disk / "checkpoints")) == ["step-00000001", "step-00000002"]
+        shutil.rmtree(disk / "checkpoints" / "step-00000001")
+        saver.save({"step": 6, "w": torch.full((100_000,), 6.0)}, About(step=6, run="a"), wait=True)
+        assert load(disk)["step"] == 6
+        with capsys.disabled():
+            print(
+                f"\nfull disk: {refused} of 5 writes refused and reported, older ones intact, written again with room"
+            )
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_folder_that_may_not_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    place = tmp_path / "file"
+    place.write_text("")
+    saver = Saver(Store(place / "checkpoints"))
+    saver.save(content(1), About(step=1, run="a"), wait=True)
+    assert "could not be written" in caplog.text
+    assert "there is none yet" in caplog.text
+
+
+def test_at_most_one_write_at_a_time_and_every_one_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    busy, most = 0, 0
+    lock = threading.Lock()
+    real = Store.write
+
+    def write(self: Store, *args: Any) -> Path:
+        nonlocal busy, most
+        with lock:
+            busy += 1
+            most = max(most, busy)
+        try:
+            return real(self, *args)
+        finally:
+            with lock:
+                busy -= 1
+
+    monkeypatch.setattr(Store, "write", write)
+    saver = Saver(Store(tmp_path, Keep(last=None)))
+    for step in range(1, 21):
+        saver.save(content(step), About(step=step, run="a"))
+    saver.wait()
+    assert most == 1
+    assert steps(tmp_path) == list(range(1, 21))
+
+
+def test_leavings_of_dead_processes_are_swept_and_those_of_living_ones_are_not(tmp_path: Path) -> None:
+    host = os.uname().nodename
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    names = [f".writing-step-00000001-{host}-{dead.pid}", f".deleted-step-00000002-{host}-{dead.pid}"]
+    alive = [f".writing-step-00000003-{host}-{os.getpid()}", ".writing-step-00000004-otherhost-1", "mine"]
+    for name in (*names, *alive):
+        (tmp_path / name).mkdir()
+    old = tmp_path / ".writing-step-00000005-otherhost-1"
+    old.mkdir()
+    os.utime(old, (0, 0))
+    Store(tmp_path).sweep()
+    assert sorted(os.listdir(tmp_path)) == sorted(alive)
+
+
+def test_a_write_in_flight_survives_the_end_of_the_process(tmp_path: Path) -> None:
+    import sys
+
+    code = (
+        "import sys, torch; from pathlib import Path; from stabletrain.runtime.checkpoints import *\n"
+        "Saver(Store(Path(sys.argv[1]))).save({'w': torch.ones(5_000_000)}, About(step=1, run='a'))"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    assert load(tmp_path)["w"].sum().item() == 5_000_000
+
+
+def test_no_file_is_given_to_pickle(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint may come from anywhere, and a pickle can run code."""
+    path = write(1)
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("unpickled")
+
+    for module, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
+        monkeypatch.setattr(module, name, refuse)
+    assert load(path)["step"] == 1
