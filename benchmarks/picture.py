@@ -41,7 +41,7 @@ class Faulty(CharGPT):
 
 def run(callbacks: list[L.Callback]) -> list[float]:
     L.seed_everything(0, verbose=False)
-    module = Faulty(sample_length=0)
+    module = Faulty(sample_length=0, lr=3e-3)
     quiet: dict[str, Any] = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     L.Trainer(max_steps=STEPS, callbacks=callbacks, logger=False, limit_val_batches=0, **quiet).fit(
         module, ShakespeareData()

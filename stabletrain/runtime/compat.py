@@ -230,7 +230,8 @@ def prefetched(trainer: Trainer) -> list[Any]:
 
 def epoch_number(trainer: Trainer) -> int:
     """The epoch that samplers are told."""
-    return int(trainer.fit_loop.epoch_progress.current.processed)
+    counts: Any = trainer.fit_loop.epoch_progress.current
+    return int(counts.processed)
 
 
 def batches_in_progress(trainer: Trainer) -> int:

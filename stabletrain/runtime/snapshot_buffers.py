@@ -75,7 +75,7 @@ class SnapshotBuffers:
         """
         sources = plain_tensors(tensors)
         self._fit(sources)
-        _copy(self._buffers, sources)
+        copy_each(self._buffers, sources)
 
     def copy_back(self, tensors: Sequence[Tensor]) -> None:
         """Write the copies into tensors, in place.
@@ -92,7 +92,7 @@ class SnapshotBuffers:
             raise ValueError(
                 f"expected the {len(mine)} tensors that were copied in, got {len(targets)} of other layout"
             )
-        _copy(targets, self._buffers)
+        copy_each(targets, self._buffers)
 
     def clear(self) -> None:
         """Give all memory back."""
@@ -146,7 +146,13 @@ def bytes_of(tensors: Sequence[Tensor]) -> int:
     return sum(each.numel() * each.element_size() for each in tensors)
 
 
-def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+def copy_each(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy plain tensors one by one, at the memory's speed; when this returns, host copies are complete.
+
+    Args:
+        targets: written in place.
+        sources: as many, of the same dtypes and shapes.
+    """
     on_host: list[tuple[Tensor, Tensor]] = []
     others: list[tuple[Tensor, Tensor]] = []
     for pair in zip(targets, sources, strict=True):

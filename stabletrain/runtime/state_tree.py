@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stabletrain.errors import UserError
-from stabletrain.runtime.snapshot_buffers import plain_tensors
+from stabletrain.runtime.snapshot_buffers import copy_each, plain_tensors
 
 _IMMUTABLE = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type)
 
@@ -127,14 +127,9 @@ class Thaw:
             return copy.deepcopy(frozen.copy)
         return frozen
 
-    @torch.no_grad()
     def finish(self) -> None:
         """Copy all tensors, at once; return when they are there."""
-        if not self._targets:
-            return
-        torch._foreach_copy_(self._targets, self._sources, non_blocking=True)
-        for device in {each.device for each in self._targets if each.device.type == "cuda"}:
-            torch.cuda.current_stream(device).synchronize()
+        copy_each(self._targets, self._sources)
 
     def _tensor(self, frozen: KeptTensor, live: Any, where: str) -> Tensor:
         copies = self._copies[frozen.first : frozen.first + frozen.pieces]

@@ -53,6 +53,7 @@ class TapedLoader(Iterator[Any]):
         self._source: Iterator[Any] | None = None
         self._fetched = 0
         self._draws = False  # the loader was seen to draw from the global generators
+        self._opens = False  # its iterator has not fetched yet
         self._diverged = False  # a batch of the tape was left out, so what followed it may not follow again
         self._fetch_with: rng.RngState | None = None
         self.place = self.place_before = Place(0, -1, True, None)
@@ -216,7 +217,7 @@ class TapedLoader(Iterator[Any]):
                 self._open(0)  # the iterator that comes next is then not the first, and draws what it drew
 
     def _open(self, at: int) -> None:
-        self._fetched = at
+        self._fetched, self._opens = at, True
         if self._tap is None:
             self._source = iter(self._loader)
             return
@@ -260,14 +261,15 @@ class TapedLoader(Iterator[Any]):
     def _fetch_now(self) -> Item | Ended:
         before = rng.capture() if self._in_process and self._owner.notes_rng_before_fetch else None
         watches = self._in_process and self._owner.keeps_tape
-        mark = rng.fingerprint() if watches and not self._draws else None
+        opens, self._opens = self._opens, False  # a sampler's iterator draws its seed at its first index
+        mark = rng.fingerprint() if watches and not self._draws and not opens else None
         try:
             batch = next(self._source)  # type: ignore[arg-type]
         except StopIteration:
             self._source = None
         if mark is not None:
             self._draws = rng.fingerprint() != mark
-        after = rng.capture(cuda=False) if watches and self._draws else None
+        after = rng.capture(cuda=False) if watches and (self._draws or opens) else None
         if self._source is None:
             return Ended(self._tap.asked if self._tap is not None else self._fetched, after)
         position, samples = self._tap.take() if self._tap is not None else (self._fetched, None)

@@ -178,7 +178,7 @@ class TrainLoader:
     def leave_out(self, identities: Iterable[Sequence[Any]]) -> None:
         """Leave out these batches whenever they come, in this process.
 
-        After a restart call it again, in ``setup`` or ``load_state_dict``: a stream is read ahead before training starts.
+        After a restart call it again, in ``setup`` or ``load_state_dict``: a stream is read ahead before training.
 
         Args:
             identities: of `Item.identity`, or `Item.place`. All ranks must leave out equally many batches at the same
@@ -244,8 +244,6 @@ class TrainLoader:
     def is_asked_for_iterator(self) -> None:
         """An epoch begins; at a restart maybe for the second time, and the first does not count."""
         self._counted = self._owed = 0
-        if self._left_out:
-            self._refuse_several()
         if self._resume is not None:
             self.resume_at(*self._resume)
 
@@ -317,6 +315,8 @@ class TrainLoader:
 
     def take_position(self, loader: TapedLoader) -> Position | None:
         """The position at which the loader is to begin, once."""
+        if self._left_out:
+            self._refuse_several()
         if not self._positions:
             return None
         self.check_positions()

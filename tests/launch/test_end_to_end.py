@@ -14,7 +14,7 @@ def test_a_run_leaves_its_folder_and_says_what_to_type_next(cli) -> None:
     (result,) = cli.results()
     assert result["end"] == "finished"
     assert result["steps"] == 5
-    assert result["threads"] == 2
+    assert result["threads"] == 1
     (folder,) = (cli.folder / "runs" / "tiny").iterdir()
     content = yaml.safe_load((folder / "run.yaml").read_text())
     assert content["run_dir"] == str(folder)
