@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import logging
 import math
 import os
@@ -99,7 +100,7 @@ class Clock(L.Callback):
 
     def step_us(self, skip: int) -> float:
         stamps = self.stamps[skip:]
-        return statistics.median(b - a for a, b in zip(stamps, stamps[1:], strict=False)) * 1e6
+        return statistics.median(b - a for a, b in itertools.pairwise(stamps)) * 1e6
 
 
 class ItemNaNCheck(L.Callback):
@@ -276,7 +277,9 @@ def host_reads(steps: int = 100) -> list[Row]:
     ours = (counts["stack"][0] - counts["bare"][0]) / steps
     return [
         Row(f"reads back from the device per step, device mode forced on the CPU, {steps} steps", f"{ours:g}", "0"),
-        Row("waits on the outcome's copy per step (queued behind the next backward)", f"{counts['stack'][1] / steps:g}"),
+        Row(
+            "waits on the outcome's copy per step (queued behind the next backward)", f"{counts['stack'][1] / steps:g}"
+        ),
     ]
 
 
@@ -321,7 +324,9 @@ def table(rows: list[Row]) -> str:
 
 
 def page(rows: list[Row], rounds: int) -> str:
-    machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}"
+    machine = (
+        f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}"
+    )
     return (
         f"# Overhead\n\nMeasured {date.today().isoformat()} on {machine}, {torch.get_num_threads()} thread, Lightning "
         f"{L.__version__}. Medians of {rounds} interleaved rounds; the machine was shared.\n\n"

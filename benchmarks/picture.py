@@ -1,6 +1,6 @@
 """Draws docs/spike.png: one run twice, with the same faults, without protection and with the default callbacks.
 
-    python benchmarks/picture.py       (about two minutes on 2 cores)
+python benchmarks/picture.py       (about two minutes on 2 cores)
 """
 
 from __future__ import annotations
