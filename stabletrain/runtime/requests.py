@@ -26,6 +26,15 @@ class RequestHandler(Protocol):
         """Execute a request of a kind in ``handles``; called on all ranks, at the end of a batch."""
 
 
+def hand_over(request: Request, guard: StepGuard) -> bool:
+    """Give a request to the first callback that handles its kind; returns whether there is one."""
+    for callback in guard.trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, RequestHandler) and request.kind in callback.handles:
+            callback.handle_request(guard.trainer, guard.module, request)
+            return True
+    return False
+
+
 def execute(requests: Sequence[Request], guard: StepGuard) -> None:
     """Execute the most severe request; a rollback that nobody can make is a stop.
 
@@ -35,10 +44,8 @@ def execute(requests: Sequence[Request], guard: StepGuard) -> None:
         TrainingStopped: if the run is to end.
     """
     request = max(requests, key=lambda each: each.kind)
-    for callback in guard.trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, RequestHandler) and request.kind in callback.handles:
-            callback.handle_request(guard.trainer, guard.module, request)
-            return
+    if hand_over(request, guard):
+        return
     if request.kind is RequestKind.REWARM:
         logger.warning("%s asks to re-warm the learning rate (%s), but no schedule can", request.plugin, request.reason)
         return

@@ -1,4 +1,4 @@
-"""Trainings with dropout, random data and every kind of state, and a callback that goes back in time at given batches."""
+"""Trainings with dropout, random data and every kind of state, and a callback that goes back at given batches."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Going back without leaving anything out is as if it had not happened; leaving batches out, as if they had not been."""
+"""Going back without leaving anything out is as if it had not happened; batches left out are as if never there."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -138,7 +138,7 @@ def test_own_state_of_a_callback() -> None:
 def test_tensors_stay_where_they_are() -> None:
     # catches a restore that gives parameters or optimizer state new storage, which DDP, FSDP and compiled code hold
     class Addresses(GoBack):
-        found: set[tuple[int, ...]] = set()
+        found: ClassVar[set[tuple[int, ...]]] = set()
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
             super().on_train_batch_end(trainer, pl_module, *args)
@@ -160,7 +160,13 @@ def test_an_empty_snapshot_is_refused() -> None:
 def test_thaw_removes_adds_and_repairs() -> None:
     # catches optimizer state that came after the snapshot and stays, or that was lost and stays lost
     shared = torch.ones(2)
-    live: dict[Any, Any] = {"a": shared, "b": shared, "c": [torch.zeros(1), 3], "d": (1, torch.ones(1)), "e": {"x": None}}
+    live: dict[Any, Any] = {
+        "a": shared,
+        "b": shared,
+        "c": [torch.zeros(1), 3],
+        "d": (1, torch.ones(1)),
+        "e": {"x": None},
+    }
     tensors: list[Tensor] = []
     frozen = freeze(live, tensors, {})
     assert len(tensors) == 3, "a tensor that is there twice is copied once"
@@ -172,9 +178,13 @@ def test_thaw_removes_adds_and_repairs() -> None:
     live["f"] = torch.ones(3)
     thaw.into(frozen, live)
     thaw.finish()
-    assert live["a"] is shared and live["a"].tolist() == [1.0, 1.0]
-    assert live["c"][0].tolist() == [0.0] and live["c"][1] == 3
-    assert live["d"][1].tolist() == [1.0] and live["e"] == {"x": None} and "f" not in live
+    assert live["a"] is shared
+    assert live["a"].tolist() == [1.0, 1.0]
+    assert live["c"][0].tolist() == [0.0]
+    assert live["c"][1] == 3
+    assert live["d"][1].tolist() == [1.0]
+    assert live["e"] == {"x": None}
+    assert "f" not in live
 
 
 def test_a_replaced_parameter_is_an_error() -> None:
