@@ -90,18 +90,22 @@ class WeightWatch:
         self._looked_at = 0
         self._norms: list[float] | None = None
 
-    def look(self, trainer: Trainer, step: int) -> str | None:
+    def look(self, trainer: Trainer, step: int, suspicious: bool = False) -> str | None:
         """What is wrong, if a look is due; None if nothing is. A collective.
 
         Args:
             trainer: in a fit.
             step: attempted steps so far.
+            suspicious: look now, and compare with the last look that was due: the last step was not healthy, and if
+                the weights are the cause, every further step is wasted.
         """
-        if step // self._every == self._looked_at // self._every:
+        due = step // self._every != self._looked_at // self._every
+        if not (due or suspicious):
             return None
-        self._looked_at = step
         norms = self._check.norms()
-        problem, self._norms = self._check.problem(norms, self._norms), norms
+        problem = self._check.problem(norms, self._norms)
+        if due:
+            self._looked_at, self._norms = step, norms
         if trainer.world_size > 1:
             damaged = trainer.strategy.reduce_boolean_decision(problem is not None, all=False)
             problem = problem or ("weights are damaged on another rank" if damaged else None)

@@ -60,7 +60,7 @@ class Rollback(RuleCallback, RollbackRule):
             `ScheduleLR`.
         max_rollbacks: rollbacks in a run, >= 1; one more is a clean stop.
         cool_down: attempted steps after the place of trouble within which trouble again means going further back, >= 0.
-        check_every: attempted steps from one look at the weights to the next, >= 1.
+        check_every: attempted steps from one look at the weights to the next, >= 1; after an unhealthy step at once.
         max_growth: factor on a weight tensor's root mean square from one look to the next that means damage, > 1.
         where: ``"host"``: snapshots in main memory; ``"device"``: beside the tensors, faster.
         max_memory: the most that snapshots and remembered batches may take on a rank, as ``"8GB"`` or ``"500MiB"``;
@@ -89,7 +89,7 @@ class Rollback(RuleCallback, RollbackRule):
         spike, skip 200 to 500 batches).
 
     >>> Rollback(every=200, keep=2).trust_after
-    50
+    25
     """
 
     handles = frozenset({RequestKind.ROLLBACK})
@@ -257,7 +257,10 @@ class Rollback(RuleCallback, RollbackRule):
     def _look_at_weights(self) -> Request | None:
         """A request, if the weights are damaged on any rank."""
         guard, _ = self._parts()
-        problem = None if self._weights is None else self._weights.look(guard.trainer, guard.decided)
+        if self._weights is None:
+            return None
+        suspicious = not self._trouble.last_step_was_healthy
+        problem = self._weights.look(guard.trainer, guard.decided, suspicious)
         return None if problem is None else Request(RequestKind.ROLLBACK, self.label, problem)
 
     def _go_back(self, request: Request, batch: Any, batch_idx: int) -> None:

@@ -17,15 +17,15 @@ class RollbackRule(SpikeDetection):
     plugin = "rollback"
     slot = "spike"
 
-    every: int = 100
+    every: int = 50
     keep: int = 3
-    trust_after: int = 50
+    trust_after: int = 25
     drop: Literal["offending", "since_snapshot", "none"] = "offending"
     baselines: Literal["restore", "reset"] = "restore"
     rewarm: int | None = 20
     max_rollbacks: int = 10
     cool_down: int = 100
-    check_every: int = 20
+    check_every: int = 10
     max_growth: float = 10.0
     where: Literal["host", "device"] = "host"
     max_memory: str | None = None

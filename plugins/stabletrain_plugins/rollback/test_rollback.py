@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import stabletrain as st
+from stabletrain.chaos import BadGradient
 from stabletrain.errors import UserError
 from stabletrain.runtime.stop import TrainingStopped
 from stabletrain.testing.toy import quiet
@@ -210,12 +211,20 @@ def test_damaged_weights_are_noticed_and_repaired(tmp_path: Path, value: float) 
 def test_many_skips_in_a_row_lead_back(tmp_path: Path) -> None:
     # catches a request of another plugin that nobody takes over
     skip = st.SkipNonFinite(max_in_a_row=3)
-    quick = {**QUICK, "check_every": 1000, "drop": "none"}
-    model, _ = train(tmp_path / "b", skip, st.Rollback(**quick), damage={37: math.nan})
+    bad = BadGradient(at_step=37, steps=3)
+    model, _ = train(tmp_path / "b", skip, st.Rollback(**{**QUICK, "drop": "none"}), bad)
     (made,) = interventions(tmp_path / "b")
     assert made["plugin"] == "skip_nonfinite"
     reference, _ = train(tmp_path / "a")
     assert same(model, reference)
+
+
+def test_after_an_unhealthy_step_the_weights_are_looked_at_at_once(tmp_path: Path) -> None:
+    # catches a run that skips step after step because of one damaged weight, until the next look is due
+    train(tmp_path, st.SkipNonFinite(), st.Rollback(**{**QUICK, "check_every": 1000}), damage={37: math.nan})
+    (made,) = interventions(tmp_path)
+    assert made["plugin"] == "rollback"
+    assert made["step"] <= 39
 
 
 def test_trouble_at_the_same_place_leads_further_back(tmp_path: Path) -> None:
