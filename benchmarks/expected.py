@@ -1,6 +1,6 @@
 """Runs recipes as they are, and writes what they reached to recipes/expected/<recipe>.json.
 
-    python benchmarks/expected.py char_gpt digits_cnn
+python benchmarks/expected.py char_gpt digits_cnn
 """
 
 from __future__ import annotations

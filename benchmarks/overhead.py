@@ -185,7 +185,7 @@ def char_gpt(rounds: int, steps: int = 40, skip: int = 10) -> list[Row]:
 
     def run(callbacks: list[L.Callback]) -> float:
         torch.manual_seed(0)
-        return fit(CharGPT(), ShakespeareData(), callbacks, max_epochs=-1, max_steps=steps).step_us(skip)
+        return fit(CharGPT(sample_length=0), ShakespeareData(), callbacks, max_epochs=-1, max_steps=steps).step_us(skip)
 
     results = interleave({"bare": lambda: run([]), "stack": lambda: run(default_stack())}, rounds)
     ratios = [s / b for s, b in zip(results["stack"], results["bare"], strict=True)]

@@ -1,0 +1,181 @@
+"""The result page and its plot."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+
+import lightning as L
+import torch
+
+from fault_suite.contenders import CONTENDERS, DEFAULT, DEFAULT_ROLLBACK, OURS
+from fault_suite.harness import EVERY, LOST, LR_WARMUP, RATE, Record
+from fault_suite.judge import CEILING, NEAR, STACKS, Cell, Results, verdict
+from fault_suite.scenarios import BATCH, CONDITIONS, HEALTHY_RUNS, LENGTH, PLAIN, SCENARIOS
+
+
+def page(results: Results, healthy: Sequence[Record], command: str) -> str:
+    """The whole page in Markdown."""
+    names, absent = present(results)
+    parts = [
+        "# Faults: what protection is worth",
+        _how(results, command),
+        "## Damage",
+        f"Nats x steps above the fault-free twin, mean of {len(results.seeds)} seeds; in brackets the steps until "
+        f"the run stays within {NEAR} nats of it (the slowest seed). **Bold**: not every seed survived.",
+        _table(results, names, _damage),
+    ]
+    if absent:
+        parts.append(f"Left out, because they cannot be imported or were not run: {', '.join(absent)}.")
+    parts += ["![damage](faults.png)", "## The rule"]
+    parts.append(
+        "A stack must survive every row, with a damage of at most the largest of 1.15 times the best contender's, the "
+        "best + 2, and two standard deviations of the fault-free seeds; and, with the same slack, never more than "
+        "without protection."
+    )
+    for stack in STACKS:
+        if stack in names:
+            parts += [f"### {stack}", _rule(results, stack, names)]
+    parts += [
+        "## Batches wasted, and false positives",
+        "Attempted steps that left no trace in the weights, mean of the seeds; after the slash skips and rollbacks "
+        f"that came with nothing wrong (outside the struck steps, less than {NEAR} nats above the twin), sum of "
+        "the seeds.",
+        _table(results, names, _waste),
+        "## Healthy runs of 2,000 steps",
+        _healthy(healthy) if healthy else "Not run: add `--healthy`.",
+        "## Contenders",
+        "\n".join(f"- **{each.name}**{': ' + each.note if each.note else ''}" for each in CONTENDERS),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def present(results: Results) -> tuple[list[str], list[str]]:
+    """Contenders with all their records, and the others."""
+    there = [each.name for each in CONTENDERS if any(results.cell(each.name, s) is not None for s in SCENARIOS)]
+    return there, [each.name for each in CONTENDERS if each.name not in there]
+
+
+def verdict_lines(results: Results) -> str:
+    """The rule, for the terminal."""
+    names, _ = present(results)
+    return "\n\n".join(f"{stack}\n{_rule(results, stack, names)}" for stack in STACKS if stack in names)
+
+
+def _how(results: Results, command: str) -> str:
+    machine = (
+        f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}"
+    )
+    spans = "; ".join(f"{c.name}: fault at {c.fault} of {c.steps} steps" for c in CONDITIONS)
+    return (
+        f"Measured {date.today().isoformat()} on {machine}, 1 thread, Lightning {L.__version__}; seeds "
+        f"{', '.join(map(str, results.seeds))}.\n\n    {command}\n\n"
+        f"A GPT of 2 layers and width 64 learns Shakespeare's characters in batches of {BATCH} x {LENGTH}, by AdamW at "
+        f"{RATE:g} after {LR_WARMUP} steps of warm-up ({spans}). Copies of one healthy run are struck by each fault, "
+        f"by `stabletrain.chaos`. The held-out loss is measured every {EVERY} attempted steps, skipped and repeated "
+        "ones included, from the fault on. Damage is its sum above that of the fault-free twin with the same "
+        "protection and seed; of the long-tailed run, above the same run with batches of one size. A loss above "
+        f"{CEILING:g} nats counts as {CEILING:g}. A run that has no finite loss for "
+        f"{LOST * EVERY} steps is given up."
+    )
+
+
+def _table(results: Results, names: Sequence[str], show: Callable[[Cell], str]) -> str:
+    lines = ["| fault | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    for scenario in SCENARIOS:
+        cells = [results.cell(name, scenario) for name in names]
+        lines.append(f"| {scenario.name} | " + " | ".join("" if cell is None else show(cell) for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def _damage(cell: Cell) -> str:
+    if not cell.has_survived:
+        return f"**{_short(cell.ended)}** ({cell.survived}/{cell.seeds})"
+    return f"{cell.damage:.1f} ({'never' if cell.recovered is None else cell.recovered})"
+
+
+def _short(ended: str) -> str:
+    kind = ended.split(" ", 1)[0].rstrip(":")
+    return {"TrainingStopped": "stopped", "TrainingSpikeException": "raised", "not": "NaN"}.get(kind, kind)
+
+
+def _waste(cell: Cell) -> str:
+    return f"{cell.wasted:.0f} / {cell.false_positives}"
+
+
+def _rule(results: Results, stack: str, names: Sequence[str]) -> str:
+    lines = [
+        "| fault | best contender | best | without protection | 2 sd | allowed | damage | holds | holds without sd |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for scenario in SCENARIOS:
+        found = verdict(results, scenario, stack, names)
+        if found is None:
+            lines.append(f"| {scenario.name} | nobody survives | | | | | | **no** | **no** |")
+            continue
+        cell = results.cell(stack, scenario)
+        damage = "did not survive" if cell is None or not cell.has_survived else f"{found.damage:.1f}"
+        figures = [found.best_damage, found.nothing, 2 * found.spread, found.allowed]
+        shown = " | ".join("-" if math.isnan(x) else f"{x:.1f}" for x in figures)
+        answers = " | ".join("yes" if each else "**no**" for each in (found.holds, found.holds_strictly))
+        lines.append(f"| {scenario.name} | {found.best} | {shown} | {damage} | {answers} |")
+    return "\n".join(lines)
+
+
+def _healthy(records: Sequence[Record]) -> str:
+    lines = [
+        "On the text without its rows of underscores: a window within one has a loss of 15 to 20 nats, so that its "
+        "batch is rightly dropped, about once in 2,000 steps. The batches of the long-tailed run hold 1 to 64 "
+        "windows.\n",
+        "| contender | run | seed | skips | rollbacks | ended |",
+        "|---|---|---|---|---|---|",
+    ]
+    order = {(condition.name, seed): i for i, (condition, seed, _) in enumerate(HEALTHY_RUNS)}
+    for r in sorted(records, key=lambda r: (r["contender"], order.get((r["condition"], r["seed"]), 99))):
+        where = f" (first at {r['skips'][0]})" if r["skips"] else ""
+        lines.append(
+            f"| {r['contender']} | {r['condition']} | {r['seed']} | {len(r['skips'])}{where} | {len(r['rollbacks'])} "
+            f"| {r['ended'] or 'completed'} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(results: Results, target: Path) -> None:
+    """Damage of every contender in every scenario, those who died at the right edge."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names, _ = present(results)
+    figure, ax = plt.subplots(figsize=(10, 0.42 * len(SCENARIOS) + 1.6), layout="constrained")
+    edge = 2500.0
+    marks = dict(zip(names, "xvs^dPoDh*X", strict=False))
+    for i, name in enumerate(names):
+        color = "tab:green" if name in STACKS else ("tab:blue" if name in OURS else "tab:red")
+        ys, xs, alive = [], [], []
+        for y, scenario in enumerate(SCENARIOS):
+            cell = results.cell(name, scenario)
+            if cell is not None:
+                ys.append(y + 0.06 * (i - len(names) / 2))
+                xs.append(max(-2.0, cell.damage) if cell.has_survived else edge)
+                alive.append(cell.has_survived)
+        size = 70 if name in (DEFAULT, DEFAULT_ROLLBACK) else 28
+        ax.scatter(xs, ys, size, color=color, marker=marks[name], alpha=0.75, label=name, linewidths=0.8)
+    ax.set_xscale("symlog", linthresh=2.0)
+    ax.axvline(edge, color="0.8", zorder=0)
+    ax.set_xlim(-3, 1.6 * edge)
+    ax.set_xticks([0, 2, 10, 100, 1000, edge], ["0", "2", "10", "100", "1000", "died"])
+    ax.set_yticks(range(len(SCENARIOS)), [scenario.name for scenario in SCENARIOS])
+    ax.invert_yaxis()
+    ax.grid(axis="x", color="0.9")
+    ax.set_xlabel(
+        f"damage, nats x steps above the fault-free twin in {PLAIN.steps - PLAIN.fault} steps (mean of the seeds)"
+    )
+    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
+    figure.savefig(target, dpi=120)
+    plt.close(figure)

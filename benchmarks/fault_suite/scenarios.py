@@ -1,0 +1,137 @@
+"""What goes wrong, and when. A condition is a healthy run; a scenario strikes it at a known step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
+
+from stabletrain import chaos
+
+LENGTH = 32
+"""Characters in a training sequence; a level shift makes them four times as many."""
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A healthy run, and where in it scenarios begin.
+
+    Args:
+        name: of the condition.
+        fault: attempted step at which scenarios strike.
+        steps: attempted steps in all.
+        fp16: half precision with a loss scaler.
+        long_tailed: the batch size of each step is log-normal, as where samples are packed by length.
+        clean: the text without its rows of underscores: a window in one has a loss of 15 to 20 nats, and is no
+            healthy data.
+    """
+
+    name: str
+    fault: int = 190
+    steps: int = 350
+    fp16: bool = False
+    long_tailed: bool = False
+    clean: bool = False
+
+    def trainer_options(self) -> dict[str, Any]:
+        """Trainer arguments of this condition."""
+        if not self.fp16:
+            return {}
+        # Lightning would silently take bfloat16 on the CPU
+        return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))]}
+
+
+PLAIN = Condition("fp32")
+HALF = Condition("fp16", fault=110, steps=210, fp16=True)
+LONG_TAILED = Condition("long-tailed", long_tailed=True)
+
+
+class SetWeight(chaos.Fault):
+    """One weight takes another value before a step; nothing puts it back."""
+
+    def __init__(self, at_step: int, parameter: str, value: float) -> None:
+        super().__init__(at_step)
+        self.parameter, self.value = parameter, value
+
+    def strike(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
+        with torch.no_grad():
+            module.get_parameter(self.parameter).view(-1)[0] = self.value
+
+
+class SetAttribute(chaos.Fault):
+    """From a step on the module reads its batches differently: a change of the data that is legitimate."""
+
+    def __init__(self, at_step: int, name: str, value: Any) -> None:
+        super().__init__(at_step)
+        self.name, self.value = name, value
+
+    def strike(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
+        setattr(module, self.name, self.value)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Something that happens to a run of a condition.
+
+    Args:
+        name: as the table has it.
+        window: attempted steps that are struck.
+        strike: makes the fault from its first step and the seed; None: nothing happens.
+        condition: the healthy run it happens to.
+        legitimate: nothing is wrong, so any intervention is a false positive.
+    """
+
+    name: str
+    window: int
+    strike: Callable[[int, int], chaos.Fault] | None
+    condition: Condition = PLAIN
+    legitimate: bool = False
+
+
+_MLP = "net.blocks.0.mlp.0.weight"
+
+SCENARIOS = (
+    Scenario("random tokens x1", 1, lambda at, seed: chaos.BadBatch(at, "random", vocabulary=84, seed=seed)),
+    Scenario("random tokens x10", 10, lambda at, seed: chaos.BadBatch(at, "random", 10, vocabulary=84, seed=seed)),
+    Scenario("shuffled labels x10", 10, lambda at, seed: chaos.BadBatch(at, "shuffled_labels", 10, seed=seed)),
+    Scenario("constant token x10", 10, lambda at, seed: chaos.BadBatch(at, "constant", 10)),
+    Scenario("rare token x10", 10, lambda at, seed: chaos.BadBatch(at, "rare", 10)),
+    Scenario("gradient x100", 1, lambda at, seed: chaos.ScaledGradient(at, 100.0)),
+    Scenario("NaN gradient", 1, lambda at, seed: chaos.BadGradient(at, math.nan, seed=seed)),
+    Scenario("Inf gradient", 1, lambda at, seed: chaos.BadGradient(at, math.inf, seed=seed)),
+    Scenario("NaN loss", 1, lambda at, seed: chaos.ScaledLoss(at, math.nan)),
+    Scenario("flipped bit: weight x2^128", 1, lambda at, seed: chaos.FlipWeightBit(at, _MLP, seed=seed)),
+    Scenario("corrupted weight: 1 -> 100", 1, lambda at, seed: SetWeight(at, "net.norm.weight", 100.0)),
+    Scenario("learning rate x30, 20 steps", 20, lambda at, seed: chaos.LearningRateSurge(at, 30.0, 20)),
+    Scenario("fp16 overflow x3", 3, lambda at, seed: chaos.ScaledLoss(at, 1e4, 3), HALF),
+    Scenario("level shift: sequences x4", 1, lambda at, seed: SetAttribute(at, "length", 4 * LENGTH), legitimate=True),
+    Scenario("level shift: batches / 4", 1, lambda at, seed: SetAttribute(at, "rows", BATCH // 4), legitimate=True),
+    Scenario("healthy, long-tailed", 1, None, LONG_TAILED, legitimate=True),
+)
+CONDITIONS = (PLAIN, HALF, LONG_TAILED)
+FAULT_FREE = "fault-free"
+"""Name under which a condition's own run is kept: the twin of all its scenarios."""
+
+HEALTHY_STEPS = 2000
+_LONG = Condition("2,000 steps", fault=HEALTHY_STEPS, steps=HEALTHY_STEPS, clean=True)
+_LONG_TAIL = Condition(
+    "2,000 steps, long-tailed", fault=HEALTHY_STEPS, steps=HEALTHY_STEPS, long_tailed=True, clean=True
+)
+_SHIFT = Scenario("level shift", 1, lambda at, seed: SetAttribute(HEALTHY_STEPS // 2, "rows", BATCH // 4))
+HEALTHY_RUNS: tuple[tuple[Condition, int, Scenario | None], ...] = (
+    (_LONG, 20, None),
+    (_LONG, 21, None),
+    (_LONG_TAIL, 22, None),
+    (
+        Condition("2,000 steps, batches / 4 from 1,000", fault=HEALTHY_STEPS, steps=HEALTHY_STEPS, clean=True),
+        23,
+        _SHIFT,
+    ),
+)
+"""Runs without a fault: condition, seed, and the planned change of one of them."""
