@@ -11,6 +11,8 @@ from stabletrain.launch.result import MLFLOW, Result
 
 MLFLOW_LOGGER = "stabletrain.tracking.MLflowLogger"
 UNSENT = "metrics-unsent.jsonl"
+KEPT = ("events.jsonl", "interventions.jsonl", "result.json", "sample.txt")
+"""What a run leaves in its folder that belongs to its record; diagnoses too."""
 
 
 def is_tracked(config: Mapping[str, Any]) -> bool:
@@ -108,12 +110,15 @@ def settle_run(config: Mapping[str, Any], result: Result) -> str | None:
     """
     if not is_tracked(config) or not config["logger"].get("run_id"):
         return None
-    from stabletrain.tracking.runs import settle, upload_unsent
+    from stabletrain.tracking.runs import keep_files, settle, upload_unsent
 
-    uri, unsent = config["logger"]["tracking_uri"], Path(config["run_dir"]) / UNSENT
+    folder = Path(config["run_dir"])
+    uri, unsent = config["logger"]["tracking_uri"], folder / UNSENT
     try:
         if unsent.is_file():
             upload_unsent(uri, unsent)
+        kept = [folder / name for name in KEPT]
+        keep_files(uri, config["logger"]["run_id"], [*kept, *sorted(folder.glob("diagnosis-*"))])
         settle(uri, config["logger"]["run_id"], MLFLOW[result.end], force=True)
     except Exception as error:  # whatever the store does, the run that has ended is told and its exit code kept
         text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

@@ -6,7 +6,7 @@ import copy
 import importlib.metadata
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -234,6 +234,23 @@ def write_tags(client: Any, run_id: str, tags: Mapping[str, object]) -> None:
 
     for part in chunks([RunTag(safe_key(key), shorten(value, MAX_TAG)) for key, value in tags.items()], 100):
         client.log_batch(run_id, tags=part)
+
+
+def keep_files(uri: str, run_id: str, paths: Iterable[str | Path]) -> None:
+    """Copy files and folders that a run left behind into its artifacts.
+
+    Args:
+        uri: MLflow tracking URI.
+        run_id: the run.
+        paths: those that do not exist are left out.
+    """
+    found = [path for path in map(Path, paths) if path.exists()]
+    if not found:
+        return
+    with explained(uri):
+        client = open_client(uri)
+        for path in found:
+            write_artifact(client, run_id, path)
 
 
 def write_artifact(client: Any, run_id: str, path: str | Path, name: str | None = None) -> None:

@@ -52,6 +52,13 @@ class Cli:
         ids = [experiment.experiment_id for experiment in client.search_experiments()]
         return list(client.search_runs(ids))
 
+    def artifacts(self) -> set[str]:
+        from mlflow import MlflowClient
+
+        client = MlflowClient(f"sqlite:///{self.folder}/mlflow.db")
+        (run,) = self.runs()
+        return {each.path for each in client.list_artifacts(run.info.run_id)}
+
 
 @pytest.fixture
 def cli(tmp_path: Path) -> Cli:

@@ -52,13 +52,16 @@ def test_a_killed_worker_is_settled(cli) -> None:
 
 def test_a_plugin_that_stops_the_run_exits_with_3(cli) -> None:
     done = cli.tiny(
-        "model.does=poison", "plugins/nonfinite=skip", "plugins.nonfinite.max_in_a_row=4", "trainer.max_steps=50"
-    )
+        "model.does=poison", "plugins/nonfinite=skip", "plugins.nonfinite.max_in_a_row=4", "trainer.max_steps=50",
+        "logger=mlflow",
+    )  # fmt: skip
     assert done.returncode == 3, done.stderr
     assert "Traceback" not in done.stderr
     (result,) = cli.results()
     assert result["end"] == "stopped"
     assert "4" in result["message"]
+    # without its events a run in MLflow does not say why it stopped
+    assert cli.artifacts() >= {"run.yaml", "events.jsonl", "result.json"}
 
 
 @pytest.mark.parametrize(
