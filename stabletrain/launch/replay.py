@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -66,25 +67,28 @@ def make_rule(name: str, arguments: Sequence[str] = ()) -> Rule[Any]:
     """
     plugin, option = _find(name)
     made = _rule_class(plugin)
-    given = {key: value for key, value in content(option).items() if not key.startswith("_")}
+    node = content(option) if option else {}
+    given = {key: value for key, value in node.items() if not key.startswith("_")}
+    preset = str(node.get("_target_", "")).rpartition(".")[2]
+    build = getattr(made, preset, made) if preset else made
     for argument in arguments:
         key, equals, text = argument.partition("=")
         if not equals:
             raise UserError(f"replay: expected key=value, got {argument!r}")
-        if key not in made.__dataclass_fields__:
-            raise UserError(
-                f"replay: {plugin.name} has no argument {key!r}{suggestion(key, made.__dataclass_fields__)}"
-            )
+        known = inspect.signature(build).parameters
+        if key not in known:
+            raise UserError(f"replay: {plugin.name} has no argument {key!r}{suggestion(key, known)}")
         given[key] = _number(yaml.safe_load(text))
     from stabletrain.config.types import mismatch
     from stabletrain.config.validate import hints_of
 
-    hints = hints_of(made)
+    hints = hints_of(build)
     for key, value in given.items():
         wrong = mismatch(value, hints.get(key, object))
         if wrong:
             raise UserError(f"replay: {key}: {wrong}")
-    return made(**given)
+    built: Rule[Any] = build(**given)
+    return built
 
 
 def read_series(file: Path) -> Iterator[tuple[float, float]]:
@@ -118,11 +122,12 @@ def read_series(file: Path) -> Iterator[tuple[float, float]]:
         raise UserError(f"replay: {file} cannot be read ({error}); give a CSV file") from None
 
 
-def _find(name: str) -> tuple[Plugin, Option]:
+def _find(name: str) -> tuple[Plugin, Option | None]:
+    """The plugin, with its defaults (None) if it was named itself, else with the option that was named."""
     plugins = discovery.plugins()
     rules = {plugin.name: plugin for plugin in plugins.values() if plugin.kind == "rule" and plugin.options}
     if name in rules:
-        return rules[name], rules[name].options[0]
+        return rules[name], None
     for plugin in rules.values():
         for option in plugin.options:
             if name in (option.name, f"{option.group}/{option.name}", f"{option.group}={option.name}"):
