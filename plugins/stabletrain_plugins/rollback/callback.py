@@ -257,10 +257,8 @@ class Rollback(RuleCallback, RollbackRule):
     def _look_at_weights(self) -> Request | None:
         """A request, if the weights are damaged on any rank."""
         guard, _ = self._parts()
-        if self._weights is None:
-            return None
-        suspicious = not self._trouble.last_step_was_healthy
-        problem = self._weights.look(guard.trainer, guard.decided, suspicious)
+        healthy = self._trouble.last_step_was_healthy
+        problem = self._weights.look(guard.trainer, guard.decided, not healthy) if self._weights else None
         return None if problem is None else Request(RequestKind.ROLLBACK, self.label, problem)
 
     def _go_back(self, request: Request, batch: Any, batch_idx: int) -> None:
