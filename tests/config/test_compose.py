@@ -7,6 +7,7 @@ from stabletrain.config.compose import compose, expand
 from stabletrain.config.problems import ConfigError
 from stabletrain.config.validate import check
 
+SLOTS = ["resume", "clip", "nonfinite", "outliers", "spike", "accumulate", "gradients", "checkpoints"]
 TINY = str(Path(__file__).parents[1] / "launch" / "tiny.yaml")
 
 
@@ -18,9 +19,7 @@ def test_a_recipe_is_a_delta_on_train_yaml() -> None:
     assert composed.config["trainer"]["max_steps"] == 5
     assert composed.config["trainer"]["devices"] == 1
     assert composed.config["optimizer"] is None
-    assert composed.config["plugins"] == dict.fromkeys(
-        ("clip", "nonfinite", "outliers", "spike", "accumulate", "gradients")
-    )
+    assert composed.config["plugins"] == dict.fromkeys(SLOTS)
     assert composed.choices["plugins/clip"] == "none"
     assert not any(name.startswith("hydra") for name in composed.choices)
 
@@ -34,7 +33,7 @@ def test_an_option_and_its_arguments() -> None:
 def test_slots_keep_their_order() -> None:
     # callbacks run in this order, and two runs of one config may not differ in it
     composed = compose(TINY, ["plugins/nonfinite=skip", "plugins/clip=norm"])
-    assert list(composed.config["plugins"]) == ["clip", "nonfinite", "outliers", "spike", "accumulate", "gradients"]
+    assert list(composed.config["plugins"]) == SLOTS
 
 
 def test_an_argument_that_no_file_lists_needs_no_plus() -> None:

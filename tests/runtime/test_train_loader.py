@@ -157,7 +157,9 @@ LOADERS = {
 
 
 @pytest.mark.parametrize("at", [[7], [10], [8], [16], [5, 11, 12]], ids=str)
-@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize(
+    "loader", [pytest.param(name, marks=[pytest.mark.slow] if "workers" in name else []) for name in LOADERS]
+)
 def test_going_back_and_on_again_is_never_having_gone_back(loader, at):
     """Within an epoch, over its end, at its last batch, at the very last, repeatedly: a lost or repeated batch, or
     another random number, changes the weights."""
@@ -171,7 +173,7 @@ def test_going_back_and_on_again_is_never_having_gone_back(loader, at):
 
 
 @pytest.mark.parametrize("epochs", [1, 2])
-@pytest.mark.parametrize("kind", ["in order", "2 workers", "stream"])
+@pytest.mark.parametrize("kind", ["in order", pytest.param("2 workers", marks=pytest.mark.slow), "stream"])
 @pytest.mark.parametrize(
     ("at", "count", "missing"), [(5, 1, [4]), (5, 2, [3, 4]), (8, 1, [7]), (8, 2, [6, 7]), (7, 1, [6])]
 )
@@ -197,7 +199,7 @@ def test_leaving_out_is_a_loader_that_never_had_these_batches(at, count, missing
     assert_same(reference, result)
 
 
-@pytest.mark.parametrize("kind", ["in order", "2 workers", "stream"])
+@pytest.mark.parametrize("kind", ["in order", pytest.param("2 workers", marks=pytest.mark.slow), "stream"])
 @pytest.mark.parametrize("missing", [[0], [3], [3, 4], [7], [6, 7]], ids=str)
 def test_batches_left_out_by_name_never_come(missing, kind):
     """After a restart nothing is on the tape: the sampler, or the count, must know them before they are handed out."""

@@ -176,7 +176,9 @@ def assert_resumes(folder, make_loader, step, hook="on_train_batch_end", **kwarg
 
 
 @pytest.mark.parametrize("step", [5, BATCHES, BATCHES + 2])
-@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize(
+    "loader", [pytest.param(name, marks=[pytest.mark.slow] if "workers" in name else []) for name in LOADERS]
+)
 def test_a_resumed_run_ends_as_one_that_never_stopped(loader, step, tmp_path):
     """Lightning alone begins at sample 0 again, with another order and other random numbers."""
     assert_resumes(tmp_path, LOADERS[loader], step)
@@ -208,7 +210,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("loader", ["shuffled", "shuffled, 2 workers", "stream"])
+@pytest.mark.parametrize("loader", ["shuffled", pytest.param("shuffled, 2 workers", marks=pytest.mark.slow), "stream"])
 @pytest.mark.parametrize("case", CASES)
 def test_it_holds_wherever_the_checkpoint_was_made(case, loader, tmp_path):
     kwargs, step = CASES[case]
@@ -252,6 +254,7 @@ def test_batches_are_passed_over_as_asked(how, tmp_path):
     assert len(calls) == 4 * (3 * BATCHES - (6 if how == "indices" else 0))
 
 
+@pytest.mark.slow
 def test_persistent_workers_keep_the_order_and_are_warned_of(tmp_path):
     """New worker processes cannot have the random state of the old ones; the order of the samples they can have."""
 
@@ -265,6 +268,7 @@ def test_persistent_workers_keep_the_order_and_are_warned_of(tmp_path):
         assert_same_end(reference, resumed)
 
 
+@pytest.mark.slow
 def test_persistent_workers_serve_a_second_fit_without_us(tmp_path):
     """Lightning shuts the workers down through the loader's attribute: it must reach the loader itself."""
     loader = DataLoader(Samples(), 4, num_workers=2, persistent_workers=True)
