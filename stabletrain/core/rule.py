@@ -14,13 +14,13 @@ import math
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from stabletrain.core.events import Event, Request
 from stabletrain.core.limits import Limits
 from stabletrain.core.outcome import Outcome
-from stabletrain.errors import UserError
+from stabletrain.core.plugin import Plugin
 
 S = TypeVar("S")
 
@@ -34,7 +34,7 @@ class Observation(NamedTuple, Generic[S]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rule(ABC, Generic[S]):
+class Rule(Plugin, ABC, Generic[S]):
     """Base of all rules: a frozen dataclass of hyper-parameters.
 
     A state is a named tuple of numbers, strings, tuples and further named tuples, or None for a rule without memory.
@@ -44,21 +44,10 @@ class Rule(ABC, Generic[S]):
             the plugin's own name, such as ``clip_norm``.
     """
 
-    plugin: ClassVar[str]
-    """Name of the plugin, such as ``clip_norm``."""
-    slot: ClassVar[str]
-    """The slot of the configuration that it fills, such as ``clip``."""
-    clips: ClassVar[bool] = False
-    """It may bound the gradient, and so excludes the Trainer's own ``gradient_clip_val``."""
     sees_overflow: ClassVar[bool] = False
     """It wants the outcomes of fp16 overflows too, which are nobody's history otherwise."""
 
     name: str | None = None
-
-    @property
-    def label(self) -> str:
-        """The name used in events and checkpoints."""
-        return self.name or self.plugin
 
     @abstractmethod
     def init(self) -> S:
@@ -83,22 +72,6 @@ class Rule(ABC, Generic[S]):
     def state_type(self) -> Any:
         """The type of the state, read from the annotation of `init`."""
         return typing.get_type_hints(type(self).init)["return"]
-
-    def arguments(self) -> dict[str, Any]:
-        """The hyper-parameters, as given; `name` excluded."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "name"}
-
-    def require(self, ok: bool, argument: str, expected: str) -> None:
-        """Refuse a hyper-parameter with one message that names it.
-
-        Raises:
-            UserError: unless ``ok``.
-        """
-        if not ok:
-            raise UserError(
-                f"{self.plugin}: {argument} must be {expected}, got {getattr(self, argument)!r} "
-                f"(config key plugins.{self.slot}.{argument})"
-            )
 
 
 class Replayed(NamedTuple):

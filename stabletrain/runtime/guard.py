@@ -37,7 +37,8 @@ from stabletrain.runtime.requests import execute
 from stabletrain.runtime.step_control import StepControl
 
 if TYPE_CHECKING:
-    from stabletrain.runtime.member import GuardMember, TransformCallback
+    from stabletrain.runtime.member import GuardMember
+    from stabletrain.runtime.transform import TransformCallback
 
 Mode: TypeAlias = Literal["auto", "exact", "device"]
 
@@ -65,7 +66,8 @@ class StepGuard:
         max_attempts: int | None = None,
         events: Path | None = None,
     ) -> None:
-        from stabletrain.runtime.member import GuardMember, RuleCallback, TransformCallback
+        from stabletrain.runtime.member import GuardMember, RuleCallback
+        from stabletrain.runtime.transform import TransformCallback
 
         refuse.at_setup(trainer, module, members)
         self.trainer = trainer
@@ -160,6 +162,9 @@ class StepGuard:
             self._attempted = False
             if self.counters.attempted % self._log_every == 0 or self.trainer.is_last_batch:
                 self.flush()
+        if self._max_attempts is not None and self._max_attempts <= self.counters.attempted and not self._complete:
+            reason = f"{self.counters.attempted} steps attempted, {self.counters.applied} applied (Guard.max_attempts)"
+            self._requests.append(Request(RequestKind.STOP, "guard", reason))
         if self._requests:
             requests, self._requests = self._requests, []
             self.flush()
@@ -188,9 +193,6 @@ class StepGuard:
             transform.commit(outcome.applied)
         for listener in self._listeners:
             listener.on_outcome(outcome)
-        if self._max_attempts is not None and self._max_attempts <= self.counters.attempted and not self._complete:
-            reason = f"{self.counters.attempted} steps attempted, {self.counters.applied} applied (Guard.max_attempts)"
-            self._requests.append(Request(RequestKind.STOP, "guard", reason))
 
     @property
     def decided(self) -> int:

@@ -1,7 +1,7 @@
 """The Lightning side of a plugin: what every callback that shares the guard has in common.
 
-`RuleCallback` is the shell of a rule, `TransformCallback` that of a per-tensor transform; a schedule or a monitor
-derives from `GuardMember` itself and overrides only what it needs.
+`RuleCallback` is the shell of a rule, `stabletrain.runtime.transform.TransformCallback` that of a per-tensor transform;
+a schedule or a monitor derives from `GuardMember` itself and overrides only what it needs.
 """
 
 from __future__ import annotations
@@ -9,11 +9,9 @@ from __future__ import annotations
 import functools
 import typing
 import weakref
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -21,6 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from stabletrain.core.outcome import Outcome
+from stabletrain.core.plugin import Plugin
 from stabletrain.core.rule import Rule
 from stabletrain.core.state import from_plain, to_plain
 from stabletrain.runtime import compat
@@ -193,7 +192,29 @@ class Guard(GuardMember):
         return {"mode": self.mode, "max_attempts": self.max_attempts, "events": events}
 
 
-class RuleCallback(GuardMember):
+class PluginMember(GuardMember, Plugin):
+    """A member whose arguments are checkpointed: the base of what a rule and a transform are as callbacks."""
+
+    @property
+    def state_key(self) -> str:
+        """The key of this plugin's state in a checkpoint; Lightning asks for it at every hook."""
+        return self.name or self.plugin
+
+    def state_dict(self) -> dict[str, Any]:
+        """The arguments; subclasses with a history add it, as tensors and plain Python types."""
+        return {**super().state_dict(), "arguments": _plain(self.arguments())}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint; other arguments than it was made with are said aloud."""
+        super().load_state_dict(state_dict)
+        saved, mine = state_dict["arguments"], self.arguments()
+        plain = _plain(mine)
+        changed = [f"{key}={mine[key]!r} (was {saved.get(key)!r})" for key in mine if plain[key] != saved.get(key)]
+        if changed:
+            rank_zero_warn(f"{self.state_key}: goes on from a checkpoint with other arguments: {', '.join(changed)}")
+
+
+class RuleCallback(PluginMember):
     """The Lightning callback of a rule: ``class ClipNorm(RuleCallback, ClipNormRule)``, nothing more.
 
     The constructor, its defaults and its documentation are the rule's. `as_callback` derives such a class.
@@ -208,11 +229,6 @@ class RuleCallback(GuardMember):
         if cls.__doc__ is None:
             cls.__doc__ = next(base.__doc__ for base in cls.__mro__[2:] if issubclass(base, Rule))
 
-    @property
-    def state_key(self) -> str:
-        """The key of this plugin's state in a checkpoint; Lightning asks for it at every hook."""
-        return self.name or self.plugin  # type: ignore[attr-defined,no-any-return]
-
     def reset(self) -> None:
         """Begin with an empty history."""
         self.state = self.rule.init()
@@ -224,13 +240,11 @@ class RuleCallback(GuardMember):
 
     def state_dict(self) -> dict[str, Any]:
         """The rule's state and arguments, as plain Python types."""
-        arguments = _plain_arguments(self.rule.arguments())
-        return {**super().state_dict(), "arguments": arguments, "state": to_plain(self.state)}
+        return {**super().state_dict(), "state": to_plain(self.state)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint; other arguments than it was made with are said aloud."""
+        """Go on from a checkpoint."""
         super().load_state_dict(state_dict)
-        _warn_of_changes(self.state_key, state_dict["arguments"], self.rule.arguments())
         self.state = from_plain(self.rule.state_type(), state_dict["state"])
 
     def __eq__(self, other: object) -> bool:
@@ -246,60 +260,6 @@ class RuleCallback(GuardMember):
         return typing.cast(Rule[Any], self)
 
 
-@dataclass(eq=False)
-class TransformCallback(GuardMember):
-    """A per-tensor change of the gradients, made between the raw norm and the bounds.
-
-    A subclass is a ``@dataclass(eq=False)`` of its arguments. Transforms do not commute, so they run in the order of
-    their plugins' names. State that belongs to the history lives in device tensors: `transform` prepares the next
-    one, `commit` keeps it if the step is applied. In both modes of the guard, `commit` comes before the next
-    `transform` and before any checkpoint.
-
-    Args:
-        name: what checkpoints call this transform; needed when one run has two of a kind. Default: the plugin's name.
-    """
-
-    plugin: ClassVar[str]
-    """Name of the plugin, such as ``clip_value``."""
-    slot: ClassVar[str]
-    """The slot of the configuration that it fills, such as ``clip``."""
-    clips: ClassVar[bool] = True
-    """It changes gradients, and so excludes the Trainer's own ``gradient_clip_val``."""
-
-    name: str | None = field(default=None, kw_only=True)
-
-    @abstractmethod
-    def transform(self, names: Sequence[str], parameters: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-        """Change gradients in place, through `stabletrain.runtime.gradients`; never wait for the device.
-
-        Args:
-            names: of the parameters that have a gradient, at least one, in the optimizer's order.
-            parameters: the parameters themselves.
-            grads: their gradients.
-        """
-
-    def commit(self, applied: bool) -> None:
-        """The step last transformed for was applied, or not."""
-
-    @property
-    def state_key(self) -> str:
-        """The key of this plugin's state in a checkpoint."""
-        return self.name or self.plugin
-
-    def state_dict(self) -> dict[str, Any]:
-        """The arguments; subclasses with a history add it, as tensors and plain Python types."""
-        return {**super().state_dict(), "arguments": _plain_arguments(Rule.arguments(typing.cast(Any, self)))}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint; other arguments than it was made with are said aloud."""
-        super().load_state_dict(state_dict)
-        _warn_of_changes(self.state_key, state_dict["arguments"], Rule.arguments(typing.cast(Any, self)))
-
-    def require(self, ok: bool, argument: str, expected: str) -> None:
-        """As `Rule.require`: refuse an argument with one message that names it."""
-        Rule.require(typing.cast(Any, self), ok, argument, expected)
-
-
 @functools.cache
 def as_callback(rule: type[Rule[Any]]) -> type[RuleCallback]:
     """The public callback of a rule: ``ClipNormRule`` becomes ``ClipNorm``.
@@ -313,13 +273,6 @@ def as_callback(rule: type[Rule[Any]]) -> type[RuleCallback]:
     return type(name, (RuleCallback, rule), {"__module__": module, "__doc__": rule.__doc__})
 
 
-def _plain_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
     plain = (bool, int, float, str, type(None))
     return {key: value if isinstance(value, plain) else repr(value) for key, value in arguments.items()}
-
-
-def _warn_of_changes(state_key: str, saved: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-    plain = _plain_arguments(mine)
-    changed = [f"{key}={mine[key]!r} (was {saved.get(key)!r})" for key in mine if plain[key] != saved.get(key)]
-    if changed:
-        rank_zero_warn(f"{state_key}: goes on from a checkpoint with other arguments: {', '.join(changed)}")

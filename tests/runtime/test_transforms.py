@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader
 
 from stabletrain import ClipNorm, ClipTensorwise, ClipUnitwise, ClipValue, Guard, SkipNonFinite
-from stabletrain.runtime.member import TransformCallback
+from stabletrain.runtime.transform import TransformCallback
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),

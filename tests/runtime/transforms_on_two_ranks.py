@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from stabletrain import ClipTensorwise, ClipUnitwise, ClipValue, SkipNonFinite
 from stabletrain.runtime import gradients
-from stabletrain.runtime.member import TransformCallback
+from stabletrain.runtime.transform import TransformCallback
 
 BATCHES = 12
 NAN_AT = 5

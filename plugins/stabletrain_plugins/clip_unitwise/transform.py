@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stabletrain.errors import UserError
 from stabletrain.runtime import compat, gradients
-from stabletrain.runtime.member import TransformCallback
+from stabletrain.runtime.transform import TransformCallback
 
 
 @dataclass(eq=False)
