@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from abc import ABC, abstractmethod
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -15,12 +16,12 @@ from stabletrain.chaos.fault import Fault
 from stabletrain.errors import UserError
 
 
-class _GradientFault(Fault):
+class _GradientFault(Fault, ABC):
     """Changes gradients while they are computed, so that a fault on one rank spreads through the reduction."""
 
+    @abstractmethod
     def change(self, grad: Tensor, step: int) -> Tensor:
         """The gradient to go on with; the given one stays as it is."""
-        raise NotImplementedError
 
     def targets(self, module: LightningModule) -> list[Parameter]:
         """The parameters to change the gradients of."""
