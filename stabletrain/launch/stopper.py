@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from stabletrain.launch.signals import Interrupted, SignalWatch
+from stabletrain.runtime.preemption import StopBetweenBatches
 
 CHECKPOINT = "interrupted.ckpt"
 
 
-class SaveAndStop(Callback):
+class SaveAndStop(StopBetweenBatches):
     """Save a checkpoint and raise `Interrupted` after the batch in which a signal arrived, on all ranks alike.
 
     Args:
@@ -35,25 +36,6 @@ class SaveAndStop(Callback):
         """Remember that the run is under way."""
         self.started = True
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Stop here if asked to."""
-        self._stop_if_asked(trainer)
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Stop here if asked to."""
-        if self.started:
-            self._stop_if_asked(trainer)
-
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop waiting for batches to end."""
         self._watch.patient = False
@@ -62,14 +44,20 @@ class SaveAndStop(Callback):
         """Stop waiting for batches to end."""
         self._watch.patient = False
 
-    def _stop_if_asked(self, trainer: Trainer) -> None:
+    @property
+    def may_stop(self) -> bool:
+        """From the first training batch on: a validation before it has nothing to save."""
+        return self.started
+
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether this process has received a signal."""
+        return self._watch.received is not None
+
+    def save_and_stop(self, trainer: Trainer) -> NoReturn:
+        """Save a checkpoint and raise `Interrupted`; a rank that received no signal itself says SIGTERM."""
         signum = self._watch.received
-        asked = signum is not None
-        if trainer.world_size > 1:
-            # A signal reaches the ranks at different batches, and saving needs all of them at once.
-            asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
-        if asked:
-            raise Interrupted(signum if signum is not None else signal.SIGTERM, self._save(trainer))
+        raise Interrupted(signum if signum is not None else signal.SIGTERM, self._save(trainer))
 
     def _save(self, trainer: Trainer) -> str | None:
         """Save through the plugin that keeps checkpoints, if the run has one: its are verified, and counted."""

@@ -1,12 +1,14 @@
-"""SIGTERM in a script: remembered while a batch runs, so that a checkpoint can be saved after it."""
+"""Ending a run from outside: a signal is remembered while a batch runs, and all ranks save and stop after it."""
 
 from __future__ import annotations
 
 import signal
 import threading
+from abc import ABC, abstractmethod
 from types import FrameType
+from typing import Any, NoReturn
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from stabletrain.runtime import compat
 
@@ -42,3 +44,51 @@ class PreemptionWatch:
         if self.received:
             raise SystemExit(EXIT_CODE)
         self.received = True
+
+
+class StopBetweenBatches(Callback, ABC):
+    """Ends the run after a batch, of training or of validation, once any rank was asked to: on all ranks alike.
+
+    A signal reaches the ranks at different batches, or only one of them, and saving needs all of them at once.
+    """
+
+    @property
+    @abstractmethod
+    def may_stop(self) -> bool:
+        """Whether the run can be ended yet; it decides about a collective, so it must be the same on all ranks."""
+
+    @property
+    @abstractmethod
+    def asked_to_stop(self) -> bool:
+        """Whether this rank was asked."""
+
+    @abstractmethod
+    def save_and_stop(self, trainer: Trainer) -> NoReturn:
+        """Save, and raise what ends the run; called on all ranks."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop here if asked to."""
+        self._stop_if_asked(trainer)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """A validation may be long: do not wait for its end when asked to stop."""
+        self._stop_if_asked(trainer)
+
+    def _stop_if_asked(self, trainer: Trainer) -> None:
+        if not self.may_stop:
+            return
+        asked = self.asked_to_stop
+        if trainer.world_size > 1:
+            asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
+        if asked:
+            self.save_and_stop(trainer)

@@ -8,7 +8,7 @@ import time
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
@@ -23,13 +23,13 @@ from stabletrain.runtime.checkpoints.manifest import About
 from stabletrain.runtime.checkpoints.recipe import recipe_hash
 from stabletrain.runtime.checkpoints.saver import Saver
 from stabletrain.runtime.checkpoints.store import Keep, Mode, Store
-from stabletrain.runtime.preemption import EXIT_CODE, PreemptionWatch
+from stabletrain.runtime.preemption import EXIT_CODE, PreemptionWatch, StopBetweenBatches
 from stabletrain.runtime.run_length import run_length
 
 logger = logging.getLogger("stabletrain")
 
 
-class SaveCheckpoints(Checkpoint):
+class SaveCheckpoints(StopBetweenBatches, Checkpoint):
     """Checkpoints that are complete or absent, verified when they are read, and written while training goes on.
 
     To go on from the newest good one: ``Trainer.fit(model, ckpt_path=folder)``. It takes ModelCheckpoint's place.
@@ -187,24 +187,25 @@ class SaveCheckpoints(Checkpoint):
             return
         if not self._rehearsed:
             self._rehearse(trainer)
-        due, stop = self._agreed(trainer)
-        if stop:
-            self._save_and_exit(trainer)
-        if due or 0 < trainer.max_steps <= trainer.global_step:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._is_due(trainer) or 0 < trainer.max_steps <= trainer.global_step:
             self.save(trainer)
 
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """A validation may be long: do not wait for its end when asked to stop."""
-        if self._active and self._watching and self._rehearsed and self._agreed(trainer)[1]:
-            self._save_and_exit(trainer)
+    @property
+    def may_stop(self) -> bool:
+        """From the first step on, if SIGTERM is watched."""
+        return self._active and self._watching and self._rehearsed
+
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether this process has received SIGTERM."""
+        return self._watch.received
+
+    def save_and_stop(self, trainer: Trainer) -> NoReturn:
+        """Save a checkpoint, and end the process with the exit code of a SIGTERM."""
+        path = self.save(trainer, wait=True)
+        logger.warning("SIGTERM: ending with exit code %d; go on from %s", EXIT_CODE, path or self.last)
+        raise SystemExit(EXIT_CODE)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save if the monitored metric has never been better."""
@@ -257,17 +258,12 @@ class SaveCheckpoints(Checkpoint):
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 
-    def _agreed(self, trainer: Trainer) -> tuple[bool, bool]:
-        """Whether a checkpoint is due, and whether to stop; clocks and signals differ between ranks, this does not."""
+    def _is_due(self, trainer: Trainer) -> bool:
+        """Whether a checkpoint is due; clocks differ between ranks, this does not."""
         due = self._intervals.due(trainer.global_step, time.monotonic())
-        stop = self._watching and self._watch.received
-        if trainer.world_size > 1:
-            decide = trainer.strategy.reduce_boolean_decision
-            if self._intervals.seconds is not None:
-                due = decide(due, all=False)
-            if self._watching:
-                stop = decide(stop, all=False)
-        return due, stop
+        if trainer.world_size > 1 and self._intervals.seconds is not None:
+            due = trainer.strategy.reduce_boolean_decision(due, all=False)
+        return due
 
     def _rehearse(self, trainer: Trainer) -> None:
         """After the first step: what cannot be saved is refused now, and the first snapshot finds its memory ready."""
@@ -275,11 +271,6 @@ class SaveCheckpoints(Checkpoint):
         checkpoint = compat.dump_checkpoint(trainer)
         if self._saver is not None:
             self._saver.prepare(checkpoint)
-
-    def _save_and_exit(self, trainer: Trainer) -> None:
-        path = self.save(trainer, wait=True)
-        logger.warning("SIGTERM: ending with exit code %d; go on from %s", EXIT_CODE, path or self.last)
-        raise SystemExit(EXIT_CODE)
 
 
 def _position(trainer: Trainer) -> tuple[int, int]:
