@@ -71,15 +71,14 @@ def test_a_plugin_that_stops_the_run_exits_with_3(cli) -> None:
 def test_a_signal_saves_and_the_run_can_go_on(cli, signum: signal.Signals, code: int, end: str) -> None:
     process = cli.start(
         "train", str(Path(__file__).parent / "tiny.yaml"), "--trust", "tiny_workload",
-        "model.pause=0.05", "trainer.max_steps=2000", "logger=mlflow", "run_dir=first",
+        "model.pause=0.05", "model.does=tell", "model.at=1", "trainer.max_steps=2000", "logger=mlflow", "run_dir=first",
     )  # fmt: skip
     ready = cli.folder / "first" / "worker.log"
     deadline = time.monotonic() + 120
-    while not (ready.exists() and "TPU available" in ready.read_text()):
+    while not (ready.exists() and "tiny step 1" in ready.read_text()):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    time.sleep(3)
     process.send_signal(signum)
     out, err = process.communicate(timeout=120)
     assert process.returncode == code, err

@@ -1,5 +1,6 @@
 """A workload of a user's own: small, and able to do whatever a test needs it to do at a given batch."""
 
+import logging
 import os
 import signal
 import time
@@ -24,6 +25,8 @@ class TinyModel(LightningModule):
         if self.does == "poison":
             loss = loss * float("nan")
         if self.global_step == self.at:
+            if self.does == "tell":
+                logging.getLogger("stabletrain").warning("tiny step %d", self.global_step)
             if self.does == "raise":
                 raise RuntimeError("a bug in the user's module")
             if self.does == "sigkill":
