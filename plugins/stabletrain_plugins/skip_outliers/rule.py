@@ -4,51 +4,34 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple, Self
 
+from stabletrain.core.baseline import Baseline, Gauge
 from stabletrain.core.events import Event, Request, RequestKind
 from stabletrain.core.limits import NO_LIMITS, Bound, Limits, SkipAbove
 from stabletrain.core.outcome import Outcome
 from stabletrain.core.rule import Observation, Rule
-from stabletrain.core.statistics import MAD_TO_SIGMA, Window
-
-_LARGEST_EXPONENT = 700.0
-"""exp() of more than this is no float."""
 
 _NO_BOUNDS: frozenset[Bound] = frozenset()
-
-
-class Level(NamedTuple):
-    """History of one signal, and the limit that follows from it.
-
-    Args:
-        window: the last values; of the norm their logarithms, if it is judged in log space.
-        limit: in the signal's own unit; None while there is none.
-    """
-
-    window: Window = Window()
-    limit: float | None = None
 
 
 class OutlierState(NamedTuple):
     """What the rule remembers.
 
     Args:
-        loss: history of the loss.
-        norm: history of the gradient norm.
+        loss: baseline of the loss.
+        norm: baseline of the gradient norm.
         in_a_row: length of the current run of dropped steps.
-        suspects: values of the norm, as in its window, that may be a new level.
+        suspects: norms that may be a new level.
         shifted: how many of the suspects were dropped.
-        least_sigma: floor of the norm's standard deviation while a new level has fewer than ``min_samples`` values;
-            0 if it is not new.
     """
 
-    loss: Level = Level()
-    norm: Level = Level()
+    loss: Baseline = Baseline()
+    norm: Baseline = Baseline()
     in_a_row: int = 0
     suspects: tuple[float, ...] = ()
     shifted: int = 0
-    least_sigma: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -56,10 +39,10 @@ class SkipOutliersRule(Rule[OutlierState]):
     """Drop a step whose loss or gradient norm lies far above its recent history, as if its batches had not been seen.
 
     A norm is dropped above ``exp(m + sigmas * s)``, with median ``m`` and scaled MAD ``s`` of the logarithms of the
-    last ``window`` norms. A loss is dropped above ``m + sigmas * s`` of the last losses, or where it is higher above
-    ``m * (q / m) ** (1.4826 * sigmas)`` with their upper quartile ``q``: the same limit for a log-normal loss, as that
-    of small batches is near the end of training. Only applied, finite steps enter the history, so a burst cannot hide
-    itself.
+    last ``window`` norms. A loss is dropped above the highest of three limits: ``m + sigmas * s`` of the last losses;
+    ``m * (q / m) ** (1.4826 * sigmas)`` with their upper quartile ``q``, the same for a log-normal loss, as that of
+    small batches is near the end of training; and ``m + sigmas * (t - m) / 1.7`` with their 98th percentile ``t``, for
+    batches of very different sizes. Only applied, finite steps enter the history, so a burst cannot hide itself.
 
     When the norm alone is dropped ``regime_after`` times while the loss stays within its limit, its level has changed:
     it is learned anew from the dropped norms. ``max_in_a_row`` dropped steps are not outliers but a damaged state: the
@@ -71,7 +54,7 @@ class SkipOutliersRule(Rule[OutlierState]):
         window: steps of history, >= 2.
         min_samples: steps that are only learned from, 2 to ``window``.
         signals: what is watched: ``"both"``, ``"loss"`` or ``"grad_norm"``.
-        robust: median and MAD; else mean and standard deviation (of n - 1), and no log-normal limit of the loss.
+        robust: median and MAD; else mean and standard deviation (of n - 1), and only the first limit of the loss.
         log_norm: judge the norm in log space; else linearly.
         min_sigma_norm: floor of the norm's standard deviation: in nats, > 0; with ``log_norm=False`` as a share of the
             centre, >= 0.
@@ -170,10 +153,10 @@ class SkipOutliersRule(Rule[OutlierState]):
 
     def limits(self, state: OutlierState) -> Limits:
         """The limits that were computed when the last step entered the history."""
-        loss, norm = state.loss.limit, state.norm.limit
-        if loss is None or self.signals == "grad_norm":
-            return NO_LIMITS if norm is None else Limits(_NO_BOUNDS, frozenset((SkipAbove("grad_norm", norm),)))
-        if norm is None:
+        loss, norm = self._loss.limit(state.loss), self._norm.limit(state.norm)
+        if loss == math.inf or self.signals == "grad_norm":
+            return NO_LIMITS if norm == math.inf else Limits(_NO_BOUNDS, frozenset((SkipAbove("grad_norm", norm),)))
+        if norm == math.inf or self.signals == "loss":
             return Limits(_NO_BOUNDS, frozenset((SkipAbove("loss", loss),)))
         return Limits(_NO_BOUNDS, frozenset((SkipAbove("loss", loss), SkipAbove("grad_norm", norm))))
 
@@ -184,8 +167,8 @@ class SkipOutliersRule(Rule[OutlierState]):
             return Observation(state)
         if not outcome.skipped:
             return Observation(self._learn(state, loss, norm))
-        loss_above = state.loss.limit is not None and loss > state.loss.limit
-        norm_above = state.norm.limit is not None and norm > state.norm.limit
+        loss_above = loss > self._loss.limit(state.loss)
+        norm_above = norm > self._norm.limit(state.norm)
         if norm_above or (loss_above and self.signals != "grad_norm"):
             return self._outlier(state, outcome, loss_above, norm_above)
         return Observation(state)  # another rule dropped it
@@ -197,31 +180,27 @@ class SkipOutliersRule(Rule[OutlierState]):
     # ---- the history ------------------------------------------------------------------------------------------------
 
     def _learn(self, state: OutlierState, loss: float, norm: float) -> OutlierState:
-        level, least = state.norm, state.least_sigma
-        suspects, shifted = state.suspects, state.shifted
+        level, suspects, shifted = state.norm, state.suspects, state.shifted
         if self.signals != "loss" and norm > 0.0:
-            s = self._s(norm)
             if suspects:
                 # a value near the limit is no return to the old level, or a shift as far as the limit would drop half
                 # of the steps until the window has filled
-                near = level.window and s > self._halfway(level)
-                suspects, shifted = ((*suspects, s)[-self.window :], shifted) if near else ((), 0)
-            level, least = self._norm_level(level.window.add(s, self.window), least)
-        return OutlierState(
-            self._loss_level(state.loss.window.add(loss, self.window)), level, 0, suspects, shifted, least
-        )
+                near = self._norm.is_raised(level, norm)
+                suspects, shifted = ((*suspects, norm)[-self.window :], shifted) if near else ((), 0)
+            level = self._norm.learn(level, norm)
+        return OutlierState(self._loss.learn(state.loss, loss), level, 0, suspects, shifted)
 
     def _outlier(
         self, state: OutlierState, outcome: Outcome, loss_above: bool, norm_above: bool
     ) -> Observation[OutlierState]:
         loss, norm, in_a_row = outcome.loss, outcome.grad_norm, state.in_a_row + 1
         by_loss = loss_above and self.signals != "grad_norm"
-        signals = [("loss", loss, state.loss)] if by_loss else []
+        signals = [("loss", loss, self._loss, state.loss)] if by_loss else []
         if norm_above:
-            signals.append(("grad_norm", norm, state.norm))
+            signals.append(("grad_norm", norm, self._norm, state.norm))
         what = " and ".join(self._sentence(*signal) for signal in signals)
-        _, value, level = signals[0]
-        limit = _known(level.limit)
+        _, value, gauge, baseline = signals[0]
+        limit = gauge.limit(baseline)
         reason = f"{what}: step skipped ({in_a_row} in a row)"
         events: tuple[Event, ...] = (Event(outcome.step, self.label, "skip", value, limit, reason),)
 
@@ -230,7 +209,7 @@ class SkipOutliersRule(Rule[OutlierState]):
         elif loss_above:
             state = state._replace(in_a_row=in_a_row, suspects=(), shifted=0)
         else:
-            suspects = (*state.suspects, self._s(norm))[-self.window :]
+            suspects = (*state.suspects, norm)[-self.window :]
             state = state._replace(in_a_row=in_a_row, suspects=suspects, shifted=state.shifted + 1)
             if self.regime_after is not None and state.shifted >= self.regime_after:
                 state, event = self._relearn(state, outcome.step)
@@ -242,71 +221,28 @@ class SkipOutliersRule(Rule[OutlierState]):
         return Observation(state._replace(in_a_row=0, suspects=(), shifted=0), events, (request,))
 
     def _relearn(self, state: OutlierState, step: int) -> tuple[OutlierState, Event]:
-        old = self._centre_and_sigma(state.norm.window, self.min_sigma_norm, self.log_norm)
-        least = max(old[1], state.least_sigma)
-        level, least = self._norm_level(Window().extend(state.suspects), least)
-        was, now = self._norm(old[0]), self._norm(self._centre_and_sigma(level.window, 0.0, True)[0])
-        limit = _known(state.norm.limit)
+        level = self._norm.relearn(state.norm, state.suspects)
+        was, now, limit = self._norm.centre(state.norm), self._norm.centre(level), self._norm.limit(state.norm)
         reason = (
             f"grad_norm above {limit:.4g} in {state.shifted} steps, the loss within its limit: "
             f"level learned anew, {was:.4g} -> {now:.4g}"
         )
-        event = Event(step, self.label, "regime", now, limit, reason)
-        return OutlierState(state.loss, level, least_sigma=least), event
+        return OutlierState(state.loss, level), Event(step, self.label, "regime", now, limit, reason)
 
-    # ---- the limits -------------------------------------------------------------------------------------------------
+    # ---- the yardsticks ---------------------------------------------------------------------------------------------
 
-    def _loss_level(self, window: Window) -> Level:
-        if len(window) < self.min_samples:
-            return Level(window)
-        centre, sigma = self._centre_and_sigma(window, self.min_sigma_loss, log=False)
-        if centre == sigma == 0.0:
-            return Level(window)  # only zeros: no scale to judge by
-        limit = centre + self.sigmas * sigma
-        if self.robust and centre > 0.0:
-            s = math.log(centre)
-            reach = self.sigmas * MAD_TO_SIGMA * (math.log(window.ordered[3 * len(window) // 4]) - s)
-            limit = max(limit, math.exp(min(s + reach, _LARGEST_EXPONENT)))
-        return Level(window, limit if limit < math.inf else None)
+    @cached_property
+    def _loss(self) -> Gauge:
+        return self._gauge(self.min_sigma_loss, log=False)
 
-    def _norm_level(self, window: Window, least_sigma: float) -> tuple[Level, float]:
-        if len(window) >= self.min_samples:
-            least_sigma = 0.0
-        elif not least_sigma:
-            return Level(window), 0.0
-        centre, sigma = self._centre_and_sigma(window, self.min_sigma_norm, self.log_norm)
-        limit = self._norm(centre + self.sigmas * max(sigma, least_sigma))
-        return Level(window, limit if limit < math.inf else None), least_sigma
+    @cached_property
+    def _norm(self) -> Gauge:
+        return self._gauge(self.min_sigma_norm, self.log_norm)
 
-    def _centre_and_sigma(self, window: Window, least: float, log: bool) -> tuple[float, float]:
-        if self.robust:
-            centre, sigma = window.median, MAD_TO_SIGMA * window.mad
-        elif window.ordered[0] == window.ordered[-1]:
-            centre, sigma = window.ordered[0], 0.0  # not a rounding error of the mean
-        else:
-            n = len(window)
-            centre = sum(window.values) / n
-            sigma = math.dist(window.values, (centre,) * n) / math.sqrt(n - 1)
-        floor = least if log else least * abs(centre)
-        return centre, (sigma if sigma > floor else floor)
+    def _gauge(self, min_sigma: float, log: bool) -> Gauge:
+        return Gauge(self.sigmas, self.window, 0, self.min_samples, min_sigma, log, self.robust)
 
-    def _halfway(self, level: Level) -> float:
-        centre = self._centre_and_sigma(level.window, 0.0, True)[0]
-        return centre if level.limit is None else 0.5 * (centre + self._s(level.limit))
-
-    def _sentence(self, signal: str, value: float, level: Level) -> str:
-        centre = self._centre_and_sigma(level.window, 0.0, True)[0]
-        centre = self._norm(centre) if signal == "grad_norm" else centre
-        statistic = "median" if self.robust else "mean"
-        return f"{signal} {value:.4g} > {level.limit:.4g} ({statistic} {centre:.4g} of {len(level.window)} steps)"
-
-    def _s(self, norm: float) -> float:
-        return math.log(norm) if self.log_norm else norm
-
-    def _norm(self, s: float) -> float:
-        return math.exp(min(s, _LARGEST_EXPONENT)) if self.log_norm else s
-
-
-def _known(limit: float | None) -> float:
-    assert limit is not None, "an outlier was judged by a limit"
-    return limit
+    def _sentence(self, signal: str, value: float, gauge: Gauge, baseline: Baseline) -> str:
+        statistic, steps = "median" if self.robust else "mean", len(baseline.past.window)
+        limit, centre = gauge.limit(baseline), gauge.centre(baseline)
+        return f"{signal} {value:.4g} > {limit:.4g} ({statistic} {centre:.4g} of {steps} steps)"
