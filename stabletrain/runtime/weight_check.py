@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from stabletrain.runtime.snapshot_buffers import plain_tensors
 
@@ -37,28 +40,32 @@ class WeightCheck:
         self._parameters = list(zip(names, parameters, strict=True))
         self._max_growth = max_growth
 
-    def norms(self) -> list[float]:
+    @property
+    def is_whole(self) -> bool:
+        """Whether this rank holds all of every parameter, so that norms are those of any rank."""
+        return not any(isinstance(parameter, DTensor) for _, parameter in self._parameters)
+
+    def norms(self) -> tuple[float, ...]:
         """The norm of each tensor now; waits for the device once."""
         tensors = [tensor for _, tensor in self._tensors()]
         if not tensors:
-            return []
+            return ()
         norms = torch._foreach_norm(tensors, 2, dtype=torch.float32)
         where = norms[0].device
-        values: list[float] = torch.stack([norm.to(where) for norm in norms]).tolist()
-        return values
+        return tuple(torch.stack([norm.to(where) for norm in norms]).tolist())
 
-    def problem(self, now: Sequence[float], then: Sequence[float] | None) -> str | None:
+    def problem(self, now: Sequence[float], then: Sequence[float]) -> str | None:
         """What is wrong, in one sentence; None if nothing is.
 
         Args:
             now: of `norms`.
-            then: the same of an earlier, healthy moment; None: only finite numbers are asked for.
+            then: the same of an earlier, healthy moment; empty: only finite numbers are asked for.
         """
         tensors = self._tensors()
         for (name, _), norm in zip(tensors, now, strict=True):
             if not math.isfinite(norm):
                 return f"the norm of {name} is {norm}"
-        if then is None or not tensors:
+        if not then or not tensors:
             return None
         sizes = [tensor.numel() for _, tensor in tensors]
         usual = math.sqrt(math.fsum(norm * norm for norm in then) / sum(sizes))
@@ -77,18 +84,55 @@ class WeightCheck:
         return [(name, tensor) for name, tensor in plain if tensor.is_floating_point() and tensor.numel()]
 
 
+class Look(NamedTuple):
+    """What a look at the weights sees.
+
+    Args:
+        step: attempted steps before it.
+        norms: of each tensor; empty if they are not to be compared with.
+        lr: the largest learning rate, as it is set.
+    """
+
+    step: int
+    norms: tuple[float, ...]
+    lr: float
+
+
+class Watched(NamedTuple):
+    """What was seen of the weights so far.
+
+    Args:
+        last: the last look that was due.
+        before: the one before.
+        speeds: from one look to the next, see `speed`; the last ones, of healthy steps.
+    """
+
+    last: Look | None = None
+    before: Look | None = None
+    speeds: tuple[float, ...] = ()
+
+
+_SPEEDS, _ENOUGH = 16, 8
+"""Speeds that are remembered, and how many of them are needed to judge another one."""
+
+
 class WeightWatch:
     """Looks at the weights every few attempted steps; one rank's damage is everybody's.
+
+    At a given learning rate, a run's weights move at a speed that changes slowly. When a step is not healthy and they
+    have moved six times as fast as usual, and twice as fast as in any of the last looks, the last updates are the
+    cause, not the step's batch. Speed alone is no damage: it is as well a new phase of the training.
 
     Args:
         check: compares norms.
         every: attempted steps from one look to the next, >= 1.
+        seen: goes on from there.
     """
 
-    def __init__(self, check: WeightCheck, every: int) -> None:
+    def __init__(self, check: WeightCheck, every: int, seen: Watched = Watched()) -> None:  # noqa: B008
         self._check, self._every = check, every
-        self._looked_at = 0
-        self._norms: list[float] | None = None
+        self.seen = seen
+        """For the checkpoint."""
 
     def look(self, trainer: Trainer, step: int, suspicious: bool = False) -> str | None:
         """What is wrong, if a look is due; None if nothing is. A collective.
@@ -96,16 +140,21 @@ class WeightWatch:
         Args:
             trainer: in a fit.
             step: attempted steps so far.
-            suspicious: look now, and compare with the last look that was due: the last step was not healthy, and if
+            suspicious: look now, and compare with the last looks that were due: the last step was not healthy, and if
                 the weights are the cause, every further step is wasted.
         """
-        due = step // self._every != self._looked_at // self._every
+        last, _, speeds = self.seen
+        due = step // self._every != (last.step if last else 0) // self._every
         if not (due or suspicious):
             return None
-        norms = self._check.norms()
-        problem = self._check.problem(norms, self._norms)
+        now = Look(step, self._check.norms(), _learning_rate(trainer))
+        problem = self._check.problem(now.norms, last.norms if last else ())
+        if problem is None and suspicious:
+            problem = self._too_fast(now)
         if due:
-            self._looked_at, self._norms = step, norms
+            if last is not None and problem is None and not suspicious:
+                speeds = (*speeds, *_known(speed(now, last)))[-_SPEEDS:]
+            self.seen = Watched(now, last, speeds)
         if trainer.world_size > 1:
             damaged = trainer.strategy.reduce_boolean_decision(problem is not None, all=False)
             problem = problem or ("weights are damaged on another rank" if damaged else None)
@@ -113,4 +162,46 @@ class WeightWatch:
 
     def begin_anew(self) -> None:
         """The weights of an earlier step were put back: sizes are not compared with those of now."""
-        self._norms = None
+        self.seen = without_norms(self.seen)
+
+    def _too_fast(self, now: Look) -> str | None:
+        speeds = self.seen.speeds[:-1]  # the last look that was due may have come after the damage
+        if len(speeds) < _ENOUGH:
+            return None
+        usual = statistics.median(speeds)
+        limit = max(6.0 * usual, 2.0 * max(speeds))
+        fastest = max((each for then in self.seen[:2] if then for each in _known(speed(now, then))), default=0.0)
+        if not fastest > limit > 0.0:
+            return None
+        return (
+            f"the weights have moved {fastest / usual:.3g} times as fast as usual (limit {limit / usual:.3g}), and the "
+            "last step was not healthy"
+        )
+
+
+def speed(now: Look, then: Look) -> float | None:
+    """How fast the weights moved between two looks, in shares of their size at learning rate 1.
+
+    Movement is taken from the norms, and to grow with the square root of the steps. None if it is not known.
+
+    >>> speed(Look(14, (3.0, 4.5), 0.1), Look(10, (3.0, 4.0), 0.05))
+    0.5
+    """
+    rate, size, steps = max(now.lr, then.lr), math.hypot(*then.norms), now.step - then.step
+    if not (now.norms and rate > 0.0 and size > 0.0 and steps > 0):
+        return None
+    return math.dist(now.norms, then.norms) / size / math.sqrt(steps) / rate
+
+
+def without_norms(seen: Watched) -> Watched:
+    """What holds for other weights too."""
+    last, before = (each._replace(norms=()) if each else None for each in seen[:2])
+    return Watched(last, before, seen.speeds)
+
+
+def _known(value: float | None) -> tuple[float, ...]:
+    return () if value is None else (value,)
+
+
+def _learning_rate(trainer: Trainer) -> float:
+    return max((float(group.get("lr", 1.0)) for each in trainer.optimizers for group in each.param_groups), default=1.0)

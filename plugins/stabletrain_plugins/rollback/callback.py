@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from stabletrain.core.events import Event, Request, RequestKind
 from stabletrain.core.outcome import Outcome
+from stabletrain.core.state import from_plain, to_plain
 from stabletrain.runtime import compat, diagnosis, older_checkpoint
 from stabletrain.runtime.data_tape import Item
 from stabletrain.runtime.disk_buffers import DiskBuffers
@@ -25,7 +26,7 @@ from stabletrain.runtime.snapshot_buffers import SnapshotBuffers
 from stabletrain.runtime.snapshot_ring import SnapshotRing
 from stabletrain.runtime.stop import TrainingStopped
 from stabletrain.runtime.train_loader import TrainLoader
-from stabletrain.runtime.weight_check import WeightCheck, WeightWatch
+from stabletrain.runtime.weight_check import Watched, WeightCheck, WeightWatch, without_norms
 from stabletrain_plugins.rollback import memory
 from stabletrain_plugins.rollback.replaying import Replaying
 from stabletrain_plugins.rollback.report import report
@@ -102,12 +103,14 @@ class Rollback(RuleCallback, RollbackRule):
     _last: Last | None = None
     _left_out: frozenset[tuple[Any, ...]] = frozenset()
     _made: tuple[int, ...] = ()
+    _watched = Watched()
     _has_news = False
 
     def reset(self) -> None:
         """A new run: nothing is known, nothing was left out."""
         super().reset()
         self._rollbacks, self._last, self._left_out, self._made = 0, None, frozenset(), ()
+        self._watched = Watched()
 
     @property
     def rollbacks(self) -> int:
@@ -153,7 +156,8 @@ class Rollback(RuleCallback, RollbackRule):
         if self._left_out:
             loader.leave_out(self._left_out)
         check = WeightCheck([name for name, _ in named], [p for _, p in named], self.max_growth)
-        self._weights = WeightWatch(check, self.check_every)
+        seen = self._watched if check.is_whole else without_norms(self._watched)
+        self._weights = WeightWatch(check, self.check_every, seen)
         self._trouble.step_ends(guard.decided, trainer.global_step, loader.mark())
         if trainer.is_global_zero and (warning := self.too_rare(run_length(trainer).total_steps)):
             logger.warning(warning)
@@ -210,11 +214,12 @@ class Rollback(RuleCallback, RollbackRule):
         return {**super().metrics(), **{key: float(value) for key, value in counts.items()}}
 
     def state_dict(self) -> dict[str, Any]:
-        """The detector's state, the budget used, and the batches to leave out."""
+        """The detector's state, the budget used, the batches to leave out, and what was seen of the weights."""
         plain = super().state_dict()
         last = list(self._last) if self._last else None
         left_out = [list(each) for each in sorted(self._left_out, key=repr)]
-        return {**plain, "rollbacks": self._rollbacks, "last": last, "left_out": left_out}
+        watched = to_plain(self._weights.seen if self._weights is not None else self._watched)
+        return {**plain, "rollbacks": self._rollbacks, "last": last, "left_out": left_out, "weights": watched}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint; the ring begins empty."""
@@ -222,6 +227,7 @@ class Rollback(RuleCallback, RollbackRule):
         self._rollbacks = state_dict["rollbacks"]
         self._last = Last(*state_dict["last"]) if state_dict["last"] else None
         self._left_out = frozenset(names(state_dict["left_out"]))
+        self._watched = from_plain(Watched, state_dict["weights"])
         if self._loader is not None and self._left_out:
             self._loader.leave_out(self._left_out)  # now: data without a length are fetched ahead of on_train_start
 

@@ -22,7 +22,7 @@ class RollbackRule(SpikeDetection):
     trust_after: int = 25
     drop: Literal["offending", "since_snapshot", "none"] = "offending"
     baselines: Literal["restore", "reset"] = "restore"
-    rewarm: int | None = 20
+    rewarm: int | None = 100
     max_rollbacks: int = 10
     cool_down: int = 100
     check_every: int = 10

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import stabletrain as st
-from stabletrain.chaos import BadGradient
+from stabletrain.chaos import BadGradient, LearningRateSurge
 from stabletrain.errors import UserError
 from stabletrain.runtime.stop import TrainingStopped
 from stabletrain.testing.toy import quiet
@@ -225,6 +225,18 @@ def test_after_an_unhealthy_step_the_weights_are_looked_at_at_once(tmp_path: Pat
     (made,) = interventions(tmp_path)
     assert made["plugin"] == "rollback"
     assert made["step"] <= 39
+
+
+def test_a_surge_of_the_learning_rate_is_undone_at_its_first_step(tmp_path: Path) -> None:
+    # catches a run that skips or trains on with spoilt weights until patience is at its end
+    quick = {**QUICK, "every": 16, "patience": 16, "check_every": 2, "max_growth": 1e4}
+    surge = LearningRateSurge(at_step=50, factor=3000.0, steps=1)
+    model, _ = train(tmp_path / "b", st.Rollback(**{**quick, "drop": "none"}), surge)
+    (made,) = interventions(tmp_path / "b")
+    assert "the weights have moved " in made["cause"]
+    assert made["step"] <= 55
+    reference, _ = train(tmp_path / "a")
+    assert same(model, reference)
 
 
 def test_trouble_at_the_same_place_leads_further_back(tmp_path: Path) -> None:
