@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.utils.data import DataLoader, IterableDataset
@@ -20,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from stabletrain.core.outcome import Outcome
 from stabletrain.runtime.member import GuardMember
 from stabletrain.runtime.stop import TrainingStopped
+from stabletrain.testing.trainer import quiet_trainer
 
 STEPS = 96
 """Length of a run, in batches; long enough for the warm-up of the plugins that come with stabletrain."""
@@ -169,20 +169,8 @@ def fit(
     loader = DataLoader(ToyBatches(start, faults, steps), batch_size=None)
     stopped = None
     with quiet():
-        running = Trainer(
-            accelerator="cpu",
-            devices=1,
-            logger=False,
-            enable_checkpointing=any(isinstance(each, Checkpoint) for each in callbacks),
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=folder,
-            max_steps=steps,
-            max_epochs=1,
-            log_every_n_steps=5,
-            callbacks=[*members, end],
-            **(trainer or {}),
-        )
+        options = {"default_root_dir": folder, "max_steps": steps, "max_epochs": 1, "log_every_n_steps": 5}
+        running = quiet_trainer(*members, end, **options, **(trainer or {}))
         try:
             running.fit(module, loader, ckpt_path=resume, weights_only=True)
         except TrainingStopped as stop:

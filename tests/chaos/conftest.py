@@ -8,6 +8,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from stabletrain.testing.trainer import quiet_trainer
+
 
 class Net(LightningModule):
     """Classifies rows of numbers; keeps the batches and losses that it saw."""
@@ -56,18 +58,8 @@ class Run:
         y = torch.randint(0, 3, (batches * 4,), generator=generator)
         self.data = (x, y)
         self.module, self.watch = Net(fused), Watch()
-        options = {"max_epochs": 1, "enable_checkpointing": False, **options}
-        self.trainer = Trainer(
-            accelerator="cpu",
-            devices=1,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=folder,
-            log_every_n_steps=1,
-            callbacks=[*callbacks, self.watch],
-            **options,
-        )
+        options = {"max_epochs": 1, "default_root_dir": folder, "log_every_n_steps": 1, **options}
+        self.trainer = quiet_trainer(*callbacks, self.watch, **options)
         self.trainer.fit(self.module, DataLoader(TensorDataset(x, y), batch_size=4), ckpt_path=ckpt_path)
         self.weights = [p.detach().clone() for p in self.module.parameters()]
 

@@ -20,6 +20,7 @@ from stabletrain.core.limits import Limits, SkipAbove
 from stabletrain.core.outcome import Outcome
 from stabletrain.core.rule import Observation, Rule
 from stabletrain.runtime.member import as_callback
+from stabletrain.testing.trainer import quiet_trainer
 
 HEALTHY, NAN_LOSS, NAN_GRAD, INF_GRAD, HIGH_LOSS, LARGE_GRAD = range(6)
 LOST = (NAN_LOSS, NAN_GRAD, INF_GRAD, HIGH_LOSS)
@@ -166,20 +167,8 @@ def scaler(**options: Any) -> MixedPrecision:
 
 
 def trainer(*callbacks: Callback, fp16: bool = False, **options: Any) -> Trainer:
-    defaults: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "max_epochs": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "log_every_n_steps": 1,
-        "num_sanity_val_steps": 0,
-    }
-    if fp16:
-        defaults["plugins"] = [scaler()]
-    return Trainer(callbacks=list(callbacks), **{**defaults, **options})
+    defaults: dict[str, Any] = {"max_epochs": 1, "log_every_n_steps": 1, "plugins": [scaler()] if fp16 else None}
+    return quiet_trainer(*callbacks, **{**defaults, **options})
 
 
 def fit(module: LightningModule, items: Any, *callbacks: Callback, ckpt_path: Any = None, **options: Any) -> Trainer:

@@ -23,6 +23,7 @@ from stabletrain.runtime import compat
 from stabletrain.runtime.member import GuardMember
 from stabletrain.runtime.snapshot import Snapshot
 from stabletrain.runtime.train_loader import TrainLoader
+from stabletrain.testing.trainer import quiet_trainer
 
 SAMPLES, BATCH = 64, 4
 Sample = tuple[Tensor, Tensor, int]
@@ -200,17 +201,7 @@ class Case:
             options["plugins"] = [MixedPrecision("16-mixed", "cpu", scaler=scaler)]
         if not self.validation:
             options["limit_val_batches"] = 0
-        trainer = Trainer(
-            accelerator="cpu",
-            logger=logger,
-            callbacks=list(callbacks),
-            log_every_n_steps=1,
-            num_sanity_val_steps=0,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            **{"devices": 1, **options},
-        )
+        trainer = quiet_trainer(*callbacks, logger=logger, log_every_n_steps=1, **options)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             trainer.fit(model, self.loader(), DataLoader(Samples(size=8), BATCH) if self.validation else None)

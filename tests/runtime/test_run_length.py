@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from stabletrain.core.lengths import RunLength
 from stabletrain.runtime.run_length import run_length
+from stabletrain.testing.trainer import quiet_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
 
@@ -31,17 +32,8 @@ class Measure(Callback):
 
 def measured(tmp_path: Path, data: Any, *callbacks: Callback, **arguments: Any) -> RunLength:
     measure = Measure()
-    Trainer(
-        callbacks=[measure, *callbacks],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        accelerator="cpu",
-        default_root_dir=tmp_path,
-        limit_val_batches=0,
-        **arguments,
-    ).fit(BoringModel(), data)
+    trainer = quiet_trainer(measure, *callbacks, default_root_dir=tmp_path, limit_val_batches=0, **arguments)
+    trainer.fit(BoringModel(), data)
     return measure.length
 
 

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from stabletrain.errors import UserError
 from stabletrain.runtime import compat, rng
 from stabletrain.runtime.train_loader import TrainLoader
+from stabletrain.testing.trainer import quiet_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
 
@@ -114,18 +115,7 @@ class GoBack(Callback):
 def fit(loader, *callbacks, epochs=2, **kwargs):
     seed_everything(0, verbose=False)
     model = Model()
-    trainer = Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        callbacks=list(callbacks),
-        **kwargs,
-    )
+    trainer = quiet_trainer(*callbacks, max_epochs=epochs, **kwargs)
     trainer.fit(model, loader, DataLoader(Samples(size=4), 4))
     return model, trainer
 
@@ -269,17 +259,7 @@ def test_a_mark_that_was_forgotten_is_refused_and_so_is_leaving_out_of_two_loade
         def training_step(self, batch, batch_idx):
             return super().training_step(batch["a"], batch_idx)
 
-    trainer = Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        callbacks=[GoBack(names=[("batch", 0, 0)])],
-    )
+    trainer = quiet_trainer(GoBack(names=[("batch", 0, 0)]), max_epochs=1)
     with pytest.raises(UserError, match="left out of 2 train loaders"):
         trainer.fit(Pair(), {name: LOADERS["in order"]() for name in "ab"}, DataLoader(Samples(size=4), 4))
 

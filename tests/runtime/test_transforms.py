@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from stabletrain import ClipNorm, ClipTensorwise, ClipUnitwise, ClipValue, Guard, SkipNonFinite
 from stabletrain.runtime.transform import TransformCallback
+from stabletrain.testing.trainer import quiet_trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),
@@ -59,16 +60,7 @@ class Net(LightningModule):
 
 def fit(module: Net, *callbacks: Callback, folder: Path | None = None, **options: Any) -> list[Tensor]:
     """Train over all batches; the weights afterwards."""
-    trainer = Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        callbacks=list(callbacks),
-    )
+    trainer = quiet_trainer(*callbacks, max_epochs=1, default_root_dir=folder)
     trainer.fit(module, DataLoader(torch.zeros(BATCHES, 1)), **options)
     return [p.detach().clone() for p in module.parameters()]
 

@@ -4,6 +4,7 @@ import lightning as L
 import pytest
 import torch
 
+from stabletrain.testing.trainer import quiet_trainer
 from stabletrain.workloads import DigitsCNN, DigitsData
 from stabletrain.workloads.digits_cnn import shift_randomly
 
@@ -93,15 +94,7 @@ def test_reaches_97_percent_with_a_step_schedule(tmp_path: Path) -> None:
             return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, step_size=6, gamma=0.2)]
 
     L.seed_everything(0, verbose=False)
-    fit = L.Trainer(
-        max_epochs=15,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-    )
+    fit = quiet_trainer(max_epochs=15, default_root_dir=tmp_path)
     fit.fit(Scheduled(), datamodule=DigitsData())
     assert fit.callback_metrics["val_accuracy"] > 0.97
     assert {"val_loss", "train_loss"} <= set(fit.callback_metrics)

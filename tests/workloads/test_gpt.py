@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stabletrain.testing.trainer import quiet_trainer
 from stabletrain.workloads import CharGPT, ShakespeareData
 from stabletrain.workloads.sampling import continue_tokens
 
@@ -213,10 +214,8 @@ def test_the_step_is_one_graph() -> None:
         torch.testing.assert_close(compiled(some_tokens(2, 17), 0), step(some_tokens(2, 17), 0))
 
 
-def trainer(folder: Path, **arguments: object) -> L.Trainer:
-    settings = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    more = {"enable_model_summary": False, "num_sanity_val_steps": 0, "default_root_dir": folder}
-    return L.Trainer(**{**settings, **more, **arguments})  # type: ignore[arg-type]
+def trainer(folder: Path, *callbacks: L.Callback, **arguments: object) -> L.Trainer:
+    return quiet_trainer(*callbacks, default_root_dir=folder, **arguments)
 
 
 def test_a_fit_logs_and_leaves_a_sample(tmp_path: Path) -> None:
@@ -228,7 +227,7 @@ def test_a_fit_logs_and_leaves_a_sample(tmp_path: Path) -> None:
         def on_train_batch_end(self, t: L.Trainer, m: L.LightningModule, outputs: object, *rest: object) -> None:
             losses.append(outputs["loss"])  # type: ignore[index]
 
-    fit = trainer(tmp_path, max_steps=4, val_check_interval=2, check_val_every_n_epoch=None, callbacks=[Keep()])
+    fit = trainer(tmp_path, Keep(), max_steps=4, val_check_interval=2, check_val_every_n_epoch=None)
     fit.fit(model, datamodule=data)
     metrics = fit.callback_metrics
     assert {"train_loss", "val_loss", "val_perplexity"} <= set(metrics)

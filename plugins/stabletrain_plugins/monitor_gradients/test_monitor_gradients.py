@@ -19,6 +19,7 @@ from stabletrain.core.events import Event
 from stabletrain.errors import UserError
 from stabletrain.runtime import gradients
 from stabletrain.runtime.member import Guard, as_callback
+from stabletrain.testing.trainer import quiet_trainer
 from stabletrain_plugins.clip_norm.rule import ClipNormRule
 from stabletrain_plugins.monitor_gradients import callback
 from stabletrain_plugins.monitor_gradients.callback import MonitorGradients, layer_names
@@ -115,19 +116,8 @@ def fit(module: Net, folder: Path, *callbacks: Callback, steps: int = 20, **opti
     generator = torch.Generator().manual_seed(1)
     batches = [torch.randn(16, 5, generator=generator) for _ in range(steps)]
     record = Record()
-    arguments: dict[str, Any] = {
-        "max_epochs": 1,
-        "accelerator": "cpu",
-        "logger": record,
-        "log_every_n_steps": 10,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "limit_val_batches": 0,
-        "default_root_dir": folder,
-        **options,
-    }
-    trainer = Trainer(callbacks=list(callbacks), **arguments)
+    arguments: dict[str, Any] = {"max_epochs": 1, "logger": record, "log_every_n_steps": 10, "limit_val_batches": 0}
+    trainer = quiet_trainer(*callbacks, **{**arguments, "default_root_dir": folder, **options})
     loader = DataLoader(batches, batch_size=None)
     trainer.fit(module, loader, loader)
     return trainer, record

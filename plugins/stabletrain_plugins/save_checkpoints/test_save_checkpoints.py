@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from stabletrain import SaveCheckpoints, SkipNonFinite, UserError
 from stabletrain.runtime.checkpoints import CheckpointError, Store, load
+from stabletrain.testing.trainer import quiet_trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),
@@ -58,10 +59,7 @@ def fit(
 ) -> Model:
     torch.manual_seed(1)
     model = model or Model()
-    trainer = Trainer(
-        **{"max_steps": steps, **options}, callbacks=list(callbacks), logger=False, accelerator="cpu",
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+    trainer = quiet_trainer(*callbacks, **{"max_steps": steps, **options})
     loader = DataLoader(ITEMS, batch_size=4)
     trainer.fit(model, loader, loader if val else None, ckpt_path=resume)  # type: ignore[arg-type]
     return model
@@ -187,10 +185,7 @@ def test_a_new_run_in_a_used_folder_deletes_nothing_and_warns(tmp_path: Path, ca
 def test_a_second_fit_of_one_trainer_is_the_same_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Else nothing of the first would ever be deleted."""
     saver = SaveCheckpoints(tmp_path, every=2)
-    trainer = Trainer(
-        max_steps=4, callbacks=[saver], logger=False, accelerator="cpu", enable_progress_bar=False,
-        enable_model_summary=False,
-    )  # fmt: skip
+    trainer = quiet_trainer(saver, max_steps=4)
     model = Model()
     trainer.fit(model, DataLoader(ITEMS, batch_size=4))
     trainer.fit_loop.epoch_loop.max_steps = 8

@@ -22,6 +22,7 @@ from stabletrain.core.schedule import Kind, Schedule
 from stabletrain.errors import UserError
 from stabletrain.runtime.member import Guard, as_callback
 from stabletrain.runtime.requests import execute
+from stabletrain.testing.trainer import quiet_trainer
 from stabletrain_plugins.clip_norm.rule import ClipNormRule
 from stabletrain_plugins.schedule_lr.schedule import ScheduleLR
 from stabletrain_plugins.skip_nonfinite.rule import SkipNonFiniteRule
@@ -85,16 +86,7 @@ def data(batches: int = 8) -> DataLoader[Tensor]:
 
 
 def trainer(tmp_path: Path, *callbacks: Callback, **arguments: Any) -> Trainer:
-    defaults: dict[str, Any] = {
-        "max_epochs": 2,
-        "logger": False,
-        "enable_checkpointing": any(isinstance(each, ModelCheckpoint) for each in callbacks),
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "accelerator": "cpu",
-        "default_root_dir": tmp_path,
-    }
-    return Trainer(callbacks=list(callbacks), **{**defaults, **arguments})
+    return quiet_trainer(*callbacks, **{"max_epochs": 2, "default_root_dir": tmp_path, **arguments})
 
 
 def wanted(schedule: Schedule, total: int, steps: range | None = None, **known: Any) -> list[tuple[float, ...]]:
