@@ -5,7 +5,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from stabletrain import SkipNonFinite
 from stabletrain.chaos import BadBatch, BadGradient, Fault, ScaledLoss, SlowRank
 from stabletrain.runtime.member import GuardMember
+from stabletrain.testing.trainer import quiet_trainer
 
 warnings.filterwarnings("ignore")
 FAULTS = {
@@ -47,17 +48,9 @@ class Outcomes(GuardMember):
 
 def train(folder: Path, *faults: Fault) -> dict[str, object]:
     module, outcomes = Net(), Outcomes()
-    trainer = Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        devices=2,
-        strategy=DDPStrategy(process_group_backend="gloo"),
-        callbacks=[SkipNonFinite(), outcomes, *faults],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
+    ddp = DDPStrategy(process_group_backend="gloo")
+    trainer = quiet_trainer(
+        SkipNonFinite(), outcomes, *faults, max_epochs=1, devices=2, strategy=ddp, default_root_dir=folder
     )
     data = torch.randn(40, 3, generator=torch.Generator().manual_seed(1))
     trainer.fit(module, DataLoader(data, batch_size=4))

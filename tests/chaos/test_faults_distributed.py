@@ -1,8 +1,6 @@
 """A fault on one rank of two: it spreads as a real one does, and both ranks decide alike."""
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,13 +11,8 @@ SCRIPT = Path(__file__).with_name("faults_on_two_ranks.py")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("two_ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SCRIPT)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    done = subprocess.run([*command, str(folder)], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return folder
+def folder(on_two_ranks: Callable[[Path], Path]) -> Path:
+    return on_two_ranks(SCRIPT)
 
 
 @pytest.mark.parametrize(

@@ -10,33 +10,25 @@ from typing import Any
 import going_back
 import torch
 import torch.distributed as dist
+import two_ranks
 from going_back import Case, GoBack, compare
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor
 
 import stabletrain as st
 from stabletrain.core.events import Request, RequestKind
 from stabletrain.core.rule import Observation
 
-going_back.OPTIMIZERS["zero"] = lambda p: ZeroRedundancyOptimizer(p, torch.optim.AdamW, lr=1e-2)
+
+def zero(parameters: Any) -> torch.optim.Optimizer:
+    """An optimizer whose state is cut in two; its module warns when it is imported."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    return ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, lr=1e-2)
 
 
-def configure_model(module: Any) -> None:
-    """Shard the network, if the strategy has a mesh."""
-    if module.device_mesh is not None and not isinstance(next(module.net.parameters()), DTensor):
-        fully_shard(module.net, mesh=module.device_mesh["data_parallel"])
-
-
-def strategy(name: str) -> dict[str, Strategy | int]:
+def strategy(name: str) -> dict[str, Any]:
     """The Trainer's arguments."""
-    if name == "fsdp2":
-        made: Strategy = ModelParallelStrategy(2, 1, process_group_backend="gloo")
-    else:
-        made = DDPStrategy(process_group_backend="gloo")
-    return {"strategy": made, "devices": 2}
+    return {"strategy": two_ranks.strategy(name), "devices": 2}
 
 
 EXACT: dict[str, tuple[dict[str, Any], int, tuple[int, ...]]] = {
@@ -78,7 +70,8 @@ class Asking(st.SkipNonFinite):  # type: ignore[name-defined,misc]
 def main(folder: Path) -> None:
     """All cases; the number of those that passed is left behind."""
     torch.set_num_threads(1)
-    going_back.Model.configure_model = configure_model  # type: ignore[method-assign]
+    going_back.OPTIMIZERS["zero"] = zero
+    going_back.Model.configure_model = two_ranks.shard  # type: ignore[method-assign]
     passed = []
     for name in ("ddp", "fsdp2"):
         for case, (options, every, at) in EXACT.items():

@@ -1,36 +1,30 @@
 """Two ranks decide as one: a NaN on one of them, sharded gradients, losses averaged over ranks and micro-batches."""
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import guard_on_two_ranks as script
 import pytest
 import torch
+import two_ranks
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("two_ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script.__file__]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    done = subprocess.run([*command, str(folder)], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return folder
+def folder(on_two_ranks: Callable[[str], Path]) -> Path:
+    return on_two_ranks(script.__file__)
 
 
 @pytest.mark.parametrize("case", script.CASES, ids=lambda case: "-".join(map(str, case)))
-def test_two_ranks_decide_as_one_process(folder: Path, case: tuple[str, str, int]) -> None:
+def test_two_ranks_decide_as_one_process(folder: Path, case: tuple[str, str, int], tmp_path: Path) -> None:
     """Bugs: a hang; ranks that skip apart; a rank's own loss or a shard's norm; a skip that moves a shard."""
     ranks = [torch.load(folder / f"{'-'.join(map(str, case))}-{rank}.pt", weights_only=True) for rank in (0, 1)]
     for mine, theirs in zip(ranks[0]["weights"], ranks[1]["weights"], strict=True):
         assert torch.equal(mine, theirs)
     assert repr(ranks[0]["outcomes"]) == repr(ranks[1]["outcomes"])
-    alone = script.train(*case, devices=1)
-    assert ranks[0]["global_step"] == alone["global_step"] == script.BATCHES // case[2] - 1
+    alone = script.train(tmp_path, None, *case[1:])
+    assert ranks[0]["global_step"] == alone["global_step"] == two_ranks.BATCHES // case[2] - 1
     assert [o[2:] for o in ranks[0]["outcomes"]] == [o[2:] for o in alone["outcomes"]]
     assert any(clipped for *_, clipped in alone["outcomes"])
     for ours, single in zip(ranks[0]["outcomes"], alone["outcomes"], strict=True):

@@ -1,0 +1,26 @@
+"""What tests of several folders share."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+OnTwoRanks = Callable[[Path | str], Path]
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> OnTwoRanks:
+    """Run a script by torchrun in two processes; returns the folder that it was given, once both have succeeded."""
+
+    def run(script: Path | str) -> Path:
+        folder = tmp_path_factory.mktemp("two_ranks")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        done = subprocess.run([*command, str(folder)], env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return folder
+
+    return run
