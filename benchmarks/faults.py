@@ -2,7 +2,7 @@
 
     python benchmarks/faults.py                        everything that is not in the record yet, then the table
     python benchmarks/faults.py --only 'default stack' one contender; may be repeated
-    python benchmarks/faults.py --healthy              also the false positives of our stacks in 2,000 healthy steps
+    python benchmarks/faults.py --healthy              also the default stack in four healthy runs of 2,000 steps
     python benchmarks/faults.py --table                no training: the table of what is in the record
 
 Every run is a line in benchmarks/results/faults.jsonl, so an interrupted benchmark goes on where it was; `--fresh`
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import sys
 import tempfile
 import time
 import warnings
@@ -24,8 +23,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from fault_suite import harness, page
-from fault_suite.contenders import CONTENDERS, Contender
-from fault_suite.judge import STACKS, Results, key
+from fault_suite.contenders import CONTENDERS, DEFAULT, Contender
+from fault_suite.judge import Results, key
 from fault_suite.scenarios import CONDITIONS, FAULT_FREE, HEALTHY_RUNS, SCENARIOS, Condition
 
 RESULTS = Path(__file__).parent / "results"
@@ -78,7 +77,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", choices=names, help="a contender; default: all")
     parser.add_argument("--scenario", action="append", choices=[s.name for s in SCENARIOS], help="default: all")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help=f"default: {SEEDS}")
-    parser.add_argument("--healthy", action="store_true", help="also healthy runs of 2,000 steps of our stacks")
+    parser.add_argument("--healthy", action="store_true", help="also healthy runs of 2,000 steps of the default stack")
     parser.add_argument("--fresh", action="store_true", help="make the chosen runs again")
     parser.add_argument("--table", action="store_true", help="no training, only the table")
     parser.add_argument("--record", type=Path, default=RESULTS / "faults.jsonl", help="the file of JSON lines")
@@ -97,14 +96,11 @@ def main() -> None:
         folder = Path(scratch)
         for seed in () if arguments.table else arguments.seeds:
             for contender in chosen:
-                if not contender.is_there():
-                    print(f"{contender.name}: left out, it needs {', '.join(contender.needs)}", file=sys.stderr)
-                    continue
                 for condition in CONDITIONS:
                     train(contender, condition, seed, only, record, folder)
         if arguments.healthy and not arguments.table:
             for contender in chosen:
-                if contender.name in STACKS and contender.is_there():
+                if contender.name == DEFAULT:
                     train_healthy(contender, record, folder)
     results = Results.of(harness.load(record), arguments.seeds)
     runs = {(condition.name, seed) for condition, seed, _ in HEALTHY_RUNS}

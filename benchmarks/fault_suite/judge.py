@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from fault_suite.contenders import DEFAULT, DEFAULT_ROLLBACK, NOTHING
+from fault_suite.contenders import DEFAULT, NOTHING
 from fault_suite.harness import EVERY, Record
 from fault_suite.scenarios import FAULT_FREE, PLAIN, Scenario
 
@@ -118,7 +118,7 @@ class Results:
 
 
 class Verdict(NamedTuple):
-    """Whether one of our stacks keeps the rule in one scenario; strictly: without the spread of the seeds."""
+    """Whether the default stack keeps the rule in one scenario; strictly: without the spread of the seeds."""
 
     best: str
     best_damage: float
@@ -130,18 +130,17 @@ class Verdict(NamedTuple):
     holds_strictly: bool
 
 
-def verdict(results: Results, scenario: Scenario, stack: str, contenders: Sequence[str]) -> Verdict | None:
+def verdict(results: Results, scenario: Scenario, contenders: Sequence[str]) -> Verdict | None:
     """The rule: survive always; damage at most the largest of 1.15 x the best, the best + 2, two standard deviations.
 
     Args:
         results: all records.
         scenario: the row.
-        stack: the contender that is judged.
-        contenders: whom it is held against, itself included.
+        contenders: whom the default stack is held against, itself included.
     """
     cells = {name: results.cell(name, scenario) for name in contenders}
     alive = {name: cell.damage for name, cell in cells.items() if cell is not None and cell.has_survived}
-    mine = cells.get(stack)
+    mine = cells.get(DEFAULT)
     if mine is None or not alive:
         return None
     best = min(alive, key=lambda name: alive[name])
@@ -158,9 +157,6 @@ def verdict(results: Results, scenario: Scenario, stack: str, contenders: Sequen
 def slack(damage: float, spread: float) -> float:
     """What may stand against a damage: the largest of 1.15 times it, 2 above it, and two standard deviations."""
     return max(1.15 * damage, damage + 2.0, 0.0 if math.isnan(spread) else 2.0 * spread)
-
-
-STACKS = (DEFAULT, DEFAULT_ROLLBACK)
 
 
 def key(record: Record) -> Key:

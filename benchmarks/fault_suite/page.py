@@ -12,9 +12,9 @@ from pathlib import Path
 import lightning as L
 import torch
 
-from fault_suite.contenders import CONTENDERS, DEFAULT, DEFAULT_ROLLBACK, OURS
+from fault_suite.contenders import CONTENDERS, DEFAULT, OURS
 from fault_suite.harness import EVERY, LOST, LR_WARMUP, RATE, Record
-from fault_suite.judge import CEILING, NEAR, STACKS, Cell, Results, verdict
+from fault_suite.judge import CEILING, NEAR, Cell, Results, verdict
 from fault_suite.scenarios import BATCH, CONDITIONS, HEALTHY_RUNS, LENGTH, PLAIN, SCENARIOS
 
 
@@ -30,17 +30,14 @@ def page(results: Results, healthy: Sequence[Record], command: str) -> str:
         _table(results, names, _damage),
     ]
     if absent:
-        parts.append(f"Left out, because they cannot be imported or were not run: {', '.join(absent)}.")
-    parts += ["![damage](faults.png)", "## The rule"]
-    parts.append(
-        "A stack must survive every row, with a damage of at most the largest of 1.15 times the best contender's, the "
-        "best + 2, and two standard deviations of the fault-free seeds; and, with the same slack, never more than "
-        "without protection."
-    )
-    for stack in STACKS:
-        if stack in names:
-            parts += [f"### {stack}", _rule(results, stack, names)]
+        parts.append(f"Left out, because they were not run: {', '.join(absent)}.")
     parts += [
+        "![damage](faults.png)",
+        "## The rule",
+        "The default stack must survive every row, with a damage of at most the largest of 1.15 times the best "
+        "contender's, the best + 2, and two standard deviations of the fault-free seeds; and, with the same slack, "
+        "never more than without protection.",
+        _rule(results, names),
         "## Batches wasted, and false positives",
         "Attempted steps that left no trace in the weights, mean of the seeds; after the slash skips and rollbacks "
         f"that came with nothing wrong (outside the struck steps, less than {NEAR} nats above the twin), sum of "
@@ -63,7 +60,7 @@ def present(results: Results) -> tuple[list[str], list[str]]:
 def verdict_lines(results: Results) -> str:
     """The rule, for the terminal."""
     names, _ = present(results)
-    return "\n\n".join(f"{stack}\n{_rule(results, stack, names)}" for stack in STACKS if stack in names)
+    return _rule(results, names)
 
 
 def _how(results: Results, command: str) -> str:
@@ -107,17 +104,17 @@ def _waste(cell: Cell) -> str:
     return f"{cell.wasted:.0f} / {cell.false_positives}"
 
 
-def _rule(results: Results, stack: str, names: Sequence[str]) -> str:
+def _rule(results: Results, names: Sequence[str]) -> str:
     lines = [
         "| fault | best contender | best | without protection | 2 sd | allowed | damage | holds | holds without sd |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for scenario in SCENARIOS:
-        found = verdict(results, scenario, stack, names)
+        found = verdict(results, scenario, names)
         if found is None:
             lines.append(f"| {scenario.name} | nobody survives | | | | | | **no** | **no** |")
             continue
-        cell = results.cell(stack, scenario)
+        cell = results.cell(DEFAULT, scenario)
         damage = "did not survive" if cell is None or not cell.has_survived else f"{found.damage:.1f}"
         figures = [found.best_damage, found.nothing, 2 * found.spread, found.allowed]
         shown = " | ".join("-" if math.isnan(x) else f"{x:.1f}" for x in figures)
@@ -156,7 +153,7 @@ def plot(results: Results, target: Path) -> None:
     edge = 2500.0
     marks = dict(zip(names, "xvs^dPoDh*X", strict=False))
     for i, name in enumerate(names):
-        color = "tab:green" if name in STACKS else ("tab:blue" if name in OURS else "tab:red")
+        color = "tab:green" if name == DEFAULT else ("tab:blue" if name in OURS else "tab:red")
         ys, xs, alive = [], [], []
         for y, scenario in enumerate(SCENARIOS):
             cell = results.cell(name, scenario)
@@ -164,7 +161,7 @@ def plot(results: Results, target: Path) -> None:
                 ys.append(y + 0.06 * (i - len(names) / 2))
                 xs.append(max(-2.0, cell.damage) if cell.has_survived else edge)
                 alive.append(cell.has_survived)
-        size = 70 if name in (DEFAULT, DEFAULT_ROLLBACK) else 28
+        size = 70 if name == DEFAULT else 28
         ax.scatter(xs, ys, size, color=color, marker=marks[name], alpha=0.75, label=name, linewidths=0.8)
     ax.set_xscale("symlog", linthresh=2.0)
     ax.axvline(edge, color="0.8", zorder=0)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from stabletrain.config.discovery import content, groups
+from stabletrain.config.problems import suggestion
 from stabletrain.config.trust import instantiate
 from stabletrain.errors import UserError
 from stabletrain.paths import data_dir
@@ -38,26 +39,37 @@ def callbacks(node: object, *, trust: Iterable[str] = ()) -> list[Callback]:
     return [build_callback(given, key=f"plugins.{slot}", trust=trust) for slot, given in plain.items() if given]
 
 
-def default_callbacks() -> list[Callback]:
-    """Return the stack of conf/train.yaml: learning-rate schedule, clipping, skipping of bad steps, gradient monitor.
+def default_callbacks(**choices: str) -> list[Callback]:
+    """Return the stack of conf/train.yaml: schedule, clipping, skipping of bad steps, rollback, gradient monitor.
 
     Hydra is not needed: the defaults are single files without interpolation.
 
+    Args:
+        choices: another option for a slot, or for the schedule, as on the command line: ``spike="none"`` is
+            ``plugins/spike=none`` there.
+
+    Raises:
+        UserError: if there is no such slot or option.
+
     >>> from lightning.pytorch import Trainer
-    >>> trainer = Trainer(callbacks=default_callbacks(), logger=False, enable_checkpointing=False, accelerator="cpu")
+    >>> stack = default_callbacks(clip="norm", resume="exactly")
+    >>> trainer = Trainer(callbacks=stack, logger=False, enable_checkpointing=False, accelerator="cpu")
     """
     import yaml
 
     options = groups()
     train = yaml.safe_load((data_dir("conf") / "train.yaml").read_text(encoding="utf-8"))
     chosen = {group: name for entry in train["defaults"] if isinstance(entry, dict) for group, name in entry.items()}
-    found = []
-    for group, name in chosen.items():
-        if group == "schedule" or group.startswith("plugins/"):
-            node = content(options[group][name])
-            if node:
-                found.append(build_callback(node, key=group.replace("/", ".")))
-    return found
+    slots = {group.removeprefix("plugins/"): group for group in chosen if group.startswith(("plugins/", "schedule"))}
+    for slot, name in choices.items():
+        if slot not in slots:
+            raise UserError(f"default_callbacks: there is no slot {slot!r}{suggestion(slot, slots)}")
+        if name not in options[slots[slot]]:
+            known = suggestion(str(name), options[slots[slot]])
+            raise UserError(f"default_callbacks: {slot} has no option {name!r}{known}")
+        chosen[slots[slot]] = name
+    nodes = {group: content(options[group][chosen[group]]) for group in slots.values()}
+    return [build_callback(node, key=group.replace("/", ".")) for group, node in nodes.items() if node]
 
 
 def build_callback(node: Mapping[str, Any], *, key: str, trust: Iterable[str] = ()) -> Callback:

@@ -41,7 +41,7 @@ def test_default_callbacks_are_the_stack_of_train_yaml() -> None:
     from stabletrain.config.build import build_callback
 
     tiny = str(Path(__file__).parents[1] / "launch" / "tiny.yaml")
-    off = ("schedule", "plugins/clip", "plugins/nonfinite", "plugins/outliers", "plugins/gradients")
+    off = ("schedule", "plugins/clip", "plugins/nonfinite", "plugins/outliers", "plugins/spike", "plugins/gradients")
     import yaml
 
     from stabletrain.paths import data_dir
@@ -55,6 +55,18 @@ def test_default_callbacks_are_the_stack_of_train_yaml() -> None:
     assert [type(callback) for callback in made] == [type(callback) for callback in composed]
     for one, other in zip(made, composed, strict=True):
         assert _arguments(one) == _arguments(other)
+
+
+def test_default_callbacks_with_other_choices() -> None:
+    # catches a choice that is taken and means nothing
+    names = [type(each).__name__ for each in stabletrain.default_callbacks(spike="none", clip="norm", resume="exactly")]
+    assert "Rollback" not in names
+    assert "ClipZScore" not in names
+    assert {"ClipNorm", "ResumeExactly", "SkipOutliers"} <= set(names)
+    with pytest.raises(UserError, match=r"there is no slot 'spkie'; did you mean 'spike'"):
+        stabletrain.default_callbacks(spkie="none")
+    with pytest.raises(UserError, match=r"clip has no option 'nrom'; did you mean 'norm'"):
+        stabletrain.default_callbacks(clip="nrom")
 
 
 def _arguments(callback: Callback) -> dict[str, object]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from stabletrain.errors import UserError
+from stabletrain.runtime.free_memory import device_memory, host_memory
 from stabletrain.runtime.snapshot_buffers import bytes_of
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -38,28 +40,60 @@ def shown(amount: float) -> str:
     return f"{amount:.0f} B"
 
 
-def check(copies: int, keep: int, batch: Any, batches: int, max_memory: str | None, spill: str | None) -> str:
-    """One sentence on what will be taken.
+class Needs(NamedTuple):
+    """What will be taken on a rank.
 
     Args:
         copies: bytes of all snapshots together.
         keep: how many they are.
-        batch: one of the batches that the tape remembers.
-        batches: how many it remembers.
-        max_memory: the limit; None: there is none.
+        remembered: bytes of all batches that the tape remembers.
+        batches: how many they are.
         spill: a folder: the snapshots take no memory.
-
-    Raises:
-        UserError: if it is more than the limit.
     """
-    remembered = batches * bytes_of([leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)])
-    needed = remembered + (0 if spill else copies)
-    what = f"{keep} snapshots of {shown(copies / keep)} and {batches} batches of {shown(remembered / batches)}"
-    limit = None if max_memory is None else parse(max_memory)
-    if limit is not None and needed > limit:
-        raise UserError(
-            f"rollback: {what} take {shown(needed)} of memory on each rank, more than max_memory={max_memory}. Keep "
-            "fewer (plugins.spike.keep), take them more often, so that fewer batches are remembered "
-            "(plugins.spike.every), put them on disk (plugins.spike.spill=<folder>), or raise plugins.spike.max_memory"
+
+    copies: int
+    keep: int
+    remembered: int
+    batches: int
+    spill: str | None
+
+    @classmethod
+    def of(cls, copies: int, keep: int, batch: Any, batches: int, spill: str | None) -> Needs:
+        """From one of the batches."""
+        size = bytes_of([leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)])
+        return cls(copies, keep, size * batches, batches, spill)
+
+    def __str__(self) -> str:
+        snapshots = f"{self.keep} snapshots of {shown(self.copies / self.keep)}"
+        return f"{snapshots} and {self.batches} batches of {shown(self.remembered / self.batches)}"
+
+    @property
+    def memory(self) -> int:
+        """Bytes of memory."""
+        return self.remembered + (0 if self.spill else self.copies)
+
+    def problem(self, max_memory: str | None, free: float) -> str | None:
+        """Why it is too much; None if it is not.
+
+        Args:
+            max_memory: the limit; None: what is free.
+            free: bytes that this rank may take.
+        """
+        limit = free if max_memory is None else parse(max_memory)
+        if limit is None or self.memory <= limit:
+            return None
+        than = f"than the {shown(free)} that are free" if max_memory is None else f"than max_memory={max_memory}"
+        raising = "" if max_memory is None else ", raise plugins.spike.max_memory"
+        return (
+            f"rollback: {self} take {shown(self.memory)} of memory on each rank, more {than}. Keep fewer "
+            "(plugins.spike.keep), take them more often, so that fewer batches are remembered (plugins.spike.every), "
+            f"put them on disk (plugins.spike.spill=<folder>){raising}, or go without (plugins/spike=detect, or "
+            'default_callbacks(spike="detect"))'
         )
-    return f"rollback keeps up to {what}: {shown(needed)} of memory" + (f", the snapshots in {spill}" if spill else "")
+
+
+def free_for_a_rank(trainer: Trainer, where: str, device: torch.device) -> float:
+    """Bytes that one of this machine's ranks may take for snapshots."""
+    if where == "device" and device.type == "cuda":
+        return device_memory(device)
+    return host_memory() / trainer.num_devices

@@ -20,7 +20,7 @@ from stabletrain.chaos import BadGradient, LearningRateSurge
 from stabletrain.errors import UserError
 from stabletrain.runtime.stop import TrainingStopped
 from stabletrain.testing.toy import quiet
-from stabletrain_plugins.rollback import callback
+from stabletrain_plugins.rollback import callback, memory
 
 Sample = tuple[Tensor, Tensor, int]
 QUICK: dict[str, Any] = {
@@ -379,6 +379,14 @@ def test_memory_is_refused_before_it_is_taken(tmp_path: Path) -> None:
     # catches a run that is killed by the system hours later
     with pytest.raises(UserError, match=r"3 snapshots of .* and 24 batches of .* more than max_memory=1KB.*spike.keep"):
         train(tmp_path, st.Rollback(**QUICK, max_memory="1KB"))
+    train(tmp_path, st.Rollback(**QUICK, max_memory="10MB"), max_steps=3, max_epochs=-1)
+
+
+def test_without_a_limit_it_is_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # catches a default stack that takes a large model's machine down an hour after its first step
+    monkeypatch.setattr(memory, "host_memory", lambda: 1000)
+    with pytest.raises(UserError, match=r"more than the 1 KB that are free.*plugins/spike=detect"):
+        train(tmp_path, st.Rollback(**QUICK))
     train(tmp_path, st.Rollback(**QUICK, max_memory="10MB"), max_steps=3, max_epochs=-1)
 
 

@@ -1,0 +1,41 @@
+"""How much memory there is to take: of the machine, of a container's share of it, of a CUDA device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import torch
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def host_memory(cgroup: Path = _CGROUP) -> int:
+    """Main memory that processes here may still take together, bytes.
+
+    Args:
+        cgroup: where a container's limits are.
+    """
+    free = int(psutil.virtual_memory().available)
+    left = _left_in_container(cgroup)
+    return free if left is None else min(free, left)
+
+
+def device_memory(device: torch.device) -> int:
+    """Memory that this process may still take on a CUDA device, bytes; what torch keeps for itself is free."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def _left_in_container(cgroup: Path) -> int | None:
+    """What a container's limit leaves; None if there is no limit. The kernel gives cached files back when asked."""
+    version_2 = "memory.max", "memory.current", "memory.stat", "inactive_file"
+    version_1 = "memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"
+    for limit, usage, statistics, cached in (version_2, (*version_1, "total_inactive_file")):
+        try:
+            most, used = int((cgroup / limit).read_text()), int((cgroup / usage).read_text())
+            pairs = (line.split() for line in (cgroup / statistics).read_text().splitlines())
+            return most - used + next((int(value) for key, value in pairs if key == cached), 0)
+        except (OSError, ValueError):  # not there, or "max"
+            continue
+    return None
