@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import random
 import struct
 import sys
@@ -76,11 +77,20 @@ def fingerprint() -> tuple[Any, ...]:
 
 
 def _mersenne_words(generator: Any) -> bytes:
-    return ctypes.string_at(generator.ctypes.state_address, 625 * 4)  # 624 words and the index
+    """The index, which moves with every draw, and the first words, which move with every 624th and with a seed."""
+    address = _mersenne_state(generator)
+    return ctypes.string_at(address + 624 * 4, 4) + ctypes.string_at(address, 2 * 4)
+
+
+@functools.lru_cache(maxsize=1)
+def _mersenne_state(generator: Any) -> int:
+    """Where numpy keeps 624 words, and the index after them."""
+    address: int = generator.ctypes.state_address
+    return address
 
 
 def _python_words() -> Any:
-    """The index, which moves with every draw, and the first words, which move with every 624th and with a seed."""
+    """The same of Python's generator, where the index comes first."""
     if _PYTHON_STATE is not None:
         return ctypes.string_at(_PYTHON_STATE, 3 * 4)
     _, words, _ = random.getstate()

@@ -37,22 +37,24 @@ class WeightCheck:
     """
 
     def __init__(self, names: Sequence[str], parameters: Sequence[Tensor], max_growth: float) -> None:
-        self._parameters = list(zip(names, parameters, strict=True))
+        known = [(name, p, _judged(p)) for name, p in zip(names, parameters, strict=True)]
+        self._parameters = [p for _, p, tensors in known if tensors]
+        self._names = [name for name, _, tensors in known for _ in tensors]
+        self._sizes = [tensor.numel() for _, _, tensors in known for tensor in tensors]
         self._max_growth = max_growth
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether this rank holds all of every parameter, so that norms are those of any rank."""
-        return not any(isinstance(parameter, DTensor) for _, parameter in self._parameters)
+    def can_compare(self, norms: Sequence[float]) -> bool:
+        """Whether norms of another process are of the same tensors: no rank has only a part of its own."""
+        return len(norms) == len(self._sizes) and not any(isinstance(p, DTensor) for p in self._parameters)
 
     def norms(self) -> tuple[float, ...]:
         """The norm of each tensor now; waits for the device once."""
-        tensors = [tensor for _, tensor in self._tensors()]
+        tensors = [tensor for parameter in self._parameters for tensor in _judged(parameter)]
         if not tensors:
             return ()
         norms = torch._foreach_norm(tensors, 2, dtype=torch.float32)
         where = norms[0].device
-        return tuple(torch.stack([norm.to(where) for norm in norms]).tolist())
+        return tuple(torch.stack([n if n.device == where else n.to(where) for n in norms]).tolist())
 
     def problem(self, now: Sequence[float], then: Sequence[float]) -> str | None:
         """What is wrong, in one sentence; None if nothing is.
@@ -61,17 +63,13 @@ class WeightCheck:
             now: of `norms`.
             then: the same of an earlier, healthy moment; empty: only finite numbers are asked for.
         """
-        tensors = self._tensors()
-        for (name, _), norm in zip(tensors, now, strict=True):
+        for name, norm in zip(self._names, now, strict=True):
             if not math.isfinite(norm):
                 return f"the norm of {name} is {norm}"
-        if not then or not tensors:
-            return None
-        sizes = [tensor.numel() for _, tensor in tensors]
-        usual = math.sqrt(math.fsum(norm * norm for norm in then) / sum(sizes))
+        usual = math.hypot(*then) / math.sqrt(sum(self._sizes)) if then else 0.0
         if not usual:
             return None
-        for (name, _), norm, before, size in zip(tensors, now, then, sizes, strict=True):
+        for name, norm, before, size in zip(self._names, now, then, self._sizes, strict=True):
             if norm > self._max_growth * max(before, usual * math.sqrt(size)):
                 return (
                     f"the norm of {name} went from {before:.4g} to {norm:.4g}, more than {self._max_growth:g} times "
@@ -79,9 +77,9 @@ class WeightCheck:
                 )
         return None
 
-    def _tensors(self) -> list[tuple[str, Tensor]]:
-        plain = ((name, each) for name, parameter in self._parameters for each in plain_tensors((parameter,)))
-        return [(name, tensor) for name, tensor in plain if tensor.is_floating_point() and tensor.numel()]
+
+def _judged(parameter: Tensor) -> list[Tensor]:
+    return [each for each in plain_tensors((parameter,)) if each.is_floating_point() and each.numel()]
 
 
 class Look(NamedTuple):
@@ -126,12 +124,13 @@ class WeightWatch:
     Args:
         check: compares norms.
         every: attempted steps from one look to the next, >= 1.
-        seen: goes on from there.
+        seen: goes on from there; norms of other tensors than these are left out.
     """
 
     def __init__(self, check: WeightCheck, every: int, seen: Watched = Watched()) -> None:  # noqa: B008
         self._check, self._every = check, every
-        self.seen = seen
+        comparable = all(check.can_compare(look.norms) for look in seen[:2] if look and look.norms)
+        self.seen = seen if comparable else _without_norms(seen)
         """For the checkpoint."""
 
     def look(self, trainer: Trainer, step: int, suspicious: bool = False) -> str | None:
@@ -162,7 +161,7 @@ class WeightWatch:
 
     def begin_anew(self) -> None:
         """The weights of an earlier step were put back: sizes are not compared with those of now."""
-        self.seen = without_norms(self.seen)
+        self.seen = _without_norms(self.seen)
 
     def _too_fast(self, now: Look) -> str | None:
         speeds = self.seen.speeds[:-1]  # the last look that was due may have come after the damage
@@ -193,8 +192,7 @@ def speed(now: Look, then: Look) -> float | None:
     return math.dist(now.norms, then.norms) / size / math.sqrt(steps) / rate
 
 
-def without_norms(seen: Watched) -> Watched:
-    """What holds for other weights too."""
+def _without_norms(seen: Watched) -> Watched:
     last, before = (each._replace(norms=()) if each else None for each in seen[:2])
     return Watched(last, before, seen.speeds)
 

@@ -271,6 +271,7 @@ def test_a_mark_that_was_forgotten_is_refused_and_so_is_leaving_out_of_two_loade
         random.random,
         lambda: random.getrandbits(64),
         lambda: random.seed(7) or 0.0,
+        lambda: np.random.seed(7) or 0.0,
         np.random.rand,
         np.random.randn,
         lambda: torch.rand(1),
@@ -282,6 +283,7 @@ def test_a_fingerprint_changes_with_every_draw_and_a_restored_state_draws_the_sa
     if not known:
         monkeypatch.setattr(rng, "_PYTHON_STATE", None)
     random.seed(1)
+    np.random.seed(1)
     before, mark = rng.capture(), rng.fingerprint()
     assert rng.fingerprint() == mark
     first = [float(draw()) for _ in range(700)]

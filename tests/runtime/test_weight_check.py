@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stabletrain.core.state import from_plain, to_plain
-from stabletrain.runtime.weight_check import Watched, WeightCheck, WeightWatch
+from stabletrain.runtime.weight_check import Look, Watched, WeightCheck, WeightWatch
 
 ONE_RANK: Any = SimpleNamespace(world_size=1, optimizers=[SimpleNamespace(param_groups=[{"lr": 0.1}])])
 
@@ -108,5 +108,9 @@ def test_parts_of_a_model_are_not_the_whole(monkeypatch: pytest.MonkeyPatch) -> 
         pass
 
     monkeypatch.setattr("stabletrain.runtime.weight_check.DTensor", Sharded)
-    assert WeightCheck(["a"], [torch.ones(2)], 10.0).is_whole
-    assert not WeightCheck(["a"], [torch.ones(2).as_subclass(Sharded)], 10.0).is_whole
+    seen = Watched(Look(20, (1.0,), 0.1), Look(10, (1.0,), 0.1), (1.0, 2.0))
+    whole, part = torch.ones(2), torch.ones(2).as_subclass(Sharded)
+    assert WeightWatch(WeightCheck(["a"], [whole], 10.0), 10, seen).seen == seen
+    blind = Watched(Look(20, (), 0.1), Look(10, (), 0.1), (1.0, 2.0))
+    assert WeightWatch(WeightCheck(["a"], [part], 10.0), 10, seen).seen == blind
+    assert WeightWatch(WeightCheck(["a", "b"], [whole, whole], 10.0), 10, seen).seen == blind, "another model"

@@ -27,7 +27,7 @@ from stabletrain.runtime.snapshot_buffers import SnapshotBuffers
 from stabletrain.runtime.snapshot_ring import SnapshotRing
 from stabletrain.runtime.stop import TrainingStopped
 from stabletrain.runtime.train_loader import TrainLoader
-from stabletrain.runtime.weight_check import Watched, WeightCheck, WeightWatch, without_norms
+from stabletrain.runtime.weight_check import Watched, WeightCheck, WeightWatch
 from stabletrain_plugins.rollback import memory
 from stabletrain_plugins.rollback.replaying import Replaying
 from stabletrain_plugins.rollback.report import report
@@ -157,8 +157,7 @@ class Rollback(RuleCallback, RollbackRule):
         if self._left_out:
             loader.leave_out(self._left_out)
         check = WeightCheck([name for name, _ in named], [p for _, p in named], self.max_growth)
-        seen = self._watched if check.is_whole else without_norms(self._watched)
-        self._weights = WeightWatch(check, self.check_every, seen)
+        self._weights = WeightWatch(check, self.check_every, self._watched)
         self._trouble.step_ends(guard.decided, trainer.global_step, loader.mark())
         if trainer.is_global_zero and (warning := self.too_rare(run_length(trainer).total_steps)):
             logger.warning(warning)
