@@ -96,10 +96,12 @@ class ResumeExactly(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The run may be saved, and gone on with, after its end."""
-        self._final = self._here()
+        self._end_as_the_run_did()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Undo what was installed."""
+        if self._loader is not None and self._loaded and self._final is None:
+            self._end_as_the_run_did()  # the run was over at the checkpoint: Lightning does not even begin the loop
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -107,6 +109,10 @@ class ResumeExactly(Callback):
         if self._loader is not None and self._final is None:
             self._final = self._here()
         self._close()
+
+    def _end_as_the_run_did(self) -> None:
+        self._final = self._here()
+        rng.restore(self._final["rng"])  # if no batch was left, nobody has put them back yet
 
     def _close(self) -> None:
         while self._undo:
