@@ -1,6 +1,6 @@
 """A resumed run against one that never stopped, bit for bit; and what is said when that is impossible.
 
-Run as a script, this file is also the run that the slow tests kill, and the one that they start twice.
+Run as a script, this file is also the run that a slow test starts in two processes; benchmarks/kills.py kills runs.
 """
 
 import argparse
@@ -8,7 +8,6 @@ import hashlib
 import os
 import pickle
 import random
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -235,6 +234,25 @@ def test_a_finished_run_goes_on(tmp_path):
     assert_same_end(reference, resumed)
 
 
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_train_epoch_end", "on_train_end"])
+@pytest.mark.parametrize("validates", [False, True])
+def test_a_finished_run_that_is_started_again_ends_with_its_random_numbers_and_its_place(validates, hook, tmp_path):
+    """Killed after its last checkpoint. No batch is left, and Lightning may call no hook of the training: the process
+    kept the random numbers it had drawn by itself, and a checkpoint saved from it had no place in the data."""
+
+    def end(**kwargs):
+        _, trainer = fit(tmp_path, LOADERS["shuffled"], max_epochs=2, validates=validates, **kwargs)
+        return trainer, (torch.rand(1), np.random.rand(), random.random())
+
+    saved = tmp_path / f"{2 * BATCHES}.ckpt"
+    _, drawn = end(save=Save(tmp_path, 2 * BATCHES, hook=hook))
+    again, drawn_again = end(ckpt_path=saved, seed=123)
+    assert drawn_again == drawn
+    again.save_checkpoint(tmp_path / "again.ckpt")
+    longer = fit(tmp_path, LOADERS["shuffled"], ckpt_path=tmp_path / "again.ckpt", seed=9)
+    assert_same_end(fit(tmp_path, LOADERS["shuffled"], ckpt_path=saved), longer)
+
+
 @pytest.mark.parametrize("how", ["indices", "batches"])
 def test_batches_are_passed_over_as_asked(how, tmp_path):
     calls = []
@@ -380,32 +398,10 @@ def digest(model, trainer):
     return hashlib.sha256(b"".join(t.numpy().tobytes() for t in tensors)).hexdigest()
 
 
-class Kill(Callback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        if trainer.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
 def start(folder, *arguments):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, __file__, str(folder), *map(str, arguments)]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-
-
-@pytest.mark.slow
-def test_killed_three_times_a_run_ends_bit_identical(tmp_path):
-    reference = start(tmp_path / "reference")
-    assert reference.returncode == 0, reference.stderr
-    first = random.SystemRandom().randrange(3, 12)
-    kills = [first, first + random.SystemRandom().randrange(4, 14), first + random.SystemRandom().randrange(15, 30)]
-    for kill, seed in zip(kills, (0, 1, 2), strict=True):
-        assert start(tmp_path / "run", "--kill", kill, "--seed", seed).returncode == -signal.SIGKILL, kills
-    resumed = start(tmp_path / "run", "--seed", 3)
-    assert resumed.returncode == 0, resumed.stderr
-    assert (tmp_path / "run/0.digest").read_text() == (tmp_path / "reference/0.digest").read_text(), kills
 
 
 @pytest.mark.slow
@@ -432,7 +428,6 @@ def main():
     parser.add_argument("--loader", default="shuffled")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kill", type=int)
     parser.add_argument("--at", type=int)
     options = parser.parse_args()
     found = sorted(options.folder.glob("step=*.ckpt"), key=lambda path: int(path.stem.split("=")[1]))
@@ -441,7 +436,6 @@ def main():
         options.folder, "{step}", every_n_train_steps=1, save_top_k=-1, enable_version_counter=False
     )
     kwargs = {} if options.processes == 1 else {"devices": 2, "strategy": DDPStrategy(process_group_backend="gloo")}
-    callbacks = [ResumeExactly()] if options.kill is None else [ResumeExactly(), Kill(options.kill)]
     model, trainer = fit(
         options.folder,
         LOADERS[options.loader],
@@ -449,7 +443,6 @@ def main():
         options.seed,
         validates=True,
         val_check_interval=4,
-        callbacks=callbacks,
         ckpt_path=path,
         **kwargs,
     )
