@@ -12,7 +12,6 @@ from lightning.pytorch import LightningModule, Trainer
 from stabletrain.core.events import Event, Request, RequestKind
 from stabletrain.core.outcome import Outcome
 from stabletrain.core.state import from_plain, to_plain
-from stabletrain.errors import UserError
 from stabletrain.runtime import compat, diagnosis, older_checkpoint
 from stabletrain.runtime.data_tape import Item
 from stabletrain.runtime.disk_buffers import DiskBuffers
@@ -245,33 +244,12 @@ class Rollback(RuleCallback, RollbackRule):
         if not self._trouble.last_step_was_healthy:
             return  # a snapshot of trouble would help nobody
         if not self._ready:
-            self._take_memory(guard, batch)
+            memory.take(self, self._ring, guard, batch)
             self._ready = True
         self._ring.take(guard, loader)
         oldest = self._ring.oldest
         if oldest is not None and oldest.snapshot.mark is not None:
             loader.forget_before(oldest.snapshot.mark)
-
-    def _take_memory(self, guard: StepGuard, batch: Any) -> None:
-        """All of it now: later, a snapshot costs its copy alone.
-
-        Raises:
-            UserError: on all ranks, if one has too little.
-        """
-        trainer, batches = guard.trainer, self.keep * self.every * guard.trainer.accumulate_grad_batches
-        needs = memory.Needs.of(self._ring.bytes_needed(guard), self.keep, batch, batches, self.spill)
-        device = next(guard.module.parameters()).device
-        problem = needs.problem(self.max_memory, memory.free_for_a_rank(trainer, self.where, device))
-        if trainer.world_size > 1 and trainer.strategy.reduce_boolean_decision(problem is not None, all=False):
-            problem = problem or "rollback: another rank has too little memory for its snapshots, and says how much"
-        if problem is not None:
-            raise UserError(problem)
-        if trainer.is_global_zero:
-            where = f", the snapshots in {self.spill}" if self.spill else ""
-            logger.info(
-                "rollback keeps up to %s: %s of memory%s on each rank", needs, memory.shown(needs.memory), where
-            )
-        self._ring.prepare(guard)
 
     def _new_snapshot(self) -> Snapshot:
         return Snapshot(DiskBuffers(Path(self.spill)) if self.spill else SnapshotBuffers(self.where))

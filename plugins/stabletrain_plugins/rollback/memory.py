@@ -2,42 +2,23 @@
 
 from __future__ import annotations
 
-import re
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from stabletrain.errors import UserError
+from stabletrain.runtime.event_log import logger
 from stabletrain.runtime.free_memory import device_memory, host_memory
+from stabletrain.runtime.guard import StepGuard
 from stabletrain.runtime.snapshot_buffers import bytes_of
+from stabletrain.runtime.snapshot_ring import SnapshotRing
+from stabletrain_plugins.rollback.amounts import parse, shown
 
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-_MEMORY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B)\s*", re.IGNORECASE)
-
-
-def parse(text: str) -> float | None:
-    """An amount of memory in bytes; None if it is not understood.
-
-    >>> parse("8GB"), parse("0.5 MiB"), parse("8")
-    (8000000000.0, 524288.0, None)
-    """
-    match = _MEMORY.fullmatch(text)
-    return float(match[1]) * _UNITS[match[2].upper()] if match and match[2].upper() in _UNITS else None
-
-
-def shown(amount: float) -> str:
-    """An amount of memory for people.
-
-    >>> shown(8.04e9), shown(512)
-    ('8.04 GB', '512 B')
-    """
-    for unit in ("TB", "GB", "MB", "KB"):
-        if amount >= _UNITS[unit]:
-            return f"{amount / _UNITS[unit]:.3g} {unit}"
-    return f"{amount:.0f} B"
+if TYPE_CHECKING:
+    from stabletrain_plugins.rollback.rollback_rule import RollbackRule
 
 
 class Needs(NamedTuple):
@@ -90,6 +71,32 @@ class Needs(NamedTuple):
             f"put them on disk (plugins.spike.spill=<folder>){raising}, or go without (plugins/spike=detect, or "
             'default_callbacks(spike="detect"))'
         )
+
+
+def take(rule: RollbackRule, ring: SnapshotRing, guard: StepGuard, batch: Any) -> None:
+    """All of it now: later, a snapshot costs its copy alone. A collective.
+
+    Args:
+        rule: the arguments.
+        ring: not prepared yet.
+        guard: of the run.
+        batch: one of those that the tape remembers.
+
+    Raises:
+        UserError: on all ranks, if one has too little.
+    """
+    trainer, batches = guard.trainer, rule.keep * rule.every * guard.trainer.accumulate_grad_batches
+    needs = Needs.of(ring.bytes_needed(guard), rule.keep, batch, batches, rule.spill)
+    device = next(guard.module.parameters()).device
+    problem = needs.problem(rule.max_memory, free_for_a_rank(trainer, rule.where, device))
+    if trainer.world_size > 1 and trainer.strategy.reduce_boolean_decision(problem is not None, all=False):
+        problem = problem or "rollback: another rank has too little memory for its snapshots, and says how much"
+    if problem is not None:
+        raise UserError(problem)
+    if trainer.is_global_zero:
+        on_disk = f", the snapshots in {rule.spill}" if rule.spill else ""
+        logger.info("rollback keeps up to %s: %s of memory%s on each rank", needs, shown(needs.memory), on_disk)
+    ring.prepare(guard)
 
 
 def free_for_a_rank(trainer: Trainer, where: str, device: torch.device) -> float:

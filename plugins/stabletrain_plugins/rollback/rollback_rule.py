@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stabletrain.core.spikes import SpikeDetection
-from stabletrain_plugins.rollback.memory import parse
+from stabletrain_plugins.rollback.amounts import parse
 
 
 @dataclass(frozen=True, kw_only=True)
