@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Trainer
@@ -16,9 +16,7 @@ from stabletrain.runtime.guard import StepGuard
 from stabletrain.runtime.snapshot_buffers import bytes_of
 from stabletrain.runtime.snapshot_ring import SnapshotRing
 from stabletrain_plugins.rollback.amounts import parse, shown
-
-if TYPE_CHECKING:
-    from stabletrain_plugins.rollback.rollback_rule import RollbackRule
+from stabletrain_plugins.rollback.rollback_rule import RollbackRule
 
 
 class Needs(NamedTuple):
