@@ -14,8 +14,8 @@ Compared are, with `torch.equal` on their bytes: weights, optimizer state, rando
 every plugin on each rank, and all of the last checkpoint. After each kill every checkpoint that has its name is read
 and verified. The exit code is 1 if anything differs or cannot be read, or if no kill hit a write.
 
-Validations come between two steps: a checkpoint that `monitor` makes of a validation between the micro-batches of a step
-lacks their gradients, ResumeExactly warns of it, and a run that goes on from it is not bit-identical.
+Left out: validations between the micro-batches of a step. A checkpoint that `monitor` makes there lacks their
+gradients; ResumeExactly warns of it, and a run that goes on from it is not bit-identical.
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ def main() -> int:
         versions = f"torch {torch.__version__}, lightning {L.__version__}, Python {platform.python_version()}"
         (Path(__file__).parent / "results" / "kills.md").write_text(
             f"# Kills, {date.today().isoformat()}\n\n`python benchmarks/kills.py --write` on {os.cpu_count()} CPU "
-            f"cores, one torch thread a process; {versions}.\nWhat a trial is, and what is left out, the script says at its beginning.\n\n"
+            f"cores, one torch thread a process; {versions}.\nWhat a trial is, and what is left out, the script says "
+            "at its beginning.\n\n"
             + "\n".join(lines) + "\n"
         )  # fmt: skip
     found = problems(everything)

@@ -26,7 +26,7 @@ def test_fifty_kills_lose_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert done.returncode == 0, done.stderr
         counts = json.loads(done.stdout)
         assert counts["lost"] == 0
-        assert counts["saves"] >= 50
+        assert counts["saves"] > 0, "no save was acknowledged: the test proves nothing"
         assert counts["torn"] > 0, "no kill hit a write: the test proves nothing"
         assert os.listdir(other) == []
         with capsys.disabled():
