@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from stabletrain.errors import UserError
-from stabletrain.runtime import compat, rng
+from stabletrain.runtime import compat_loader, rng
 from stabletrain.runtime.data_tape import Identity, Start, identity
 from stabletrain.runtime.rng import RngState
 
@@ -81,7 +81,7 @@ def start_of(loader: Any, epoch: int, state: RngState | None) -> Start:
         [generator.get_state() for generator in _own_generators(loader)],
         getattr(sampler, "epoch", None),
         getattr(sampler, "seed", None),
-        compat.has_kept_workers(loader),
+        compat_loader.has_kept_workers(loader),
     )
 
 

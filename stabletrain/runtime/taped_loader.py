@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
-from stabletrain.runtime import compat, rng
+from stabletrain.runtime import compat_loader, rng
 from stabletrain.runtime.data_tape import Began, Ended, Event, Item, Start, Tape, identity
 from stabletrain.runtime.index_tap import IndexTap, Indices
 from stabletrain.runtime.loader_position import Position, position_in, restore_start, start_of, too_short
@@ -47,7 +47,7 @@ class TapedLoader(Iterator[Any]):
     def __init__(self, loader: Any, owner: TrainLoader) -> None:
         self._loader = loader
         self._owner = owner
-        self._tap = IndexTap(compat.index_sampler(loader)) if compat.takes_index_tap(loader) else None
+        self._tap = IndexTap(compat_loader.index_sampler(loader)) if compat_loader.takes_index_tap(loader) else None
         self._in_process = not (isinstance(loader, DataLoader) and loader.num_workers > 0)
         self._tape = Tape()
         self._source: Iterator[Any] | None = None
@@ -140,7 +140,9 @@ class TapedLoader(Iterator[Any]):
     @property
     def epoch(self) -> int:
         """The epoch of the current iterator."""
-        return self.place.start.epoch if self.place.start is not None else compat.epoch_number(self._owner.trainer)
+        return (
+            self.place.start.epoch if self.place.start is not None else compat_loader.epoch_number(self._owner.trainer)
+        )
 
     def position(self, ahead: bool, over: bool, unfinished: int) -> Position:
         """Where the run stands.
@@ -152,7 +154,7 @@ class TapedLoader(Iterator[Any]):
         """
         place = self.place_before if ahead else self.place
         if over or place.begins or place.start is None:
-            epoch = compat.epoch_number(self._owner.trainer) if place.start is None else place.start.epoch + 1
+            epoch = compat_loader.epoch_number(self._owner.trainer) if place.start is None else place.start.epoch + 1
             return position_in(self._loader, 0, start_of(self._loader, epoch, None))
         items = place.handed + 1 - unfinished
         before = self.last.rng_before if ahead and self.last is not None else None
@@ -189,7 +191,7 @@ class TapedLoader(Iterator[Any]):
         handed = -1
         if position is None or position.start.rng is None:
             self._owner.enters_run()
-            epoch = compat.epoch_number(self._owner.trainer)
+            epoch = compat_loader.epoch_number(self._owner.trainer)
             if position is not None:
                 self._start_workers(position.start)
                 restore_start(position.start, self._loader)
@@ -208,7 +210,7 @@ class TapedLoader(Iterator[Any]):
         return Began(start, handed, rng.capture(cuda=False) if self._owner.keeps_tape else None)
 
     def _start_workers(self, start: Start) -> None:
-        if start.kept_workers and not compat.has_kept_workers(self._loader):
+        if start.kept_workers and not compat_loader.has_kept_workers(self._loader):
             rank_zero_warn(
                 "resume_exactly: the loader's persistent workers are new processes: if its dataset draws random "
                 "numbers, they are others from here on. Set persistent_workers=False for an exact resume of those."
@@ -223,7 +225,7 @@ class TapedLoader(Iterator[Any]):
             return
         self._tap.leaves_out = self._leaves_out_indices if self._owner.leaves_any_out else None
         self._tap.begin_at(at)
-        self._source = compat.iterate_through(self._loader, self._tap)
+        self._source = compat_loader.iterate_through(self._loader, self._tap)
 
     def _pass_over(self, position: Position) -> None:
         if self._tap is not None and self._owner.passes_over_indices(self._in_process):

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from lightning.pytorch import Trainer
 
 from stabletrain.errors import UserError
-from stabletrain.runtime import compat, rng
+from stabletrain.runtime import compat_loader, rng
 from stabletrain.runtime.data_tape import Identity, Item
 from stabletrain.runtime.loader_position import Position, check
 from stabletrain.runtime.taped_loader import Place, TapedLoader
@@ -59,10 +59,10 @@ class TrainLoader:
     @classmethod
     def of(cls, trainer: Trainer) -> TrainLoader:
         """The one of this trainer; call it in ``setup`` of a fit, and `close` on ``teardown`` and ``on_exception``."""
-        found = getattr(compat.train_loader_wrapper(trainer), "__self__", None)
+        found = getattr(compat_loader.train_loader_wrapper(trainer), "__self__", None)
         if not isinstance(found, TrainLoader):
             found = cls(trainer)
-            found._uninstall = compat.process_train_loaders(trainer, found._wrap)
+            found._uninstall = compat_loader.process_train_loaders(trainer, found._wrap)
         found._users += 1
         return found
 
@@ -82,7 +82,7 @@ class TrainLoader:
     @property
     def loaders(self) -> list[TapedLoader]:
         """The loaders that are read from; empty before the fit loop has asked for them."""
-        return [each for each in compat.train_loaders(self.trainer) if isinstance(each, TapedLoader)]
+        return [each for each in compat_loader.train_loaders(self.trainer) if isinstance(each, TapedLoader)]
 
     # ---- going back in time -----------------------------------------------------------------------------------------
 
@@ -92,8 +92,8 @@ class TrainLoader:
 
     def mark(self) -> Mark:
         """This moment; call it in ``on_train_batch_end``, between two optimizer steps."""
-        fetcher = compat.data_fetcher(self.trainer)
-        ahead = len(compat.prefetched(self.trainer))
+        fetcher = compat_loader.data_fetcher(self.trainer)
+        ahead = len(compat_loader.prefetched(self.trainer))
         loaders = tuple(self.loaders)
         places = tuple(each.place_before if ahead else each.place for each in loaders)
         return Mark(loaders, places, fetcher.fetched, fetcher.done, self._counted, ahead)
@@ -120,7 +120,7 @@ class TrainLoader:
         """
         if not mark.loaders:
             return {}
-        loader, ahead = mark.loaders[0], compat.prefetched(self.trainer)
+        loader, ahead = mark.loaders[0], compat_loader.prefetched(self.trainer)
         end = (loader.place_before if ahead else loader.place).event
         events = {number: loader.tape[number] for number in range(mark.places[0].event, end)}
         return {
@@ -152,7 +152,7 @@ class TrainLoader:
         if leave_out:
             self._refuse_several()
         self._left_out_events |= leave_out
-        fetcher = compat.data_fetcher(self.trainer)
+        fetcher = compat_loader.data_fetcher(self.trainer)
         for loader, place in zip(mark.loaders, mark.places, strict=True):
             loader.rewind(place)
         fetcher.fetched, fetcher.done, self._counted, self._owed = mark.fetched, mark.done, mark.counted, 0
@@ -160,7 +160,7 @@ class TrainLoader:
             self._look_ahead(fetcher, mark)
 
     def _look_ahead(self, fetcher: Any, mark: Mark) -> None:
-        ahead = compat.prefetched(self.trainer)
+        ahead = compat_loader.prefetched(self.trainer)
         ahead.clear()
         try:
             while len(ahead) < mark.ahead:
@@ -171,7 +171,7 @@ class TrainLoader:
             self._count(0, mark.loaders[0].left_out_next(), handed=0)
             fetcher.done = fetcher.fetched >= fetcher.length
         if fetcher.done and not mark.done:
-            compat.end_epoch_here(self.trainer)
+            compat_loader.end_epoch_here(self.trainer)
 
     # ---- leaving batches out ----------------------------------------------------------------------------------------
 
@@ -220,25 +220,25 @@ class TrainLoader:
 
     def hands_out(self, left_out: int, left_out_next: int) -> None:
         """A loader gives a batch: so many were left out before it, and so many will be directly after it."""
-        if compat.data_fetcher(self.trainer).length is None:
+        if compat_loader.data_fetcher(self.trainer).length is None:
             self._owed = left_out  # the loop gets this batch later, one is fetched ahead
         else:
             self._count(left_out, left_out_next, handed=1)
 
     def _count(self, left_out: int, left_out_next: int, handed: int) -> None:
-        fetcher = compat.data_fetcher(self.trainer)
+        fetcher = compat_loader.data_fetcher(self.trainer)
         # the fetcher knows by its count which batch is the epoch's last; it will count the one in hand itself
         fetcher.fetched += left_out - self._counted + left_out_next
         self._counted = left_out_next
         if fetcher.fetched + handed >= fetcher.length:
             left_out += left_out_next  # nobody comes after them: this batch is the last, by its number too
         if left_out:
-            compat.count_left_out(self.trainer, left_out)
+            compat_loader.count_left_out(self.trainer, left_out)
 
     def is_asked_for_batch(self) -> None:
         """The loop takes the batch that was fetched ahead."""
         if self._owed:
-            compat.count_left_out(self.trainer, self._owed)
+            compat_loader.count_left_out(self.trainer, self._owed)
             self._owed = 0
 
     def is_asked_for_iterator(self) -> None:
@@ -265,7 +265,7 @@ class TrainLoader:
     @property
     def notes_rng_before_fetch(self) -> bool:
         """Whether a batch may be fetched ahead of a checkpoint."""
-        fetcher = compat.data_fetcher(self.trainer)
+        fetcher = compat_loader.data_fetcher(self.trainer)
         return self._keeps_position and fetcher is not None and fetcher.length is None
 
     def positions(self) -> list[Position]:
@@ -273,8 +273,8 @@ class TrainLoader:
         if self._resume is not None:
             return self._resume[0]
         loaders = self.loaders
-        ahead = len(compat.prefetched(self.trainer))
-        over, unfinished = compat.epoch_is_over(self.trainer), compat.batches_in_progress(self.trainer)
+        ahead = len(compat_loader.prefetched(self.trainer))
+        over, unfinished = compat_loader.epoch_is_over(self.trainer), compat_loader.batches_in_progress(self.trainer)
         return [each.position(ahead > 0, over, unfinished) for each in loaders]
 
     @property

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from stabletrain.errors import UserError
-from stabletrain.runtime import compat, rng
+from stabletrain.runtime import compat_loader, rng
 from stabletrain.runtime.train_loader import TrainLoader
 from stabletrain.testing.trainer import quiet_trainer
 
@@ -236,9 +236,9 @@ def test_two_users_share_one_and_the_last_one_to_leave_undoes_it():
     first, second = TrainLoader.of(trainer), TrainLoader.of(trainer)
     assert first is second
     first.close()
-    assert compat.train_loader_wrapper(trainer) is not None
+    assert compat_loader.train_loader_wrapper(trainer) is not None
     second.close()
-    assert compat.train_loader_wrapper(trainer) is None
+    assert compat_loader.train_loader_wrapper(trainer) is None
     assert "process_dataloader" not in vars(trainer.strategy)
 
 
@@ -309,31 +309,31 @@ def test_the_state_loads_with_weights_only(tmp_path):
 def test_the_private_attributes_that_the_loader_leans_on_are_there():
     """One test that names what a new Lightning or torch has moved."""
     trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
-    assert compat.train_loaders(trainer) == []
-    assert compat.data_fetcher(trainer) is None
-    assert compat.prefetched(trainer) == []
-    assert compat.epoch_number(trainer) == 0
-    assert compat.batches_in_progress(trainer) == 0
-    assert not compat.epoch_is_over(trainer)
-    assert not compat.is_within_window(trainer)
-    compat.count_left_out(trainer, 2)
+    assert compat_loader.train_loaders(trainer) == []
+    assert compat_loader.data_fetcher(trainer) is None
+    assert compat_loader.prefetched(trainer) == []
+    assert compat_loader.epoch_number(trainer) == 0
+    assert compat_loader.batches_in_progress(trainer) == 0
+    assert not compat_loader.epoch_is_over(trainer)
+    assert not compat_loader.is_within_window(trainer)
+    compat_loader.count_left_out(trainer, 2)
     assert trainer.fit_loop.epoch_loop.batch_idx == 1
-    compat.begin_next_epoch(trainer)  # nothing was restored: nothing to do
+    compat_loader.begin_next_epoch(trainer)  # nothing was restored: nothing to do
     assert trainer.fit_loop.epoch_loop.batch_idx == 1
     loop = trainer.fit_loop.epoch_loop
     for undo, name, owner in [
-        (compat.around_validation(trainer, print, print), "run", loop.val_loop),
-        (compat.trust_loader_at_restart(trainer), "reset", loop),
-        (compat.process_train_loaders(trainer, iter), "process_dataloader", trainer.strategy),
+        (compat_loader.around_validation(trainer, print, print), "run", loop.val_loop),
+        (compat_loader.trust_loader_at_restart(trainer), "reset", loop),
+        (compat_loader.process_train_loaders(trainer, iter), "process_dataloader", trainer.strategy),
     ]:
         assert name in vars(owner)
         undo()
         assert name not in vars(owner)
     loader = DataLoader(Samples(), 4)
-    assert compat.takes_index_tap(loader)
-    assert not compat.takes_index_tap(DataLoader(Stream(), 4))
-    assert not compat.has_kept_workers(loader)
-    assert next(iter(compat.index_sampler(loader))) == [0, 1, 2, 3]
+    assert compat_loader.takes_index_tap(loader)
+    assert not compat_loader.takes_index_tap(DataLoader(Stream(), 4))
+    assert not compat_loader.has_kept_workers(loader)
+    assert next(iter(compat_loader.index_sampler(loader))) == [0, 1, 2, 3]
     other = iter([[9, 8]])
-    assert [batch[1].tolist() for batch in compat.iterate_through(loader, other)] == [[9, 8]]
+    assert [batch[1].tolist() for batch in compat_loader.iterate_through(loader, other)] == [[9, 8]]
     assert next(iter(loader))[1].tolist() == [0, 1, 2, 3]

@@ -11,7 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from stabletrain.errors import UserError
-from stabletrain.runtime import compat, ranks, rng
+from stabletrain.runtime import compat, compat_loader, ranks, rng
 from stabletrain.runtime.loader_position import Position
 from stabletrain.runtime.train_loader import TrainLoader
 
@@ -70,7 +70,7 @@ class ResumeExactly(Callback):
         self._trainer, self._final, self._loaded = trainer, None, False
         self._loader = TrainLoader.of(trainer)
         self._loader.keep_position(self.fast_forward)
-        self._undo = [self._loader.close, compat.around_validation(trainer, self._hold_rng, self._restore_rng)]
+        self._undo = [self._loader.close, compat_loader.around_validation(trainer, self._hold_rng, self._restore_rng)]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The loop is about to begin: from here on what is drawn is the run's."""
@@ -80,8 +80,8 @@ class ResumeExactly(Callback):
             _refuse_own_state(loader.loader)
         if self._loaded:
             self._loader.check_positions()
-            self._undo.append(compat.trust_loader_at_restart(trainer))
-            compat.begin_next_epoch(trainer)
+            self._undo.append(compat_loader.trust_loader_at_restart(trainer))
+            compat_loader.begin_next_epoch(trainer)
         elif compat.resumes_from_checkpoint(trainer):
             rank_zero_warn(
                 "the checkpoint holds no state of resume_exactly: the epoch's data begin anew, with other random "
@@ -164,7 +164,7 @@ class ResumeExactly(Callback):
     def _here(self) -> dict[str, Any]:
         assert self._loader is not None
         assert self._trainer is not None
-        if compat.is_within_window(self._trainer) and not self._warned_of_window:
+        if compat_loader.is_within_window(self._trainer) and not self._warned_of_window:
             self._warned_of_window = True
             rank_zero_warn(
                 "resume_exactly: this checkpoint is made between the micro-batches of an optimizer step; their "
