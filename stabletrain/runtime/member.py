@@ -245,7 +245,11 @@ class RuleCallback(PluginMember):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         super().load_state_dict(state_dict)
-        self.state = from_plain(self.rule.state_type(), state_dict["state"])
+        try:
+            self.state = from_plain(self.rule.state_type(), state_dict["state"])
+        except (ValueError, KeyError):
+            rank_zero_warn(f"{self.state_key}: the checkpoint is of another version: it begins with an empty history")
+            self.state = self.rule.init()
 
     def __eq__(self, other: object) -> bool:
         """Callbacks are themselves: two with equal arguments are still two."""

@@ -23,7 +23,7 @@ from fits import (
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from stabletrain import ClipNorm, Guard, SkipNonFinite
+from stabletrain import ClipNorm, Guard, SkipNonFinite, SkipOutliers
 
 ITEMS = batches(HEALTHY, LARGE_GRAD, NAN_LOSS, HEALTHY, NAN_LOSS, HEALTHY, HEALTHY, LARGE_GRAD)
 
@@ -98,6 +98,18 @@ def test_a_checkpoint_without_our_state_warns(tmp_path: Path) -> None:
     path = checkpoint(tmp_path)
     with pytest.warns(UserWarning, match="no state of clip_norm: it begins with an empty history"):
         fit(Net("adamw-loop"), ITEMS, ClipNorm(), ckpt_path=path, max_epochs=2)
+
+
+def test_state_of_another_version_warns(tmp_path: Path) -> None:
+    """Bug: an old checkpoint that cannot be resumed because a baseline has one field more today."""
+    path = checkpoint(tmp_path, SkipNonFinite(), SkipOutliers())
+    saved = torch.load(path, weights_only=True)
+    saved["callbacks"]["skip_outliers"]["state"].pop("norm")
+    torch.save(saved, path)
+    again = SkipOutliers()
+    with pytest.warns(UserWarning, match="skip_outliers: the checkpoint is of another version"):
+        fit(Net("adamw-loop"), ITEMS, SkipNonFinite(), again, ckpt_path=path, max_epochs=2)
+    assert len(again.state.loss.past.window) == 6, "of the second epoch, which has two NaN"
 
 
 def test_other_arguments_warn(tmp_path: Path) -> None:

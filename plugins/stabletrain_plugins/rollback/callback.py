@@ -226,7 +226,7 @@ class Rollback(RuleCallback, RollbackRule):
         self._rollbacks = state_dict["rollbacks"]
         self._last = Last(*state_dict["last"]) if state_dict["last"] else None
         self._left_out = frozenset(names(state_dict["left_out"]))
-        self._watched = from_plain(Watched, state_dict["weights"])
+        self._watched = from_plain(Watched, state_dict["weights"]) if "weights" in state_dict else Watched()
         if self._loader is not None and self._left_out:
             self._loader.leave_out(self._left_out)  # now: data without a length are fetched ahead of on_train_start
 

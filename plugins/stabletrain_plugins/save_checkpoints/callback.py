@@ -124,6 +124,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
                 recipe=self._recipe,
                 metric=None if value is None else self.monitor,
                 value=value,
+                whole=not compat.window_is_open(trainer),
             )
             self._saver.save(checkpoint, about, wait)
         if wait:

@@ -1,5 +1,6 @@
 """In a Trainer: what is saved when, that resuming equals never having stopped, and how a signal ends a process."""
 
+import contextlib
 import copy
 import os
 import pickle
@@ -17,7 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from stabletrain import SaveCheckpoints, SkipNonFinite, UserError
+from stabletrain import ResumeExactly, SaveCheckpoints, SkipNonFinite, UserError
 from stabletrain.runtime.checkpoints import CheckpointError, Store, load
 from stabletrain.testing.trainer import quiet_trainer
 
@@ -133,6 +134,35 @@ def test_the_best_is_kept_and_is_of_the_weights_that_were_validated(tmp_path: Pa
     assert steps_of(tmp_path) == [12, 16]
     assert Path(saver.best_model_path).name == "step-00000012"
     assert saver.last == str(tmp_path / "step-00000016")
+
+
+@pytest.mark.filterwarnings("ignore:resume_exactly. this checkpoint is made between the micro-batches:UserWarning")
+def test_a_run_goes_on_from_a_checkpoint_that_has_all_gradients(tmp_path: Path) -> None:
+    """Bug: the best one, made by a validation within an accumulation window, is the newest: resumed from there, the
+    window's gradients are missing and the end is another."""
+
+    class Killed(Callback):
+        def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 14:  # the next one after the validation
+                raise KeyboardInterrupt
+
+    def train(folder: Path, *others: Callback, resume: object = None) -> tuple[Model, SaveCheckpoints]:
+        torch.manual_seed(0)
+        model = Model(val=tuple(range(9, 0, -1)))
+        saver = SaveCheckpoints(folder, every=4, keep_last=1, monitor="val_loss")
+        options: dict[str, Any] = {"accumulate_grad_batches": 3, "val_check_interval": 14, "max_epochs": 4}
+        with contextlib.suppress(KeyboardInterrupt, SystemExit):
+            fit(ResumeExactly(), saver, *others, model=model, resume=resume, val=True, **options)
+        return model, saver
+
+    whole, _ = train(tmp_path / "whole")
+    _, saver = train(tmp_path / "cut", Killed())
+    about = [entry.manifest.about for entry in Store(tmp_path / "cut").entries()]
+    assert [(each.step, each.whole) for each in about] == [(4, True), (4, False)]
+    assert saver.last == str(tmp_path / "cut" / "step-00000004")
+    assert Path(saver.best_model_path).name == "step-00000004-2"
+    resumed, _ = train(tmp_path / "cut", resume=tmp_path / "cut")
+    assert equal(resumed, whole)
 
 
 def test_a_metric_that_is_not_there_is_said_with_those_that_are(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import xxhash
 
 _CHUNK = 4 << 20
@@ -117,18 +118,16 @@ def sweep(parent: Path) -> None:
 
 def _in_use(folder: Path) -> bool:
     owner, _, process = folder.name.rpartition("-")
-    if owner.endswith(f"-{_HOST}") and process.isdecimal():
-        try:
-            os.kill(int(process), 0)
-        except ProcessLookupError:
-            return False
-        except OSError:
-            return True
-        return True
-    try:  # another host's: its process cannot be asked
-        return time.time() - folder.stat().st_mtime < _DAY
-    except OSError:
+    try:
+        touched = folder.stat().st_mtime
+        if not (owner.endswith(f"-{_HOST}") and process.isdecimal()):  # another host's: its process cannot be asked
+            return time.time() - touched < _DAY
+        # in a container that was restarted, another process has that number: often this one
+        return bool(psutil.Process(int(process)).create_time() <= touched)
+    except (OSError, psutil.NoSuchProcess):
         return False
+    except psutil.AccessDenied:
+        return True
 
 
 def _pieces(chunks: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from stabletrain.runtime.checkpoints.store import (
     PREFIX,
     STATE,
     TENSORS,
+    Entry,
     Store,
     checkpoint_folders,
     is_checkpoint,
@@ -113,11 +114,13 @@ def verify(path: str | Path) -> Manifest:
 def newest(path: str | Path) -> Path | None:
     """The newest complete checkpoint of a folder of checkpoints or a run's folder; its content is not verified.
 
+    One that was made within an accumulation window is the last choice.
+
     Args:
         path: the folder; may be missing.
     """
     folder = store_of(Path(path))
-    for entry in reversed(Store(folder).entries() if folder else []):
+    for entry in _best_first(Store(folder).entries() if folder else []):
         if size_problem(entry.path, entry.manifest.files) is None:
             return entry.path
     return None
@@ -149,7 +152,7 @@ def _candidates(path: Path) -> Iterator[Path]:
         else:
             of_run = [entry for entry in entries if _same_run(entry.manifest, entries[-1].manifest)]
             entries = [entry for entry in of_run if entry.manifest.about.step <= _step(path)]
-        yield from (entry.path for entry in reversed(entries))
+        yield from (entry.path for entry in _best_first(entries))
         return
     folder = store_of(path)
     if folder is None:
@@ -163,7 +166,13 @@ def _candidates(path: Path) -> Iterator[Path]:
         newest_step = -1
     # those whose manifest is gone were perhaps the newest: reading them fails, and so they are named
     yield from (each for each in checkpoint_folders(folder) if each not in known and _step(each) >= newest_step)
-    yield from (entry.path for entry in reversed(entries))
+    yield from (entry.path for entry in _best_first(entries))
+
+
+def _best_first(entries: Sequence[Entry]) -> list[Entry]:
+    """The newest first, and after all others those from which a run cannot go on exactly."""
+    whole = [entry for entry in entries if entry.manifest.about.whole]
+    return [*reversed(whole), *(entry for entry in reversed(entries) if not entry.manifest.about.whole)]
 
 
 def _same_run(one: Manifest, other: Manifest) -> bool:

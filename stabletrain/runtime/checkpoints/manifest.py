@@ -33,6 +33,8 @@ class About:
         recipe: hash of the recipe, if it is known.
         metric: name of the monitored metric that it was saved for.
         value: that metric's value.
+        whole: made between two optimizer steps. One made within an accumulation window, by a validation there, lacks
+            the gradients of the window: a run cannot go on from it exactly.
     """
 
     step: int
@@ -42,6 +44,7 @@ class About:
     recipe: str | None = None
     metric: str | None = None
     value: float | None = None
+    whole: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +99,7 @@ class Manifest:
             raise CheckpointError(f"format {content['format']}, and this version reads {FORMAT}: update stabletrain")
         return cls(
             sequence=content["sequence"],
-            about=About(**{field: content[field] for field in About.__dataclass_fields__}),
+            about=About(**{field: content[field] for field in About.__dataclass_fields__ if field in content}),
             files={name: FileRecord(**record) for name, record in content["files"].items()},
             versions=content["versions"],
         )

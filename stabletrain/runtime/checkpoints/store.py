@@ -56,7 +56,7 @@ class Keep:
     """Which checkpoints of a run are not deleted.
 
     Args:
-        last: this many of the newest, >= 1; None: all.
+        last: this many of the newest, >= 1; None: all. One that is not whole does not count.
         metric: also the best by this metric; None: no other.
         mode: whether the smallest or the largest value is best.
     """
@@ -145,7 +145,8 @@ class Store:
         if self.keep.last is None:
             return
         mine = [entry for entry in self.entries() if entry.manifest.about.run == run]
-        kept = {entry.path for entry in mine[-self.keep.last :]}
+        whole = [entry for entry in mine if entry.manifest.about.whole]
+        kept = {entry.path for entry in (whole or mine)[-self.keep.last :]}
         best = self.best(mine)
         for entry in mine:
             if entry.path not in kept and (best is None or entry.path != best.path):

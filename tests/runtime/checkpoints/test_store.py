@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -46,6 +47,19 @@ def test_a_nan_is_never_the_best(tmp_path: Path) -> None:
     assert not saver.is_best("a", 1.0)
     assert not saver.is_best("a", float("nan"))
     assert saver.is_best("a", 0.5)
+
+
+def test_one_that_is_not_whole_is_the_last_choice_and_does_not_count_as_kept(tmp_path: Path) -> None:
+    # catches a run that goes on inexactly with an exact checkpoint beside it, or loses that one to the other
+    keep = Keep(last=1, metric="m")
+    for step, whole, value in ((1, True, None), (2, False, 1.0), (3, True, None), (4, False, 2.0), (5, False, 0.5)):
+        save(tmp_path, step, keep=keep, whole=whole, metric=None if value is None else "m", value=value)
+    assert steps(tmp_path) == [3, 5]
+    assert newest(tmp_path) == tmp_path / "step-00000003"
+    assert load(tmp_path)["step"] == 3
+    assert load(tmp_path / "step-00000005")["step"] == 5, "it is read where it is named"
+    shutil.rmtree(tmp_path / "step-00000003")
+    assert load(tmp_path)["step"] == 5, "better than none"
 
 
 def test_other_runs_checkpoints_are_left_alone(tmp_path: Path) -> None:
@@ -205,9 +219,14 @@ def test_leavings_of_dead_processes_are_swept_and_those_of_living_ones_are_not(t
     alive = [f".writing-step-00000003-{host}-{os.getpid()}", ".writing-step-00000004-otherhost-1", "mine"]
     for name in (*names, *alive):
         (tmp_path / name).mkdir()
+    before = psutil.Process().create_time() - 1.0
     old = tmp_path / ".writing-step-00000005-otherhost-1"
     old.mkdir()
     os.utime(old, (0, 0))
+    # a container that was restarted: the number is this process's, the folder is older than it
+    reused = tmp_path / f".writing-step-00000006-{host}-{os.getpid()}"
+    reused.mkdir()
+    os.utime(reused, (before, before))
     Store(tmp_path).sweep()
     assert sorted(os.listdir(tmp_path)) == sorted(alive)
 
