@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from torch.distributed.tensor import DTensor
 
 from stabletrain.chaos.fault import Fault
@@ -63,8 +64,8 @@ class FlipWeightBit(Fault):
         element = random.Random(f"{self.seed} {step}").randrange(size) if self.element is None else self.element
         bit = width - 2 if self.bit is None else self.bit
         at = torch.unravel_index(torch.tensor(element), local.shape)
-        before = local[at].reshape(1)
-        bits = before.clone().view(_INTEGERS[local.element_size()])
+        before = local[at].reshape(1).clone()
+        bits = before.view(_INTEGERS[local.element_size()])
         after = torch.bitwise_xor(bits, torch.ones_like(bits) << bit).view(local.dtype)
         local[at] = after[0]
         name = self.parameter or "the first parameter"
@@ -109,9 +110,8 @@ class FlipCheckpointBit(Fault):
 
 
 def newest_checkpoint(trainer: Trainer) -> Path | None:
-    """The newest checkpoint below the folders of the trainer's checkpoint callbacks; of a sharded one, a large file."""
-    folders = {getattr(each, "dirpath", None) for each in trainer.checkpoint_callbacks}
-    found = [path.resolve() for folder in folders if folder for path in Path(folder).glob("*.ckpt")]
+    """The newest checkpoint of the trainer's checkpoint callbacks; of one that is a folder, its largest file."""
+    found = [path.resolve() for callback in trainer.checkpoint_callbacks for path in _checkpoints_of(callback)]
     found = [path for path in found if path.exists()]
     if not found:
         return None
@@ -120,3 +120,10 @@ def newest_checkpoint(trainer: Trainer) -> Path | None:
         files = [path for path in sorted(newest.rglob("*")) if path.is_file() and path.stat().st_size]
         return max(files, key=lambda path: path.stat().st_size, default=None)
     return newest if newest.stat().st_size else None
+
+
+def _checkpoints_of(callback: Checkpoint) -> list[Path]:
+    last, folder = getattr(callback, "last", None), getattr(callback, "dirpath", None)
+    if last:  # as SaveCheckpoints says which one it is
+        return [Path(last)]
+    return list(Path(folder).glob("*.ckpt")) if folder else []

@@ -16,6 +16,7 @@ from stabletrain.config.build import build_callback, callbacks
 from stabletrain.config.trust import instantiate
 from stabletrain.errors import UserError
 from stabletrain.launch.progress import progress_bar
+from stabletrain.launch.resuming import explain_misfits
 from stabletrain.launch.signals import SignalWatch
 from stabletrain.launch.stopper import SaveAndStop
 
@@ -41,8 +42,14 @@ class Assembled:
     resume: str | None
 
     def fit(self) -> None:
-        """Train. Checkpoints are read as data, never as code."""
+        """Train. Checkpoints are read as data, never as code.
+
+        Raises:
+            UserError: if the checkpoint to go on from is another model's or optimizer's.
+        """
         safe = None if self.resume is None else True
+        if self.resume is not None:
+            explain_misfits(self.trainer.strategy, self.resume)
         self.trainer.fit(self.model, datamodule=self.data, ckpt_path=self.resume, weights_only=safe)
 
 

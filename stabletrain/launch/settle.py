@@ -9,8 +9,9 @@ from typing import Any
 
 import yaml
 
+from stabletrain.config.validate import checkpoint_of
 from stabletrain.launch.process import Ended
-from stabletrain.launch.result import Result, read_result
+from stabletrain.launch.result import End, Result, read_result
 from stabletrain.launch.tracked import settle_run
 
 
@@ -24,7 +25,10 @@ def conclude(config: Mapping[str, Any], ended: Ended) -> Result:
     folder = Path(config["run_dir"])
     result = read_result(folder)
     if result is None:
-        result = Result(end="killed" if _by_signal(ended) else "failed", message=_last_words(ended))
+        end: End = "killed" if _by_signal(ended) else "failed"
+        checkpoint = checkpoint_of(str(folder))  # looked for by name: this process does not import torch
+        found = str(checkpoint) if checkpoint and checkpoint != folder else None
+        result = Result(end=end, message=_last_words(ended), checkpoint=found)
         result.write(folder)
     return result
 

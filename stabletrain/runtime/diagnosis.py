@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -60,7 +61,9 @@ def first_nonfinite_output(module: LightningModule, batch: Any, batch_idx: int) 
             stack.callback(each.register_forward_hook(look).remove)
         try:
             with module.trainer.precision_plugin.train_step_context():
-                module.training_step(batch, batch_idx)
+                # Lightning lets a module do without the number
+                numbered = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+                module.training_step(batch, *((batch_idx,) if numbered else ()))
         except Exception:  # a model in this state may well fail: what was seen until then counts
             pass
         for buffer, before in buffers:

@@ -71,6 +71,8 @@ def _candidates(trainer: Trainer) -> Iterator[Path]:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if not isinstance(callback, Checkpoint):
             continue
+        if callable(wait := getattr(callback, "wait", None)):
+            wait()  # a write that ends now would delete an older one, perhaps the one that is chosen here
         last = getattr(callback, "last", None)
         folder = getattr(callback, "dirpath", None) or (Path(last).parent if last else None)
         if folder is None:

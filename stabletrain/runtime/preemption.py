@@ -49,7 +49,8 @@ class PreemptionWatch:
 class StopBetweenBatches(Callback, ABC):
     """Ends the run after a batch, of training or of validation, once any rank was asked to: on all ranks alike.
 
-    A signal reaches the ranks at different batches, or only one of them, and saving needs all of them at once.
+    A signal reaches the ranks at different batches, or only one of them, and saving needs all of them at once. With
+    accumulation it waits for the step: gradients of an open window are not saved, and the run could not go on exactly.
     """
 
     @property
@@ -85,7 +86,7 @@ class StopBetweenBatches(Callback, ABC):
         self._stop_if_asked(trainer)
 
     def _stop_if_asked(self, trainer: Trainer) -> None:
-        if not self.may_stop:
+        if not self.may_stop or compat.window_is_open(trainer):
             return
         asked = self.asked_to_stop
         if trainer.world_size > 1:

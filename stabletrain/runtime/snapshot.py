@@ -102,11 +102,12 @@ class Snapshot:
         trainer = guard.trainer
         tensors: list[Tensor] = []
         known: dict[int, KeptTensor] = {}
-        parts = [freeze(_values(part), tensors, known) for part in _parts(guard)]
+        live = list(_parts(guard))
+        parts = [freeze(_values(part), tensors, known) for part in live]
         members = [freeze(member.state_dict(), tensors, known) for member in _stateful_members(guard)]
         self.step = -1  # until it is complete
         self._buffers.copy_in(tensors)
-        self._parts, self._members = parts, members
+        self._places, self._parts, self._members = [part.where for part in live], parts, members
         self._rules = [member.state for member in _rules(guard)]
         self._schedulers = [copy.deepcopy(each.scheduler.state_dict()) for each in trainer.lr_scheduler_configs]
         self._precision = copy.deepcopy(trainer.precision_plugin.state_dict())
@@ -141,8 +142,16 @@ class Snapshot:
             raise SnapshotError("rollback: the snapshot is empty")
         guard.settle()
         trainer = guard.trainer
+        live = list(_parts(guard))
+        if (places := [part.where for part in live]) != self._places:  # before anything is put back
+            changed = sorted({each for each in (*places, *self._places) if _differ(each, places, self._places)})
+            raise SnapshotError(
+                f"rollback: the snapshot of step {self.applied} cannot be put back: since then something was added to "
+                f"the run, or removed ({', '.join(changed)}), as a callback does that unfreezes layers. Go on from a "
+                "checkpoint, and let the optimizer have all parameters from the start (or plugins/spike=detect)"
+            )
         thaw = Thaw(self._buffers.tensors)
-        for part, frozen in zip(_parts(guard), self._parts, strict=True):
+        for part, frozen in zip(live, self._parts, strict=True):
             if part.keys is None:
                 thaw.into(frozen, part.live, part.where)
             else:
@@ -165,6 +174,10 @@ class Snapshot:
         for rule, state in zip(_rules(guard), self._rules, strict=True):
             rule.state = rule.rule.rebase(state, cause)
         rng.restore(self._rng)
+
+
+def _differ(place: str, now: list[str], then: list[str]) -> bool:
+    return now.count(place) != then.count(place)
 
 
 def state_bytes(guard: StepGuard) -> int:

@@ -234,7 +234,7 @@ class Probe(Callback):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_the_default_bit_is_the_highest_of_the_exponent(dtype):
+def test_the_default_bit_is_the_highest_of_the_exponent(dtype, caplog):
     module = torch.nn.Linear(3, 3).to(dtype)
     with torch.no_grad():
         module.weight.fill_(0.75)
@@ -246,6 +246,7 @@ def test_the_default_bit_is_the_highest_of_the_exponent(dtype):
     wrong = module.weight.detach().double()[module.weight != 0.75]
     assert len(wrong) == 1
     assert wrong.abs() > 1e4
+    assert "0.75 -> " in caplog.text
 
 
 def test_a_flipped_bit_must_exist(train):

@@ -17,12 +17,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import stabletrain.chaos
+from stabletrain import SaveCheckpoints
 from stabletrain.chaos import FlipCheckpointBit, FullDisk, SendSignal
 from stabletrain.chaos.disk import NoSpace
 from stabletrain.config.build import build_callback
 from stabletrain.config.validate import check_node
 from stabletrain.errors import UserError
 from stabletrain.paths import data_dir
+from stabletrain.runtime.checkpoints import CheckpointError, verify
 
 OPTIONS = sorted((data_dir("conf") / "chaos").glob("*.yaml"))
 
@@ -113,6 +115,17 @@ def test_one_bit_of_the_newest_checkpoint(train, tmp_path):
         for name, content in written.items()
     }
     assert flipped == {"step=2.ckpt": 0, "step=4.ckpt": 1, "step=6.ckpt": 0}
+
+
+def test_checkpoints_of_our_own_are_struck_too(train, tmp_path):
+    """In the recipes they are folders, and the fault did nothing, without a word."""
+    keep = SaveCheckpoints(tmp_path / "kept", every=2, keep_last=None, background=False)
+    fault = FlipCheckpointBit(at_step=5)
+    train(fault, keep, enable_checkpointing=True)
+    assert fault._last == 5
+    with pytest.raises(CheckpointError, match="checksum"):
+        verify(tmp_path / "kept" / "step-00000004")
+    assert verify(tmp_path / "kept" / "step-00000008").about.step == 8
 
 
 def test_it_is_one_bit_and_bit_rot_has_no_time_of_change(tmp_path):

@@ -9,11 +9,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from stabletrain.config.trust import TrustError
 from stabletrain.errors import UserError
 from stabletrain.launch.assemble import assemble, override_optimizer, run_callbacks, trainer_arguments
+from stabletrain.launch.launcher import Done
 from stabletrain.launch.process import AGREED, Ended, worker_command, worker_environment
 from stabletrain.launch.result import EXIT_CODES, MLFLOW, Result, read_result
 from stabletrain.launch.run_folder import make_run_folder, write_run_yaml
 from stabletrain.launch.settle import conclude
 from stabletrain.launch.signals import SignalWatch
+from stabletrain.launch.summary import next_commands
 from stabletrain.launch.worker import main
 
 
@@ -167,4 +169,17 @@ def test_every_end_has_a_code_and_a_status(end: Any, tmp_path: Path) -> None:
 def test_a_worker_without_last_words(code: int, end: str, config: dict[str, Any], tmp_path: Path) -> None:
     # exit code 0 without a result is no success either
     (tmp_path / "run").mkdir()
-    assert conclude(config, Ended(code=code)).end == end
+    result = conclude(config, Ended(code=code))
+    assert result.end == end
+    assert result.checkpoint is None
+
+
+def test_what_a_killed_worker_left_is_found(config: dict[str, Any], tmp_path: Path) -> None:
+    """Bug: after a SIGKILL the command that goes on was not among those to type next."""
+    folder = tmp_path / "run"
+    (folder / "checkpoints" / "step-00000005").mkdir(parents=True)
+    (folder / "checkpoints" / "step-00000005" / "manifest.json").touch()
+    result = conclude(config, Ended(code=-9))
+    assert result.checkpoint == str(folder / "checkpoints")
+    done = Done(recipe="tiny", overrides=(), config={**config, "trust": []}, result=result)
+    assert next_commands(done)[0] == f"stabletrain train tiny resume={folder}/checkpoints"

@@ -157,6 +157,22 @@ def test_an_empty_snapshot_is_refused() -> None:
         Snapshot().restore(None, None)  # type: ignore[arg-type]
 
 
+def test_what_was_added_since_is_said_before_anything_is_put_back() -> None:
+    # catches half a restore, ended by an error of zip's, where a callback unfreezes layers during training
+    class Unfreezes(GoBack):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 5:
+                trainer.optimizers[0].add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+            self.before = [each.detach().clone() for each in pl_module.parameters()]
+            self.module = pl_module
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    callback = Unfreezes(3, (8,))
+    with pytest.raises(SnapshotError, match=r"added to the run, or removed \(param_groups\)"):
+        Case().fit(callback)
+    assert all(map(torch.equal, callback.before, callback.module.parameters()))
+
+
 def test_thaw_removes_adds_and_repairs() -> None:
     # catches optimizer state that came after the snapshot and stays, or that was lost and stays lost
     shared = torch.ones(2)
