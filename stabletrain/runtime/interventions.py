@@ -93,10 +93,18 @@ class InterventionLog:
         """Write an intervention; a disk that refuses is reported, and ends nothing."""
         self._write({"action": "rollback", **made._asdict(), **self._fingerprint._asdict()})
 
-    def resumed(self, step: int) -> None:
-        """The process was started again, at so many attempted steps."""
+    def resumed(self, step: int, made: Iterable[Intervention] = ()) -> None:
+        """The process was started again.
+
+        Args:
+            step: attempted steps so far.
+            made: all interventions until then: a log in another folder begins with them, so that it is whole.
+        """
         if self.path is not None and self.path.exists():
             self._write({"action": "resume", "step": step})
+        else:
+            for each in made:
+                self.append(each)
 
     def _write(self, record: dict[str, Any]) -> None:
         if self.path is None:
@@ -176,7 +184,7 @@ def _compare(theirs: Fingerprint, mine: Fingerprint, file: Path, key: str) -> No
         return
     what = {
         "model": "another model or optimizer",
-        "recipe": "another recipe (data, optimizer, schedule, plugins, precision or trainer differ)",
+        "recipe": "another recipe (seed, data, optimizer, schedule, plugins, chaos, precision or trainer differ)",
         "processes": f"{theirs.processes} processes, and this one has {mine.processes}",
     }
     different = [what[field] for field in Fingerprint._fields if getattr(theirs, field) != getattr(mine, field)]

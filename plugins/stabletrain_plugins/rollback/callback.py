@@ -102,7 +102,7 @@ class Rollback(RuleCallback, RollbackRule):
     _rollbacks = 0
     _last: Last | None = None
     _left_out: frozenset[tuple[Any, ...]] = frozenset()
-    _made: tuple[int, ...] = ()
+    _made: tuple[Intervention, ...] = ()
     _watched = Watched()
     _has_news = False
 
@@ -152,7 +152,7 @@ class Rollback(RuleCallback, RollbackRule):
             planned = read(self.replay, fingerprint)
             self._replay = Replaying(planned, guard.counters.attempted, self._new_snapshot)
         if compat.resumes_from_checkpoint(trainer):
-            self._log.resumed(guard.counters.attempted)
+            self._log.resumed(guard.counters.attempted, self._made)
         if self._left_out:
             loader.leave_out(self._left_out)
         check = WeightCheck([name for name, _ in named], [p for _, p in named], self.max_growth)
@@ -213,12 +213,13 @@ class Rollback(RuleCallback, RollbackRule):
         return {**super().metrics(), **{key: float(value) for key, value in counts.items()}}
 
     def state_dict(self) -> dict[str, Any]:
-        """The detector's state, the budget used, the batches to leave out, and what was seen of the weights."""
+        """The detector's state, the rollbacks made, the batches to leave out, and what was seen of the weights."""
         plain = super().state_dict()
         last = list(self._last) if self._last else None
         left_out = [list(each) for each in sorted(self._left_out, key=repr)]
         watched = to_plain(self._weights.seen if self._weights is not None else self._watched)
-        return {**plain, "rollbacks": self._rollbacks, "last": last, "left_out": left_out, "weights": watched}
+        made = {"rollbacks": self._rollbacks, "made": to_plain(self._made), "last": last, "left_out": left_out}
+        return {**plain, **made, "weights": watched}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint; the ring begins empty."""
@@ -226,6 +227,7 @@ class Rollback(RuleCallback, RollbackRule):
         self._rollbacks = state_dict["rollbacks"]
         self._last = Last(*state_dict["last"]) if state_dict["last"] else None
         self._left_out = frozenset(names(state_dict["left_out"]))
+        self._made = from_plain(tuple[Intervention, ...], state_dict.get("made", []))
         self._watched = from_plain(Watched, state_dict["weights"]) if "weights" in state_dict else Watched()
         if self._loader is not None and self._left_out:
             self._loader.leave_out(self._left_out)  # now: data without a length are fetched ahead of on_train_start
@@ -339,7 +341,7 @@ class Rollback(RuleCallback, RollbackRule):
         made = made._replace(applied=(made.applied[0], trainer.global_step))
         self._rollbacks += 1
         self._last = Last(made.step, undone, trainer.global_step, len(made.left_out))
-        self._made = (*self._made, made.step)
+        self._made = (*self._made, made)
         self._trouble.is_over()
         if self._weights is not None:
             self._weights.begin_anew()
@@ -356,11 +358,12 @@ class Rollback(RuleCallback, RollbackRule):
         guard, loader = self._parts()
         newest = self._ring.newest
         otherwise = newest.snapshot.mark if newest else None
-        content = report(reason, guard, loader, self._trouble, otherwise, self._made, (batch, batch_idx))
+        rollbacks = [made.step for made in self._made]
+        content = report(reason, guard, loader, self._trouble, otherwise, rollbacks, (batch, batch_idx))
         step = guard.counters.attempted
         folder = self._folder / f"diagnosis-{step}"
         if not self._quiet:
-            diagnosis.write_bundle(folder, content, list(self._outcomes), self._made)
+            diagnosis.write_bundle(folder, content, list(self._outcomes), rollbacks)
         guard.report(Event(step - 1, self.label, "stop", float(self._rollbacks), float(self.max_rollbacks), reason))
         guard.flush()
         raise TrainingStopped(self.label, reason if self._quiet else f"{reason}. Diagnosis: {folder}")

@@ -339,6 +339,23 @@ def test_a_run_with_a_rollback_resumes_exactly(tmp_path: Path) -> None:
     assert same(whole, resumed)
 
 
+def test_the_log_of_a_resumed_run_is_whole(tmp_path: Path) -> None:
+    # catches a replay without what was done before the restart: the resumed run has another folder, and another log
+    save = ModelCheckpoint(tmp_path / "ckpt", filename="{step}", every_n_train_steps=60, save_top_k=-1)
+    stack = st.ResumeExactly(), st.Rollback(**QUICK)
+    train(tmp_path / "a", *stack, save, poisoned=POISON, max_epochs=2)
+    checkpoint = max((tmp_path / "ckpt").glob("step=60*.ckpt"), key=lambda path: path.stat().st_mtime)
+    again = st.ResumeExactly(), st.Rollback(**QUICK), Ask().at(100)
+    resumed, _ = train(tmp_path / "b", *again, poisoned=POISON, max_epochs=2, resume=checkpoint)
+    assert [made["step"] for made in interventions(tmp_path / "b")] == [
+        *(made["step"] for made in interventions(tmp_path / "a")),
+        100,
+    ]
+    log = st.Rollback(**QUICK, replay=str(tmp_path / "b"))
+    replayed, _ = train(tmp_path / "c", st.ResumeExactly(), log, poisoned=POISON, max_epochs=2)
+    assert same(resumed, replayed)
+
+
 def test_the_newest_checkpoint_is_used_after_a_restart(tmp_path: Path) -> None:
     # catches a run that gives up with a good checkpoint beside it, or takes one from after the damage
     save = ModelCheckpoint(tmp_path / "ckpt", filename="{step}", every_n_train_steps=10, save_top_k=-1)
