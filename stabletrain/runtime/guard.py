@@ -79,7 +79,7 @@ class StepGuard:
         folder = trainer.log_dir or trainer.default_root_dir  # asks all ranks: not only on rank 0
         path = events or Path(folder) / "events.jsonl"
         quiet = not trainer.is_global_zero or compat.is_fast_dev_run(trainer)
-        self.events = EventLog(None if quiet else path)
+        self.events = EventLog(None if quiet else path, speak=trainer.is_global_zero)
         self._max_attempts = max_attempts or (2 * trainer.max_steps if trainer.max_steps > 0 else None)
         self._rules = [m for m in members if isinstance(m, RuleCallback)]
         # transforms do not commute: their order is their name's, whatever the order of the list

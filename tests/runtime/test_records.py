@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from fits import HEALTHY, NAN_LOSS, Net, Recorder, batches, fit
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
 
@@ -53,6 +53,14 @@ def test_a_storm_of_events_is_said_sparingly(caplog: pytest.LogCaptureFixture) -
         log.append(Event(1000, "clip", "skip", 2.0, 1.0, "another kind"))
     assert len(caplog.records) == 11
     assert log.counts == {("clip", "spike"): 1000, ("clip", "skip"): 1}
+
+
+def test_one_process_speaks_for_all(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: each event said by every rank, in the same words."""
+    monkeypatch.setattr(Trainer, "is_global_zero", False)
+    with caplog.at_level(logging.WARNING, "stabletrain"):
+        fit(Net(), ITEMS, SkipNonFinite())
+    assert "step skipped" not in caplog.text
 
 
 @pytest.mark.parametrize("mode", ["exact", "device"])

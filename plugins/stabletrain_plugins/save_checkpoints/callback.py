@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 import time
 import weakref
@@ -65,9 +66,11 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         on_sigterm: bool = True,
     ) -> None:
         if keep_last is not None and keep_last < 1:
-            raise UserError(f"save_checkpoints: keep_last must be >= 1, or null for all, got {keep_last}")
+            raise _wrong("keep_last", ">= 1, or null for all", keep_last)
         if mode not in ("min", "max"):
-            raise UserError(f'save_checkpoints: mode must be "min" or "max", got {mode!r}')
+            raise _wrong("mode", '"min" or "max"', mode)
+        if tokens_per_step is not None and not 0 < tokens_per_step < math.inf:
+            raise _wrong("tokens_per_step", "> 0 and finite, or null", tokens_per_step)
         self.folder, self.every, self.keep_last = folder, every, keep_last
         self.monitor, self.mode = monitor, mode
         self.tokens_per_step, self.background, self.on_sigterm = tokens_per_step, background, on_sigterm
@@ -215,7 +218,8 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         if self.monitor not in trainer.callback_metrics:
             known = ", ".join(sorted(trainer.callback_metrics)) or "none"
             raise UserError(
-                f"save_checkpoints: monitor={self.monitor!r} is no metric after validation; there are: {known}"
+                f"save_checkpoints: monitor={self.monitor!r} is no metric after validation; there are: {known} "
+                "(config key plugins.checkpoints.monitor)"
             )
         value = float(trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor])))
         is_best = self._saver is not None and self._saver.is_best(self._run, value)
@@ -272,6 +276,12 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         checkpoint = compat.dump_checkpoint(trainer)
         if self._saver is not None:
             self._saver.prepare(checkpoint)
+
+
+def _wrong(argument: str, expected: str, got: Any) -> UserError:
+    return UserError(
+        f"save_checkpoints: {argument} must be {expected}, got {got!r} (config key plugins.checkpoints.{argument})"
+    )
 
 
 def _position(trainer: Trainer) -> tuple[int, int]:

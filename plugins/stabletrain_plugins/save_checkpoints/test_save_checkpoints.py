@@ -253,7 +253,8 @@ def test_trying_out_writes_nothing(tmp_path: Path) -> None:
     ("options", "word"),
     [
         ({"keep_last": 0}, "keep_last"),
-        ({"mode": "best"}, "mode"),
+        ({"mode": "best"}, r"got .best. \(config key plugins\.checkpoints\.mode\)"),
+        ({"tokens_per_step": 0}, "tokens_per_step"),
         ({"every": "soon"}, "every"),
         ({"every": 0}, "every"),
     ],
