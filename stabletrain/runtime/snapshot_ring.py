@@ -106,6 +106,12 @@ class SnapshotRing:
         while self._kept[-1] is not kept:
             self._drop(self._kept[-1])
 
+    def drop_out_of_reach(self, loader: TrainLoader) -> None:
+        """Forget those whose place in the data cannot be gone back to: the train loader was made anew since."""
+        for each in list(self._kept):
+            if each.snapshot.mark is not None and not loader.can_rewind(each.snapshot.mark):
+                self._drop(each)
+
     def begin_with(self, snapshot: Snapshot) -> None:
         """Forget all others, and trust this one, which was taken elsewhere."""
         self.clear()

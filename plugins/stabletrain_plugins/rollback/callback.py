@@ -161,6 +161,10 @@ class Rollback(RuleCallback, RollbackRule):
         if trainer.is_global_zero and (warning := self.too_rare(run_length(trainer).total_steps)):
             logger.warning(warning)
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Where epochs have loaders of their own (``reload_dataloaders_every_n_epochs``), the ring begins anew."""
+        self._ring.drop_out_of_reach(self._parts()[1])
+
     def on_outcome(self, outcome: Outcome) -> None:
         """Keep it for a diagnosis, and note when trouble begins and ends."""
         self._has_news = True

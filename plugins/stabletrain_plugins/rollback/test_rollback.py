@@ -339,6 +339,16 @@ def test_a_run_with_a_rollback_resumes_exactly(tmp_path: Path) -> None:
     assert same(whole, resumed)
 
 
+def test_no_snapshot_reaches_back_into_another_loader(tmp_path: Path) -> None:
+    # catches half a restore, ended by an error of the tape's, where each epoch has a loader of its own
+    ask, rollback = Ask().at(110), st.Rollback(**QUICK)
+    options = {"reload_dataloaders_every_n_epochs": 1, "limit_train_batches": 60, "max_epochs": 3}
+    train(tmp_path, ask, rollback, **options)
+    assert interventions(tmp_path)[0]["to"] > 60
+    with pytest.raises(TrainingStopped, match="no snapshot to go back to"):
+        train(tmp_path / "b", Ask().at(63), st.Rollback(**QUICK), **options)
+
+
 def test_the_log_of_a_resumed_run_is_whole(tmp_path: Path) -> None:
     # catches a replay without what was done before the restart: the resumed run has another folder, and another log
     save = ModelCheckpoint(tmp_path / "ckpt", filename="{step}", every_n_train_steps=60, save_top_k=-1)
