@@ -134,7 +134,8 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
             self._undo = lambda: None
             return
         if configs:
-            self._say(trainer, f"ScheduleLR replaces the module's own scheduler ({names}) for this run")
+            keeps = 'module_scheduler="keep" or default_callbacks(schedule="none") keeps it'
+            self._say(trainer, f"ScheduleLR replaces the module's own scheduler ({names}) for this run; {keeps}")
         strategy.lr_scheduler_configs = []
         self._bases = [[_base_rate(group) for group in each.param_groups] for each in trainer.optimizers]
 
