@@ -276,6 +276,8 @@ def test_a_mark_that_was_forgotten_is_refused_and_so_is_leaving_out_of_two_loade
         np.random.randn,
         lambda: torch.rand(1),
         lambda: torch.randn(1),
+        lambda: torch.randn(1, dtype=torch.float64),
+        lambda: torch.manual_seed(7).initial_seed(),
     ],
 )
 def test_a_fingerprint_changes_with_every_draw_and_a_restored_state_draws_the_same(draw, known, monkeypatch):
@@ -284,6 +286,7 @@ def test_a_fingerprint_changes_with_every_draw_and_a_restored_state_draws_the_sa
         monkeypatch.setattr(rng, "_PYTHON_STATE", None)
     random.seed(1)
     np.random.seed(1)
+    torch.manual_seed(1)
     before, mark = rng.capture(), rng.fingerprint()
     assert rng.fingerprint() == mark
     first = [float(draw()) for _ in range(700)]
