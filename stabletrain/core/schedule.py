@@ -77,7 +77,7 @@ class Schedule:
         lr_rewarm: length of the linear climb that a rollback asks for, on top of the curve; None is lr_warmup.
         tokens_per_step: tokens in one optimizer step over all ranks; needed for lengths in tokens only.
         module_scheduler: who wins on a module that has a scheduler of its own: ``"replace"`` (this one; the module's is
-            out for the run) or ``"keep"`` (the module's; this one only logs).
+            out for the run) or ``"keep"`` (the module's; this one logs it, and lets it climb again after a rollback).
 
     Raises:
         UserError: if an argument makes no sense, or has no effect with the kind; when training starts, if the lengths

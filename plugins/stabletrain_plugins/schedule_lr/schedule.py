@@ -23,6 +23,7 @@ from stabletrain.errors import UserError
 from stabletrain.runtime import compat
 from stabletrain.runtime.member import GuardMember
 from stabletrain.runtime.run_length import run_length
+from stabletrain_plugins.schedule_lr.climb import ClimbInStep
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,6 +44,7 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
     _rewarm: tuple[int, int] | None = None
     _saved: tuple[int, float] | None = None
     _undo: Callable[[], None] | None = None
+    _keeps = False  # the module's own scheduler
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,7 +112,7 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
         """Join the guard if other plugins have one; a schedule by itself needs none."""
         if stage != "fit":
             return
-        self._curve, self._logged = None, -1
+        self._curve, self._logged, self._keeps = None, -1, False
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         if any(isinstance(each, GuardMember) for each in callbacks if each is not self):
             super().setup(trainer, pl_module, stage)
@@ -130,8 +132,10 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
         names = ", ".join(type(config.scheduler).__name__ for config in configs)
         self._bases = []
         if configs and self.module_scheduler == "keep":
-            self._say(trainer, f"the module's own scheduler ({names}) sets the learning rate; ScheduleLR only logs it")
-            self._undo = lambda: None
+            sets = f"the module's own scheduler ({names}) sets the learning rate"
+            self._say(trainer, f"{sets}; ScheduleLR logs it, and lets it climb again after a rollback")
+            climb = ClimbInStep(trainer, lambda: self._rewarm)
+            self._undo, self._keeps = climb.undo, True
             return
         if configs:
             keeps = 'module_scheduler="keep" or default_callbacks(schedule="none") keeps it'
@@ -152,9 +156,11 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the curve, now that the length of the training data is known, and set the first rate."""
-        if not self._bases:
+        if not self._bases and not self._keeps:
             return
         self._run = self._stretched(trainer, run_length(trainer, self.tokens_per_step))
+        if self._keeps:
+            return
         self._curve = self.curve(self._run)
         if self._saved is not None:
             step, factor = self._saved
@@ -204,10 +210,7 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
 
     def handle_request(self, trainer: Trainer, module: LightningModule, request: Request) -> None:
         """Warm up once more from the present step, because a rule asks for it."""
-        if self._curve is None:
-            self._say(trainer, f"{request.plugin} asks to re-warm the learning rate, which is the module's scheduler's")
-            return
-        self._set(trainer)
+        self._step = trainer.global_step
         steps = request.steps
         if steps is None:
             steps = self.steps("lr_warmup" if self.lr_rewarm is None else "lr_rewarm", self.horizon(self._run))

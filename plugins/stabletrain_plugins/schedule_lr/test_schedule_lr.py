@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from stabletrain import default_callbacks
 from stabletrain.config.discovery import content, groups
 from stabletrain.core.events import Event, Request, RequestKind
 from stabletrain.core.lengths import RunLength
@@ -275,6 +276,7 @@ def test_a_second_warm_up_starts_at_the_present_step_and_survives_a_resume(tmp_p
 
 SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     "StepLR": lambda o: torch.optim.lr_scheduler.StepLR(o, 1, 0.5),
+    "ExponentialLR": lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.9),
     "LambdaLR": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: (step + 1) / 100),
     "OneCycleLR": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, [BASE, BASE * 10], total_steps=99),
 }
@@ -304,6 +306,32 @@ def test_keeps_out_of_the_way_of_the_modules_scheduler_if_told(
     assert net.used == alone.used
     assert caplog.text.count("the module's own scheduler (StepLR) sets the learning rate") == 1
     assert run.callback_metrics["lr"] == pytest.approx(alone.used[-1][0])
+
+
+@pytest.mark.parametrize("name", ["StepLR", "ExponentialLR"])
+def test_the_modules_scheduler_climbs_again_after_a_rollback_and_is_not_disturbed(tmp_path: Path, name: str) -> None:
+    # catches a rollback that goes on at full rate where the module has a scheduler, and a scheduler that computes its
+    # next rate from a lowered one
+    class Ask(Callback):
+        def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step == 4:
+                schedule.handle_request(trainer, module, Request(RequestKind.REWARM, "somebody", "asks", 4))
+
+    alone, net, schedule = Net(SCHEDULERS[name]), Net(SCHEDULERS[name]), ScheduleLR(module_scheduler="keep")
+    trainer(tmp_path).fit(alone, data())
+    trainer(tmp_path, schedule, Ask()).fit(net, data())
+    factors = [1.0] * 4 + [0.25, 0.5, 0.75] + [1.0] * 9
+    usual, used = ([rate for rate, _ in each.used] for each in (alone, net))
+    assert used == [rate * factor for rate, factor in zip(usual, factors, strict=True)]
+    assert net.trainer.optimizers[0].param_groups[0]["lr"] == alone.trainer.optimizers[0].param_groups[0]["lr"]
+
+
+def test_the_default_stack_leaves_the_modules_scheduler_alone(tmp_path: Path) -> None:
+    # catches an unmodified script that trains at a constant rate since default_callbacks() was added
+    alone, net = Net(SCHEDULERS["StepLR"]), Net(SCHEDULERS["StepLR"])
+    trainer(tmp_path).fit(alone, data())
+    trainer(tmp_path, *default_callbacks()).fit(net, data())
+    assert net.used == alone.used
 
 
 def test_keep_on_a_module_without_a_scheduler_is_an_ordinary_schedule(tmp_path: Path) -> None:
