@@ -7,6 +7,7 @@ from collections import Counter, deque
 from pathlib import Path
 
 from stabletrain.core.events import Event
+from stabletrain.runtime.json_lines import JsonLines
 
 logger = logging.getLogger("stabletrain")
 
@@ -21,13 +22,13 @@ class EventLog:
     """
 
     def __init__(self, path: Path | None, speak: bool = True) -> None:
-        self.path = path
+        self._file = JsonLines(path, "events")
         self.recent: deque[Event] = deque(maxlen=10_000)
         self.counts: Counter[tuple[str, str]] = Counter()
         self._speak = speak
 
     def append(self, event: Event) -> None:
-        """Record an event. A disk that refuses the line is reported once and does not end the run."""
+        """Record an event."""
         self.recent.append(event)
         key = (event.plugin, event.kind)
         self.counts[key] += 1
@@ -35,11 +36,4 @@ class EventLog:
         if self._speak and count & (count - 1) == 0:
             times = "" if count == 1 else f" (number {count} of its kind)"
             logger.warning("step %d: %s: %s%s", event.step, event.plugin, event.reason, times)
-        if self.path is not None:
-            try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                with self.path.open("a") as file:
-                    file.write(event.to_json() + "\n")
-            except OSError as error:
-                logger.warning("events are no longer written to %s: %s; they are kept in memory", self.path, error)
-                self.path = None
+        self._file.append(event.to_json())

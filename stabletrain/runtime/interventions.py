@@ -17,6 +17,7 @@ from lightning.pytorch import LightningModule, Trainer
 from stabletrain.errors import UserError
 from stabletrain.runtime.checkpoints.recipe import recipe_hash
 from stabletrain.runtime.event_log import logger
+from stabletrain.runtime.json_lines import JsonLines
 
 NAME = "interventions.jsonl"
 
@@ -86,11 +87,12 @@ class InterventionLog:
     """
 
     def __init__(self, path: Path | None, fingerprint: Fingerprint) -> None:
-        self.path = path
+        self._path = path
+        self._file = JsonLines(path, "interventions")
         self._fingerprint = fingerprint
 
     def append(self, made: Intervention) -> None:
-        """Write an intervention; a disk that refuses is reported, and ends nothing."""
+        """Write an intervention."""
         self._write({"action": "rollback", **made._asdict(), **self._fingerprint._asdict()})
 
     def resumed(self, step: int, made: Iterable[Intervention] = ()) -> None:
@@ -100,24 +102,14 @@ class InterventionLog:
             step: attempted steps so far.
             made: all interventions until then: a log in another folder begins with them, so that it is whole.
         """
-        if self.path is not None and self.path.exists():
+        if self._path is not None and self._path.exists():
             self._write({"action": "resume", "step": step})
         else:
             for each in made:
                 self.append(each)
 
     def _write(self, record: dict[str, Any]) -> None:
-        if self.path is None:
-            return
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-        except OSError as error:
-            logger.warning(
-                "interventions are no longer written to %s: %s; this run cannot be replayed", self.path, error
-            )
-            self.path = None
+        self._file.append(json.dumps(record))
 
 
 def read(path: str | Path, fingerprint: Fingerprint) -> list[Intervention]:

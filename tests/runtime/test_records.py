@@ -40,7 +40,7 @@ def test_a_path_that_cannot_be_written(events: str, tmp_path: Path, caplog: pyte
     with caplog.at_level(logging.WARNING, "stabletrain"):
         fit(Net(), ITEMS, recorder, leader)
     assert len(recorder.state) == 4
-    assert caplog.text.count("events are no longer written to") == 1
+    assert caplog.text.count("events cannot be written to") == 1
     assert len(leader._guard.events.recent) == 4  # type: ignore[union-attr]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +128,10 @@ def test_a_disk_that_refuses_ends_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     log = InterventionLog(tmp_path / "file" / "interventions.jsonl", MINE)
     log.append(made(10))
-    assert log.path is None
-    assert json.dumps(made(10)._asdict())
+    log.append(made(20))
+    (tmp_path / "file").unlink()
+    log.append(made(30))
+    assert [each.step for each in read(tmp_path / "file", MINE)] == [10, 20, 30], "written once the disk takes them"
 
 
 def test_buffers_on_disk_leave_nothing_behind(tmp_path: Path) -> None:

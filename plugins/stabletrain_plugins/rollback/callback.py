@@ -24,6 +24,7 @@ from stabletrain.runtime.run_length import run_length
 from stabletrain.runtime.snapshot import Snapshot
 from stabletrain.runtime.snapshot_buffers import SnapshotBuffers
 from stabletrain.runtime.snapshot_ring import SnapshotRing
+from stabletrain.runtime.state_tree import SnapshotError
 from stabletrain.runtime.stop import TrainingStopped
 from stabletrain.runtime.train_loader import TrainLoader
 from stabletrain.runtime.weight_check import Watched, WeightCheck, WeightWatch
@@ -285,8 +286,10 @@ class Rollback(RuleCallback, RollbackRule):
             if checkpoint is None:
                 target = self._ring.trusted()
         if target is None and checkpoint is None:
-            untrusted = f"; {len(self._ring)} in memory had not stayed healthy for {self.trust_after} steps"
-            where = "there is no snapshot to go back to" + (untrusted if len(self._ring) else "")
+            untrusted = "none was taken yet"
+            if len(self._ring):
+                untrusted = f"{len(self._ring)} in memory had not stayed healthy for {self.trust_after} steps"
+            where = f"there is no snapshot to go back to ({untrusted}; plugins.spike.every, plugins.spike.trust_after)"
             self._give_up(f"{where}, and no checkpoint on disk from before; {request.reason}", batch, batch_idx)
         items = self._items_to_leave_out(target.snapshot if target else None, again)
         several = guard.trainer.world_size > 1
@@ -304,7 +307,10 @@ class Rollback(RuleCallback, RollbackRule):
         )
         if target is not None:
             self._ring.drop_after(target)
-        self._make(made, target.snapshot if target else None)
+        try:
+            self._make(made, target.snapshot if target else None)
+        except SnapshotError as error:
+            self._give_up(f"{error}; {request.reason}", batch, batch_idx)
 
     def _items_to_leave_out(self, target: Snapshot | None, again: bool) -> list[Item]:
         guard, loader = self._parts()

@@ -164,7 +164,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         root = trainer.log_dir or trainer.default_root_dir  # asks all ranks: not only on rank 0
         self._place = (Path(root) / "checkpoints" if self.folder is None else Path(self.folder)).expanduser().absolute()
         self._active = not compat.is_fast_dev_run(trainer)
-        self._recipe = recipe_hash(Path(trainer.default_root_dir))
+        self._recipe = recipe_hash(Path(trainer.default_root_dir), but=("chaos",))
         if self._active and trainer.is_global_zero:
             keep = Keep(last=self.keep_last, metric=self.monitor, mode=self.mode)
             self._saver = Saver(Store(self._place, keep), self.background)
@@ -181,7 +181,9 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         if self._saver is not None:
             self._saver.begin(self._run)
             if self._loaded_recipe and self._recipe and self._loaded_recipe != self._recipe:
-                logger.warning("the checkpoint was made with another recipe than this run's")
+                logger.warning(
+                    "the checkpoint was made with another recipe than this run's: compare the run.yaml of both runs"
+                )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -218,7 +218,8 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
         self._set(trainer)
         if self._guard is not None:
             why = f"learning rate climbs again over {steps} steps from step {self._step}: {request.reason}"
-            self._guard.report(Event(self._step, "schedule_lr", "rewarm", float(steps), math.nan, why))
+            now = self._guard.counters.attempted - 1
+            self._guard.report(Event(now, "schedule_lr", "rewarm", float(steps), math.nan, why))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Undo: Lightning calls no teardown after an exception."""

@@ -13,11 +13,12 @@ _OF_ONE_RUN = ("run_dir", "resume", "logger", "launch", "trust", "callbacks", "c
 """Where a run is, and how it is watched: not what is trained."""
 
 
-def recipe_hash(folder: Path) -> str | None:
+def recipe_hash(folder: Path, but: tuple[str, ...] = ()) -> str | None:
     """Hash what is trained, by the ``run.yaml`` of a run's folder; None if there is none that can be read.
 
     Args:
         folder: the run's folder.
+        but: further keys that may differ.
     """
     try:
         content = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
@@ -25,7 +26,7 @@ def recipe_hash(folder: Path) -> str | None:
         return None
     if not isinstance(content, dict):
         return None
-    trained = {key: value for key, value in content.items() if key not in _OF_ONE_RUN}
+    trained = {key: value for key, value in content.items() if key not in (*_OF_ONE_RUN, *but)}
     plugins = trained.get("plugins")
     if isinstance(plugins, dict):
         trained["plugins"] = {slot: _without_replay(node) for slot, node in plugins.items()}
