@@ -13,9 +13,6 @@ fourth trial is killed again after it was started again. Started again means: a 
 Compared are, with `torch.equal` on their bytes: weights, optimizer state, random numbers, counters and the state of
 every plugin on each rank, and all of the last checkpoint. After each kill every checkpoint that has its name is read
 and verified. The exit code is 1 if anything differs or cannot be read, or if no kill hit a write.
-
-Left out: validations between the micro-batches of a step. A checkpoint that `monitor` makes there lacks their
-gradients; ResumeExactly warns of it, and a run that goes on from it is not bit-identical.
 """
 
 from __future__ import annotations
@@ -115,8 +112,7 @@ def main() -> int:
         versions = f"torch {torch.__version__}, lightning {L.__version__}, Python {platform.python_version()}"
         (Path(__file__).parent / "results" / "kills.md").write_text(
             f"# Kills, {date.today().isoformat()}\n\n`python benchmarks/kills.py --write` on {os.cpu_count()} CPU "
-            f"cores, one torch thread a process; {versions}.\nWhat a trial is, and what is left out, the script says "
-            "at its beginning.\n\n"
+            f"cores, one torch thread a process; {versions}.\nWhat a trial is, the script says at its beginning.\n\n"
             + "\n".join(lines) + "\n"
         )  # fmt: skip
     found = problems(everything)

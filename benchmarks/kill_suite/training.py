@@ -142,7 +142,7 @@ def train(setup: Setup, folder: Path, rank: int, port: int, seed: int, ckpt_path
         devices=setup.processes,
         max_epochs=EPOCHS,
         accumulate_grad_batches=setup.accumulate,
-        val_check_interval=12,  # within epochs, and between steps: gradients of a window are in no checkpoint
+        val_check_interval=10,  # within epochs; with accumulation within a window, whose gradients no checkpoint has
         callbacks=plugins,
         default_root_dir=folder,
         logger=False,
