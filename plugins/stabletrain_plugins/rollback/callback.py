@@ -340,7 +340,9 @@ class Rollback(RuleCallback, RollbackRule):
             where = f"to the snapshot of step {target.applied}"
         else:
             assert made.checkpoint is not None
+            kept = self._rollbacks, self._left_out, self._made  # these do not go back: the checkpoint has those of then
             older_checkpoint.restore(guard, made.checkpoint, made.cause)
+            self._rollbacks, self._left_out, self._made = kept
             undone = made.applied[0] - trainer.global_step
             self._ring.clear()
             where = f"to {made.checkpoint} (step {trainer.global_step}; the data go on)"

@@ -385,6 +385,20 @@ def test_the_newest_checkpoint_is_used_after_a_restart(tmp_path: Path) -> None:
     assert len(model.samples) == 14, "four steps before, ten after"
 
 
+def test_the_budget_is_not_given_back_by_a_checkpoint(tmp_path: Path) -> None:
+    # catches a run that goes back to one checkpoint for ever, and forgets what it left out: both are in it, as of then
+    save = ModelCheckpoint(tmp_path / "ckpt", filename="{step}", every_n_train_steps=10, save_top_k=-1)
+    train(tmp_path / "a", st.Rollback(**QUICK), save, max_steps=20, max_epochs=-1)
+    rollback = st.Rollback(**{**QUICK, "trust_after": 8}, max_rollbacks=2)
+    callbacks = Ask().at(24, 26, 28), rollback, ModelCheckpoint(tmp_path / "ckpt", save_top_k=0)
+    with pytest.raises(TrainingStopped, match="2 rollbacks did not help"):
+        train(tmp_path / "b", *callbacks, resume=tmp_path / "ckpt" / "step=20.ckpt", max_steps=60, max_epochs=-1)
+    made = interventions(tmp_path / "b")
+    assert [each["applied"][1] for each in made] == [20, 10]
+    assert rollback.rollbacks == 2
+    assert rollback.left_out == {tuple(batch) for each in made for batch in each["left_out"]}
+
+
 def test_rewarming(tmp_path: Path) -> None:
     # catches a learning rate that jumps back to its full height
     class Rates(Callback):
