@@ -466,7 +466,7 @@ def test_an_event_and_a_request_reach_the_guard(tmp_path: Path) -> None:
     schedule, net = ScheduleLR(lr_warmup=0, lr_rewarm=4), Net()
     trainer(tmp_path, as_callback(ClipNormRule)(), schedule, Heard()).fit(net, data())
     assert [round(rate / BASE, 9) for rate, _ in net.used[5:10]] == [1, 0.25, 0.5, 0.75, 1]
-    assert [(event.step, event.kind, event.value) for event in Heard.events] == [(5, "rewarm", 4.0)], "the step it follows"
+    assert [(event.step, event.kind, event.value) for event in Heard.events] == [(5, "rewarm", 4.0)]
     assert "loss 9.0 > 3.0" in Heard.events[0].reason
 
 
