@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
 from torch.optim import Optimizer
 
 from stabletrain.chaos.fault import Fault, finite_positive
+from stabletrain.runtime.scaled_rates import ScaledRates
 
 
 class LearningRateSurge(Fault):
@@ -32,7 +31,7 @@ class LearningRateSurge(Fault):
         super().__init__(at_step, steps, None, once)
         self.factor = factor
         self.require(finite_positive(factor), "factor", "> 0 and finite")
-        self._rates: list[tuple[dict[str, Any], Any]] = []
+        self._rates = ScaledRates()
 
     def strike(self, trainer: Trainer, module: LightningModule, step: int) -> None:
         """Say so."""
@@ -41,7 +40,7 @@ class LearningRateSurge(Fault):
 
     def begin(self, trainer: Trainer, module: LightningModule, step: int) -> None:
         """Hook the optimizers' steps for this micro-batch."""
-        self.later(self._restore)
+        self.later(self._rates.put_back)
         for optimizer in trainer.optimizers:
             self.later(optimizer.register_step_pre_hook(self._before).remove)
             self.later(optimizer.register_step_post_hook(self._after).remove)
@@ -51,12 +50,12 @@ class LearningRateSurge(Fault):
         named = kwargs.get("closure")
         closure = named if named is not None else next((each for each in args if callable(each)), None)
         if closure is None:
-            self._raise(optimizer)
+            self._rates.scale(optimizer, self.factor)
             return None
 
         def closed(*inner: Any, **more: Any) -> Any:
             result = closure(*inner, **more)
-            self._raise(optimizer)
+            self._rates.scale(optimizer, self.factor)
             return result
 
         if named is not None:
@@ -64,25 +63,4 @@ class LearningRateSurge(Fault):
         return tuple(closed if each is closure else each for each in args), kwargs
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._restore()
-
-    def _raise(self, optimizer: Optimizer) -> None:
-        self._restore()
-        for group in optimizer.param_groups:
-            rate = group["lr"]
-            if isinstance(rate, Tensor):
-                self._rates.append((group, rate.detach().clone()))
-                with torch.no_grad():
-                    rate.mul_(self.factor)
-            else:
-                self._rates.append((group, rate))
-                group["lr"] = rate * self.factor
-
-    def _restore(self) -> None:
-        for group, rate in self._rates:
-            if isinstance(rate, Tensor):
-                with torch.no_grad():
-                    group["lr"].copy_(rate)
-            else:
-                group["lr"] = rate
-        self._rates.clear()
+        self._rates.put_back()

@@ -77,6 +77,11 @@ class Intervention(NamedTuple):
     plugin: str
     cause: str
 
+    @property
+    def undone(self) -> int:
+        """Attempted steps that it undid; of one to a checkpoint, applied steps."""
+        return self.applied[0] - self.applied[1] if self.to is None else self.step - self.to
+
 
 class InterventionLog:
     """Appends to the log of a run; the file appears with the first intervention.
@@ -87,7 +92,6 @@ class InterventionLog:
     """
 
     def __init__(self, path: Path | None, fingerprint: Fingerprint) -> None:
-        self._path = path
         self._file = JsonLines(path, "interventions")
         self._fingerprint = fingerprint
 
@@ -102,7 +106,7 @@ class InterventionLog:
             step: attempted steps so far.
             made: all interventions until then: a log in another folder begins with them, so that it is whole.
         """
-        if self._path is not None and self._path.exists():
+        if self._file.path is not None and self._file.path.exists():
             self._write({"action": "resume", "step": step})
         else:
             for each in made:

@@ -17,7 +17,7 @@ from stabletrain.runtime.data_tape import Item
 from stabletrain.runtime.disk_buffers import DiskBuffers
 from stabletrain.runtime.event_log import logger
 from stabletrain.runtime.guard import StepGuard
-from stabletrain.runtime.interventions import NAME, Fingerprint, Intervention, InterventionLog, names, read
+from stabletrain.runtime.interventions import NAME, Fingerprint, Intervention, InterventionLog, read
 from stabletrain.runtime.member import RuleCallback
 from stabletrain.runtime.requests import hand_over
 from stabletrain.runtime.run_length import run_length
@@ -32,7 +32,7 @@ from stabletrain_plugins.rollback import memory
 from stabletrain_plugins.rollback.replaying import Replaying
 from stabletrain_plugins.rollback.report import report
 from stabletrain_plugins.rollback.rollback_rule import RollbackRule
-from stabletrain_plugins.rollback.trouble import Last, Trouble, is_healthy, offending
+from stabletrain_plugins.rollback.trouble import Trouble, is_healthy, offending
 
 _OUTCOMES = 500
 """Steps in a diagnosis."""
@@ -100,9 +100,6 @@ class Rollback(RuleCallback, RollbackRule):
     _log: InterventionLog | None = None
     _weights: WeightWatch | None = None
     _replay: Replaying | None = None
-    _rollbacks = 0
-    _last: Last | None = None
-    _left_out: frozenset[tuple[Any, ...]] = frozenset()
     _made: tuple[Intervention, ...] = ()
     _watched = Watched()
     _has_news = False
@@ -110,18 +107,17 @@ class Rollback(RuleCallback, RollbackRule):
     def reset(self) -> None:
         """A new run: nothing is known, nothing was left out."""
         super().reset()
-        self._rollbacks, self._last, self._left_out, self._made = 0, None, frozenset(), ()
-        self._watched = Watched()
+        self._made, self._watched = (), Watched()
 
     @property
     def rollbacks(self) -> int:
         """Rollbacks made in this run, those before a restart included."""
-        return self._rollbacks
+        return len(self._made)
 
     @property
     def left_out(self) -> frozenset[tuple[Any, ...]]:
         """Names of the batches that are left out: by samples, else (or with several processes) by epoch and place."""
-        return self._left_out
+        return frozenset(name for made in self._made for name in made.left_out)
 
     # ---- Lightning's hooks ------------------------------------------------------------------------------------------
 
@@ -154,8 +150,8 @@ class Rollback(RuleCallback, RollbackRule):
             self._replay = Replaying(planned, guard.counters.attempted, self._new_snapshot)
         if compat.resumes_from_checkpoint(trainer):
             self._log.resumed(guard.counters.attempted, self._made)
-        if self._left_out:
-            loader.leave_out(self._left_out)
+        if left_out := self.left_out:
+            loader.leave_out(left_out)
         check = WeightCheck([name for name, _ in named], [p for _, p in named], self.max_growth)
         self._weights = WeightWatch(check, self.check_every, self._watched)
         self._trouble.step_ends(guard.decided, trainer.global_step, loader.mark())
@@ -214,28 +210,21 @@ class Rollback(RuleCallback, RollbackRule):
             return {}
         self._has_news = False
         prefix = f"{self.rule.name}/" if self.rule.name else ""
-        counts = {f"{prefix}rollbacks": self._rollbacks, f"{prefix}batches_left_out": len(self._left_out)}
+        counts = {f"{prefix}rollbacks": self.rollbacks, f"{prefix}batches_left_out": len(self.left_out)}
         return {**super().metrics(), **{key: float(value) for key, value in counts.items()}}
 
     def state_dict(self) -> dict[str, Any]:
-        """The detector's state, the rollbacks made, the batches to leave out, and what was seen of the weights."""
-        plain = super().state_dict()
-        last = list(self._last) if self._last else None
-        left_out = [list(each) for each in sorted(self._left_out, key=repr)]
+        """The detector's state, the rollbacks made, and what was seen of the weights."""
         watched = to_plain(self._weights.seen if self._weights is not None else self._watched)
-        made = {"rollbacks": self._rollbacks, "made": to_plain(self._made), "last": last, "left_out": left_out}
-        return {**plain, **made, "weights": watched}
+        return {**super().state_dict(), "made": to_plain(self._made), "weights": watched}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint; the ring begins empty."""
         super().load_state_dict(state_dict)
-        self._rollbacks = state_dict["rollbacks"]
-        self._last = Last(*state_dict["last"]) if state_dict["last"] else None
-        self._left_out = frozenset(names(state_dict["left_out"]))
         self._made = from_plain(tuple[Intervention, ...], state_dict.get("made", []))
         self._watched = from_plain(Watched, state_dict["weights"]) if "weights" in state_dict else Watched()
-        if self._loader is not None and self._left_out:
-            self._loader.leave_out(self._left_out)  # now: data without a length are fetched ahead of on_train_start
+        if self._loader is not None and (left_out := self.left_out):
+            self._loader.leave_out(left_out)  # now: data without a length are fetched ahead of on_train_start
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles and copies leave the running fit behind."""
@@ -272,12 +261,12 @@ class Rollback(RuleCallback, RollbackRule):
         guard, _ = self._parts()
         guard.settle()
         step, applied = guard.counters.attempted, guard.trainer.global_step
-        if self._rollbacks >= self.max_rollbacks:
-            reason = f"{self._rollbacks} rollbacks did not help (plugins.spike.max_rollbacks); now: {request.reason}"
+        if self.rollbacks >= self.max_rollbacks:
+            reason = f"{self.rollbacks} rollbacks did not help (plugins.spike.max_rollbacks); now: {request.reason}"
             self._give_up(reason, batch, batch_idx)
-        last, suspicion = self._last, self._trouble.since
+        last, suspicion = self._made[-1] if self._made else None, self._trouble.since
         again = last is not None and step <= last.step + last.undone + self.cool_down
-        limit = last.applied if again and last is not None else None
+        limit = last.applied[1] if again and last is not None else None
         target = self._ring.trusted(limit)
         checkpoint = None
         if target is None:
@@ -323,27 +312,22 @@ class Rollback(RuleCallback, RollbackRule):
             return self._trouble.batches(loader, None)
         if self.drop == "since_snapshot":
             return list(loader.items_since(target.mark).values())
-        at_least = max(1, 2 * self._last.left_out) if again and self._last is not None else 0
+        at_least = max(1, 2 * len(self._made[-1].left_out)) if again else 0
         window = guard.trainer.accumulate_grad_batches
         return offending(self._trouble, loader, target.mark, at_least, window)
 
     def _make(self, made: Intervention, target: Snapshot | None) -> None:
         """Make an intervention, decided now or in the run that is replayed."""
         guard, loader = self._parts()
-        trainer = guard.trainer
+        trainer, before = guard.trainer, self._made
         if made.left_out:
             loader.leave_out(made.left_out)
-            self._left_out |= set(made.left_out)
         if target is not None:
             target.restore(guard, loader, made.cause)
-            undone = made.step - target.step
             where = f"to the snapshot of step {target.applied}"
         else:
             assert made.checkpoint is not None
-            kept = self._rollbacks, self._left_out, self._made  # these do not go back: the checkpoint has those of then
             older_checkpoint.restore(guard, made.checkpoint, made.cause)
-            self._rollbacks, self._left_out, self._made = kept
-            undone = made.applied[0] - trainer.global_step
             self._ring.clear()
             where = f"to {made.checkpoint} (step {trainer.global_step}; the data go on)"
         if made.baselines == "reset":
@@ -351,9 +335,7 @@ class Rollback(RuleCallback, RollbackRule):
                 if isinstance(member, RuleCallback):
                     member.state = member.rule.init()
         made = made._replace(applied=(made.applied[0], trainer.global_step))
-        self._rollbacks += 1
-        self._last = Last(made.step, undone, trainer.global_step, len(made.left_out))
-        self._made = (*self._made, made)
+        self._made = (*before, made)  # never goes back, though a checkpoint has what was made until then
         self._trouble.is_over()
         if self._weights is not None:
             self._weights.begin_anew()
@@ -361,7 +343,7 @@ class Rollback(RuleCallback, RollbackRule):
             hand_over(Request(RequestKind.REWARM, self.label, f"after a rollback {where}", made.rewarm), guard)
         left_out = f", {len(made.left_out)} batches left out" if made.left_out else ""
         reason = f"back {where} from step {made.applied[0]}{left_out}: {made.plugin}: {made.cause}"
-        guard.report(Event(made.step - 1, self.label, "rollback", float(undone), math.nan, reason))
+        guard.report(Event(made.step - 1, self.label, "rollback", float(made.undone), math.nan, reason))
         assert self._log is not None
         self._log.append(made)
         guard.flush()
@@ -376,7 +358,7 @@ class Rollback(RuleCallback, RollbackRule):
         folder = self._folder / f"diagnosis-{step}"
         if not self._quiet:
             diagnosis.write_bundle(folder, content, list(self._outcomes), rollbacks)
-        guard.report(Event(step - 1, self.label, "stop", float(self._rollbacks), float(self.max_rollbacks), reason))
+        guard.report(Event(step - 1, self.label, "stop", float(self.rollbacks), float(self.max_rollbacks), reason))
         guard.flush()
         raise TrainingStopped(self.label, reason if self._quiet else f"{reason}. Diagnosis: {folder}")
 

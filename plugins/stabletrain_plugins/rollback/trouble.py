@@ -29,22 +29,6 @@ class Suspicion(NamedTuple):
     mark: Mark | None
 
 
-class Last(NamedTuple):
-    """The last rollback.
-
-    Args:
-        step: attempted steps when it was made.
-        undone: attempted steps that it undid.
-        applied: applied steps it went back to.
-        left_out: how many batches were left out.
-    """
-
-    step: int
-    undone: int
-    applied: int
-    left_out: int
-
-
 class Trouble:
     """Follows the outcomes of a run."""
 

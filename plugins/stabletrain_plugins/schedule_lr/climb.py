@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
-from torch import Tensor
 from torch.optim import Optimizer
 
 from stabletrain.core.curves import rewarm_factor
+from stabletrain.runtime.scaled_rates import ScaledRates
 
 
 class ClimbInStep:
@@ -23,7 +22,7 @@ class ClimbInStep:
 
     def __init__(self, trainer: Trainer, rewarm: Callable[[], tuple[int, int] | None]) -> None:
         self._trainer, self._rewarm = trainer, rewarm
-        self._rates: list[tuple[dict[str, Any], Any]] = []
+        self._rates = ScaledRates()
         self._handles = [
             handle
             for optimizer in trainer.optimizers
@@ -41,21 +40,8 @@ class ClimbInStep:
     def _lower(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         climb = self._rewarm()
         factor = rewarm_factor(self._trainer.global_step, *climb) if climb else 1.0
-        if factor == 1.0:
-            return
-        for group in optimizer.param_groups:
-            rate = group["lr"]
-            self._rates.append((group, rate.clone() if isinstance(rate, Tensor) else rate))
-            _set(group, rate * factor)
+        if factor != 1.0:
+            self._rates.scale(optimizer, factor)
 
     def _put_back(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        while self._rates:
-            _set(*self._rates.pop())
-
-
-@torch.no_grad()
-def _set(group: dict[str, Any], rate: Any) -> None:
-    if isinstance(group["lr"], Tensor):
-        group["lr"].copy_(rate)  # compiled and fused kernels hold on to the tensor
-    else:
-        group["lr"] = rate
+        self._rates.put_back()
