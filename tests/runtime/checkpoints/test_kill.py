@@ -26,11 +26,12 @@ def test_fifty_kills_lose_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert done.returncode == 0, done.stderr
         counts = json.loads(done.stdout)
         assert counts["lost"] == 0
-        assert counts["saves"] > 0, "no save was acknowledged: the test proves nothing"
+        assert counts["saves"] >= 50
         assert counts["torn"] > 0, "no kill hit a write: the test proves nothing"
         assert os.listdir(other) == []
         with capsys.disabled():
-            print(f"\n50 SIGKILLs in {counts['saves']} saves, {counts['torn']} torn writes: 0 acknowledged ones lost")
+            kills, saves, torn = (counts[key] for key in ("kills", "saves", "torn"))
+            print(f"\n{kills} SIGKILLs in {saves} saves, {torn} torn writes: 0 acknowledged ones lost")
     finally:
         for path in (*other.iterdir(), other):
             path.unlink() if path.is_file() else path.rmdir()
