@@ -38,4 +38,4 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/overhead.py
 
 generate: $(VENV)/installed
-	$(BIN)/python -m stabletrain.testing.generate
+	$(BIN)/python tools/generate.py

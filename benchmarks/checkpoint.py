@@ -37,9 +37,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from stabletrain import SaveCheckpoints
-from stabletrain.runtime import compat
-from stabletrain.runtime.checkpoints.tree import Packed
-from stabletrain.runtime.snapshot_buffers import SnapshotBuffers, bytes_of
+from stabletrain.runtime.checkpoints.encoding import Encoded
+from stabletrain.runtime.internals import trainer as trainer_internals
+from stabletrain.runtime.snapshots.buffers import SnapshotBuffers, bytes_of
 
 Save = Callable[[L.Trainer], None]
 
@@ -97,7 +97,7 @@ class Bench(L.Callback):
         next(self._plan, None)
 
     def windows(self, trainer: L.Trainer) -> Iterator[None]:
-        tensors = Packed(compat.dump_checkpoint(trainer)).tensors
+        tensors = Encoded(trainer_internals.dump_checkpoint(trainer)).tensors
         self.nbytes = bytes_of(tensors)
         source = torch.empty(self.nbytes, dtype=torch.uint8).random_()
         target = torch.zeros(self.nbytes, dtype=torch.uint8)
@@ -171,7 +171,7 @@ def main() -> None:
     peer = AsyncCheckpointIO(TorchCheckpointIO())
 
     def save_with_peer(trainer: L.Trainer) -> None:
-        peer.save_checkpoint(compat.dump_checkpoint(trainer), folder / "peer.ckpt")
+        peer.save_checkpoint(trainer_internals.dump_checkpoint(trainer), folder / "peer.ckpt")
 
     def wait_for_peer(_: L.Trainer) -> None:
         peer.teardown()

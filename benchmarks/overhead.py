@@ -39,8 +39,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import stabletrain as st
 from stabletrain.core.limits import Bound, Limits, SkipNonFinite
-from stabletrain.runtime import device_limits, gradients
-from stabletrain.runtime.outcome_copy import OutcomeCopy, Signals
+from stabletrain.runtime import gradients
+from stabletrain.runtime.guard.signals import SignalCopy, Signals
+from stabletrain.runtime.guard.step_guard import device_limits
 
 Case = Callable[[], list[L.Callback]]
 
@@ -271,10 +272,10 @@ def host_reads(steps: int = 100) -> list[Row]:
     data = DataLoader(Batches(steps), batch_size=None)
     counts = {}
     for name, callbacks in (("bare", []), ("stack", [*without_rollback(), st.Guard(mode="device")])):
-        waits = OutcomeCopy.waits
+        waits = SignalCopy.waits
         with CountReads() as counter:
             fit(TinyMLP(fused=True), data, callbacks, log_every_n_steps=10**6)
-        counts[name] = (sum(counter.reads.values()), OutcomeCopy.waits - waits)
+        counts[name] = (sum(counter.reads.values()), SignalCopy.waits - waits)
     ours = (counts["stack"][0] - counts["bare"][0]) / steps
     what = f"reads back from the device per step, device mode forced on the CPU, {steps} steps, without rollback"
     return [

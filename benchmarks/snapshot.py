@@ -37,10 +37,10 @@ from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 import stabletrain as st
-from stabletrain.runtime.member import GuardMember
-from stabletrain.runtime.snapshot import Snapshot
-from stabletrain.runtime.taped_loader import TapedLoader
-from stabletrain.runtime.train_loader import TrainLoader
+from stabletrain.runtime.data.taped_loader import TapedLoader
+from stabletrain.runtime.data.train_loader import TrainLoader
+from stabletrain.runtime.guard.callbacks import GuardMember
+from stabletrain.runtime.snapshots.snapshot import Snapshot
 from stabletrain.workloads import CharGPT, ShakespeareData
 
 
@@ -252,7 +252,7 @@ class InTurns(L.Callback):
 def take_out(trainer: L.Trainer, rollback: st.Rollback) -> Callable[[], None]:
     """Leave a plugin, and the loader between the loop and its data, out of a running fit; returns what undoes it."""
     guard, (loader,) = rollback._guard, rollback._loader.loaders
-    lists = [trainer.callbacks, guard.members, guard._rules, guard._listeners]  # type: ignore[attr-defined]
+    lists = [trainer.callbacks, guard.members, guard._rules, guard._outcome_observers]  # type: ignore[attr-defined]
     places = [each.index(rollback) for each in lists]
     for each in lists:
         each.remove(rollback)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "Guard": "stabletrain.runtime.member:Guard",
+    "Guard": "stabletrain.runtime.guard.callbacks:Guard",
     "TrainingStopped": "stabletrain.runtime.stop:TrainingStopped",
     "UserError": "stabletrain.errors:UserError",
     "callbacks": "stabletrain.config.build:callbacks",
@@ -40,7 +40,7 @@ _PLUGINS = {
 }
 
 if TYPE_CHECKING:
-    from stabletrain.runtime.member import RuleCallback
+    from stabletrain.runtime.guard.callbacks import RuleCallback
     from stabletrain_plugins.clip_norm.rule import ClipNormRule
     from stabletrain_plugins.clip_percentile.rule import ClipPercentileRule
     from stabletrain_plugins.clip_tensorwise.transform import ClipTensorwise as ClipTensorwise
@@ -73,7 +73,7 @@ if TYPE_CHECKING:
     from stabletrain.config.build import callbacks as callbacks
     from stabletrain.config.build import default_callbacks as default_callbacks
     from stabletrain.errors import UserError as UserError
-    from stabletrain.runtime.member import Guard as Guard
+    from stabletrain.runtime.guard.callbacks import Guard as Guard
     from stabletrain.runtime.stop import TrainingStopped as TrainingStopped
 
 __all__ = [*_EXPORTS, *_PLUGINS]
@@ -86,7 +86,7 @@ def __getattr__(name: str) -> Any:
     module, _, attribute = target.partition(":")
     value = getattr(importlib.import_module(module), attribute)
     if module.endswith(".rule"):
-        from stabletrain.runtime.member import as_callback
+        from stabletrain.runtime.guard.callbacks import as_callback
 
         # kept by as_callback, not in this module: doctest would run the rule's examples here, without its names
         return as_callback(value)

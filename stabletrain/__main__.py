@@ -1,5 +1,5 @@
 """``python -m stabletrain`` is the command line."""
 
-from stabletrain.cli import main
+from stabletrain.cli.main import main
 
 main()

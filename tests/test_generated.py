@@ -3,12 +3,12 @@
 import shutil
 from pathlib import Path
 
+import generate
 import pytest
 
 from stabletrain.config import discovery
-from stabletrain.config.discovery import Plugin
+from stabletrain.config.discovery import PluginInfo
 from stabletrain.errors import UserError
-from stabletrain.testing import generate
 
 
 def test_generated_files_are_current() -> None:
@@ -44,6 +44,6 @@ def test_a_public_name_without_a_class_is_refused(tmp_path: Path) -> None:
     (tmp_path / "conf" / "plugins" / "clip" / "odd.yaml").write_text("_target_: stabletrain.ClipOdd\n")
     (tmp_path / "rule.py").write_text("class ClipOddityRule: ...\n")
     options = tuple(discovery.options_in(tmp_path / "conf"))
-    plugin = Plugin(name="clip_odd", package="p", folder=tmp_path, distribution="d", kind="rule", options=options)
+    plugin = PluginInfo(name="clip_odd", package="p", folder=tmp_path, distribution="d", kind="rule", options=options)
     with pytest.raises(UserError, match=r"'clip_odd'.*ClipOddRule"):
         generate.exports([plugin])

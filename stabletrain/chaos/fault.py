@@ -11,8 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from stabletrain.chaos.marker import Marker
 from stabletrain.errors import UserError
-from stabletrain.runtime import compat
-from stabletrain.runtime.event_log import logger
+from stabletrain.runtime.internals import trainer as trainer_internals
+from stabletrain.runtime.records.event_log import logger
 
 
 class Fault(Callback):
@@ -103,7 +103,7 @@ class Fault(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Strike, if it is time."""
         self._clean()
-        step = compat.logger_step(trainer)
+        step = trainer_internals.logger_step(trainer)
         if self.rank not in (None, trainer.global_rank) or not self.is_due(trainer, step):
             return
         again = step == self._last and 0 < self._batches < trainer.accumulate_grad_batches
@@ -111,7 +111,7 @@ class Fault(Callback):
             return
         first = not again
         self._batches = 1 if first else self._batches + 1
-        module = compat.unwrapped(pl_module)
+        module = trainer_internals.unwrapped(pl_module)
         if first:
             self._last = step
             if self.once and self._marker is not None:

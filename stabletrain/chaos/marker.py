@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lightning.pytorch import Trainer
 
-from stabletrain.runtime.event_log import logger
+from stabletrain.runtime.records.event_log import logger
 
 FOLDER = "chaos"
 

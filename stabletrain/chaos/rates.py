@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
 from stabletrain.chaos.fault import Fault, finite_positive
-from stabletrain.runtime.scaled_rates import ScaledRates
+from stabletrain.runtime.internals.temporary_lr import TemporaryLR
 
 
 class LearningRateSurge(Fault):
@@ -31,7 +31,7 @@ class LearningRateSurge(Fault):
         super().__init__(at_step, steps, None, once)
         self.factor = factor
         self.require(finite_positive(factor), "factor", "> 0 and finite")
-        self._rates = ScaledRates()
+        self._rates = TemporaryLR()
 
     def strike(self, trainer: Trainer, module: LightningModule, step: int) -> None:
         """Say so."""

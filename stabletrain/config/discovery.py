@@ -43,7 +43,7 @@ class Option:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plugin:
+class PluginInfo:
     """One plugin: a folder with a ``conf/``.
 
     Args:
@@ -102,13 +102,13 @@ class Recipe:
         return first_comment(self.file)
 
 
-def plugins() -> dict[str, Plugin]:
+def plugins() -> dict[str, PluginInfo]:
     """Return all installed plugins by name, in alphabetical order.
 
     Raises:
         DiscoveryError: if two plugins have one name, or two files claim one option.
     """
-    found: dict[str, Plugin] = {}
+    found: dict[str, PluginInfo] = {}
     claimed = {(option.group, option.name): option.file for option in options_in(data_dir("conf"))}
     for plugin in _all_plugins():
         if plugin.name in found:
@@ -229,11 +229,11 @@ def _points() -> tuple[EntryPoint, ...]:
 
 
 @cache
-def _all_plugins() -> tuple[Plugin, ...]:
+def _all_plugins() -> tuple[PluginInfo, ...]:
     return tuple(plugin for point in _points() for plugin in _plugins_of(point))
 
 
-def _plugins_of(point: EntryPoint) -> Iterator[Plugin]:
+def _plugins_of(point: EntryPoint) -> Iterator[PluginInfo]:
     package = point.value.split(":")[0]
     distribution = point.dist.name if point.dist is not None else package.split(".")[0]
     try:
@@ -249,7 +249,7 @@ def _plugins_of(point: EntryPoint) -> Iterator[Plugin]:
         home = Path(location)
         for folder in (home, *sorted(home.iterdir())):
             if (folder / "conf").is_dir():
-                yield Plugin(
+                yield PluginInfo(
                     name=folder.name,
                     package=package if folder == home else f"{package}.{folder.name}",
                     folder=folder,

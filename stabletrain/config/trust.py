@@ -30,7 +30,7 @@ _RUNS_CODE = (
     "torch.utils.bundled_inputs", "torch.utils.bottleneck", "torch.utils.show_pickle", "torch.utils.file_baton",
     "torch.utils.data.datapipes", "torch.distributed.run", "torch.distributed.launch", "torch.distributed.launcher",
     "torch.distributed.elastic", "torch.distributed.rpc", "torch.distributed.nn", "torch.distributed.argparse_util",
-    "stabletrain.config", "stabletrain.launch", "stabletrain.cli", "stabletrain.worker", "stabletrain.testing",
+    "stabletrain.config", "stabletrain.launch", "stabletrain.cli.main", "stabletrain.worker", "stabletrain.testing",
     "lightning.app", "lightning.fabric.cli", "lightning.pytorch.cli", "lightning.fabric.utilities.load",
     "lightning.fabric.utilities.cloud_io", "lightning.fabric.utilities.consolidate_checkpoint",
     "lightning.pytorch.utilities.upgrade_checkpoint", "lightning.pytorch.utilities.consolidate_checkpoint",

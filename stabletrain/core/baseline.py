@@ -21,7 +21,7 @@ above: the estimate from a window of 128 is noisy, and a limit that is too near 
 
 
 class Baseline(NamedTuple):
-    """The past of one signal, and what follows from it, in the space in which a `Gauge` judges it.
+    """The past of one signal, and what follows from it, in the space in which a `OutlierTest` judges it.
 
     Args:
         past: accepted values; of a signal judged in log space, their logarithms.
@@ -36,7 +36,7 @@ class Baseline(NamedTuple):
     least_sigma: float = 0.0
 
 
-class Gauge(NamedTuple):
+class OutlierTest(NamedTuple):
     """How a signal is judged; a `Baseline` is what it is judged by.
 
     In log space the limit is ``m + z * s`` with median ``m`` and scaled MAD ``s`` of the logarithms. In linear space
@@ -53,7 +53,7 @@ class Gauge(NamedTuple):
         log: judge the logarithm; zero and negative values are then neither judged nor learned.
         robust: median and MAD; else mean and standard deviation (of n - 1), and the first limit alone.
 
-    >>> gauge = Gauge(z_threshold=6.0, window=8, delay=0, min_samples=4, min_sigma=0.05, log=True)
+    >>> gauge = OutlierTest(z_threshold=6.0, window=8, delay=0, min_samples=4, min_sigma=0.05, log=True)
     >>> baseline = Baseline()
     >>> for norm in (1.0, 1.1, 0.9, 1.0):
     ...     baseline = gauge.learn(baseline, norm)
@@ -85,25 +85,25 @@ class Gauge(NamedTuple):
             baseline: the old level.
             values: of the new level, at least one that can be learned.
         """
-        inside = [self._inside(value) for value in values if value > 0.0 or not self.log]
+        inside = [self._to_space(value) for value in values if value > 0.0 or not self.log]
         least = max(self._centre_and_sigma(baseline.past.window)[1], baseline.least_sigma)
         return self._judged(DelayedWindow(window=Window().extend(inside[-self.window :])), least)
 
     def is_outlier(self, baseline: Baseline, value: float) -> bool:
         """Whether a value lies above the limit."""
-        return baseline.limit is not None and self._inside(value) > baseline.limit
+        return baseline.limit is not None and self._to_space(value) > baseline.limit
 
     def is_raised(self, baseline: Baseline, value: float) -> bool:
         """Whether a value lies above the middle between centre and limit: no outlier, but no return either."""
-        return baseline.limit is not None and self._inside(value) > 0.5 * (baseline.centre + baseline.limit)
+        return baseline.limit is not None and self._to_space(value) > 0.5 * (baseline.centre + baseline.limit)
 
     def limit(self, baseline: Baseline) -> float:
         """The limit in the signal's own unit; infinite while there is none."""
-        return math.inf if baseline.limit is None else self._outside(baseline.limit)
+        return math.inf if baseline.limit is None else self._from_space(baseline.limit)
 
     def centre(self, baseline: Baseline) -> float:
         """The centre in the signal's own unit."""
-        return self._outside(baseline.centre)
+        return self._from_space(baseline.centre)
 
     def _judged(self, past: DelayedWindow, least_sigma: float) -> Baseline:
         window = past.window
@@ -137,10 +137,10 @@ class Gauge(NamedTuple):
             sigma = math.dist(window.values, (centre,) * n) / math.sqrt(n - 1)
         return centre, max(sigma, self.min_sigma if self.log else self.min_sigma * abs(centre))
 
-    def _inside(self, value: float) -> float:
+    def _to_space(self, value: float) -> float:
         if not self.log:
             return value
         return math.log(value) if value > 0.0 else -math.inf
 
-    def _outside(self, s: float) -> float:
+    def _from_space(self, s: float) -> float:
         return math.exp(min(s, _LARGEST_EXPONENT)) if self.log else s

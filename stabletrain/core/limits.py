@@ -3,7 +3,7 @@
 Rules answer with `Limits`; the guard joins them with ``|``. The step is held to the *minimum* over all bounds and is
 dropped if *any* condition holds, so joining is a set union: the order of the plugins cannot matter.
 
-This module is the host's evaluation, in float64. `stabletrain.runtime.device_limits` is its twin on the device.
+This module is the host's evaluation, in float64. `stabletrain.runtime.guard.device_limits` is its twin on the device.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
     state     = rule.observe(state, outcome)  after the step
 
 A rule never sees a tensor, a Trainer or a file. Its public callback is derived by
-`stabletrain.runtime.member.as_callback`: arguments, defaults and docstring are written once, in the rule.
+`stabletrain.runtime.guard.callbacks.as_callback`: arguments, defaults and docstring are written once, in the rule.
 """
 
 from __future__ import annotations

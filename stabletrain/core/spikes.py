@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from stabletrain.core.baseline import Baseline, Gauge
+from stabletrain.core.baseline import Baseline, OutlierTest
 from stabletrain.core.events import Event, EventKind, Request, RequestKind
 from stabletrain.core.limits import NO_LIMITS, Limits
 from stabletrain.core.outcome import Outcome
@@ -187,12 +187,12 @@ class SpikeDetection(Rule[SpikeState]):
     # ---- helpers ----------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _loss(self) -> Gauge:
-        return Gauge(self.z_threshold, self.window, self.delay, self.min_samples, self.min_sigma_loss, log=False)
+    def _loss(self) -> OutlierTest:
+        return OutlierTest(self.z_threshold, self.window, self.delay, self.min_samples, self.min_sigma_loss, log=False)
 
     @cached_property
-    def _norm(self) -> Gauge:
-        return Gauge(self.z_threshold, self.window, self.delay, self.min_samples, self.min_sigma_norm, log=True)
+    def _norm(self) -> OutlierTest:
+        return OutlierTest(self.z_threshold, self.window, self.delay, self.min_samples, self.min_sigma_norm, log=True)
 
     def _counted(self, state: SpikeState, flagged: bool, nonfinite: int) -> SpikeState:
         loss, norm, loss_out, norm_out, _, seen, numbers = state
@@ -210,7 +210,7 @@ class SpikeDetection(Rule[SpikeState]):
     def _event(self, outcome: Outcome, kind: EventKind, value: float, limit: float, reason: str) -> Event:
         return Event(outcome.step, self.label, kind, value, limit, reason)
 
-    def _sentence(self, signal: str, value: float, gauge: Gauge, baseline: Baseline, beyond: bool) -> str:
+    def _sentence(self, signal: str, value: float, gauge: OutlierTest, baseline: Baseline, beyond: bool) -> str:
         centre, steps = gauge.centre(baseline), len(baseline.past.window)
         sign = ">" if beyond else "near the limit"
         return f"{signal} {value:.4g} {sign} {gauge.limit(baseline):.4g} (median {centre:.4g} of {steps} steps)"

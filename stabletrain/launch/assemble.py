@@ -15,10 +15,10 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from stabletrain.config.build import build_callback, callbacks
 from stabletrain.config.trust import instantiate
 from stabletrain.errors import UserError
+from stabletrain.launch.checkpoint_mismatch import explain_misfits
+from stabletrain.launch.interrupt import SaveAndStop
 from stabletrain.launch.progress import progress_bar
-from stabletrain.launch.resuming import explain_misfits
 from stabletrain.launch.signals import SignalWatch
-from stabletrain.launch.stopper import SaveAndStop
 
 T = TypeVar("T")
 

@@ -18,7 +18,7 @@ from stabletrain.config.compose import Composed, compose, expand
 from stabletrain.config.problems import ConfigError, Problem
 from stabletrain.config.validate import check, checkpoint_of
 from stabletrain.errors import UserError
-from stabletrain.launch import tracked
+from stabletrain.launch import mlflow_run
 from stabletrain.launch.process import run_process, worker_command, worker_environment
 from stabletrain.launch.result import Result
 from stabletrain.launch.run_folder import make_run_folder, write_run_yaml
@@ -27,7 +27,7 @@ from stabletrain.launch.slurm import submit
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class LaunchRequest:
     """What was typed.
 
     Args:
@@ -71,7 +71,7 @@ class Done:
     job: str | None = None
 
 
-def prepare(request: Request) -> list[tuple[str, Composed]]:
+def prepare(request: LaunchRequest) -> list[tuple[str, Composed]]:
     """Return the jobs of a request, composed and found right: pairs of the recipe as typed and its config.
 
     Args:
@@ -94,7 +94,7 @@ def prepare(request: Request) -> list[tuple[str, Composed]]:
     return jobs
 
 
-def run(request: Request, jobs: Sequence[tuple[str, Composed]], report: Reporter) -> list[Done]:
+def run(request: LaunchRequest, jobs: Sequence[tuple[str, Composed]], report: Reporter) -> list[Done]:
     """Run prepared jobs one after the other, each in a fresh process; Ctrl-C ends the whole sweep.
 
     Args:
@@ -109,17 +109,17 @@ def run(request: Request, jobs: Sequence[tuple[str, Composed]], report: Reporter
     names = _names(jobs)
     finished: list[Done] = []
     for number, (recipe, composed) in enumerate(jobs):
-        uri = tracked.open_store(composed.config)
+        uri = mlflow_run.open_store(composed.config)
         if uri is not None and parent is None and request.multirun:
             experiment = composed.config["logger"].get("experiment") or composed.recipe
-            parent = tracked.open_sweep(uri, experiment, " ".join(request.command))
+            parent = mlflow_run.open_sweep(uri, experiment, " ".join(request.command))
         job = _Job(recipe=recipe, composed=composed, number=number if request.multirun else None, name=names[number])
         done = _run_job(job, uri, parent, request, report)
         finished.append(done)
         if done.result is not None and done.result.end in ("interrupted", "terminated"):
             break
     if parent is not None and uri is not None:
-        tracked.settle_sweep(uri, parent, [done.result for done in finished if done.result is not None])
+        mlflow_run.settle_sweep(uri, parent, [done.result for done in finished if done.result is not None])
     return finished
 
 
@@ -151,7 +151,7 @@ def _names(jobs: Sequence[tuple[str, Composed]]) -> list[str | None]:
     return [" ".join(word for word in mine if not all(word in other for other in words)) for mine in words]
 
 
-def _run_job(job: _Job, uri: str | None, parent: str | None, request: Request, report: Reporter) -> Done:
+def _run_job(job: _Job, uri: str | None, parent: str | None, request: LaunchRequest, report: Reporter) -> Done:
     recipe, composed = job.recipe, job.composed
     config = run_config(composed, request.trust)
     existed = config["run_dir"] is not None and Path(config["run_dir"]).expanduser().exists()
@@ -159,7 +159,7 @@ def _run_job(job: _Job, uri: str | None, parent: str | None, request: Request, r
     config["run_dir"] = str(folder)
     try:
         if uri is not None:
-            tracked.open_run(config, uri, parent=parent, name=job.name)
+            mlflow_run.open_run(config, uri, parent=parent, name=job.name)
         run_yaml = write_run_yaml(config)
         environment = worker_environment(config["launch"], request.trust)
         report.starting(config, job.number)
@@ -167,16 +167,16 @@ def _run_job(job: _Job, uri: str | None, parent: str | None, request: Request, r
             slurm = submit(config, run_yaml, environment)
             return Done(recipe=recipe, overrides=composed.overrides, config=config, result=None, job=slurm)
     except KeyboardInterrupt:
-        tracked.settle_run(config, Result(end="interrupted"))
+        mlflow_run.settle_run(config, Result(end="interrupted"))
         raise
     except UserError:
-        tracked.settle_run(config, Result(end="refused"))
+        mlflow_run.settle_run(config, Result(end="refused"))
         if not existed:
             shutil.rmtree(folder, ignore_errors=True)
         raise
     ended = run_process(worker_command(config["launch"], run_yaml), environment)
     result = conclude(config, ended)
-    complaint = tracked.settle_run(config, result)
+    complaint = mlflow_run.settle_run(config, result)
     return Done(recipe=recipe, overrides=composed.overrides, config=config, result=result, complaint=complaint)
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import yaml
 
 from stabletrain.config.validate import checkpoint_of
+from stabletrain.launch.mlflow_run import settle_run
 from stabletrain.launch.process import Ended
 from stabletrain.launch.result import End, Result, read_result
-from stabletrain.launch.tracked import settle_run
 
 
 def conclude(config: Mapping[str, Any], ended: Ended) -> Result:

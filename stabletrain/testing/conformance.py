@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
-from stabletrain.config.discovery import Plugin, plugins
+from stabletrain.config.discovery import PluginInfo, plugins
 from stabletrain.errors import UserError
 from stabletrain.testing.checks import (
+    cleanup,
     config,
-    copies,
     extremes,
     imports,
-    poison,
+    nonfinite,
+    pickling,
+    reasons,
     replaying,
     resuming,
     skipped_steps,
     training,
-    undoing,
-    words,
 )
 from stabletrain.testing.checks.config import CALLBACKS
 from stabletrain.testing.failure import CheckFailed, Wrong
@@ -38,15 +38,15 @@ CHECKS: tuple[tuple[Check, tuple[str, ...]], ...] = (
     (config.keys_are_parameters, ALL),
     (config.values_are_arguments, ALL),
     (config.defaults_agree, ALL),
-    (copies.can_be_copied, CALLBACKS),
+    (pickling.can_be_copied, CALLBACKS),
     # the rule, alone
     (imports.rule_is_pure, RULES),
     (replaying.state_is_plain, RULES),
     (replaying.deterministic, RULES),
     (replaying.resumes_at_any_cut, RULES),
-    (poison.nothing_is_poisoned, RULES),
+    (nonfinite.nothing_is_poisoned, RULES),
     (extremes.extremes_do_not_crash, RULES),
-    (words.events_give_reasons, RULES),
+    (reasons.events_give_reasons, RULES),
     (skipped_steps.foreign_skips_are_not_learned, RULES),
     # in a Trainer
     (training.harmless_until_triggered, CALLBACKS),
@@ -54,7 +54,7 @@ CHECKS: tuple[tuple[Check, tuple[str, ...]], ...] = (
     (training.order_is_irrelevant, CALLBACKS),
     (training.second_fit_equals_first, TRAINED),
     (resuming.resumed_equals_uninterrupted, TRAINED),
-    (undoing.everything_is_undone, CALLBACKS),
+    (cleanup.everything_is_undone, CALLBACKS),
 )
 """Every check, with the kinds of plugin that it applies to; cheap ones first."""
 
@@ -84,7 +84,7 @@ def check_plugin(name: str) -> None:
     check(found[name])
 
 
-def check(plugin: Plugin) -> None:
+def check(plugin: PluginInfo) -> None:
     """Run every check that applies to a plugin.
 
     Args:

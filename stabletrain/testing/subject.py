@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stabletrain.config.discovery import Option, Plugin
+from stabletrain.config.discovery import Option, PluginInfo
 from stabletrain.config.trust import instantiate, resolve
 from stabletrain.errors import UserError
 from stabletrain.testing.failure import wrong
@@ -21,7 +21,7 @@ class Subject:
         plugin: as discovery found it.
     """
 
-    plugin: Plugin
+    plugin: PluginInfo
     _nodes: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property

@@ -17,7 +17,7 @@ from torch.optim import AdamW, Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
 from stabletrain.core.outcome import Outcome
-from stabletrain.runtime.member import GuardMember
+from stabletrain.runtime.guard.callbacks import GuardMember
 from stabletrain.runtime.stop import TrainingStopped
 from stabletrain.testing.trainer import quiet_trainer
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 pytestmark = pytest.mark.slow
-SCRIPT = Path(__file__).with_name("faults_on_two_ranks.py")
+SCRIPT = Path(__file__).parents[1] / "helpers" / "faults_on_two_ranks.py"
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from stabletrain.chaos import (
     SlowRank,
 )
 from stabletrain.errors import UserError
-from stabletrain.runtime.member import GuardMember
+from stabletrain.runtime.guard.callbacks import GuardMember
 
 
 class Outcomes(GuardMember):
@@ -281,7 +281,7 @@ def test_a_fault_that_never_comes_changes_nothing(train):
 def test_a_step_that_comes_again_is_not_struck_again(train, monkeypatch):
     # as after a rollback in memory: the counter of attempted steps goes back
     attempted = iter([0, 1, 2, 3, 1, 2, 3, 4])
-    monkeypatch.setattr("stabletrain.runtime.compat.logger_step", lambda trainer: now[0])
+    monkeypatch.setattr("stabletrain.runtime.internals.trainer.logger_step", lambda trainer: now[0])
     now = [0]
 
     class Rewind(Callback):

@@ -14,7 +14,7 @@ def test_looking_around_imports_nothing_heavy(words: list[str]) -> None:
     # lightning alone takes four seconds
     code = (
         "import sys; sys.argv[1:] = " + repr(words) + "\n"
-        "from stabletrain.cli import main\n"
+        "from stabletrain.cli.main import main\n"
         "try: main()\n"
         "except SystemExit as end: assert not end.code, end.code\n"
         f"heavy = [name for name in {HEAVY} if name in sys.modules]\n"
@@ -27,7 +27,7 @@ def test_looking_around_imports_nothing_heavy(words: list[str]) -> None:
 def test_completion_of_recipes_and_groups_imports_nothing_heavy() -> None:
     code = (
         "import sys\n"
-        "from stabletrain.config.completion import complete\n"
+        "from stabletrain.cli.completion import complete\n"
         "assert complete([], 'char') == ['char_gpt']\n"
         "assert complete(['char_gpt'], 'plugins/cl') == ['plugins/clip=']\n"
         "assert 'plugins/clip=none,norm' in complete(['char_gpt'], 'plugins/clip=none,no')\n"
@@ -38,7 +38,7 @@ def test_completion_of_recipes_and_groups_imports_nothing_heavy() -> None:
 
 
 def test_completion_of_keys() -> None:
-    from stabletrain.config.completion import complete
+    from stabletrain.cli.completion import complete
 
     found = complete(["digits_cnn", "schedule=none"], "optimizer.l")
     assert found == ["optimizer.lr="]

@@ -5,9 +5,9 @@ import random
 
 import pytest
 
-from stabletrain.core.baseline import Baseline, Gauge
+from stabletrain.core.baseline import Baseline, OutlierTest
 
-LOSS = Gauge(z_threshold=6.0, window=64, delay=8, min_samples=16, min_sigma=0.02, log=False)
+LOSS = OutlierTest(z_threshold=6.0, window=64, delay=8, min_samples=16, min_sigma=0.02, log=False)
 NORM = LOSS._replace(min_sigma=0.05, log=True)
 
 

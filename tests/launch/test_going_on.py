@@ -10,9 +10,9 @@ from lightning.pytorch import Callback, LightningModule
 from torch.utils.data import DataLoader, TensorDataset
 
 from stabletrain.errors import UserError
-from stabletrain.launch.resuming import explain_misfits
+from stabletrain.launch.checkpoint_mismatch import explain_misfits
+from stabletrain.launch.interrupt import SaveAndStop
 from stabletrain.launch.signals import Interrupted, SignalWatch
-from stabletrain.launch.stopper import SaveAndStop
 from stabletrain.testing.trainer import quiet_trainer
 
 

@@ -6,6 +6,7 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from stabletrain.cli.summary import next_commands
 from stabletrain.config.trust import TrustError
 from stabletrain.errors import UserError
 from stabletrain.launch.assemble import assemble, override_optimizer, run_callbacks, trainer_arguments
@@ -15,7 +16,6 @@ from stabletrain.launch.result import EXIT_CODES, MLFLOW, Result, read_result
 from stabletrain.launch.run_folder import make_run_folder, write_run_yaml
 from stabletrain.launch.settle import conclude
 from stabletrain.launch.signals import SignalWatch
-from stabletrain.launch.summary import next_commands
 from stabletrain.launch.worker import main
 
 

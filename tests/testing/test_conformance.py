@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 
-from stabletrain.config.discovery import Plugin, options_in
+from stabletrain.config.discovery import PluginInfo, options_in
 from stabletrain.errors import UserError
 from stabletrain.testing import CheckFailed, check_plugin
 from stabletrain.testing.conformance import CHECKS, check, checks_for, run_check
@@ -169,7 +169,9 @@ def make_subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeSubject
         monkeypatch.syspath_prepend(str(home))
         monkeypatch.setenv("STABLETRAIN_TRUST", name)
         options = tuple(options_in(folder / "conf"))
-        return Subject(Plugin(name=name, package=name, folder=folder, distribution=name, kind="rule", options=options))
+        return Subject(
+            PluginInfo(name=name, package=name, folder=folder, distribution=name, kind="rule", options=options)
+        )
 
     return make
 
@@ -194,7 +196,7 @@ def test_every_check_of_a_rule_has_a_fault_that_only_it_must_find() -> None:
 
 
 def test_a_folder_without_options_is_named(tmp_path: Path) -> None:
-    plugin = Plugin(name="p", package="p", folder=tmp_path, distribution="d", kind="rule", options=())
+    plugin = PluginInfo(name="p", package="p", folder=tmp_path, distribution="d", kind="rule", options=())
     with pytest.raises(CheckFailed, match=r"'options_exist': expected at least one file conf/<group>/<option>\.yaml"):
         check(plugin)
 

@@ -109,12 +109,12 @@ def test_resume_is_running_then_finished(uri, client, tmp_path):
     client.set_terminated(run_id, "FAILED")
     seen = []
 
-    class Look(Callback):
+    class WeightSample(Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
             seen.append(client.get_run(run_id).info.status)
 
     logger = MLflowLogger(uri, run_id=run_id)
-    fit(logger, tmp_path, Look(), steps=2)
+    fit(logger, tmp_path, WeightSample(), steps=2)
     run = client.get_run(run_id)
     assert seen == ["RUNNING"] * 2
     assert run.info.status == "FINISHED"

@@ -223,11 +223,11 @@ def test_a_fit_logs_and_leaves_a_sample(tmp_path: Path) -> None:
     model, data = small(sample_length=20, sample_prompt="ROMEO."), ShakespeareData(context=16, validation_windows=64)
     losses: list[Tensor] = []
 
-    class Keep(L.Callback):
+    class Retention(L.Callback):
         def on_train_batch_end(self, t: L.Trainer, m: L.LightningModule, outputs: object, *rest: object) -> None:
             losses.append(outputs["loss"])  # type: ignore[index]
 
-    fit = trainer(tmp_path, Keep(), max_steps=4, val_check_interval=2, check_val_every_n_epoch=None)
+    fit = trainer(tmp_path, Retention(), max_steps=4, val_check_interval=2, check_val_every_n_epoch=None)
     fit.fit(model, datamodule=data)
     metrics = fit.callback_metrics
     assert {"train_loss", "val_loss", "val_perplexity"} <= set(metrics)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stabletrain.runtime import gradients
-from stabletrain.runtime.transform import TransformCallback
+from stabletrain.runtime.guard.transform import TransformCallback
 
 
 @dataclass(eq=False)

@@ -12,8 +12,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from stabletrain.errors import UserError
-from stabletrain.runtime import compat, gradients
-from stabletrain.runtime.transform import TransformCallback
+from stabletrain.runtime import gradients
+from stabletrain.runtime.guard.transform import TransformCallback
+from stabletrain.runtime.internals import trainer as trainer_internals
 
 
 @dataclass(eq=False)
@@ -60,7 +61,7 @@ class ClipUnitwise(TransformCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a pattern that matches nothing: it is misspelt."""
         super().on_fit_start(trainer, pl_module)
-        names = [name for name, _ in compat.unwrapped(pl_module).named_parameters()]
+        names = [name for name, _ in trainer_internals.unwrapped(pl_module).named_parameters()]
         for pattern in self.exclude:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise UserError(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from stabletrain.runtime import gradients
-from stabletrain.runtime.transform import TransformCallback
+from stabletrain.runtime.guard.transform import TransformCallback
 
 
 @dataclass(eq=False)

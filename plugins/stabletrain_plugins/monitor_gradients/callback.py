@@ -14,7 +14,7 @@ from stabletrain.core.events import Event
 from stabletrain.core.outcome import Outcome
 from stabletrain.errors import UserError
 from stabletrain.runtime import gradients
-from stabletrain.runtime.member import GuardMember
+from stabletrain.runtime.guard.callbacks import GuardMember
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """What torch.compile, FSDP and activation checkpointing put into names."""

@@ -11,9 +11,11 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from stabletrain.errors import UserError
-from stabletrain.runtime import compat, compat_loader, ranks, rng
-from stabletrain.runtime.loader_position import Position
-from stabletrain.runtime.train_loader import TrainLoader
+from stabletrain.runtime import ranks, rng
+from stabletrain.runtime.data.position import LoaderState
+from stabletrain.runtime.data.train_loader import TrainLoader
+from stabletrain.runtime.internals import loader as loader_internals
+from stabletrain.runtime.internals import trainer as trainer_internals
 
 FastForward: TypeAlias = Literal["auto", "indices", "batches"]
 
@@ -70,7 +72,10 @@ class ResumeExactly(Callback):
         self._trainer, self._final, self._loaded = trainer, None, False
         self._loader = TrainLoader.of(trainer)
         self._loader.keep_position(self.fast_forward)
-        self._undo = [self._loader.close, compat_loader.around_validation(trainer, self._hold_rng, self._restore_rng)]
+        self._undo = [
+            self._loader.close,
+            loader_internals.around_validation(trainer, self._stash_rng, self._restore_rng),
+        ]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The loop is about to begin: from here on what is drawn is the run's."""
@@ -80,9 +85,9 @@ class ResumeExactly(Callback):
             _refuse_own_state(loader.loader)
         if self._loaded:
             self._loader.check_positions()
-            self._undo.append(compat_loader.trust_loader_at_restart(trainer))
-            compat_loader.begin_next_epoch(trainer)
-        elif compat.resumes_from_checkpoint(trainer):
+            self._undo.append(loader_internals.trust_loader_at_restart(trainer))
+            loader_internals.begin_next_epoch(trainer)
+        elif trainer_internals.resumes_from_checkpoint(trainer):
             rank_zero_warn(
                 "the checkpoint holds no state of resume_exactly: the epoch's data begin anew, with other random "
                 "numbers. Checkpoints written from now on resume exactly."
@@ -119,7 +124,7 @@ class ResumeExactly(Callback):
             self._undo.pop()()
         self._loader = None
 
-    def _hold_rng(self) -> None:
+    def _stash_rng(self) -> None:
         assert self._loader is not None
         self._training_rng = self._loader.run_rng
 
@@ -155,7 +160,7 @@ class ResumeExactly(Callback):
                 "checkpoint made at the end of an epoch."
             )
         mine = everyone[rank % len(everyone)]
-        positions = [Position.from_plain(plain) for plain in mine["loaders"]]
+        positions = [LoaderState.from_plain(plain) for plain in mine["loaders"]]
         if len(everyone) != size:
             positions = [position._replace(length=None, last=None) for position in positions]
         self._loader.resume_at(positions, mine["rng"] if rank < len(everyone) else None)
@@ -164,7 +169,7 @@ class ResumeExactly(Callback):
     def _here(self) -> dict[str, Any]:
         assert self._loader is not None
         assert self._trainer is not None
-        if compat_loader.is_within_window(self._trainer) and not self._warned_of_window:
+        if loader_internals.is_within_window(self._trainer) and not self._warned_of_window:
             self._warned_of_window = True
             rank_zero_warn(
                 "resume_exactly: this checkpoint is made between the micro-batches of an optimizer step; their "

@@ -12,27 +12,28 @@ from lightning.pytorch import LightningModule, Trainer
 from stabletrain.core.events import Event, Request, RequestKind
 from stabletrain.core.outcome import Outcome
 from stabletrain.core.state import from_plain, to_plain
-from stabletrain.runtime import compat, diagnosis, older_checkpoint
-from stabletrain.runtime.data_tape import Item
-from stabletrain.runtime.disk_buffers import DiskBuffers
-from stabletrain.runtime.event_log import logger
-from stabletrain.runtime.guard import StepGuard
-from stabletrain.runtime.interventions import NAME, Fingerprint, Intervention, InterventionLog, read
-from stabletrain.runtime.member import RuleCallback
-from stabletrain.runtime.requests import hand_over
-from stabletrain.runtime.run_length import run_length
-from stabletrain.runtime.snapshot import Snapshot
-from stabletrain.runtime.snapshot_buffers import SnapshotBuffers
-from stabletrain.runtime.snapshot_ring import SnapshotRing
-from stabletrain.runtime.state_tree import SnapshotError
+from stabletrain.runtime.data.tape import TapedBatch
+from stabletrain.runtime.data.train_loader import TrainLoader
+from stabletrain.runtime.guard.callbacks import RuleCallback
+from stabletrain.runtime.guard.requests import hand_over
+from stabletrain.runtime.guard.step_guard import StepGuard
+from stabletrain.runtime.internals import trainer as trainer_internals
+from stabletrain.runtime.internals.run_length import run_length
+from stabletrain.runtime.records import diagnosis
+from stabletrain.runtime.records.event_log import logger
+from stabletrain.runtime.snapshots.buffers import SnapshotBuffers
+from stabletrain.runtime.snapshots.disk_buffers import DiskBuffers
+from stabletrain.runtime.snapshots.snapshot import Snapshot
+from stabletrain.runtime.snapshots.state_tree import SnapshotError
 from stabletrain.runtime.stop import TrainingStopped
-from stabletrain.runtime.train_loader import TrainLoader
-from stabletrain.runtime.weight_check import Watched, WeightCheck, WeightWatch
-from stabletrain_plugins.rollback import memory
-from stabletrain_plugins.rollback.replaying import Replaying
+from stabletrain_plugins.rollback import memory, older_checkpoint
+from stabletrain_plugins.rollback.incidents import IncidentTracker, is_healthy, offending
+from stabletrain_plugins.rollback.intervention_replay import InterventionReplay
+from stabletrain_plugins.rollback.interventions import NAME, Fingerprint, Intervention, InterventionLog, read
 from stabletrain_plugins.rollback.report import report
 from stabletrain_plugins.rollback.rollback_rule import RollbackRule
-from stabletrain_plugins.rollback.trouble import Trouble, is_healthy, offending
+from stabletrain_plugins.rollback.snapshot_ring import SnapshotRing
+from stabletrain_plugins.rollback.weights import WeightCheck, WeightHistory, WeightMonitor
 
 _OUTCOMES = 500
 """Steps in a diagnosis."""
@@ -98,16 +99,16 @@ class Rollback(RuleCallback, RollbackRule):
 
     _loader: TrainLoader | None = None
     _log: InterventionLog | None = None
-    _weights: WeightWatch | None = None
-    _replay: Replaying | None = None
+    _weights: WeightMonitor | None = None
+    _replay: InterventionReplay | None = None
     _made: tuple[Intervention, ...] = ()
-    _watched = Watched()
+    _watched = WeightHistory()
     _has_news = False
 
     def reset(self) -> None:
         """A new run: nothing is known, nothing was left out."""
         super().reset()
-        self._made, self._watched = (), Watched()
+        self._made, self._watched = (), WeightHistory()
 
     @property
     def rollbacks(self) -> int:
@@ -115,9 +116,9 @@ class Rollback(RuleCallback, RollbackRule):
         return len(self._made)
 
     @property
-    def left_out(self) -> frozenset[tuple[Any, ...]]:
+    def excluded(self) -> frozenset[tuple[Any, ...]]:
         """Names of the batches that are left out: by samples, else (or with several processes) by epoch and place."""
-        return frozenset(name for made in self._made for name in made.left_out)
+        return frozenset(name for made in self._made for name in made.excluded)
 
     # ---- Lightning's hooks ------------------------------------------------------------------------------------------
 
@@ -131,7 +132,7 @@ class Rollback(RuleCallback, RollbackRule):
         self._loader.keep_tape()
         self._ring = SnapshotRing(self.keep, self.trust_after, self._new_snapshot)
         self._outcomes: deque[Outcome] = deque(maxlen=_OUTCOMES)
-        self._trouble = Trouble()
+        self._trouble = IncidentTracker()
         self._requested: Request | None = None
         self._ready = False
         self._replay = self._weights = None
@@ -141,19 +142,19 @@ class Rollback(RuleCallback, RollbackRule):
         """The loaders are known: leave out what was left out before, and read the log to replay."""
         super().on_train_start(trainer, pl_module)
         guard, loader = self._parts()
-        self._quiet = not trainer.is_global_zero or compat.is_fast_dev_run(trainer)
+        self._quiet = not trainer.is_global_zero or trainer_internals.is_fast_dev_run(trainer)
         named = list(guard.module.named_parameters())
         fingerprint = Fingerprint.of(trainer, guard.module, named)
         self._log = InterventionLog(None if self._quiet else self._folder / NAME, fingerprint)
         if self.replay is not None:
             planned = read(self.replay, fingerprint)
-            self._replay = Replaying(planned, guard.counters.attempted, self._new_snapshot)
-        if compat.resumes_from_checkpoint(trainer):
+            self._replay = InterventionReplay(planned, guard.counters.attempted, self._new_snapshot)
+        if trainer_internals.resumes_from_checkpoint(trainer):
             self._log.resumed(guard.counters.attempted, self._made)
-        if left_out := self.left_out:
-            loader.leave_out(left_out)
+        if excluded := self.excluded:
+            loader.exclude(excluded)
         check = WeightCheck([name for name, _ in named], [p for _, p in named], self.max_growth)
-        self._weights = WeightWatch(check, self.check_every, self._watched)
+        self._weights = WeightMonitor(check, self.check_every, self._watched)
         self._trouble.step_ends(guard.decided, trainer.global_step, loader.mark())
         if trainer.is_global_zero and (warning := self.too_rare(run_length(trainer).total_steps)):
             logger.warning(warning)
@@ -183,7 +184,7 @@ class Rollback(RuleCallback, RollbackRule):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         guard, loader = self._parts()
         request, self._requested = self._requested, None
-        if request is not None or not compat.window_is_open(trainer):
+        if request is not None or not trainer_internals.window_is_open(trainer):
             if self._replay is not None:
                 self._follow(self._replay, request)
             elif request := request or self._look_at_weights():
@@ -210,7 +211,7 @@ class Rollback(RuleCallback, RollbackRule):
             return {}
         self._has_news = False
         prefix = f"{self.rule.name}/" if self.rule.name else ""
-        counts = {f"{prefix}rollbacks": self.rollbacks, f"{prefix}batches_left_out": len(self.left_out)}
+        counts = {f"{prefix}rollbacks": self.rollbacks, f"{prefix}batches_excluded": len(self.excluded)}
         return {**super().metrics(), **{key: float(value) for key, value in counts.items()}}
 
     def state_dict(self) -> dict[str, Any]:
@@ -222,9 +223,9 @@ class Rollback(RuleCallback, RollbackRule):
         """Go on from a checkpoint; the ring begins empty."""
         super().load_state_dict(state_dict)
         self._made = from_plain(tuple[Intervention, ...], state_dict.get("made", []))
-        self._watched = from_plain(Watched, state_dict["weights"]) if "weights" in state_dict else Watched()
-        if self._loader is not None and (left_out := self.left_out):
-            self._loader.leave_out(left_out)  # now: data without a length are fetched ahead of on_train_start
+        self._watched = from_plain(WeightHistory, state_dict["weights"]) if "weights" in state_dict else WeightHistory()
+        if self._loader is not None and (excluded := self.excluded):
+            self._loader.exclude(excluded)  # now: data without a length are fetched ahead of on_train_start
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles and copies leave the running fit behind."""
@@ -280,14 +281,14 @@ class Rollback(RuleCallback, RollbackRule):
                 untrusted = f"{len(self._ring)} in memory had not stayed healthy for {self.trust_after} steps"
             where = f"there is no snapshot to go back to ({untrusted}; plugins.spike.every, plugins.spike.trust_after)"
             self._give_up(f"{where}, and no checkpoint on disk from before; {request.reason}", batch, batch_idx)
-        items = self._items_to_leave_out(target.snapshot if target else None, again)
+        items = self._batches_to_exclude(target.snapshot if target else None, again)
         several = guard.trainer.world_size > 1
         made = Intervention(
             step=step,
             to=None if target is None else target.snapshot.step,
             checkpoint=checkpoint,
             applied=(applied, -1),
-            left_out=tuple(item.place if several else item.identity for item in items),
+            excluded=tuple(item.position_key if several else item.identity for item in items),
             samples=tuple(item.identity for item in items) if several else (),
             rewarm=self.rewarm,
             baselines=self.baselines,
@@ -301,7 +302,7 @@ class Rollback(RuleCallback, RollbackRule):
         except SnapshotError as error:
             self._give_up(f"{error}; {request.reason}", batch, batch_idx)
 
-    def _items_to_leave_out(self, target: Snapshot | None, again: bool) -> list[Item]:
+    def _batches_to_exclude(self, target: Snapshot | None, again: bool) -> list[TapedBatch]:
         guard, loader = self._parts()
         if self.drop == "none":
             return []
@@ -311,8 +312,8 @@ class Rollback(RuleCallback, RollbackRule):
         if target is None or target.mark is None:  # the data go on: these are not wanted in later epochs either
             return self._trouble.batches(loader, None)
         if self.drop == "since_snapshot":
-            return list(loader.items_since(target.mark).values())
-        at_least = max(1, 2 * len(self._made[-1].left_out)) if again else 0
+            return list(loader.batches_since(target.mark).values())
+        at_least = max(1, 2 * len(self._made[-1].excluded)) if again else 0
         window = guard.trainer.accumulate_grad_batches
         return offending(self._trouble, loader, target.mark, at_least, window)
 
@@ -320,8 +321,8 @@ class Rollback(RuleCallback, RollbackRule):
         """Make an intervention, decided now or in the run that is replayed."""
         guard, loader = self._parts()
         trainer, before = guard.trainer, self._made
-        if made.left_out:
-            loader.leave_out(made.left_out)
+        if made.excluded:
+            loader.exclude(made.excluded)
         if target is not None:
             target.restore(guard, loader, made.cause)
             where = f"to the snapshot of step {target.applied}"
@@ -341,8 +342,8 @@ class Rollback(RuleCallback, RollbackRule):
             self._weights.begin_anew()
         if made.rewarm != 0:
             hand_over(Request(RequestKind.REWARM, self.label, f"after a rollback {where}", made.rewarm), guard)
-        left_out = f", {len(made.left_out)} batches left out" if made.left_out else ""
-        reason = f"back {where} from step {made.applied[0]}{left_out}: {made.plugin}: {made.cause}"
+        excluded = f", {len(made.excluded)} batches left out" if made.excluded else ""
+        reason = f"back {where} from step {made.applied[0]}{excluded}: {made.plugin}: {made.cause}"
         guard.report(Event(made.step - 1, self.label, "rollback", float(made.undone), math.nan, reason))
         assert self._log is not None
         self._log.append(made)
@@ -362,7 +363,7 @@ class Rollback(RuleCallback, RollbackRule):
         guard.flush()
         raise TrainingStopped(self.label, reason if self._quiet else f"{reason}. Diagnosis: {folder}")
 
-    def _follow(self, replay: Replaying, request: Request | None) -> None:
+    def _follow(self, replay: InterventionReplay, request: Request | None) -> None:
         """Do what the log says, and nothing else, until it ends."""
         guard, loader = self._parts()
         planned = replay.due(guard.decided)

@@ -9,17 +9,17 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from stabletrain.core.bytes import parse, shown
 from stabletrain.errors import UserError
-from stabletrain.runtime.event_log import logger
-from stabletrain.runtime.free_memory import device_memory, host_memory
-from stabletrain.runtime.guard import StepGuard
-from stabletrain.runtime.snapshot_buffers import bytes_of
-from stabletrain.runtime.snapshot_ring import SnapshotRing
-from stabletrain_plugins.rollback.amounts import parse, shown
+from stabletrain.runtime.guard.step_guard import StepGuard
+from stabletrain.runtime.internals.free_memory import device_memory, host_memory
+from stabletrain.runtime.records.event_log import logger
+from stabletrain.runtime.snapshots.buffers import bytes_of
 from stabletrain_plugins.rollback.rollback_rule import RollbackRule
+from stabletrain_plugins.rollback.snapshot_ring import SnapshotRing
 
 
-class Needs(NamedTuple):
+class MemoryPlan(NamedTuple):
     """What will be taken on a rank.
 
     Args:
@@ -37,7 +37,7 @@ class Needs(NamedTuple):
     spill: str | None
 
     @classmethod
-    def of(cls, copies: int, keep: int, batch: Any, batches: int, spill: str | None) -> Needs:
+    def of(cls, copies: int, keep: int, batch: Any, batches: int, spill: str | None) -> MemoryPlan:
         """From one of the batches."""
         size = bytes_of([leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)])
         return cls(copies, keep, size * batches, batches, spill)
@@ -84,7 +84,7 @@ def take(rule: RollbackRule, ring: SnapshotRing, guard: StepGuard, batch: Any) -
         UserError: on all ranks, if one has too little.
     """
     trainer, batches = guard.trainer, rule.keep * rule.every * guard.trainer.accumulate_grad_batches
-    needs = Needs.of(ring.bytes_needed(guard), rule.keep, batch, batches, rule.spill)
+    needs = MemoryPlan.of(ring.bytes_needed(guard), rule.keep, batch, batches, rule.spill)
     device = next(guard.module.parameters()).device
     problem = needs.problem(rule.max_memory, free_for_a_rank(trainer, rule.where, device))
     if trainer.world_size > 1 and trainer.strategy.reduce_boolean_decision(problem is not None, all=False):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from stabletrain.runtime import diagnosis
-from stabletrain.runtime.guard import StepGuard
-from stabletrain.runtime.train_loader import Mark, TrainLoader
-from stabletrain_plugins.rollback.trouble import Trouble
+from stabletrain.runtime.data.train_loader import DataMark, TrainLoader
+from stabletrain.runtime.guard.step_guard import StepGuard
+from stabletrain.runtime.records import diagnosis
+from stabletrain_plugins.rollback.incidents import IncidentTracker
 
 _MOST = 500
 """Batches that are named."""
@@ -18,8 +18,8 @@ def report(
     reason: str,
     guard: StepGuard,
     loader: TrainLoader,
-    trouble: Trouble,
-    otherwise: Mark | None,
+    trouble: IncidentTracker,
+    otherwise: DataMark | None,
     rollbacks: Iterable[int],
     last_batch: tuple[Any, int],
 ) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def report(
         "rollbacks_at": list(rollbacks),
         "trouble_since": trouble.since.step if trouble.since else None,
         "batches_since": [list(item.identity) for item in trouble.batches(loader, otherwise)[-_MOST:]],
-        "batches_left_out": [list(each) for each in sorted(loader.left_out, key=repr)],
+        "batches_excluded": [list(each) for each in sorted(loader.excluded, key=repr)],
         **diagnosis.of_model(guard.module, *last_batch),
         "events": [event._asdict() for event in list(guard.events.recent)[-100:]],
     }

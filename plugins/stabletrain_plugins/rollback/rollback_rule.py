@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from stabletrain.core.bytes import parse
 from stabletrain.core.spikes import SpikeDetection
-from stabletrain_plugins.rollback.amounts import parse
 
 
 @dataclass(frozen=True, kw_only=True)

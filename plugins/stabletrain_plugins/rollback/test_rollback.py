@@ -147,10 +147,10 @@ def test_poisoned_batches_are_left_out(tmp_path: Path) -> None:
     # catches a rollback that replays the poison, or leaves out others, or more
     model, trainer = train(tmp_path, st.Rollback(**QUICK), poisoned=POISON)
     (made,) = interventions(tmp_path)
-    left_out = {index for batch in made["left_out"] for index in batch[1:]}
-    assert set(POISON) <= left_out
-    assert len(left_out) <= 4 * 8
-    clean = [i for i in range(256) if i not in left_out]
+    excluded = {index for batch in made["excluded"] for index in batch[1:]}
+    assert set(POISON) <= excluded
+    assert len(excluded) <= 4 * 8
+    clean = [i for i in range(256) if i not in excluded]
     assert not set(POISON) & {i for batch in model.samples[made["step"] :] for i in batch}
     reference, _ = train(tmp_path / "reference", order=clean)
     assert trainer.global_step == len(clean) // 4
@@ -191,7 +191,7 @@ def test_dropping_is_never_having_had_them(tmp_path: Path, accumulate: int) -> N
     quick = {**QUICK, "every": 4, "drop": "since_snapshot"}
     model, _ = train(tmp_path, Ask().at(13), st.Rollback(**quick), **options)
     (made,) = interventions(tmp_path)
-    gone = {index for batch in made["left_out"] for index in batch[1:]}
+    gone = {index for batch in made["excluded"] for index in batch[1:]}
     reference, _ = train(tmp_path / "reference", order=[i for i in range(256) if i not in gone], **options)
     assert gone
     assert len(gone) % (4 * accumulate) == 0
@@ -244,7 +244,7 @@ def test_trouble_at_the_same_place_leads_further_back(tmp_path: Path) -> None:
     train(tmp_path, Ask().at(60, 66), st.Rollback(**QUICK))
     first, second = interventions(tmp_path)
     assert second["applied"][1] < first["applied"][1]
-    assert len(second["left_out"]) > len(first["left_out"])
+    assert len(second["excluded"]) > len(first["excluded"])
 
 
 def test_the_budget_ends_in_a_clean_stop_with_a_diagnosis(tmp_path: Path) -> None:
@@ -313,7 +313,7 @@ def test_left_out_batches_stay_out_after_a_restart(tmp_path: Path) -> None:
     save = ModelCheckpoint(tmp_path / "ckpt", filename="{step}", every_n_train_steps=50, save_top_k=-1)
     model, _ = train(tmp_path, st.Rollback(**QUICK), save, poisoned=POISON, max_epochs=2)
     (made,) = interventions(tmp_path)
-    left_out = {index for batch in made["left_out"] for index in batch[1:]}
+    excluded = {index for batch in made["excluded"] for index in batch[1:]}
     again, _ = train(
         tmp_path / "again",
         st.Rollback(**QUICK),
@@ -322,9 +322,9 @@ def test_left_out_batches_stay_out_after_a_restart(tmp_path: Path) -> None:
         resume=tmp_path / "ckpt" / "step=50.ckpt",
     )
     second_epoch = {i for batch in again.samples for i in batch}
-    assert not left_out & second_epoch
-    assert len(second_epoch) == 256 - len(left_out)
-    assert not left_out & {i for batch in model.samples[-40:] for i in batch}
+    assert not excluded & second_epoch
+    assert len(second_epoch) == 256 - len(excluded)
+    assert not excluded & {i for batch in model.samples[-40:] for i in batch}
 
 
 def test_a_run_with_a_rollback_resumes_exactly(tmp_path: Path) -> None:
@@ -396,7 +396,7 @@ def test_the_budget_is_not_given_back_by_a_checkpoint(tmp_path: Path) -> None:
     made = interventions(tmp_path / "b")
     assert [each["applied"][1] for each in made] == [20, 10]
     assert rollback.rollbacks == 2
-    assert rollback.left_out == {tuple(batch) for each in made for batch in each["left_out"]}
+    assert rollback.excluded == {tuple(batch) for each in made for batch in each["excluded"]}
 
 
 def test_rewarming(tmp_path: Path) -> None:

@@ -14,18 +14,18 @@ from typing import Any, ClassVar, NoReturn
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from stabletrain.core.intervals import SaveTriggers
 from stabletrain.core.lengths import LengthLike
 from stabletrain.errors import UserError
-from stabletrain.runtime import compat
-from stabletrain.runtime.checkpoints.intervals import Intervals
 from stabletrain.runtime.checkpoints.lightning_io import VerifiedIO
 from stabletrain.runtime.checkpoints.loading import newest
-from stabletrain.runtime.checkpoints.manifest import About
-from stabletrain.runtime.checkpoints.recipe import recipe_hash
+from stabletrain.runtime.checkpoints.manifest import CheckpointInfo
+from stabletrain.runtime.checkpoints.preemption import EXIT_CODE, PreemptionWatch, StopBetweenBatches
 from stabletrain.runtime.checkpoints.saver import Saver
-from stabletrain.runtime.checkpoints.store import Keep, Mode, Store
-from stabletrain.runtime.preemption import EXIT_CODE, PreemptionWatch, StopBetweenBatches
-from stabletrain.runtime.run_length import run_length
+from stabletrain.runtime.checkpoints.store import MetricMode, Retention, Store
+from stabletrain.runtime.internals import trainer as trainer_internals
+from stabletrain.runtime.internals.run_length import run_length
+from stabletrain.runtime.records.recipe import recipe_hash
 
 logger = logging.getLogger("stabletrain")
 
@@ -60,7 +60,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         every: LengthLike | Sequence[LengthLike] | None = "10min",
         keep_last: int | None = 2,
         monitor: str | None = None,
-        mode: Mode = "min",
+        mode: MetricMode = "min",
         tokens_per_step: float | None = None,
         background: bool = True,
         on_sigterm: bool = True,
@@ -74,12 +74,12 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         self.folder, self.every, self.keep_last = folder, every, keep_last
         self.monitor, self.mode = monitor, mode
         self.tokens_per_step, self.background, self.on_sigterm = tokens_per_step, background, on_sigterm
-        Intervals(every, "save_checkpoints.every")
+        SaveTriggers(every, "save_checkpoints.every")
         self._forget_fit()
 
     def _forget_fit(self) -> None:
         self._active = self._rehearsed = self._watching = False
-        self._intervals = Intervals(self.every, "save_checkpoints.every")
+        self._intervals = SaveTriggers(self.every, "save_checkpoints.every")
         self._watch = PreemptionWatch()
         self._saver: Saver | None = None
         self._place: Path | None = None
@@ -115,11 +115,11 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         Returns:
             The newest checkpoint on the disk, on rank 0 and with ``wait``; a disk that refuses is reported, not raised.
         """
-        checkpoint = compat.dump_checkpoint(trainer)
+        checkpoint = trainer_internals.dump_checkpoint(trainer)
         self._saved_at = _position(trainer)
         self._intervals.saved(time.monotonic())
         if self._saver is not None:
-            about = About(
+            about = CheckpointInfo(
                 step=trainer.global_step,
                 run=self._run,
                 epoch=trainer.current_epoch,
@@ -127,7 +127,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
                 recipe=self._recipe,
                 metric=None if value is None else self.monitor,
                 value=value,
-                whole=not compat.window_is_open(trainer),
+                whole=not trainer_internals.window_is_open(trainer),
             )
             self._saver.save(checkpoint, about, wait)
         if wait:
@@ -148,7 +148,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make ``ckpt_path`` take our folders, and find the place to write."""
-        if compat.reads_own_checkpoints(trainer):
+        if trainer_internals.reads_own_checkpoints(trainer):
             raise UserError(
                 f"save_checkpoints: {type(trainer.strategy).__name__} writes checkpoints in a format of its own. Use "
                 "Lightning's ModelCheckpoint (plugins/checkpoints=none), or strategy=ddp"
@@ -163,10 +163,10 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         self._run, self._fitted = run or self._run, weakref.ref(trainer)
         root = trainer.log_dir or trainer.default_root_dir  # asks all ranks: not only on rank 0
         self._place = (Path(root) / "checkpoints" if self.folder is None else Path(self.folder)).expanduser().absolute()
-        self._active = not compat.is_fast_dev_run(trainer)
+        self._active = not trainer_internals.is_fast_dev_run(trainer)
         self._recipe = recipe_hash(Path(trainer.default_root_dir), but=("chaos",))
         if self._active and trainer.is_global_zero:
-            keep = Keep(last=self.keep_last, metric=self.monitor, mode=self.mode)
+            keep = Retention(last=self.keep_last, metric=self.monitor, mode=self.mode)
             self._saver = Saver(Store(self._place, keep), self.background)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -189,7 +189,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save if it is time, once the gradients of the window have been used."""
-        if not self._active or compat.window_is_open(trainer):
+        if not self._active or trainer_internals.window_is_open(trainer):
             return
         if not self._rehearsed:
             self._rehearse(trainer)
@@ -275,7 +275,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
     def _rehearse(self, trainer: Trainer) -> None:
         """After the first step: what cannot be saved is refused now, and the first snapshot finds its memory ready."""
         self._rehearsed = True
-        checkpoint = compat.dump_checkpoint(trainer)
+        checkpoint = trainer_internals.dump_checkpoint(trainer)
         if self._saver is not None:
             self._saver.prepare(checkpoint)
 
@@ -287,4 +287,4 @@ def _wrong(argument: str, expected: str, got: Any) -> UserError:
 
 
 def _position(trainer: Trainer) -> tuple[int, int]:
-    return trainer.global_step, compat.batches_seen(trainer)
+    return trainer.global_step, trainer_internals.batches_seen(trainer)

@@ -175,11 +175,11 @@ def test_ckpt_path_falls_back_to_the_previous_good_one(tmp_path: Path, caplog: p
     (tmp_path / "step-00000008" / "tensors.safetensors").write_bytes(b"")
     seen = []
 
-    class Look(Callback):
+    class WeightSample(Callback):
         def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
             seen.append(trainer.global_step)
 
-    fit(Look(), SaveCheckpoints(tmp_path, every=None), steps=9, resume=tmp_path / "step-00000008")
+    fit(WeightSample(), SaveCheckpoints(tmp_path, every=None), steps=9, resume=tmp_path / "step-00000008")
     assert seen == [4]
     assert "step-00000008 is damaged: tensors.safetensors has 0 bytes" in caplog.text
 

@@ -20,10 +20,10 @@ from stabletrain.core.lengths import RunLength
 from stabletrain.core.outcome import Outcome
 from stabletrain.core.schedule import Schedule
 from stabletrain.errors import UserError
-from stabletrain.runtime import compat
-from stabletrain.runtime.member import GuardMember
-from stabletrain.runtime.run_length import run_length
-from stabletrain_plugins.schedule_lr.climb import ClimbInStep
+from stabletrain.runtime.guard.callbacks import GuardMember
+from stabletrain.runtime.internals import trainer as trainer_internals
+from stabletrain.runtime.internals.run_length import run_length
+from stabletrain_plugins.schedule_lr.rewarm import RewarmHooks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -117,12 +117,14 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
         if any(isinstance(each, GuardMember) for each in callbacks if each is not self):
             super().setup(trainer, pl_module, stage)
             if not self._leads:
-                compat.silence_step_hooks(self, among=ScheduleLR)  # the guard says when a rate is due: on_outcome
+                trainer_internals.silence_step_hooks(
+                    self, among=ScheduleLR
+                )  # the guard says when a rate is due: on_outcome
             return
         if self._fitted is None or self._fitted() is not trainer:
             self.reset()
         self._guard, self._leads, self._fitted = None, False, weakref.ref(trainer)
-        compat.silence_step_hooks(self, among=GuardMember)
+        trainer_internals.silence_step_hooks(self, among=GuardMember)
 
     def on_optimizer_ready(self, trainer: Trainer) -> None:
         """Take the base rates, before a checkpoint's optimizer state is loaded, and settle who sets the rate."""
@@ -134,7 +136,7 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
         if configs and self.module_scheduler == "keep":
             sets = f"the module's own scheduler ({names}) sets the learning rate"
             self._say(trainer, f"{sets}; ScheduleLR logs it, and lets it climb again after a rollback")
-            climb = ClimbInStep(trainer, lambda: self._rewarm)
+            climb = RewarmHooks(trainer, lambda: self._rewarm)
             self._undo, self._keeps = climb.undo, True
             return
         if configs:
@@ -192,12 +194,12 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._guard is not None:
             return
-        attempted = compat.logger_step(trainer)
-        due = (attempted + 1) % compat.log_interval(trainer) == 0 and attempted != self._logged
+        attempted = trainer_internals.logger_step(trainer)
+        due = (attempted + 1) % trainer_internals.log_interval(trainer) == 0 and attempted != self._logged
         if due:
             self._logged = attempted
             metrics = self.metrics()
-            compat.publish_metrics(trainer, metrics, {})
+            trainer_internals.publish_metrics(trainer, metrics, {})
             if trainer.is_global_zero:
                 for each in trainer.loggers:
                     each.log_metrics(metrics, step=attempted)
@@ -271,7 +273,7 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
 
     def _stretched(self, trainer: Trainer, run: RunLength) -> RunLength:
         """The run; for `fast_dev_run`, a look at the code, so much longer that lengths in steps fit."""
-        if not compat.is_fast_dev_run(trainer) or run.total_steps is None:
+        if not trainer_internals.is_fast_dev_run(trainer) or run.total_steps is None:
             return run
         return replace(run, total_steps=max(run.total_steps, self.steps("lr_warmup", run) + self.steps("decay", run)))
 

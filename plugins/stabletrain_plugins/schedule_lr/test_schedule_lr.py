@@ -21,8 +21,8 @@ from stabletrain.core.events import Event, Request, RequestKind
 from stabletrain.core.lengths import RunLength
 from stabletrain.core.schedule import Kind, Schedule
 from stabletrain.errors import UserError
-from stabletrain.runtime.member import Guard, as_callback
-from stabletrain.runtime.requests import execute
+from stabletrain.runtime.guard.callbacks import Guard, as_callback
+from stabletrain.runtime.guard.requests import execute
 from stabletrain.testing.trainer import quiet_trainer
 from stabletrain_plugins.clip_norm.rule import ClipNormRule
 from stabletrain_plugins.schedule_lr.schedule import ScheduleLR
@@ -180,11 +180,11 @@ def test_a_tensor_rate_is_filled_not_replaced(tmp_path: Path) -> None:
     run = trainer(tmp_path, schedule)
     rate: list[Tensor] = []
 
-    class Look(Callback):
+    class WeightSample(Callback):
         def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
             rate.append(trainer.optimizers[0].param_groups[0]["lr"])
 
-    run.callbacks.append(Look())  # type: ignore[attr-defined]
+    run.callbacks.append(WeightSample())  # type: ignore[attr-defined]
     run.fit(net, data())
     assert run.optimizers[0].param_groups[0]["lr"] is rate[0]
     assert [each[0] for each in net.used] == [each[0] for each in wanted(schedule, 16)]

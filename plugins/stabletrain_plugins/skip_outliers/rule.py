@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple, Self
 
-from stabletrain.core.baseline import Baseline, Gauge
+from stabletrain.core.baseline import Baseline, OutlierTest
 from stabletrain.core.events import Event, Request, RequestKind
 from stabletrain.core.limits import NO_LIMITS, Bound, Limits, SkipAbove
 from stabletrain.core.outcome import Outcome
@@ -232,17 +232,17 @@ class SkipOutliersRule(Rule[OutlierState]):
     # ---- the yardsticks ---------------------------------------------------------------------------------------------
 
     @cached_property
-    def _loss(self) -> Gauge:
+    def _loss(self) -> OutlierTest:
         return self._gauge(self.min_sigma_loss, log=False)
 
     @cached_property
-    def _norm(self) -> Gauge:
+    def _norm(self) -> OutlierTest:
         return self._gauge(self.min_sigma_norm, self.log_norm)
 
-    def _gauge(self, min_sigma: float, log: bool) -> Gauge:
-        return Gauge(self.sigmas, self.window, 0, self.min_samples, min_sigma, log, self.robust)
+    def _gauge(self, min_sigma: float, log: bool) -> OutlierTest:
+        return OutlierTest(self.sigmas, self.window, 0, self.min_samples, min_sigma, log, self.robust)
 
-    def _sentence(self, signal: str, value: float, gauge: Gauge, baseline: Baseline) -> str:
+    def _sentence(self, signal: str, value: float, gauge: OutlierTest, baseline: Baseline) -> str:
         statistic, steps = "median" if self.robust else "mean", len(baseline.past.window)
         limit, centre = gauge.limit(baseline), gauge.centre(baseline)
         return f"{signal} {value:.4g} > {limit:.4g} ({statistic} {centre:.4g} of {steps} steps)"

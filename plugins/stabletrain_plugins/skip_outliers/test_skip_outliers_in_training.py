@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from stabletrain.runtime.member import as_callback
+from stabletrain.runtime.guard.callbacks import as_callback
 from stabletrain.runtime.stop import TrainingStopped
 from stabletrain_plugins.skip_outliers.rule import SkipOutliersRule
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 from stabletrain.runtime.checkpoints import tensor_file
+from stabletrain.runtime.checkpoints.encoding import decode, dtype_of
 from stabletrain.runtime.checkpoints.manifest import CheckpointError, Manifest
 from stabletrain.runtime.checkpoints.store import (
     PREFIX,
@@ -22,7 +23,6 @@ from stabletrain.runtime.checkpoints.store import (
     is_checkpoint,
     size_problem,
 )
-from stabletrain.runtime.checkpoints.tree import dtype_of, unpack
 
 logger = logging.getLogger("stabletrain")
 
@@ -99,7 +99,7 @@ def read(path: Path) -> Loaded:
         tensors = tensor_file.read(path / TENSORS, manifest.files[TENSORS], wanted)
     except OSError as error:
         raise CheckpointError(f"{error.filename or path} cannot be read ({error.strerror})") from None
-    return Loaded(unpack(state["tree"], [tensors[name] for name in wanted]), path, manifest)
+    return Loaded(decode(state["tree"], [tensors[name] for name in wanted]), path, manifest)
 
 
 def verify(path: str | Path) -> Manifest:

@@ -22,7 +22,7 @@ class CheckpointError(UserError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class About:
+class CheckpointInfo:
     """What a checkpoint says of itself.
 
     Args:
@@ -60,7 +60,7 @@ class Manifest:
     """
 
     sequence: int
-    about: About
+    about: CheckpointInfo
     files: Mapping[str, FileRecord]
     versions: Mapping[str, str]
 
@@ -99,7 +99,9 @@ class Manifest:
             raise CheckpointError(f"format {content['format']}, and this version reads {FORMAT}: update stabletrain")
         return cls(
             sequence=content["sequence"],
-            about=About(**{field: content[field] for field in About.__dataclass_fields__ if field in content}),
+            about=CheckpointInfo(
+                **{field: content[field] for field in CheckpointInfo.__dataclass_fields__ if field in content}
+            ),
             files={name: FileRecord(**record) for name, record in content["files"].items()},
             versions=content["versions"],
         )

@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from stabletrain.runtime.checkpoints.manifest import About
+from stabletrain.runtime.checkpoints.encoding import Encoded
+from stabletrain.runtime.checkpoints.manifest import CheckpointInfo
 from stabletrain.runtime.checkpoints.store import Entry, Store
-from stabletrain.runtime.checkpoints.tree import Packed
-from stabletrain.runtime.snapshot_buffers import SnapshotBuffers
+from stabletrain.runtime.snapshots.buffers import SnapshotBuffers
 
 logger = logging.getLogger("stabletrain")
 
@@ -41,7 +41,7 @@ class Saver:
         self._told_waiting = False
         self._buffers = SnapshotBuffers() if snapshots else None
         self._thread: threading.Thread | None = None
-        self._told_left_out = False
+        self._warned_omitted = False
 
     @property
     def nbytes(self) -> int:
@@ -71,13 +71,13 @@ class Saver:
         Raises:
             CheckpointError: if it holds something that is no data.
         """
-        packed = Packed(checkpoint)
-        self._tell_left_out(packed)
+        packed = Encoded(checkpoint)
+        self._warn_omitted(packed)
         buffers = self._buffers
         if buffers is not None:
             self._start(lambda: buffers.prepare(packed.tensors))
 
-    def save(self, checkpoint: Mapping[str, Any], about: About, wait: bool = False) -> None:
+    def save(self, checkpoint: Mapping[str, Any], about: CheckpointInfo, wait: bool = False) -> None:
         """Save a checkpoint. A disk that refuses is reported, and ends nothing.
 
         Args:
@@ -89,8 +89,8 @@ class Saver:
             CheckpointError: if it holds something that is no data.
         """
         self._wait_for_previous()
-        packed = Packed(checkpoint)
-        self._tell_left_out(packed)
+        packed = Encoded(checkpoint)
+        self._warn_omitted(packed)
         if wait or self._buffers is None:
             self._write(about, packed)
             return
@@ -117,7 +117,7 @@ class Saver:
             return math.isfinite(value)
         return value < known if self.store.keep.mode == "min" else value > known
 
-    def _write(self, about: About, packed: Packed) -> None:
+    def _write(self, about: CheckpointInfo, packed: Encoded) -> None:
         try:
             self.newest = self.store.write(about, packed.tree, packed.names, packed.tensors)
         except OSError as error:
@@ -154,13 +154,13 @@ class Saver:
                 self._waited,
             )
 
-    def _tell_left_out(self, packed: Packed) -> None:
-        if packed.left_out and not self._told_left_out:
-            self._told_left_out = True
+    def _warn_omitted(self, packed: Encoded) -> None:
+        if packed.omitted and not self._warned_omitted:
+            self._warned_omitted = True
             logger.warning(
                 "checkpoints are read as data and so leave out %s; resuming does not need them, load_from_checkpoint "
                 "must be given them",
-                ", ".join(packed.left_out),
+                ", ".join(packed.omitted),
             )
 
 

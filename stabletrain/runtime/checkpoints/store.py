@@ -28,7 +28,7 @@ import stabletrain
 from stabletrain.runtime.checkpoints import durable, tensor_file
 from stabletrain.runtime.checkpoints.durable import FileRecord
 from stabletrain.runtime.checkpoints.manifest import NAME as MANIFEST
-from stabletrain.runtime.checkpoints.manifest import About, CheckpointError, Manifest
+from stabletrain.runtime.checkpoints.manifest import CheckpointError, CheckpointInfo, Manifest
 
 STATE = "state.json"
 TENSORS = "tensors.safetensors"
@@ -36,7 +36,7 @@ PREFIX = "step-"
 
 logger = logging.getLogger("stabletrain")
 
-Mode = Literal["min", "max"]
+MetricMode = Literal["min", "max"]
 
 
 class Entry(NamedTuple):
@@ -52,7 +52,7 @@ class Entry(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Keep:
+class Retention:
     """Which checkpoints of a run are not deleted.
 
     Args:
@@ -63,7 +63,7 @@ class Keep:
 
     last: int | None = 2
     metric: str | None = None
-    mode: Mode = "min"
+    mode: MetricMode = "min"
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,14 @@ class Store:
     """
 
     folder: Path
-    keep: Keep = field(default_factory=Keep)
+    keep: Retention = field(default_factory=Retention)
 
-    def write(self, about: About, tree: Any, names: Sequence[str], tensors: Sequence[Tensor]) -> Path:
+    def write(self, about: CheckpointInfo, tree: Any, names: Sequence[str], tensors: Sequence[Tensor]) -> Path:
         """Write a checkpoint; when this returns, it is on the disk.
 
         Args:
             about: what it says of itself.
-            tree: what `Packed` made of it.
+            tree: what `Encoded` made of it.
             names: of the tensors.
             tensors: the tensors, which must not change meanwhile.
 

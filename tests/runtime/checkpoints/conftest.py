@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from stabletrain.runtime.checkpoints import About, Keep, Saver, Store
+from stabletrain.runtime.checkpoints import CheckpointInfo, Retention, Saver, Store
 
 Write = Callable[..., Path]
 
@@ -17,10 +17,10 @@ def content(step: int) -> dict[str, Any]:
     return {"step": step, "weights": torch.full((1000,), float(step)), "small": torch.tensor(step, dtype=torch.int16)}
 
 
-def save(folder: Path, step: int, run: str = "a", keep: Keep | None = None, **about: Any) -> Path:
+def save(folder: Path, step: int, run: str = "a", keep: Retention | None = None, **about: Any) -> Path:
     """Write a checkpoint and return its folder."""
-    saver = Saver(Store(folder, keep or Keep(last=None)))
-    saver.save(content(step), About(step=step, run=run, **about), wait=True)
+    saver = Saver(Store(folder, keep or Retention(last=None)))
+    saver.save(content(step), CheckpointInfo(step=step, run=run, **about), wait=True)
     assert saver.newest is not None
     return saver.newest
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from stabletrain.runtime.checkpoints import CheckpointError, Keep, Manifest, load, newest, verify
+from stabletrain.runtime.checkpoints import CheckpointError, Manifest, Retention, load, newest, verify
 
 from .conftest import Write, save
 
@@ -147,7 +147,7 @@ def test_a_format_of_the_future_is_named(write: Write) -> None:
 
 
 def test_a_runs_folder_stands_for_its_checkpoints(tmp_path: Path) -> None:
-    save(tmp_path / "checkpoints", 3, keep=Keep())
+    save(tmp_path / "checkpoints", 3, keep=Retention())
     assert load(tmp_path)["step"] == 3
 
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stabletrain.runtime.checkpoints import About, CheckpointError, Saver, Store, load
-from stabletrain.runtime.checkpoints.tree import Packed, unpack
+from stabletrain.runtime.checkpoints import CheckpointError, CheckpointInfo, Saver, Store, load
+from stabletrain.runtime.checkpoints.encoding import Encoded, decode
 
 TENSORS = {
     "fp64": torch.randn(3, dtype=torch.float64),
@@ -72,7 +72,7 @@ PLAIN: dict[str, Any] = {
 
 def through_a_file(tmp_path: Path, checkpoint: dict[str, Any], snapshots: bool = True) -> dict[str, Any]:
     saver = Saver(Store(tmp_path), snapshots=snapshots)
-    saver.save(checkpoint, About(step=1, run="a"))
+    saver.save(checkpoint, CheckpointInfo(step=1, run="a"))
     saver.wait()
     assert saver.newest is not None
     return load(saver.newest)
@@ -120,7 +120,7 @@ def test_tied_weights_are_stored_once_and_are_one_tensor_again(tmp_path: Path) -
     found = through_a_file(tmp_path, {"head": weight, "embedding": weight.detach(), "part": weight[:1]})
     assert found["head"] is found["embedding"]
     assert torch.equal(found["part"], weight[:1])
-    names = Packed({"head": weight, "embedding": weight.detach(), "part": weight[:1]}).names
+    names = Encoded({"head": weight, "embedding": weight.detach(), "part": weight[:1]}).names
     assert names == ["head", "part"]
 
 
@@ -156,7 +156,7 @@ def test_a_snapshot_is_of_the_moment(tmp_path: Path) -> None:
     """Training goes on while the writer writes: neither tensors nor containers may follow it."""
     weight, plain = torch.ones(200_000), {"steps": [1]}
     saver = Saver(Store(tmp_path))
-    saver.save({"weight": weight, "plain": plain}, About(step=1, run="a"))
+    saver.save({"weight": weight, "plain": plain}, CheckpointInfo(step=1, run="a"))
     weight.zero_()
     plain["steps"].append(2)
     saver.wait()
@@ -170,8 +170,8 @@ def test_numpy_and_subclasses_become_plain() -> None:
         "float": np.float64(0.1), "int": np.int32(3), "array": np.arange(3), "enum": Colour.RED,
         "text": np.str_("x"), "default": collections.defaultdict(int, a=1),
     }  # fmt: skip
-    packed = Packed(given)
-    found = unpack(json.loads(json.dumps(packed.tree)), packed.tensors)
+    packed = Encoded(given)
+    found = decode(json.loads(json.dumps(packed.tree)), packed.tensors)
     assert {key: type(value) for key, value in found.items()} == {
         "float": float, "int": int, "array": np.ndarray, "enum": int, "text": str, "default": dict,
     }  # fmt: skip
@@ -187,14 +187,14 @@ def test_numpy_and_subclasses_become_plain() -> None:
 def test_what_is_no_data_is_refused_with_its_place(value: object) -> None:
     """Found at the first save, not when somebody wants to resume."""
     with pytest.raises(CheckpointError, match=r"callbacks\.mine\.1"):
-        Packed({"callbacks": {"mine": [0, value]}})
+        Encoded({"callbacks": {"mine": [0, value]}})
 
 
 def test_a_container_in_itself_is_refused() -> None:
     loop: list[Any] = []
     loop.append(loop)
     with pytest.raises(CheckpointError, match="itself"):
-        Packed({"x": loop})
+        Encoded({"x": loop})
 
 
 def test_objects_among_hyper_parameters_are_left_out_by_name() -> None:
@@ -202,9 +202,9 @@ def test_objects_among_hyper_parameters_are_left_out_by_name() -> None:
         "hyper_parameters": {"lr": 0.1, "loss": len, "net": {"act": torch.nn.ReLU(), "width": 3}},
         "hparams_type": dict,
     }
-    packed = Packed(given)
-    assert unpack(packed.tree, packed.tensors) == {"hyper_parameters": {"lr": 0.1, "net": {"width": 3}}}
-    assert [each.split(" ")[0] for each in packed.left_out] == ["hyper_parameters.loss", "hyper_parameters.net.act"]
+    packed = Encoded(given)
+    assert decode(packed.tree, packed.tensors) == {"hyper_parameters": {"lr": 0.1, "net": {"width": 3}}}
+    assert [each.split(" ")[0] for each in packed.omitted] == ["hyper_parameters.loss", "hyper_parameters.net.act"]
 
 
 def test_a_config_of_omegaconf_among_hyper_parameters_becomes_plain() -> None:
@@ -212,15 +212,16 @@ def test_a_config_of_omegaconf_among_hyper_parameters_becomes_plain() -> None:
     from omegaconf import DictConfig, OmegaConf
 
     config = OmegaConf.create({"lr": 0.1, "twice": "${lr}", "layers": [1, 2]})
-    packed = Packed({"hyper_parameters": config, "hparams_type": DictConfig})
-    assert unpack(packed.tree, packed.tensors) == {"hyper_parameters": {"lr": 0.1, "twice": 0.1, "layers": [1, 2]}}
+    packed = Encoded({"hyper_parameters": config, "hparams_type": DictConfig})
+    assert decode(packed.tree, packed.tensors) == {"hyper_parameters": {"lr": 0.1, "twice": 0.1, "layers": [1, 2]}}
 
 
 def test_other_tools_can_read_the_tensors(tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
     saver = Saver(Store(tmp_path))
     saver.save(
-        {"state_dict": {"net.weight": torch.ones(2, 2), "odd": torch.ones(3, dtype=torch.int8)}}, About(step=1, run="a")
+        {"state_dict": {"net.weight": torch.ones(2, 2), "odd": torch.ones(3, dtype=torch.int8)}},
+        CheckpointInfo(step=1, run="a"),
     )
     saver.wait()
     found = safetensors.load_file(next(tmp_path.glob("*/tensors.safetensors")))

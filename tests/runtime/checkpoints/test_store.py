@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 
-from stabletrain.runtime.checkpoints import About, Keep, Saver, Store, load, newest
+from stabletrain.runtime.checkpoints import CheckpointInfo, Retention, Saver, Store, load, newest
 from stabletrain.runtime.checkpoints import durable as durable_module
 
 from .conftest import Write, content, save
@@ -25,25 +25,25 @@ def steps(folder: Path) -> list[int]:
 
 def test_the_newest_are_kept(tmp_path: Path) -> None:
     for step in range(1, 6):
-        save(tmp_path, step, keep=Keep(last=2))
+        save(tmp_path, step, keep=Retention(last=2))
     assert steps(tmp_path) == [4, 5]
     assert len(os.listdir(tmp_path)) == 2
 
 
 @pytest.mark.parametrize(("mode", "best"), [("min", 2), ("max", 3)])
 def test_the_best_is_kept_besides(tmp_path: Path, mode: Any, best: int) -> None:
-    keep = Keep(last=1, metric="val_loss", mode=mode)
+    keep = Retention(last=1, metric="val_loss", mode=mode)
     for step, value in ((1, 1.0), (2, 0.5), (3, 2.0), (4, 1.5)):
-        save(tmp_path, step, keep=Keep(last=None), metric="val_loss", value=value)
+        save(tmp_path, step, keep=Retention(last=None), metric="val_loss", value=value)
     save(tmp_path, 5, keep=keep)
     assert steps(tmp_path) == [best, 5]
 
 
 def test_a_nan_is_never_the_best(tmp_path: Path) -> None:
-    saver = Saver(Store(tmp_path, Keep(metric="m")))
+    saver = Saver(Store(tmp_path, Retention(metric="m")))
     assert not saver.is_best("a", float("nan"))
     assert saver.is_best("a", 1.0)
-    saver.save(content(1), About(step=1, run="a", metric="m", value=1.0))
+    saver.save(content(1), CheckpointInfo(step=1, run="a", metric="m", value=1.0))
     assert not saver.is_best("a", 1.0)
     assert not saver.is_best("a", float("nan"))
     assert saver.is_best("a", 0.5)
@@ -51,7 +51,7 @@ def test_a_nan_is_never_the_best(tmp_path: Path) -> None:
 
 def test_one_that_is_not_whole_is_the_last_choice_and_does_not_count_as_kept(tmp_path: Path) -> None:
     # catches a run that goes on inexactly with an exact checkpoint beside it, or loses that one to the other
-    keep = Keep(last=1, metric="m")
+    keep = Retention(last=1, metric="m")
     for step, whole, value in ((1, True, None), (2, False, 1.0), (3, True, None), (4, False, 2.0), (5, False, 0.5)):
         save(tmp_path, step, keep=keep, whole=whole, metric=None if value is None else "m", value=value)
     assert steps(tmp_path) == [3, 5]
@@ -64,16 +64,16 @@ def test_one_that_is_not_whole_is_the_last_choice_and_does_not_count_as_kept(tmp
 
 def test_other_runs_checkpoints_are_left_alone(tmp_path: Path) -> None:
     """A run started anew in the same folder must not delete what the one before had reached."""
-    save(tmp_path, 900, run="old", keep=Keep(last=1))
+    save(tmp_path, 900, run="old", keep=Retention(last=1))
     for step in (1, 2, 3):
-        save(tmp_path, step, run="new", keep=Keep(last=1))
+        save(tmp_path, step, run="new", keep=Retention(last=1))
     assert steps(tmp_path) == [900, 3]
 
 
 def test_a_damaged_one_does_not_count_as_kept(tmp_path: Path) -> None:
-    first = save(tmp_path, 1, keep=Keep(last=2))
-    (save(tmp_path, 2, keep=Keep(last=2)) / "manifest.json").unlink()
-    save(tmp_path, 3, keep=Keep(last=2))
+    first = save(tmp_path, 1, keep=Retention(last=2))
+    (save(tmp_path, 2, keep=Retention(last=2)) / "manifest.json").unlink()
+    save(tmp_path, 3, keep=Retention(last=2))
     assert first.exists()
 
 
@@ -99,9 +99,9 @@ def test_nothing_is_deleted_before_the_new_one_is_durable(tmp_path: Path, monkey
 
     for name in ("write_file", "publish", "discard"):
         monkeypatch.setattr(durable_module, name, spied(name))
-    save(tmp_path, 1, keep=Keep(last=1))
+    save(tmp_path, 1, keep=Retention(last=1))
     order.clear()
-    save(tmp_path, 2, keep=Keep(last=1))
+    save(tmp_path, 2, keep=Retention(last=1))
     assert order == ["write_file", "write_file", "publish", "discard"]
 
 
@@ -123,8 +123,8 @@ def test_every_file_and_folder_is_synced_before_it_counts(tmp_path: Path, monkey
 def test_a_disk_that_refuses_is_reported_each_time_and_ends_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int, wait: bool
 ) -> None:
-    saver = Saver(Store(tmp_path, Keep(last=1)))
-    saver.save(content(1), About(step=1, run="a"), wait=True)
+    saver = Saver(Store(tmp_path, Retention(last=1)))
+    saver.save(content(1), CheckpointInfo(step=1, run="a"), wait=True)
     real = durable_module.write_file
 
     def refuse(path: Path, chunks: Any) -> Any:
@@ -133,14 +133,14 @@ def test_a_disk_that_refuses_is_reported_each_time_and_ends_nothing(
 
     monkeypatch.setattr(durable_module, "write_file", refuse)
     for step in (2, 3):
-        saver.save(content(step), About(step=step, run="a"), wait)
+        saver.save(content(step), CheckpointInfo(step=step, run="a"), wait)
     saver.wait()
     assert caplog.text.count(os.strerror(code)) == 2
     assert "step-00000001" in caplog.text
     assert os.listdir(tmp_path) == ["step-00000001"]
     assert load(tmp_path)["step"] == 1
     monkeypatch.setattr(durable_module, "write_file", real)
-    saver.save(content(4), About(step=4, run="a"), wait=True)
+    saver.save(content(4), CheckpointInfo(step=4, run="a"), wait=True)
     assert load(tmp_path)["step"] == 4
 
 
@@ -155,10 +155,10 @@ def test_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: p
     if not mounted or mounted.returncode:
         pytest.skip("a small tmpfs cannot be mounted here: that needs root")
     try:
-        saver = Saver(Store(disk / "checkpoints", Keep(last=2)))
+        saver = Saver(Store(disk / "checkpoints", Retention(last=2)))
         refused = 0
         for step in range(1, 6):
-            saver.save({"step": step, "w": torch.full((100_000,), float(step))}, About(step=step, run="a"))
+            saver.save({"step": step, "w": torch.full((100_000,), float(step))}, CheckpointInfo(step=step, run="a"))
             saver.wait()
             good = load(disk)
             assert good["w"].eq(good["step"]).all()
@@ -167,7 +167,7 @@ def test_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: p
         assert caplog.text.count("No space left on device") == refused == 3
         assert sorted(os.listdir(disk / "checkpoints")) == ["step-00000001", "step-00000002"]
         shutil.rmtree(disk / "checkpoints" / "step-00000001")
-        saver.save({"step": 6, "w": torch.full((100_000,), 6.0)}, About(step=6, run="a"), wait=True)
+        saver.save({"step": 6, "w": torch.full((100_000,), 6.0)}, CheckpointInfo(step=6, run="a"), wait=True)
         assert load(disk)["step"] == 6
         with capsys.disabled():
             print(
@@ -181,7 +181,7 @@ def test_a_folder_that_may_not_be_written(tmp_path: Path, caplog: pytest.LogCapt
     place = tmp_path / "file"
     place.write_text("")
     saver = Saver(Store(place / "checkpoints"))
-    saver.save(content(1), About(step=1, run="a"), wait=True)
+    saver.save(content(1), CheckpointInfo(step=1, run="a"), wait=True)
     assert "could not be written" in caplog.text
     assert "there is none yet" in caplog.text
 
@@ -203,9 +203,9 @@ def test_at_most_one_write_at_a_time_and_every_one_is_made(tmp_path: Path, monke
                 busy -= 1
 
     monkeypatch.setattr(Store, "write", write)
-    saver = Saver(Store(tmp_path, Keep(last=None)))
+    saver = Saver(Store(tmp_path, Retention(last=None)))
     for step in range(1, 21):
-        saver.save(content(step), About(step=step, run="a"))
+        saver.save(content(step), CheckpointInfo(step=step, run="a"))
     saver.wait()
     assert most == 1
     assert steps(tmp_path) == list(range(1, 21))
@@ -236,7 +236,7 @@ def test_a_write_in_flight_survives_the_end_of_the_process(tmp_path: Path) -> No
 
     code = (
         "import sys, torch; from pathlib import Path; from stabletrain.runtime.checkpoints import *\n"
-        "Saver(Store(Path(sys.argv[1]))).save({'w': torch.ones(5_000_000)}, About(step=1, run='a'))"
+        "Saver(Store(Path(sys.argv[1]))).save({'w': torch.ones(5_000_000)}, CheckpointInfo(step=1, run='a'))"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
     assert load(tmp_path)["w"].sum().item() == 5_000_000

@@ -1,0 +1,134 @@
+"""Going back to a checkpoint on disk within a running fit: for when no snapshot in memory reaches back far enough.
+
+Parameters, optimizer, schedulers, loss scaler, averages and the plugins' histories are those of the checkpoint; data
+and random numbers go on from where they are.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
+
+from stabletrain.runtime.checkpoints.loading import is_ours, read, store_of
+from stabletrain.runtime.checkpoints.manifest import CheckpointError
+from stabletrain.runtime.checkpoints.store import Store
+from stabletrain.runtime.guard.callbacks import RuleCallback
+from stabletrain.runtime.guard.step_guard import StepGuard
+from stabletrain.runtime.internals import state as state_internals
+from stabletrain.runtime.internals import trainer as trainer_internals
+from stabletrain.runtime.records.event_log import logger
+
+_UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, CheckpointError)
+
+
+def find(trainer: Trainer, before: int) -> str | None:
+    """The newest good checkpoint of this run from before a step; the same on all ranks. A collective.
+
+    Looks where the run's checkpoint callbacks write, and at the file that the run was resumed from.
+
+    Args:
+        trainer: in a fit.
+        before: it has fewer than so many applied steps.
+
+    Returns:
+        Its path; None if there is none, or the strategy reads checkpoints in a way of its own.
+    """
+    found: str | None = None
+    if trainer.is_global_zero and not trainer_internals.reads_own_checkpoints(trainer):
+        for path in _candidates(trainer):
+            try:
+                step = load(path)["global_step"]
+            except _UNREADABLE as error:
+                logger.warning("rollback: %s cannot be used: %s", path, error)
+                continue
+            if step < before:
+                found = str(path)
+                break
+    result: str | None = trainer.strategy.broadcast(found)
+    return result
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Read exactly this checkpoint, ours or Lightning's, onto the CPU, as data.
+
+    Raises:
+        Exception: one of several kinds, if it is missing or damaged.
+    """
+    if is_ours(path):
+        return read(Path(path)).checkpoint
+    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return checkpoint
+
+
+def _candidates(trainer: Trainer) -> Iterator[Path]:
+    """Checkpoints of this run, newest first."""
+    seen: set[Path] = set()
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if not isinstance(callback, Checkpoint):
+            continue
+        if callable(wait := getattr(callback, "wait", None)):
+            wait()  # a write that ends now would delete an older one, perhaps the one that is chosen here
+        last = getattr(callback, "last", None)
+        folder = getattr(callback, "dirpath", None) or (Path(last).parent if last else None)
+        if folder is None:
+            continue
+        ours = store_of(Path(folder))
+        if ours is not None:
+            entries = Store(ours).entries()
+            run = entries[-1].manifest.about.run if entries else None
+            paths = [entry.path for entry in reversed(entries) if entry.manifest.about.run == run]
+        else:
+            paths = sorted(Path(folder).glob("*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True)
+        for path in paths:
+            if path not in seen:
+                seen.add(path)
+                yield path
+    if trainer.ckpt_path and Path(trainer.ckpt_path) not in seen and Path(trainer.ckpt_path).exists():
+        resumed = Path(trainer.ckpt_path)
+        folder = None if resumed.is_file() else store_of(resumed)
+        yield from [resumed] if folder is None else (entry.path for entry in reversed(Store(folder).entries()))
+
+
+def restore(guard: StepGuard, path: str, cause: str) -> None:
+    """Put a checkpoint's state into the running fit; call it on all ranks, in ``on_train_batch_end``.
+
+    Args:
+        guard: of the run.
+        path: of `find`.
+        cause: told to the rules (`Rule.rebase`).
+
+    Raises:
+        Exception: one of several kinds, if it is damaged or another model's.
+    """
+    guard.settle()
+    trainer, module = guard.trainer, guard.module
+    checkpoint = load(path)
+    module.on_load_checkpoint(checkpoint)
+    averaging = [each for each in trainer.callbacks if isinstance(each, WeightAveraging)]  # type: ignore[attr-defined]
+    trainer.strategy.load_model_state_dict(checkpoint, strict=module.strict_loading)
+    for callback in averaging:
+        callback.on_load_checkpoint(trainer, module, checkpoint)
+        callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
+    trainer.strategy.load_optimizer_state_dict(checkpoint)
+    for config, state in zip(trainer.lr_scheduler_configs, checkpoint.get("lr_schedulers", []), strict=False):
+        config.scheduler.load_state_dict(state)
+    precision = trainer.precision_plugin
+    if state := checkpoint.get(type(precision).__qualname__):
+        precision.load_state_dict(state)
+    state_internals.set_global_step(trainer, checkpoint["global_step"])
+    trainer.optimizers[0].zero_grad()
+    guard.after_restore(0)
+    counters = guard.counters
+    saved = checkpoint.get("callbacks", {})
+    for member in guard.members:
+        state = saved.get(member.state_key)
+        if state:
+            member.load_state_dict({**state, "counters": counters._asdict()})
+        if isinstance(member, RuleCallback):
+            member.state = member.rule.rebase(member.state, cause)

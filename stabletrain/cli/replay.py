@@ -1,0 +1,157 @@
+"""``stabletrain replay``: a rule alone over a recorded series, without training anything."""
+
+from __future__ import annotations
+
+import csv
+import inspect
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stabletrain.config import discovery
+from stabletrain.config.discovery import Option, PluginInfo, content
+from stabletrain.config.problems import suggestion
+from stabletrain.core.rule import Rule, replay
+from stabletrain.errors import UserError
+
+COLUMNS = ("loss", "grad_norm")
+
+
+def replay_file(name: str, file: Path, arguments: Sequence[str] = ()) -> str:
+    """Return the events of a rule over a recorded series, and a summary.
+
+    Args:
+        name: a plugin that is a rule, or one of its config options.
+        file: CSV with the columns ``loss`` (nats) and ``grad_norm``, one row for each attempted step.
+        arguments: ``key=value``, over the option's own.
+
+    Raises:
+        UserError: if there is no such rule, the arguments do not fit it, or the file cannot be read.
+    """
+    rule = make_rule(name, arguments)
+    lines: list[str] = []
+    counts: Counter[str] = Counter()
+    steps = clipped = skipped = 0
+    for step in replay(rule, read_series(file)):
+        steps += 1
+        outcome = step.outcome
+        skipped += outcome.skipped
+        clipped += not outcome.skipped and outcome.applied_norm < outcome.grad_norm
+        for event in step.events:
+            counts[event.kind] += 1
+            lines.append(f"step {outcome.step}: {event.kind}: {event.reason}")
+        for request in step.requests:
+            counts[f"request {request.kind}"] += 1
+            lines.append(f"step {outcome.step}: asks to {request.kind}: {request.reason}")
+    if not steps:
+        raise UserError(f"replay: {file} has a header and no rows; expected one row for each attempted step")
+    shares = f"{clipped} clipped ({clipped / steps:.2%}), {skipped} skipped ({skipped / steps:.2%})"
+    said = ", ".join(f"{count} x {kind}" for kind, count in sorted(counts.items())) or "no events"
+    return "\n".join([*lines, f"{rule.label}: {steps} steps, {shares}; {said}"])
+
+
+def make_rule(name: str, arguments: Sequence[str] = ()) -> Rule[Any]:
+    """Return the rule of a plugin, with an option's arguments and those given.
+
+    Args:
+        name: a plugin or one of its options.
+        arguments: ``key=value``, values as in YAML.
+
+    Raises:
+        UserError: if there is no such rule, or the arguments do not fit it.
+    """
+    plugin, option = _find(name)
+    made = _rule_class(plugin)
+    node = content(option) if option else {}
+    given = {key: value for key, value in node.items() if not key.startswith("_")}
+    preset = str(node.get("_target_", "")).rpartition(".")[2]
+    build = getattr(made, preset, made) if preset else made
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if not equals:
+            raise UserError(f"replay: expected key=value, got {argument!r}")
+        known = inspect.signature(build).parameters
+        if key not in known:
+            raise UserError(f"replay: {plugin.name} has no argument {key!r}{suggestion(key, known)}")
+        given[key] = _number(yaml.safe_load(text))
+    from stabletrain.config.types import mismatch
+    from stabletrain.config.validate import hints_of
+
+    hints = hints_of(build)
+    for key, value in given.items():
+        wrong = mismatch(value, hints.get(key, object))
+        if wrong:
+            raise UserError(f"replay: {key}: {wrong}")
+    built: Rule[Any] = build(**given)
+    return built
+
+
+def read_series(file: Path) -> Iterator[tuple[float, float]]:
+    """Yield pairs of loss and gradient norm from a CSV file.
+
+    Args:
+        file: with the columns ``loss`` and ``grad_norm``; NaN and inf are written so.
+
+    Raises:
+        UserError: naming the file, and the line if it is one line's fault.
+    """
+    try:
+        with file.open(newline="", encoding="utf-8") as lines:
+            rows = csv.DictReader(lines)
+            missing = [name for name in COLUMNS if name not in (rows.fieldnames or ())]
+            if missing:
+                raise UserError(
+                    f"replay: {file} lacks the column {' and '.join(missing)}; expected {', '.join(COLUMNS)}, "
+                    f"got {', '.join(rows.fieldnames or ()) or 'an empty file'}"
+                )
+            for row in rows:
+                try:
+                    loss, grad_norm = (float(row[name]) for name in COLUMNS)
+                except (TypeError, ValueError):
+                    values = ", ".join(f"{name}={row[name]!r}" for name in COLUMNS)
+                    raise UserError(
+                        f"replay: {file}, line {rows.line_num}: expected two numbers, got {values}"
+                    ) from None
+                yield loss, grad_norm
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"replay: {file} cannot be read ({error}); give a CSV file") from None
+
+
+def _find(name: str) -> tuple[PluginInfo, Option | None]:
+    """The plugin, with its defaults (None) if it was named itself, else with the option that was named."""
+    plugins = discovery.plugins()
+    rules = {plugin.name: plugin for plugin in plugins.values() if plugin.kind == "rule" and plugin.options}
+    if name in rules:
+        return rules[name], None
+    for plugin in rules.values():
+        for option in plugin.options:
+            if name in (option.name, f"{option.group}/{option.name}", f"{option.group}={option.name}"):
+                return plugin, option
+    if name in plugins:
+        raise UserError(f"replay: {name} is a {plugins[name].kind}; only rules can be replayed: {', '.join(rules)}")
+    raise UserError(f"replay: there is no rule {name!r}{suggestion(name, rules)}")
+
+
+def _rule_class(plugin: PluginInfo) -> type[Rule[Any]]:
+    module = import_module(f"{plugin.package}.rule")
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Rule) and value.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        raise UserError(f"replay: {module.__name__} defines {len(found)} rules, expected one")
+    return found[0]
+
+
+def _number(value: Any) -> Any:
+    # YAML 1.1 reads 1e-3 as a text.
+    try:
+        return float(value) if isinstance(value, str) and math.isfinite(float(value)) else value
+    except ValueError:
+        return value

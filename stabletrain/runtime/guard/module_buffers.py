@@ -1,0 +1,93 @@
+"""Undoing what forward passes do to a module's buffers, without copying those that nobody changed."""
+
+from __future__ import annotations
+
+from typing import TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+_RUNNING_STATISTICS = ("running_mean", "running_var")
+
+
+class ModuleBuffers:
+    """Copies of a module's buffers, refreshed only for those that may have changed.
+
+    A buffer has changed when it is another tensor than before, or when its version counter moved (an in-place change;
+    one made through ``.data`` is invisible here). The kernels of batch and instance normalisation do not move the
+    counter, so running statistics always count as changed.
+
+    Args:
+        module: the module whose buffers are watched, non-persistent ones included.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        owners = [(child, name) for child in module.modules() for name in child._buffers]
+        self._owners = owners
+        self._uncounted = [isinstance(child, _NormBase) or name in _RUNNING_STATISTICS for child, name in owners]
+        self._tensors = [child._buffers[name] for child, name in owners]
+        self._copies = [None if tensor is None else tensor.detach().clone() for tensor in self._tensors]
+        self._versions = [_version(tensor) for tensor in self._tensors]
+
+    def __len__(self) -> int:
+        return len(self._owners)
+
+    def keep(self) -> None:
+        """Take the buffers as they are now."""
+        copies: list[Tensor] = []
+        tensors: list[Tensor] = []
+        for i, tensor in self._changed():
+            copy = self._copies[i]
+            if tensor is not None and _fits(copy, tensor):
+                copies.append(copy)
+                tensors.append(tensor)
+            else:
+                self._copies[i] = None if tensor is None else tensor.detach().clone()
+            self._tensors[i], self._versions[i] = tensor, _version(tensor)
+        if copies:
+            with torch.no_grad():
+                torch._foreach_copy_(copies, tensors)
+
+    def restore(self) -> None:
+        """Put the changed buffers back, in the tensors they were in."""
+        for i, _ in self._changed():
+            child, name = self._owners[i]
+            tensor, copy = self._tensors[i], self._copies[i]
+            if tensor is not None and copy is not None and not tensor.is_inference():  # those cannot have changed
+                with torch.no_grad():
+                    tensor.copy_(copy)
+            child._buffers[name] = tensor
+            self._versions[i] = _version(tensor)
+
+    def choose(self, dropped: Tensor) -> None:
+        """As `restore` where ``dropped`` is 1, else as `keep`, decided on the device.
+
+        A buffer that came, went or took another shape within the window stays as it is now: the host does not know.
+        """
+        for i, tensor in self._changed():
+            copy = self._copies[i]
+            if tensor is not None and _fits(copy, tensor):
+                with torch.no_grad():
+                    tensor.copy_(torch.where(dropped.bool(), copy, tensor))
+                    copy.copy_(tensor)
+            else:
+                self._copies[i] = None if tensor is None else tensor.detach().clone()
+            self._tensors[i], self._versions[i] = tensor, _version(tensor)
+
+    def _changed(self) -> list[tuple[int, Tensor | None]]:
+        found = []
+        for i, (child, name) in enumerate(self._owners):
+            tensor = child._buffers.get(name)
+            known, uncounted = tensor is self._tensors[i], self._uncounted[i] and tensor is not None
+            if not known or uncounted or _version(tensor) != self._versions[i]:
+                found.append((i, tensor))
+        return found
+
+
+def _version(tensor: Tensor | None) -> int:
+    return -1 if tensor is None or tensor.is_inference() else tensor._version
+
+
+def _fits(copy: Tensor | None, tensor: Tensor) -> TypeGuard[Tensor]:
+    return copy is not None and copy.shape == tensor.shape and copy.dtype == tensor.dtype

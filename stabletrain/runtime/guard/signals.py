@@ -1,0 +1,49 @@
+"""The scalars of a step on their way to the host."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class SignalCopy:
+    """Reads a vector of scalars: at once on the CPU, by an asynchronous copy from another device.
+
+    Args:
+        scalars: shape (n,), on any device.
+    """
+
+    waits = 0
+    """How often the host has waited for such a copy, over all instances; for benchmarks."""
+
+    def __init__(self, scalars: Tensor) -> None:
+        self._done: torch.cuda.Event | None = None
+        if scalars.device.type == "cuda":
+            self._host = torch.empty(scalars.shape, dtype=scalars.dtype, pin_memory=True)
+            self._host.copy_(scalars, non_blocking=True)
+            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._done.record()
+        else:
+            self._host = scalars
+
+    def read(self) -> list[float]:
+        """The scalars; waits for the copy if it is still under way."""
+        SignalCopy.waits += 1
+        if self._done is not None:
+            self._done.synchronize()
+        values: list[float] = self._host.tolist()
+        return values
+
+
+class Signals(NamedTuple):
+    """The signals of one attempted step, 0-d tensors on the device."""
+
+    loss: Tensor
+    grad_norm: Tensor
+    transformed_norm: Tensor
+
+    def start_copy(self) -> SignalCopy:
+        """Send them to the host, in float64 so that every dtype arrives exactly."""
+        return SignalCopy(torch.stack([signal.double() for signal in self]).detach())

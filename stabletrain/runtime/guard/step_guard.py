@@ -1,0 +1,319 @@
+"""The guard: measures a step, asks every rule, acts once, and turns the outcome into history.
+
+     history --limits()-->  Limits --+
+                                     +-->  ACT once:  skip? clip by?  -->  optimizer.step  -->  Outcome
+     backward --MEASURE--> loss, g --+                                                            |
+        ^                                                                                         |
+        +------------ history <--observe()--> events, requests (rewarm < rollback < stop) <-------+
+
+One guard serves all plugins of a Trainer; the first plugin in ``trainer.callbacks`` passes Lightning's hooks on to it.
+limits(t + 1) use outcomes up to t, always, in two modes of one path:
+
+* *exact*: the host reads loss and norm before the step. Nothing is multiplied when nothing is to be clipped.
+* *device*: the decision rides on the fused kernel's ``grad_scale`` and ``found_inf``; the host reads the outcome just
+  before the next step, when the next backward is already queued.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from stabletrain.core.events import Event, Request, RequestKind
+from stabletrain.core.limits import Limits, join
+from stabletrain.core.outcome import Outcome
+from stabletrain.runtime import gradients, ranks
+from stabletrain.runtime.guard import device_limits, support
+from stabletrain.runtime.guard.metrics import Counters, MetricsWindow
+from stabletrain.runtime.guard.requests import execute
+from stabletrain.runtime.guard.signals import Signals
+from stabletrain.runtime.guard.step_control import StepControl
+from stabletrain.runtime.internals import trainer as trainer_internals
+from stabletrain.runtime.records.event_log import EventLog
+
+if TYPE_CHECKING:
+    from stabletrain.runtime.guard.callbacks import GuardMember
+    from stabletrain.runtime.guard.transform import TransformCallback
+
+Mode: TypeAlias = Literal["auto", "exact", "device"]
+
+_PROGRESS_BAR: tuple[str, ...] = ("loss", "grad_norm", "clipped", "skipped")
+
+
+class StepGuard:
+    """The shared guard of one Trainer, for one fit.
+
+    Args:
+        trainer: the trainer whose callbacks hold the members.
+        module: the module that is trained.
+        members: all plugins that share this guard, in the order of the list.
+        mode: where decisions are made; ``"auto"`` chooses by device, optimizer and loss scaler.
+        max_attempts: attempted steps after which the run is stopped; None: twice ``max_steps``, if that is set.
+        events: file for the event log; None: ``events.jsonl`` in the logger's folder.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        members: Sequence[GuardMember],
+        mode: Mode = "auto",
+        max_attempts: int | None = None,
+        events: Path | None = None,
+    ) -> None:
+        from stabletrain.runtime.guard.callbacks import GuardMember, RuleCallback
+        from stabletrain.runtime.guard.transform import TransformCallback
+
+        support.check_setup(trainer, module, members)
+        self.trainer = trainer
+        self.module = module
+        self.members = list(members)
+        self.mode = mode
+        self.counters = Counters()
+        self.interval = MetricsWindow()
+        folder = trainer.log_dir or trainer.default_root_dir  # asks all ranks: not only on rank 0
+        path = events or Path(folder) / "events.jsonl"
+        quiet = not trainer.is_global_zero or trainer_internals.is_fast_dev_run(trainer)
+        self.events = EventLog(None if quiet else path, speak=trainer.is_global_zero)
+        self._max_attempts = max_attempts or (2 * trainer.max_steps if trainer.max_steps > 0 else None)
+        self._rules = [m for m in members if isinstance(m, RuleCallback)]
+        # transforms do not commute: their order is their name's, whatever the order of the list
+        self._transforms: list[TransformCallback] = sorted(
+            (m for m in members if isinstance(m, TransformCallback)), key=lambda m: (m.plugin, m.state_key)
+        )
+        self._gradient_observers = [m for m in members if type(m).on_gradients is not GuardMember.on_gradients]
+        self._outcome_observers = [m for m in members if type(m).on_outcome is not GuardMember.on_outcome]
+        self._losses: list[Tensor] = []
+        self._pending: Callable[[], Outcome] | None = None
+        self._requests: list[Request] = []
+        self._attempted = False
+        self.is_open = False
+        self._control: StepControl | None = None
+        self._undo: list[Callable[[], None]] = []
+
+    # ---- the fit ----------------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """The optimizer exists: choose the mode, take control of its steps, set the first learning rate."""
+        for member in self.members:
+            member.on_optimizer_ready(self.trainer)
+        support.check_optimizer(self.trainer)
+        self._scaler = trainer_internals.grad_scaler(self.trainer)
+        self._control = StepControl(self.trainer, self.module)
+        self._undo = [self._control.undo, trainer_internals.before_checkpoint(self.trainer, self.settle)]
+        self._parameters = [p for group in self._control.optimizer.param_groups for p in group["params"]]
+        names = {id(p): name for name, p in self.module.named_parameters()}
+        self._names = [names.get(id(p), f"parameter {i}") for i, p in enumerate(self._parameters)]
+        self.on_device = support.decides_on_device(self.trainer, self.mode, self._parameters[0].device)
+        self._log_every = trainer_internals.log_interval(self.trainer)
+        self.is_open = True
+
+    def close(self) -> None:
+        """Undo everything; calling it again does nothing."""
+        self.is_open = False
+        while self._undo:
+            self._undo.pop()()
+        self._losses.clear()
+        self._pending = None
+
+    # ---- one step ---------------------------------------------------------------------------------------------------
+
+    def open_window(self) -> None:
+        """A micro-batch begins; the first one of a window fixes what a dropped step goes back to."""
+        if not self._losses and self._control is not None:
+            self._control.open_window()
+
+    def take_loss(self, loss: Tensor) -> None:
+        """A micro-batch's loss, as Lightning is about to differentiate it: divided by the window, times the scale."""
+        self._losses.append(loss.detach().reshape(()) if loss.ndim else loss.detach())
+
+    def decide(self, optimizer: Optimizer) -> None:
+        """Gradients are complete: measure, ask, act."""
+        self.settle()
+        if not self._losses:  # training_step returned None: there was no backward, so there is nothing to guard
+            return
+        self.control.begin()
+        if self._scaler is not None and not trainer_internals.scaler_has_unscaled(self._scaler, optimizer):
+            if not trainer_internals.supports_device_decisions(
+                optimizer
+            ):  # no backward in the window's last micro-batch
+                self._losses.clear()
+                return
+            self._scaler.unscale_(optimizer)  # Lightning leaves it to the kernel of a fused optimizer
+        loss = self._window_loss()
+        grads = gradients.of(self._parameters)
+        grad_norm = gradients.global_norm(grads)
+        for member in self._gradient_observers:
+            member.on_gradients(self.counters.attempted, self._parameters)
+        limits = join([each.rule.limits(each.state) for each in self._rules])
+        decide = self._decide_on_device if self.on_device else self._decide_exactly
+        self._pending = decide(limits, loss, grad_norm, grads)
+        self._attempted = True
+
+    def end_batch(self) -> None:
+        """The batch is over: history takes in the outcome, requests are executed, metrics go out."""
+        # in device mode the host does not wait, unless this may be the last batch: then nothing would settle the step
+        if not self.on_device or trainer_internals.may_be_last_batch(self.trainer):
+            self.settle()
+        if self._attempted:
+            self._attempted = False
+            if self.counters.attempted % self._log_every == 0 or self.trainer.is_last_batch:
+                self.flush()
+        if self._max_attempts is not None and self._max_attempts <= self.counters.attempted and not self._complete:
+            reason = f"{self.counters.attempted} steps attempted, {self.counters.applied} applied (Guard.max_attempts)"
+            self._requests.append(Request(RequestKind.STOP, "guard", reason))
+        if self._requests:
+            requests, self._requests = self._requests, []
+            self.flush()
+            execute(requests, self)
+
+    def settle(self) -> None:
+        """Let the outcome in flight become history; afterwards everything is as exact as it can be."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        outcome = pending()
+        if self.on_device and not outcome.applied:
+            self.control.hold()
+        if self._scaler is not None:
+            self.control.finish_scaler(self._scaler)
+        self.counters = self.counters.add(outcome)
+        self.interval.add(outcome)
+        for each in self._rules:
+            if not outcome.overflow or each.rule.sees_overflow:
+                observation = each.rule.observe(each.state, outcome)
+                each.state = observation.state
+                for event in observation.events:
+                    self.report(event)
+                self._requests.extend(observation.requests)
+        for transform in self._transforms:
+            transform.commit(outcome.applied)
+        for listener in self._outcome_observers:
+            listener.on_outcome(outcome)
+
+    @property
+    def decided(self) -> int:
+        """Attempted steps, the one in flight included."""
+        return self.counters.attempted + (self._pending is not None)
+
+    def after_restore(self, overflows_in_a_row: int) -> None:
+        """The state of an earlier step was put back: what was measured or asked for since is of a past that is no more.
+
+        Attempted steps are counted on.
+
+        Args:
+            overflows_in_a_row: as it was then.
+        """
+        self.counters = self.counters._replace(overflows_in_a_row=overflows_in_a_row)
+        self._losses.clear()
+        self._requests.clear()
+
+    @property
+    def _complete(self) -> bool:
+        return 0 < self.trainer.max_steps <= self.trainer.global_step
+
+    @property
+    def control(self) -> StepControl:
+        """The step control of this fit."""
+        assert self._control is not None, "the guard is asked to act before the fit has started"
+        return self._control
+
+    def _window_loss(self) -> Tensor:
+        losses, self._losses = self._losses, []
+        loss = ranks.mean_loss(losses)
+        factor = float(self.trainer.accumulate_grad_batches)
+        if self._scaler is not None:
+            factor /= self._scaler.get_scale()
+        return loss if factor == 1.0 else loss * factor
+
+    def _decide_exactly(
+        self, limits: Limits, loss: Tensor, grad_norm: Tensor, grads: list[Tensor]
+    ) -> Callable[[], Outcome]:
+        loss_value, norm = _read(loss, grad_norm)
+        scale, overflow = 1.0, False
+        skipped = limits.skips_step(loss_value, norm)
+        if self._scaler is not None:
+            scale = self._scaler.get_scale()
+            overflow = trainer_internals.scaler_found_overflow(self._scaler, self.control.optimizer)
+            if overflow and math.isfinite(loss_value):
+                skipped = False  # the scaler's business: it backs off
+        overflow = overflow and not skipped
+        transformed = norm
+        applied_norm = math.nan
+        if skipped:
+            self.control.drop(self._scaler)
+        elif overflow:
+            self.control.hold()
+        else:
+            if self._transforms:
+                transformed = self._transform(grads).item()
+            applied_norm = limits.hold(transformed)
+            if applied_norm < transformed:
+                gradients.scale_(grads, applied_norm / transformed)
+        in_a_row = self.counters.overflows_in_a_row + 1 if overflow else 0
+        step = self.counters.attempted
+        outcome = Outcome(step, loss_value, norm, transformed, applied_norm, skipped, overflow, scale, in_a_row)
+        return lambda: outcome
+
+    def _decide_on_device(
+        self, limits: Limits, loss: Tensor, grad_norm: Tensor, grads: list[Tensor]
+    ) -> Callable[[], Outcome]:
+        transformed = self._transform(grads) if self._transforms else grad_norm
+        signals = Signals(loss, grad_norm, transformed)
+        decision = device_limits.decide(limits, *signals)
+        self.control.decide_on_device(*decision)
+        copy, step = signals.start_copy(), self.counters.attempted
+
+        def outcome() -> Outcome:
+            loss_value, norm, transformed_norm = copy.read()
+            skipped = limits.skips_step(loss_value, norm)
+            applied_norm = math.nan if skipped else limits.hold(transformed_norm)
+            return Outcome(step, loss_value, norm, transformed_norm, applied_norm, skipped)
+
+        return outcome
+
+    def _transform(self, grads: list[Tensor]) -> Tensor:
+        if grads:
+            present = [i for i, p in enumerate(self._parameters) if p.grad is not None]
+            names = [self._names[i] for i in present]
+            parameters = [self._parameters[i] for i in present]
+            for transform in self._transforms:
+                transform.transform(names, parameters, grads)
+        return gradients.global_norm(grads)
+
+    # ---- what others get to see -------------------------------------------------------------------------------------
+
+    def report(self, event: Event) -> None:
+        """Record an event and offer it to every callback that has ``on_stability_event(trainer, module, event)``."""
+        self.events.append(event)
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            listen: Any = getattr(callback, "on_stability_event", None)
+            if listen is not None:
+                listen(self.trainer, self.module, event)
+
+    def flush(self) -> None:
+        """Send the metrics gathered since the last flush to the loggers, the progress bar and callback_metrics."""
+        metrics = self.interval.take(self.counters)
+        shown = {key: metrics[key] for key in _PROGRESS_BAR if key in metrics}
+        for member in self.members:
+            metrics.update(member.metrics())
+        if not metrics:
+            return
+        trainer_internals.publish_metrics(self.trainer, metrics, shown)
+        if self.trainer.is_global_zero:
+            for logger in self.trainer.loggers:
+                logger.log_metrics(metrics, step=trainer_internals.logger_step(self.trainer))
+
+
+def _read(loss: Tensor, grad_norm: Tensor) -> tuple[float, float]:
+    if loss.device.type == "cpu" or loss.device != grad_norm.device:
+        return loss.item(), grad_norm.item()
+    loss_value, norm = torch.stack([loss.double(), grad_norm.double()]).tolist()  # one wait, not two
+    return loss_value, norm

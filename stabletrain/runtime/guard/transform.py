@@ -1,0 +1,43 @@
+"""The Lightning side of a per-tensor transform of the gradients."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor
+
+from stabletrain.runtime.guard.callbacks import PluginMember
+
+
+@dataclass(eq=False)
+class TransformCallback(PluginMember, ABC):
+    """A per-tensor change of the gradients, made between the raw norm and the bounds.
+
+    A subclass is a ``@dataclass(eq=False)`` of its arguments. Transforms do not commute, so they run in the order of
+    their plugins' names. State that belongs to the history lives in device tensors: `transform` prepares the next
+    one, `commit` keeps it if the step is applied. In both modes of the guard, `commit` comes before the next
+    `transform` and before any checkpoint.
+
+    Args:
+        name: what checkpoints call this transform; needed when one run has two of a kind. Default: the plugin's name.
+    """
+
+    clips: ClassVar[bool] = True
+
+    name: str | None = field(default=None, kw_only=True)
+
+    @abstractmethod
+    def transform(self, names: Sequence[str], parameters: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+        """Change gradients in place, through `stabletrain.runtime.gradients`; never wait for the device.
+
+        Args:
+            names: of the parameters that have a gradient, at least one, in the optimizer's order.
+            parameters: the parameters themselves.
+            grads: their gradients.
+        """
+
+    def commit(self, applied: bool) -> None:
+        """The step last transformed for was applied, or not."""

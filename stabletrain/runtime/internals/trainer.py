@@ -1,0 +1,178 @@
+"""Every private attribute of Lightning and torch that stabletrain touches, each with a test in tests/runtime.
+
+Nothing else in the project may reach behind a public interface; when a new version moves one of these, one function
+and one test break, and say so.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import Strategy
+from torch.optim import Optimizer
+
+STEP_HOOKS = (
+    "on_train_batch_start",
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_train_batch_end",
+)
+"""The callback hooks that Lightning calls at every step."""
+
+
+def silence_step_hooks(callback: Callback, among: type[Callback]) -> None:
+    """Spare a callback the per-step hooks that it inherits without using them (about 1.4 microseconds each).
+
+    Lightning calls a hook only if the attribute is callable, so on the instance an inherited one becomes None.
+
+    Args:
+        callback: the callback.
+        among: the base class whose own hooks are not needed on this instance.
+    """
+    for hook in STEP_HOOKS:
+        if getattr(type(callback), hook) in (getattr(Callback, hook), getattr(among, hook)):
+            callback.__dict__[hook] = None
+
+
+def restore_step_hooks(callback: Callback) -> None:
+    """Undo `silence_step_hooks`."""
+    for hook in STEP_HOOKS:
+        if callback.__dict__.get(hook, callback) is None:
+            del callback.__dict__[hook]
+
+
+def undo_global_step(trainer: Trainer) -> None:
+    """Take one optimizer step back from the loop's counters: the step in progress, or the last one, was not applied."""
+    progress = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step
+    for counters in (progress.total, progress.current):
+        counters.ready -= 1
+        counters.completed -= 1
+
+
+def logger_step(trainer: Trainer) -> int:
+    """The step that Lightning gives to loggers: attempted optimizer steps."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def publish_metrics(trainer: Trainer, metrics: dict[str, float], progress_bar: dict[str, float]) -> None:
+    """Offer metrics to ModelCheckpoint, EarlyStopping and the progress bar, outside of `LightningModule.log`."""
+    connector = trainer._logger_connector
+    tensors = {key: torch.tensor(value) for key, value in metrics.items()}
+    connector._callback_metrics.update(tensors)
+    connector._logged_metrics.update(tensors)
+    connector._progress_bar_metrics.update(progress_bar)
+
+
+def before_checkpoint(trainer: Trainer, prepare: Callable[[], None]) -> Callable[[], None]:
+    """Call ``prepare`` before the trainer collects a checkpoint; returns the function that undoes this."""
+    connector = trainer._checkpoint_connector
+    dump = connector.dump_checkpoint
+
+    def prepared_dump(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        prepare()
+        return dump(*args, **kwargs)
+
+    connector.dump_checkpoint = prepared_dump  # type: ignore[method-assign]
+
+    def undo() -> None:
+        connector.__dict__.pop("dump_checkpoint", None)
+
+    return undo
+
+
+def grad_scaler(trainer: Trainer) -> torch.amp.GradScaler | None:
+    """The precision plugin's GradScaler, if there is an active one."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler if scaler is not None and scaler.is_enabled() else None
+
+
+def scaler_has_unscaled(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> bool:
+    """Whether this step's gradients of the optimizer are unscaled already."""
+    return bool(scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"])
+
+
+def scaler_found_overflow(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> bool:
+    """Whether the scaler saw a non-finite gradient in this step (reads from the device)."""
+    found: Iterable[torch.Tensor] = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values()
+    return any(bool(each.item()) for each in found)
+
+
+def supports_device_decisions(optimizer: Optimizer) -> bool:
+    """Whether the optimizer's kernel takes ``grad_scale`` and ``found_inf`` from the device (fused Adam and SGD)."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def handles_own_steps(trainer: Trainer) -> bool:
+    """Whether the strategy's engine clips, accumulates and steps by itself (DeepSpeed)."""
+    return bool(trainer.strategy.handles_gradient_accumulation)
+
+
+def scheduler_interval(trainer: Trainer, scheduler: Any) -> str | None:
+    """``"step"`` or ``"epoch"``: when Lightning steps this scheduler of the module; None if it does not know it."""
+    for config in trainer.lr_scheduler_configs:
+        if config.scheduler is scheduler:
+            return str(config.interval)
+    return None
+
+
+def is_fast_dev_run(trainer: Trainer) -> bool:
+    """Whether the trainer only tries out a few batches and writes nothing."""
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+def log_interval(trainer: Trainer) -> int:
+    """Every how many steps metrics go to the loggers; 0 in Lightning means never, which here is a very long time."""
+    return int(trainer.log_every_n_steps) or 2**62  # type: ignore[attr-defined]
+
+
+def resumes_from_checkpoint(trainer: Trainer) -> bool:
+    """Whether this fit continues from a checkpoint file."""
+    return bool(trainer._checkpoint_connector._loaded_checkpoint) or trainer.ckpt_path is not None
+
+
+def unwrapped(module: LightningModule) -> LightningModule:
+    """The module itself where torch.compile wrapped it."""
+    return getattr(module, "_orig_mod", module)
+
+
+def dump_checkpoint(trainer: Trainer) -> dict[str, Any]:
+    """Everything that a checkpoint holds; the tensors are the live ones. Must be called on all ranks.
+
+    What was prepared with `before_checkpoint` happens first.
+    """
+    return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+
+
+def window_is_open(trainer: Trainer) -> bool:
+    """Whether gradients of the batch that just ended wait for more before the optimizer steps (accumulation)."""
+    return bool(trainer.fit_loop.epoch_loop._should_accumulate())
+
+
+def batches_seen(trainer: Trainer) -> int:
+    """Training batches of this rank since the start of the run."""
+    return int(trainer.fit_loop.epoch_loop.total_batch_idx) + 1
+
+
+def reads_own_checkpoints(trainer: Trainer) -> bool:
+    """Whether the strategy reads and writes checkpoints in its own way, past every CheckpointIO (sharded ones)."""
+    mine = type(trainer.strategy)
+    return mine.load_checkpoint is not Strategy.load_checkpoint or mine.save_checkpoint is not Strategy.save_checkpoint
+
+
+def sigterm_is_lightnings(trainer: Trainer) -> bool:
+    """Whether SIGTERM is handled by Lightning's fit alone: nobody else had or has taken it."""
+    connector = trainer._signal_connector
+    before = connector._original_handlers.get(signal.SIGTERM)
+    lightnings = type(signal.getsignal(signal.SIGTERM)).__module__ == type(connector).__module__
+    return lightnings and before in (None, signal.SIG_DFL)
+
+
+def may_be_last_batch(trainer: Trainer) -> bool:
+    """Whether the epoch or the fit may end with the batch in progress."""
+    return bool(trainer.is_last_batch) or 0 < trainer.max_steps <= trainer.global_step or trainer.should_stop

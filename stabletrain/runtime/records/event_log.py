@@ -1,0 +1,39 @@
+"""The record of events: JSON lines on disk, kept in memory too, and said aloud without flooding."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, deque
+from pathlib import Path
+
+from stabletrain.core.events import Event
+from stabletrain.runtime.records.json_lines import JsonLines
+
+logger = logging.getLogger("stabletrain")
+
+
+class EventLog:
+    """Collects events of one fit; the file appears with the first one.
+
+    Args:
+        path: where to append JSON lines; None keeps events in memory only (as on ranks other than 0).
+        speak: log events as warnings: each plugin's first of a kind, then its 2nd, 4th, 8th ... so that a storm of
+            events cannot bury the rest.
+    """
+
+    def __init__(self, path: Path | None, speak: bool = True) -> None:
+        self._file = JsonLines(path, "events")
+        self.recent: deque[Event] = deque(maxlen=10_000)
+        self.counts: Counter[tuple[str, str]] = Counter()
+        self._speak = speak
+
+    def append(self, event: Event) -> None:
+        """Record an event."""
+        self.recent.append(event)
+        key = (event.plugin, event.kind)
+        self.counts[key] += 1
+        count = self.counts[key]
+        if self._speak and count & (count - 1) == 0:
+            times = "" if count == 1 else f" (number {count} of its kind)"
+            logger.warning("step %d: %s: %s%s", event.step, event.plugin, event.reason, times)
+        self._file.append(event.to_json())
