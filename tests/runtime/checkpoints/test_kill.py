@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+CHILDREN = Path(__file__).parents[2] / "helpers" / "kill_children.py"
+
 
 @pytest.mark.slow
 def test_fifty_kills_lose_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -17,7 +19,7 @@ def test_fifty_kills_lose_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
     other.mkdir()
     try:
         done = subprocess.run(
-            [sys.executable, str(Path(__file__).parents[2] / "helpers" / "kill_children.py"), str(tmp_path / "checkpoints"), "50"],
+            [sys.executable, str(CHILDREN), str(tmp_path / "checkpoints"), "50"],
             env={**os.environ, "TMPDIR": str(other), "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
