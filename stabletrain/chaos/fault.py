@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from stabletrain.chaos.marker import Marker
-from stabletrain.errors import UserError
+from stabletrain.errors import require
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.records.event_log import logger
 
@@ -69,11 +69,7 @@ class Fault(Callback):
         Raises:
             UserError: unless ``ok``.
         """
-        if not ok:
-            got = getattr(self, argument)
-            raise UserError(
-                f"{type(self).__name__}: {argument} must be {expected}, got {got!r} (config key chaos.{argument})"
-            )
+        require(ok, type(self).__name__, argument, expected, getattr(self, argument), "chaos")
 
     def later(self, undo: Callable[[], None]) -> None:
         """Remember how to undo a change; done when the batch ends, however it ends."""

@@ -26,7 +26,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from stabletrain.errors import UserError
+from stabletrain.errors import require
 
 TailShape = Literal["linear", "cosine", "1-sqrt"]
 
@@ -377,8 +377,7 @@ def rewarm_factor(step: int, start: int, steps: int) -> float:
 
 
 def _require(ok: bool, argument: str, expected: str, got: object) -> None:
-    if not ok:
-        raise UserError(f"schedule: {argument} must be {expected}, got {got!r} (config key schedule.{argument})")
+    require(ok, "schedule", argument, expected, got, "schedule")
 
 
 def _require_share(value: float, argument: str) -> None:

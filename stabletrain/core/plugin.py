@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any, ClassVar
 
-from stabletrain.errors import UserError
+from stabletrain.errors import require
 
 
 class Plugin:
@@ -39,8 +39,4 @@ class Plugin:
         Raises:
             UserError: unless ``ok``.
         """
-        if not ok:
-            raise UserError(
-                f"{self.plugin}: {argument} must be {expected}, got {getattr(self, argument)!r} "
-                f"(config key plugins.{self.slot}.{argument})"
-            )
+        require(ok, self.plugin, argument, expected, getattr(self, argument), f"plugins.{self.slot}")

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from stabletrain.core import curves
 from stabletrain.core.curves import Curve, TailShape
 from stabletrain.core.lengths import Length, LengthLike, RunLength
-from stabletrain.errors import UserError
+from stabletrain.errors import UserError, require
 
 Kind = Literal[
     "constant",
@@ -113,8 +113,8 @@ class Schedule:
             ("tail", TailShape),
             ("module_scheduler", Literal["replace", "keep"]),
         ):
-            if getattr(self, argument) not in get_args(allowed):
-                raise self._error(argument, f"one of {', '.join(get_args(allowed))}")
+            known = get_args(allowed)
+            self._require(getattr(self, argument) in known, argument, f"one of {', '.join(known)}")
         for field in fields(Schedule):
             argument, kinds = field.name, USED_BY.get(field.name, get_args(Kind))
             if self.kind not in kinds and getattr(self, argument) != field.default:
@@ -149,8 +149,8 @@ class Schedule:
         """
         run = self.horizon(run)
         warmup = self.steps("lr_warmup", run)
-        if run.total_steps is not None and warmup > run.total_steps:
-            raise self._error("lr_warmup", f"no longer than {_whole(run)}")
+        fits = run.total_steps is None or warmup <= run.total_steps
+        self._require(fits, "lr_warmup", f"no longer than {_whole(run)}")
         return self._shape(run, warmup)
 
     def _shape(self, run: RunLength, warmup: int) -> Curve:
@@ -165,8 +165,8 @@ class Schedule:
             return climb(curves.Exponential(self.gamma, self.steps("gamma_every", run), low))
         if self.kind == "step":
             stones = [Length.parse(each).resolve(run, name="schedule.milestones") for each in self.milestones]
-            if stones != sorted(stones) or min(stones, default=warmup) < warmup:
-                raise self._error("milestones", f"ascending and after the warm-up of {warmup} steps")
+            fit = stones == sorted(stones) and min(stones, default=warmup) >= warmup
+            self._require(fit, "milestones", f"ascending and after the warm-up of {warmup} steps")
             return climb(curves.MultiStep(tuple(stone - warmup for stone in stones), self.gamma, low))
         if self.kind == "inverse_sqrt":
             return climb(curves.Power(self._timescale(run, warmup), -0.5, low))
@@ -223,9 +223,8 @@ class Schedule:
             )
         return steps
 
-    def _error(self, argument: str, expected: str) -> UserError:
-        got = getattr(self, argument)
-        return UserError(f"schedule: {argument} must be {expected}, got {got!r} (config key schedule.{argument})")
+    def _require(self, ok: bool, argument: str, expected: str) -> None:
+        require(ok, "schedule", argument, expected, getattr(self, argument), "schedule")
 
 
 def _whole(run: RunLength) -> str:

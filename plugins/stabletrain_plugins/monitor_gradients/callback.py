@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stabletrain.core.events import Event
 from stabletrain.core.outcome import Outcome
-from stabletrain.errors import UserError
+from stabletrain.errors import require
 from stabletrain.runtime import gradients
 from stabletrain.runtime.guard.callbacks import GuardMember
 
@@ -50,10 +50,7 @@ class MonitorGradients(GuardMember):
 
     def __init__(self, every: int = 50, depth: int | None = 1, weights: bool = True) -> None:
         for key, value in (("every", every), ("depth", 1 if depth is None else depth)):
-            if value < 1:
-                raise UserError(
-                    f"monitor_gradients: {key} must be >= 1, got {value} (config key plugins.gradients.{key})"
-                )
+            require(value >= 1, self.plugin, key, ">= 1", value, f"plugins.{self.slot}")
         self.every = every
         self.depth = depth
         self.weights = weights

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
-from stabletrain.errors import UserError
+from stabletrain.errors import UserError, require
 from stabletrain.runtime import ranks, rng
 from stabletrain.runtime.data.position import LoaderState
 from stabletrain.runtime.data.train_loader import TrainLoader
@@ -43,11 +43,9 @@ class ResumeExactly(Callback):
     """
 
     def __init__(self, fast_forward: FastForward = "auto") -> None:
-        if fast_forward not in ("auto", "indices", "batches"):
-            raise UserError(
-                f'ResumeExactly: fast_forward must be "auto", "indices" or "batches", got {fast_forward!r} '
-                "(config key plugins.resume.fast_forward)"
-            )
+        known = fast_forward in ("auto", "indices", "batches")
+        expected = '"auto", "indices" or "batches"'
+        require(known, "resume_exactly", "fast_forward", expected, fast_forward, "plugins.resume")
         self.fast_forward: FastForward = fast_forward
         self._trainer: Trainer | None = None
         self._loader: TrainLoader | None = None

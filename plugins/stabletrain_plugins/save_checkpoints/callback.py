@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from stabletrain.core.intervals import SaveTriggers
 from stabletrain.core.lengths import LengthLike
-from stabletrain.errors import UserError
+from stabletrain.errors import UserError, require
 from stabletrain.runtime.checkpoints.lightning_io import VerifiedIO
 from stabletrain.runtime.checkpoints.loading import newest
 from stabletrain.runtime.checkpoints.manifest import CheckpointInfo
@@ -65,12 +65,13 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         background: bool = True,
         on_sigterm: bool = True,
     ) -> None:
-        if keep_last is not None and keep_last < 1:
-            raise _wrong("keep_last", ">= 1, or null for all", keep_last)
-        if mode not in ("min", "max"):
-            raise _wrong("mode", '"min" or "max"', mode)
-        if tokens_per_step is not None and not 0 < tokens_per_step < math.inf:
-            raise _wrong("tokens_per_step", "> 0 and finite, or null", tokens_per_step)
+        finite = tokens_per_step is None or 0 < tokens_per_step < math.inf
+        for ok, argument, expected, got in (
+            (keep_last is None or keep_last >= 1, "keep_last", ">= 1, or null for all", keep_last),
+            (mode in ("min", "max"), "mode", '"min" or "max"', mode),
+            (finite, "tokens_per_step", "> 0 and finite, or null", tokens_per_step),
+        ):
+            require(ok, self.plugin, argument, expected, got, f"plugins.{self.slot}")
         self.folder, self.every, self.keep_last = folder, every, keep_last
         self.monitor, self.mode = monitor, mode
         self.tokens_per_step, self.background, self.on_sigterm = tokens_per_step, background, on_sigterm
@@ -278,12 +279,6 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         checkpoint = trainer_internals.dump_checkpoint(trainer)
         if self._saver is not None:
             self._saver.prepare(checkpoint)
-
-
-def _wrong(argument: str, expected: str, got: Any) -> UserError:
-    return UserError(
-        f"save_checkpoints: {argument} must be {expected}, got {got!r} (config key plugins.checkpoints.{argument})"
-    )
 
 
 def _position(trainer: Trainer) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from stabletrain.core.outcome import Outcome
 from stabletrain.core.plugin import Plugin
 from stabletrain.core.rule import Rule
 from stabletrain.core.state import from_plain, to_plain
+from stabletrain.errors import require
 from stabletrain.runtime.guard.metrics import Counters
 from stabletrain.runtime.guard.step_guard import Mode, StepGuard
 from stabletrain.runtime.internals import trainer as trainer_internals
@@ -176,12 +177,10 @@ class Guard(GuardMember):
     """
 
     def __init__(self, mode: Mode = "auto", max_attempts: int | None = None, events: str | Path | None = None) -> None:
-        from stabletrain.errors import UserError
-
-        if mode not in ("auto", "exact", "device"):
-            raise UserError(f'Guard: mode must be "auto", "exact" or "device", got {mode!r} (config key guard.mode)')
-        if max_attempts is not None and max_attempts < 1:
-            raise UserError(f"Guard: max_attempts must be >= 1, got {max_attempts} (config key guard.max_attempts)")
+        known = mode in ("auto", "exact", "device")
+        require(known, "Guard", "mode", '"auto", "exact" or "device"', mode, "guard")
+        enough = max_attempts is None or max_attempts >= 1
+        require(enough, "Guard", "max_attempts", ">= 1, or null", max_attempts, "guard")
         self.mode: Mode = mode
         self.max_attempts = max_attempts
         self.events = events
