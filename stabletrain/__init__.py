@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "Guard": "stabletrain.runtime.guard.callbacks:Guard",
+    "Guard": "stabletrain.runtime.guard.options:Guard",
     "TrainingStopped": "stabletrain.runtime.stop:TrainingStopped",
     "UserError": "stabletrain.errors:UserError",
     "callbacks": "stabletrain.config.build:callbacks",
@@ -73,7 +73,7 @@ if TYPE_CHECKING:
     from stabletrain.config.build import callbacks as callbacks
     from stabletrain.config.build import default_callbacks as default_callbacks
     from stabletrain.errors import UserError as UserError
-    from stabletrain.runtime.guard.callbacks import Guard as Guard
+    from stabletrain.runtime.guard.options import Guard as Guard
     from stabletrain.runtime.stop import TrainingStopped as TrainingStopped
 
 __all__ = [*_EXPORTS, *_PLUGINS]

@@ -15,7 +15,7 @@ from stabletrain.core.state import from_plain, to_plain
 from stabletrain.runtime.data.tape import TapedBatch
 from stabletrain.runtime.data.train_loader import TrainLoader
 from stabletrain.runtime.guard.callbacks import RuleCallback
-from stabletrain.runtime.guard.requests import hand_over
+from stabletrain.runtime.guard.requests import dispatch
 from stabletrain.runtime.guard.step_guard import StepGuard
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.internals.run_length import run_length
@@ -341,7 +341,8 @@ class Rollback(RuleCallback, RollbackRule):
         if self._weights is not None:
             self._weights.begin_anew()
         if made.rewarm != 0:
-            hand_over(Request(RequestKind.REWARM, self.label, f"after a rollback {where}", made.rewarm), guard)
+            rewarm = Request(RequestKind.REWARM, self.label, f"after a rollback {where}", made.rewarm)
+            dispatch(rewarm, trainer, guard.module)
         excluded = f", {len(made.excluded)} batches left out" if made.excluded else ""
         reason = f"back {where} from step {made.applied[0]}{excluded}: {made.plugin}: {made.cause}"
         guard.report(Event(made.step - 1, self.label, "rollback", float(made.undone), math.nan, reason))

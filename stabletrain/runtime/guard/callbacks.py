@@ -1,7 +1,7 @@
-"""The Lightning side of a plugin: what every callback that shares the guard has in common.
+"""The Lightning side of a plugin: what all callbacks that share the guard have in common.
 
-`RuleCallback` is the shell of a rule, `stabletrain.runtime.guard.transform.TransformCallback` that of a per-tensor
-transform; a schedule or a monitor derives from `GuardMember` itself and overrides only what it needs.
+`RuleCallback` wraps a rule, `stabletrain.runtime.guard.transform.TransformCallback` a per-tensor transform; a schedule
+or a monitor derives from `GuardMember` itself and overrides only what it needs.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ import functools
 import typing
 import weakref
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -22,18 +21,21 @@ from stabletrain.core.outcome import Outcome
 from stabletrain.core.plugin import Plugin
 from stabletrain.core.rule import Rule
 from stabletrain.core.state import from_plain, to_plain
-from stabletrain.errors import require
 from stabletrain.runtime.guard.metrics import Counters
-from stabletrain.runtime.guard.step_guard import Mode, StepGuard
+from stabletrain.runtime.guard.step_guard import StepGuard
 from stabletrain.runtime.internals import trainer as trainer_internals
 
 
 class GuardMember(Callback):
-    """A callback that shares one guard with all others of its Trainer.
+    """A callback that shares one guard with all others of its Trainer: the base class of every plugin.
 
-    No registry: ``trainer.callbacks`` is it. At setup the first member makes the guard and leads: it alone passes
-    Lightning's hooks on. Subclasses override `on_gradients`, `on_outcome`, `metrics` and the state hooks as needed.
+    There is no registry besides ``trainer.callbacks``. In ``setup`` the first member of the list makes the guard and
+    leads: it alone passes Lightning's hooks on to the guard. Subclasses override `on_gradients`, `on_outcome`,
+    `metrics` and the state hooks as needed.
     """
+
+    sets_limits: ClassVar[bool] = False
+    transforms_gradients: ClassVar[bool] = False
 
     _guard: StepGuard | None = None
     _leads: bool = False
@@ -43,20 +45,39 @@ class GuardMember(Callback):
     # ---- what subclasses override -----------------------------------------------------------------------------------
 
     def reset(self) -> None:
-        """Forget the history: a fit begins with a Trainer that this callback has not served before."""
+        """Forget the history: a fit starts with another Trainer than the last one."""
 
     def on_optimizer_ready(self, trainer: Trainer) -> None:
-        """The optimizer exists, and the guard is about to look at it: a schedule takes over here."""
+        """The optimizer exists and the guard has not read it yet: a schedule takes over here."""
 
     def on_gradients(self, step: int, parameters: Sequence[Tensor]) -> None:
-        """Look at the complete, unscaled, untouched gradients of attempted step ``step``; do not change them."""
+        """Read the complete, unscaled gradients of attempted step ``step``, before any is changed; do not change them.
+
+        Args:
+            step: attempted steps before this one.
+            parameters: of the optimizer, in its order.
+        """
 
     def on_outcome(self, outcome: Outcome) -> None:
-        """An outcome became history. The learning rate of the next step may be set here."""
+        """The rules have observed an outcome. The learning rate of the next step may be set here."""
 
     def metrics(self) -> dict[str, float]:
-        """What to send to the loggers at a flush, besides the guard's own metrics."""
+        """Metrics for the loggers at a flush, besides the guard's own."""
         return {}
+
+    def guard_options(self) -> dict[str, Any]:
+        """Keyword arguments of `StepGuard` that this callback sets; see `stabletrain.runtime.guard.options.Guard`."""
+        return {}
+
+    @property
+    def observes_gradients(self) -> bool:
+        """Whether `on_gradients` is overridden."""
+        return type(self).on_gradients is not GuardMember.on_gradients
+
+    @property
+    def observes_outcomes(self) -> bool:
+        """Whether `on_outcome` is overridden."""
+        return type(self).on_outcome is not GuardMember.on_outcome
 
     # ---- Lightning's hooks ------------------------------------------------------------------------------------------
 
@@ -71,7 +92,7 @@ class GuardMember(Callback):
         members = [c for c in trainer.callbacks if isinstance(c, GuardMember)]  # type: ignore[attr-defined]
         self._leads = self is members[0]
         if self._leads:
-            options = next((m.options() for m in members if isinstance(m, Guard)), {})
+            options = {key: value for m in members for key, value in m.guard_options().items()}
             before = None if self._guard is None or self._guard.trainer is not trainer else self._guard.counters
             guard = StepGuard(trainer, trainer_internals.unwrapped(pl_module), members, **options)
             guard.counters = before or guard.counters
@@ -80,21 +101,21 @@ class GuardMember(Callback):
         trainer_internals.silence_step_hooks(self, among=Callback if self._leads else GuardMember)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The optimizer exists: take control of its steps."""
+        """The optimizer exists: the guard takes control of its steps."""
         if self._leads and self._guard is not None:
             self._guard.open()
-            if not self._guard.control.watches_windows:
+            if not self._guard.control.has_buffers:
                 self.__dict__["on_train_batch_start"] = None  # one hook less at every step
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so when a checkpoint had nothing for this plugin."""
+        """Warn if the fit resumes from a checkpoint that holds no state of this plugin."""
         if trainer_internals.resumes_from_checkpoint(trainer) and not self._loaded:
-            rank_zero_warn(f"the checkpoint holds no state of {self.state_key}: it begins with an empty history")
+            rank_zero_warn(f"the checkpoint holds no state of {self.state_key}: its history starts empty")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """A micro-batch begins."""
+        """A micro-batch starts."""
         if self._leads and self._guard is not None:
-            self._guard.open_window()
+            self._guard.start_batch()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """The loss of a micro-batch is known."""
@@ -109,20 +130,20 @@ class GuardMember(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """The step, if there was one, is over."""
+        """A micro-batch is over, and with the last one of its window the step."""
         if self._leads and self._guard is not None:
             self._guard.end_batch()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validation sees a settled state and up-to-date metrics."""
+        """Observe the outcome in flight and send the metrics before validation."""
         self._settle_and_flush()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Callbacks that monitor metrics at the end of an epoch see those of its last steps."""
+        """Observe the outcome in flight and send the metrics: other callbacks monitor them at the epoch's end."""
         self._settle_and_flush()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The last outcome becomes history, the last metrics go out."""
+        """Observe the last outcome and send the last metrics."""
         self._settle_and_flush()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -130,7 +151,7 @@ class GuardMember(Callback):
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Undo everything that was installed: after an exception Lightning calls no teardown."""
+        """Undo everything that was installed: Lightning calls no teardown after an exception."""
         if self._leads and self._guard is not None and not isinstance(exception, Exception):
             self._guard.settle()
         self._close()
@@ -143,13 +164,13 @@ class GuardMember(Callback):
         return {"counters": self._guard.counters._asdict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Restore from a checkpoint."""
         self._loaded = True
         if self._guard is not None and "counters" in state_dict:
             self._guard.counters = Counters(**state_dict["counters"])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickles and copies leave the running fit behind; ``log`` is the module's: Lightning puts it there."""
+        """Exclude the running fit from pickles and copies; Lightning sets ``log`` and ``log_dict`` to the module's."""
         fit = {"_guard", "_leads", "_fitted", "log", "log_dict", *trainer_internals.STEP_HOOKS}
         return {key: value for key, value in self.__dict__.items() if key not in fit}
 
@@ -164,35 +185,8 @@ class GuardMember(Callback):
         trainer_internals.restore_step_hooks(self)
 
 
-class Guard(GuardMember):
-    """Options of the guard that all plugins of a Trainer share; only needed to change a default.
-
-    Args:
-        mode: where decisions are made. ``"exact"``: the host reads loss and norm before each step. ``"device"``: clip
-            and skip ride on a fused optimizer's kernel, and the host never waits for the step in progress. ``"auto"``
-            (default): device on CUDA with a fused optimizer, else exact.
-        max_attempts: attempted steps after which the run is stopped, at least 1; None: twice ``max_steps`` if that is
-            set. It ends a run that would skip for ever.
-        events: file for the event log, one JSON object a line; None: ``events.jsonl`` in the logger's folder.
-    """
-
-    def __init__(self, mode: Mode = "auto", max_attempts: int | None = None, events: str | Path | None = None) -> None:
-        known = mode in ("auto", "exact", "device")
-        require(known, "Guard", "mode", '"auto", "exact" or "device"', mode, "guard")
-        enough = max_attempts is None or max_attempts >= 1
-        require(enough, "Guard", "max_attempts", ">= 1, or null", max_attempts, "guard")
-        self.mode: Mode = mode
-        self.max_attempts = max_attempts
-        self.events = events
-
-    def options(self) -> dict[str, Any]:
-        """The options as keyword arguments of `StepGuard`."""
-        events = None if self.events is None else Path(self.events)
-        return {"mode": self.mode, "max_attempts": self.max_attempts, "events": events}
-
-
 class PluginMember(GuardMember, Plugin):
-    """A member whose arguments are checkpointed: the base of what a rule and a transform are as callbacks."""
+    """A member whose arguments are checkpointed: the base class of the callbacks of rules and transforms."""
 
     @property
     def state_key(self) -> str:
@@ -204,13 +198,13 @@ class PluginMember(GuardMember, Plugin):
         return {**super().state_dict(), "arguments": _plain(self.arguments())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint; other arguments than it was made with are said aloud."""
+        """Restore from a checkpoint; warns if it was made with other arguments."""
         super().load_state_dict(state_dict)
         saved, mine = state_dict["arguments"], self.arguments()
         plain = _plain(mine)
         changed = [f"{key}={mine[key]!r} (was {saved.get(key)!r})" for key in mine if plain[key] != saved.get(key)]
         if changed:
-            rank_zero_warn(f"{self.state_key}: goes on from a checkpoint with other arguments: {', '.join(changed)}")
+            rank_zero_warn(f"{self.state_key}: the checkpoint was made with other arguments: {', '.join(changed)}")
 
 
 class RuleCallback(PluginMember):
@@ -218,6 +212,8 @@ class RuleCallback(PluginMember):
 
     The constructor, its defaults and its documentation are the rule's. `as_callback` derives such a class.
     """
+
+    sets_limits = True
 
     state: Any = None
 
@@ -229,7 +225,7 @@ class RuleCallback(PluginMember):
             cls.__doc__ = next(base.__doc__ for base in cls.__mro__[2:] if issubclass(base, Rule))
 
     def reset(self) -> None:
-        """Begin with an empty history."""
+        """Start with an empty history."""
         self.state = self.rule.init()
 
     def metrics(self) -> dict[str, float]:
@@ -242,16 +238,16 @@ class RuleCallback(PluginMember):
         return {**super().state_dict(), "state": to_plain(self.state)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Restore from a checkpoint."""
         super().load_state_dict(state_dict)
         try:
             self.state = from_plain(self.rule.state_type(), state_dict["state"])
         except (ValueError, KeyError):
-            rank_zero_warn(f"{self.state_key}: the checkpoint is of another version: it begins with an empty history")
+            rank_zero_warn(f"{self.state_key}: the checkpoint is of another version: its history starts empty")
             self.state = self.rule.init()
 
     def __eq__(self, other: object) -> bool:
-        """Callbacks are themselves: two with equal arguments are still two."""
+        """Compare by identity: two callbacks with equal arguments are two."""
         return self is other
 
     def __hash__(self) -> int:
@@ -259,7 +255,7 @@ class RuleCallback(PluginMember):
 
     @property
     def rule(self) -> Rule[Any]:
-        """This callback, seen as the rule that it is."""
+        """This callback, typed as a rule."""
         return typing.cast(Rule[Any], self)
 
 

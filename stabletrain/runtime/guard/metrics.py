@@ -31,7 +31,7 @@ class Counters(NamedTuple):
         return self.attempted - self.skipped - self.overflows
 
     def add(self, outcome: Outcome) -> Counters:
-        """With one more step."""
+        """The counts after one more step."""
         return Counters(
             self.attempted + 1,
             self.skipped + outcome.skipped,
@@ -42,7 +42,7 @@ class Counters(NamedTuple):
 
 
 class MetricsWindow:
-    """What happened since the last flush of metrics."""
+    """Sums and means of the steps since the last flush of metrics."""
 
     def __init__(self) -> None:
         self._clear()
@@ -53,7 +53,7 @@ class MetricsWindow:
         self._norms: list[float] = []
 
     def add(self, outcome: Outcome) -> None:
-        """Take in one step."""
+        """Add one step."""
         self._steps += 1
         self._clipped += outcome.clipped
         if math.isfinite(outcome.loss):
@@ -62,16 +62,14 @@ class MetricsWindow:
             self._norms.append(outcome.grad_norm)
 
     def take(self, counters: Counters) -> dict[str, float]:
-        """The metrics of the interval, which begins anew; empty if there was no step.
+        """The metrics since the last call; empty if there was no step.
 
-        ``loss`` and ``grad_norm`` are means over the finite steps, ``clipped`` is a share of the interval's steps,
-        ``skipped`` and ``overflows`` count since the start of the run.
+        ``loss`` and ``grad_norm`` are means over the finite steps, ``clipped`` is a share of the steps, ``skipped``
+        counts since the start of the run.
         """
         if not self._steps:
             return {}
         metrics = {"clipped": self._clipped / self._steps, "skipped": float(counters.skipped)}
-        if counters.overflows:
-            metrics["overflows"] = float(counters.overflows)
         if self._losses:
             metrics["loss"] = math.fsum(self._losses) / len(self._losses)
         if self._norms:

@@ -1,4 +1,4 @@
-"""Undoing what forward passes do to a module's buffers, without copying those that nobody changed."""
+"""Copies of a module's buffers, to undo what a forward pass did to them; unchanged ones are not copied again."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class ModuleBuffers:
     def __len__(self) -> int:
         return len(self._owners)
 
-    def keep(self) -> None:
-        """Take the buffers as they are now."""
+    def stash(self) -> None:
+        """Copy the buffers that have changed since the last call."""
         copies: list[Tensor] = []
         tensors: list[Tensor] = []
         for i, tensor in self._changed():
@@ -50,7 +50,7 @@ class ModuleBuffers:
                 torch._foreach_copy_(copies, tensors)
 
     def restore(self) -> None:
-        """Put the changed buffers back, in the tensors they were in."""
+        """Write the copies back into the tensors that the buffers were."""
         for i, _ in self._changed():
             child, name = self._owners[i]
             tensor, copy = self._tensors[i], self._copies[i]
@@ -60,10 +60,11 @@ class ModuleBuffers:
             child._buffers[name] = tensor
             self._versions[i] = _version(tensor)
 
-    def choose(self, dropped: Tensor) -> None:
-        """As `restore` where ``dropped`` is 1, else as `keep`, decided on the device.
+    def restore_where(self, dropped: Tensor) -> None:
+        """As `restore` where ``dropped`` is 1, else as `stash`, decided on the device.
 
-        A buffer that came, went or took another shape within the window stays as it is now: the host does not know.
+        A buffer that was added, removed or reshaped within the window stays as it is: the host does not know the
+        decision yet.
         """
         for i, tensor in self._changed():
             copy = self._copies[i]

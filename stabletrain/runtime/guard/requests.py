@@ -1,54 +1,53 @@
-"""Executing what rules asked for, when the batch is over."""
+"""Executing what rules asked for, at the end of the batch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+
+from lightning.pytorch import LightningModule, Trainer
 
 from stabletrain.core.events import Event, Request, RequestKind
+from stabletrain.runtime.guard.hooks import RequestHandler
 from stabletrain.runtime.records.event_log import logger
 from stabletrain.runtime.stop import TrainingStopped
 
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
 
-    from stabletrain.runtime.guard.step_guard import StepGuard
-
-
-@runtime_checkable
-class RequestHandler(Protocol):
-    """A callback that can execute requests: found in ``trainer.callbacks``, needs no registration."""
-
-    handles: frozenset[RequestKind]
-
-    def handle_request(self, trainer: Trainer, module: LightningModule, request: Request) -> None:
-        """Execute a request of a kind in ``handles``; called on all ranks, at the end of a batch."""
-
-
-def hand_over(request: Request, guard: StepGuard) -> bool:
+def dispatch(request: Request, trainer: Trainer, module: LightningModule) -> bool:
     """Give a request to the first callback that handles its kind; returns whether there is one."""
-    for callback in guard.trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, RequestHandler) and request.kind in callback.handles:
-            callback.handle_request(guard.trainer, guard.module, request)
+            callback.handle_request(trainer, module, request)
             return True
     return False
 
 
-def execute(requests: Sequence[Request], guard: StepGuard) -> None:
-    """Execute the most severe request; a rollback that nobody can make is a stop.
+def execute(
+    requests: Sequence[Request],
+    trainer: Trainer,
+    module: LightningModule,
+    report: Callable[[Event], None],
+    step: int,
+) -> None:
+    """Execute the most severe request; a rollback that no callback can make becomes a stop.
 
     The requests come from outcomes that are the same on all ranks, so all ranks execute the same one.
+
+    Args:
+        requests: at least one.
+        trainer: in a fit.
+        module: the module that is trained.
+        report: records an event.
+        step: the last attempted step, for the event.
 
     Raises:
         TrainingStopped: if the run is to end.
     """
     request = max(requests, key=lambda each: each.kind)
-    if hand_over(request, guard):
+    if dispatch(request, trainer, module):
         return
     if request.kind is RequestKind.REWARM:
         logger.warning("%s asks to re-warm the learning rate (%s), but no schedule can", request.plugin, request.reason)
         return
-    step = guard.counters.attempted - 1
-    guard.report(Event(step, request.plugin, "stop", math.nan, math.nan, request.reason))
+    report(Event(step, request.plugin, "stop", math.nan, math.nan, request.reason))
     raise TrainingStopped(request.plugin, request.reason)

@@ -2,8 +2,8 @@
 
 Parameters and optimizer state: ``optimizer.step`` of this one optimizer is wrapped; a dropped step runs forward and
 backward (the closure) and not the update. On the device, the fused kernel itself does nothing where ``found_inf`` is
-set. Buffers that forward changed (BatchNorm statistics) go back to where they were before the accumulation window.
-The module's own per-step scheduler, the global step and the loss scaler stay where they are.
+set. Buffers that forward changed (BatchNorm statistics) are restored to their values before the accumulation window.
+The module's own per-step scheduler and the global step do not move; nor does the loss scaler (see `LossScaling`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from stabletrain.runtime.internals import trainer as trainer_internals
 
 
 class StepControl:
-    """Owns what must be undone or held when a step is dropped, for one fit.
+    """Undoes what a dropped step has changed, and stops what it would change, for one fit.
 
     Args:
         trainer: in a fit, with its optimizer set up.
@@ -36,52 +36,44 @@ class StepControl:
         self._module = module
         self._buffers = ModuleBuffers(module)
         self._drop = False
-        self._held = False
-        self._scaler_state: dict[str, Any] | None = None
+        self._frozen = False
         self._replaced: list[tuple[object, str, Any]] = []
         self._wrap_optimizer_step()
         self._wrap_scheduler_step()
 
     @property
-    def watches_windows(self) -> bool:
-        """Whether `open_window` has anything to do: the module has buffers."""
+    def has_buffers(self) -> bool:
+        """Whether `start_window` has anything to do: the module has buffers."""
         return len(self._buffers) > 0
 
-    def open_window(self) -> None:
-        """An accumulation window begins: what the buffers hold now is what a dropped window goes back to."""
-        self._buffers.keep()
+    def start_window(self) -> None:
+        """An accumulation window starts: a dropped step puts the buffers back to what they are now."""
+        self._buffers.stash()
 
-    def begin(self) -> None:
-        """A decision is about to be made: nothing is dropped or held yet."""
-        self._drop = self._held = False  # after an overflow the loss scaler does not call step: a drop is left over
+    def start_decision(self) -> None:
+        """A decision is about to be made: the step is neither dropped nor frozen yet."""
+        # after an overflow the loss scaler does not call optimizer.step, so that a drop would be left over
+        self._drop = self._frozen = False
 
-    def drop(self, scaler: torch.amp.GradScaler | None = None) -> None:
-        """Decided on the host: do not apply the step in progress, and leave the loss scale alone."""
+    def drop(self) -> None:
+        """Decided on the host: do not apply the step in progress."""
         self._drop = True
-        self.hold()
+        self.freeze_step()
         self._buffers.restore()
-        if scaler is not None:
-            self._scaler_state = scaler.state_dict()
 
-    def hold(self) -> None:
-        """The step in progress is not applied: global step and the module's own scheduler stay."""
-        self._held = True
+    def freeze_step(self) -> None:
+        """The step in progress is not applied: global step and the module's own per-step scheduler do not move."""
+        self._frozen = True
         trainer_internals.undo_global_step(self.trainer)
 
     def decide_on_device(self, grad_scale: Tensor, dropped: Tensor) -> None:
         """Let the fused kernel divide the gradient by ``grad_scale``, or do nothing where ``dropped`` is 1."""
         self.optimizer.grad_scale = grad_scale  # type: ignore[attr-defined]
         self.optimizer.found_inf = dropped  # type: ignore[attr-defined]
-        self._buffers.choose(dropped)
-
-    def finish_scaler(self, scaler: torch.amp.GradScaler) -> None:
-        """After the scaler's update: put back the scale and growth count that a dropped step must not move."""
-        if self._scaler_state is not None:
-            scaler.load_state_dict(self._scaler_state)
-            self._scaler_state = None
+        self._buffers.restore_where(dropped)
 
     def undo(self) -> None:
-        """Leave optimizer and module as they were before the fit."""
+        """Restore the methods of optimizer and module that were replaced for the fit."""
         for owner, name, before in self._replaced:
             if before is None:
                 owner.__dict__.pop(name, None)
@@ -126,7 +118,7 @@ class StepControl:
 
         @functools.wraps(inner)
         def lr_scheduler_step(scheduler: Any, metric: Any) -> None:
-            if not (self._held and trainer_internals.scheduler_interval(self.trainer, scheduler) == "step"):
+            if not (self._frozen and trainer_internals.scheduler_interval(self.trainer, scheduler) == "step"):
                 inner(scheduler, metric)
 
         self._replace(self._module, "lr_scheduler_step", lr_scheduler_step)

@@ -1,4 +1,4 @@
-"""The guard: measures a step, asks every rule, acts once, and turns the outcome into history.
+"""The guard: measures a step, asks every rule for its limits, acts once, and gives the outcome to the rules.
 
      history --limits()-->  Limits --+
                                      +-->  ACT once:  skip? clip by?  -->  optimizer.step  -->  Outcome
@@ -12,6 +12,8 @@ limits(t + 1) use outcomes up to t, always, in two modes of one path:
 * *exact*: the host reads loss and norm before the step. Nothing is multiplied when nothing is to be clipped.
 * *device*: the decision rides on the fused kernel's ``grad_scale`` and ``found_inf``; the host reads the outcome just
   before the next step, when the next backward is already queued.
+
+docs/architecture.md shows where in Lightning's loop each method is called.
 """
 
 from __future__ import annotations
@@ -19,30 +21,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, cast
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
 from stabletrain.core.events import Event, Request, RequestKind
 from stabletrain.core.limits import Limits, join
 from stabletrain.core.outcome import Outcome
-from stabletrain.runtime import gradients, ranks
+from stabletrain.runtime import gradients
+from stabletrain.runtime.accumulation import AccumulationWindow
 from stabletrain.runtime.guard import device_limits, support
+from stabletrain.runtime.guard.loss_scaling import LossScaling
+from stabletrain.runtime.guard.members import Member, RuleMember, TransformMember
 from stabletrain.runtime.guard.metrics import Counters, MetricsWindow
 from stabletrain.runtime.guard.requests import execute
 from stabletrain.runtime.guard.signals import Signals
 from stabletrain.runtime.guard.step_control import StepControl
+from stabletrain.runtime.guard.support import DecisionMode
 from stabletrain.runtime.internals import trainer as trainer_internals
+from stabletrain.runtime.ranks import Ranks
 from stabletrain.runtime.records.event_log import EventLog
-
-if TYPE_CHECKING:
-    from stabletrain.runtime.guard.callbacks import GuardMember
-    from stabletrain.runtime.guard.transform import TransformCallback
-
-Mode: TypeAlias = Literal["auto", "exact", "device"]
 
 _PROGRESS_BAR: tuple[str, ...] = ("loss", "grad_norm", "clipped", "skipped")
 
@@ -53,44 +54,43 @@ class StepGuard:
     Args:
         trainer: the trainer whose callbacks hold the members.
         module: the module that is trained.
-        members: all plugins that share this guard, in the order of the list.
+        members: all callbacks that share this guard, in the order of the list.
         mode: where decisions are made; ``"auto"`` chooses by device, optimizer and loss scaler.
         max_attempts: attempted steps after which the run is stopped; None: twice ``max_steps``, if that is set.
         events: file for the event log; None: ``events.jsonl`` in the logger's folder.
+
+    Raises:
+        UserError: if the guard does not support the module, the strategy or a hook.
     """
 
     def __init__(
         self,
         trainer: Trainer,
         module: LightningModule,
-        members: Sequence[GuardMember],
-        mode: Mode = "auto",
+        members: Sequence[Member],
+        mode: DecisionMode = "auto",
         max_attempts: int | None = None,
         events: Path | None = None,
     ) -> None:
-        from stabletrain.runtime.guard.callbacks import GuardMember, RuleCallback
-        from stabletrain.runtime.guard.transform import TransformCallback
-
-        support.check_setup(trainer, module, members)
+        support.check_setup(trainer, module, cast(Sequence[Callback], members))
         self.trainer = trainer
         self.module = module
         self.members = list(members)
         self.mode = mode
         self.counters = Counters()
-        self.interval = MetricsWindow()
+        self.metrics = MetricsWindow()
         folder = trainer.log_dir or trainer.default_root_dir  # asks all ranks: not only on rank 0
         path = events or Path(folder) / "events.jsonl"
         quiet = not trainer.is_global_zero or trainer_internals.is_fast_dev_run(trainer)
         self.events = EventLog(None if quiet else path, speak=trainer.is_global_zero)
         self._max_attempts = max_attempts or (2 * trainer.max_steps if trainer.max_steps > 0 else None)
-        self._rules = [m for m in members if isinstance(m, RuleCallback)]
-        # transforms do not commute: their order is their name's, whatever the order of the list
-        self._transforms: list[TransformCallback] = sorted(
-            (m for m in members if isinstance(m, TransformCallback)), key=lambda m: (m.plugin, m.state_key)
-        )
-        self._gradient_observers = [m for m in members if type(m).on_gradients is not GuardMember.on_gradients]
-        self._outcome_observers = [m for m in members if type(m).on_outcome is not GuardMember.on_outcome]
-        self._losses: list[Tensor] = []
+        self._rules = [cast(RuleMember, m) for m in members if m.sets_limits]
+        # transforms do not commute: they run in the order of their names, whatever the order of the list
+        transforms = [cast(TransformMember, m) for m in members if m.transforms_gradients]
+        self._transforms = sorted(transforms, key=lambda m: (m.plugin, m.state_key))
+        self._gradient_observers = [m for m in members if m.observes_gradients]
+        self._outcome_observers = [m for m in members if m.observes_outcomes]
+        self._window = AccumulationWindow(trainer)
         self._pending: Callable[[], Outcome] | None = None
         self._requests: list[Request] = []
         self._attempted = False
@@ -101,11 +101,13 @@ class StepGuard:
     # ---- the fit ----------------------------------------------------------------------------------------------------
 
     def open(self) -> None:
-        """The optimizer exists: choose the mode, take control of its steps, set the first learning rate."""
+        """``on_fit_start``: the optimizer exists. Choose the mode, take control of its steps, set the first rate."""
         for member in self.members:
             member.on_optimizer_ready(self.trainer)
         support.check_optimizer(self.trainer)
-        self._scaler = trainer_internals.grad_scaler(self.trainer)
+        self._scaling = LossScaling(self.trainer)
+        self._ranks = Ranks(self.trainer)
+        support.warn_of_local_parameters(self._ranks, self.module)
         self._control = StepControl(self.trainer, self.module)
         self._undo = [self._control.undo, trainer_internals.before_checkpoint(self.trainer, self.settle)]
         self._parameters = [p for group in self._control.optimizer.param_groups for p in group["params"]]
@@ -116,38 +118,33 @@ class StepGuard:
         self.is_open = True
 
     def close(self) -> None:
-        """Undo everything; calling it again does nothing."""
+        """``teardown`` and ``on_exception``: undo everything; calling it again does nothing."""
         self.is_open = False
         while self._undo:
             self._undo.pop()()
-        self._losses.clear()
+        self._window.clear()
         self._pending = None
 
     # ---- one step ---------------------------------------------------------------------------------------------------
 
-    def open_window(self) -> None:
-        """A micro-batch begins; the first one of a window fixes what a dropped step goes back to."""
-        if not self._losses and self._control is not None:
-            self._control.open_window()
+    def start_batch(self) -> None:
+        """``on_train_batch_start``: the first micro-batch of a window fixes what a dropped step goes back to."""
+        if self._window.is_empty and self._control is not None:
+            self._control.start_window()
 
     def take_loss(self, loss: Tensor) -> None:
-        """A micro-batch's loss, as Lightning is about to differentiate it: divided by the window, times the scale."""
-        self._losses.append(loss.detach().reshape(()) if loss.ndim else loss.detach())
+        """``on_before_backward``: the loss of a micro-batch, divided by the window's size, times the loss scale."""
+        self._window.add(loss)
 
     def decide(self, optimizer: Optimizer) -> None:
-        """Gradients are complete: measure, ask, act."""
+        """``on_before_optimizer_step``: gradients are complete. Measure, ask the rules, act."""
         self.settle()
-        if not self._losses:  # training_step returned None: there was no backward, so there is nothing to guard
+        if self._window.is_empty and self._ranks.size == 1:
+            return  # training_step returned None: there was no backward pass, so there is no step to judge
+        self.control.start_decision()
+        loss = self._window_loss()  # first: the other ranks wait for it
+        if loss is None or not self._scaling.unscale(optimizer):
             return
-        self.control.begin()
-        if self._scaler is not None and not trainer_internals.scaler_has_unscaled(self._scaler, optimizer):
-            if not trainer_internals.supports_device_decisions(
-                optimizer
-            ):  # no backward in the window's last micro-batch
-                self._losses.clear()
-                return
-            self._scaler.unscale_(optimizer)  # Lightning leaves it to the kernel of a fused optimizer
-        loss = self._window_loss()
         grads = gradients.of(self._parameters)
         grad_norm = gradients.global_norm(grads)
         for member in self._gradient_observers:
@@ -158,8 +155,8 @@ class StepGuard:
         self._attempted = True
 
     def end_batch(self) -> None:
-        """The batch is over: history takes in the outcome, requests are executed, metrics go out."""
-        # in device mode the host does not wait, unless this may be the last batch: then nothing would settle the step
+        """``on_train_batch_end``: rules observe the outcome, requests are executed, metrics are sent."""
+        # in device mode the host does not wait, unless this may be the last batch: no later hook would settle the step
         if not self.on_device or trainer_internals.may_be_last_batch(self.trainer):
             self.settle()
         if self._attempted:
@@ -167,25 +164,24 @@ class StepGuard:
             if self.counters.attempted % self._log_every == 0 or self.trainer.is_last_batch:
                 self.flush()
         if self._max_attempts is not None and self._max_attempts <= self.counters.attempted and not self._complete:
-            reason = f"{self.counters.attempted} steps attempted, {self.counters.applied} applied (Guard.max_attempts)"
+            reason = f"{self.counters.attempted} steps attempted, {self.counters.applied} applied (guard.max_attempts)"
             self._requests.append(Request(RequestKind.STOP, "guard", reason))
         if self._requests:
             requests, self._requests = self._requests, []
             self.flush()
-            execute(requests, self)
+            execute(requests, self.trainer, self.module, self.report, self.counters.attempted - 1)
 
     def settle(self) -> None:
-        """Let the outcome in flight become history; afterwards everything is as exact as it can be."""
+        """Turn the outcome in flight into history; does nothing if there is none."""
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
         outcome = pending()
         if self.on_device and not outcome.applied:
-            self.control.hold()
-        if self._scaler is not None:
-            self.control.finish_scaler(self._scaler)
+            self.control.freeze_step()
+        self._scaling.put_back()
         self.counters = self.counters.add(outcome)
-        self.interval.add(outcome)
+        self.metrics.add(outcome)
         for each in self._rules:
             if not outcome.overflow or each.rule.sees_overflow:
                 observation = each.rule.observe(each.state, outcome)
@@ -195,8 +191,8 @@ class StepGuard:
                 self._requests.extend(observation.requests)
         for transform in self._transforms:
             transform.commit(outcome.applied)
-        for listener in self._outcome_observers:
-            listener.on_outcome(outcome)
+        for observer in self._outcome_observers:
+            observer.on_outcome(outcome)
 
     @property
     def decided(self) -> int:
@@ -204,15 +200,15 @@ class StepGuard:
         return self.counters.attempted + (self._pending is not None)
 
     def after_restore(self, overflows_in_a_row: int) -> None:
-        """The state of an earlier step was put back: what was measured or asked for since is of a past that is no more.
+        """After the state of an earlier step was restored, drop pending losses and requests.
 
         Attempted steps are counted on.
 
         Args:
-            overflows_in_a_row: as it was then.
+            overflows_in_a_row: as it was at that step.
         """
         self.counters = self.counters._replace(overflows_in_a_row=overflows_in_a_row)
-        self._losses.clear()
+        self._window.clear()
         self._requests.clear()
 
     @property
@@ -222,35 +218,30 @@ class StepGuard:
     @property
     def control(self) -> StepControl:
         """The step control of this fit."""
-        assert self._control is not None, "the guard is asked to act before the fit has started"
+        assert self._control is not None, "the guard acts only after on_fit_start"
         return self._control
 
-    def _window_loss(self) -> Tensor:
-        losses, self._losses = self._losses, []
-        loss = ranks.mean_loss(losses)
-        factor = float(self.trainer.accumulate_grad_batches)
-        if self._scaler is not None:
-            factor /= self._scaler.get_scale()
-        return loss if factor == 1.0 else loss * factor
+    def _window_loss(self) -> Tensor | None:
+        """The unscaled mean loss of the window over all ranks; None if no rank had one."""
+        loss = self._ranks.mean_loss(self._window.take())
+        factor = self._window.size / self._scaling.scale
+        return loss if loss is None or factor == 1.0 else loss * factor
 
     def _decide_exactly(
         self, limits: Limits, loss: Tensor, grad_norm: Tensor, grads: list[Tensor]
     ) -> Callable[[], Outcome]:
         loss_value, norm = _read(loss, grad_norm)
-        scale, overflow = 1.0, False
-        skipped = limits.skips_step(loss_value, norm)
-        if self._scaler is not None:
-            scale = self._scaler.get_scale()
-            overflow = trainer_internals.scaler_found_overflow(self._scaler, self.control.optimizer)
-            if overflow and math.isfinite(loss_value):
-                skipped = False  # the scaler's business: it backs off
+        scale, overflow = self._scaling.scale, self._scaling.found_nonfinite(self.control.optimizer)
+        # at a finite loss a non-finite gradient is the loss scaler's business: it lowers the scale
+        skipped = limits.skips_step(loss_value, norm) and not (overflow and math.isfinite(loss_value))
         overflow = overflow and not skipped
         transformed = norm
         applied_norm = math.nan
         if skipped:
-            self.control.drop(self._scaler)
+            self.control.drop()
+            self._scaling.freeze()
         elif overflow:
-            self.control.hold()
+            self.control.freeze_step()
         else:
             if self._transforms:
                 transformed = self._transform(grads).item()
@@ -288,10 +279,10 @@ class StepGuard:
                 transform.transform(names, parameters, grads)
         return gradients.global_norm(grads)
 
-    # ---- what others get to see -------------------------------------------------------------------------------------
+    # ---- records ----------------------------------------------------------------------------------------------------
 
     def report(self, event: Event) -> None:
-        """Record an event and offer it to every callback that has ``on_stability_event(trainer, module, event)``."""
+        """Write an event to the log, then pass it to every callback with ``on_stability_event`` (see `hooks`)."""
         self.events.append(event)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             listen: Any = getattr(callback, "on_stability_event", None)
@@ -299,8 +290,10 @@ class StepGuard:
                 listen(self.trainer, self.module, event)
 
     def flush(self) -> None:
-        """Send the metrics gathered since the last flush to the loggers, the progress bar and callback_metrics."""
-        metrics = self.interval.take(self.counters)
+        """Send the metrics since the last flush to the loggers, the progress bar and ``callback_metrics``."""
+        metrics = self.metrics.take(self.counters)
+        if metrics:
+            metrics |= self._scaling.metrics(self.counters)
         shown = {key: metrics[key] for key in _PROGRESS_BAR if key in metrics}
         for member in self.members:
             metrics.update(member.metrics())

@@ -1,26 +1,35 @@
-"""What the guard cannot guard, refused before the first step, with the reason and the way out."""
+"""What the guard does not support, refused before the first step with the reason and what to do instead."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Literal, TypeAlias
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
 
 from stabletrain.errors import UserError
+from stabletrain.runtime.guard.hooks import check_hooks
+from stabletrain.runtime.guard.loss_scaling import LossScaling
 from stabletrain.runtime.internals import trainer as trainer_internals
+from stabletrain.runtime.ranks import Ranks
+from stabletrain.runtime.records.event_log import logger
 
-if TYPE_CHECKING:
-    from stabletrain.runtime.guard.callbacks import GuardMember
-    from stabletrain.runtime.guard.step_guard import Mode
+DecisionMode: TypeAlias = Literal["auto", "exact", "device"]
 
 
-def check_setup(trainer: Trainer, module: LightningModule, members: Sequence[GuardMember]) -> None:
+def check_setup(trainer: Trainer, module: LightningModule, members: Sequence[Callback]) -> None:
     """Refuse what is known before the optimizer exists.
 
+    Args:
+        trainer: in ``setup`` of a fit.
+        module: the module that is trained.
+        members: the callbacks that share the guard.
+
     Raises:
-        UserError: for manual optimization, a strategy that steps by itself, or a second clipper.
+        UserError: for manual optimization, a strategy that steps by itself, a second clipper, or a hook that cannot be
+            called.
     """
     if not module.automatic_optimization:
         raise UserError(
@@ -38,19 +47,15 @@ def check_setup(trainer: Trainer, module: LightningModule, members: Sequence[Gua
             f"Trainer(gradient_clip_val={trainer.gradient_clip_val}) and {_listed(clippers)} would both clip. Remove "
             "gradient_clip_val (config key trainer.gradient_clip_val); ClipNorm(max_norm) does the same and is counted."
         )
+    check_hooks([*trainer.callbacks, module, trainer.datamodule])  # type: ignore[attr-defined]
 
 
 def check_optimizer(trainer: Trainer) -> None:
-    """Refuse optimizers that the guard cannot guard.
+    """Refuse optimizers that the guard cannot guard. Several of them exist only with manual optimization.
 
     Raises:
-        UserError: for none or several optimizers, and for LBFGS.
+        UserError: for no optimizer, and for LBFGS.
     """
-    if len(trainer.optimizers) != 1:
-        raise UserError(
-            f"stabletrain plugins guard exactly one optimizer, and configure_optimizers returned "
-            f"{len(trainer.optimizers)}. Merge them into one optimizer with parameter groups, or remove the plugins."
-        )
     if not any(group["params"] for group in trainer.optimizers[0].param_groups):
         raise UserError(
             "stabletrain plugins guard an optimizer, and configure_optimizers returned none. Return one, or remove the "
@@ -63,8 +68,25 @@ def check_optimizer(trainer: Trainer) -> None:
         )
 
 
-def decides_on_device(trainer: Trainer, mode: Mode, device: torch.device) -> bool:
+def warn_of_local_parameters(ranks: Ranks, module: LightningModule) -> None:
+    """Warn on every rank alike of trained parameters that nothing keeps equal on the ranks."""
+    names = ranks.local_parameters(module.named_parameters())
+    if names and ranks.is_first:
+        logger.warning(
+            "%d parameters are neither sharded nor averaged over the ranks (%s): their copies drift apart, and "
+            "grad_norm counts those of this rank. Shard them too in configure_model, or use strategy=ddp",
+            len(names),
+            ", ".join(names[:4]) + (", ..." if len(names) > 4 else ""),
+        )
+
+
+def decides_on_device(trainer: Trainer, mode: DecisionMode, device: torch.device) -> bool:
     """Whether decisions ride on the optimizer's kernel (device mode), or the host reads first (exact mode).
+
+    Args:
+        trainer: in a fit, with its optimizer.
+        mode: what the user chose.
+        device: where the parameters are.
 
     Raises:
         UserError: if ``mode`` is ``"device"`` and that is impossible.
@@ -78,15 +100,15 @@ def decides_on_device(trainer: Trainer, mode: Mode, device: torch.device) -> boo
 
 
 def _obstacle_to_device_mode(trainer: Trainer) -> str | None:
-    optimizer = trainer.optimizers[0]
+    optimizer: Optimizer = trainer.optimizers[0]
     if not trainer_internals.supports_device_decisions(optimizer):
         return f"{type(optimizer).__name__} has no kernel that can drop a step; torch's fused=True optimizers have"
-    if trainer_internals.grad_scaler(trainer) is not None:
+    if LossScaling(trainer).is_active:
         return "the GradScaler uses the same kernel arguments"
     if any(config.interval == "step" for config in trainer.lr_scheduler_configs):
         return "the module's own per-step scheduler could not be held in time; ScheduleLR can"
     return None
 
 
-def _listed(members: Sequence[GuardMember]) -> str:
+def _listed(members: Sequence[Callback]) -> str:
     return ", ".join(type(member).__name__ for member in members)

@@ -17,8 +17,8 @@ class TransformCallback(PluginMember, ABC):
     """A per-tensor change of the gradients, made between the raw norm and the bounds.
 
     A subclass is a ``@dataclass(eq=False)`` of its arguments. Transforms do not commute, so they run in the order of
-    their plugins' names. State that belongs to the history lives in device tensors: `transform` prepares the next
-    one, `commit` keeps it if the step is applied. In both modes of the guard, `commit` comes before the next
+    their plugins' names. State that depends on past steps lives in device tensors: `transform` prepares the next
+    state, `commit` takes it over if the step is applied. In both modes of the guard, `commit` is called before the next
     `transform` and before any checkpoint.
 
     Args:
@@ -26,6 +26,7 @@ class TransformCallback(PluginMember, ABC):
     """
 
     clips: ClassVar[bool] = True
+    transforms_gradients: ClassVar[bool] = True
 
     name: str | None = field(default=None, kw_only=True)
 
@@ -40,4 +41,4 @@ class TransformCallback(PluginMember, ABC):
         """
 
     def commit(self, applied: bool) -> None:
-        """The step last transformed for was applied, or not."""
+        """Called once after each `transform`: whether the step was applied."""

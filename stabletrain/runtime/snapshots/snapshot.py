@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from stabletrain.runtime import rng
 from stabletrain.runtime.data.train_loader import DataMark, TrainLoader
 from stabletrain.runtime.guard.callbacks import GuardMember, RuleCallback
+from stabletrain.runtime.guard.members import Member
 from stabletrain.runtime.guard.step_guard import StepGuard
 from stabletrain.runtime.internals import state as state_internals
 from stabletrain.runtime.snapshots.buffers import SnapshotBuffers, bytes_of
@@ -224,7 +225,7 @@ def _rules(guard: StepGuard) -> list[RuleCallback]:
     return [member for member in guard.members if isinstance(member, RuleCallback)]
 
 
-def _stateful_members(guard: StepGuard) -> list[GuardMember]:
+def _stateful_members(guard: StepGuard) -> list[Member]:
     """Members of the guard with a state of their own, besides the rules."""
     others = (m for m in guard.members if not isinstance(m, RuleCallback))
     return [member for member in others if type(member).state_dict is not GuardMember.state_dict]

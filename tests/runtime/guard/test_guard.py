@@ -23,6 +23,7 @@ from fits import (
     fit,
     scaler,
 )
+from lightning.pytorch import Callback
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stabletrain import ClipNorm, Guard, SkipNonFinite, TrainingStopped
@@ -215,3 +216,18 @@ def test_a_training_step_that_returns_none() -> None:
     results = [everything(fit(Choosy("adamw-loop"), HEALTHY_RUN, *callbacks)) for callbacks in ([], [recorder])]
     assert_same(*results)
     assert len(recorder.state) == 7
+
+
+def test_metrics_of_the_last_batch_are_there_when_it_ends() -> None:
+    """Bug: a callback that saves at the last batch finds the metrics of an earlier flush."""
+    seen: list[float] = []
+
+    class Last(Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            seen.append(float(trainer.callback_metrics.get("grad_norm", math.nan)))
+
+    recorder = Recorder()
+    fit(Net(), HEALTHY_RUN, recorder, Last(), log_every_n_steps=5)
+    norms = [o.grad_norm for o in recorder.state]
+    assert seen[4:7] == pytest.approx([sum(norms[:5]) / 5] * 3)
+    assert seen[7] == pytest.approx(sum(norms[5:]) / 3)

@@ -96,7 +96,7 @@ def test_a_checkpoint_saved_after_the_fit_has_everything(tmp_path: Path) -> None
 def test_a_checkpoint_without_our_state_warns(tmp_path: Path) -> None:
     """Bug: a baseline that begins anew without a word, or a run that cannot be resumed."""
     path = checkpoint(tmp_path)
-    with pytest.warns(UserWarning, match="no state of clip_norm: it begins with an empty history"):
+    with pytest.warns(UserWarning, match="no state of clip_norm: its history starts empty"):
         fit(Net("adamw-loop"), ITEMS, ClipNorm(), ckpt_path=path, max_epochs=2)
 
 

@@ -152,19 +152,19 @@ def test_buffers_of_every_kind(where: str, dropped: float) -> None:
     """Bug: buffers that are reassigned instead of changed in place, or that come and go, escape the undoing."""
     module = Swapper()
     watched = ModuleBuffers(module)
-    watched.keep()
+    watched.stash()
     for step in range(3):
         before = (module.moving.clone(), module.counting.clone())
         module(torch.full((2,), step + 1.0))
         after = (module.moving.clone(), module.counting.clone())
         if where == "device":
-            watched.choose(torch.tensor(dropped))
+            watched.restore_where(torch.tensor(dropped))
         elif dropped:
             watched.restore()
         expected = before if dropped else after
         assert torch.equal(module.moving, expected[0])
         assert torch.equal(module.counting, expected[1])
-        watched.keep()
+        watched.stash()
 
 
 def test_a_buffer_made_in_inference_mode() -> None:

@@ -1,0 +1,125 @@
+"""Hooks that any callback, module or data module may have, without deriving from anything of stabletrain's.
+
+They are found by name, so a misspelt one would never be called. `check_hooks` finds, before training starts, what
+cannot work: a hook with other arguments, one half of a pair, and a name that is nearly a hook's.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any, Protocol, TypeGuard, runtime_checkable
+
+from lightning.pytorch import LightningModule, Trainer
+
+from stabletrain.core.events import Event, Request, RequestKind
+from stabletrain.errors import UserError
+from stabletrain.runtime.records.event_log import logger
+
+
+@runtime_checkable
+class EventListener(Protocol):
+    """A callback that is told of every event, in the process and at the step that it happened."""
+
+    def on_stability_event(self, trainer: Trainer, module: LightningModule, event: Event) -> None:
+        """Called on every rank for each event, after it was written to the event log."""
+
+
+@runtime_checkable
+class RequestHandler(Protocol):
+    """A callback that executes requests of rules: the first of the list that handles the request's kind gets it."""
+
+    handles: frozenset[RequestKind]
+
+    def handle_request(self, trainer: Trainer, module: LightningModule, request: Request) -> None:
+        """Execute a request of a kind in ``handles``; called on all ranks, at the end of a batch."""
+
+
+@runtime_checkable
+class HasOwnState(Protocol):
+    """A callback, module or data module with state that a rollback must restore and that only the object itself knows.
+
+    Parameters, buffers, optimizers, torchmetrics metrics and plugins of stabletrain are restored without it.
+    """
+
+    def snapshot_state(self) -> Any:
+        """Return the state; it is deep-copied."""
+
+    def restore_state(self, state: Any) -> None:
+        """Take a state back that `snapshot_state` returned."""
+
+
+_ARGUMENTS = {
+    "on_stability_event": ("trainer", "module", "event"),
+    "handle_request": ("trainer", "module", "request"),
+    "snapshot_state": (),
+    "restore_state": ("state",),
+}
+_NEARLY = 0.9
+"""Similarity of names (`difflib`) from which on one is taken for a misspelling of the other."""
+
+
+def check_hooks(owners: Iterable[Any]) -> None:
+    """Refuse hooks that would fail when they are called, or would never be called.
+
+    In a class that is no plugin only ``on_stability_event`` is surely meant for stabletrain, so the other hooks are
+    reported there and not refused, and names that are nearly a hook's mean something else.
+
+    Args:
+        owners: callbacks, module and data module of a Trainer; None is skipped.
+
+    Raises:
+        UserError: naming the class, what it has, and what is expected.
+
+    >>> from lightning.pytorch import Callback
+    >>> class Listener(Callback):
+    ...     def on_stability_event(self, event): ...
+    >>> check_hooks([Listener()])
+    Traceback (most recent call last):
+    ...
+    stabletrain.errors.UserError: Listener.on_stability_event takes (event); expected (trainer, module, event)
+    """
+    for owner in owners:
+        if owner is None:
+            continue
+        is_plugin = isinstance(getattr(owner, "plugin", None), str)
+        for hook in _ARGUMENTS:
+            problem = _problem(owner, hook) or (_misspelling(owner, hook) if is_plugin else None)
+            if problem and (is_plugin or hook == "on_stability_event"):
+                raise UserError(problem)
+            if problem:
+                logger.warning("%s; stabletrain does not call it", problem)
+
+
+def has_own_state(owner: Any) -> TypeGuard[HasOwnState]:
+    """Whether an object has both hooks of `HasOwnState`, with its arguments."""
+    return isinstance(owner, HasOwnState) and not any(_problem(owner, h) for h in ("snapshot_state", "restore_state"))
+
+
+def _problem(owner: Any, hook: str) -> str | None:
+    """What is wrong with a hook of an object; None if it has no such hook, or nothing is."""
+    method = getattr(owner, hook, None)
+    if not callable(method):
+        return None
+    name = type(owner).__name__
+    if hook == "handle_request" and not isinstance(owner, RequestHandler):
+        return f"{name} has handle_request and no handles, the set of RequestKind that it executes"
+    if hook == "snapshot_state" and not isinstance(owner, HasOwnState):
+        return f"{name} has snapshot_state and no restore_state"
+    try:
+        signature = inspect.signature(method)
+        signature.bind(*_ARGUMENTS[hook])
+    except ValueError:  # a builtin has no signature to read
+        return None
+    except TypeError:
+        takes = ", ".join(signature.parameters)
+        return f"{name}.{hook} takes ({takes}); expected ({', '.join(_ARGUMENTS[hook])})"
+    return None
+
+
+def _misspelling(owner: Any, hook: str) -> str | None:
+    if callable(getattr(owner, hook, None)):
+        return None
+    near = get_close_matches(hook, dir(type(owner)), 1, _NEARLY)
+    return f"{type(owner).__name__} has {near[0]!r}; did you mean {hook!r}?" if near else None

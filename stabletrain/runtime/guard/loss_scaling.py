@@ -1,0 +1,71 @@
+"""The fp16 loss scaler of a fit: everything that the guard reads from it or does to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch.optim import Optimizer
+
+from stabletrain.runtime.guard.metrics import Counters
+from stabletrain.runtime.internals import trainer as trainer_internals
+
+
+class LossScaling:
+    """The active GradScaler of the precision plugin; without one, the scale is 1 and nothing is ever done.
+
+    Args:
+        trainer: in a fit, with its precision plugin set up.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._scaler: torch.amp.GradScaler | None = trainer_internals.grad_scaler(trainer)
+        self._frozen: dict[str, Any] | None = None
+
+    @property
+    def is_active(self) -> bool:
+        """Whether losses are scaled."""
+        return self._scaler is not None
+
+    @property
+    def scale(self) -> float:
+        """The factor on the loss at this step; 1 without a scaler."""
+        return 1.0 if self._scaler is None else self._scaler.get_scale()
+
+    def unscale(self, optimizer: Optimizer) -> bool:
+        """Divide the gradients by the scale, unless Lightning has done it already.
+
+        Lightning leaves it to the kernel of a fused optimizer.
+
+        Returns:
+            False if the gradients cannot be unscaled: the window's last micro-batch had no backward pass.
+        """
+        if self._scaler is None or trainer_internals.scaler_has_unscaled(self._scaler, optimizer):
+            return True
+        if not trainer_internals.supports_device_decisions(optimizer):
+            return False
+        self._scaler.unscale_(optimizer)
+        return True
+
+    def found_nonfinite(self, optimizer: Optimizer) -> bool:
+        """Whether the scaler found a non-finite gradient in this step, so that it will not call ``optimizer.step``.
+
+        Reads from the device. False without a scaler.
+        """
+        return self._scaler is not None and trainer_internals.scaler_found_overflow(self._scaler, optimizer)
+
+    def freeze(self) -> None:
+        """A step is dropped for its content: scale and growth count of now are put back by `put_back`."""
+        if self._scaler is not None:
+            self._frozen = self._scaler.state_dict()
+
+    def put_back(self) -> None:
+        """After the scaler's update: undo it if the step was dropped for its content."""
+        if self._frozen is not None and self._scaler is not None:
+            self._scaler.load_state_dict(self._frozen)
+            self._frozen = None
+
+    def metrics(self, counters: Counters) -> dict[str, float]:
+        """``overflows``: steps dropped by the scaler since the start of the run; nothing before the first."""
+        return {"overflows": float(counters.overflows)} if counters.overflows else {}

@@ -1,0 +1,45 @@
+"""`Guard`: the options of the guard, given as one more callback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from stabletrain.errors import require
+from stabletrain.runtime.guard.callbacks import GuardMember
+from stabletrain.runtime.guard.support import DecisionMode
+
+
+class Guard(GuardMember):
+    """Options of the guard that all plugins of a Trainer share; needed only to change a default.
+
+    Args:
+        mode: where decisions are made. ``"exact"``: the host reads loss and norm before each step. ``"device"``: clip
+            and skip ride on a fused optimizer's kernel, and the host never waits for the step in progress. ``"auto"``
+            (default): device on CUDA with a fused optimizer, else exact.
+        max_attempts: attempted steps after which the run is stopped, at least 1; None: twice ``max_steps`` if that is
+            set. It ends a run that would skip for ever.
+        events: file for the event log, one JSON object per line; None: ``events.jsonl`` in the logger's folder.
+
+    Raises:
+        UserError: if an option is out of range; when training starts, if ``mode="device"`` is impossible.
+
+    >>> Guard(mode="exact", max_attempts=1000).max_attempts
+    1000
+    """
+
+    def __init__(
+        self, mode: DecisionMode = "auto", max_attempts: int | None = None, events: str | Path | None = None
+    ) -> None:
+        known = mode in ("auto", "exact", "device")
+        require(known, "Guard", "mode", '"auto", "exact" or "device"', mode, "guard")
+        enough = max_attempts is None or max_attempts >= 1
+        require(enough, "Guard", "max_attempts", ">= 1, or null", max_attempts, "guard")
+        self.mode: DecisionMode = mode
+        self.max_attempts = max_attempts
+        self.events = events
+
+    def guard_options(self) -> dict[str, Any]:
+        """The options as keyword arguments of `StepGuard`."""
+        events = None if self.events is None else Path(self.events)
+        return {"mode": self.mode, "max_attempts": self.max_attempts, "events": events}

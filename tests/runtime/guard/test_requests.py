@@ -1,0 +1,82 @@
+"""Of several requests in one step the most severe is executed, whoever asked first."""
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from fits import HEALTHY, Net, batches, fit
+from lightning.pytorch import Callback
+
+from stabletrain import TrainingStopped
+from stabletrain.core.events import Request, RequestKind
+from stabletrain.core.limits import Limits
+from stabletrain.core.outcome import Outcome
+from stabletrain.core.rule import Observation, Rule
+from stabletrain.runtime.guard.callbacks import as_callback
+from stabletrain.runtime.guard.requests import execute
+
+
+@dataclass(frozen=True)
+class AskRule(Rule[None]):
+    """Ask for something at step 1."""
+
+    plugin = "ask"
+    slot = "ask"
+
+    kind: int = 1
+
+    def init(self) -> None:
+        return
+
+    def limits(self, state: None) -> Limits:
+        return Limits()
+
+    def observe(self, state: None, outcome: Outcome) -> Observation[None]:
+        asks = outcome.step == 1
+        return Observation(state, (), (Request(RequestKind(self.kind), self.label, "because"),) if asks else ())
+
+
+Ask = as_callback(AskRule)
+
+
+class Handler(Callback):
+    handles = frozenset({RequestKind.ROLLBACK, RequestKind.REWARM})
+
+    def __init__(self) -> None:
+        self.got: list[RequestKind] = []
+
+    def handle_request(self, trainer: Any, module: Any, request: Request) -> None:
+        self.got.append(request.kind)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations([1, 2])))
+def test_the_most_severe_request_is_executed_alone(order: tuple[int, ...]) -> None:
+    """Bugs: the first request executed instead of the severest; the milder one executed too, or left over."""
+    handler = Handler()
+    fit(Net(), batches(*[HEALTHY] * 4), *(Ask(kind=kind, name=f"ask{kind}") for kind in order), handler)
+    assert handler.got == [RequestKind.ROLLBACK]
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations([1, 2, 3])))
+def test_a_stop_is_never_outranked(order: tuple[int, ...]) -> None:
+    """Bug: a run that should end is rolled back instead, because a handler was there."""
+    handler = Handler()
+    with pytest.raises(TrainingStopped, match="ask3 stopped the run: because"):
+        fit(Net(), batches(*[HEALTHY] * 4), *(Ask(kind=kind, name=f"ask{kind}") for kind in order), handler)
+    assert handler.got == []
+
+
+def test_a_rewarm_without_a_schedule_is_only_reported(caplog: pytest.LogCaptureFixture) -> None:
+    """Bug: a run stopped because nobody can raise its learning rate again."""
+    events: list[Any] = []
+    trainer = fit(Net(), batches(HEALTHY))
+    with caplog.at_level("WARNING", "stabletrain"):
+        execute([Request(RequestKind.REWARM, "ask", "because")], trainer, Net(), events.append, 0)
+    assert "but no schedule can" in caplog.text
+    with pytest.raises(TrainingStopped):
+        execute([Request(RequestKind.ROLLBACK, "ask", "because")], trainer, Net(), events.append, 7)
+    (event,) = events
+    assert (event.step, event.plugin, event.kind, event.reason) == (7, "ask", "stop", "because")
+    assert math.isnan(event.value)
