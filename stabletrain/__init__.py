@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from stabletrain.version import __version__ as __version__
 
 _EXPORTS = {
     "Guard": "stabletrain.runtime.guard.options:Guard",

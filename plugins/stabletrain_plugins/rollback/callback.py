@@ -18,9 +18,9 @@ from stabletrain.runtime.guard.callbacks import RuleCallback
 from stabletrain.runtime.guard.requests import dispatch
 from stabletrain.runtime.guard.step_guard import StepGuard
 from stabletrain.runtime.internals import trainer as trainer_internals
-from stabletrain.runtime.internals.run_length import run_length
 from stabletrain.runtime.records import diagnosis
 from stabletrain.runtime.records.event_log import logger
+from stabletrain.runtime.run_length import run_length
 from stabletrain.runtime.snapshots.buffers import SnapshotBuffers
 from stabletrain.runtime.snapshots.disk_buffers import DiskBuffers
 from stabletrain.runtime.snapshots.snapshot import Snapshot

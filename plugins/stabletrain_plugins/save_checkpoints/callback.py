@@ -24,8 +24,8 @@ from stabletrain.runtime.checkpoints.preemption import EXIT_CODE, PreemptionWatc
 from stabletrain.runtime.checkpoints.saver import Saver
 from stabletrain.runtime.checkpoints.store import MetricMode, Retention, Store
 from stabletrain.runtime.internals import trainer as trainer_internals
-from stabletrain.runtime.internals.run_length import run_length
 from stabletrain.runtime.records.recipe import recipe_hash
+from stabletrain.runtime.run_length import run_length
 
 logger = logging.getLogger("stabletrain")
 

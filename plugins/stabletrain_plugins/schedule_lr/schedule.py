@@ -22,7 +22,7 @@ from stabletrain.core.schedule import Schedule
 from stabletrain.errors import UserError
 from stabletrain.runtime.guard.callbacks import GuardMember
 from stabletrain.runtime.internals import trainer as trainer_internals
-from stabletrain.runtime.internals.run_length import run_length
+from stabletrain.runtime.run_length import run_length
 from stabletrain_plugins.schedule_lr.rewarm import RewarmHooks
 
 if TYPE_CHECKING:

@@ -24,11 +24,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-import stabletrain
 from stabletrain.runtime.checkpoints import durable, tensor_file
 from stabletrain.runtime.checkpoints.durable import FileRecord
 from stabletrain.runtime.checkpoints.manifest import NAME as MANIFEST
 from stabletrain.runtime.checkpoints.manifest import CheckpointError, CheckpointInfo, Manifest
+from stabletrain.version import __version__
 
 STATE = "state.json"
 TENSORS = "tensors.safetensors"
@@ -191,4 +191,4 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def _versions() -> dict[str, str]:
-    return {"stabletrain": stabletrain.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    return {"stabletrain": __version__, "torch": torch.__version__, "python": platform.python_version()}

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from stabletrain.core.lengths import RunLength
-from stabletrain.runtime.internals.run_length import run_length
+from stabletrain.runtime.run_length import run_length
 from stabletrain.testing.trainer import quiet_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from stabletrain.core.lengths import RunLength
+from stabletrain.runtime.accumulation import AccumulationWindow
 
 
 def run_length(trainer: Trainer, tokens_per_step: float | None = None) -> RunLength:
@@ -29,17 +29,10 @@ def run_length(trainer: Trainer, tokens_per_step: float | None = None) -> RunLen
     per_epoch: float | None = None
     if math.isfinite(batches) and batches > 0:
         known_epochs = epochs if epochs is not None and epochs > 0 else None
-        windows = [_window(trainer, epoch) for epoch in range(known_epochs or 1)]
-        steps = sum(math.ceil(batches / window) for window in windows)  # the last batch of an epoch always steps
-        per_epoch = steps / len(windows)
-        total = steps if known_epochs else None
+        window = AccumulationWindow(trainer)
+        steps = [window.steps_in(epoch, batches) for epoch in range(known_epochs or 1)]
+        per_epoch = sum(steps) / len(steps)
+        total = sum(steps) if known_epochs else None
     if trainer.max_steps >= 0:
         total = trainer.max_steps if total is None else min(total, trainer.max_steps)
     return RunLength(total_steps=total, steps_per_epoch=per_epoch, tokens_per_step=tokens_per_step)
-
-
-def _window(trainer: Trainer, epoch: int) -> int:
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, GradientAccumulationScheduler):
-            return int(callback.get_accumulate_grad_batches(epoch))
-    return trainer.accumulate_grad_batches
