@@ -3,15 +3,18 @@
 One namespace and one empty folder for each document, its blocks in order. What cannot run is a ```text block.
 """
 
+import ast
 import os
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted(
@@ -92,8 +95,6 @@ def test_python_blocks_run(document: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("document", WITH_PYTHON)
 def test_python_blocks_compile_and_name_what_exists(document: Path) -> None:
     # the quick half of the test above
-    import ast
-
     import stabletrain
 
     for block in blocks(document, "python"):
@@ -119,3 +120,65 @@ def test_fences_are_understood(tmp_path: Path) -> None:
     )
     assert blocks(document, "python") == [Block("python", "a = 1\n", 4)]
     assert [shlex.split(each) for each in commands(document)] == [["stabletrain", "ls", "plugins"]]
+
+
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
+CODE = re.compile(r"`([A-Za-z_][\w.]*)`")
+IN_BLOCK = re.compile(r"\b([A-Z]\w+\.\w+|[a-z]+_[a-z_]+)\b")
+
+
+def defined_names() -> set[str]:
+    """Every class, function, method, field and module of the package and its plugins: ``name`` and ``Class.name``."""
+    found: set[str] = set()
+    for folder in (ROOT / "stabletrain", ROOT / "plugins" / "stabletrain_plugins"):
+        for path in folder.rglob("*.py"):
+            found.add(path.stem)
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                    found.add(node.name)
+                if isinstance(node, ast.ClassDef):
+                    for inner in node.body:
+                        if isinstance(inner, ast.FunctionDef):
+                            found.add(f"{node.name}.{inner.name}")
+                        elif isinstance(inner, ast.AnnAssign) and isinstance(inner.target, ast.Name):
+                            found |= {inner.target.id, f"{node.name}.{inner.target.id}"}
+    return found
+
+
+def known_elsewhere(name: str) -> bool:
+    """Whether it is a public callback, or a name of Lightning's or torch's that the page may use."""
+    import stabletrain
+
+    owners: dict[str, Any] = {"trainer": Trainer, "optimizer": torch.optim.Optimizer, "loss": torch.Tensor}
+    first, _, rest = name.partition(".")
+    if first in owners and rest:
+        return hasattr(owners[first], rest)
+    if first == "Trainer":
+        return hasattr(Trainer, rest) or not rest
+    of_lightning = (Callback, LightningModule)
+    return name in stabletrain.__all__ or any(hasattr(owner, name) for owner in of_lightning) or name == LOG_EVERY
+
+
+LOG_EVERY = "log_every_n_steps"
+
+
+def test_names_and_links_of_the_architecture_page_exist() -> None:
+    # catches a page that a rename or a move has made wrong
+    text = ARCHITECTURE.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        assert (ARCHITECTURE.parent / link).resolve().exists(), link
+    (step,) = blocks(ARCHITECTURE, "text")
+    names = set(CODE.findall(FENCE.sub("", text))) | set(IN_BLOCK.findall(step.text))
+    assert len(names) > 40
+    files = {"events.jsonl"}
+    known = defined_names()
+    unknown = [name for name in sorted(names - files - known) if not known_elsewhere(name)]
+    assert unknown == []
+
+
+def test_the_nan_is_followed_in_few_files_and_lines() -> None:
+    # catches a walk that has grown until nobody takes it
+    section = ARCHITECTURE.read_text(encoding="utf-8").split("## Follow one NaN")[1].split("\n## ")[0]
+    assert len(section.strip().splitlines()) <= 40
+    steps = re.findall(r"^\d+\. \[[^]]+\]\(([^)]+\.py)\)", section, re.MULTILINE)
+    assert 1 <= len(set(steps)) <= 5
