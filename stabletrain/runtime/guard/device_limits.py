@@ -1,7 +1,7 @@
-"""Limits evaluated on the device: the twin of `Limits.hold` and `Limits.skips_step`, without a read by the host.
+"""Limits evaluated on the device: the same as `Limits.clip` and `Limits.skips_step`, without a read by the host.
 
-Thresholds are compared in float64 and as norms on both sides, so host and device decide alike, to the last bit; only
-the norm that a logarithmic bound scales to may differ in its last digit.
+Host and device both compare thresholds as norms in float64, so they make the same decision to the last bit; only the
+norm that a logarithmic bound scales to may differ in its last digit.
 """
 
 from __future__ import annotations

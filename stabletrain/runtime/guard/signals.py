@@ -1,4 +1,4 @@
-"""The scalars of a step on their way to the host."""
+"""The scalars of a step, and their copy to the host."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 class SignalCopy:
-    """Reads a vector of scalars: at once on the CPU, by an asynchronous copy from another device.
+    """Copies a vector of scalars to the host: at once on the CPU, asynchronously from CUDA.
 
     Args:
         scalars: shape (n,), on any device.
     """
 
     waits = 0
-    """How often the host has waited for such a copy, over all instances; for benchmarks."""
+    """Number of reads by the host, over all instances; for benchmarks."""
 
     def __init__(self, scalars: Tensor) -> None:
         self._done: torch.cuda.Event | None = None
@@ -29,7 +29,7 @@ class SignalCopy:
             self._host = scalars
 
     def read(self) -> list[float]:
-        """The scalars; waits for the copy if it is still under way."""
+        """The scalars; waits until the copy is complete."""
         SignalCopy.waits += 1
         if self._done is not None:
             self._done.synchronize()
@@ -45,5 +45,5 @@ class Signals(NamedTuple):
     transformed_norm: Tensor
 
     def start_copy(self) -> SignalCopy:
-        """Send them to the host, in float64 so that every dtype arrives exactly."""
+        """Start the copy to the host, in float64, which holds every dtype exactly."""
         return SignalCopy(torch.stack([signal.double() for signal in self]).detach())

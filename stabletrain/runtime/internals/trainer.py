@@ -1,7 +1,7 @@
-"""Every private attribute of Lightning and torch that stabletrain touches, each with a test in tests/runtime.
+"""Every private attribute of Lightning's Trainer and of torch that stabletrain touches, each with a test.
 
-Nothing else in the project may reach behind a public interface; when a new version moves one of these, one function
-and one test break, and say so.
+`loader` and `state` hold those of the train loaders and of the state of a run. No other module uses private attributes,
+so a new version of Lightning that moves one breaks one function and its test in tests/runtime/internals.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ STEP_HOOKS = (
 
 
 def silence_step_hooks(callback: Callback, among: type[Callback]) -> None:
-    """Spare a callback the per-step hooks that it inherits without using them (about 1.4 microseconds each).
+    """Let Lightning skip the per-step hooks that a callback inherits without using them (about 1.4 microseconds each).
 
-    Lightning calls a hook only if the attribute is callable, so on the instance an inherited one becomes None.
+    Lightning calls a hook only if the attribute is callable, so on the instance an inherited hook is set to None.
 
     Args:
         callback: the callback.
@@ -48,7 +48,7 @@ def restore_step_hooks(callback: Callback) -> None:
 
 
 def undo_global_step(trainer: Trainer) -> None:
-    """Take one optimizer step back from the loop's counters: the step in progress, or the last one, was not applied."""
+    """Subtract one optimizer step from the loop's counters: the step in progress, or the last one, was not applied."""
     progress = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step
     for counters in (progress.total, progress.current):
         counters.ready -= 1
@@ -61,7 +61,7 @@ def logger_step(trainer: Trainer) -> int:
 
 
 def publish_metrics(trainer: Trainer, metrics: dict[str, float], progress_bar: dict[str, float]) -> None:
-    """Offer metrics to ModelCheckpoint, EarlyStopping and the progress bar, outside of `LightningModule.log`."""
+    """Publish metrics for ModelCheckpoint, EarlyStopping and the progress bar, without `LightningModule.log`."""
     connector = trainer._logger_connector
     tensors = {key: torch.tensor(value) for key, value in metrics.items()}
     connector._callback_metrics.update(tensors)
@@ -122,12 +122,12 @@ def scheduler_interval(trainer: Trainer, scheduler: Any) -> str | None:
 
 
 def is_fast_dev_run(trainer: Trainer) -> bool:
-    """Whether the trainer only tries out a few batches and writes nothing."""
+    """Whether the trainer runs a few batches as a test and writes nothing."""
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
 
 
 def log_interval(trainer: Trainer) -> int:
-    """Every how many steps metrics go to the loggers; 0 in Lightning means never, which here is a very long time."""
+    """Steps between two flushes of metrics; Lightning's 0 (never) becomes a number that no run reaches."""
     return int(trainer.log_every_n_steps) or 2**62  # type: ignore[attr-defined]
 
 
@@ -142,16 +142,21 @@ def unwrapped(module: LightningModule) -> LightningModule:
 
 
 def dump_checkpoint(trainer: Trainer) -> dict[str, Any]:
-    """Everything that a checkpoint holds; the tensors are the live ones. Must be called on all ranks.
+    """The content of a checkpoint; its tensors are the live ones. Must be called on all ranks.
 
-    What was prepared with `before_checkpoint` happens first.
+    Calls what `before_checkpoint` was given first.
     """
     return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
 
 
 def window_is_open(trainer: Trainer) -> bool:
-    """Whether gradients of the batch that just ended wait for more before the optimizer steps (accumulation)."""
-    return bool(trainer.fit_loop.epoch_loop._should_accumulate())
+    """Whether gradients of the batches so far wait for more before the optimizer steps (accumulation).
+
+    False before the first batch of an epoch.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    batches: Any = loop.batch_progress.current
+    return bool(batches.processed) and bool(loop._should_accumulate())
 
 
 def batches_seen(trainer: Trainer) -> int:
@@ -160,13 +165,13 @@ def batches_seen(trainer: Trainer) -> int:
 
 
 def reads_own_checkpoints(trainer: Trainer) -> bool:
-    """Whether the strategy reads and writes checkpoints in its own way, past every CheckpointIO (sharded ones)."""
+    """Whether the strategy reads and writes checkpoints itself, without a CheckpointIO (sharded ones)."""
     mine = type(trainer.strategy)
     return mine.load_checkpoint is not Strategy.load_checkpoint or mine.save_checkpoint is not Strategy.save_checkpoint
 
 
 def sigterm_is_lightnings(trainer: Trainer) -> bool:
-    """Whether SIGTERM is handled by Lightning's fit alone: nobody else had or has taken it."""
+    """Whether Lightning's fit alone handles SIGTERM: no other handler was installed before or since."""
     connector = trainer._signal_connector
     before = connector._original_handlers.get(signal.SIGTERM)
     lightnings = type(signal.getsignal(signal.SIGTERM)).__module__ == type(connector).__module__
