@@ -104,10 +104,11 @@ def test_without_a_snapshot_a_checkpoint_from_before_the_incident_is_restored(
 
 def test_a_repeated_incident_prefers_an_old_checkpoint_to_a_new_snapshot() -> None:
     """Bug: a loop between one snapshot and one incident; or a stop although a snapshot is left."""
-    found = decision({"drop": "since_snapshot"}, attempted=110, made=(LAST,), trusted=TRUSTED[2:])
-    assert found == ToCheckpoint(75, OFFENDING, otherwise=ToSnapshot(79, Exclusion("since_snapshot")))
-    found = decision(attempted=110, made=(LAST,), trusted=TRUSTED[2:])
-    assert found == ToCheckpoint(75, OFFENDING, otherwise=ToSnapshot(79, Exclusion("offending", 6)))
+    newer = (*TRUSTED[2:], SnapshotInfo(106, 101))
+    found = decision({"drop": "since_snapshot"}, attempted=110, made=(LAST,), trusted=newer)
+    assert found == ToCheckpoint(75, OFFENDING, otherwise=ToSnapshot(106, Exclusion("since_snapshot")))
+    found = decision(attempted=110, made=(LAST,), trusted=newer)
+    assert found == ToCheckpoint(75, OFFENDING, otherwise=ToSnapshot(106, Exclusion("offending", 6)))
 
 
 def test_no_batches_are_excluded_with_a_checkpoint_if_none_shall_be() -> None:

@@ -254,6 +254,26 @@ def test_a_repeated_incident_restores_an_older_snapshot(tmp_path: Path, second: 
     assert len(made[1]["excluded"]) > len(made[0]["excluded"])
 
 
+def test_nothing_of_the_undone_steps_is_left(tmp_path: Path) -> None:
+    """Bug: a snapshot of undone steps is restored later, an incident goes on, or restored weights count as damage."""
+    rollback = st.Rollback(**QUICK)
+    restored: list[int] = []
+
+    class Checks(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            if rollback.rollbacks > len(restored):
+                newest, samples = rollback._ring.newest, rollback._weights.history[:2]
+                assert newest is not None
+                assert newest.snapshot.step == rollback._interventions[-1].to
+                assert rollback._incidents.current is None
+                assert not any(each.norms for each in samples if each is not None)
+                restored.append(newest.snapshot.step)
+
+    train(tmp_path, Requests().at(50), rollback, Checks(), poisoned=POISON)
+    assert restored == [each["to"] for each in interventions(tmp_path)]
+    assert len(restored) == 2
+
+
 def test_each_repetition_excludes_at_least_twice_as_many_batches(tmp_path: Path) -> None:
     """Bug: as many batches as the time before, which did not suffice."""
     train(tmp_path, Requests().at(44, 50, 56), st.Rollback(**QUICK))
