@@ -1,1 +1,1 @@
-"""Go back to a healthy state in memory, leave out the offending batches, and go on."""
+"""Restore a healthy snapshot when training diverges, exclude the offending batches, and continue."""

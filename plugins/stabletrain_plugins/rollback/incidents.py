@@ -1,4 +1,4 @@
-"""When trouble began: the step, and the place in the data, from which everything is under suspicion."""
+"""Tracks incidents: from which step, and from which position in the data, a run has been unhealthy."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from stabletrain.runtime.data.tape import TapedBatch
 from stabletrain.runtime.data.train_loader import DataMark, TrainLoader
 
 RECOVERY_STEPS = 10
-"""Healthy steps in a row that end a suspicion."""
+"""Healthy steps in a row that end an incident."""
 
 
 class Incident(NamedTuple):
-    """The beginning of trouble.
+    """The beginning of an incident.
 
     Args:
-        step: the first attempted step that was not healthy.
+        step: the first attempted step that was not healthy, from 0.
         applied: applied steps before it.
-        mark: the data position before it; None if it is not known.
+        mark: the data position before it; None if unknown.
     """
 
     step: int
@@ -30,90 +30,74 @@ class Incident(NamedTuple):
 
 
 class IncidentTracker:
-    """Follows the outcomes of a run."""
+    """Opens an incident at an unhealthy step, and closes it after `RECOVERY_STEPS` healthy ones in a row."""
 
     def __init__(self) -> None:
-        self.since: Incident | None = None
-        """The present suspicion; None in good times."""
-        self._healthy = 0
-        self._places: deque[tuple[int, int, DataMark]] = deque(maxlen=4)  # in device mode an outcome comes a step late
+        self.current: Incident | None = None
+        """The open incident, if there is one."""
+        self._healthy_in_a_row = 0
+        # starts of the last steps: attempted, applied, data position; in device mode an outcome comes a step late
+        self._step_starts: deque[tuple[int, int, DataMark]] = deque(maxlen=4)
 
     @property
     def last_step_was_healthy(self) -> bool:
-        """Whether nothing was wrong with the last step; False before the first."""
-        return self._healthy > 0
+        """Whether the last observed step was healthy; False before the first."""
+        return self._healthy_in_a_row > 0
 
-    def step_ends(self, attempted: int, applied: int, mark: DataMark) -> None:
-        """Remember where the next step begins.
+    @property
+    def oldest_mark(self) -> DataMark:
+        """The oldest data position that `batches` may need."""
+        return (self.current.mark if self.current else None) or self._step_starts[0][2]
+
+    def on_step_end(self, attempted: int, applied: int, mark: DataMark) -> None:
+        """Remember the state in which the next step starts.
 
         Args:
             attempted: attempted steps so far, one in flight included.
             applied: applied steps so far.
             mark: the data position.
         """
-        self._places.append((attempted, applied, mark))
+        self._step_starts.append((attempted, applied, mark))
 
-    @property
-    def oldest_mark(self) -> DataMark:
-        """Nobody asks for an older place of the data than this."""
-        return (self.since.mark if self.since else None) or self._places[0][2]
-
-    def outcome(self, healthy: bool, step: int, applied: int) -> None:
-        """A step is over.
+    def on_outcome(self, healthy: bool, step: int, applied: int) -> None:
+        """Open or close an incident.
 
         Args:
-            healthy: whether nothing was wrong with it.
-            step: its number, in attempted steps.
-            applied: applied steps so far.
+            healthy: whether the step was healthy, see `is_healthy`.
+            step: number of the attempted step, from 0.
+            applied: applied steps so far; used if the start of the step is no longer known.
         """
-        self._healthy = self._healthy + 1 if healthy else 0
-        if self._healthy >= RECOVERY_STEPS:
-            self.since = None
-        elif not healthy and self.since is None:
-            known = next(((at, mark) for number, at, mark in self._places if number == step), None)
-            self.since = Incident(step, *(known or (applied, None)))
+        self._healthy_in_a_row = self._healthy_in_a_row + 1 if healthy else 0
+        if self._healthy_in_a_row >= RECOVERY_STEPS:
+            self.current = None
+        elif not healthy and self.current is None:
+            start = next(((at, mark) for number, at, mark in self._step_starts if number == step), None)
+            self.current = Incident(step, *(start or (applied, None)))
 
-    def batches(self, loader: TrainLoader, otherwise: DataMark | None) -> list[TapedBatch]:
-        """The batches since it began.
+    def batches(self, loader: TrainLoader, default: DataMark | None = None) -> list[TapedBatch]:
+        """The batches since the incident began, oldest first.
 
         Args:
-            loader: keeps the tape.
-            otherwise: where to begin if it is not known.
+            loader: has the tape.
+            default: return the batches since this position if there is no incident, or its position is unknown; None:
+                return none then.
         """
-        mark = (self.since.mark if self.since else None) or otherwise
+        mark = (self.current.mark if self.current else None) or default
         return list(loader.batches_since(mark).values()) if mark is not None else []
 
-    def is_over(self) -> None:
-        """What was suspicious is undone."""
-        self.since = None
-        self._healthy = 0
-        self._places.clear()
+    def clear(self) -> None:
+        """After a restore: close the incident, and forget the steps that were undone."""
+        self.current = None
+        self._healthy_in_a_row = 0
+        self._step_starts.clear()
 
 
 def is_healthy(state: SpikeState, outcome: Outcome) -> bool:
-    """Whether nothing is wrong with a step: it was applied, finite, and no signal is away from its baseline.
+    """Whether a step was applied, with finite loss and gradient norm, and both signals are at their baselines.
 
     Args:
-        state: the detector's, with this step.
+        state: of the detector, after this step.
         outcome: of the step.
     """
     finite = math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm)
     return finite and not outcome.skipped and not state.loss_out.steps and not state.norm_out.steps
-
-
-def offending(
-    trouble: IncidentTracker, loader: TrainLoader, since: DataMark, at_least: int, window: int
-) -> list[TapedBatch]:
-    """The batches to leave out: those since the suspicion began, whole accumulation windows.
-
-    Args:
-        trouble: what is suspicious.
-        loader: keeps the tape.
-        since: they come after this place.
-        at_least: so many of the last ones.
-        window: micro-batches of a step.
-    """
-    items = list(loader.batches_since(since).values())
-    count = min(max(len(trouble.batches(loader, None)), at_least), len(items))
-    chosen = {(item.epoch, item.position // window) for item in items[len(items) - count :]}
-    return [item for item in items if (item.epoch, item.position // window) in chosen]

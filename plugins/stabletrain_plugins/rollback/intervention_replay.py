@@ -1,22 +1,24 @@
-"""Making the interventions of an earlier run at the same steps."""
+"""Makes the interventions of an earlier run again, at the same steps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from stabletrain.core.events import Request
 from stabletrain.errors import UserError
 from stabletrain.runtime.data.train_loader import DataMark, TrainLoader
 from stabletrain.runtime.guard.step_guard import StepGuard
+from stabletrain.runtime.records.event_log import logger
 from stabletrain.runtime.snapshots.snapshot import Snapshot
-from stabletrain_plugins.rollback.interventions import Intervention
+from stabletrain_plugins.rollback.intervention import Intervention
 
 
 class InterventionReplay:
-    """What is still to be made, and the snapshots that it goes back to.
+    """The interventions still to be made, and the snapshots that they will restore.
 
     Args:
         planned: the interventions of the log.
-        done: attempted steps so far; what came before is done, or was done by the run that is resumed.
+        done: attempted steps so far; interventions up to there are part of the checkpoint that the run resumed from.
         make: makes an empty snapshot.
     """
 
@@ -27,41 +29,50 @@ class InterventionReplay:
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing is left to be made."""
+        """Whether all interventions have been made."""
         return not self._planned
 
+    @property
+    def oldest_mark(self) -> DataMark | None:
+        """The oldest data position that will be restored; None if no snapshot was taken yet."""
+        return next((each.mark for each in self._snapshots.values()), None)
+
     def due(self, step: int) -> Intervention | None:
-        """What is to be made after so many attempted steps."""
+        """The intervention to make after ``step`` attempted steps, if there is one."""
         return self._planned.get(step)
 
-    def snapshot(self, guard: StepGuard, loader: TrainLoader) -> None:
-        """Take a snapshot here, if one is needed later."""
+    def capture_if_needed(self, guard: StepGuard, loader: TrainLoader) -> None:
+        """Take a snapshot if a later intervention goes back to this step."""
         step = guard.decided
         if step not in self._snapshots and any(each.to == step for each in self._planned.values()):
             self._snapshots[step] = self._make()
             self._snapshots[step].capture(guard, loader)
 
-    @property
-    def oldest_mark(self) -> DataMark | None:
-        """The oldest place of the data that will be gone back to; None if none is known yet."""
-        return next((each.mark for each in self._snapshots.values()), None)
+    def ignore(self, request: Request | None) -> None:
+        """Warn that a request is not executed, because the log has no intervention at this step."""
+        if request is not None:
+            logger.warning(
+                "rollback: a rollback is requested, but the log that is replayed has none at this step, so none is "
+                "made: %s",
+                request.reason,
+            )
 
-    def take(self, planned: Intervention) -> Snapshot | None:
-        """The snapshot to restore for an intervention that is now being made; None: it goes back to a checkpoint.
+    def pop(self, intervention: Intervention) -> Snapshot | None:
+        """Remove an intervention from the plan; returns its snapshot, None if it restores a checkpoint.
 
         Raises:
             UserError: if the snapshot was never taken.
         """
-        del self._planned[planned.step]
-        if planned.to is None:
+        del self._planned[intervention.step]
+        if intervention.to is None:
             return None
-        if planned.to not in self._snapshots:
+        if intervention.to not in self._snapshots:
             raise UserError(
-                f"rollback: at step {planned.step} the log goes back to step {planned.to}, where this run has not "
-                "been: it was resumed in between. Replay the log from the start, or from an earlier checkpoint "
-                "(config key plugins.spike.replay)"
+                f"rollback: at step {intervention.step} the log goes back to step {intervention.to}, of which this run "
+                "has no snapshot: it was resumed in between. Replay the log from the start, or from an earlier "
+                "checkpoint (config key plugins.spike.replay)"
             )
-        snapshot = self._snapshots[planned.to]
+        snapshot = self._snapshots[intervention.to]
         needed = {each.to for each in self._planned.values()}
         self._snapshots = {step: each for step, each in self._snapshots.items() if step in needed}
         return snapshot

@@ -1,7 +1,7 @@
-"""Going back to a checkpoint on disk within a running fit: for when no snapshot in memory reaches back far enough.
+"""Restores a checkpoint from disk within a running fit, for when no snapshot in memory is old enough.
 
-Parameters, optimizer, schedulers, loss scaler, averages and the plugins' histories are those of the checkpoint; data
-and random numbers go on from where they are.
+Parameters, optimizer, schedulers, loss scaler, averaged weights and the plugins' histories become those of the
+checkpoint. The data position and the random number generators stay as they are.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Trainer
@@ -27,19 +27,31 @@ from stabletrain.runtime.records.event_log import logger
 _UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, CheckpointError)
 
 
-def find(trainer: Trainer, before: int) -> str | None:
+class FoundCheckpoint(NamedTuple):
+    """A checkpoint that can be restored.
+
+    Args:
+        path: of the checkpoint.
+        applied: applied steps in it.
+    """
+
+    path: str
+    applied: int
+
+
+def find(trainer: Trainer, before: int) -> FoundCheckpoint | None:
     """The newest good checkpoint of this run from before a step; the same on all ranks. A collective.
 
-    Looks where the run's checkpoint callbacks write, and at the file that the run was resumed from.
+    Searches the folders of the run's checkpoint callbacks, then the checkpoint that the run was resumed from.
 
     Args:
         trainer: in a fit.
-        before: it has fewer than so many applied steps.
+        before: the checkpoint must have fewer applied steps than this.
 
     Returns:
-        Its path; None if there is none, or the strategy reads checkpoints in a way of its own.
+        The checkpoint; None if there is none, or if the strategy has a checkpoint format of its own.
     """
-    found: str | None = None
+    found: FoundCheckpoint | None = None
     if trainer.is_global_zero and not trainer_internals.reads_own_checkpoints(trainer):
         for path in _candidates(trainer):
             try:
@@ -48,14 +60,14 @@ def find(trainer: Trainer, before: int) -> str | None:
                 logger.warning("rollback: %s cannot be used: %s", path, error)
                 continue
             if step < before:
-                found = str(path)
+                found = FoundCheckpoint(str(path), step)
                 break
-    result: str | None = trainer.strategy.broadcast(found)
+    result: FoundCheckpoint | None = trainer.strategy.broadcast(found)
     return result
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """Read exactly this checkpoint, ours or Lightning's, onto the CPU, as data.
+    """Read a checkpoint, ours or Lightning's, onto the CPU, with ``weights_only=True``.
 
     Raises:
         Exception: one of several kinds, if it is missing or damaged.
@@ -73,7 +85,7 @@ def _candidates(trainer: Trainer) -> Iterator[Path]:
         if not isinstance(callback, Checkpoint):
             continue
         if callable(wait := getattr(callback, "wait", None)):
-            wait()  # a write that ends now would delete an older one, perhaps the one that is chosen here
+            wait()  # when a write in progress ends, an older checkpoint is deleted: it could be the one chosen here
         last = getattr(callback, "last", None)
         folder = getattr(callback, "dirpath", None) or (Path(last).parent if last else None)
         if folder is None:
@@ -84,7 +96,7 @@ def _candidates(trainer: Trainer) -> Iterator[Path]:
             run = entries[-1].manifest.about.run if entries else None
             paths = [entry.path for entry in reversed(entries) if entry.manifest.about.run == run]
         else:
-            paths = sorted(Path(folder).glob("*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True)
+            paths = _lightning_checkpoints(Path(folder))
         for path in paths:
             if path not in seen:
                 seen.add(path)
@@ -95,16 +107,21 @@ def _candidates(trainer: Trainer) -> Iterator[Path]:
         yield from [resumed] if folder is None else (entry.path for entry in reversed(Store(folder).entries()))
 
 
+def _lightning_checkpoints(folder: Path) -> list[Path]:
+    """Lightning's checkpoint files in a folder, newest first."""
+    return sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True)
+
+
 def restore(guard: StepGuard, path: str, cause: str) -> None:
-    """Put a checkpoint's state into the running fit; call it on all ranks, in ``on_train_batch_end``.
+    """Restore a checkpoint into the running fit; call it on all ranks, in ``on_train_batch_end``.
 
     Args:
         guard: of the run.
         path: of `find`.
-        cause: told to the rules (`Rule.rebase`).
+        cause: passed to the rules (`Rule.rebase`).
 
     Raises:
-        Exception: one of several kinds, if it is damaged or another model's.
+        Exception: one of several kinds, if the checkpoint is damaged or belongs to another model.
     """
     guard.settle()
     trainer, module = guard.trainer, guard.module

@@ -1,4 +1,4 @@
-"""What a run that is given up says about itself."""
+"""The content of ``report.json``, in the diagnosis of a run that rollback stops."""
 
 from __future__ import annotations
 
@@ -10,38 +10,40 @@ from stabletrain.runtime.guard.step_guard import StepGuard
 from stabletrain.runtime.records import diagnosis
 from stabletrain_plugins.rollback.incidents import IncidentTracker
 
-_MOST = 500
-"""Batches that are named."""
+_MAX_BATCHES = 500
+"""Batches in the report, at most."""
+_MAX_EVENTS = 100
+"""Events in the report, at most."""
 
 
-def report(
+def stop_report(
     reason: str,
     guard: StepGuard,
     loader: TrainLoader,
-    trouble: IncidentTracker,
-    otherwise: DataMark | None,
+    incidents: IncidentTracker,
+    default: DataMark | None,
     rollbacks: Iterable[int],
     last_batch: tuple[Any, int],
 ) -> dict[str, Any]:
-    """The content of ``report.json``. A collective.
+    """Describe a run at its stop. A collective.
 
     Args:
-        reason: of the end.
+        reason: of the stop.
         guard: of the run.
-        loader: keeps the tape.
-        trouble: what is suspicious.
-        otherwise: from where on batches are named if nothing is.
-        rollbacks: attempted steps at which there was one.
-        last_batch: the last batch, and its number.
+        loader: has the tape.
+        incidents: with the current incident.
+        default: list the batches since this position if there is no incident.
+        rollbacks: attempted steps of the rollbacks.
+        last_batch: the last batch and its number.
     """
     return {
         "reason": reason,
         "attempted_steps": guard.counters.attempted,
         "applied_steps": guard.trainer.global_step,
         "rollbacks_at": list(rollbacks),
-        "trouble_since": trouble.since.step if trouble.since else None,
-        "batches_since": [list(item.identity) for item in trouble.batches(loader, otherwise)[-_MOST:]],
+        "incident_since": incidents.current.step if incidents.current else None,
+        "batches_since": [list(item.identity) for item in incidents.batches(loader, default)[-_MAX_BATCHES:]],
         "batches_excluded": [list(each) for each in sorted(loader.excluded, key=repr)],
         **diagnosis.of_model(guard.module, *last_batch),
-        "events": [event._asdict() for event in list(guard.events.recent)[-100:]],
+        "events": [event._asdict() for event in list(guard.events.recent)[-_MAX_EVENTS:]],
     }

@@ -1,18 +1,79 @@
-"""The arguments of a rollback, and the rule within it: the detector of spikes and divergences."""
+"""The arguments of `Rollback`: those of the spike and divergence detector, and its own."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from stabletrain.core.bytes import parse
 from stabletrain.core.spikes import SpikeDetection
 
+Drop: TypeAlias = Literal["offending", "since_snapshot", "none"]
+"""Which batches a rollback excludes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RollbackRule(SpikeDetection):
-    """The detector, with what else `Rollback` is told; see there for the arguments."""
+    """Restore a healthy snapshot when training diverges, exclude the offending batches, and continue.
+
+    A ring of snapshots in memory has everything that training changes, the data position included. A snapshot is
+    trusted after ``trust_after`` healthy steps in a row. Three things lead to a rollback: the loss is away from its
+    baseline for ``patience`` steps (the detector of `DetectSpikes`), another plugin requests one (too many skipped
+    steps in a row), or the weights are damaged. Then the newest trusted snapshot is restored, the batches since the
+    incident began are excluded, also from later epochs and after a restart, the learning rate is warmed up again over
+    ``rewarm`` steps, and training continues in the same process. If an incident repeats at the same position, an older
+    snapshot is restored, and twice as many batches are excluded. Without such a snapshot, the newest good checkpoint on
+    disk from before the incident is restored. Without one, and after ``max_rollbacks``, the run is stopped, with a
+    diagnosis in its folder.
+
+    Each rollback is a line in ``interventions.jsonl``; with ``replay``, another run makes the same rollbacks and ends
+    in bit-identical weights.
+
+    Args:
+        every: applied steps from one snapshot to the next, >= 1; the first is taken after the first step.
+        keep: snapshots in the ring, >= 2; each takes as much memory as parameters and optimizer state.
+        trust_after: healthy steps in a row that make a snapshot trusted, 1 to ``every``.
+        drop: which batches are excluded: ``"offending"`` (since the incident began), ``"since_snapshot"``, ``"none"``.
+        baselines: histories of all rules after a rollback: ``"restore"`` (the snapshot's) or ``"reset"`` (empty).
+        rewarm: applied steps of the second learning-rate warm-up, >= 0; None: the schedule's own length. Needs
+            `ScheduleLR`.
+        max_rollbacks: rollbacks in a run, >= 1; one more request is a clean stop.
+        cool_down: attempted steps after the position of an incident within which another one is taken for the same, and
+            an older state is restored, >= 0.
+        check_every: attempted steps between checks of the weights, >= 1; after an unhealthy step they are checked at
+            once.
+        max_growth: factor on a weight tensor's root mean square between two checks that means damage, > 1.
+        where: ``"host"``: snapshots in main memory; ``"device"``: on the device of the tensors, which is faster.
+        max_memory: limit on the memory of snapshots and taped batches on a rank, as ``"8GB"`` or ``"500MiB"``; more is
+            an error before the first snapshot. None: the free memory.
+        spill: folder on a local disk for the snapshots, instead of memory; each snapshot then costs a write to it.
+        replay: an ``interventions.jsonl``, or the folder of its run: make these interventions, and decide nothing until
+            the last of them is made.
+        z_threshold: robust standard deviations above the centre at which outliers begin, > 0.
+        window: steps of history, >= 2.
+        delay: steps before an accepted step is added to the history, >= 0.
+        min_samples: steps in the window before anything is judged, 2 to ``window``.
+        patience: steps outside after which a raised loss is a divergence, 1 to ``window``; also non-finite steps in a
+            row.
+        regime_after: steps outside after which the gradient norm has a new level, 2 to ``window``.
+        min_sigma_norm: floor of the norm's standard deviation, in nats of its logarithm, > 0.
+        min_sigma_loss: floor of the loss's standard deviation, as a share of its median, >= 0.
+        score_window: steps over which the metric ``spike_score`` is computed, >= 1.
+        name: name in events, metrics and checkpoints.
+
+    Raises:
+        UserError: if an argument is out of range; in a fit, if memory does not suffice, or if the log to replay belongs
+            to another run.
+        TrainingStopped: in a fit, after ``max_rollbacks``, or without a state to restore.
+
+    References:
+        Chowdhery et al., PaLM, 2022, https://arxiv.org/abs/2204.02311 (section 5.1: restart about 100 steps before the
+        spike, skip 200 to 500 batches).
+
+    >>> RollbackRule(every=200, keep=2).trust_after
+    25
+    """
 
     plugin = "rollback"
     slot = "spike"
@@ -20,7 +81,7 @@ class RollbackRule(SpikeDetection):
     every: int = 50
     keep: int = 3
     trust_after: int = 25
-    drop: Literal["offending", "since_snapshot", "none"] = "offending"
+    drop: Drop = "offending"
     baselines: Literal["restore", "reset"] = "restore"
     rewarm: int | None = 100
     max_rollbacks: int = 10
@@ -35,7 +96,7 @@ class RollbackRule(SpikeDetection):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(self.every >= 1, "every", ">= 1")
-        self.require(self.keep >= 2, "keep", ">= 2: one snapshot on trial, and one to go back to")
+        self.require(self.keep >= 2, "keep", ">= 2: one snapshot not trusted yet, and one to go back to")
         self.require(1 <= self.trust_after <= self.every, "trust_after", f"from 1 to every={self.every}")
         self.require(
             self.drop in ("offending", "since_snapshot", "none"), "drop", '"offending", "since_snapshot", "none"'
@@ -43,7 +104,7 @@ class RollbackRule(SpikeDetection):
         self.require(self.baselines in ("restore", "reset"), "baselines", '"restore" or "reset"')
         self.require(self.rewarm is None or self.rewarm >= 0, "rewarm", ">= 0, or null for the schedule's own length")
         self.require(
-            self.max_rollbacks >= 1, "max_rollbacks", ">= 1; to watch and never go back, use plugins/spike=detect"
+            self.max_rollbacks >= 1, "max_rollbacks", ">= 1; to detect without rollbacks, use plugins/spike=detect"
         )
         self.require(self.cool_down >= 0, "cool_down", ">= 0")
         self.require(self.check_every >= 1, "check_every", ">= 1")
@@ -54,11 +115,15 @@ class RollbackRule(SpikeDetection):
         )
         self.require(understood, "max_memory", 'like "8GB" or "500MiB", or null')
 
-    def too_rare(self, total: int | None) -> str | None:
-        """A warning, if a run of so many applied steps is too short for this interval; None: it is not, or unknown."""
-        if total is None or self.every <= total:
+    def interval_warning(self, total_steps: int | None) -> str | None:
+        """A warning if the run is shorter than ``every``; else None.
+
+        Args:
+            total_steps: length of the run in applied steps; None: unknown.
+        """
+        if total_steps is None or self.every <= total_steps:
             return None
         return (
-            f"rollback: every={self.every} is more than the {total} steps of this run: there will be one snapshot, of "
-            "the first step. Choose a smaller plugins.spike.every"
+            f"rollback: every={self.every} is more than the {total_steps} steps of this run: there will be one "
+            "snapshot, of the first step. Choose a smaller plugins.spike.every"
         )

@@ -1,10 +1,10 @@
-"""The last few snapshots of a run, and which of them deserve trust."""
+"""The last few snapshots of a run, and which of them are trusted."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from stabletrain.runtime.data.train_loader import TrainLoader
+from stabletrain.runtime.data.train_loader import DataMark, TrainLoader
 from stabletrain.runtime.guard.step_guard import StepGuard
 from stabletrain.runtime.snapshots.snapshot import Snapshot, state_bytes
 
@@ -14,121 +14,118 @@ class RingEntry:
 
     Args:
         snapshot: the state.
+        trusted: whether it may be restored.
     """
 
-    def __init__(self, snapshot: Snapshot) -> None:
+    def __init__(self, snapshot: Snapshot, trusted: bool = False) -> None:
         self.snapshot = snapshot
-        self.healthy = 0
-        """Healthy steps in a row since, up to the last one; no longer counted once it is trusted."""
-        self.trusted = False
+        self.trusted = trusted
+        self.healthy_in_a_row = 0
+        """Healthy steps in a row since the snapshot, up to the last step; not counted further once it is trusted."""
 
 
 class SnapshotRing:
-    """Snapshots in the order of the run; the newest is on trial until it has stayed healthy for long enough.
+    """The last snapshots, oldest first; one becomes trusted after ``trust_after`` healthy steps in a row.
 
     Args:
-        keep: how many, >= 2: one on trial, and those to go back to.
-        trust_after: healthy steps in a row, at once or after a short trouble, that make a snapshot trusted.
+        keep: number of snapshots, >= 2: one not trusted yet, and those that can be restored.
+        trust_after: healthy steps in a row, at any time after the snapshot, that make it trusted.
         make: makes an empty snapshot.
     """
 
     def __init__(self, keep: int, trust_after: int, make: Callable[[], Snapshot]) -> None:
         self._keep, self._trust_after, self._make = keep, trust_after, make
-        self._kept: list[RingEntry] = []
+        self._entries: list[RingEntry] = []
         self._spare: list[Snapshot] = []
 
     def __iter__(self) -> Iterator[RingEntry]:
-        return iter(self._kept)
+        return iter(self._entries)
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._entries)
 
     @property
     def newest(self) -> RingEntry | None:
         """The snapshot taken last."""
-        return self._kept[-1] if self._kept else None
+        return self._entries[-1] if self._entries else None
 
     @property
-    def oldest(self) -> RingEntry | None:
-        """The snapshot taken first."""
-        return self._kept[0] if self._kept else None
+    def oldest_mark(self) -> DataMark | None:
+        """The data position of the oldest snapshot; None if there is no snapshot."""
+        return self._entries[0].snapshot.mark if self._entries else None
 
     @property
-    def nbytes(self) -> int:
-        """Memory of all copies, bytes; of empty places too."""
-        return sum(each.nbytes for each in (*(kept.snapshot for kept in self._kept), *self._spare))
+    def trusted(self) -> list[Snapshot]:
+        """The trusted snapshots, oldest first."""
+        return [each.snapshot for each in self._entries if each.trusted]
+
+    def is_due(self, applied: int, every: int) -> bool:
+        """Whether it is time for a snapshot: after the first applied step, then at each multiple of ``every``.
+
+        Args:
+            applied: applied steps so far.
+            every: applied steps from one snapshot to the next; a multiple that was missed is made up for later.
+        """
+        newest = self.newest
+        return applied > 0 and (newest is None or applied // every != newest.snapshot.applied // every)
 
     def bytes_needed(self, guard: StepGuard) -> int:
-        """Memory that the full ring will take on this rank, bytes."""
+        """Memory of the full ring on this rank, bytes."""
         return self._keep * state_bytes(guard)
 
     def prepare(self, guard: StepGuard) -> None:
-        """Get all memory now: later, a snapshot costs its copy alone."""
-        while len(self._kept) + len(self._spare) < self._keep:
+        """Allocate the memory of all snapshots, so that taking one later costs the copy alone."""
+        while len(self._entries) + len(self._spare) < self._keep:
             self._spare.append(self._make())
         for snapshot in self._spare:
             snapshot.prepare(guard)
 
-    def take(self, guard: StepGuard, loader: TrainLoader) -> RingEntry:
-        """Take a snapshot; it replaces the newest one if that did not prove itself, else the oldest."""
+    def capture(self, guard: StepGuard, loader: TrainLoader) -> RingEntry:
+        """Take a snapshot; in a full ring it replaces the newest one if that is not trusted, else the oldest."""
         if not self._spare:
-            if len(self._kept) < self._keep:
+            if len(self._entries) < self._keep:
                 self._spare.append(self._make())
             else:
-                self._drop(self._kept[-1] if not self._kept[-1].trusted else self._kept[0])
+                self._drop(self._entries[-1] if not self._entries[-1].trusted else self._entries[0])
         snapshot = self._spare[-1]
         snapshot.capture(guard, loader)
         self._spare.pop()
-        self._kept.append(RingEntry(snapshot))
-        return self._kept[-1]
+        self._entries.append(RingEntry(snapshot))
+        return self._entries[-1]
 
-    def outcome(self, healthy: bool) -> None:
-        """A step is over: those on trial gain trust, or begin anew."""
-        for each in reversed(self._kept):
-            if each.trusted:
-                continue
-            each.healthy = each.healthy + 1 if healthy else 0
-            each.trusted = each.healthy >= self._trust_after
+    def on_outcome(self, healthy: bool) -> None:
+        """Count a step for all snapshots that are not trusted yet; an unhealthy one sets their counts to 0."""
+        for each in self._entries:
+            if not each.trusted:
+                each.healthy_in_a_row = each.healthy_in_a_row + 1 if healthy else 0
+                each.trusted = each.healthy_in_a_row >= self._trust_after
 
-    def trusted(self, before: int | None = None) -> RingEntry | None:
-        """The newest snapshot to go back to.
+    def drop_after(self, snapshot: Snapshot) -> None:
+        """Drop all snapshots taken after this one: their steps are undone."""
+        while self._entries[-1].snapshot is not snapshot:
+            self._drop(self._entries[-1])
 
-        Args:
-            before: only those of fewer applied steps; None: any.
-        """
-        for each in reversed(self._kept):
-            if each.trusted and (before is None or each.snapshot.applied < before):
-                return each
-        return None
-
-    def drop_after(self, kept: RingEntry) -> None:
-        """Forget what came later than a snapshot: it will not happen."""
-        while self._kept[-1] is not kept:
-            self._drop(self._kept[-1])
-
-    def drop_out_of_reach(self, loader: TrainLoader) -> None:
-        """Forget those whose place in the data cannot be gone back to: the train loader was made anew since."""
-        for each in list(self._kept):
+    def drop_unreachable(self, loader: TrainLoader) -> None:
+        """Drop the snapshots whose data position cannot be restored, because the train loader was replaced since."""
+        for each in list(self._entries):
             if each.snapshot.mark is not None and not loader.can_rewind(each.snapshot.mark):
                 self._drop(each)
 
-    def begin_with(self, snapshot: Snapshot) -> None:
-        """Forget all others, and trust this one, which was taken elsewhere."""
+    def restart_with(self, snapshot: Snapshot) -> None:
+        """Drop all snapshots; the only one is then this one, which was taken elsewhere and is trusted."""
         self.clear()
-        kept = RingEntry(snapshot)
-        kept.trusted = True
-        self._kept.append(kept)
+        self._entries.append(RingEntry(snapshot, trusted=True))
 
     def clear(self) -> None:
-        """Forget all snapshots; their memory is kept."""
-        while self._kept:
-            self._drop(self._kept[-1])
+        """Drop all snapshots; their memory is used for the next ones."""
+        while self._entries:
+            self._drop(self._entries[-1])
 
     def release(self) -> None:
-        """Give everything back."""
-        self._kept, self._spare = [], []
+        """Drop all snapshots and free their memory."""
+        self._entries, self._spare = [], []
 
-    def _drop(self, kept: RingEntry) -> None:
-        self._kept.remove(kept)
-        kept.snapshot.clear()
-        self._spare.append(kept.snapshot)
+    def _drop(self, entry: RingEntry) -> None:
+        self._entries.remove(entry)
+        entry.snapshot.clear()
+        self._spare.append(entry.snapshot)

@@ -1,4 +1,4 @@
-"""What only going back can get wrong: where to, what comes again, when to stop."""
+"""Whole runs with rollbacks: what is restored, which batches come again, when the run stops."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ QUICK: dict[str, Any] = {
 
 
 class Data(Dataset[Sample]):
-    """A regression, of which some samples are poisoned: their target is far away."""
+    """A regression problem; the targets of some samples, the poisoned ones, are far off."""
 
     def __init__(self, poisoned: range = range(0), size: int = 256) -> None:
         self.x = torch.randn(size, 8, generator=torch.Generator().manual_seed(1))
@@ -53,7 +53,7 @@ class Data(Dataset[Sample]):
 
 
 class Model(LightningModule):
-    """A small network that writes down which samples it was trained on, and can be told to damage itself."""
+    """A small network that records the samples it was trained on, and damages itself at given steps."""
 
     def __init__(self, damage: dict[int, float] | None = None) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Model(LightningModule):
         self.net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Dropout(0.1), nn.Linear(16, 1))
         self.samples: list[tuple[int, ...]] = []
         self.losses: list[float] = []
-        self.damage = dict(damage or {})  # attempted step -> what a weight becomes, once
+        self.damage = dict(damage or {})  # attempted step -> new value of a weight, once
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y, index = batch
@@ -121,12 +121,12 @@ def interventions(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "interventions.jsonl").read_text().splitlines()]
 
 
-class Ask(st.SkipNonFinite):  # type: ignore[name-defined,misc]
-    """Asks for a rollback after given attempted steps."""
+class Requests(st.SkipNonFinite):  # type: ignore[name-defined,misc]
+    """Requests a rollback after given attempted steps."""
 
-    plugin = "ask"
+    plugin = "requests"
 
-    def at(self, *steps: int) -> Ask:
+    def at(self, *steps: int) -> Requests:
         self.__dict__["steps"] = steps
         return self
 
@@ -134,17 +134,17 @@ class Ask(st.SkipNonFinite):  # type: ignore[name-defined,misc]
         from stabletrain.core.events import Request, RequestKind
         from stabletrain.core.rule import Observation
 
-        asks = outcome.step + 1 in self.__dict__["steps"]
-        request = Request(RequestKind.ROLLBACK, self.label, f"asked at step {outcome.step}")
-        return Observation(state, (), (request,) if asks else ())
+        due = outcome.step + 1 in self.__dict__["steps"]
+        request = Request(RequestKind.ROLLBACK, self.label, f"requested at step {outcome.step}")
+        return Observation(state, (), (request,) if due else ())
 
 
 POISON = range(4 * 40, 4 * 44)
 """Samples of the batches 40 to 43."""
 
 
-def test_poisoned_batches_are_left_out(tmp_path: Path) -> None:
-    # catches a rollback that replays the poison, or leaves out others, or more
+def test_poisoned_batches_are_excluded(tmp_path: Path) -> None:
+    """Bug: poisoned batches are trained on again, or other batches are excluded, or too many."""
     model, trainer = train(tmp_path, st.Rollback(**QUICK), poisoned=POISON)
     (made,) = interventions(tmp_path)
     excluded = {index for batch in made["excluded"] for index in batch[1:]}
@@ -154,14 +154,14 @@ def test_poisoned_batches_are_left_out(tmp_path: Path) -> None:
     assert not set(POISON) & {i for batch in model.samples[made["step"] :] for i in batch}
     reference, _ = train(tmp_path / "reference", order=clean)
     assert trainer.global_step == len(clean) // 4
-    # the generators moved on with the steps that were undone, and were put back: dropout is the same too
+    # the undone steps drew random numbers; the generators were restored, so dropout is the same too
     assert same(model, reference)
 
 
-def test_without_leaving_out_nothing_happened(tmp_path: Path) -> None:
-    # catches a rollback that is not exact: requests at several steps, in the middle of nothing
+def test_a_rollback_that_excludes_nothing_changes_nothing(tmp_path: Path) -> None:
+    """Bug: a restore that is not exact, at any of several steps."""
     reference, _ = train(tmp_path / "a", max_epochs=2, shuffle=True)
-    callbacks = Ask().at(30, 35, 70, 120), st.Rollback(**{**QUICK, "drop": "none"})
+    callbacks = Requests().at(30, 35, 70, 120), st.Rollback(**{**QUICK, "drop": "none"})
     model, trainer = train(tmp_path / "b", *callbacks, max_epochs=2, shuffle=True)
     assert len(interventions(tmp_path / "b")) == 4
     assert same(model, reference)
@@ -169,15 +169,16 @@ def test_without_leaving_out_nothing_happened(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_decisions_on_the_device_come_a_step_late(tmp_path: Path, first: bool) -> None:
-    # catches an outcome of the undone past that is observed after the snapshot was restored
+def test_an_outcome_in_flight_is_of_the_undone_steps(tmp_path: Path, first: bool) -> None:
+    """Bug: in device mode, the outcome of an undone step is observed after the snapshot was restored."""
+
     class Fused(Model):
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.AdamW(self.parameters(), 3e-2, fused=True)
 
     reference, _ = train(tmp_path / "a", make=Fused)
-    ask, rollback = Ask().at(30, 50), st.Rollback(**{**QUICK, "drop": "none"})
-    members = (rollback, ask) if first else (ask, rollback)
+    requests, rollback = Requests().at(30, 50), st.Rollback(**{**QUICK, "drop": "none"})
+    members = (rollback, requests) if first else (requests, rollback)
     model, trainer = train(tmp_path / "b", st.Guard(mode="device"), *members, make=Fused)
     assert [each["step"] for each in interventions(tmp_path / "b")] == [31, 51]
     assert same(model, reference)
@@ -185,22 +186,22 @@ def test_decisions_on_the_device_come_a_step_late(tmp_path: Path, first: bool) -
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
-def test_dropping_is_never_having_had_them(tmp_path: Path, accumulate: int) -> None:
-    # catches half windows that are left out, and counts that are off afterwards
+def test_excluded_batches_are_as_if_never_in_the_data(tmp_path: Path, accumulate: int) -> None:
+    """Bug: half an accumulation window is excluded, or later counts are wrong."""
     options: dict[str, Any] = {"accumulate_grad_batches": accumulate}
     quick = {**QUICK, "every": 4, "drop": "since_snapshot"}
-    model, _ = train(tmp_path, Ask().at(13), st.Rollback(**quick), **options)
+    model, _ = train(tmp_path, Requests().at(13), st.Rollback(**quick), **options)
     (made,) = interventions(tmp_path)
-    gone = {index for batch in made["excluded"] for index in batch[1:]}
-    reference, _ = train(tmp_path / "reference", order=[i for i in range(256) if i not in gone], **options)
-    assert gone
-    assert len(gone) % (4 * accumulate) == 0
+    excluded = {index for batch in made["excluded"] for index in batch[1:]}
+    reference, _ = train(tmp_path / "reference", order=[i for i in range(256) if i not in excluded], **options)
+    assert excluded
+    assert len(excluded) % (4 * accumulate) == 0
     assert same(model, reference)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
-def test_damaged_weights_are_noticed_and_repaired(tmp_path: Path, value: float) -> None:
-    # catches damage that skipping alone turns into a standstill
+def test_damaged_weights_are_detected_and_restored(tmp_path: Path, value: float) -> None:
+    """Bug: with damaged weights every step is skipped, for ever."""
     reference, _ = train(tmp_path / "a")
     quick = {**QUICK, "drop": "none"}
     model, _ = train(tmp_path / "b", st.SkipNonFinite(), st.Rollback(**quick), damage={37: value})
@@ -208,8 +209,8 @@ def test_damaged_weights_are_noticed_and_repaired(tmp_path: Path, value: float) 
     assert same(model, reference)
 
 
-def test_many_skips_in_a_row_lead_back(tmp_path: Path) -> None:
-    # catches a request of another plugin that nobody takes over
+def test_many_skips_in_a_row_lead_to_a_rollback(tmp_path: Path) -> None:
+    """Bug: the request of another plugin stops the run although Rollback is installed."""
     skip = st.SkipNonFinite(max_in_a_row=3)
     bad = BadGradient(at_step=37, steps=3)
     model, _ = train(tmp_path / "b", skip, st.Rollback(**{**QUICK, "drop": "none"}), bad)
@@ -219,8 +220,8 @@ def test_many_skips_in_a_row_lead_back(tmp_path: Path) -> None:
     assert same(model, reference)
 
 
-def test_after_an_unhealthy_step_the_weights_are_looked_at_at_once(tmp_path: Path) -> None:
-    # catches a run that skips step after step because of one damaged weight, until the next look is due
+def test_after_an_unhealthy_step_the_weights_are_checked_at_once(tmp_path: Path) -> None:
+    """Bug: a run skips step after step because of one damaged weight, until the next regular check."""
     train(tmp_path, st.SkipNonFinite(), st.Rollback(**{**QUICK, "check_every": 1000}), damage={37: math.nan})
     (made,) = interventions(tmp_path)
     assert made["plugin"] == "rollback"
@@ -228,7 +229,7 @@ def test_after_an_unhealthy_step_the_weights_are_looked_at_at_once(tmp_path: Pat
 
 
 def test_a_surge_of_the_learning_rate_is_undone_at_its_first_step(tmp_path: Path) -> None:
-    # catches a run that skips or trains on with spoilt weights until patience is at its end
+    """Bug: a run goes on with damaged weights for ``patience`` steps."""
     quick = {**QUICK, "every": 16, "patience": 16, "check_every": 2, "max_growth": 1e4}
     surge = LearningRateSurge(at_step=50, factor=3000.0, steps=1)
     model, _ = train(tmp_path / "b", st.Rollback(**{**quick, "drop": "none"}), surge)
@@ -239,19 +240,56 @@ def test_a_surge_of_the_learning_rate_is_undone_at_its_first_step(tmp_path: Path
     assert same(model, reference)
 
 
-def test_trouble_at_the_same_place_leads_further_back(tmp_path: Path) -> None:
-    # catches a loop between one snapshot and one wall
-    train(tmp_path, Ask().at(60, 66), st.Rollback(**QUICK))
-    first, second = interventions(tmp_path)
-    assert second["applied"][1] < first["applied"][1]
-    assert len(second["excluded"]) > len(first["excluded"])
+@pytest.mark.parametrize("second", [50, 56])
+def test_a_repeated_incident_restores_an_older_snapshot(tmp_path: Path, second: int) -> None:
+    """Bug: a loop between one snapshot and one incident; or a cool-down (8 steps) that ignores the undone steps.
+
+    The first rollback, at step 44, undoes 4 steps: up to step 44 + 4 + 8, a request is taken for the same incident.
+    """
+    train(tmp_path, Requests().at(44, second), st.Rollback(**QUICK))
+    made = interventions(tmp_path)
+    assert [each["step"] for each in made] == [44, second]
+    assert made[0]["to"] == 40
+    assert [each["applied"][1] for each in made] == [40, 32]
+    assert len(made[1]["excluded"]) > len(made[0]["excluded"])
+
+
+def test_nothing_of_the_undone_steps_is_left(tmp_path: Path) -> None:
+    """Bug: a snapshot of undone steps is restored later, an incident goes on, or restored weights count as damage."""
+    rollback = st.Rollback(**QUICK)
+    restored: list[int] = []
+
+    class Checks(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            if rollback.rollbacks > len(restored):
+                newest, samples = rollback._ring.newest, rollback._weights.history[:2]
+                assert newest is not None
+                assert newest.snapshot.step == rollback._interventions[-1].to
+                assert rollback._incidents.current is None
+                assert not any(each.norms for each in samples if each is not None)
+                restored.append(newest.snapshot.step)
+
+    train(tmp_path, Requests().at(50), rollback, Checks(), poisoned=POISON)
+    assert restored == [each["to"] for each in interventions(tmp_path)]
+    assert len(restored) == 2
+
+
+def test_each_repetition_excludes_at_least_twice_as_many_batches(tmp_path: Path) -> None:
+    """Bug: as many batches as the time before, which did not suffice."""
+    train(tmp_path, Requests().at(44, 50, 56), st.Rollback(**QUICK))
+    first, second, third = (len(each["excluded"]) for each in interventions(tmp_path))
+    assert first == 0
+    assert second >= 1
+    assert third >= 2 * second
 
 
 def test_the_budget_ends_in_a_clean_stop_with_a_diagnosis(tmp_path: Path) -> None:
-    # catches a run that goes back for ever, and one that ends without saying why
-    ask = Ask().at(40, 41, 42, 43)
-    with pytest.raises(TrainingStopped, match=r"2 rollbacks did not help \(plugins.spike.max_rollbacks\); now: asked"):
-        train(tmp_path, ask, st.Rollback(**QUICK, max_rollbacks=2))
+    """Bug: a run is rolled back for ever, or stops without a diagnosis."""
+    requests = Requests().at(40, 41, 42, 43)
+    with pytest.raises(
+        TrainingStopped, match=r"2 rollbacks did not help \(plugins.spike.max_rollbacks\); now: requested"
+    ):
+        train(tmp_path, requests, st.Rollback(**QUICK, max_rollbacks=2))
     folder = tmp_path / "diagnosis-42"
     report = json.loads((folder / "report.json").read_text())
     assert report["rollbacks_at"] == [40, 41]
@@ -268,7 +306,7 @@ def test_the_budget_ends_in_a_clean_stop_with_a_diagnosis(tmp_path: Path) -> Non
 
 
 def test_the_diagnosis_names_where_it_is_not_finite(tmp_path: Path) -> None:
-    # catches a probe that names the last module instead of the first, or leaves its hooks behind
+    """Bug: the diagnosis names the last non-finite module instead of the first, or leaves hooks on the modules."""
     with pytest.raises(TrainingStopped, match=r"no snapshot to go back to.*no checkpoint on disk"):
         train(tmp_path, st.Rollback(**QUICK), damage={0: math.nan})
     (folder,) = tmp_path.glob("diagnosis-*")
@@ -276,15 +314,15 @@ def test_the_diagnosis_names_where_it_is_not_finite(tmp_path: Path) -> None:
     assert report["first_nonfinite_weight"] == "net.0.weight"
     assert report["first_nonfinite_output"] == "net.0"
     assert report["largest_layers"][0]["grad_norm"] == "nan"
-    assert report["trouble_since"] == 0
+    assert report["incident_since"] == 0
     assert report["batches_since"][0] == ["samples", 0, 1, 2, 3]
 
 
 def test_replay_ends_in_the_same_weights(tmp_path: Path) -> None:
-    # catches an intervention that is not described well enough to be made again
-    first, _ = train(tmp_path / "a", Ask().at(60, 66), st.Rollback(**QUICK), poisoned=POISON, max_epochs=2)
+    """Bug: the log lacks something that is needed to make its interventions again."""
+    first, _ = train(tmp_path / "a", Requests().at(60, 66), st.Rollback(**QUICK), poisoned=POISON, max_epochs=2)
     assert len(interventions(tmp_path / "a")) == 3
-    # another rhythm of snapshots, nobody who asks: the log decides
+    # other snapshots and no requests: only the log decides
     again = st.Rollback(**{**QUICK, "every": 5}, replay=str(tmp_path / "a"))
     second, _ = train(tmp_path / "b", again, poisoned=POISON, max_epochs=2)
     assert same(first, second)
@@ -294,8 +332,8 @@ def test_replay_ends_in_the_same_weights(tmp_path: Path) -> None:
 
 
 def test_the_log_of_another_run_is_refused(tmp_path: Path) -> None:
-    # catches interventions made where they mean nothing
-    train(tmp_path / "a", Ask().at(40), st.Rollback(**QUICK))
+    """Bug: interventions are made in a run that they do not belong to."""
+    train(tmp_path / "a", Requests().at(40), st.Rollback(**QUICK))
     path = tmp_path / "a" / "interventions.jsonl"
     record = {**interventions(tmp_path / "a")[0], "model": "0"}
     path.write_text(json.dumps(record) + "\n")
@@ -308,8 +346,8 @@ def test_the_log_of_another_run_is_refused(tmp_path: Path) -> None:
         train(tmp_path / "b", st.Rollback(**QUICK, replay=str(path)))
 
 
-def test_left_out_batches_stay_out_after_a_restart(tmp_path: Path) -> None:
-    # catches a resumed run that meets the poison again
+def test_excluded_batches_stay_excluded_after_a_restart(tmp_path: Path) -> None:
+    """Bug: a resumed run trains on the poisoned batches again."""
     save = ModelCheckpoint(tmp_path / "ckpt", filename="{step}", every_n_train_steps=50, save_top_k=-1)
     model, _ = train(tmp_path, st.Rollback(**QUICK), save, poisoned=POISON, max_epochs=2)
     (made,) = interventions(tmp_path)
@@ -328,7 +366,7 @@ def test_left_out_batches_stay_out_after_a_restart(tmp_path: Path) -> None:
 
 
 def test_a_run_with_a_rollback_resumes_exactly(tmp_path: Path) -> None:
-    # catches a position in the data that forgets the batches left out
+    """Bug: the saved data position ignores excluded batches."""
     save = ModelCheckpoint(tmp_path / "ckpt", filename="{step}", every_n_train_steps=50, save_top_k=-1)
     stack = st.ResumeExactly(), st.Rollback(**QUICK), save
     whole, _ = train(tmp_path / "b", *stack, poisoned=POISON, max_epochs=2)
@@ -339,23 +377,23 @@ def test_a_run_with_a_rollback_resumes_exactly(tmp_path: Path) -> None:
     assert same(whole, resumed)
 
 
-def test_no_snapshot_reaches_back_into_another_loader(tmp_path: Path) -> None:
-    # catches half a restore, ended by an error of the tape's, where each epoch has a loader of its own
-    ask, rollback = Ask().at(110), st.Rollback(**QUICK)
+def test_no_snapshot_of_a_replaced_loader_is_restored(tmp_path: Path) -> None:
+    """Bug: where each epoch has a new loader, a restore fails halfway, because the tape does not reach back."""
+    requests, rollback = Requests().at(110), st.Rollback(**QUICK)
     options = {"reload_dataloaders_every_n_epochs": 1, "limit_train_batches": 60, "max_epochs": 3}
-    train(tmp_path, ask, rollback, **options)
+    train(tmp_path, requests, rollback, **options)
     assert interventions(tmp_path)[0]["to"] > 60
     with pytest.raises(TrainingStopped, match="no snapshot to go back to"):
-        train(tmp_path / "b", Ask().at(63), st.Rollback(**QUICK), **options)
+        train(tmp_path / "b", Requests().at(63), st.Rollback(**QUICK), **options)
 
 
-def test_the_log_of_a_resumed_run_is_whole(tmp_path: Path) -> None:
-    # catches a replay without what was done before the restart: the resumed run has another folder, and another log
+def test_the_log_of_a_resumed_run_is_complete(tmp_path: Path) -> None:
+    """Bug: the log in the folder of the resumed run lacks the interventions from before the restart."""
     save = ModelCheckpoint(tmp_path / "ckpt", filename="{step}", every_n_train_steps=60, save_top_k=-1)
     stack = st.ResumeExactly(), st.Rollback(**QUICK)
     train(tmp_path / "a", *stack, save, poisoned=POISON, max_epochs=2)
     checkpoint = max((tmp_path / "ckpt").glob("step=60*.ckpt"), key=lambda path: path.stat().st_mtime)
-    again = st.ResumeExactly(), st.Rollback(**QUICK), Ask().at(100)
+    again = st.ResumeExactly(), st.Rollback(**QUICK), Requests().at(100)
     resumed, _ = train(tmp_path / "b", *again, poisoned=POISON, max_epochs=2, resume=checkpoint)
     assert [made["step"] for made in interventions(tmp_path / "b")] == [
         *(made["step"] for made in interventions(tmp_path / "a")),
@@ -367,12 +405,12 @@ def test_the_log_of_a_resumed_run_is_whole(tmp_path: Path) -> None:
 
 
 def test_the_newest_checkpoint_is_used_after_a_restart(tmp_path: Path) -> None:
-    # catches a run that gives up with a good checkpoint beside it, or takes one from after the damage
+    """Bug: a run stops although there is a good checkpoint, or restores one with the damage in it."""
     save = ModelCheckpoint(tmp_path / "ckpt", filename="{step}", every_n_train_steps=10, save_top_k=-1)
     train(tmp_path / "a", st.Rollback(**QUICK), save, max_steps=20, max_epochs=-1)
     resume = tmp_path / "ckpt" / "step=20.ckpt"
     callbacks = (
-        Ask().at(24),
+        Requests().at(24),
         st.Rollback(**{**QUICK, "trust_after": 8}),
         ModelCheckpoint(tmp_path / "ckpt", save_top_k=0),
     )
@@ -385,12 +423,12 @@ def test_the_newest_checkpoint_is_used_after_a_restart(tmp_path: Path) -> None:
     assert len(model.samples) == 14, "four steps before, ten after"
 
 
-def test_the_budget_is_not_given_back_by_a_checkpoint(tmp_path: Path) -> None:
-    # catches a run that goes back to one checkpoint for ever, and forgets what it left out: both are in it, as of then
+def test_restoring_a_checkpoint_does_not_reset_the_budget(tmp_path: Path) -> None:
+    """Bug: rollbacks and excluded batches become those of the checkpoint, so that it is restored for ever."""
     save = ModelCheckpoint(tmp_path / "ckpt", filename="{step}", every_n_train_steps=10, save_top_k=-1)
     train(tmp_path / "a", st.Rollback(**QUICK), save, max_steps=20, max_epochs=-1)
     rollback = st.Rollback(**{**QUICK, "trust_after": 8}, max_rollbacks=2)
-    callbacks = Ask().at(24, 26, 28), rollback, ModelCheckpoint(tmp_path / "ckpt", save_top_k=0)
+    callbacks = Requests().at(24, 26, 28), rollback, ModelCheckpoint(tmp_path / "ckpt", save_top_k=0)
     with pytest.raises(TrainingStopped, match="2 rollbacks did not help"):
         train(tmp_path / "b", *callbacks, resume=tmp_path / "ckpt" / "step=20.ckpt", max_steps=60, max_epochs=-1)
     made = interventions(tmp_path / "b")
@@ -400,7 +438,8 @@ def test_the_budget_is_not_given_back_by_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_rewarming(tmp_path: Path) -> None:
-    # catches a learning rate that jumps back to its full height
+    """Bug: the learning rate is at its full height right after a rollback."""
+
     class Rates(Callback):
         def __init__(self) -> None:
             self.seen: list[float] = []
@@ -410,21 +449,21 @@ def test_rewarming(tmp_path: Path) -> None:
 
     rates = Rates()
     quick = {**QUICK, "rewarm": 4}
-    train(tmp_path, Ask().at(40), st.Rollback(**quick), st.ScheduleLR(kind="constant"), rates)
+    train(tmp_path, Requests().at(40), st.Rollback(**quick), st.ScheduleLR(kind="constant"), rates)
     assert rates.seen[39] == 3e-2
     assert rates.seen[40] < rates.seen[41] < rates.seen[42] < 3e-2
     assert rates.seen[46] == 3e-2
 
 
 def test_memory_is_refused_before_it_is_taken(tmp_path: Path) -> None:
-    # catches a run that is killed by the system hours later
+    """Bug: a run is killed by the system hours later, because memory runs out."""
     with pytest.raises(UserError, match=r"3 snapshots of .* and 24 batches of .* more than max_memory=1KB.*spike.keep"):
         train(tmp_path, st.Rollback(**QUICK, max_memory="1KB"))
     train(tmp_path, st.Rollback(**QUICK, max_memory="10MB"), max_steps=3, max_epochs=-1)
 
 
-def test_without_a_limit_it_is_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # catches a default stack that takes a large model's machine down an hour after its first step
+def test_without_max_memory_the_free_memory_is_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: the default stack exhausts the memory of a machine that trains a large model."""
     monkeypatch.setattr(memory, "host_memory", lambda: 1000)
     with pytest.raises(UserError, match=r"more than the 1 KB that are free.*plugins/spike=detect"):
         train(tmp_path, st.Rollback(**QUICK))
@@ -432,10 +471,10 @@ def test_without_a_limit_it_is_what_is_free(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_spilling_to_disk_is_the_same(tmp_path: Path) -> None:
-    # catches copies in files that are not the tensors, and files that stay behind
+    """Bug: the copies in files differ from the tensors, or the files stay behind."""
     quick = {**QUICK, "drop": "none"}
     reference, _ = train(tmp_path / "a")
-    model, _ = train(tmp_path / "b", Ask().at(30, 50), st.Rollback(**quick, spill=str(tmp_path / "spill")))
+    model, _ = train(tmp_path / "b", Requests().at(30, 50), st.Rollback(**quick, spill=str(tmp_path / "spill")))
     assert same(model, reference)
     assert not list((tmp_path / "spill").glob("*")) if (tmp_path / "spill").exists() else True
 
@@ -443,7 +482,7 @@ def test_spilling_to_disk_is_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"max_rollbacks": 0}, "max_rollbacks must be >= 1; to watch and never go back, use plugins/spike=detect"),
+        ({"max_rollbacks": 0}, "max_rollbacks must be >= 1; to detect without rollbacks, use plugins/spike=detect"),
         ({"keep": 1}, "keep must be >= 2"),
         ({"every": 10}, "trust_after must be from 1 to every=10"),
         ({"max_memory": "much"}, 'max_memory must be like "8GB"'),
@@ -452,17 +491,52 @@ def test_spilling_to_disk_is_the_same(tmp_path: Path) -> None:
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
-    # catches an argument that is taken and means nothing
+    """Bug: an argument that makes no sense is accepted."""
     with pytest.raises(UserError, match=message):
         st.Rollback(**arguments)
 
 
-def test_a_run_shorter_than_every_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # catches a protection that silently is none
-    said: list[str] = []
-    monkeypatch.setattr(callback.logger, "warning", said.append)
+def test_a_run_shorter_than_every_gets_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: the user believes that the run is protected, but there is only one snapshot."""
+    warnings: list[str] = []
+    monkeypatch.setattr(callback.logger, "warning", warnings.append)
     train(tmp_path, st.Rollback(every=1000), max_steps=3, max_epochs=-1)
-    assert said == [
+    assert warnings == [
         "rollback: every=1000 is more than the 3 steps of this run: there will be one snapshot, of the first step. "
         "Choose a smaller plugins.spike.every"
     ]
+
+
+def test_a_run_whose_parameters_changed_stops_with_advice(tmp_path: Path) -> None:
+    """Bug: a snapshot that no longer fits ends in a traceback, or in a message without a way out."""
+
+    class Unfreezes(Callback):
+        def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+            if trainer.global_step == 41 and not hasattr(pl_module, "late"):
+                pl_module.late = nn.Parameter(torch.zeros(3))
+                trainer.optimizers[0].add_param_group({"params": [pl_module.late]})
+
+    message = (
+        r"^rollback.*rollback: the snapshot of step 32 .*all parameters from the start.*plugins/spike=detect.*step 42"
+    )
+    with pytest.raises(TrainingStopped, match=message):
+        train(tmp_path, Unfreezes(), Requests().at(43), st.Rollback(**QUICK))
+    assert (tmp_path / "diagnosis-43" / "report.json").exists()
+    assert not (tmp_path / "interventions.jsonl").exists()
+
+
+def test_a_replay_refuses_a_checkpoint_that_was_replaced(tmp_path: Path) -> None:
+    """Bug: a replay restores another state than the run that wrote the log, and ends in other weights."""
+    save = ModelCheckpoint(tmp_path / "ckpt", filename="{step}", every_n_train_steps=10, save_top_k=-1)
+    train(tmp_path / "a", st.Rollback(**QUICK), save, max_steps=20, max_epochs=-1)
+    resume = tmp_path / "ckpt" / "step=20.ckpt"
+    rollback = st.Rollback(**{**QUICK, "trust_after": 8})
+    train(tmp_path / "b", Requests().at(24), rollback, resume=resume, max_steps=30, max_epochs=-1)
+    replay = {**QUICK, "replay": str(tmp_path / "b")}
+    options: dict[str, Any] = {"max_steps": 30, "max_epochs": -1}
+    train(tmp_path / "c", st.Rollback(**replay), resume=resume, **options)
+    (tmp_path / "ckpt" / "step=10.ckpt").rename(resume)
+    with pytest.raises(
+        UserError, match=r"expected .*step=20\.ckpt to be of step 20.*got step 10.*plugins\.spike\.replay"
+    ):
+        train(tmp_path / "d", st.Rollback(**replay), **options)

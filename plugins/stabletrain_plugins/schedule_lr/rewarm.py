@@ -1,4 +1,4 @@
-"""A second warm-up on top of a scheduler that is not ours: the rate is lowered inside the step, and put back."""
+"""A second learning-rate warm-up on top of the module's own scheduler."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from stabletrain.runtime.internals.temporary_lr import TemporaryLR
 
 
 class RewarmHooks:
-    """Many schedulers compute a rate from the one before: what they find in the parameter groups must stay theirs.
+    """Hooks on each optimizer that lower the learning rate during the step, and restore it after the step.
+
+    Many schedulers compute the next learning rate from the one in the parameter groups, so it must not stay lowered.
 
     Args:
-        trainer: whose optimizers exist.
-        rewarm: gives start and length of the climb in applied steps; None: there is none.
+        trainer: its optimizers exist.
+        rewarm: returns first step and length of the second warm-up, in applied steps; None: there is none.
     """
 
     def __init__(self, trainer: Trainer, rewarm: Callable[[], tuple[int, int] | None]) -> None:
@@ -28,20 +30,20 @@ class RewarmHooks:
             for optimizer in trainer.optimizers
             for handle in (
                 optimizer.register_step_pre_hook(self._lower),
-                optimizer.register_step_post_hook(self._put_back),
+                optimizer.register_step_post_hook(self._restore),
             )
         ]
 
-    def undo(self) -> None:
-        """Leave the optimizers alone."""
+    def remove(self) -> None:
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
     def _lower(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        climb = self._rewarm()
-        factor = rewarm_factor(self._trainer.global_step, *climb) if climb else 1.0
+        rewarm = self._rewarm()
+        factor = rewarm_factor(self._trainer.global_step, *rewarm) if rewarm else 1.0
         if factor != 1.0:
             self._rates.scale(optimizer, factor)
 
-    def _put_back(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _restore(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._rates.put_back()

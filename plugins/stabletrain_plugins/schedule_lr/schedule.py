@@ -23,6 +23,7 @@ from stabletrain.errors import UserError
 from stabletrain.runtime.guard.callbacks import GuardMember
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.run_length import run_length
+from stabletrain_plugins.schedule_lr.plot import draw
 from stabletrain_plugins.schedule_lr.rewarm import RewarmHooks
 
 if TYPE_CHECKING:
@@ -44,14 +45,14 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
     _rewarm: tuple[int, int] | None = None
     _saved: tuple[int, float] | None = None
     _undo: Callable[[], None] | None = None
-    _keeps = False  # the module's own scheduler
+    _keeps_module_scheduler = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._bases: list[list[float]] = []
 
     def factor(self, step: int) -> float:
-        """Share of the base rate at a step of the current, or last, run; a second warm-up included.
+        """The learning rate as a share of the base rate, in the current or last run; with a second warm-up.
 
         Args:
             step: index of the update, in applied steps from 0.
@@ -61,14 +62,14 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
         """
         if self._curve is None:
             raise UserError("schedule: the curve is known once training has started; before, use curve(RunLength(...))")
-        again = curves.rewarm_factor(step, *self._rewarm) if self._rewarm else 1.0
-        return self._curve.factor(step) * again
+        rewarm = curves.rewarm_factor(step, *self._rewarm) if self._rewarm else 1.0
+        return self._curve.factor(step) * rewarm
 
     def rewarm(self, steps: int) -> None:
-        """Warm up once more from the present position, on top of the curve, as after a rollback.
+        """Start a second warm-up at the next step, on top of the curve, as after a rollback.
 
         Args:
-            steps: length in applied steps, >= 0; a later call replaces an earlier one.
+            steps: length in applied steps, >= 0; 0: end a second warm-up. A later call replaces an earlier one.
         """
         self._rewarm = (self._step, steps) if steps else None
 
@@ -76,50 +77,38 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
         """Draw the curve.
 
         Args:
-            path: a file to save the picture in; its ending is the format.
-            steps: length of the run in applied steps; None is that of the last training, or `total` if given in steps.
+            path: file for the figure; its suffix is the format.
+            steps: length of the run in applied steps; None: that of the last training, or `total` if given in steps.
 
         Returns:
             The matplotlib figure.
-        """
-        from matplotlib.figure import Figure
 
+        Raises:
+            UserError: if the length of the run is not known.
+        """
         run = self._run if steps is None else RunLength(total_steps=steps, tokens_per_step=self.tokens_per_step)
         curve = self.curve(run)
         known = self.horizon(run).total_steps
         if known is None:
             raise UserError("schedule: plot(steps=...) needs the length of the run, in applied steps")
-        base = self._bases[0][0] if self._bases else 1.0
-        xs = sorted({*range(0, known, max(1, known // 2000)), known - 1})
-        figure = Figure(figsize=(6, 3), layout="constrained")
-        axes = figure.add_subplot(xlabel="applied steps", ylabel="learning rate" if self._bases else "x base rate")
-        axes.plot(xs, [base * curve.factor(x) for x in xs])
-        axes.set_ylim(bottom=0)
-        axes.set_xlim(0, known)
-        axes.grid(alpha=0.3)
-        axes.set_title(self.kind)
-        if path is not None:
-            figure.savefig(path)
-        return figure
+        return draw(curve, known, self._bases[0][0] if self._bases else None, self.kind, path)
 
     # ---- in a Trainer -----------------------------------------------------------------------------------------------
 
     def reset(self) -> None:
-        """A new run begins: no second warm-up, nothing loaded."""
+        """Forget the position and the second warm-up of an earlier run."""
         self._step, self._rewarm, self._saved = 0, None, None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Join the guard if other plugins have one; a schedule by itself needs none."""
+        """Join the guard if other plugins use one; a schedule alone needs none."""
         if stage != "fit":
             return
-        self._curve, self._logged, self._keeps = None, -1, False
+        self._curve, self._logged, self._keeps_module_scheduler = None, -1, False
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         if any(isinstance(each, GuardMember) for each in callbacks if each is not self):
             super().setup(trainer, pl_module, stage)
             if not self._leads:
-                trainer_internals.silence_step_hooks(
-                    self, among=ScheduleLR
-                )  # the guard says when a rate is due: on_outcome
+                trainer_internals.silence_step_hooks(self, among=ScheduleLR)  # the guard calls on_outcome instead
             return
         if self._fitted is None or self._fitted() is not trainer:
             self.reset()
@@ -127,7 +116,7 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
         trainer_internals.silence_step_hooks(self, among=GuardMember)
 
     def on_optimizer_ready(self, trainer: Trainer) -> None:
-        """Take the base rates, before a checkpoint's optimizer state is loaded, and settle who sets the rate."""
+        """Read the base rates, before a checkpoint's optimizer state is loaded, and replace the module's scheduler."""
         if self._undo is not None:
             return
         strategy, configs = trainer.strategy, list(trainer.strategy.lr_scheduler_configs)
@@ -135,13 +124,12 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
         self._bases = []
         if configs and self.module_scheduler == "keep":
             sets = f"the module's own scheduler ({names}) sets the learning rate"
-            self._say(trainer, f"{sets}; ScheduleLR logs it, and lets it climb again after a rollback")
-            climb = RewarmHooks(trainer, lambda: self._rewarm)
-            self._undo, self._keeps = climb.undo, True
+            self._warn(trainer, f"{sets}; ScheduleLR logs it, and warms it up again after a rollback")
+            self._undo, self._keeps_module_scheduler = RewarmHooks(trainer, lambda: self._rewarm).remove, True
             return
         if configs:
-            keeps = 'module_scheduler="keep" or default_callbacks(schedule="none") keeps it'
-            self._say(trainer, f"ScheduleLR replaces the module's own scheduler ({names}) for this run; {keeps}")
+            keep = 'to keep it, set module_scheduler="keep" or default_callbacks(schedule="none")'
+            self._warn(trainer, f"ScheduleLR replaces the module's own scheduler ({names}) for this run; {keep}")
         strategy.lr_scheduler_configs = []
         self._bases = [[_base_rate(group) for group in each.param_groups] for each in trainer.optimizers]
 
@@ -152,22 +140,22 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
         self._undo = undo
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The optimizer exists."""
+        """Take over the learning rate: the optimizer exists now."""
         self.on_optimizer_ready(trainer)
         super().on_fit_start(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Build the curve, now that the length of the training data is known, and set the first rate."""
-        if not self._bases and not self._keeps:
+        """Compute the curve, now that the length of the training data is known, and set the first learning rate."""
+        if not self._bases and not self._keeps_module_scheduler:
             return
-        self._run = self._stretched(trainer, run_length(trainer, self.tokens_per_step))
-        if self._keeps:
+        self._run = self._long_enough(trainer, run_length(trainer, self.tokens_per_step))
+        if self._keeps_module_scheduler:
             return
         self._curve = self.curve(self._run)
         if self._saved is not None:
             step, factor = self._saved
             if not math.isclose(self.factor(step), factor, rel_tol=1e-9):
-                self._say(
+                self._warn(
                     trainer,
                     f"the schedule is not the checkpoint's (another total, or other arguments): at step {step} the "
                     f"learning rate was {factor:.4g} of the base rate, now it is {self.factor(step):.4g}",
@@ -175,14 +163,14 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
         self._set(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Set the rate of the coming step, where there is no guard to say when."""
+        """Without a guard: set the learning rate of this step."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self._guard is None:
             self._set(trainer)
             self._used = _rate(trainer)
 
     def on_outcome(self, outcome: Outcome) -> None:
-        """A step is over: set the rate of the next one."""
+        """With a guard: a step is over, set the learning rate of the next one."""
         assert self._guard is not None, "outcomes come from a guard"
         self._used = _rate(self._guard.trainer)
         self._set(self._guard.trainer)
@@ -190,7 +178,7 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Set the rate of the next step already, for callbacks that look at it before this one gets to."""
+        """Without a guard: log the learning rate, and set the next one for callbacks that read it before this one."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._guard is not None:
             return
@@ -206,12 +194,12 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
         self._set(trainer)
 
     def metrics(self) -> dict[str, float]:
-        """`lr`: the rate of the first parameter group in the last step, once."""
+        """`lr`: the learning rate of the first parameter group in the last step; once after each step."""
         used, self._used = self._used, None
         return {} if used is None else {"lr": float(used)}
 
     def handle_request(self, trainer: Trainer, module: LightningModule, request: Request) -> None:
-        """Warm up once more from the present step, because a rule asks for it."""
+        """Start a second warm-up at the next step, because a plugin requests it."""
         self._step = trainer.global_step
         steps = request.steps
         if steps is None:
@@ -219,35 +207,35 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
         self.rewarm(steps)
         self._set(trainer)
         if self._guard is not None:
-            why = f"learning rate climbs again over {steps} steps from step {self._step}: {request.reason}"
-            now = self._guard.counters.attempted - 1
-            self._guard.report(Event(now, "schedule_lr", "rewarm", float(steps), math.nan, why))
+            reason = f"second learning-rate warm-up over {steps} steps from step {self._step}: {request.reason}"
+            attempted = self._guard.counters.attempted - 1
+            self._guard.report(Event(attempted, "schedule_lr", "rewarm", float(steps), math.nan, reason))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Undo: Lightning calls no teardown after an exception."""
+        """Restore schedulers and base rates: after an exception Lightning calls no teardown."""
         super().on_exception(trainer, pl_module, exception)
-        self._finish()
+        self._restore()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the module its schedulers back, and the parameter groups their base rates."""
+        """Restore the module's schedulers and the base rates of the parameter groups."""
         super().teardown(trainer, pl_module, stage)
-        self._finish()
+        self._restore()
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, to notice another schedule after a resume, and a second warm-up."""
+        """The position and its factor, to detect another schedule after a resume, and a second warm-up."""
         plain = super().state_dict()
         factor = self.factor(self._step) if self._curve else None
         return {**plain, "step": self._step, "factor": factor, "rewarm": list(self._rewarm) if self._rewarm else None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take `state_dict` back."""
+        """Continue from a checkpoint."""
         super().load_state_dict(state_dict)
         self._saved = None if state_dict["factor"] is None else (state_dict["step"], state_dict["factor"])
         rewarm = state_dict["rewarm"]
         self._rewarm = (rewarm[0], rewarm[1]) if rewarm else None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickles and copies leave the running fit behind."""
+        """Pickles and copies do not include the running fit."""
         return {**super().__getstate__(), "_undo": None}
 
     # ---- helpers ----------------------------------------------------------------------------------------------------
@@ -266,24 +254,24 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
                 else:
                     group["lr"] = base * factor
 
-    def _finish(self) -> None:
+    def _restore(self) -> None:
         if self._undo is not None:
             self._undo()
             self._undo = None
 
-    def _stretched(self, trainer: Trainer, run: RunLength) -> RunLength:
-        """The run; for `fast_dev_run`, a look at the code, so much longer that lengths in steps fit."""
+    def _long_enough(self, trainer: Trainer, run: RunLength) -> RunLength:
+        """The length of the run; for `fast_dev_run` at least so many steps that ``lr_warmup`` and ``decay`` fit."""
         if not trainer_internals.is_fast_dev_run(trainer) or run.total_steps is None:
             return run
         return replace(run, total_steps=max(run.total_steps, self.steps("lr_warmup", run) + self.steps("decay", run)))
 
-    def _say(self, trainer: Trainer, line: str) -> None:
+    def _warn(self, trainer: Trainer, message: str) -> None:
         if trainer.is_global_zero:
-            logger.warning(line)
+            logger.warning(message)
 
 
 def _base_rate(group: dict[str, Any]) -> float:
-    """What the optimizer was made with: a scheduler's constructor has changed `lr` already (OneCycleLR both keys)."""
+    """The learning rate that the optimizer was made with, also if a scheduler's constructor has changed ``lr``."""
     return float(group.get("max_lr", group.get("initial_lr", group["lr"])))
 
 

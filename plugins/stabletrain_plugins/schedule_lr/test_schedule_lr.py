@@ -1,3 +1,5 @@
+"""The learning rate that is used: by every kind of curve, beside other schedulers, across resumes and rollbacks."""
+
 import copy
 import itertools
 import logging
@@ -38,7 +40,7 @@ CONF = Path(__file__).parent / "conf" / "schedule"
 
 
 class Net(LightningModule):
-    """Two parameter groups; records the rates that each applied step really used."""
+    """Two parameter groups; records the learning rates that each step used."""
 
     def __init__(
         self,
@@ -138,7 +140,7 @@ def test_the_total_is_that_of_the_run(tmp_path: Path, arguments: dict[str, Any],
 
 
 def test_the_total_follows_an_accumulation_that_changes_between_epochs(tmp_path: Path) -> None:
-    # Lightning's own estimate takes the first epoch's window for all of them
+    """Bug: the window of the first epoch is taken for all epochs, as in Lightning's own estimate."""
     schedule, net = ScheduleLR("linear", lr_warmup=0), Net()
     trainer(tmp_path, schedule, GradientAccumulationScheduler({0: 1, 1: 4}), max_epochs=3).fit(net, data())
     assert net.used == wanted(schedule, 8 + 2 + 2)
@@ -174,17 +176,17 @@ def test_the_final_value_is_held_after_an_explicit_total(tmp_path: Path) -> None
 
 
 def test_a_tensor_rate_is_filled_not_replaced(tmp_path: Path) -> None:
-    # capturable and compiled optimizers hold on to the tensor: a float in its place would be ignored or recompile
+    """Bug: a float replaces the tensor, which capturable and compiled optimizers go on using, or recompile for."""
     schedule = ScheduleLR("linear", lr_warmup=2)
     net = Net(make=lambda groups, lr: torch.optim.AdamW(groups, lr=torch.tensor(lr, dtype=torch.float64)))
     run = trainer(tmp_path, schedule)
     rate: list[Tensor] = []
 
-    class WeightSample(Callback):
+    class ReadRate(Callback):
         def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
             rate.append(trainer.optimizers[0].param_groups[0]["lr"])
 
-    run.callbacks.append(WeightSample())  # type: ignore[attr-defined]
+    run.callbacks.append(ReadRate())  # type: ignore[attr-defined]
     run.fit(net, data())
     assert run.optimizers[0].param_groups[0]["lr"] is rate[0]
     assert [each[0] for each in net.used] == [each[0] for each in wanted(schedule, 16)]
@@ -204,8 +206,9 @@ def test_a_skipped_step_holds_the_position(tmp_path: Path, order: int) -> None:
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_a_step_dropped_on_the_device_holds_it_too(tmp_path: Path, order: int) -> None:
-    # there the host learns of it late, when the next backward is queued already
+def test_a_step_skipped_on_the_device_holds_the_position_too(tmp_path: Path, order: int) -> None:
+    """Bug: the position advances, because the host knows of the skip only when the next backward is queued."""
+
     def fused(groups: Any, lr: float) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, lr=lr, fused=True)
 
@@ -213,9 +216,9 @@ def test_a_step_dropped_on_the_device_holds_it_too(tmp_path: Path, order: int) -
     net = Net(make=fused, nan_at=frozenset({0, 3, 4, 15}))
     run = trainer(tmp_path, *[as_callback(SkipNonFiniteRule)(), schedule, Guard(mode="device")][::order])
     run.fit(net, data())
-    dropped_calls = {0, 3, 4, 15}  # the kernel is called for these as well, and does nothing
+    skipped_calls = {0, 3, 4, 15}  # the kernel is called for these as well, and does nothing
     assert run.global_step == 12
-    assert [rates for call, rates in enumerate(net.used) if call not in dropped_calls] == wanted(
+    assert [rates for call, rates in enumerate(net.used) if call not in skipped_calls] == wanted(
         schedule, 16, range(12)
     )
 
@@ -238,7 +241,7 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, guarded: bool) -> None:
 
 
 def test_a_checkpoint_made_without_it_resumes_at_the_position_of_its_step(tmp_path: Path) -> None:
-    # a schedule that starts over would warm up again; one that takes the saved rate for its base would decay twice
+    """Bug: the schedule starts over and warms up again, or takes the saved rate for its base and decays twice."""
     save = ModelCheckpoint(dirpath=tmp_path, filename="plain")
     trainer(tmp_path, save, max_epochs=1).fit(Net(scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 1)), data())
     schedule, net = ScheduleLR("cosine"), Net()
@@ -246,7 +249,7 @@ def test_a_checkpoint_made_without_it_resumes_at_the_position_of_its_step(tmp_pa
     assert net.used == wanted(schedule, 16, range(8, 16))
 
 
-def test_a_jump_of_the_rate_at_a_resume_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_jump_of_the_rate_at_a_resume_gets_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save = ModelCheckpoint(dirpath=tmp_path, filename="half")
     trainer(tmp_path, ScheduleLR("linear", total=16), save, max_epochs=1).fit(Net(), data())
     trainer(tmp_path, ScheduleLR("linear", total=16)).fit(Net(), data(), ckpt_path=tmp_path / "half.ckpt")
@@ -255,8 +258,8 @@ def test_a_jump_of_the_rate_at_a_resume_is_said(tmp_path: Path, caplog: pytest.L
     assert "at step 8 the learning rate was 0.5333 of the base rate, now it is 0.7742" in caplog.text
 
 
-def test_a_second_warm_up_starts_at_the_present_step_and_survives_a_resume(tmp_path: Path) -> None:
-    class Ask(Callback):
+def test_a_second_warm_up_starts_at_the_next_step_and_survives_a_resume(tmp_path: Path) -> None:
+    class RequestsRewarm(Callback):
         def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
             if trainer.global_step == 6:
                 request = Request(RequestKind.REWARM, "test", "because")
@@ -264,7 +267,7 @@ def test_a_second_warm_up_starts_at_the_present_step_and_survives_a_resume(tmp_p
 
     net, resumed = Net(), Net()
     save = ModelCheckpoint(dirpath=tmp_path, every_n_epochs=1, save_top_k=-1, filename="{epoch}")
-    trainer(tmp_path, ScheduleLR(lr_warmup=0, lr_rewarm=4), Ask(), save).fit(net, data())
+    trainer(tmp_path, ScheduleLR(lr_warmup=0, lr_rewarm=4), RequestsRewarm(), save).fit(net, data())
     shares = [1, 1, 1, 1, 1, 1, 0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1]
     assert [rate for rate, _ in net.used] == pytest.approx([BASE * share for share in shares])
     again = trainer(tmp_path, ScheduleLR(lr_warmup=0, lr_rewarm=4))
@@ -284,21 +287,19 @@ SCHEDULERS: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("guarded", [False, True])
-def test_replaces_the_modules_scheduler_and_gives_it_back(
+def test_replaces_the_modules_scheduler_and_restores_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, guarded: bool
 ) -> None:
     schedule, net = ScheduleLR("cosine"), Net(SCHEDULERS[name])
     run = trainer(tmp_path, *([as_callback(ClipNormRule)()] if guarded else []), schedule)
     run.fit(net, data())
-    # LambdaLR has put the rate at a hundredth when ours first looks at it, OneCycleLR the base too
+    # LambdaLR's constructor has set the rate to a hundredth, OneCycleLR's also `initial_lr`
     assert net.used == wanted(schedule, 16)
     assert caplog.text.count(f"replaces the module's own scheduler ({name})") == 1
     assert [type(config.scheduler).__name__ for config in run.lr_scheduler_configs] == [name]
 
 
-def test_keeps_out_of_the_way_of_the_modules_scheduler_if_told(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_keep_leaves_the_modules_scheduler_in_charge(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     alone, net = Net(SCHEDULERS["StepLR"]), Net(SCHEDULERS["StepLR"])
     trainer(tmp_path).fit(alone, data())
     run = trainer(tmp_path, ScheduleLR("cosine", module_scheduler="keep"), log_every_n_steps=1)
@@ -309,25 +310,25 @@ def test_keeps_out_of_the_way_of_the_modules_scheduler_if_told(
 
 
 @pytest.mark.parametrize("name", ["StepLR", "ExponentialLR"])
-def test_the_modules_scheduler_climbs_again_after_a_rollback_and_is_not_disturbed(tmp_path: Path, name: str) -> None:
-    # catches a rollback that goes on at full rate where the module has a scheduler, and a scheduler that computes its
-    # next rate from a lowered one
-    class Ask(Callback):
+def test_the_modules_scheduler_is_warmed_up_again_after_a_rollback_and_not_disturbed(tmp_path: Path, name: str) -> None:
+    """Bug: the full rate after a rollback, because the module has a scheduler; or it computes with a lowered rate."""
+
+    class RequestsRewarm(Callback):
         def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             if trainer.global_step == 4:
-                schedule.handle_request(trainer, module, Request(RequestKind.REWARM, "somebody", "asks", 4))
+                schedule.handle_request(trainer, module, Request(RequestKind.REWARM, "test", "because", 4))
 
     alone, net, schedule = Net(SCHEDULERS[name]), Net(SCHEDULERS[name]), ScheduleLR(module_scheduler="keep")
     trainer(tmp_path).fit(alone, data())
-    trainer(tmp_path, schedule, Ask()).fit(net, data())
+    trainer(tmp_path, schedule, RequestsRewarm()).fit(net, data())
     factors = [1.0] * 4 + [0.25, 0.5, 0.75] + [1.0] * 9
     usual, used = ([rate for rate, _ in each.used] for each in (alone, net))
     assert used == [rate * factor for rate, factor in zip(usual, factors, strict=True)]
     assert net.trainer.optimizers[0].param_groups[0]["lr"] == alone.trainer.optimizers[0].param_groups[0]["lr"]
 
 
-def test_the_default_stack_leaves_the_modules_scheduler_alone(tmp_path: Path) -> None:
-    # catches an unmodified script that trains at a constant rate since default_callbacks() was added
+def test_the_default_stack_keeps_the_modules_scheduler(tmp_path: Path) -> None:
+    """Bug: an unmodified script trains at a constant rate because default_callbacks() was added."""
     alone, net = Net(SCHEDULERS["StepLR"]), Net(SCHEDULERS["StepLR"])
     trainer(tmp_path).fit(alone, data())
     trainer(tmp_path, *default_callbacks()).fit(net, data())
@@ -395,14 +396,14 @@ def test_several_optimizers_in_manual_optimization(tmp_path: Path) -> None:
 # ---- the life of a callback -----------------------------------------------------------------------------------------
 
 
-def test_two_fits_in_a_row_and_everything_is_undone_between(tmp_path: Path) -> None:
+def test_two_fits_in_a_row_start_from_the_base_rate(tmp_path: Path) -> None:
     schedule = ScheduleLR("cosine")
     for _ in range(2):
         net = Net()
         run = trainer(tmp_path, schedule)
         run.fit(net, data())
         assert net.used == wanted(schedule, 16)
-    # the same Trainer goes on, with an optimizer that the module made once: its decayed rate must not become the base
+    # the same Trainer continues, with the same optimizer: its decayed rate must not become the base rate
     once = run.optimizers[0]
     net.configure_optimizers = lambda: once  # type: ignore[method-assign]
     net.used.clear()
@@ -412,7 +413,7 @@ def test_two_fits_in_a_row_and_everything_is_undone_between(tmp_path: Path) -> N
     assert [group["lr"] for group in once.param_groups] == [BASE, BASE * 10]
 
 
-def test_an_exception_undoes_it_too(tmp_path: Path) -> None:
+def test_after_an_exception_scheduler_and_rate_are_restored(tmp_path: Path) -> None:
     net = Net(SCHEDULERS["StepLR"], stop_at=5)
     run = trainer(tmp_path, ScheduleLR("cosine"))
     with pytest.raises(RuntimeError, match="stopped by the test"):
@@ -430,7 +431,7 @@ def test_fast_dev_run_takes_lengths_that_its_few_batches_cannot_hold(tmp_path: P
     assert [rate for rate, _ in net.used] == pytest.approx([BASE * s / arguments["lr_warmup"] for s in (1, 2)])
 
 
-def test_validate_and_test_do_not_touch_it(tmp_path: Path) -> None:
+def test_validate_and_test_do_not_change_the_schedule(tmp_path: Path) -> None:
     schedule, net = ScheduleLR("cosine"), Evaluated()
     run = trainer(tmp_path, schedule)
     run.validate(net, data(), verbose=False)
@@ -453,7 +454,7 @@ def test_pickles_and_copies_keep_the_arguments(tmp_path: Path) -> None:
 
 
 def test_an_event_and_a_request_reach_the_guard(tmp_path: Path) -> None:
-    class Heard(Callback):
+    class Listener(Callback):
         events: ClassVar[list[Event]] = []
 
         def on_stability_event(self, trainer: Trainer, module: LightningModule, event: Event) -> None:
@@ -464,17 +465,17 @@ def test_an_event_and_a_request_reach_the_guard(tmp_path: Path) -> None:
                 execute([Request(RequestKind.REWARM, "test", "loss 9.0 > 3.0")], schedule._guard)  # type: ignore[arg-type]
 
     schedule, net = ScheduleLR(lr_warmup=0, lr_rewarm=4), Net()
-    trainer(tmp_path, as_callback(ClipNormRule)(), schedule, Heard()).fit(net, data())
+    trainer(tmp_path, as_callback(ClipNormRule)(), schedule, Listener()).fit(net, data())
     assert [round(rate / BASE, 9) for rate, _ in net.used[5:10]] == [1, 0.25, 0.5, 0.75, 1]
-    assert [(event.step, event.kind, event.value) for event in Heard.events] == [(5, "rewarm", 4.0)]
-    assert "loss 9.0 > 3.0" in Heard.events[0].reason
+    assert [(event.step, event.kind, event.value) for event in Listener.events] == [(5, "rewarm", 4.0)]
+    assert "loss 9.0 > 3.0" in Listener.events[0].reason
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", get_args(Kind))
-def test_options_hold_every_argument_and_change_only_what_the_kind_demands(name: str) -> None:
+def test_options_list_every_argument_and_change_only_what_the_kind_needs(name: str) -> None:
     given = option(name)
     defaults = {field.name: field.default for field in fields(Schedule)}
     assert list(given) == list(defaults)
@@ -521,8 +522,8 @@ def test_milestones_out_of_order_or_inside_the_warm_up_are_refused(milestones: l
         ScheduleLR("step", milestones=milestones).curve(RunLength(total_steps=100, steps_per_epoch=5))
 
 
-def test_lengths_in_several_units_are_judged_by_the_run_not_before() -> None:
-    # 3 epochs may well be shorter than 100 steps
+def test_lengths_in_several_units_are_compared_when_the_run_is_known() -> None:
+    # 3 epochs may be shorter than 100 steps
     curve = ScheduleLR("linear", lr_warmup="3ep", total=100).curve(RunLength(steps_per_epoch=20))
     assert curve.factor(59) == 1.0
 
@@ -542,7 +543,7 @@ def test_plot_draws_the_curve(tmp_path: Path, kind: str) -> None:
     assert (tmp_path / "curve.png").stat().st_size > 1000
 
 
-def test_plot_needs_a_length_and_after_a_run_knows_it(tmp_path: Path) -> None:
+def test_plot_needs_a_length_and_knows_it_after_a_run(tmp_path: Path) -> None:
     schedule = ScheduleLR("linear")
     with pytest.raises(UserError, match=r"trainer.max_steps|plot\(steps=...\)"):
         schedule.plot()
@@ -550,7 +551,7 @@ def test_plot_needs_a_length_and_after_a_run_knows_it(tmp_path: Path) -> None:
     assert list(schedule.plot().axes[0].lines[0].get_ydata()) == [rate for rate, _ in wanted(schedule, 16)]
 
 
-def test_nothing_is_said_when_there_is_nothing_to_say(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_warnings_without_a_cause(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="stabletrain"):
         trainer(tmp_path, ScheduleLR("cosine")).fit(Net(), data())
     assert not caplog.records

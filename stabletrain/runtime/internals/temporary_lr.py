@@ -1,4 +1,4 @@
-"""Learning rates that are others for one step only: whoever reads or computes with them elsewhere finds them as set."""
+"""Learning rates that are scaled for one optimizer step only and then restored."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from torch.optim import Optimizer
 
 
 class TemporaryLR:
-    """Multiplies the learning rate of every parameter group, and puts back what was there.
+    """Multiplies the learning rate of every parameter group, and restores it.
+
+    Schedulers and loggers, which read the learning rate between steps, then see the original one.
 
     >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.5)
     >>> rates = TemporaryLR()
@@ -23,30 +25,30 @@ class TemporaryLR:
     """
 
     def __init__(self) -> None:
-        self._before: list[tuple[dict[str, Any], Any]] = []
+        self._originals: list[tuple[dict[str, Any], Any]] = []
 
     def scale(self, optimizer: Optimizer, factor: float) -> None:
-        """Multiply the rates; those scaled before are put back first.
+        """Multiply the learning rates; an earlier `scale` is undone first.
 
         Args:
-            optimizer: about to make a step.
-            factor: on every rate.
+            optimizer: its step is next.
+            factor: for every learning rate.
         """
         self.put_back()
         for group in optimizer.param_groups:
-            rate = group["lr"]
-            self._before.append((group, rate.clone() if isinstance(rate, Tensor) else rate))
-            _set(group, rate * factor)
+            lr = group["lr"]
+            self._originals.append((group, lr.clone() if isinstance(lr, Tensor) else lr))
+            _set(group, lr * factor)
 
     def put_back(self) -> None:
-        """The rates are as they were before `scale`; calling it again does nothing."""
-        while self._before:
-            _set(*self._before.pop())
+        """Set the learning rates to what they were before `scale`; a second call does nothing."""
+        while self._originals:
+            _set(*self._originals.pop())
 
 
 @torch.no_grad()
-def _set(group: dict[str, Any], rate: Any) -> None:
+def _set(group: dict[str, Any], lr: Any) -> None:
     if isinstance(group["lr"], Tensor):
-        group["lr"].copy_(rate)  # compiled and fused kernels hold on to the tensor
+        group["lr"].copy_(lr)  # compiled and fused kernels use this tensor object
     else:
-        group["lr"] = rate
+        group["lr"] = lr

@@ -21,14 +21,16 @@ class DiskBuffers(SnapshotBuffers):
 
     Args:
         folder: on a local disk with room for the snapshot; made if missing.
+        owner: who keeps the snapshots, for error messages.
+        remedy: what the user can do if the disk has no room, for error messages.
 
     Raises:
         UserError: from `prepare` and `copy_in`, if the disk has no room.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, owner: str = "snapshots", remedy: str = "give another folder") -> None:
         super().__init__("host")
-        self._folder = folder
+        self._folder, self._owner, self._remedy = folder, owner, remedy
 
     def _touched(self, source: Tensor) -> Tensor:
         size = bytes_of([source])
@@ -45,7 +47,7 @@ class DiskBuffers(SnapshotBuffers):
                 os.unlink(name)
         except OSError as error:
             raise UserError(
-                f"rollback: a snapshot cannot be kept in {self._folder}: {error.strerror} ({size / 2**20:.0f} MiB "
-                "wanted); give another folder (config key plugins.spike.spill), or keep fewer (plugins.spike.keep)"
+                f"{self._owner}: a snapshot cannot be kept in {self._folder}: {error.strerror} ({size / 2**20:.0f} MiB "
+                f"wanted); {self._remedy}"
             ) from error
         return memory.view(source.dtype).view(source.shape)

@@ -1,0 +1,98 @@
+"""Turns a rollback request into a complete `Intervention`: which state is restored, which batches are excluded."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from stabletrain.core.events import Request
+from stabletrain.runtime.data.tape import TapedBatch
+from stabletrain.runtime.data.train_loader import TrainLoader
+from stabletrain.runtime.guard.step_guard import StepGuard
+from stabletrain.runtime.snapshots.snapshot import Snapshot
+from stabletrain_plugins.rollback import older_checkpoint
+from stabletrain_plugins.rollback.decision import GiveUp, Situation, SnapshotInfo, ToCheckpoint, decide
+from stabletrain_plugins.rollback.exclusion import batches_to_exclude
+from stabletrain_plugins.rollback.incidents import IncidentTracker
+from stabletrain_plugins.rollback.intervention import Intervention
+from stabletrain_plugins.rollback.older_checkpoint import FoundCheckpoint
+from stabletrain_plugins.rollback.rollback_rule import RollbackRule
+from stabletrain_plugins.rollback.snapshot_ring import SnapshotRing
+
+
+class Plan(NamedTuple):
+    """A rollback that has been decided and not made yet.
+
+    Args:
+        intervention: its description.
+        snapshot: the snapshot to restore; None: the intervention's checkpoint is restored.
+    """
+
+    intervention: Intervention
+    snapshot: Snapshot | None
+
+
+def plan_rollback(
+    rule: RollbackRule,
+    request: Request,
+    made: tuple[Intervention, ...],
+    guard: StepGuard,
+    loader: TrainLoader,
+    ring: SnapshotRing,
+    incidents: IncidentTracker,
+) -> Plan | GiveUp:
+    """Decide on a rollback, see `decide`, and find its checkpoint and batches. A collective.
+
+    Args:
+        rule: the plugin's arguments.
+        request: what asks for the rollback.
+        made: all rollbacks of the run, oldest first.
+        guard: of the run, settled.
+        loader: of the run.
+        ring: the snapshots.
+        incidents: with the current incident.
+    """
+    trainer, trusted, incident = guard.trainer, ring.trusted, incidents.current
+    situation = Situation(
+        attempted=guard.counters.attempted,
+        applied=trainer.global_step,
+        made=made,
+        incident=None if incident is None else incident.applied,
+        trusted=tuple(SnapshotInfo(each.step, each.applied) for each in trusted),
+        untrusted=len(ring) - len(trusted),
+    )
+    decision = decide(rule, situation, request.reason)
+    if isinstance(decision, ToCheckpoint):
+        checkpoint = older_checkpoint.find(trainer, decision.before)
+        if checkpoint is not None:
+            batches = batches_to_exclude(decision.exclusion, incidents, loader, None, trainer.accumulate_grad_batches)
+            return Plan(_intervention(rule, request, situation, checkpoint, batches, trainer.world_size), None)
+        decision = decision.otherwise
+    if isinstance(decision, GiveUp):
+        return decision
+    step = decision.step
+    snapshot = next(each for each in trusted if each.step == step)
+    batches = batches_to_exclude(decision.exclusion, incidents, loader, snapshot.mark, trainer.accumulate_grad_batches)
+    return Plan(_intervention(rule, request, situation, snapshot, batches, trainer.world_size), snapshot)
+
+
+def _intervention(
+    rule: RollbackRule,
+    request: Request,
+    situation: Situation,
+    restored: Snapshot | FoundCheckpoint,
+    batches: list[TapedBatch],
+    world_size: int,
+) -> Intervention:
+    several = world_size > 1  # then the ranks have different samples at the same position
+    return Intervention(
+        step=situation.attempted,
+        to=restored.step if isinstance(restored, Snapshot) else None,
+        checkpoint=restored.path if isinstance(restored, FoundCheckpoint) else None,
+        applied=(situation.applied, restored.applied),
+        excluded=tuple(each.position_key if several else each.identity for each in batches),
+        samples=tuple(each.identity for each in batches) if several else (),
+        rewarm=rule.rewarm,
+        baselines=rule.baselines,
+        plugin=request.plugin,
+        cause=request.reason,
+    )

@@ -1,0 +1,56 @@
+"""Carries out an intervention: excludes its batches, restores its state, resets the baselines if it says so."""
+
+from __future__ import annotations
+
+from stabletrain.errors import UserError
+from stabletrain.runtime.data.train_loader import TrainLoader
+from stabletrain.runtime.guard.callbacks import RuleCallback
+from stabletrain.runtime.guard.step_guard import StepGuard
+from stabletrain.runtime.snapshots.snapshot import Snapshot
+from stabletrain.runtime.snapshots.state_tree import SnapshotError
+from stabletrain_plugins.rollback import older_checkpoint
+from stabletrain_plugins.rollback.intervention import Intervention
+
+
+def restore(intervention: Intervention, snapshot: Snapshot | None, guard: StepGuard, loader: TrainLoader) -> None:
+    """Put a run into the state after an intervention; call it on all ranks, in ``on_train_batch_end``.
+
+    Args:
+        intervention: decided now, or read from a log.
+        snapshot: the snapshot to restore; None: the intervention's checkpoint is read from disk.
+        guard: of the run.
+        loader: of the run.
+
+    Raises:
+        SnapshotError: if model or optimizer are no longer those of the snapshot.
+        UserError: if the checkpoint is not of the step that the intervention says.
+    """
+    if intervention.excluded:
+        loader.exclude(intervention.excluded)
+    if snapshot is not None:
+        _restore_snapshot(snapshot, intervention.cause, guard, loader)
+    else:
+        _restore_checkpoint(intervention, guard)
+    if intervention.baselines == "reset":
+        for member in guard.members:
+            if isinstance(member, RuleCallback):
+                member.state = member.rule.init()
+
+
+def _restore_snapshot(snapshot: Snapshot, cause: str, guard: StepGuard, loader: TrainLoader) -> None:
+    try:
+        snapshot.restore(guard, loader, cause)
+    except SnapshotError as error:
+        raise SnapshotError(f"rollback: {error}, or train without rollbacks (plugins/spike=detect)") from error
+
+
+def _restore_checkpoint(intervention: Intervention, guard: StepGuard) -> None:
+    assert intervention.checkpoint is not None, "an intervention without a snapshot has a checkpoint"
+    older_checkpoint.restore(guard, intervention.checkpoint, intervention.cause)
+    expected, found = intervention.applied[1], guard.trainer.global_step
+    if found != expected:
+        raise UserError(
+            f"rollback: expected {intervention.checkpoint} to be of step {expected}, as when the log was written, got "
+            f"step {found}: the file was replaced. Replay with the original checkpoint (config key "
+            "plugins.spike.replay)"
+        )

@@ -1,0 +1,61 @@
+"""How a decision becomes a complete intervention."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from stabletrain.core.events import Request, RequestKind
+from stabletrain.runtime.data.tape import TapedBatch
+from stabletrain.runtime.snapshots.snapshot import Snapshot
+from stabletrain_plugins.rollback import older_checkpoint
+from stabletrain_plugins.rollback.incidents import Incident, IncidentTracker
+from stabletrain_plugins.rollback.intervention import Intervention
+from stabletrain_plugins.rollback.older_checkpoint import FoundCheckpoint
+from stabletrain_plugins.rollback.planning import Plan, plan_rollback
+from stabletrain_plugins.rollback.rollback_rule import RollbackRule
+from stabletrain_plugins.rollback.snapshot_ring import SnapshotRing
+
+TAPE = [TapedBatch(None, 0, i, samples=[100 + i]) for i in range(9)]
+"""Nine micro-batches, in windows of 2; marks are indices on the tape."""
+REQUEST = Request(RequestKind.ROLLBACK, "somebody", "loss 9 > 3")
+
+
+def plan(ring: SnapshotRing, processes: int = 1) -> Plan:
+    """Of a run with 40 attempted and 38 applied steps, in an incident since applied step 35 and batch 5."""
+    trainer = SimpleNamespace(global_step=38, world_size=processes, accumulate_grad_batches=2)
+    guard: Any = SimpleNamespace(trainer=trainer, counters=SimpleNamespace(attempted=40))
+    loader: Any = SimpleNamespace(loaders=[None], batches_since=lambda mark: dict(enumerate(TAPE[mark:])))
+    incidents = IncidentTracker()
+    incidents.current = Incident(37, 35, 5)  # type: ignore[arg-type]
+    found = plan_rollback(RollbackRule(rewarm=7), REQUEST, (), guard, loader, ring, incidents)
+    assert isinstance(found, Plan)
+    return found
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_with_a_checkpoint_the_batches_of_the_incident_are_excluded(
+    monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    """Bug: a checkpoint from after the incident; other batches than the incident's; names that differ between ranks."""
+    limits: list[int] = []
+    found = FoundCheckpoint("/run/30.ckpt", 30)
+    monkeypatch.setattr(older_checkpoint, "find", lambda trainer, before: limits.append(before) or found)
+    by_position = tuple(("batch", 0, i) for i in range(5, 9))
+    by_samples = tuple(("samples", 100 + i) for i in range(5, 9))
+    names = (by_samples, ()) if processes == 1 else (by_position, by_samples)
+    expected = Intervention(40, None, found.path, (38, 30), *names, 7, "restore", "somebody", "loss 9 > 3")
+    assert plan(SnapshotRing(3, 25, Snapshot), processes) == Plan(expected, None)
+    assert limits == [36]
+
+
+def test_with_a_snapshot_whole_windows_are_excluded() -> None:
+    """Bug: an intervention that is recorded incomplete, before its state is known."""
+    ring, snapshot = SnapshotRing(3, 25, Snapshot), Snapshot()
+    snapshot.step, snapshot.applied, snapshot.mark = 32, 30, 1  # type: ignore[assignment]
+    ring.restart_with(snapshot)
+    by_samples = tuple(("samples", 100 + i) for i in range(4, 9))
+    expected = Intervention(40, 32, None, (38, 30), by_samples, (), 7, "restore", "somebody", "loss 9 > 3")
+    assert plan(ring) == Plan(expected, snapshot)

@@ -1,0 +1,136 @@
+"""Damaged weights are found, and a model that learns is not taken for damaged."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from stabletrain.core.state import from_plain, to_plain
+from stabletrain_plugins.rollback.weight_check import WeightCheck
+from stabletrain_plugins.rollback.weight_monitor import WeightHistory, WeightMonitor, WeightSample
+
+ONE_RANK: Any = SimpleNamespace(world_size=1, optimizers=[SimpleNamespace(param_groups=[{"lr": 0.1}])])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e38])
+@pytest.mark.parametrize("position", [0, 7])
+def test_one_bad_weight_anywhere_is_damage(value: float, position: int) -> None:
+    """Bug: one bad value is lost in a norm."""
+    weights = [torch.full((8,), 0.1), torch.zeros(8), torch.zeros(0), torch.ones(3, dtype=torch.int8)]
+    check = WeightCheck(zip(["a", "b", "empty", "integer"], weights, strict=True), 10.0)
+    then = check.norms()
+    assert check.problem(then, then) is None
+    weights[1][position] = value
+    assert "of b" in (check.problem(check.norms(), then) or "")
+
+
+def test_a_model_that_began_with_zeros_may_grow() -> None:
+    """Bug: a healthy first step is taken for infinite growth."""
+    weights = [torch.zeros(4)]
+    check = WeightCheck([("a", weights[0])], 10.0)
+    then = check.norms()
+    weights[0].fill_(1.0)
+    assert check.problem(check.norms(), then) is None
+
+
+class Learning:
+    """Weights that move by about a thousandth of their size at every step."""
+
+    def __init__(self) -> None:
+        self.weights = [torch.ones(16), torch.full((4,), 0.5)]
+        self.check = WeightCheck(zip("ab", self.weights, strict=True), 10.0)
+        self.monitor = WeightMonitor(self.check, every=10)
+        self.step = 0
+
+    def train(self, steps: int, share: float = 1e-3, unhealthy: bool = False) -> list[str]:
+        problems = []
+        for _ in range(steps):
+            self.step += 1
+            for each in self.weights:
+                each.mul_(1.0 + share * (1.0 + 0.3 * math.sin(self.step)))
+            problem = self.monitor.check(ONE_RANK, self.step, unhealthy)
+            problems += [problem] if problem else []
+        return problems
+
+
+@pytest.mark.parametrize("steps", [100, 109])
+def test_a_fast_change_is_damage_only_together_with_an_unhealthy_step(steps: int) -> None:
+    """Bug: a surge of the learning rate is missed, as norms have not grown tenfold; or a warm restart is undone.
+
+    At step 110, the regular sample comes after the change, and must not count as usual.
+    """
+    run = Learning()
+    assert not run.train(steps)
+    assert not run.train(1, share=0.5), "the step was healthy"
+    (problem,) = run.train(1, share=0.0, unhealthy=True)
+    assert "the weights have moved " in problem
+
+
+@pytest.mark.parametrize(("norm", "damaged"), [(1.99, False), (2.01, True)])
+def test_twice_the_largest_of_the_last_speeds_is_not_damage(norm: float, damaged: bool) -> None:
+    """Bug: a run whose weights move unevenly is rolled back for a speed that it had before.
+
+    Six times the median speed is 6, twice the largest is 10. A norm that changes by a share of 1 within a step, at a
+    learning rate of 0.1, is a speed of 10. The last speed is not used: its sample may have come after the damage.
+    """
+    speeds = (1.0, 1.0, 5.0, *[1.0] * 6, 100.0)
+    weight = torch.tensor([norm])
+    history = WeightHistory(WeightSample(100, (1.0,), 0.1), None, speeds)
+    monitor = WeightMonitor(WeightCheck([("a", weight)], 10.0), every=10, history=history)
+    problem = monitor.check(ONE_RANK, 101, unhealthy=True)
+    assert (problem is not None) == damaged
+    assert not damaged or "(limit 10)" in str(problem)
+
+
+def test_unhealthy_steps_alone_are_no_damage() -> None:
+    """Bug: a rollback for every bad batch."""
+    run = Learning()
+    assert not run.train(150)
+    assert not run.train(30, unhealthy=True)
+    assert not run.train(20, share=4e-3, unhealthy=True), "four times as fast is healthy"
+
+
+def test_no_speed_is_judged_at_first() -> None:
+    """Bug: a learning-rate warm-up is taken for damage."""
+    run = Learning()
+    run.train(40)
+    assert not run.train(1, share=0.5, unhealthy=True)
+
+
+def test_restored_weights_are_not_compared_with_undone_ones() -> None:
+    """Bug: a rollback is itself taken for damage."""
+    run = Learning()
+    run.train(100)
+    run.monitor.forget_norms()
+    assert not run.train(1, share=0.9, unhealthy=True)
+
+
+def test_a_resumed_monitor_equals_an_uninterrupted_one() -> None:
+    """Bug: a resumed run judges the weights differently than the run that was not killed."""
+    whole, cut = Learning(), Learning()
+    whole.train(125)
+    cut.train(93)
+    cut.monitor = WeightMonitor(cut.check, 10, from_plain(WeightHistory, to_plain(cut.monitor.history)))
+    cut.train(32)
+    assert whole.monitor.history == cut.monitor.history
+    assert whole.train(1, share=0.5, unhealthy=True) == cut.train(1, share=0.5, unhealthy=True) != []
+
+
+def test_norms_of_shards_or_of_another_model_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: after a resume, every rank compares its own shard with rank 0's, whose norms are in the checkpoint."""
+
+    class Sharded(Tensor):
+        pass
+
+    monkeypatch.setattr("stabletrain_plugins.rollback.weight_check.DTensor", Sharded)
+    history = WeightHistory(WeightSample(20, (1.0,), 0.1), WeightSample(10, (1.0,), 0.1), (1.0, 2.0))
+    whole, shard = torch.ones(2), torch.ones(2).as_subclass(Sharded)
+    assert WeightMonitor(WeightCheck([("a", whole)], 10.0), 10, history).history == history
+    without = WeightHistory(WeightSample(20, (), 0.1), WeightSample(10, (), 0.1), (1.0, 2.0))
+    assert WeightMonitor(WeightCheck([("a", shard)], 10.0), 10, history).history == without
+    assert WeightMonitor(WeightCheck([("a", whole), ("b", whole)], 10.0), 10, history).history == without

@@ -1,0 +1,134 @@
+"""Checks the weights every few steps, for damage that neither loss nor gradient has shown yet."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import NamedTuple
+
+from lightning.pytorch import Trainer
+
+from stabletrain_plugins.rollback.weight_check import WeightCheck
+
+
+class WeightSample(NamedTuple):
+    """The weights at one step.
+
+    Args:
+        step: attempted steps so far.
+        norms: of each tensor; empty if they must not be compared with later ones.
+        lr: the largest learning rate at that step.
+    """
+
+    step: int
+    norms: tuple[float, ...]
+    lr: float
+
+
+class WeightHistory(NamedTuple):
+    """Earlier samples of the weights; part of a checkpoint.
+
+    Args:
+        last: the last regular sample.
+        before: the regular sample before it.
+        speeds: between consecutive regular samples of healthy steps, see `speed`; oldest first.
+    """
+
+    last: WeightSample | None = None
+    before: WeightSample | None = None
+    speeds: tuple[float, ...] = ()
+
+
+_MAX_SPEEDS, _MIN_SPEEDS = 16, 8
+"""Speeds in the history, and how many of them are needed to judge a new one."""
+
+
+class WeightMonitor:
+    """Checks the weights every few attempted steps, and after each unhealthy step; all ranks get the same answer.
+
+    At a given learning rate, the weights of a run move at a speed that changes slowly. If the last step was not healthy
+    and they have moved more than six times the median speed, and more than twice the largest of the last speeds, then
+    earlier updates have damaged the weights; the batch is not the cause. Speed without an unhealthy step is not damage:
+    a new phase of the training has it too.
+
+    Args:
+        check: compares norms.
+        every: attempted steps between regular samples, >= 1.
+        history: continue from it; norms that cannot be compared with those of ``check`` are dropped.
+    """
+
+    def __init__(self, check: WeightCheck, every: int, history: WeightHistory = WeightHistory()) -> None:  # noqa: B008
+        self._check, self._every = check, every
+        comparable = all(check.can_compare(sample.norms) for sample in history[:2] if sample and sample.norms)
+        self.history = history if comparable else _without_norms(history)
+        """For the checkpoint."""
+
+    def check(self, trainer: Trainer, step: int, unhealthy: bool = False) -> str | None:
+        """The damage to the weights, in one sentence; None if there is none or no check is due. A collective.
+
+        Args:
+            trainer: in a fit.
+            step: attempted steps so far.
+            unhealthy: the last step was not healthy: check now, also the speed.
+        """
+        last, _, speeds = self.history
+        due = step // self._every != (last.step if last else 0) // self._every
+        if not (due or unhealthy):
+            return None
+        now = WeightSample(step, self._check.norms(), _largest_lr(trainer))
+        problem = self._check.problem(now.norms, last.norms if last else ())
+        if problem is None and unhealthy:
+            problem = self._too_fast(now)
+        if due:
+            if last is not None and problem is None and not unhealthy:
+                speeds = (*speeds, *_known(speed(now, last)))[-_MAX_SPEEDS:]
+            self.history = WeightHistory(now, last, speeds)
+        if trainer.world_size > 1:
+            damaged = trainer.strategy.reduce_boolean_decision(problem is not None, all=False)
+            problem = problem or ("weights are damaged on another rank" if damaged else None)
+        return problem
+
+    def forget_norms(self) -> None:
+        """After a restore: do not compare the restored weights with those of the undone steps."""
+        self.history = _without_norms(self.history)
+
+    def _too_fast(self, now: WeightSample) -> str | None:
+        speeds = self.history.speeds[:-1]  # the last regular sample may have come after the damage
+        if len(speeds) < _MIN_SPEEDS:
+            return None
+        usual = statistics.median(speeds)
+        limit = max(6.0 * usual, 2.0 * max(speeds))
+        fastest = max((each for then in self.history[:2] if then for each in _known(speed(now, then))), default=0.0)
+        if not fastest > limit > 0.0:
+            return None
+        return (
+            f"the weights have moved {fastest / usual:.3g} times as fast as usual (limit {limit / usual:.3g}), and the "
+            "last step was not healthy"
+        )
+
+
+def speed(now: WeightSample, then: WeightSample) -> float | None:
+    """The speed of the weights between two samples, relative to their size and to the learning rate; None if unknown.
+
+    The movement is the change of the norms; it is taken to grow with the square root of the number of steps.
+
+    >>> speed(WeightSample(14, (3.0, 4.5), 0.1), WeightSample(10, (3.0, 4.0), 0.05))
+    0.5
+    """
+    lr, size, steps = max(now.lr, then.lr), math.hypot(*then.norms), now.step - then.step
+    if not (now.norms and lr > 0.0 and size > 0.0 and steps > 0):
+        return None
+    return math.dist(now.norms, then.norms) / size / math.sqrt(steps) / lr
+
+
+def _without_norms(history: WeightHistory) -> WeightHistory:
+    last, before = (each._replace(norms=()) if each else None for each in history[:2])
+    return WeightHistory(last, before, history.speeds)
+
+
+def _known(value: float | None) -> tuple[float, ...]:
+    return () if value is None else (value,)
+
+
+def _largest_lr(trainer: Trainer) -> float:
+    return max((float(group.get("lr", 1.0)) for each in trainer.optimizers for group in each.param_groups), default=1.0)
