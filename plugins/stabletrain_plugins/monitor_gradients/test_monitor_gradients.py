@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader
 from stabletrain.core.events import Event
 from stabletrain.errors import UserError
 from stabletrain.runtime import gradients
-from stabletrain.runtime.guard.callbacks import Guard, as_callback
+from stabletrain.runtime.guard.callbacks import as_callback
+from stabletrain.runtime.guard.options import Guard
 from stabletrain.testing.trainer import quiet_trainer
 from stabletrain_plugins.clip_norm.rule import ClipNormRule
 from stabletrain_plugins.monitor_gradients import callback

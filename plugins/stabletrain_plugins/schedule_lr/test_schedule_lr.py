@@ -23,7 +23,8 @@ from stabletrain.core.events import Event, Request, RequestKind
 from stabletrain.core.lengths import RunLength
 from stabletrain.core.schedule import Kind, Schedule
 from stabletrain.errors import UserError
-from stabletrain.runtime.guard.callbacks import Guard, as_callback
+from stabletrain.runtime.guard.callbacks import as_callback
+from stabletrain.runtime.guard.options import Guard
 from stabletrain.runtime.guard.requests import execute
 from stabletrain.testing.trainer import quiet_trainer
 from stabletrain_plugins.clip_norm.rule import ClipNormRule
@@ -462,7 +463,8 @@ def test_an_event_and_a_request_reach_the_guard(tmp_path: Path) -> None:
 
         def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
             if trainer.global_step == 6:
-                execute([Request(RequestKind.REWARM, "test", "loss 9.0 > 3.0")], schedule._guard)  # type: ignore[arg-type]
+                asked = Request(RequestKind.REWARM, "test", "loss 9.0 > 3.0")
+                execute([asked], trainer, pl_module, self.events.append, step=5)
 
     schedule, net = ScheduleLR(lr_warmup=0, lr_rewarm=4), Net()
     trainer(tmp_path, as_callback(ClipNormRule)(), schedule, Listener()).fit(net, data())
