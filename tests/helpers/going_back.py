@@ -155,7 +155,7 @@ class GoBack(GuardMember):
             snapshot = self.snapshots[0]
             items = list(self.loader.batches_since(snapshot.mark))  # type: ignore[arg-type]
             dropped = frozenset(items[len(items) - self.exclude :])
-            snapshot.restore(self._guard, self.loader, exclude=dropped)
+            snapshot.restore(self._guard, self.loader, "rollback", dropped)
             self.snapshots = [snapshot]
             self.went_back += 1
         elif self.batches % self.every == 0 and not trainer_internals.window_is_open(trainer):

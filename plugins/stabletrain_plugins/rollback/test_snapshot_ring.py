@@ -146,5 +146,5 @@ def test_buffers_on_disk_leave_nothing_behind(tmp_path: Path) -> None:
     buffers.copy_back(tensors)
     assert all(torch.equal(a, b) for a, b in zip(tensors, wanted, strict=True))
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot be kept in .*plugins\.spike\.spill"):
-        DiskBuffers(tmp_path / "file").copy_in(tensors)
+    with pytest.raises(UserError, match=r"^rollback: .* cannot be kept in .*plugins\.spike\.spill"):
+        DiskBuffers(tmp_path / "file", "rollback", "config key plugins.spike.spill").copy_in(tensors)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 from stabletrain.runtime.checkpoints import tensor_file
-from stabletrain.runtime.checkpoints.encoding import decode, dtype_of
+from stabletrain.runtime.checkpoints.decoding import decode, dtype_of
 from stabletrain.runtime.checkpoints.manifest import CheckpointError, Manifest
 from stabletrain.runtime.checkpoints.store import (
     PREFIX,
