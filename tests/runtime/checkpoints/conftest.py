@@ -17,10 +17,10 @@ def content(step: int) -> dict[str, Any]:
     return {"step": step, "weights": torch.full((1000,), float(step)), "small": torch.tensor(step, dtype=torch.int16)}
 
 
-def save(folder: Path, step: int, run: str = "a", keep: Retention | None = None, **about: Any) -> Path:
+def save(folder: Path, step: int, run: str = "a", retention: Retention | None = None, **info: Any) -> Path:
     """Write a checkpoint and return its folder."""
-    saver = Saver(Store(folder, keep or Retention(last=None)))
-    saver.save(content(step), CheckpointInfo(step=step, run=run, **about), wait=True)
+    saver = Saver(Store(folder, retention or Retention(last=None)))
+    saver.save(content(step), CheckpointInfo(step=step, run=run, **info), wait=True)
     assert saver.newest is not None
     return saver.newest
 

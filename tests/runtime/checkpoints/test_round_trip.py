@@ -1,4 +1,4 @@
-"""What is read is what was written, value by value, type by type and bit by bit; and nothing else can be written."""
+"""What is read equals what was written: values, types and bits; and what is no data is refused."""
 
 import collections
 import enum
@@ -77,8 +77,8 @@ PLAIN: dict[str, Any] = {
 }
 
 
-def through_a_file(tmp_path: Path, checkpoint: dict[str, Any], snapshots: bool = True) -> dict[str, Any]:
-    saver = Saver(Store(tmp_path), snapshots=snapshots)
+def through_a_file(tmp_path: Path, checkpoint: dict[str, Any], background: bool = True) -> dict[str, Any]:
+    saver = Saver(Store(tmp_path), background=background)
     saver.save(checkpoint, CheckpointInfo(step=1, run="a"))
     saver.wait()
     assert saver.newest is not None
@@ -89,10 +89,10 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.resolve_conj().contiguous().reshape(-1).view(torch.uint8)
 
 
-@pytest.mark.parametrize("snapshots", [True, False])
-def test_every_kind_of_tensor(tmp_path: Path, snapshots: bool) -> None:
+@pytest.mark.parametrize("background", [True, False])
+def test_every_kind_of_tensor(tmp_path: Path, background: bool) -> None:
     """A dtype or stride that the copy, the format or the reader treats wrongly."""
-    found = through_a_file(tmp_path, TENSORS, snapshots)
+    found = through_a_file(tmp_path, TENSORS, background)
     for name, tensor in TENSORS.items():
         assert found[name].dtype == tensor.dtype, name
         assert found[name].shape == tensor.shape, name
@@ -200,7 +200,7 @@ def test_numpy_and_subclasses_become_plain() -> None:
     ],
     ids=["object", "partial", "function", "class", "numpy text", "named tuple", "meta", "sparse"],
 )
-def test_what_is_no_data_is_refused_with_its_place(value: object) -> None:
+def test_what_is_no_data_is_refused_with_its_path(value: object) -> None:
     """Found at the first save, not when somebody wants to resume."""
     with pytest.raises(CheckpointError, match=r"callbacks\.mine\.1"):
         Encoded({"callbacks": {"mine": [0, value]}})
@@ -270,7 +270,7 @@ def test_a_container_in_itself_is_refused() -> None:
         Encoded({"x": loop})
 
 
-def test_objects_among_hyper_parameters_are_left_out_by_name() -> None:
+def test_objects_among_hyper_parameters_are_omitted_by_name() -> None:
     given = {
         "hyper_parameters": {"lr": 0.1, "loss": len, "net": {"act": torch.nn.ReLU(), "width": 3}},
         "hparams_type": dict,
