@@ -1,4 +1,4 @@
-"""What the tests of the checkpoint store share."""
+"""Shared by the tests of the checkpoint store."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,7 @@ Write = Callable[..., Path]
 
 
 def content(step: int) -> dict[str, Any]:
-    """A checkpoint whose every value tells its step."""
+    """A checkpoint with its step in every value."""
     return {"step": step, "weights": torch.full((1000,), float(step)), "small": torch.tensor(step, dtype=torch.int16)}
 
 

@@ -160,7 +160,7 @@ def test_an_optimizers_state_and_a_modules_versions(tmp_path: Path) -> None:
 
 
 def test_a_snapshot_is_of_the_moment(tmp_path: Path) -> None:
-    """Training goes on while the writer writes: neither tensors nor containers may follow it."""
+    """Training continues during the write: neither tensors nor containers in the file may change with it."""
     weight, plain = torch.ones(200_000), {"steps": [1]}
     saver = Saver(Store(tmp_path))
     saver.save({"weight": weight, "plain": plain}, CheckpointInfo(step=1, run="a"))

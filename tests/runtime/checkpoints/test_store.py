@@ -52,7 +52,7 @@ def test_a_nan_is_never_the_best(tmp_path: Path) -> None:
 
 
 def test_one_that_is_not_whole_is_the_last_choice_and_does_not_count_as_retained(tmp_path: Path) -> None:
-    # catches a run that goes on inexactly with an exact checkpoint beside it, or loses that one to the other
+    # catches a run that resumes inexactly though an exact checkpoint is there, or that deletes the exact one
     retention = Retention(last=1, metric="m")
     for step, whole, value in ((1, True, None), (2, False, 1.0), (3, True, None), (4, False, 2.0), (5, False, 0.5)):
         save(tmp_path, step, retention=retention, whole=whole, metric=None if value is None else "m", value=value)
@@ -180,9 +180,9 @@ def test_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: p
 
 
 def test_a_folder_that_may_not_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    place = tmp_path / "file"
-    place.write_text("")
-    saver = Saver(Store(place / "checkpoints"))
+    file = tmp_path / "file"
+    file.write_text("")
+    saver = Saver(Store(file / "checkpoints"))
     saver.save(content(1), CheckpointInfo(step=1, run="a"), wait=True)
     assert "could not be written" in caplog.text
     assert "there is none yet" in caplog.text

@@ -104,7 +104,7 @@ def test_an_empty_list() -> None:
 
 
 def test_a_large_copy_is_shared_by_threads_and_exact() -> None:
-    """Above the size from which threads help: a tensor that no thread copied, or one copied to the wrong place."""
+    """Above the size from which threads help: a tensor that no thread copied, or one copied into another's buffer."""
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(size, generator=generator) for size in (6_000_000, 1, 4_000_000, 999, 3_000_000, 10)]
     before = [each.clone() for each in tensors]

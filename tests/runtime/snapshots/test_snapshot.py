@@ -36,7 +36,7 @@ CASES: dict[str, tuple[Case, int, tuple[int, ...]]] = {
     "sgd": (Case(optimizer="sgd"), 3, (8,)),
     "fused": (Case(optimizer="fused"), 3, (8,)),
     "learning rate in a tensor": (Case(optimizer="tensor-lr"), 3, (8,)),
-    "state tensors made anew": (Case(optimizer="lbfgs-like"), 3, (8,)),
+    "new state tensors at each step": (Case(optimizer="lbfgs-like"), 3, (8,)),
     "8 bit": (Case(optimizer="adamw-8bit"), 3, (8,)),
     "validation within epochs": (Case(validation=True, trainer={"val_check_interval": 4}), 3, (8, 14)),
     "validation right after the snapshot": (Case(validation=True, trainer={"val_check_interval": 4}), 4, (10, 22)),
