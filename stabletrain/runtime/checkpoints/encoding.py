@@ -85,7 +85,8 @@ class _Encoder:
     def __init__(self, encoded: Encoded) -> None:
         self._encoded = encoded
         self._flattener = Flattener(take=lambda value: value)
-        self._at: dict[int, list[int]] = {}  # address -> indices of the tensors that begin there
+        self._first_at: dict[int, int] = {}  # address -> index of the first tensor that begins there
+        self._others_at: dict[int, list[int]] = {}  # and of other tensors that begin there
         self._used = {"__metadata__"}  # a name that the tensor file reserves
 
     def value(self, value: Any, path: str) -> Any:
@@ -116,7 +117,8 @@ class _Encoder:
             return self.value(value, path)
         except CheckpointError:
             del encoded.tensors[before:], encoded.names[before:]
-            self._at = {at: [i for i in indices if i < before] for at, indices in self._at.items()}
+            self._first_at = {at: index for at, index in self._first_at.items() if index < before}
+            self._others_at = {at: [i for i in some if i < before] for at, some in self._others_at.items()}
             if not isinstance(value, type):
                 encoded.omitted.append(f"{path} ({class_name(type(value))})")
             return _OMITTED
@@ -136,15 +138,15 @@ class _Encoder:
         return self._other(node.value if kind is ObjectNode else node, path)
 
     def _dict(self, node: DictNode, path: str) -> dict[str, Any]:
-        pairs = [[self._key(key, path), self._node(item, f"{path}.{key}")] for key, item in node.items]
+        pairs = [
+            [key if type(key) is str else self.value(key, f"{path} key"), self._node(item, f"{path}.{key}")]
+            for key, item in node.items
+        ]
         if not issubclass(node.kind, OrderedDict):
             return {"d": pairs}
         if node.metadata is None:
             return {"o": pairs}
         return {"o": pairs, "m": self._node(node.metadata, f"{path}._metadata")}
-
-    def _key(self, key: Any, path: str) -> Any:
-        return key if type(key) is str else self.value(key, f"{path} key")
 
     def _sequence(self, node: SequenceNode, path: str) -> Any:
         if node.kind not in _TAGS:
@@ -191,6 +193,8 @@ class _Encoder:
             )
         tensor = self._flattener.tensors[node.first]
         problem = not_dense(tensor)
+        if node.layout is not torch.strided:
+            problem = f"Tensor of layout {node.layout} on {node.device}"
         if problem is not None:
             raise CheckpointError(f"checkpoint: {path} is a {problem}; only plain dense tensors can be stored")
         return {"T": self._add(tensor, path)}
@@ -221,17 +225,19 @@ class _Encoder:
             tensor = tensor.resolve_conj().resolve_neg()
         encoded = self._encoded
         address, index = tensor.data_ptr(), len(encoded.tensors)
-        if address not in self._at:
-            self._at[address] = [index]
+        if address not in self._first_at:
+            self._first_at[address] = index
         elif tensor.numel():
-            for known in self._at[address]:
+            others = self._others_at.setdefault(address, [])
+            for known in (self._first_at[address], *others):
                 if _is_same(tensor, encoded.tensors[known]):
                     return known
-            self._at[address].append(index)
-        name = path if path not in self._used else f"{path}#{index}"
-        self._used.add(name)
+            others.append(index)
+        if path in self._used:
+            path = f"{path}#{index}"
+        self._used.add(path)
         encoded.tensors.append(tensor)
-        encoded.names.append(name)
+        encoded.names.append(path)
         return index
 
 

@@ -17,7 +17,13 @@ from torch import Tensor
 
 from stabletrain.errors import UserError
 from stabletrain.runtime.snapshots.buffers import copy_each
-from stabletrain.runtime.snapshots.tensor_kinds import PLAIN, WrapperLayout, is_plain, is_sharded, plain_tensors
+from stabletrain.runtime.snapshots.tensor_kinds import (
+    WrapperLayout,
+    is_plain,
+    is_sharded,
+    is_wrapper,
+    plain_tensors,
+)
 
 _IMMUTABLE = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type)
 _SEQUENCES = frozenset({list, tuple, deque, set, frozenset})
@@ -35,6 +41,7 @@ class TensorNode(NamedTuple):
         pieces: how many plain tensors hold its data.
         is_ordinary: its class is ``torch.Tensor``, so a new one can be made from its data.
         device: where it lives.
+        layout: ``torch.strided``, or that of a sparse tensor.
         is_sharded: it is a DTensor, whose plain tensor is the local part.
         wrapper: of a wrapper subclass, how to build it again.
         inner: of a wrapper subclass, its inner tensors.
@@ -44,6 +51,7 @@ class TensorNode(NamedTuple):
     pieces: int
     is_ordinary: bool
     device: torch.device
+    layout: torch.layout = torch.strided
     is_sharded: bool = False
     wrapper: WrapperLayout | None = None
     inner: tuple[TensorNode, ...] = ()
@@ -110,7 +118,8 @@ class Flattener:
         self.tensors: list[Tensor] = []
         """The plain tensors found so far; one that is met again is not listed again."""
         self._take = take
-        self._known: dict[int, tuple[Tensor, TensorNode]] = {}  # with the tensor: of a dead one, the id is used again
+        self._known: dict[int, TensorNode] = {}
+        self._alive: list[Tensor] = []  # the id of a tensor that is freed could be that of another one
 
     def flatten(self, value: Any) -> Any:
         """The skeleton of a value.
@@ -120,7 +129,7 @@ class Flattener:
         """
         if isinstance(value, Tensor):
             known = self._known.get(id(value))
-            return known[1] if known is not None else self._new_tensor(value)
+            return known if known is not None else self._new_tensor(value)
         if isinstance(value, dict):
             metadata = getattr(value, "_metadata", None) if isinstance(value, OrderedDict) else None
             items = [(key, self.flatten(each)) for key, each in value.items()]
@@ -135,18 +144,20 @@ class Flattener:
 
     def _new_tensor(self, value: Tensor) -> TensorNode:
         first = len(self.tensors)
-        if type(value) in PLAIN or is_plain(value):
+        if is_plain(value):
             self.tensors.append(value.detach())
             node = TensorNode(first, 1, type(value) is Tensor, value.device)
-        elif is_sharded(value):
-            self.tensors += plain_tensors((value,))
-            node = TensorNode(first, len(self.tensors) - first, False, value.device, is_sharded=True)
-        else:
+        elif is_wrapper(value) and not is_sharded(value):
             wrapper = WrapperLayout.of(value)
             inner = tuple(self._new_tensor(getattr(value, name)) for name in wrapper.names)  # listed side by side
-            pieces = sum(each.pieces for each in inner)
-            node = TensorNode(first, pieces, False, value.device, False, wrapper, inner)
-        self._known[id(value)] = value, node
+            pieces = len(self.tensors) - first
+            node = TensorNode(first, pieces, False, value.device, value.layout, False, wrapper, inner)
+        else:
+            self.tensors += plain_tensors((value,))
+            pieces = len(self.tensors) - first
+            node = TensorNode(first, pieces, False, value.device, value.layout, is_sharded(value))
+        self._known[id(value)] = node
+        self._alive.append(value)
         return node
 
 

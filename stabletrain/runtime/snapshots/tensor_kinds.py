@@ -51,7 +51,9 @@ class WrapperLayout(NamedTuple):
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor holds its data itself."""
+    """Whether a tensor holds its data itself, in one block of memory."""
+    if tensor.layout is not torch.strided:
+        return False
     return type(tensor) in PLAIN or not (is_sharded(tensor) or is_wrapper(tensor))
 
 
@@ -66,24 +68,38 @@ def is_wrapper(tensor: Tensor) -> bool:
 
 
 def plain_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The plain tensors that hold the data, detached: of a DTensor the local one, of a wrapper its inner ones.
+    """The plain tensors that hold the data, detached.
+
+    Of a DTensor that is the local one, of a wrapper its inner ones, of a sparse tensor its indices and values.
 
     Args:
         tensors: of any kind.
     """
     found: list[Tensor] = []
     for tensor in tensors:
-        if type(tensor) in PLAIN or is_plain(tensor):  # the first test saves a call
+        if is_plain(tensor):
             found.append(tensor.detach())
         elif is_sharded(tensor):
             found += plain_tensors([tensor.to_local()])  # type: ignore[attr-defined]
-        else:
+        elif is_wrapper(tensor):
             found += plain_tensors([getattr(tensor, name) for name in WrapperLayout.of(tensor).names])
+        else:
+            found += _sparse_parts(tensor.detach())
     return found
 
 
+def _sparse_parts(tensor: Tensor) -> list[Tensor]:
+    if tensor.layout is torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return [tensor]
+
+
 def not_dense(tensor: Tensor) -> str | None:
-    """What keeps a plain tensor from being stored as a block of numbers; None if nothing does.
+    """What prevents a tensor from being stored as one block of numbers, as a message; None if nothing does.
 
     >>> not_dense(torch.ones(2)), not_dense(torch.ones(2).to_sparse())
     (None, 'Tensor of layout torch.sparse_coo on cpu')

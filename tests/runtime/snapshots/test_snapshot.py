@@ -277,6 +277,25 @@ def test_a_wrapper_is_restored_through_its_inner_tensors(shared: bool) -> None:
     assert not list(differences(found, expected))
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CS. tensor support is in beta")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc])
+def test_sparse_tensors_are_restored_or_refused(layout: torch.layout) -> None:
+    # catches a restore that writes into a detached copy of a sparse tensor, and changes nothing
+    live = {"x": torch.tensor([[0.0, math.nan], [2.0, 0.0]]).to_sparse(layout=layout)}
+    flattener = Flattener()
+    skeleton = flattener.flatten(live)
+    restorer = Restorer([each.clone() for each in flattener.tensors])
+    same = live["x"]
+    (same._values() if layout is torch.sparse_coo else same.values()).fill_(7.0)
+    restorer.restore(skeleton, live)
+    restorer.finish()
+    assert live["x"] is same
+    assert not list(differences(same.to_dense(), torch.tensor([[0.0, math.nan], [2.0, 0.0]])))
+    live["x"] = torch.ones(2, 2).to_sparse(layout=layout)
+    with pytest.raises(SnapshotError, match="no longer the tensor"):
+        restorer.restore(skeleton, live)
+
+
 def test_a_replaced_parameter_is_an_error() -> None:
     # catches a snapshot that silently does not restore a parameter
     flattener = Flattener()
