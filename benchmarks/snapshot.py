@@ -92,7 +92,7 @@ class Measure(GuardMember):
                     timed(lambda: ctypes.memmove(target.data_ptr(), source.data_ptr(), self.bytes)),
                     timed(lambda: memcpy(copies, live)),
                     timed(lambda: snapshot.capture(guard, self.loader)),
-                    timed(lambda: snapshot.restore(guard, self.loader)),
+                    timed(lambda: snapshot.restore(guard, self.loader, "rollback")),
                 )
             )
         trainer.should_stop = True

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import psutil
 
-from kill_suite.equality import differences, final_checkpoint
+from kill_suite.equality import final_checkpoint
 from kill_suite.moments import Moment
 from kill_suite.result import Result
+from stabletrain.testing.checks.equality import differences
 
 EPOCHS, WRITES = 4, 20
 """With one process; with two an epoch has half as many steps."""

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from kill_suite.equality import differences, final_checkpoint
+from kill_suite.equality import final_checkpoint
 from kill_suite.moments import Moment, TooLate, writing
 from kill_suite.result import Result
 from kill_suite.training import PATIENCE, Setup, start
 from stabletrain.runtime.checkpoints import CheckpointError
+from stabletrain.testing.checks.equality import differences
 
 LONGEST = 120.0
 """Seconds after which a training is believed to hang."""

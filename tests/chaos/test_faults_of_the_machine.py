@@ -125,7 +125,7 @@ def test_checkpoints_of_our_own_are_struck_too(train, tmp_path):
     assert fault._last == 5
     with pytest.raises(CheckpointError, match="checksum"):
         verify(tmp_path / "kept" / "step-00000004")
-    assert verify(tmp_path / "kept" / "step-00000008").about.step == 8
+    assert verify(tmp_path / "kept" / "step-00000008").info.step == 8
 
 
 def test_it_is_one_bit_and_bit_rot_has_no_time_of_change(tmp_path):

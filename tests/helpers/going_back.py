@@ -1,4 +1,4 @@
-"""Trainings with dropout, random data and every kind of state, and a callback that goes back at given batches."""
+"""Trainings with dropout, random data and every kind of state, and a callback that restores snapshots."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from stabletrain.runtime.data.train_loader import TrainLoader
 from stabletrain.runtime.guard.callbacks import GuardMember
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.snapshots.snapshot import Snapshot
+from stabletrain.testing.checks.equality import differences
 from stabletrain.testing.trainer import quiet_trainer
 
 SAMPLES, BATCH = 64, 4
@@ -85,7 +86,7 @@ class Moving(torch.optim.Optimizer):
 
 
 class Model(LightningModule):
-    """Dropout, batch normalisation, a scheduler, a metric, epoch averages; writes down what it saw."""
+    """Dropout, batch normalisation, a scheduler, a metric and epoch averages; records every batch and loss."""
 
     def __init__(self, optimizer: str = "adamw", dropout: float = 0.3, scheduler: str | None = "step") -> None:
         super().__init__()
@@ -125,12 +126,12 @@ class Model(LightningModule):
 
 
 class GoBack(GuardMember):
-    """Takes a snapshot every few batches, and goes back to the oldest of the last two at given batches.
+    """Captures a snapshot every few batches, and restores the older of the last two at given batches.
 
     Args:
         every: batches from one snapshot to the next.
-        at: numbers of batch ends, counted from 1 over the whole process, at which to go back.
-        exclude: so many of the last batches are left out.
+        at: batch ends at which to restore, counted from 1 over the whole process, repeated batches included.
+        exclude: number of the last batches to exclude at a restore.
     """
 
     def __init__(self, every: int, at: tuple[int, ...], exclude: int = 0) -> None:
@@ -155,7 +156,7 @@ class GoBack(GuardMember):
             snapshot = self.snapshots[0]
             items = list(self.loader.batches_since(snapshot.mark))  # type: ignore[arg-type]
             dropped = frozenset(items[len(items) - self.exclude :])
-            snapshot.restore(self._guard, self.loader, exclude=dropped)
+            snapshot.restore(self._guard, self.loader, "rollback", dropped)
             self.snapshots = [snapshot]
             self.went_back += 1
         elif self.batches % self.every == 0 and not trainer_internals.window_is_open(trainer):
@@ -165,7 +166,7 @@ class GoBack(GuardMember):
 
 
 class Steps(DummyLogger):
-    """Notes the steps that Lightning logs at."""
+    """Records the steps at which Lightning logs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -178,7 +179,7 @@ class Steps(DummyLogger):
 
 @dataclass
 class Case:
-    """A training to go back in."""
+    """The options of a training."""
 
     optimizer: str = "adamw"
     fp16: bool = False
@@ -192,7 +193,7 @@ class Case:
     trainer: dict[str, Any] = field(default_factory=dict)
 
     def fit(self, *callbacks: Callback) -> tuple[Model, Trainer, Steps]:
-        """Train; everything begins with the same seed."""
+        """Train, always from the same seed."""
         seed_everything(0, verbose=False)
         model, logger = Model(self.optimizer, self.dropout), Steps()
         options: dict[str, Any] = {"max_epochs": 2, **self.trainer}
@@ -219,7 +220,7 @@ class Case:
 
 
 def state_of(model: Model, trainer: Trainer) -> dict[str, Tensor]:
-    """All that training changes, by name; local parts of sharded tensors."""
+    """Everything that training changes, by name; of sharded tensors the local parts."""
     found = {f"model.{name}": each for name, each in model.state_dict().items()}
     found["metric"] = model.seen_mean.mean_value
     optimizer = getattr(trainer.optimizers[0], "optim", trainer.optimizers[0])
@@ -237,14 +238,12 @@ def state_of(model: Model, trainer: Trainer) -> dict[str, Tensor]:
 
 
 def compare(reference: tuple[Model, Trainer, Steps], other: tuple[Model, Trainer, Steps], rng: bool = True) -> None:
-    """Bit for bit: the end, every step on the way, and nothing that loggers see goes back."""
+    """Both runs end with the same bits and made the same steps, and logged steps never decrease."""
     mine, theirs = state_of(*reference[:2]), state_of(*other[:2])
     if not rng:
         del mine["rng"], theirs["rng"]
-    assert mine.keys() == theirs.keys()
-    different = [name for name in mine if not torch.equal(mine[name], theirs[name])]
-    assert not different, f"differ at the end: {different}"
-    last: dict[Any, Any] = {}
+    assert not list(differences(mine, theirs, "the end"))
+    last: dict[Any, Any] = {}  # of batches that came twice, the second
     for row in other[0].rows:
         last[row[0], row[1]] = row
     final = [last[row[0], row[1]] for row in reference[0].rows]
@@ -252,4 +251,4 @@ def compare(reference: tuple[Model, Trainer, Steps], other: tuple[Model, Trainer
     assert other[0].averages[-1] == reference[0].averages[-1], "epoch averages count steps twice"
     if reference[0].validated:
         assert other[0].validated[-2:] == reference[0].validated[-2:]
-    assert other[2].steps == sorted(other[2].steps), "logged steps go back"
+    assert other[2].steps == sorted(other[2].steps), "logged steps decrease"

@@ -1,4 +1,4 @@
-"""Run by torchrun for test_snapshot_distributed.py: goes back in time on two ranks, and asserts on each of them."""
+"""Run by torchrun for test_snapshot_distributed.py: restores snapshots on two ranks, and asserts on each of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from stabletrain.core.rule import Observation
 
 
 def zero(parameters: Any) -> torch.optim.Optimizer:
-    """An optimizer whose state is cut in two; its module warns when it is imported."""
+    """An optimizer whose state is divided among the ranks; imported here, because its module warns at import."""
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     return ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, lr=1e-2)
@@ -32,7 +32,7 @@ def strategy(name: str) -> dict[str, Any]:
 
 
 EXACT: dict[str, tuple[dict[str, Any], int, tuple[int, ...]]] = {
-    # name: the training, batches between snapshots, batch ends at which to go back (8 batches are an epoch)
+    # name: the training, batches between snapshots, batch ends at which to restore (8 batches are an epoch)
     "plain": ({}, 3, (8,)),
     "shuffled, across an epoch's end": ({"shuffle": True, "noise": 0.1}, 3, (9, 14)),
     "validation": ({"shuffle": True, "validation": True}, 3, (9,)),
@@ -41,7 +41,7 @@ EXACT: dict[str, tuple[dict[str, Any], int, tuple[int, ...]]] = {
 
 
 class Damage(Callback):
-    """Once, a weight of one rank becomes NaN."""
+    """Sets a weight of rank 1 to NaN before one batch."""
 
     def __init__(self, at: int) -> None:
         self.at = at
@@ -54,7 +54,7 @@ class Damage(Callback):
 
 
 class Asking(st.SkipNonFinite):  # type: ignore[name-defined,misc]
-    """Asks for a rollback after an attempted step."""
+    """Requests a rollback after an attempted step."""
 
     plugin = "asking"
 
@@ -68,7 +68,7 @@ class Asking(st.SkipNonFinite):  # type: ignore[name-defined,misc]
 
 
 def main(folder: Path) -> None:
-    """All cases; the number of those that passed is left behind."""
+    """Run all cases, and write the names of those that passed."""
     torch.set_num_threads(1)
     going_back.OPTIMIZERS["zero"] = zero
     going_back.Model.configure_model = two_ranks.shard  # type: ignore[method-assign]
@@ -96,7 +96,7 @@ def main(folder: Path) -> None:
     assert rollback.rollbacks == 1
     passed.append("damage on one rank")
 
-    # of 8 batches of each rank, the last ones before the request are left out on both, and the ranks stay together
+    # of 8 batches of each rank, the last ones before the request are excluded on both, and the ranks stay in step
     asking = Asking(7)
     options: dict[str, Any] = {**strategy("ddp"), "default_root_dir": folder, "max_epochs": 1}
     rollback = st.Rollback(**{**quick, "drop": "since_snapshot"})
@@ -106,7 +106,7 @@ def main(folder: Path) -> None:
     assert ranks[0] == ranks[1]
     assert len(rollback.excluded) > 0
     assert trainer.global_step == 8 - len(rollback.excluded)
-    passed.append("left out on both")
+    passed.append("excluded on both")
 
     dist.barrier()
     if dist.get_rank() == 0:

@@ -1,6 +1,6 @@
-"""Kills children at random moments while they save: ``python kill_children.py FOLDER KILLS``; prints the counts.
+"""Kills child processes at random moments while they save: ``python kill_children.py FOLDER KILLS``; prints counts.
 
-The children are forked from one process, since importing torch takes longer than all the rest.
+The children are forked from one process, because importing torch takes longer than all the rest.
 """
 
 import json
@@ -18,8 +18,8 @@ from stabletrain.runtime.checkpoints import CheckpointInfo, Retention, Saver, St
 SIZE = 300_000
 
 
-def save_for_ever(folder: Path, first: int, said: int) -> None:
-    """Save one checkpoint after the other, and say each step that is on the disk."""
+def save_repeatedly(folder: Path, first: int, acknowledge: int) -> None:
+    """Save one checkpoint after the other, and write each step that is on the disk to a pipe."""
     saver = Saver(Store(folder, Retention(last=2)))
     saver.begin("a")
     step = first
@@ -28,7 +28,7 @@ def save_for_ever(folder: Path, first: int, said: int) -> None:
         saver.save({"step": step, "weights": weights}, CheckpointInfo(step=step, run="a"))
         weights.zero_()
         saver.wait()
-        os.write(said, step.to_bytes(8, "little"))
+        os.write(acknowledge, step.to_bytes(8, "little"))
         step += 1
 
 
@@ -37,21 +37,21 @@ def main(folder: Path, kills: int) -> None:
     generator = random.Random(0)
     acknowledged = torn = saves = 0
     killed = 0
-    while killed < kills or (saves < kills and killed < 4 * kills):  # a slow disk has saved less often by then
+    while killed < kills or (saves < kills and killed < 4 * kills):  # on a slow disk, kills come before saves
         killed += 1
-        heard, said = os.pipe()
+        reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
-            os.close(heard)
-            save_for_ever(folder, acknowledged + 1, said)
-        os.close(said)
+            os.close(reader)
+            save_repeatedly(folder, acknowledged + 1, writer)
+        os.close(writer)
         time.sleep(generator.uniform(0.01, 0.12))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        with os.fdopen(heard, "rb") as pipe:
-            words = pipe.read()
-        saves += len(words) // 8
-        acknowledged = max(acknowledged, int.from_bytes(words[-8:], "little"))
+        with os.fdopen(reader, "rb") as pipe:
+            steps = pipe.read()
+        saves += len(steps) // 8
+        acknowledged = max(acknowledged, int.from_bytes(steps[-8:], "little"))
         if not folder.exists() or not acknowledged:
             continue
         torn += sum(name.startswith(".") for name in os.listdir(folder))
@@ -60,7 +60,7 @@ def main(folder: Path, kills: int) -> None:
         found = load(folder)
         assert found["step"] >= acknowledged, (found["step"], acknowledged)
         assert found["weights"].eq(found["step"]).all()
-        acknowledged = found["step"]  # on the disk, though the child did not come to say so
+        acknowledged = found["step"]  # complete, though the child was killed before it acknowledged
     print(json.dumps({"kills": killed, "saves": saves, "torn": torn, "lost": 0, "newest": acknowledged}))
 
 

@@ -93,8 +93,8 @@ def _candidates(trainer: Trainer) -> Iterator[Path]:
         ours = store_of(Path(folder))
         if ours is not None:
             entries = Store(ours).entries()
-            run = entries[-1].manifest.about.run if entries else None
-            paths = [entry.path for entry in reversed(entries) if entry.manifest.about.run == run]
+            run = entries[-1].manifest.info.run if entries else None
+            paths = [entry.path for entry in reversed(entries) if entry.manifest.info.run == run]
         else:
             paths = _lightning_checkpoints(Path(folder))
         for path in paths:

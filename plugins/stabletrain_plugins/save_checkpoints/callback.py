@@ -29,22 +29,27 @@ from stabletrain.runtime.run_length import run_length
 
 logger = logging.getLogger("stabletrain")
 
+_EVERY = "save_checkpoints.every"
+"""What messages call the argument."""
+
 
 class SaveCheckpoints(StopBetweenBatches, Checkpoint):
-    """Checkpoints that are complete or absent, verified when they are read, and written while training goes on.
+    """Save checkpoints that are complete or absent, verified when they are read, and written while training continues.
 
-    To go on from the newest good one: ``Trainer.fit(model, ckpt_path=folder)``. It takes ModelCheckpoint's place.
+    It replaces ModelCheckpoint. To resume from the newest good one: ``Trainer.fit(model, ckpt_path=folder)``.
 
     Args:
         folder: where checkpoints go; None: ``checkpoints`` in the logger's folder, or in ``default_root_dir``.
-        every: interval, or several of them: applied steps (``500``), epochs (``"1ep"``), tokens (``"1e9tok"``), a share
-            of the run (``"2%"``), or a time (``"30s"``, ``"10min"``, ``"2h"``); None: only at the end of the run.
-        keep_last: so many of the newest are kept, >= 1; with 1, a damaged one has no predecessor. None: all.
-        monitor: a metric: after a validation with the best value so far a checkpoint is saved, and kept besides.
+        every: an interval or a list of them: applied steps (``500``), epochs (``"1ep"``), tokens (``"1e9tok"``), a
+            share of the run (``"2%"``), or a time (``"30s"``, ``"10min"``, ``"2h"``); None: only at the end of the run.
+        keep_last: number of the newest checkpoints to keep, >= 1; with 1, there is none to fall back to if it is
+            damaged. None: all.
+        monitor: name of a metric: a checkpoint is saved after each validation with the best value so far, and the best
+            one is kept too. None: no metric.
         mode: whether the smallest (``"min"``) or the largest (``"max"``) value of ``monitor`` is best.
         tokens_per_step: tokens in one step over all ranks, > 0; only for intervals in tokens.
-        background: write from a copy in memory, which takes as much memory as the checkpoint on rank 0; False: training
-            waits for every write.
+        background: write from a copy in memory, which takes as much memory as the checkpoint, on rank 0; False:
+            training waits for every write.
         on_sigterm: on SIGTERM save after the batch, and end the process with exit code 143.
 
     Raises:
@@ -75,15 +80,15 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         self.folder, self.every, self.keep_last = folder, every, keep_last
         self.monitor, self.mode = monitor, mode
         self.tokens_per_step, self.background, self.on_sigterm = tokens_per_step, background, on_sigterm
-        SaveTriggers(every, "save_checkpoints.every")
-        self._forget_fit()
+        SaveTriggers(every, _EVERY)
+        self._reset()
 
-    def _forget_fit(self) -> None:
+    def _reset(self) -> None:
         self._active = self._rehearsed = self._watching = False
-        self._intervals = SaveTriggers(self.every, "save_checkpoints.every")
+        self._triggers = SaveTriggers(self.every, _EVERY)
         self._watch = PreemptionWatch()
         self._saver: Saver | None = None
-        self._place: Path | None = None
+        self._directory: Path | None = None
         self._saved_at: tuple[int, int] | None = None
         self._run = secrets.token_hex(8)
         self._fitted: weakref.ref[Trainer] | None = None
@@ -95,32 +100,34 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
     @property
     def last(self) -> str | None:
         """The newest complete checkpoint, for ``ckpt_path``; None if there is none yet."""
-        place = self._place or (Path(self.folder) if self.folder is not None else None)
-        found = newest(place) if place is not None else None
+        folder = self._directory or (Path(self.folder) if self.folder is not None else None)
+        found = newest(folder) if folder is not None else None
         return None if found is None else str(found)
 
     @property
     def best_model_path(self) -> str:
-        """The best checkpoint by ``monitor``, or else the newest, which is what ``ckpt_path="best"`` means."""
+        """The best checkpoint by ``monitor``, or the newest if there is none; used for ``ckpt_path="best"``."""
         best = None if self._saver is None else self._saver.best(self._run)
         return str(best.path) if best else self.last or ""
 
     def save(self, trainer: Trainer, *, wait: bool = False, value: float | None = None) -> Path | None:
-        """Save a checkpoint now; to be called on all ranks, between batches.
+        """Save a checkpoint now. Call it on all ranks, between batches.
+
+        If the checkpoint cannot be written, a warning is logged and training continues.
 
         Args:
             trainer: in a fit.
             wait: return when it is on the disk.
-            value: of the monitored metric, if it was just measured.
+            value: of the monitored metric, if a validation has just ended.
 
         Returns:
-            The newest checkpoint on the disk, on rank 0 and with ``wait``; a disk that refuses is reported, not raised.
+            The newest complete checkpoint, on rank 0 with ``wait``; else None.
         """
         checkpoint = trainer_internals.dump_checkpoint(trainer)
         self._saved_at = _position(trainer)
-        self._intervals.saved(time.monotonic())
+        self._triggers.saved(time.monotonic())
         if self._saver is not None:
-            about = CheckpointInfo(
+            info = CheckpointInfo(
                 step=trainer.global_step,
                 run=self._run,
                 epoch=trainer.current_epoch,
@@ -130,13 +137,13 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
                 value=value,
                 whole=not trainer_internals.window_is_open(trainer),
             )
-            self._saver.save(checkpoint, about, wait)
+            self._saver.save(checkpoint, info, wait)
         if wait:
             trainer.strategy.barrier("stabletrain.save_checkpoints")
         return self._saver.newest if self._saver is not None and wait else None
 
     def wait(self) -> None:
-        """Return when nothing is being written any more."""
+        """Wait for an unfinished write."""
         if self._saver is not None:
             self._saver.wait()
 
@@ -148,11 +155,12 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         return self.plugin
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Make ``ckpt_path`` take our folders, and find the place to write."""
+        """Let ``ckpt_path`` accept folders of checkpoints, and determine the folder to write to."""
         if trainer_internals.reads_own_checkpoints(trainer):
             raise UserError(
-                f"save_checkpoints: {type(trainer.strategy).__name__} writes checkpoints in a format of its own. Use "
-                "Lightning's ModelCheckpoint (plugins/checkpoints=none), or strategy=ddp"
+                f"save_checkpoints: expected a strategy that gathers the checkpoint on rank 0, got "
+                f"{type(trainer.strategy).__name__}, which writes its own format. Use Lightning's ModelCheckpoint "
+                "(plugins/checkpoints=none), or strategy=ddp"
             )
         strategy = trainer.strategy
         if not isinstance(strategy.checkpoint_io, VerifiedIO):
@@ -160,36 +168,39 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         if stage != "fit":
             return
         run = self._run if self._fitted is not None and self._fitted() is trainer else None
-        self._forget_fit()
+        self._reset()
         self._run, self._fitted = run or self._run, weakref.ref(trainer)
-        root = trainer.log_dir or trainer.default_root_dir  # asks all ranks: not only on rank 0
-        self._place = (Path(root) / "checkpoints" if self.folder is None else Path(self.folder)).expanduser().absolute()
+        root = trainer.log_dir or trainer.default_root_dir  # a collective, so it is called on every rank
+        self._directory = (
+            (Path(root) / "checkpoints" if self.folder is None else Path(self.folder)).expanduser().absolute()
+        )
         self._active = not trainer_internals.is_fast_dev_run(trainer)
         self._recipe = recipe_hash(Path(trainer.default_root_dir), but=("chaos",))
         if self._active and trainer.is_global_zero:
-            keep = Retention(last=self.keep_last, metric=self.monitor, mode=self.mode)
-            self._saver = Saver(Store(self._place, keep), self.background)
+            retention = Retention(last=self.keep_last, metric=self.monitor, mode=self.mode)
+            self._saver = Saver(Store(self._directory, retention), self.background, f"the interval ({_EVERY})")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The length of the run is known, and Lightning has installed its signal handlers."""
+        """Start the intervals and watch SIGTERM: the run's length is known, and Lightning's handlers are installed."""
         if not self._active:
             return
         run = run_length(trainer, self.tokens_per_step)
-        self._intervals.start(run, trainer.global_step, time.monotonic())
+        self._triggers.start(run, trainer.global_step, time.monotonic())
         self._watching = self.on_sigterm and self._watch.take_over(trainer)
-        # whether a signal is watched decides about collectives, so all ranks must agree on it
+        # decides whether collectives are called, so all ranks must agree
         self._watching = bool(trainer.strategy.broadcast(self._watching))
         if self._saver is not None:
             self._saver.begin(self._run)
             if self._loaded_recipe and self._recipe and self._loaded_recipe != self._recipe:
                 logger.warning(
-                    "the checkpoint was made with another recipe than this run's: compare the run.yaml of both runs"
+                    "save_checkpoints: the checkpoint was made with another recipe than this run's: compare the "
+                    "run.yaml of both runs"
                 )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save if it is time, once the gradients of the window have been used."""
+        """Save if a checkpoint is due; with accumulation, only after the optimizer step."""
         if not self._active or trainer_internals.window_is_open(trainer):
             return
         if not self._rehearsed:
@@ -215,14 +226,14 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         raise SystemExit(EXIT_CODE)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save if the monitored metric has never been better."""
+        """Save if the monitored metric has its best value so far."""
         if not self._active or self.monitor is None or trainer.sanity_checking:
             return
         if self.monitor not in trainer.callback_metrics:
             known = ", ".join(sorted(trainer.callback_metrics)) or "none"
             raise UserError(
-                f"save_checkpoints: monitor={self.monitor!r} is no metric after validation; there are: {known} "
-                "(config key plugins.checkpoints.monitor)"
+                f"save_checkpoints: monitor must be a metric that is logged until the end of validation, got "
+                f"{self.monitor!r}; there are: {known} (config key plugins.checkpoints.monitor)"
             )
         value = float(trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor])))
         is_best = self._saver is not None and self._saver.is_best(self._run, value)
@@ -230,7 +241,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
             self.save(trainer, value=value)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The end of the run is saved, and on the disk, before anything else is done."""
+        """Save the end of the run, unless it is saved already, and wait until it is on the disk."""
         if not self._active:
             return
         if self._saved_at != _position(trainer):
@@ -239,11 +250,11 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         trainer.strategy.barrier("stabletrain.save_checkpoints")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """What is being written is finished; the state of a run that failed is not saved."""
+        """Finish an unfinished write; the state of a failed run is not saved."""
         self.wait()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the trainer as it was."""
+        """Finish an unfinished write, and give the strategy its CheckpointIO back."""
         self.wait()
         if isinstance(trainer.strategy.checkpoint_io, VerifiedIO):
             trainer.strategy.checkpoint_io = trainer.strategy.checkpoint_io.inner
@@ -253,28 +264,28 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         return {"run": self._run, "recipe": self._recipe}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The run goes on under its identity."""
+        """Take over the identity of the run that is resumed."""
         self._run, self._loaded_recipe = state_dict["run"], state_dict["recipe"]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickles and copies leave the running fit behind."""
+        """Pickle and copy only the arguments, not the state of a running fit."""
         return {key: value for key, value in self.__dict__.items() if not key.startswith("_")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._forget_fit()
+        self._reset()
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 
     def _is_due(self, trainer: Trainer) -> bool:
-        """Whether a checkpoint is due; clocks differ between ranks, this does not."""
-        due = self._intervals.due(trainer.global_step, time.monotonic())
-        if trainer.world_size > 1 and self._intervals.seconds is not None:
+        """Whether a checkpoint is due, by the clock of any rank; the same on all ranks."""
+        due = self._triggers.due(trainer.global_step, time.monotonic())
+        if trainer.world_size > 1 and self._triggers.seconds is not None:
             due = trainer.strategy.reduce_boolean_decision(due, all=False)
         return due
 
     def _rehearse(self, trainer: Trainer) -> None:
-        """After the first step: what cannot be saved is refused now, and the first snapshot finds its memory ready."""
+        """After the first step: refuse what cannot be saved, and allocate the memory for the copy."""
         self._rehearsed = True
         checkpoint = trainer_internals.dump_checkpoint(trainer)
         if self._saver is not None:

@@ -1,4 +1,4 @@
-"""In a Trainer: what is saved when, that resuming equals never having stopped, and how a signal ends a process."""
+"""In a Trainer: what is saved when, that a resumed run equals an uninterrupted one, and how a signal ends a run."""
 
 import contextlib
 import copy
@@ -71,7 +71,7 @@ def names(folder: Path) -> list[str]:
 
 
 def steps_of(folder: Path) -> list[int]:
-    return [entry.manifest.about.step for entry in Store(folder).entries()]
+    return [entry.manifest.info.step for entry in Store(folder).entries()]
 
 
 def equal(one: LightningModule, other: LightningModule) -> bool:
@@ -157,16 +157,16 @@ def test_a_run_goes_on_from_a_checkpoint_that_has_all_gradients(tmp_path: Path) 
 
     whole, _ = train(tmp_path / "whole")
     _, saver = train(tmp_path / "cut", Killed())
-    about = [entry.manifest.about for entry in Store(tmp_path / "cut").entries()]
-    assert [(each.step, each.whole) for each in about] == [(4, True), (4, False)]
+    info = [entry.manifest.info for entry in Store(tmp_path / "cut").entries()]
+    assert [(each.step, each.whole) for each in info] == [(4, True), (4, False)]
     assert saver.last == str(tmp_path / "cut" / "step-00000004")
     assert Path(saver.best_model_path).name == "step-00000004-2"
     resumed, _ = train(tmp_path / "cut", resume=tmp_path / "cut")
     assert equal(resumed, whole)
 
 
-def test_a_metric_that_is_not_there_is_said_with_those_that_are(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"monitor='acc'.*val_loss"):
+def test_a_missing_metric_is_an_error_that_names_those_there_are(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"got 'acc'; there are: .*val_loss"):
         fit(SaveCheckpoints(tmp_path, monitor="acc"), model=Model(val=(1.0,)), steps=16, val=True)
 
 
@@ -202,7 +202,7 @@ def test_a_resumed_run_keeps_its_identity_and_its_number_of_checkpoints(tmp_path
     fit(SaveCheckpoints(tmp_path, every=2), steps=4)
     fit(SaveCheckpoints(tmp_path, every=2), steps=8, resume=tmp_path)
     assert steps_of(tmp_path) == [6, 8]
-    assert len({entry.manifest.about.run for entry in Store(tmp_path).entries()}) == 1
+    assert len({entry.manifest.info.run for entry in Store(tmp_path).entries()}) == 1
 
 
 def test_a_new_run_in_a_used_folder_deletes_nothing_and_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -349,7 +349,7 @@ def test_two_processes_stop_together_and_agree_on_what_they_load(tmp_path: Path)
     assert process.returncode == 143, errors
     found = load(tmp_path / "c")
     entry = Store(tmp_path / "c").entries()[-1]
-    assert entry.manifest.about.world_size == 2
+    assert entry.manifest.info.world_size == 2
     reached = found["global_step"]
     process = run_script(tmp_path, {**options, "steps": reached + 2, "resume": str(tmp_path / "c")})
     _, errors = process.communicate(timeout=120)

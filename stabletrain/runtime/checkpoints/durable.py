@@ -1,4 +1,4 @@
-"""Files that survive a power cut: written, checksummed, synced; and folders that appear and vanish in one rename."""
+"""Files written, checksummed and synced to the disk; folders published and deleted in one rename."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import psutil
 import xxhash
 
 _CHUNK = 4 << 20
-"""Bytes hashed and then written at a time: few enough to be still in the processor's cache for the second."""
+"""Bytes hashed and then written at a time: few enough to stay in the processor's cache between the two."""
 _HOST = os.uname().nodename if hasattr(os, "uname") else "host"
 _WRITING = ".writing-"
 _DELETED = ".deleted-"
@@ -22,7 +22,7 @@ _DAY = 86_400.0
 
 
 class FileRecord(NamedTuple):
-    """What a manifest says of a file.
+    """Size and checksum of a file.
 
     Args:
         bytes: its size.
@@ -34,14 +34,14 @@ class FileRecord(NamedTuple):
 
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileRecord:
-    """Write a new file to the disk itself, and return its size and checksum.
+    """Write a new file, sync it to the disk, and return its size and checksum.
 
     Args:
         path: must not exist.
         chunks: the content, in pieces of any size.
 
     Raises:
-        OSError: whatever the disk says; the file is then incomplete.
+        OSError: if it cannot be written; it is then incomplete.
     """
     digest = xxhash.xxh3_128()
     size = 0
@@ -56,7 +56,7 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileRecord:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable; file systems that cannot sync folders are believed to need no sync."""
+    """Sync the names in a folder to the disk; file systems that cannot sync folders are assumed not to need it."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -68,11 +68,11 @@ def sync_folder(folder: Path) -> None:
 
 
 def new_folder(parent: Path, name: str) -> Path:
-    """Make a folder to write in, whose name says that it is not complete, and who writes it.
+    """Make a folder to write in; its name marks it as incomplete, with the host and process that write it.
 
     Args:
         parent: where it will be published; made if missing.
-        name: what it will be called.
+        name: its name after `publish`.
     """
     parent.mkdir(parents=True, exist_ok=True)
     folder = parent / f"{_WRITING}{name}-{_HOST}-{os.getpid()}"
@@ -82,11 +82,11 @@ def new_folder(parent: Path, name: str) -> Path:
 
 
 def publish(folder: Path, name: str) -> Path:
-    """Give a complete folder its name in one rename, after everything in it, and before returning, is durable.
+    """Give a complete folder its final name in one rename, and sync the folder before it and the parent after it.
 
     Args:
         folder: made by `new_folder`; all its files are synced.
-        name: must be free.
+        name: its final name; must not exist.
     """
     sync_folder(folder)
     final = folder.with_name(name)
@@ -96,7 +96,7 @@ def publish(folder: Path, name: str) -> Path:
 
 
 def discard(folder: Path) -> None:
-    """Delete a folder: it loses its name first, so that it is never seen half deleted."""
+    """Delete a folder; it is renamed first, so that no reader sees it half deleted."""
     gone = folder.with_name(f"{_DELETED}{folder.name}-{_HOST}-{os.getpid()}")
     shutil.rmtree(gone, ignore_errors=True)
     folder.rename(gone)
@@ -104,7 +104,7 @@ def discard(folder: Path) -> None:
 
 
 def sweep(parent: Path) -> None:
-    """Remove what killed processes have left half written or half deleted; what a living one works on stays.
+    """Remove half written and half deleted folders of processes that no longer exist.
 
     Args:
         parent: a folder of checkpoints.
@@ -120,9 +120,9 @@ def _in_use(folder: Path) -> bool:
     owner, _, process = folder.name.rpartition("-")
     try:
         touched = folder.stat().st_mtime
-        if not (owner.endswith(f"-{_HOST}") and process.isdecimal()):  # another host's: its process cannot be asked
+        if not (owner.endswith(f"-{_HOST}") and process.isdecimal()):  # another host's: its processes are not visible
             return time.time() - touched < _DAY
-        # in a container that was restarted, another process has that number: often this one
+        # in a restarted container another process, often this one, has the same number
         return bool(psutil.Process(int(process)).create_time() <= touched)
     except (OSError, psutil.NoSuchProcess):
         return False

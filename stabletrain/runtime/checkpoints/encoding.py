@@ -1,7 +1,7 @@
 """A checkpoint as data: its tensors in a list, everything else as JSON that can only become plain Python again.
 
-There is no pickle: reading a file can run no code. JSON objects are tagged containers, so that integer keys, tuples,
-sets and non-finite numbers come back as what they were:
+There is no pickle: reading a file cannot run code from the file. JSON objects are tagged containers, so that integer
+keys, tuples, sets and non-finite numbers come back as what they were:
 
 | Python | JSON |
 |---|---|
@@ -9,12 +9,15 @@ sets and non-finite numbers come back as what they were:
 | dict, ordered dict | `{"d": [[key, value], ...]}`, `{"o": ...}`; `"m"`: the versions in a module's state |
 | tuple, set, frozenset, deque | `{"t": [...]}`, `{"s": [...]}`, `{"fs": [...]}`, `{"q": [[...], maxlen]}` |
 | tensor, numpy array | `{"T": index}`, `{"N": index}` |
+| wrapper-subclass tensor | `{"W": {"class": ..., "inner": [[name, tensor], ...], "context", "size", "stride"}}` |
 | inf and nan, complex, bytes | `{"f": "nan"}`, `{"c": [re, im]}`, `{"b": base64}` |
 | torch dtype, device, size | `{"dtype": "bfloat16"}`, `{"device": "cpu"}`, `{"size": [...]}` |
 | path | `{"path": "..."}` |
 
-A tensor that appears in several places (tied weights) is stored once, and is one tensor again when it is read.
-Subclasses come back as their base: an enum member as its value, a defaultdict as a dict, a parameter as a tensor.
+A tensor that appears in several positions (tied weights) is stored once, and is one tensor again when it is read.
+Subclasses come back as their base: an enum member as its value, a defaultdict as a dict, a parameter as a tensor. The
+exception are wrapper subclasses that are declared safe with ``torch.serialization.add_safe_globals``, when they are
+written and when they are read.
 """
 
 from __future__ import annotations
@@ -23,8 +26,8 @@ import base64
 import math
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePath
+from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -32,24 +35,28 @@ import torch
 from torch import Tensor
 
 from stabletrain.runtime.checkpoints.manifest import CheckpointError
+from stabletrain.runtime.snapshots.state_tree import DictNode, Flattener, ObjectNode, SequenceNode, TensorNode
+from stabletrain.runtime.snapshots.tensor_kinds import WrapperLayout, class_name, not_dense, registered_wrappers
 
 _OPTIONAL = ("hyper_parameters", "datamodule_hyper_parameters", "hparams_type", "datamodule_hparams_type")
-"""What only `load_from_checkpoint` needs: things in there that are not data are left out."""
+"""Entries that only ``load_from_checkpoint`` needs: values in them that are no data are omitted."""
+_TAGS = {list: None, tuple: "t", set: "s", frozenset: "fs", deque: "q"}
 
 
 class Encoded:
-    """A checkpoint taken apart.
+    """A checkpoint as a tree of JSON values and a list of plain tensors.
 
     Args:
         checkpoint: a dict, as Lightning's ``dump_checkpoint`` gives it.
 
     Raises:
-        CheckpointError: if it holds something that cannot be stored as data; the message names the place.
+        CheckpointError: if it holds something that cannot be stored as data; the message names its path.
 
-    >>> packed = Encoded({"step": 3, "weights": torch.ones(2), "seen": (1, 2)})
-    >>> packed.tree, packed.names
+    >>> encoded = Encoded({"step": 3, "weights": torch.ones(2), "seen": (1, 2)})
+    >>> encoded.tree, encoded.names
     ({'d': [['step', 3], ['weights', {'T': 0}], ['seen', {'t': [1, 2]}]]}, ['weights'])
-    >>> decode(packed.tree, packed.tensors)
+    >>> from stabletrain.runtime.checkpoints.decoding import decode
+    >>> decode(encoded.tree, encoded.tensors)
     {'step': 3, 'weights': tensor([1., 1.]), 'seen': (1, 2)}
     """
 
@@ -57,159 +64,197 @@ class Encoded:
         self.tensors: list[Tensor] = []
         self.names: list[str] = []
         self.omitted: list[str] = []
-        """What was left out of the hyper-parameters, each as a text."""
-        self._seen: dict[tuple[Any, ...], int] = {}
-        self._used = {"__metadata__"}  # the one name that the tensor file keeps for itself
+        """The hyper-parameters that were omitted, each with its path and class."""
+        encoder = _Encoder(self)
         pairs = []
         for key, value in checkpoint.items():
             try:
-                kept = self._without_objects(value, key) if key in _OPTIONAL else self._node(value, str(key))
+                node = encoder.without_objects(value, key) if key in _OPTIONAL else encoder.value(value, str(key))
             except RecursionError:
                 raise CheckpointError(
                     f"checkpoint: {key} holds a container that is in itself, or is too deep"
                 ) from None
-            if kept is not _NOTHING:
-                pairs.append([self._node(key, "key"), kept])
+            if node is not _OMITTED:
+                pairs.append([encoder.value(key, "key"), node])
         self.tree: dict[str, Any] = {"d": pairs}
 
-    def _node(self, value: Any, place: str) -> Any:
-        kind = type(value)
-        if value is None or kind in (bool, int, str):
-            return value
-        if kind is float:
-            return value if math.isfinite(value) else {"f": repr(value)}
-        if isinstance(value, Tensor):
-            return {"T": self._tensor(value, place)}
+
+class _Encoder:
+    """Adds values to an `Encoded`: flattened as snapshots do it, and then the skeleton as JSON."""
+
+    def __init__(self, encoded: Encoded) -> None:
+        self._encoded = encoded
+        self._flattener = Flattener(take=lambda value: value)
+        self._first_at: dict[int, int] = {}  # address -> index of the first tensor that begins there
+        self._others_at: dict[int, list[int]] = {}  # and of other tensors that begin there
+        self._used = {"__metadata__"}  # a name that the tensor file reserves
+
+    def value(self, value: Any, path: str) -> Any:
+        """A value as JSON.
+
+        Args:
+            value: anything.
+            path: where it is in the checkpoint, for tensor names and errors.
+
+        Raises:
+            CheckpointError: if it holds something that cannot be stored as data.
+        """
+        return self._node(self._flattener.flatten(value), path)
+
+    def without_objects(self, value: Any, path: str) -> Any:
+        """Hyper-parameters as JSON; values that are no data are omitted one by one, and listed in ``omitted``."""
+        omegaconf = sys.modules.get("omegaconf")
+        if omegaconf is not None and omegaconf.OmegaConf.is_config(value):
+            value = omegaconf.OmegaConf.to_container(value, resolve=True, throw_on_missing=False)
         if isinstance(value, dict):
-            return self._dict(value, place)
-        if kind is list:
-            return self._items(value, place)
+            pairs = [
+                [self.value(key, path), self.without_objects(item, f"{path}.{key}")] for key, item in value.items()
+            ]
+            return {"d": [pair for pair in pairs if pair[1] is not _OMITTED]}
+        encoded = self._encoded
+        before = len(encoded.tensors)
+        try:
+            return self.value(value, path)
+        except CheckpointError:
+            del encoded.tensors[before:], encoded.names[before:]
+            self._first_at = {at: index for at, index in self._first_at.items() if index < before}
+            self._others_at = {at: [i for i in some if i < before] for at, some in self._others_at.items()}
+            if not isinstance(value, type):
+                encoded.omitted.append(f"{path} ({class_name(type(value))})")
+            return _OMITTED
+
+    def _node(self, node: Any, path: str) -> Any:
+        kind = type(node)
+        if kind is TensorNode:
+            return self._tensor(node, path)
+        if node is None or kind in (bool, int, str):
+            return node
+        if kind is DictNode:
+            return self._dict(node, path)
+        if kind is SequenceNode:
+            return self._sequence(node, path)
+        if kind is float:
+            return node if math.isfinite(node) else {"f": repr(node)}
+        return self._other(node.value if kind is ObjectNode else node, path)
+
+    def _dict(self, node: DictNode, path: str) -> dict[str, Any]:
+        pairs = [
+            [key if type(key) is str else self.value(key, f"{path} key"), self._node(item, f"{path}.{key}")]
+            for key, item in node.items
+        ]
+        if not issubclass(node.kind, OrderedDict):
+            return {"d": pairs}
+        if node.metadata is None:
+            return {"o": pairs}
+        return {"o": pairs, "m": self._node(node.metadata, f"{path}._metadata")}
+
+    def _sequence(self, node: SequenceNode, path: str) -> Any:
+        if node.kind not in _TAGS:
+            raise _refusal(node.kind, path)
+        items = [self._node(item, f"{path}.{i}") for i, item in enumerate(node.items)]
+        tag = _TAGS[node.kind]
+        if tag is None:
+            return items
+        return {tag: [items, node.maxlen] if tag == "q" else items}
+
+    def _other(self, value: Any, path: str) -> Any:
         if isinstance(value, np.ndarray | np.generic):
-            return self._numpy(value, place)
+            return self._numpy(value, path)
         if isinstance(value, str | int | float):  # an enum member, or another subclass: its plain value
-            plain = next(base for base in (str, int, float) if isinstance(value, base))
-            return self._node(str.__str__(value) if plain is str else plain(value), place)
+            base = next(each for each in (str, int, float) if isinstance(value, each))
+            return self._node(str.__str__(value) if base is str else base(value), path)
         if isinstance(value, bytes | complex | torch.dtype | torch.device | PurePath):
             return _scalar(value)
         if isinstance(value, torch.Size):
             return {"size": list(value)}
         if isinstance(value, deque):
-            return {"q": [self._items(value, place), value.maxlen]}
-        for tag, base in (("t", tuple), ("s", set), ("fs", frozenset)):
-            if kind is base:
-                return {tag: self._items(value, place)}
-        raise CheckpointError(
-            f"checkpoint: {place} is a {kind.__module__}.{kind.__qualname__}, and checkpoints hold only tensors and "
-            "plain Python, since they are read as data. Turn it into plain values where the state is made "
-            "(state_dict, on_save_checkpoint)"
-        )
+            return self.value(deque(value, value.maxlen), path)
+        raise _refusal(type(value), path)
 
-    def _items(self, values: Any, place: str) -> list[Any]:
-        return [self._node(item, f"{place}.{i}") for i, item in enumerate(values)]
-
-    def _dict(self, value: dict[Any, Any], place: str) -> dict[str, Any]:
-        pairs = [[self._node(key, f"{place} key"), self._node(item, f"{place}.{key}")] for key, item in value.items()]
-        if not isinstance(value, OrderedDict):
-            return {"d": pairs}
-        metadata = getattr(value, "_metadata", None)
-        return {"o": pairs} if metadata is None else {"o": pairs, "m": self._node(metadata, f"{place}._metadata")}
-
-    def _numpy(self, value: np.ndarray[Any, Any] | np.generic, place: str) -> Any:
+    def _numpy(self, value: np.ndarray[Any, Any] | np.generic, path: str) -> Any:
         if isinstance(value, np.generic):
             plain = value.item()
             if not isinstance(plain, np.generic):
-                return self._node(plain, place)
+                return self.value(plain, path)
         else:
             try:
-                return {"N": self._tensor(torch.from_numpy(np.array(value)), place)}
+                return {"N": self._add(torch.from_numpy(np.array(value)), path)}
             except (TypeError, ValueError):
                 pass
-        raise CheckpointError(f"checkpoint: {place} holds numpy {value.dtype}, which no tensor can; use another type")
+        raise CheckpointError(f"checkpoint: {path} holds numpy {value.dtype}, which no tensor can; use another type")
 
-    def _tensor(self, tensor: Tensor, place: str) -> int:
-        wrapped = hasattr(tensor, "__tensor_flatten__") or hasattr(tensor, "to_local")
-        if wrapped or tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_nested:
-            what = f"{type(tensor).__name__} of layout {tensor.layout} on {tensor.device}"
-            raise CheckpointError(f"checkpoint: {place} is a {what}; only plain dense tensors can be stored")
-        tensor = tensor.detach().resolve_conj().resolve_neg()
-        same = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
-        index = self._seen.get(same) if tensor.numel() else None
-        if index is None:
-            index = self._seen[same] = len(self.tensors)
-            name = place if place not in self._used else f"{place}#{index}"
-            self._used.add(name)
-            self.tensors.append(tensor)
-            self.names.append(name)
+    def _tensor(self, node: TensorNode, path: str) -> dict[str, Any]:
+        if node.wrapper is not None:
+            return {"W": self._wrapper(node, node.wrapper, path)}
+        if node.is_sharded:
+            raise CheckpointError(
+                f"checkpoint: {path} is a DTensor, of which this process holds one part; only whole tensors can be "
+                "stored. Gather it where the state is made (full_tensor), or let the strategy write the checkpoints"
+            )
+        tensor = self._flattener.tensors[node.first]
+        problem = not_dense(tensor)
+        if node.layout is not torch.strided:
+            problem = f"Tensor of layout {node.layout} on {node.device}"
+        if problem is not None:
+            raise CheckpointError(f"checkpoint: {path} is a {problem}; only plain dense tensors can be stored")
+        return {"T": self._add(tensor, path)}
+
+    def _wrapper(self, node: TensorNode, layout: WrapperLayout, path: str) -> dict[str, Any]:
+        name = class_name(layout.kind)
+        if registered_wrappers().get(name) is not layout.kind:
+            raise CheckpointError(
+                f"checkpoint: {path} is a tensor of class {name}, which may not be built from a file yet: import the "
+                f"package that registers it, or call torch.serialization.add_safe_globals([{layout.kind.__name__}]), "
+                "in the run that writes checkpoints and in those that read them"
+            )
+        if layout.stride is None or not all(type(each) is int for each in (*layout.size, *layout.stride)):
+            raise CheckpointError(f"checkpoint: {path} is a {name} without a fixed size and stride; store its parts")
+        return {
+            "class": name,
+            "inner": [
+                [each, self._node(inner, f"{path}.{each}")]
+                for each, inner in zip(layout.names, node.inner, strict=True)
+            ],
+            "context": self.value(layout.context, f"{path} context"),
+            "size": list(layout.size),
+            "stride": list(layout.stride),
+        }
+
+    def _add(self, tensor: Tensor, path: str) -> int:
+        if tensor.is_conj() or tensor.is_neg():
+            tensor = tensor.resolve_conj().resolve_neg()
+        encoded = self._encoded
+        address, index = tensor.data_ptr(), len(encoded.tensors)
+        if address not in self._first_at:
+            self._first_at[address] = index
+        elif tensor.numel():
+            others = self._others_at.setdefault(address, [])
+            for known in (self._first_at[address], *others):
+                if _is_same(tensor, encoded.tensors[known]):
+                    return known
+            others.append(index)
+        if path in self._used:
+            path = f"{path}#{index}"
+        self._used.add(path)
+        encoded.tensors.append(tensor)
+        encoded.names.append(path)
         return index
 
-    def _without_objects(self, value: Any, place: str) -> Any:
-        """Hyper-parameters as data: what is no data is left out, key by key, and noted."""
-        omegaconf = sys.modules.get("omegaconf")
-        if omegaconf is not None and omegaconf.OmegaConf.is_config(value):
-            value = omegaconf.OmegaConf.to_container(value, resolve=True, throw_on_missing=False)
-        if isinstance(value, dict):
-            kept = [
-                (self._node(key, place), self._without_objects(item, f"{place}.{key}")) for key, item in value.items()
-            ]
-            return {"d": [[key, item] for key, item in kept if item is not _NOTHING]}
-        before = len(self.tensors)
-        try:
-            return self._node(value, place)
-        except CheckpointError:
-            del self.tensors[before:], self.names[before:]
-            self._seen = {same: index for same, index in self._seen.items() if index < before}
-            if not isinstance(value, type):
-                self.omitted.append(f"{place} ({type(value).__module__}.{type(value).__qualname__})")
-            return _NOTHING
+
+_OMITTED = object()
 
 
-_NOTHING = object()
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors that begin at one address are the same elements."""
+    mine, theirs = ((each.device, each.dtype, each.shape, each.stride()) for each in (one, other))
+    return mine == theirs
 
 
-def decode(tree: Any, tensors: Sequence[Tensor]) -> Any:
-    """The inverse of `Encoded`.
-
-    Args:
-        tree: its tree.
-        tensors: its tensors, or equal ones.
-
-    Raises:
-        CheckpointError: if the tree has a tag that this version does not know.
-    """
-    if isinstance(tree, list):
-        return [decode(item, tensors) for item in tree]
-    if not isinstance(tree, dict):
-        return tree
-    tag, value = next(iter(tree.items()))
-    if tag == "T":
-        return tensors[value]
-    if tag == "N":
-        return tensors[value].numpy()
-    if tag == "d":
-        return {decode(key, tensors): decode(item, tensors) for key, item in value}
-    if tag == "o":
-        ordered = OrderedDict((decode(key, tensors), decode(item, tensors)) for key, item in value)
-        if "m" in tree:
-            ordered._metadata = decode(tree["m"], tensors)  # type: ignore[attr-defined]
-        return ordered
-    if tag == "q":
-        return deque(decode(value[0], tensors), maxlen=value[1])
-    if tag in _COLLECTIONS:
-        return _COLLECTIONS[tag](decode(value, tensors))
-    if tag in _SCALARS:
-        return _SCALARS[tag](value)
-    raise CheckpointError(f"checkpoint: unknown kind of value {tag!r}; a newer stabletrain wrote it: update this one")
-
-
-_COLLECTIONS: dict[str, Any] = {"t": tuple, "s": set, "fs": frozenset, "size": torch.Size}
-_SCALARS: dict[str, Any] = {
-    "f": float,
-    "c": lambda parts: complex(*map(float, parts)),
-    "b": base64.b64decode,
-    "path": Path,
-    "device": torch.device,
-    "dtype": lambda name: dtype_of(name),
-}
+def _refusal(kind: type, path: str) -> CheckpointError:
+    return CheckpointError(
+        f"checkpoint: {path} is a {class_name(kind)}, and checkpoints hold only tensors and plain Python, since they "
+        "are read as data. Turn it into plain values where the state is made (state_dict, on_save_checkpoint)"
+    )
 
 
 def _scalar(value: Any) -> dict[str, Any]:
@@ -222,15 +267,3 @@ def _scalar(value: Any) -> dict[str, Any]:
     if isinstance(value, torch.device):
         return {"device": str(value)}
     return {"dtype": str(value).removeprefix("torch.")}
-
-
-def dtype_of(name: str) -> torch.dtype:
-    """The dtype of a name such as ``bfloat16``.
-
-    Raises:
-        CheckpointError: if torch has no such dtype.
-    """
-    found = getattr(torch, name, None)
-    if not isinstance(found, torch.dtype):
-        raise CheckpointError(f"checkpoint: this version of torch has no dtype {name!r}")
-    return found

@@ -1,4 +1,4 @@
-"""The Lightning side of reading: ``ckpt_path=`` takes our folders, and files as before."""
+"""The CheckpointIO with which ``ckpt_path=`` accepts folders of verified checkpoints, besides Lightning's files."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Broadcast = Callable[[Any], Any]
 
 
 class VerifiedIO(CheckpointIO):
-    """Reads our checkpoints, verified, the same on all ranks; hands everything else to another CheckpointIO.
+    """Reads verified checkpoints, the same one on all ranks, and passes everything else to another CheckpointIO.
 
     Args:
-        inner: what reads and writes single files.
-        broadcast: gives rank 0's object to all ranks.
+        inner: reads and writes single files.
+        broadcast: returns rank 0's object on all ranks.
         first: whether this is rank 0.
     """
 
@@ -31,10 +31,10 @@ class VerifiedIO(CheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a checkpoint; ``weights_only`` concerns files alone, ours hold nothing but data.
+        """Read a checkpoint; ``weights_only`` concerns single files, verified checkpoints hold only data.
 
         Raises:
-            CheckpointError: on all ranks, if rank 0 finds no good one, or another rank cannot read the one it found.
+            CheckpointError: on all ranks, if rank 0 finds no good one; on any rank that cannot read the one it found.
         """
         if not is_ours(path):
             return self.inner.load_checkpoint(path, map_location, weights_only)
@@ -51,13 +51,13 @@ class VerifiedIO(CheckpointIO):
         return (found or read(Path(chosen))).checkpoint
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write a single file, as before."""
+        """Write a single file with the inner CheckpointIO."""
         self.inner.save_checkpoint(checkpoint, path, storage_options)
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Remove a single file, as before."""
+        """Remove a single file with the inner CheckpointIO."""
         self.inner.remove_checkpoint(path)
 
     def teardown(self) -> None:
-        """The end of the process."""
+        """Called by Lightning at the end of a run."""
         self.inner.teardown()

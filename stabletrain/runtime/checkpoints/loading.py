@@ -1,4 +1,4 @@
-"""Reading checkpoints: verified while they are read, and the previous good one in place of a damaged one."""
+"""Reads checkpoints and verifies them in the same pass; instead of a damaged one, the previous good one is read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 from stabletrain.runtime.checkpoints import tensor_file
-from stabletrain.runtime.checkpoints.encoding import decode, dtype_of
+from stabletrain.runtime.checkpoints.decoding import decode, dtype_of
 from stabletrain.runtime.checkpoints.manifest import CheckpointError, Manifest
 from stabletrain.runtime.checkpoints.store import (
     PREFIX,
@@ -45,21 +45,20 @@ def load(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint that `SaveCheckpoints` wrote, verified, as data: nothing in it can run code.
 
     Args:
-        path: a checkpoint (``.../step-00000100``), or a folder of checkpoints, or a run's folder, or ``.../last``:
-            the newest good one. In place of a damaged one the previous good one of the run is read, and a warning
-            says so.
+        path: a checkpoint (``.../step-00000100``); or a folder of checkpoints, a run's folder or ``.../last``, for the
+            newest good one. Instead of a damaged one the previous good one of the run is read, with a warning.
 
     Returns:
         What was saved, as for ``torch.load``; tensors on the CPU.
 
     Raises:
-        CheckpointError: if there is no good one; the message says what is wrong with each.
+        CheckpointError: if there is no good one; the message names the damage of each.
     """
     return load_good(path).checkpoint
 
 
 def load_good(path: str | Path) -> Loaded:
-    """As `load`, and say which one it was."""
+    """As `load`, with the path and the manifest of the checkpoint that was read."""
     problems: list[str] = []
     for candidate in _candidates(Path(path)):
         try:
@@ -69,22 +68,22 @@ def load_good(path: str | Path) -> Loaded:
             continue
         if problems:
             logger.warning(
-                "checkpoints: %s; going on from %s (step %d)",
+                "checkpoints: %s; reading %s (step %d) instead",
                 "; ".join(problems),
                 found.path,
-                found.manifest.about.step,
+                found.manifest.info.step,
             )
         return found
     if problems:
-        raise CheckpointError(f"checkpoints: none in {path} can be used: {'; '.join(problems)}")
+        raise CheckpointError(f"checkpoints: none in {path} can be read: {'; '.join(problems)}")
     raise CheckpointError(f"checkpoints: there is none in {path}; expected a checkpoint, or a folder of checkpoints")
 
 
 def read(path: Path) -> Loaded:
-    """Read exactly this checkpoint.
+    """Read this checkpoint, or fail.
 
     Raises:
-        CheckpointError: if it is damaged, and how.
+        CheckpointError: if it is damaged; the message names the damage.
     """
     manifest = Manifest.read(path)
     problem = size_problem(path, manifest.files)
@@ -93,7 +92,7 @@ def read(path: Path) -> Loaded:
     try:
         raw = (path / STATE).read_bytes()
         if xxhash.xxh3_128(raw).hexdigest() != manifest.files[STATE].xxh3_128:
-            raise CheckpointError(f"{STATE} does not have the checksum it was written with")
+            raise CheckpointError(f"{STATE} does not match its checksum")
         state = json.loads(raw)
         wanted = {name: (dtype_of(dtype), shape) for name, dtype, shape in state["tensors"]}
         tensors = tensor_file.read(path / TENSORS, manifest.files[TENSORS], wanted)
@@ -106,7 +105,7 @@ def verify(path: str | Path) -> Manifest:
     """Read every byte of a checkpoint and compare it with its manifest.
 
     Raises:
-        CheckpointError: if it is damaged, and how.
+        CheckpointError: if it is damaged; the message names the damage.
     """
     return read(Path(path)).manifest
 
@@ -114,7 +113,7 @@ def verify(path: str | Path) -> Manifest:
 def newest(path: str | Path) -> Path | None:
     """The newest complete checkpoint of a folder of checkpoints or a run's folder; its content is not verified.
 
-    One that was made within an accumulation window is the last choice.
+    One that was made within an accumulation window is returned only if there is no other.
 
     Args:
         path: the folder; may be missing.
@@ -127,7 +126,7 @@ def newest(path: str | Path) -> Path | None:
 
 
 def store_of(path: Path) -> Path | None:
-    """The folder of checkpoints that a path means: itself, a run's folder, or ``.../last``; None if it means none."""
+    """The folder of checkpoints at a path: itself, that of a run's folder, or the parent of ``.../last``; or None."""
     if path.name == "last" and not path.exists():
         path = path.parent
     for folder in (path, path / "checkpoints"):
@@ -137,12 +136,12 @@ def store_of(path: Path) -> Path | None:
 
 
 def is_ours(path: str | Path) -> bool:
-    """Whether a path is a checkpoint of ours, or a place that holds some."""
+    """Whether a path is a checkpoint of this format, or a folder that holds some."""
     return is_checkpoint(Path(path)) or store_of(Path(path)) is not None
 
 
 def _candidates(path: Path) -> Iterator[Path]:
-    """The checkpoints to try, best first: never a later one than was asked for, never another run's."""
+    """The checkpoints to try, best first: none later than the requested one, and none of another run."""
     if is_checkpoint(path):
         yield path
         entries = Store(path.parent).entries()
@@ -151,7 +150,7 @@ def _candidates(path: Path) -> Iterator[Path]:
             entries = [e for e in entries if e.manifest.sequence < own.sequence and _same_run(e.manifest, own)]
         else:
             of_run = [entry for entry in entries if _same_run(entry.manifest, entries[-1].manifest)]
-            entries = [entry for entry in of_run if entry.manifest.about.step <= _step(path)]
+            entries = [entry for entry in of_run if entry.manifest.info.step <= _step(path)]
         yield from (entry.path for entry in _best_first(entries))
         return
     folder = store_of(path)
@@ -160,23 +159,23 @@ def _candidates(path: Path) -> Iterator[Path]:
     entries = Store(folder).entries()
     known = {entry.path for entry in entries}
     if entries:
-        newest_step = entries[-1].manifest.about.step
+        newest_step = entries[-1].manifest.info.step
         entries = [entry for entry in entries if _same_run(entry.manifest, entries[-1].manifest)]
     else:
         newest_step = -1
-    # those whose manifest is gone were perhaps the newest: reading them fails, and so they are named
+    # one without a manifest may have been the newest: reading it fails, and the warning names it
     yield from (each for each in checkpoint_folders(folder) if each not in known and _step(each) >= newest_step)
     yield from (entry.path for entry in _best_first(entries))
 
 
 def _best_first(entries: Sequence[Entry]) -> list[Entry]:
-    """The newest first, and after all others those from which a run cannot go on exactly."""
-    whole = [entry for entry in entries if entry.manifest.about.whole]
-    return [*reversed(whole), *(entry for entry in reversed(entries) if not entry.manifest.about.whole)]
+    """The newest first; those from which a run cannot resume exactly come last."""
+    whole = [entry for entry in entries if entry.manifest.info.whole]
+    return [*reversed(whole), *(entry for entry in reversed(entries) if not entry.manifest.info.whole)]
 
 
 def _same_run(one: Manifest, other: Manifest) -> bool:
-    return one.about.run == other.about.run
+    return one.info.run == other.info.run
 
 
 def _step(path: Path) -> int:

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: what it holds, the checksum of every file, and of itself."""
+"""The manifest of a checkpoint: its step and run, the checksum of every file, and a checksum of the manifest."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ FORMAT = 1
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be written as it is, or cannot be read."""
+    """A checkpoint holds something that cannot be stored, or cannot be read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointInfo:
-    """What a checkpoint says of itself.
+    """Step, run and metric of a checkpoint.
 
     Args:
         step: applied optimizer steps.
-        run: identity of the run; a resumed run keeps it.
-        epoch: passes over the training data that were complete.
-        world_size: processes that trained together.
-        recipe: hash of the recipe, if it is known.
-        metric: name of the monitored metric that it was saved for.
+        run: identity of the run; a resumed run has the same.
+        epoch: complete passes over the training data.
+        world_size: number of processes.
+        recipe: hash of the recipe; None: unknown.
+        metric: name of the monitored metric that it was saved for; None: it was saved for another reason.
         value: that metric's value.
-        whole: made between two optimizer steps. One made within an accumulation window, by a validation there, lacks
-            the gradients of the window: a run cannot go on from it exactly.
+        whole: made between two optimizer steps. A checkpoint that a validation makes within an accumulation window
+            lacks the gradients of the window: a run cannot resume from it exactly.
     """
 
     step: int
@@ -52,24 +52,24 @@ class Manifest:
     """A manifest.
 
     Args:
-        sequence: counts the checkpoints of a folder in the order of writing. After a rollback the newest checkpoint
-            is not the one with the highest step.
-        about: what the checkpoint says of itself.
+        sequence: number of the checkpoint in its folder, in the order of writing. After a rollback the newest
+            checkpoint is not the one with the highest step.
+        info: step, run and metric of the checkpoint.
         files: name -> size and checksum.
         versions: of the software that wrote it.
     """
 
     sequence: int
-    about: CheckpointInfo
+    info: CheckpointInfo
     files: Mapping[str, FileRecord]
     versions: Mapping[str, str]
 
     def write(self, folder: Path) -> None:
-        """Write it into a checkpoint's folder, durably."""
+        """Write it into a checkpoint's folder, and sync it to the disk."""
         content = {
             "format": FORMAT,
             "sequence": self.sequence,
-            **asdict(self.about),
+            **asdict(self.info),
             "versions": dict(self.versions),
             "files": {name: record._asdict() for name, record in self.files.items()},
         }
@@ -94,12 +94,12 @@ class Manifest:
         except (ValueError, AttributeError, RecursionError):
             content = signed = None
         if content is None or raw != signed:
-            raise CheckpointError(f"{NAME} does not have the checksum it was written with")
+            raise CheckpointError(f"{NAME} does not match its checksum")
         if content["format"] != FORMAT:
-            raise CheckpointError(f"format {content['format']}, and this version reads {FORMAT}: update stabletrain")
+            raise CheckpointError(f"expected format {FORMAT}, got format {content['format']}: update stabletrain")
         return cls(
             sequence=content["sequence"],
-            about=CheckpointInfo(
+            info=CheckpointInfo(
                 **{field: content[field] for field in CheckpointInfo.__dataclass_fields__ if field in content}
             ),
             files={name: FileRecord(**record) for name, record in content["files"].items()},
@@ -108,6 +108,6 @@ class Manifest:
 
 
 def _signed(content: Mapping[str, Any]) -> bytes:
-    """The one text that a content is written as; its checksum is over the text without it."""
+    """The text of a manifest, with the checksum of its content added; equal contents give equal texts."""
     checksum = xxhash.xxh3_128(json.dumps(content).encode()).hexdigest()
     return (json.dumps({**content, "checksum": checksum}, indent=1) + "\n").encode()

@@ -1,4 +1,4 @@
-"""Saving while training goes on: a snapshot in memory, which one thread at a time writes to the disk."""
+"""Saves while training continues: tensors are copied in memory, and a thread writes the copy to the disk."""
 
 from __future__ import annotations
 
@@ -26,111 +26,116 @@ _NICENESS = 10
 class Saver:
     """Writes the checkpoints of one run, at most one at a time.
 
-    Its thread is not a daemon: a process that ends waits for the write in flight.
+    The writing thread is not a daemon: at its end the process waits for an unfinished write.
 
     Args:
         store: where they go.
-        snapshots: copy the tensors and write behind training's back; False: training waits for every write.
+        background: copy the tensors and write the copy in a thread; False: training waits for every write.
+        setting: what the user sets the time between saves with; named in the warning that a write takes longer.
     """
 
-    def __init__(self, store: Store, snapshots: bool = True) -> None:
+    def __init__(self, store: Store, background: bool = True, setting: str = "the interval between saves") -> None:
         self.store = store
         self.newest: Path | None = None
-        """The newest checkpoint that is on the disk."""
+        """The newest checkpoint that was written completely."""
+        self._setting = setting
         self._waited = 0.0
-        self._told_waiting = False
-        self._buffers = SnapshotBuffers() if snapshots else None
+        self._buffers = SnapshotBuffers() if background else None
         self._thread: threading.Thread | None = None
-        self._warned_omitted = False
+        self._warned_waiting = self._warned_omitted = False
 
     @property
     def nbytes(self) -> int:
-        """Memory that the snapshot takes, bytes."""
+        """Memory of the copy, bytes."""
         return 0 if self._buffers is None else self._buffers.nbytes
 
     def begin(self, run: str) -> None:
-        """Clear away what killed processes have left half written, and say so if the folder is shared with other runs.
+        """Remove the incomplete folders of killed processes, and warn if the folder holds checkpoints of other runs.
 
         Args:
             run: identity of this run.
         """
         with contextlib.suppress(OSError):
             self.store.sweep()
-        others = [each.path.name for each in self.store.entries() if each.manifest.about.run != run]
+        others = [each.path.name for each in self.store.entries() if each.manifest.info.run != run]
         if others:
             logger.warning(
-                "%s holds checkpoints of another run (%s); they are left alone, but it is resumed from the newest "
-                "of all, whoever wrote it: give every run a folder of its own",
+                "%s holds checkpoints of another run (%s); they are not deleted, but resuming from this folder reads "
+                "the newest checkpoint of any run: use a separate folder for each run",
                 self.store.folder,
                 ", ".join(others),
             )
 
     def prepare(self, checkpoint: Mapping[str, Any]) -> None:
-        """Find out early whether such a checkpoint can be stored, and get the memory for it in the background.
+        """Check early that such a checkpoint can be stored, and allocate the memory for its copy in the background.
+
+        Args:
+            checkpoint: its content, which is not written.
 
         Raises:
-            CheckpointError: if it holds something that is no data.
+            CheckpointError: if it holds something that cannot be stored as data.
         """
-        packed = Encoded(checkpoint)
-        self._warn_omitted(packed)
+        encoded = Encoded(checkpoint)
+        self._warn_omitted(encoded)
         buffers = self._buffers
         if buffers is not None:
-            self._start(lambda: buffers.prepare(packed.tensors))
+            self._start(lambda: buffers.prepare(encoded.tensors))
 
-    def save(self, checkpoint: Mapping[str, Any], about: CheckpointInfo, wait: bool = False) -> None:
-        """Save a checkpoint. A disk that refuses is reported, and ends nothing.
+    def save(self, checkpoint: Mapping[str, Any], info: CheckpointInfo, wait: bool = False) -> None:
+        """Save a checkpoint. If it cannot be written, a warning is logged and training continues.
 
         Args:
             checkpoint: its content; may change again when this returns.
-            about: what it says of itself.
+            info: its step, run and metric.
             wait: return when it is on the disk.
 
         Raises:
-            CheckpointError: if it holds something that is no data.
+            CheckpointError: if it holds something that cannot be stored as data.
         """
         self._wait_for_previous()
-        packed = Encoded(checkpoint)
-        self._warn_omitted(packed)
+        encoded = Encoded(checkpoint)
+        self._warn_omitted(encoded)
         if wait or self._buffers is None:
-            self._write(about, packed)
+            self._write(info, encoded)
             return
-        self._buffers.copy_in(packed.tensors)
-        packed.tensors = self._buffers.tensors
-        self._start(lambda: self._write(about, packed))
+        self._buffers.copy_in(encoded.tensors)
+        encoded.tensors = self._buffers.tensors
+        self._start(lambda: self._write(info, encoded))
 
     def wait(self) -> None:
-        """Return when nothing is being written any more."""
+        """Wait for an unfinished write."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def best(self, run: str) -> Entry | None:
-        """The best checkpoint of a run by the store's metric, the one being written included."""
+        """The best checkpoint of a run by the store's metric; waits for an unfinished write."""
         self.wait()
-        return self.store.best(e for e in self.store.entries() if e.manifest.about.run == run)
+        return self.store.best(e for e in self.store.entries() if e.manifest.info.run == run)
 
     def is_best(self, run: str, value: float) -> bool:
-        """Whether a value of the store's metric is better than that of every checkpoint of a run; NaN never is."""
+        """Whether a value of the store's metric is finite, and better than that of every checkpoint of a run."""
         best = self.best(run)
-        known = None if best is None else best.manifest.about.value
+        known = None if best is None else best.manifest.info.value
         if known is None or not math.isfinite(value):
             return math.isfinite(value)
-        return value < known if self.store.keep.mode == "min" else value > known
+        return value < known if self.store.retention.mode == "min" else value > known
 
-    def _write(self, about: CheckpointInfo, packed: Encoded) -> None:
+    def _write(self, info: CheckpointInfo, encoded: Encoded) -> None:
         try:
-            self.newest = self.store.write(about, packed.tree, packed.names, packed.tensors)
+            self.newest = self.store.write(info, encoded.tree, encoded.names, encoded.tensors)
         except OSError as error:
-            good = "there is none yet" if self.newest is None else f"the newest good one is {self.newest.name}"
+            good = "there is none yet" if self.newest is None else f"the newest complete one is {self.newest.name}"
             logger.warning(
-                "the checkpoint of step %d could not be written to %s: %s; %s, and the next one is tried as planned",
-                about.step,
+                "the checkpoint of step %d could not be written to %s: %s; %s. Training continues, and the next "
+                "checkpoint is written as planned",
+                info.step,
                 self.store.folder,
                 error.strerror or error,
                 good,
             )
         except Exception:
-            logger.exception("the checkpoint of step %d could not be written; training goes on", about.step)
+            logger.exception("the checkpoint of step %d could not be written; training continues", info.step)
 
     def _start(self, job: Callable[[], None]) -> None:
         self.wait()
@@ -143,29 +148,29 @@ class Saver:
         self._thread.start()
 
     def _wait_for_previous(self) -> None:
-        began = time.monotonic()
+        start = time.monotonic()
         self.wait()
-        self._waited += time.monotonic() - began
-        if self._waited > 1.0 and not self._told_waiting:
-            self._told_waiting = True
+        self._waited += time.monotonic() - start
+        if self._waited > 1.0 and not self._warned_waiting:
+            self._warned_waiting = True
             logger.warning(
-                "training has waited %.1f s for checkpoints to be written: the interval (save_checkpoints.every) is "
-                "shorter than a write",
+                "training has waited %.1f s for checkpoints to be written: %s is shorter than a write, so increase it",
                 self._waited,
+                self._setting,
             )
 
-    def _warn_omitted(self, packed: Encoded) -> None:
-        if packed.omitted and not self._warned_omitted:
+    def _warn_omitted(self, encoded: Encoded) -> None:
+        if encoded.omitted and not self._warned_omitted:
             self._warned_omitted = True
             logger.warning(
-                "checkpoints are read as data and so leave out %s; resuming does not need them, load_from_checkpoint "
-                "must be given them",
-                ", ".join(packed.omitted),
+                "checkpoints hold only data, so these objects are omitted: %s; resuming does not need them, but pass "
+                "them to load_from_checkpoint",
+                ", ".join(encoded.omitted),
             )
 
 
 def _yield_to_training() -> None:
-    """Where processor cores are short, the writer waits, not training; on Linux every thread has its own priority."""
+    """Lower this thread's priority, so that on a busy machine it waits for training; only Linux has one per thread."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)

@@ -1,12 +1,12 @@
-"""A folder of checkpoints, each a folder that is complete from the moment it has its name.
+"""A folder of checkpoints. Each checkpoint is a folder that gets its name only when it is complete.
 
     checkpoints/
       step-00000100/  manifest.json  state.json  tensors.safetensors
       step-00000200/  ...
-      .writing-step-00000300-host-4711/        never read; removed when the next run begins
+      .writing-step-00000300-host-4711/        never read; removed when the next run starts
 
 Order of a write: files, fsync, manifest, fsync, rename, fsync of the parent. Only then are older checkpoints deleted.
-There is no pointer file: the newest checkpoint is the complete one that was written last, and cannot be out of date.
+There is no pointer file that could be out of date: the newest checkpoint is the complete one that was written last.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class Retention:
     """Which checkpoints of a run are not deleted.
 
     Args:
-        last: this many of the newest, >= 1; None: all. One that is not whole does not count.
-        metric: also the best by this metric; None: no other.
+        last: number of the newest to retain, >= 1; None: all. One that is not whole does not count.
+        metric: the best by this metric is retained too; None: no other.
         mode: whether the smallest or the largest value is best.
     """
 
@@ -72,29 +72,29 @@ class Store:
 
     Args:
         folder: made at the first write.
-        keep: what a write leaves of the run's older ones; those of other runs are never deleted.
+        retention: which of the run's older ones a write retains; those of other runs are never deleted.
     """
 
     folder: Path
-    keep: Retention = field(default_factory=Retention)
+    retention: Retention = field(default_factory=Retention)
 
-    def write(self, about: CheckpointInfo, tree: Any, names: Sequence[str], tensors: Sequence[Tensor]) -> Path:
+    def write(self, info: CheckpointInfo, tree: Any, names: Sequence[str], tensors: Sequence[Tensor]) -> Path:
         """Write a checkpoint; when this returns, it is on the disk.
 
         Args:
-            about: what it says of itself.
-            tree: what `Encoded` made of it.
+            info: its step, run and metric.
+            tree: its content as JSON values, from `Encoded`.
             names: of the tensors.
-            tensors: the tensors, which must not change meanwhile.
+            tensors: the tensors, which must not change during the call.
 
         Returns:
             Its folder.
 
         Raises:
-            OSError: if the disk refuses; older checkpoints are untouched, and nothing of the new one is left.
+            OSError: if it cannot be written; older checkpoints are untouched, and the new one is removed.
         """
         older = self.entries()
-        name = self._free_name(about.step)
+        name = self._free_name(info.step)
         folder = durable.new_folder(self.folder, name)
         try:
             index = [
@@ -107,13 +107,13 @@ class Store:
                 STATE: durable.write_file(folder / STATE, [state]),
             }
             sequence = 1 + max((entry.manifest.sequence for entry in older), default=0)
-            Manifest(sequence=sequence, about=about, files=files, versions=_versions()).write(folder)
+            Manifest(sequence=sequence, info=info, files=files, versions=_versions()).write(folder)
             final = durable.publish(folder, name)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         try:
-            self._prune(about.run)
+            self._prune(info.run)
         except OSError as error:
             logger.warning("old checkpoints in %s could not be deleted: %s", self.folder, error)
         return final
@@ -129,27 +129,27 @@ class Store:
         return sorted(found, key=lambda entry: entry.manifest.sequence)
 
     def sweep(self) -> None:
-        """Remove what killed processes left half written."""
+        """Remove the incomplete folders of killed processes."""
         durable.sweep(self.folder)
 
     def best(self, entries: Iterable[Entry]) -> Entry | None:
         """The best of some checkpoints by the monitored metric; of equal ones the first."""
-        scored = [(e.manifest.about.value, e) for e in entries if e.manifest.about.metric == self.keep.metric]
+        scored = [(e.manifest.info.value, e) for e in entries if e.manifest.info.metric == self.retention.metric]
         known = [(value, entry) for value, entry in scored if value is not None]
-        if self.keep.metric is None or not known:
+        if self.retention.metric is None or not known:
             return None
-        choose = min if self.keep.mode == "min" else max
+        choose = min if self.retention.mode == "min" else max
         return choose(known, key=lambda each: each[0])[1]
 
     def _prune(self, run: str) -> None:
-        if self.keep.last is None:
+        if self.retention.last is None:
             return
-        mine = [entry for entry in self.entries() if entry.manifest.about.run == run]
-        whole = [entry for entry in mine if entry.manifest.about.whole]
-        kept = {entry.path for entry in (whole or mine)[-self.keep.last :]}
+        mine = [entry for entry in self.entries() if entry.manifest.info.run == run]
+        whole = [entry for entry in mine if entry.manifest.info.whole]
+        retained = {entry.path for entry in (whole or mine)[-self.retention.last :]}
         best = self.best(mine)
         for entry in mine:
-            if entry.path not in kept and (best is None or entry.path != best.path):
+            if entry.path not in retained and (best is None or entry.path != best.path):
                 durable.discard(entry.path)
 
     def _free_name(self, step: int) -> str:
@@ -161,7 +161,7 @@ class Store:
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
-    """The folders of a folder that are called as checkpoints are, by name.
+    """The subfolders with a checkpoint's name, sorted by name.
 
     Args:
         folder: may be missing.
@@ -174,19 +174,19 @@ def checkpoint_folders(folder: Path) -> list[Path]:
 
 
 def size_problem(path: Path, files: Mapping[str, FileRecord]) -> str | None:
-    """What is wrong with a checkpoint at a glance: a file that is missing or has another size."""
+    """A file of a checkpoint that is missing or has another size, as a message; None if there is none."""
     for name, record in files.items():
         try:
             size = (path / name).stat().st_size
         except OSError:
             return f"{name} is missing"
         if size != record.bytes:
-            return f"{name} has {size} bytes, and {record.bytes} were written"
+            return f"{name} has {size} bytes, expected {record.bytes}"
     return None
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a folder is one checkpoint, be it damaged."""
+    """Whether a path is a folder of one checkpoint, which may be damaged."""
     return path.is_dir() and ((path / MANIFEST).exists() or path.name.startswith(PREFIX))
 
 

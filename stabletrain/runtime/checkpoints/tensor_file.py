@@ -1,6 +1,6 @@
 """Tensors in one file of the safetensors format, written and read as a stream: the checksum costs no extra pass.
 
-Reading needs nothing but this module; any tool that knows safetensors can read the files too.
+The safetensors package is not needed; every tool that reads this format can read the files.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_HEADER_LIMIT = 100_000_000  # bytes, as the format's own readers have it
+_HEADER_LIMIT = 100_000_000  # bytes, the limit of the safetensors package
 
 
 def chunks(names: Sequence[str], tensors: Sequence[Tensor]) -> Iterator[bytes | memoryview]:
-    """The content of a file, piece by piece.
+    """Yield the content of a file, piece by piece.
 
     Args:
-        names: of the tensors, all different.
+        names: of the tensors, all distinct.
         tensors: plain dense tensors, on any device and of any stride.
     """
     # the widest first, so that every tensor is aligned without gaps
@@ -64,16 +64,18 @@ def chunks(names: Sequence[str], tensors: Sequence[Tensor]) -> Iterator[bytes | 
             yield _bytes(tensors[i].detach().cpu().contiguous())
 
 
-def read(path: Path, record: FileRecord, wanted: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> dict[str, Tensor]:
-    """Read a file and verify it in the same pass; every tensor gets memory of its own.
+def read(
+    path: Path, record: FileRecord, expected: Mapping[str, tuple[torch.dtype, Sequence[int]]]
+) -> dict[str, Tensor]:
+    """Read a file and verify it in the same pass; every tensor gets its own memory.
 
     Args:
         path: the file.
         record: its size and checksum.
-        wanted: dtype and shape of each tensor, by name: all that are in the file.
+        expected: dtype and shape of every tensor in the file, by name.
 
     Raises:
-        CheckpointError: if the file is not what was written, or holds other tensors.
+        CheckpointError: if size, checksum or header differ from what was written, or the file holds other tensors.
         OSError: if it cannot be read.
     """
     digest = xxhash.xxh3_128()
@@ -85,7 +87,7 @@ def read(path: Path, record: FileRecord, wanted: Mapping[str, tuple[torch.dtype,
             while done < len(target):
                 count = file.readinto(target[done : done + (16 << 20)])
                 if not count:
-                    raise CheckpointError(f"{path.name} ends too early")
+                    raise CheckpointError(f"{path.name} is shorter than expected")
                 digest.update(target[done : done + count])
                 done += count
 
@@ -96,34 +98,34 @@ def read(path: Path, record: FileRecord, wanted: Mapping[str, tuple[torch.dtype,
             raise CheckpointError(f"{path.name} has a damaged header")
         text = bytearray(length)
         take(memoryview(text))
-        places = _places(path, text)
-        if set(places) != set(wanted):
+        offsets = _read_offsets(path, text)
+        if set(offsets) != set(expected):
             raise CheckpointError(f"{path.name} has a damaged header")
-        for name in sorted(places, key=lambda each: places[each]):
-            dtype, shape = wanted[name]
+        for name in sorted(offsets, key=lambda each: offsets[each]):
+            dtype, shape = expected[name]
             tensor = torch.empty(list(shape), dtype=dtype)
-            if tensor.numel() * tensor.element_size() != places[name][1] - places[name][0]:
+            if tensor.numel() * tensor.element_size() != offsets[name][1] - offsets[name][0]:
                 raise CheckpointError(f"{path.name} has a damaged header")
             if tensor.numel():
                 take(_bytes(tensor))
             found[name] = tensor
         if file.read(1):
-            raise CheckpointError(f"{path.name} is longer than it was written")
+            raise CheckpointError(f"{path.name} is longer than expected")
     if digest.hexdigest() != record.xxh3_128:
-        raise CheckpointError(f"{path.name} does not have the checksum it was written with")
+        raise CheckpointError(f"{path.name} does not match its checksum")
     return found
 
 
-def _places(path: Path, text: bytearray) -> dict[str, tuple[int, int]]:
+def _read_offsets(path: Path, text: bytearray) -> dict[str, tuple[int, int]]:
     try:
-        places = {name: tuple(entry["data_offsets"]) for name, entry in json.loads(text).items()}
-        spans = sorted(places.values())
+        offsets = {name: tuple(entry["data_offsets"]) for name, entry in json.loads(text).items()}
+        spans = sorted(offsets.values())
         without_gap = all(before[1] == after[0] for before, after in itertools.pairwise(spans))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         without_gap = False
     if not without_gap:
         raise CheckpointError(f"{path.name} has a damaged header")
-    return places
+    return offsets
 
 
 def _bytes(tensor: Tensor) -> memoryview:

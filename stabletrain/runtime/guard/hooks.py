@@ -38,16 +38,38 @@ class RequestHandler(Protocol):
 
 @runtime_checkable
 class HasOwnState(Protocol):
-    """A callback, module or data module with state that a rollback must restore and that only the object itself knows.
+    """A callback, LightningModule or LightningDataModule whose state a snapshot does not find by itself.
 
-    Parameters, buffers, optimizers, torchmetrics metrics and plugins of stabletrain are restored without it.
+    A snapshot finds parameters, buffers, metrics, optimizers, schedulers, the loss scaler, models that a callback
+    averages, early stopping, plugins and random generators. Other state that training changes, such as a list in a
+    callback, is part of a snapshot if its owner defines these two methods. Both are called in ``on_train_batch_end``,
+    on every rank, between two optimizer steps, and neither may call a collective.
+
+    Example::
+
+        class CountBatches(Callback):
+            def __init__(self):
+                self.count = 0
+
+            def on_train_batch_end(self, *args):
+                self.count += 1
+
+            def snapshot_state(self):
+                return {"count": self.count}
+
+            def restore_state(self, state):
+                self.count = state["count"]
     """
 
     def snapshot_state(self) -> Any:
-        """Return the state; it is deep-copied."""
+        """Return the state. It is deep-copied, so the live object may be returned."""
 
     def restore_state(self, state: Any) -> None:
-        """Take a state back that `snapshot_state` returned."""
+        """Take a state back.
+
+        Args:
+            state: a deep copy of what ``snapshot_state`` returned; a snapshot may be restored several times.
+        """
 
 
 _ARGUMENTS = {

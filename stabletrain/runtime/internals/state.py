@@ -1,4 +1,4 @@
-"""What `runtime.compat` is for the state of a run: the private attributes that a snapshot reads and writes."""
+"""The private attributes of Lightning, torch and torchmetrics that a snapshot reads and writes."""
 
 from __future__ import annotations
 
@@ -13,16 +13,21 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 _METRIC_FIELDS = ("_update_count", "_computed", "_forward_cache")
-"""What a metric remembers besides its states."""
+"""Attributes of a metric that change at each update, besides its states."""
 
 
 def progress(trainer: Trainer) -> list[dict[str, Any]]:
-    """The counts of the fit loop and of all loops in it; not what loggers count by, which must never go back."""
+    """The counters of the fit loop and of its inner loops; not the step that loggers use, which must never decrease."""
     return [tracker.state_dict() for tracker in _trackers(trainer.fit_loop)]
 
 
 def set_progress(trainer: Trainer, states: Sequence[dict[str, Any]]) -> None:
-    """Put the counts back; no loop restarts."""
+    """Restore the counters; no loop restarts.
+
+    Args:
+        trainer: in a fit.
+        states: from `progress`.
+    """
     for tracker, state in zip(_trackers(trainer.fit_loop), states, strict=True):
         tracker.load_state_dict(state)
 
@@ -36,19 +41,24 @@ def _trackers(loop: _Loop) -> Iterator[_BaseProgress]:
 
 
 def set_global_step(trainer: Trainer, step: int) -> None:
-    """Count optimizer steps from here on."""
+    """Set the count of applied optimizer steps."""
     counts = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
     counts.ready = counts.completed = step
 
 
 def epoch_averages(trainer: Trainer) -> dict[str, dict[str, Any]]:
-    """What ``self.log(on_epoch=True)`` has gathered so far in this epoch; the tensors are replaced, never changed."""
+    """What ``self.log(on_epoch=True)`` has accumulated in this epoch; its tensors are replaced, never written to."""
     results = trainer.fit_loop.epoch_loop._results
     return {key: dict(metric_fields(metric)) for key, metric in results.items()}
 
 
 def set_epoch_averages(trainer: Trainer, saved: dict[str, dict[str, Any]]) -> None:
-    """Put them back; what was logged for the first time since begins anew."""
+    """Restore the averages; those that were logged for the first time since then are removed.
+
+    Args:
+        trainer: in a fit.
+        saved: from `epoch_averages`.
+    """
     results = trainer.fit_loop.epoch_loop._results
     for key in list(results):
         if key not in saved:
@@ -58,7 +68,7 @@ def set_epoch_averages(trainer: Trainer, saved: dict[str, dict[str, Any]]) -> No
 
 
 def metric_fields(metric: Metric) -> dict[str, Any]:
-    """A torchmetrics metric's states: neither parameters nor buffers, and replaced or changed at every update."""
+    """The states of a torchmetrics metric, which are no parameters or buffers, and its other changing attributes."""
     names = [*metric._defaults, *(name for name in (*_METRIC_FIELDS, "has_reset") if name in vars(metric))]
     return {name: getattr(metric, name) for name in names}
 
@@ -69,23 +79,23 @@ def metrics_in(module: nn.Module) -> list[Metric]:
 
 
 def buffer_owners(module: nn.Module) -> list[nn.Module]:
-    """The modules inside that have buffers, metrics aside."""
+    """A module and its submodules that have buffers, without metrics."""
     return [each for each in module.modules() if each._buffers and not isinstance(each, Metric)]
 
 
 def buffers_of(module: nn.Module) -> dict[str, Any]:
-    """A module's own buffers, non-persistent ones included; the dictionary that the module uses."""
+    """The dictionary of a module's own buffers itself, not a copy; non-persistent ones included."""
     return module._buffers
 
 
 def averages_in(callback: Callback, module: LightningModule) -> list[nn.Module]:
-    """Models that a callback keeps of its own, such as the average of ``WeightAveraging``."""
-    mine = [each for each in vars(callback).values() if isinstance(each, nn.Module)]
-    trained = set(module.modules()) if mine else set()
-    return [each for each in mine if each not in trained]
+    """Models in a callback's attributes that are not in the trained module, as the average of ``WeightAveraging``."""
+    models = [each for each in vars(callback).values() if isinstance(each, nn.Module)]
+    trained = set(module.modules()) if models else set()
+    return [each for each in models if each not in trained]
 
 
 def state_holders(optimizer: Optimizer) -> list[Optimizer]:
-    """The optimizer, and those that it wraps: ZeroRedundancyOptimizer keeps its state in ``.optim``."""
+    """The optimizer and those that it wraps; ZeroRedundancyOptimizer has its state in ``.optim``."""
     inner = [each for each in vars(optimizer).values() if isinstance(each, Optimizer)]
     return [optimizer, *(holder for each in inner for holder in state_holders(each))]

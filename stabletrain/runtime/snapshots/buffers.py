@@ -1,9 +1,9 @@
-"""Copies of tensors in memory, at the speed of a plain memcpy: into buffers that are allocated and touched beforehand.
+"""Copies of tensors in memory at the speed of a plain memcpy, into buffers allocated and written beforehand.
 
-A fresh page of memory costs a page fault on its first write, which makes a copy into new tensors 3 to 60 times slower
-than one into buffers that have been written before. So buffers are kept, and used again while the layout is the same.
-One thread with ordinary stores does not reach the memory's speed, so a large copy is shared by a few: training waits
-for it, and the processor's cores have nothing else to do.
+The first write to a fresh page of memory costs a page fault, which makes a copy into new tensors 3 to 60 times slower
+than one into buffers that have been written before. So buffers are used again while the layout stays the same. One
+thread does not reach the memory's bandwidth, so a large copy is divided among up to four: training waits for the copy,
+and the processor's cores are idle.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from stabletrain.runtime.snapshots.tensor_kinds import plain_tensors as plain_tensors
+
 _THREADS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-_WORTH_THREADS = 32 << 20
-"""Bytes from which starting threads (0.1 ms each) pays."""
+_THREADS_FROM = 32 << 20
+"""Size of a copy, bytes, from which more than one thread is started; a start costs 0.1 ms."""
 
 Where: TypeAlias = Literal["host", "device"]
 _Layout: TypeAlias = tuple[torch.dtype, torch.Size, tuple[int, ...], torch.device]
@@ -29,8 +31,8 @@ class SnapshotBuffers:
     """Buffers for one snapshot of a list of tensors.
 
     Args:
-        where: ``"host"``: in main memory, page-locked for tensors on CUDA; ``"device"``: beside each tensor, which
-            takes device memory and copies at its speed.
+        where: ``"host"``: in main memory, page-locked for tensors on CUDA; ``"device"``: on each tensor's device, which
+            takes device memory and copies at its bandwidth.
 
     >>> weights = [torch.arange(3.0), torch.ones(2, 2)]
     >>> snapshot = SnapshotBuffers()
@@ -49,7 +51,7 @@ class SnapshotBuffers:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The copies, one for each plain tensor of the last `copy_in`; written again by the next one."""
+        """The copies, one for each plain tensor of the last `copy_in`; the next `copy_in` overwrites them."""
         return list(self._buffers)
 
     @property
@@ -58,44 +60,45 @@ class SnapshotBuffers:
         return bytes_of(self._buffers)
 
     def prepare(self, tensors: Sequence[Tensor]) -> None:
-        """Allocate and touch what ``copy_in(tensors)`` needs, so that it costs the copy alone.
+        """Allocate and touch the buffers for ``copy_in(tensors)``, so that it costs only the copy.
 
-        Buffers of the layout before are used again; those without a use are given back.
+        Existing buffers of a fitting layout are used again; the others are freed.
 
         Args:
-            tensors: as for `copy_in`; their values do not matter.
+            tensors: as for `copy_in`; their values are not read.
         """
         self._fit(plain_tensors(tensors))
 
     def copy_in(self, tensors: Sequence[Tensor]) -> None:
-        """Take a copy; when this returns, the tensors may change again.
+        """Copy tensors into the buffers; when this returns, the tensors may change again.
 
         Args:
-            tensors: of any dtype, shape, device and stride; DTensors and wrapper subclasses give their local parts.
+            tensors: of any dtype, shape, device and stride; see `plain_tensors` for DTensors and wrapper subclasses.
         """
         sources = plain_tensors(tensors)
         self._fit(sources)
         copy_each(self._buffers, sources)
 
     def copy_back(self, tensors: Sequence[Tensor]) -> None:
-        """Write the copies into tensors, in place.
+        """Copy the buffers into tensors, in place.
 
         Args:
-            tensors: a list of the layout that was copied in.
+            tensors: as many as were copied in, of the same dtypes and shapes.
 
         Raises:
             ValueError: if number, dtype or shape differ from what was copied in.
         """
         targets = plain_tensors(tensors)
-        mine = [(each.dtype, each.shape) for each in self._buffers]
-        if mine != [(each.dtype, each.shape) for each in targets]:
+        expected, got = ([(each.dtype, each.shape) for each in some] for some in (self._buffers, targets))
+        if expected != got:
             raise ValueError(
-                f"expected the {len(mine)} tensors that were copied in, got {len(targets)} of other layout"
+                f"expected {len(expected)} tensors with the dtypes and shapes that were copied in, got {len(got)} with "
+                "others; pass the same tensors as to copy_in"
             )
         copy_each(targets, self._buffers)
 
     def clear(self) -> None:
-        """Give all memory back."""
+        """Free all buffers."""
         self._layouts, self._buffers = [], []
 
     def _fit(self, sources: list[Tensor]) -> None:
@@ -105,36 +108,20 @@ class SnapshotBuffers:
         spare: defaultdict[_Layout, list[Tensor]] = defaultdict(list)
         for layout, buffer in zip(self._layouts, self._buffers, strict=True):
             spare[layout].append(buffer)
-        kept = [spare[layout].pop() if spare[layout] else None for layout in layouts]
+        reused = [spare[layout].pop() if spare[layout] else None for layout in layouts]
         spare.clear()
-        self.clear()  # before anything is allocated: what has no use any more must not add to the peak
-        self._buffers = [self._touched(source) if buffer is None else buffer for buffer, source in zip(kept, sources)]  # noqa: B905
+        self.clear()  # frees unused buffers before new ones are allocated, so that they do not add to the peak
+        self._buffers = [
+            self._allocate(source) if buffer is None else buffer for buffer, source in zip(reused, sources, strict=True)
+        ]
         self._layouts = layouts
 
-    def _touched(self, source: Tensor) -> Tensor:
+    def _allocate(self, source: Tensor) -> Tensor:
         to_host = self._where == "host" and source.device.type != "cpu"
         buffer = torch.empty_like(
             source, device="cpu" if to_host else None, pin_memory=to_host and torch.cuda.is_available()
         )
         return buffer.zero_()
-
-
-def plain_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The plain tensors that hold the data: a DTensor's local one, the inner ones of a wrapper subclass.
-
-    Args:
-        tensors: any tensors.
-    """
-    found: list[Tensor] = []
-    for tensor in tensors:
-        if hasattr(tensor, "to_local"):
-            found += plain_tensors([tensor.to_local()])
-        elif hasattr(tensor, "__tensor_flatten__"):
-            names, _ = tensor.__tensor_flatten__()
-            found += plain_tensors([getattr(tensor, name) for name in names])
-        else:
-            found.append(tensor.detach())
-    return found
 
 
 def bytes_of(tensors: Sequence[Tensor]) -> int:
@@ -147,7 +134,7 @@ def bytes_of(tensors: Sequence[Tensor]) -> int:
 
 
 def copy_each(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy plain tensors one by one, at the memory's speed; when this returns, host copies are complete.
+    """Copy plain tensors one by one at the memory's bandwidth; when this returns, copies to and from host are complete.
 
     Args:
         targets: written in place.
@@ -157,8 +144,8 @@ def copy_each(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     others: list[tuple[Tensor, Tensor]] = []
     for pair in zip(targets, sources, strict=True):
         (on_host if all(each.device.type == "cpu" for each in pair) else others).append(pair)
-    _copy_pairs(others)  # queued on the device, while the host copies its own
-    parts = _shares(on_host, _THREADS) if bytes_of([target for target, _ in on_host]) > _WORTH_THREADS else [on_host]
+    _copy_pairs(others)  # queued on the device, meanwhile the host copies its own
+    parts = _shares(on_host, _THREADS) if bytes_of([target for target, _ in on_host]) > _THREADS_FROM else [on_host]
     helpers = [Thread(target=_copy_pairs, args=(part,)) for part in parts[1:]]
     for helper in helpers:
         helper.start()
@@ -178,7 +165,7 @@ def _copy_pairs(pairs: list[tuple[Tensor, Tensor]]) -> None:
 
 
 def _shares(pairs: list[tuple[Tensor, Tensor]], number: int) -> list[list[tuple[Tensor, Tensor]]]:
-    """About the same number of bytes for each thread: the largest first, always to the one with the least."""
+    """Divide pairs among threads, about the same bytes for each: the largest first, to the thread with the least."""
     shares: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(number)]
     loads = [0] * number
     for target, source in sorted(pairs, key=lambda pair: -pair[0].nbytes):

@@ -1,17 +1,17 @@
-"""One consistent state of a run in memory: taken and put back between two batches, without a collective.
+"""One consistent state of a run in memory, captured and restored between two batches, without a collective.
 
-Both happen in ``on_train_batch_end``, at the same place in the list of callbacks: after `Snapshot.restore`, the rest
+Both happen in ``on_train_batch_end``, at the same position in the list of callbacks: after `Snapshot.restore`, the rest
 of the loop runs as it ran after `Snapshot.capture`. Each rank copies its local tensors, in place.
 
-Not part of it, on purpose: the count of attempted steps and the steps of loggers (they never go back), Checkpoint
-callbacks (files exist), and the metrics last shown.
+Not part of a snapshot: the count of attempted steps and the steps of loggers (they never go back), Checkpoint callbacks
+(their files exist), and the metrics displayed last.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 from lightning.pytorch.callbacks import EarlyStopping
 from torch import Tensor, nn
@@ -19,57 +19,47 @@ from torch import Tensor, nn
 from stabletrain.runtime import rng
 from stabletrain.runtime.data.train_loader import DataMark, TrainLoader
 from stabletrain.runtime.guard.callbacks import GuardMember, RuleCallback
+from stabletrain.runtime.guard.hooks import HasOwnState, has_own_state
 from stabletrain.runtime.guard.members import Member
 from stabletrain.runtime.guard.step_guard import StepGuard
 from stabletrain.runtime.internals import state as state_internals
 from stabletrain.runtime.snapshots.buffers import SnapshotBuffers, bytes_of
-from stabletrain.runtime.snapshots.state_tree import KeptTensor, SnapshotError, Thaw, freeze
+from stabletrain.runtime.snapshots.state_tree import Flattener, Restorer, SnapshotError
 
 _SCALARS = (bool, int, float, type(None), Tensor)
 
 
-@runtime_checkable
-class HasOwnState(Protocol):
-    """A callback, module or data module with state that only it knows how to take and to put back."""
-
-    def snapshot_state(self) -> Any:
-        """The state; it is deep-copied."""
-
-    def restore_state(self, state: Any) -> None:
-        """Put a state back."""
-
-
 class _Part(NamedTuple):
-    """A dictionary of the live run: of an object's attributes, of a module's buffers, of an optimizer's state.
+    """A dictionary in the live run: attributes of an object, buffers of a module, or state of an optimizer.
 
     Args:
-        where: names it in an error.
+        name: names it in an error.
         live: the dictionary itself.
-        keys: those that belong to the state; None: all, so that keys that came later are removed.
+        keys: those that belong to the state; None: all, and a restore removes keys that were added later.
     """
 
-    where: str
+    name: str
     live: dict[Any, Any]
     keys: tuple[str, ...] | None = None
 
 
 class Snapshot:
-    """A place for one state, used again and again: its memory is allocated and touched once.
+    """Holds one state at a time and is used again for the next one: its memory is allocated and touched once.
 
-    Callbacks, the module and the data module can add state that only they know: see `HasOwnState`.
+    Callbacks, the module and the data module can add state of their own: see `HasOwnState`.
 
     Args:
-        buffers: where the tensors' copies go.
+        buffers: where the copies of the tensors go; None: main memory.
     """
 
     def __init__(self, buffers: SnapshotBuffers | None = None) -> None:
         self._buffers = buffers or SnapshotBuffers()
         self.step = -1
-        """Attempted optimizer steps when it was taken; -1: it is empty."""
+        """Attempted optimizer steps at the capture; -1: the snapshot is empty."""
         self.applied = 0
-        """Applied optimizer steps, as in ``trainer.global_step``."""
+        """Applied optimizer steps at the capture, as in ``trainer.global_step``."""
         self.mark: DataMark | None = None
-        """The data position."""
+        """The data position at the capture."""
 
     @property
     def nbytes(self) -> int:
@@ -78,38 +68,33 @@ class Snapshot:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to go back to."""
+        """Whether there is no state to restore."""
         return self.step < 0
 
     def clear(self) -> None:
-        """Forget the state; the memory is kept for the next one."""
+        """Drop the state, but not the memory, which the next capture uses."""
         self.step, self.mark = -1, None
 
     def prepare(self, guard: StepGuard) -> None:
-        """Allocate and touch the memory for the state, so that `capture` costs the copy alone."""
-        tensors: list[Tensor] = []
-        known: dict[int, KeptTensor] = {}
-        for part in _parts(guard):
-            freeze(_values(part), tensors, known)
-        self._buffers.prepare(tensors)
+        """Allocate and touch the memory for the state, so that `capture` costs only the copy."""
+        self._buffers.prepare(_tensors(guard))
 
     def capture(self, guard: StepGuard, loader: TrainLoader | None) -> None:
-        """Take the state; call it in ``on_train_batch_end``, when no accumulation window is open.
+        """Copy the state; call it in ``on_train_batch_end``, when no accumulation window is open.
 
         Args:
-            guard: of the run; an outcome in flight becomes history first.
-            loader: keeps the tape that this snapshot's data position refers to.
+            guard: of the run; an outcome that is still being copied from the device is observed first.
+            loader: the train loader whose position is part of the state; None: the data position is not.
         """
         guard.settle()
         trainer = guard.trainer
-        tensors: list[Tensor] = []
-        known: dict[int, KeptTensor] = {}
+        flattener = Flattener()
         live = list(_parts(guard))
-        parts = [freeze(_values(part), tensors, known) for part in live]
-        members = [freeze(member.state_dict(), tensors, known) for member in _stateful_members(guard)]
-        self.step = -1  # until it is complete
-        self._buffers.copy_in(tensors)
-        self._places, self._parts, self._members = [part.where for part in live], parts, members
+        parts = [flattener.flatten(_values(part)) for part in live]
+        members = [flattener.flatten(member.state_dict()) for member in _stateful_members(guard)]
+        self.step = -1  # empty until it is complete
+        self._buffers.copy_in(flattener.tensors)
+        self._names, self._parts, self._members = [part.name for part in live], parts, members
         self._rules = [member.state for member in _rules(guard)]
         self._schedulers = [copy.deepcopy(each.scheduler.state_dict()) for each in trainer.lr_scheduler_configs]
         self._precision = copy.deepcopy(trainer.precision_plugin.state_dict())
@@ -126,40 +111,41 @@ class Snapshot:
         self,
         guard: StepGuard,
         loader: TrainLoader | None,
-        cause: str = "rollback",
+        cause: str,
         exclude: frozenset[int] = frozenset(),
     ) -> None:
-        """Put the state back; call it where `capture` was called.
+        """Put the state back; call it where `capture` was called. The snapshot can be restored again.
 
         Args:
             guard: of the run.
-            loader: as for `capture`; it goes back to the snapshot's position.
-            cause: told to the rules (`Rule.rebase`).
-            exclude: item ids of batches that shall not come again (`TrainLoader.batches_since`).
+            loader: as for `capture`; it is rewound to the snapshot's position.
+            cause: passed to ``Rule.rebase`` of every rule, such as ``"rollback"``.
+            exclude: item ids of batches that the loader does not return again (`TrainLoader.batches_since`).
 
         Raises:
-            SnapshotError: if model or optimizer are no longer those of the snapshot.
+            SnapshotError: if the snapshot is empty, or model or optimizer are no longer those of the snapshot.
         """
         if self.is_empty:
-            raise SnapshotError("rollback: the snapshot is empty")
+            raise SnapshotError("the snapshot is empty: capture a state before restoring it")
         guard.settle()
         trainer = guard.trainer
         live = list(_parts(guard))
-        if (places := [part.where for part in live]) != self._places:  # before anything is put back
-            changed = sorted({each for each in (*places, *self._places) if _differ(each, places, self._places)})
+        names = [part.name for part in live]
+        if names != self._names:  # refused before anything is changed
+            changed = sorted(name for name in {*names, *self._names} if names.count(name) != self._names.count(name))
             raise SnapshotError(
-                f"rollback: the snapshot of step {self.applied} cannot be put back: since then something was added to "
-                f"the run, or removed ({', '.join(changed)}), as a callback does that unfreezes layers. Go on from a "
-                "checkpoint, and let the optimizer have all parameters from the start (or plugins/spike=detect)"
+                f"the snapshot of step {self.applied} cannot be restored: parts of the run were added or removed since "
+                f"it was captured ({', '.join(changed)}), as by a callback that unfreezes layers; expected the same "
+                "model and optimizer. Resume from a checkpoint, and give the optimizer all parameters from the start"
             )
-        thaw = Thaw(self._buffers.tensors)
-        for part, frozen in zip(live, self._parts, strict=True):
+        restorer = Restorer(self._buffers.tensors)
+        for part, node in zip(live, self._parts, strict=True):
             if part.keys is None:
-                thaw.into(frozen, part.live, part.where)
+                restorer.restore(node, part.live, part.name)
             else:
-                part.live.update(thaw.into(frozen, _values(part), part.where))
-        members = [thaw.into(each, None, "a plugin's state") for each in self._members]
-        thaw.finish()
+                part.live.update(restorer.restore(node, _values(part), part.name))
+        members = [restorer.restore(each, None, "a plugin's state") for each in self._members]
+        restorer.finish()
         for config, state in zip(trainer.lr_scheduler_configs, self._schedulers, strict=True):
             config.scheduler.load_state_dict(copy.deepcopy(state))
         trainer.precision_plugin.load_state_dict(copy.deepcopy(self._precision))
@@ -178,17 +164,16 @@ class Snapshot:
         rng.restore(self._rng)
 
 
-def _differ(place: str, now: list[str], then: list[str]) -> bool:
-    return now.count(place) != then.count(place)
-
-
 def state_bytes(guard: StepGuard) -> int:
     """Size of the tensors of a snapshot on this rank, bytes."""
-    tensors: list[Tensor] = []
-    known: dict[int, KeptTensor] = {}
+    return bytes_of(_tensors(guard))
+
+
+def _tensors(guard: StepGuard) -> list[Tensor]:
+    flattener = Flattener()
     for part in _parts(guard):
-        freeze(_values(part), tensors, known)
-    return bytes_of(tensors)
+        flattener.flatten(_values(part))
+    return flattener.tensors
 
 
 def _parts(guard: StepGuard) -> Iterator[_Part]:
@@ -226,7 +211,7 @@ def _rules(guard: StepGuard) -> list[RuleCallback]:
 
 
 def _stateful_members(guard: StepGuard) -> list[Member]:
-    """Members of the guard with a state of their own, besides the rules."""
+    """Members of the guard, other than rules, that define a state_dict."""
     others = (m for m in guard.members if not isinstance(m, RuleCallback))
     return [member for member in others if type(member).state_dict is not GuardMember.state_dict]
 
@@ -234,4 +219,4 @@ def _stateful_members(guard: StepGuard) -> list[Member]:
 def _with_own_state(guard: StepGuard) -> list[HasOwnState]:
     trainer: Any = guard.trainer
     owners: Iterable[Any] = (guard.module, trainer.datamodule, *trainer.callbacks)
-    return [each for each in owners if isinstance(each, HasOwnState)]
+    return [each for each in owners if has_own_state(each)]

@@ -1,4 +1,4 @@
-"""What the tests of the checkpoint store share."""
+"""Shared by the tests of the checkpoint store."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,14 +13,14 @@ Write = Callable[..., Path]
 
 
 def content(step: int) -> dict[str, Any]:
-    """A checkpoint whose every value tells its step."""
+    """A checkpoint with its step in every value."""
     return {"step": step, "weights": torch.full((1000,), float(step)), "small": torch.tensor(step, dtype=torch.int16)}
 
 
-def save(folder: Path, step: int, run: str = "a", keep: Retention | None = None, **about: Any) -> Path:
+def save(folder: Path, step: int, run: str = "a", retention: Retention | None = None, **info: Any) -> Path:
     """Write a checkpoint and return its folder."""
-    saver = Saver(Store(folder, keep or Retention(last=None)))
-    saver.save(content(step), CheckpointInfo(step=step, run=run, **about), wait=True)
+    saver = Saver(Store(folder, retention or Retention(last=None)))
+    saver.save(content(step), CheckpointInfo(step=step, run=run, **info), wait=True)
     assert saver.newest is not None
     return saver.newest
 

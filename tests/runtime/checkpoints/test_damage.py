@@ -1,4 +1,4 @@
-"""Every damage is noticed, and the previous good checkpoint takes the damaged one's place, aloud."""
+"""Every damage is found, and the previous good checkpoint is read instead of the damaged one, with a warning."""
 
 import json
 import logging
@@ -73,7 +73,7 @@ def test_random_flips_and_cuts(
 
 
 def test_bits_all_over_a_manifest(write: Write) -> None:
-    """A changed step or sequence would be believed; a manifest answers for itself."""
+    """Bug: a changed step or sequence is believed, because only the other files have a checksum."""
     path = write(1)
     file = path / "manifest.json"
     for bit in range(0, file.stat().st_size * 8, 11):
@@ -103,7 +103,7 @@ def test_an_older_one_asked_for_is_never_replaced_by_a_later_one(write: Write, t
     assert load(third)["step"] == 3
 
 
-def test_another_runs_checkpoint_never_takes_the_place(write: Write, tmp_path: Path) -> None:
+def test_another_runs_checkpoint_is_never_read_instead(write: Write, tmp_path: Path) -> None:
     write(1, run="other")
     path = write(2, run="mine")
     (path / "tensors.safetensors").unlink()
@@ -112,7 +112,7 @@ def test_another_runs_checkpoint_never_takes_the_place(write: Write, tmp_path: P
 
 
 def test_newest_is_the_one_written_last_not_the_highest_step(write: Write, tmp_path: Path) -> None:
-    """After a rollback the steps begin again at a lower one, and what came after is void."""
+    """After a rollback the steps continue from a lower one, and the later checkpoints are of a past that was undone."""
     write(100)
     again = write(50)
     assert newest(tmp_path) == again
@@ -147,7 +147,7 @@ def test_a_format_of_the_future_is_named(write: Write) -> None:
 
 
 def test_a_runs_folder_stands_for_its_checkpoints(tmp_path: Path) -> None:
-    save(tmp_path / "checkpoints", 3, keep=Retention())
+    save(tmp_path / "checkpoints", 3, retention=Retention())
     assert load(tmp_path)["step"] == 3
 
 

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments: what was acknowledged can be read, and a training goes on as if nothing had happened."""
+"""SIGKILL at random moments: every acknowledged checkpoint can be read, and resumed trainings end bit-identical."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def test_killed_trainings_end_bit_identical(capsys: pytest.CaptureFixture[str]) 
 
     Bugs: a checkpoint that has its name before it is complete; one written from tensors that training changes
     meanwhile; random numbers, data position, loop counters or a plugin's history that are not in it, or not of all
-    ranks; ranks that go on from different checkpoints; a rank that waits for ever for one that was killed.
+    ranks; ranks that resume from different checkpoints; a rank that waits for ever for one that was killed.
     """
     script = Path(__file__).parents[3] / "benchmarks" / "kills.py"
     words = ["--one", "4", "--two", "2", "--commands", "0", "0"]

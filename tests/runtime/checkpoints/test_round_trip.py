@@ -1,4 +1,4 @@
-"""What is read is what was written, value by value, type by type and bit by bit; and nothing else can be written."""
+"""What is read equals what was written: values, types and bits; and what is no data is refused."""
 
 import collections
 import enum
@@ -7,7 +7,7 @@ import json
 import math
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from stabletrain.runtime.checkpoints import CheckpointError, CheckpointInfo, Saver, Store, load
-from stabletrain.runtime.checkpoints.encoding import Encoded, decode
+from stabletrain.runtime.checkpoints.decoding import decode
+from stabletrain.runtime.checkpoints.encoding import Encoded
+from stabletrain.testing.checks.equality import differences
 
 TENSORS = {
     "fp64": torch.randn(3, dtype=torch.float64),
@@ -47,6 +49,11 @@ class Colour(enum.IntEnum):
     RED = 3
 
 
+class Pair(NamedTuple):
+    one: int
+    other: int
+
+
 PLAIN: dict[str, Any] = {
     "none": None,
     "bool, not int": [True, 1, False, 0],
@@ -70,8 +77,8 @@ PLAIN: dict[str, Any] = {
 }
 
 
-def through_a_file(tmp_path: Path, checkpoint: dict[str, Any], snapshots: bool = True) -> dict[str, Any]:
-    saver = Saver(Store(tmp_path), snapshots=snapshots)
+def through_a_file(tmp_path: Path, checkpoint: dict[str, Any], background: bool = True) -> dict[str, Any]:
+    saver = Saver(Store(tmp_path), background=background)
     saver.save(checkpoint, CheckpointInfo(step=1, run="a"))
     saver.wait()
     assert saver.newest is not None
@@ -82,10 +89,10 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.resolve_conj().contiguous().reshape(-1).view(torch.uint8)
 
 
-@pytest.mark.parametrize("snapshots", [True, False])
-def test_every_kind_of_tensor(tmp_path: Path, snapshots: bool) -> None:
+@pytest.mark.parametrize("background", [True, False])
+def test_every_kind_of_tensor(tmp_path: Path, background: bool) -> None:
     """A dtype or stride that the copy, the format or the reader treats wrongly."""
-    found = through_a_file(tmp_path, TENSORS, snapshots)
+    found = through_a_file(tmp_path, TENSORS, background)
     for name, tensor in TENSORS.items():
         assert found[name].dtype == tensor.dtype, name
         assert found[name].shape == tensor.shape, name
@@ -153,7 +160,7 @@ def test_an_optimizers_state_and_a_modules_versions(tmp_path: Path) -> None:
 
 
 def test_a_snapshot_is_of_the_moment(tmp_path: Path) -> None:
-    """Training goes on while the writer writes: neither tensors nor containers may follow it."""
+    """Training continues during the write: neither tensors nor containers in the file may change with it."""
     weight, plain = torch.ones(200_000), {"steps": [1]}
     saver = Saver(Store(tmp_path))
     saver.save({"weight": weight, "plain": plain}, CheckpointInfo(step=1, run="a"))
@@ -170,8 +177,8 @@ def test_numpy_and_subclasses_become_plain() -> None:
         "float": np.float64(0.1), "int": np.int32(3), "array": np.arange(3), "enum": Colour.RED,
         "text": np.str_("x"), "default": collections.defaultdict(int, a=1),
     }  # fmt: skip
-    packed = Encoded(given)
-    found = decode(json.loads(json.dumps(packed.tree)), packed.tensors)
+    encoded = Encoded(given)
+    found = decode(json.loads(json.dumps(encoded.tree)), encoded.tensors)
     assert {key: type(value) for key, value in found.items()} == {
         "float": float, "int": int, "array": np.ndarray, "enum": int, "text": str, "default": dict,
     }  # fmt: skip
@@ -181,13 +188,79 @@ def test_numpy_and_subclasses_become_plain() -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [object(), functools.partial(print), len, np.array(["x"]), torch.empty(2, device="meta")],
-    ids=["object", "partial", "function", "numpy text", "meta"],
+    [
+        object(),
+        functools.partial(print),
+        len,
+        int,
+        np.array(["x"]),
+        Pair(1, 2),
+        torch.empty(2, device="meta"),
+        torch.ones(2).to_sparse(),
+    ],
+    ids=["object", "partial", "function", "class", "numpy text", "named tuple", "meta", "sparse"],
 )
-def test_what_is_no_data_is_refused_with_its_place(value: object) -> None:
+def test_what_is_no_data_is_refused_with_its_path(value: object) -> None:
     """Found at the first save, not when somebody wants to resume."""
     with pytest.raises(CheckpointError, match=r"callbacks\.mine\.1"):
         Encoded({"callbacks": {"mine": [0, value]}})
+
+
+def wrapper() -> Any:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    return TwoTensor(torch.tensor([math.nan, 1.0]), torch.tensor([-0.0, math.inf]))
+
+
+def test_a_declared_wrapper_is_read_back_exactly(tmp_path: Path) -> None:
+    """Bugs: inner tensors exchanged, lost or of other bits; a wrapper that comes back as a plain tensor."""
+    given = wrapper()
+    with torch.serialization.safe_globals([type(given)]):
+        nested = type(given)(wrapper(), wrapper())
+        found = through_a_file(tmp_path, {"state": {"x": given, "tied": given.a, "nested": nested}})["state"]
+    assert type(found["x"]) is type(given)
+    for mine, theirs in ((found["x"], given), (found["nested"].a, nested.a), (found["nested"].b, nested.b)):
+        assert torch.equal(bits(mine.a), bits(theirs.a))
+        assert torch.equal(bits(mine.b), bits(theirs.b))
+    assert found["tied"] is found["x"].a
+
+
+def test_a_wrapper_that_is_not_declared_is_neither_written_nor_built(tmp_path: Path) -> None:
+    """Bug: a file that names any class of the process, and so builds it."""
+    given = wrapper()
+    with pytest.raises(CheckpointError, match=r"state\.x is a tensor of class .*TwoTensor.*add_safe_globals"):
+        Encoded({"state": {"x": given}})
+    with torch.serialization.safe_globals([type(given)]):
+        encoded = Encoded({"x": given})
+    with pytest.raises(CheckpointError, match=r"class .*TwoTensor.*add_safe_globals"):
+        decode(encoded.tree, encoded.tensors)
+    tree = json.loads(json.dumps(encoded.tree).replace("torch.testing._internal.two_tensor.TwoTensor", "os.system"))
+    with pytest.raises(CheckpointError, match=r"class os\.system"):
+        decode(tree, encoded.tensors)
+
+
+def test_a_file_of_the_first_release_is_read() -> None:
+    """Bug: another tag, or another form behind it, and all existing checkpoints are lost."""
+    tree = {"d": [
+        ["none", None], ["list", [1, 2.5, "a"]], ["o", {"o": [["b", 1]], "m": {"d": [["", {"d": [["version", 2]]}]]}}],
+        [{"t": [1, 2]}, {"s": [1]}], ["fs", {"fs": ["a"]}], ["q", {"q": [[1, 2], 5]}], ["T", {"T": 0}],
+        ["N", {"N": 1}], ["f", {"f": "nan"}], ["c", {"c": ["-0.0", "2.5"]}], ["b", {"b": "AP8="}],
+        ["dtype", {"dtype": "bfloat16"}], ["device", {"device": "cpu"}], ["size", {"size": [2, 3]}],
+        ["path", {"path": "/x"}],
+    ]}  # fmt: skip
+    first, second = torch.ones(2), torch.zeros(1)
+    ordered = collections.OrderedDict(b=1)
+    expected = {
+        "none": None, "list": [1, 2.5, "a"], "o": ordered, (1, 2): {1}, "fs": frozenset({"a"}),
+        "q": collections.deque([1, 2], 5), "T": first, "N": second.numpy(), "f": math.nan, "c": complex(-0.0, 2.5),
+        "b": b"\x00\xff", "dtype": torch.bfloat16, "device": torch.device("cpu"), "size": torch.Size([2, 3]),
+        "path": Path("/x"),
+    }  # fmt: skip
+    found = decode(tree, [first, second])
+    assert not list(differences(found, expected))
+    assert found["o"]._metadata == {"": {"version": 2}}
+    ordered._metadata = found["o"]._metadata  # type: ignore[attr-defined]
+    assert Encoded(expected).tree == tree, "and what is written today, the first release reads"
 
 
 def test_a_container_in_itself_is_refused() -> None:
@@ -197,14 +270,14 @@ def test_a_container_in_itself_is_refused() -> None:
         Encoded({"x": loop})
 
 
-def test_objects_among_hyper_parameters_are_left_out_by_name() -> None:
+def test_objects_among_hyper_parameters_are_omitted_by_name() -> None:
     given = {
         "hyper_parameters": {"lr": 0.1, "loss": len, "net": {"act": torch.nn.ReLU(), "width": 3}},
         "hparams_type": dict,
     }
-    packed = Encoded(given)
-    assert decode(packed.tree, packed.tensors) == {"hyper_parameters": {"lr": 0.1, "net": {"width": 3}}}
-    assert [each.split(" ")[0] for each in packed.omitted] == ["hyper_parameters.loss", "hyper_parameters.net.act"]
+    encoded = Encoded(given)
+    assert decode(encoded.tree, encoded.tensors) == {"hyper_parameters": {"lr": 0.1, "net": {"width": 3}}}
+    assert [each.split(" ")[0] for each in encoded.omitted] == ["hyper_parameters.loss", "hyper_parameters.net.act"]
 
 
 def test_a_config_of_omegaconf_among_hyper_parameters_becomes_plain() -> None:
@@ -212,8 +285,8 @@ def test_a_config_of_omegaconf_among_hyper_parameters_becomes_plain() -> None:
     from omegaconf import DictConfig, OmegaConf
 
     config = OmegaConf.create({"lr": 0.1, "twice": "${lr}", "layers": [1, 2]})
-    packed = Encoded({"hyper_parameters": config, "hparams_type": DictConfig})
-    assert decode(packed.tree, packed.tensors) == {"hyper_parameters": {"lr": 0.1, "twice": 0.1, "layers": [1, 2]}}
+    encoded = Encoded({"hyper_parameters": config, "hparams_type": DictConfig})
+    assert decode(encoded.tree, encoded.tensors) == {"hyper_parameters": {"lr": 0.1, "twice": 0.1, "layers": [1, 2]}}
 
 
 def test_other_tools_can_read_the_tensors(tmp_path: Path) -> None:

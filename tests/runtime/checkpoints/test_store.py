@@ -1,10 +1,11 @@
-"""What is kept and deleted, and what a disk that refuses does."""
+"""What is retained and deleted, and what happens when the disk cannot be written."""
 
 import errno
 import os
 import pickle
 import shutil
 import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,27 +16,28 @@ import torch
 
 from stabletrain.runtime.checkpoints import CheckpointInfo, Retention, Saver, Store, load, newest
 from stabletrain.runtime.checkpoints import durable as durable_module
+from stabletrain.runtime.checkpoints.newest_file import newest_files
 
 from .conftest import Write, content, save
 
 
 def steps(folder: Path) -> list[int]:
-    return [entry.manifest.about.step for entry in Store(folder).entries()]
+    return [entry.manifest.info.step for entry in Store(folder).entries()]
 
 
-def test_the_newest_are_kept(tmp_path: Path) -> None:
+def test_the_newest_are_retained(tmp_path: Path) -> None:
     for step in range(1, 6):
-        save(tmp_path, step, keep=Retention(last=2))
+        save(tmp_path, step, retention=Retention(last=2))
     assert steps(tmp_path) == [4, 5]
     assert len(os.listdir(tmp_path)) == 2
 
 
 @pytest.mark.parametrize(("mode", "best"), [("min", 2), ("max", 3)])
-def test_the_best_is_kept_besides(tmp_path: Path, mode: Any, best: int) -> None:
-    keep = Retention(last=1, metric="val_loss", mode=mode)
+def test_the_best_is_retained_too(tmp_path: Path, mode: Any, best: int) -> None:
+    retention = Retention(last=1, metric="val_loss", mode=mode)
     for step, value in ((1, 1.0), (2, 0.5), (3, 2.0), (4, 1.5)):
-        save(tmp_path, step, keep=Retention(last=None), metric="val_loss", value=value)
-    save(tmp_path, 5, keep=keep)
+        save(tmp_path, step, retention=Retention(last=None), metric="val_loss", value=value)
+    save(tmp_path, 5, retention=retention)
     assert steps(tmp_path) == [best, 5]
 
 
@@ -49,11 +51,11 @@ def test_a_nan_is_never_the_best(tmp_path: Path) -> None:
     assert saver.is_best("a", 0.5)
 
 
-def test_one_that_is_not_whole_is_the_last_choice_and_does_not_count_as_kept(tmp_path: Path) -> None:
-    # catches a run that goes on inexactly with an exact checkpoint beside it, or loses that one to the other
-    keep = Retention(last=1, metric="m")
+def test_one_that_is_not_whole_is_the_last_choice_and_does_not_count_as_retained(tmp_path: Path) -> None:
+    # catches a run that resumes inexactly though an exact checkpoint is there, or that deletes the exact one
+    retention = Retention(last=1, metric="m")
     for step, whole, value in ((1, True, None), (2, False, 1.0), (3, True, None), (4, False, 2.0), (5, False, 0.5)):
-        save(tmp_path, step, keep=keep, whole=whole, metric=None if value is None else "m", value=value)
+        save(tmp_path, step, retention=retention, whole=whole, metric=None if value is None else "m", value=value)
     assert steps(tmp_path) == [3, 5]
     assert newest(tmp_path) == tmp_path / "step-00000003"
     assert load(tmp_path)["step"] == 3
@@ -62,22 +64,22 @@ def test_one_that_is_not_whole_is_the_last_choice_and_does_not_count_as_kept(tmp
     assert load(tmp_path)["step"] == 5, "better than none"
 
 
-def test_other_runs_checkpoints_are_left_alone(tmp_path: Path) -> None:
-    """A run started anew in the same folder must not delete what the one before had reached."""
-    save(tmp_path, 900, run="old", keep=Retention(last=1))
+def test_other_runs_checkpoints_are_not_deleted(tmp_path: Path) -> None:
+    """Bug: a new run in the same folder deletes the checkpoints of the one before."""
+    save(tmp_path, 900, run="old", retention=Retention(last=1))
     for step in (1, 2, 3):
-        save(tmp_path, step, run="new", keep=Retention(last=1))
+        save(tmp_path, step, run="new", retention=Retention(last=1))
     assert steps(tmp_path) == [900, 3]
 
 
-def test_a_damaged_one_does_not_count_as_kept(tmp_path: Path) -> None:
-    first = save(tmp_path, 1, keep=Retention(last=2))
-    (save(tmp_path, 2, keep=Retention(last=2)) / "manifest.json").unlink()
-    save(tmp_path, 3, keep=Retention(last=2))
+def test_a_damaged_one_does_not_count_as_retained(tmp_path: Path) -> None:
+    first = save(tmp_path, 1, retention=Retention(last=2))
+    (save(tmp_path, 2, retention=Retention(last=2)) / "manifest.json").unlink()
+    save(tmp_path, 3, retention=Retention(last=2))
     assert first.exists()
 
 
-def test_the_same_step_twice_keeps_both(write: Write, tmp_path: Path) -> None:
+def test_the_same_step_twice_makes_two(write: Write, tmp_path: Path) -> None:
     """A step that was skipped leaves the step count where it was, and the data position elsewhere."""
     assert [write(5).name, write(5).name, write(5).name] == ["step-00000005", "step-00000005-2", "step-00000005-3"]
     assert newest(tmp_path) == tmp_path / "step-00000005-3"
@@ -99,9 +101,9 @@ def test_nothing_is_deleted_before_the_new_one_is_durable(tmp_path: Path, monkey
 
     for name in ("write_file", "publish", "discard"):
         monkeypatch.setattr(durable_module, name, spied(name))
-    save(tmp_path, 1, keep=Retention(last=1))
+    save(tmp_path, 1, retention=Retention(last=1))
     order.clear()
-    save(tmp_path, 2, keep=Retention(last=1))
+    save(tmp_path, 2, retention=Retention(last=1))
     assert order == ["write_file", "write_file", "publish", "discard"]
 
 
@@ -120,7 +122,7 @@ def test_every_file_and_folder_is_synced_before_it_counts(tmp_path: Path, monkey
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EIO])
 @pytest.mark.parametrize("wait", [True, False])
-def test_a_disk_that_refuses_is_reported_each_time_and_ends_nothing(
+def test_a_failed_write_is_reported_each_time_and_training_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int, wait: bool
 ) -> None:
     saver = Saver(Store(tmp_path, Retention(last=1)))
@@ -178,9 +180,9 @@ def test_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: p
 
 
 def test_a_folder_that_may_not_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    place = tmp_path / "file"
-    place.write_text("")
-    saver = Saver(Store(place / "checkpoints"))
+    file = tmp_path / "file"
+    file.write_text("")
+    saver = Saver(Store(file / "checkpoints"))
     saver.save(content(1), CheckpointInfo(step=1, run="a"), wait=True)
     assert "could not be written" in caplog.text
     assert "there is none yet" in caplog.text
@@ -211,7 +213,7 @@ def test_at_most_one_write_at_a_time_and_every_one_is_made(tmp_path: Path, monke
     assert steps(tmp_path) == list(range(1, 21))
 
 
-def test_leavings_of_dead_processes_are_swept_and_those_of_living_ones_are_not(tmp_path: Path) -> None:
+def test_incomplete_folders_of_dead_processes_are_removed(tmp_path: Path) -> None:
     host = os.uname().nodename
     dead = subprocess.Popen(["true"])
     dead.wait()
@@ -232,8 +234,6 @@ def test_leavings_of_dead_processes_are_swept_and_those_of_living_ones_are_not(t
 
 
 def test_a_write_in_flight_survives_the_end_of_the_process(tmp_path: Path) -> None:
-    import sys
-
     code = (
         "import sys, torch; from pathlib import Path; from stabletrain.runtime.checkpoints import *\n"
         "Saver(Store(Path(sys.argv[1]))).save({'w': torch.ones(5_000_000)}, CheckpointInfo(step=1, run='a'))"
@@ -252,3 +252,19 @@ def test_no_file_is_given_to_pickle(write: Write, monkeypatch: pytest.MonkeyPatc
     for module, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
         monkeypatch.setattr(module, name, refuse)
     assert load(path)["step"] == 1
+
+
+def test_newest_files_are_by_time_and_found_without_torch(tmp_path: Path) -> None:
+    """Bugs: order by name, where step=9 comes after step=10; a file deleted meanwhile; seconds of import for a list."""
+    for age, name in enumerate(("step=10.ckpt", "step=9.ckpt", "last.ckpt")):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (100 - age, 100 - age))
+    (tmp_path / "other.txt").touch()
+    (tmp_path / "gone.ckpt").symlink_to(tmp_path / "nowhere")
+    code = (
+        "import sys; from pathlib import Path; from stabletrain.runtime.checkpoints.newest_file import newest_files\n"
+        "print([path.name for path in newest_files(Path(sys.argv[1]))], 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['step=10.ckpt', 'step=9.ckpt', 'last.ckpt'] False"
+    assert newest_files(tmp_path / "missing") == []

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stabletrain.runtime.snapshots.buffers import SnapshotBuffers, bytes_of, plain_tensors
+from stabletrain.runtime.snapshots.buffers import SnapshotBuffers, bytes_of
+from stabletrain.runtime.snapshots.tensor_kinds import plain_tensors
 
 LAYOUTS = {
     "bf16": torch.randn(5).bfloat16(),
@@ -42,14 +43,14 @@ def test_a_copy_is_exact(name: str) -> None:
 def test_copying_back_is_in_place_and_undoes_a_change() -> None:
     """A restore that made new tensors would leave the optimizer with the old ones."""
     tensors = [each.clone() for name, each in LAYOUTS.items() if name != "expanded"]
-    before, places = [each.clone() for each in tensors], [each.data_ptr() for each in tensors]
+    before, addresses = [each.clone() for each in tensors], [each.data_ptr() for each in tensors]
     snapshot = SnapshotBuffers()
     snapshot.copy_in(tensors)
     for each in tensors:
         each.zero_()
     snapshot.copy_back(tensors)
     assert all(same_bits(now, then) for now, then in zip(tensors, before, strict=True))
-    assert [each.data_ptr() for each in tensors] == places
+    assert [each.data_ptr() for each in tensors] == addresses
 
 
 def test_buffers_are_used_again_also_when_the_list_changes() -> None:
@@ -57,9 +58,9 @@ def test_buffers_are_used_again_also_when_the_list_changes() -> None:
     a, b, c = torch.randn(4), torch.randn(5), torch.randn(6)
     snapshot = SnapshotBuffers()
     snapshot.copy_in([a, b])
-    places = {each.data_ptr() for each in snapshot.tensors}
+    addresses = {each.data_ptr() for each in snapshot.tensors}
     snapshot.copy_in([b, c, a])
-    assert {snapshot.tensors[0].data_ptr(), snapshot.tensors[2].data_ptr()} == places
+    assert {snapshot.tensors[0].data_ptr(), snapshot.tensors[2].data_ptr()} == addresses
     assert [each.tolist() for each in snapshot.tensors] == [b.tolist(), c.tolist(), a.tolist()]
     assert snapshot.nbytes == bytes_of([a, b, c])
     snapshot.clear()
@@ -103,7 +104,7 @@ def test_an_empty_list() -> None:
 
 
 def test_a_large_copy_is_shared_by_threads_and_exact() -> None:
-    """Above the size from which threads help: a tensor that no thread copied, or one copied to the wrong place."""
+    """Above the size from which threads help: a tensor that no thread copied, or one copied into another's buffer."""
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(size, generator=generator) for size in (6_000_000, 1, 4_000_000, 999, 3_000_000, 10)]
     before = [each.clone() for each in tensors]

@@ -1,9 +1,13 @@
-"""Going back without leaving anything out is as if it had not happened; batches left out are as if never there."""
+"""A restore without exclusions changes nothing; a restore that excludes batches equals a run without those batches."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import copy
+import math
+from collections import OrderedDict, defaultdict, deque
+from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from going_back import Case, GoBack, compare, state_of
@@ -12,7 +16,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_avg_fn
 
 from stabletrain.runtime.snapshots.snapshot import Snapshot
-from stabletrain.runtime.snapshots.state_tree import SnapshotError, Thaw, freeze
+from stabletrain.runtime.snapshots.state_tree import Flattener, Restorer, SnapshotError
+from stabletrain.testing.checks.equality import differences
 
 CASES: dict[str, tuple[Case, int, tuple[int, ...]]] = {
     # name: the training, batches between snapshots, batch ends at which to go back (16 batches are an epoch)
@@ -31,7 +36,7 @@ CASES: dict[str, tuple[Case, int, tuple[int, ...]]] = {
     "sgd": (Case(optimizer="sgd"), 3, (8,)),
     "fused": (Case(optimizer="fused"), 3, (8,)),
     "learning rate in a tensor": (Case(optimizer="tensor-lr"), 3, (8,)),
-    "state tensors made anew": (Case(optimizer="lbfgs-like"), 3, (8,)),
+    "new state tensors at each step": (Case(optimizer="lbfgs-like"), 3, (8,)),
     "8 bit": (Case(optimizer="adamw-8bit"), 3, (8,)),
     "validation within epochs": (Case(validation=True, trainer={"val_check_interval": 4}), 3, (8, 14)),
     "validation right after the snapshot": (Case(validation=True, trainer={"val_check_interval": 4}), 4, (10, 22)),
@@ -42,7 +47,7 @@ CASES: dict[str, tuple[Case, int, tuple[int, ...]]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_going_back_changes_nothing(name: str) -> None:
-    # catches any state that is not part of the snapshot, or not put back where it was
+    # catches any state that is not part of the snapshot, or not restored where it was
     case, every, at = CASES[name]
     # with a loss scaler, a guard holds the global step at an overflow, which Lightning by itself does not
     reference = case.fit(GoBack(10**9, ())) if case.fp16 else case.fit()
@@ -63,7 +68,7 @@ def test_worker_processes() -> None:
 
 
 DROPPED = {
-    # name: batch end at which to go back, how many of the last batches to leave out, their places in the epoch
+    # name: batch end at which to go back, how many of the last batches to exclude, their positions in the epoch
     "one": (8, 1, (7,)),
     "two": (8, 2, (6, 7)),
     "the epoch's last": (16, 1, (15,)),
@@ -74,8 +79,8 @@ DROPPED = {
 
 @pytest.mark.parametrize("validation", [False, True])
 @pytest.mark.parametrize("name", DROPPED)
-def test_leaving_batches_out_is_never_having_had_them(name: str, validation: bool) -> None:
-    # catches counters that miss the batches left out: no end of the epoch, no validation, another learning rate
+def test_excluded_batches_are_as_if_never_there(name: str, validation: bool) -> None:
+    # catches counters that miss the excluded batches: no end of the epoch, no validation, another learning rate
     at, count, missing = DROPPED[name]
     options: dict[str, Any] = {"validation": validation, "dropout": 0.0, "trainer": {"max_epochs": 1}}
     reference = Case(missing=missing, **options).fit()
@@ -90,7 +95,7 @@ def test_leaving_batches_out_is_never_having_had_them(name: str, validation: boo
 
 
 @pytest.mark.parametrize("before", [True, False])
-def test_average_weights_go_back_too(before: bool) -> None:
+def test_average_weights_are_restored_too(before: bool) -> None:
     # catches an average that keeps the weights of the steps that were undone (its own gate hides it in a plain replay)
     averaged = {}
     for missing, at in ((7,), ()), ((), (8,)):
@@ -129,7 +134,7 @@ class Counting(GoBack):
 
 
 def test_own_state_of_a_callback() -> None:
-    # catches a protocol that hands out the live object instead of a copy
+    # catches a snapshot that holds the live object instead of a copy
     callback = Counting(3, (8, 11))
     Case(trainer={"max_epochs": 1}).fit(callback)
     assert callback.seen == list(range(16))
@@ -154,11 +159,11 @@ def test_tensors_stay_where_they_are() -> None:
 def test_an_empty_snapshot_is_refused() -> None:
     # catches a restore of nothing that looks like a success
     with pytest.raises(SnapshotError, match="empty"):
-        Snapshot().restore(None, None)  # type: ignore[arg-type]
+        Snapshot().restore(None, None, "rollback")  # type: ignore[arg-type]
 
 
-def test_what_was_added_since_is_said_before_anything_is_put_back() -> None:
-    # catches half a restore, ended by an error of zip's, where a callback unfreezes layers during training
+def test_parts_added_since_are_refused_before_anything_is_restored() -> None:
+    # catches a restore that fails half way, when a callback unfreezes layers during training
     class Unfreezes(GoBack):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             if batch_idx == 5:
@@ -168,12 +173,12 @@ def test_what_was_added_since_is_said_before_anything_is_put_back() -> None:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     callback = Unfreezes(3, (8,))
-    with pytest.raises(SnapshotError, match=r"added to the run, or removed \(param_groups\)"):
+    with pytest.raises(SnapshotError, match=r"parts of the run were added or removed since .* \(param_groups\)"):
         Case().fit(callback)
     assert all(map(torch.equal, callback.before, callback.module.parameters()))
 
 
-def test_thaw_removes_adds_and_repairs() -> None:
+def test_state_that_was_added_removed_or_replaced_is_restored() -> None:
     # catches optimizer state that came after the snapshot and stays, or that was lost and stays lost
     shared = torch.ones(2)
     live: dict[Any, Any] = {
@@ -183,17 +188,17 @@ def test_thaw_removes_adds_and_repairs() -> None:
         "d": (1, torch.ones(1)),
         "e": {"x": None},
     }
-    tensors: list[Tensor] = []
-    frozen = freeze(live, tensors, {})
-    assert len(tensors) == 3, "a tensor that is there twice is copied once"
-    thaw = Thaw([each.clone() for each in tensors])
+    flattener = Flattener()
+    skeleton = flattener.flatten(live)
+    assert len(flattener.tensors) == 3, "a tensor that is there twice is copied once"
+    restorer = Restorer([each.clone() for each in flattener.tensors])
     shared.zero_()
     live["c"] = [torch.zeros(4)]
     live["d"] = None
     live["e"]["x"] = torch.ones(3)
     live["f"] = torch.ones(3)
-    thaw.into(frozen, live)
-    thaw.finish()
+    restorer.restore(skeleton, live)
+    restorer.finish()
     assert live["a"] is shared
     assert live["a"].tolist() == [1.0, 1.0]
     assert live["c"][0].tolist() == [0.0]
@@ -203,9 +208,97 @@ def test_thaw_removes_adds_and_repairs() -> None:
     assert "f" not in live
 
 
+class Point(NamedTuple):
+    x: Tensor
+    y: int
+
+
+CONTAINERS: dict[str, Any] = {
+    "deque": deque([1, 2], maxlen=2),  # bug: restored without its length, it grows for ever
+    "set": {1, 2},
+    "frozenset": frozenset({1}),
+    "named tuple": Point(torch.tensor([math.nan, -0.0]), 1),
+    "ordered dict": OrderedDict([("b", 1), ("a", 2)]),
+    "default dict": defaultdict(list, a=[1]),
+    "array": np.array([math.nan, 1.0]),
+    "size": torch.Size([2, 3]),
+}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+@pytest.mark.parametrize("lost", [True, False])
+def test_every_container_comes_back(name: str, lost: bool) -> None:
+    # catches a kind of container that comes back as another, with other items, or without its maximal length
+    live = {"x": copy.deepcopy(CONTAINERS[name])}
+    flattener = Flattener()
+    skeleton = flattener.flatten(live)
+    restorer = Restorer([each.clone() for each in flattener.tensors])
+    for each in flattener.tensors:
+        each.fill_(7.0)
+    if lost:
+        live["x"] = None
+    elif name == "deque":
+        live["x"].append(3)
+    elif name in ("ordered dict", "default dict"):
+        live["x"].update(a=0, c=5)
+    elif name == "set":
+        live["x"].add(3)
+    restorer.restore(skeleton, live)
+    restorer.finish()
+    assert not list(differences(live["x"], CONTAINERS[name]))
+
+
+def test_tensors_that_died_are_not_taken_for_new_ones() -> None:
+    # catches ids of dead tensors that are used again: of two plugins whose state_dict makes new tensors, the second's
+    # state would be the first's
+    flattener = Flattener()
+    skeletons = [flattener.flatten({"x": torch.full((2,), float(i))}) for i in range(100)]
+    restorer = Restorer(flattener.tensors)
+    restored = [restorer.restore(each, None)["x"].tolist() for each in skeletons]
+    assert restored == [[float(i)] * 2 for i in range(100)]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_wrapper_is_restored_through_its_inner_tensors(shared: bool) -> None:
+    # catches inner tensors of one wrapper that are restored into another
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    a, b = torch.tensor([math.nan, 1.0]), torch.tensor([-0.0, 2.0])
+    live = {"x": TwoTensor(a, b), "y": TwoTensor(b if shared else b.clone(), a.clone()), "z": b}
+    flattener = Flattener()
+    skeleton = flattener.flatten(live)
+    restorer = Restorer([each.clone() for each in flattener.tensors])
+    expected = [each.clone() for each in (live["x"].a, live["x"].b, live["y"].a, live["y"].b, live["z"])]
+    for each in flattener.tensors:
+        each.zero_()
+    assert restorer.restore(skeleton, live)["x"].a is a
+    restorer.finish()
+    found = [live["x"].a, live["x"].b, live["y"].a, live["y"].b, live["z"]]
+    assert not list(differences(found, expected))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CS. tensor support is in beta")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc])
+def test_sparse_tensors_are_restored_or_refused(layout: torch.layout) -> None:
+    # catches a restore that writes into a detached copy of a sparse tensor, and changes nothing
+    live = {"x": torch.tensor([[0.0, math.nan], [2.0, 0.0]]).to_sparse(layout=layout)}
+    flattener = Flattener()
+    skeleton = flattener.flatten(live)
+    restorer = Restorer([each.clone() for each in flattener.tensors])
+    same = live["x"]
+    (same._values() if layout is torch.sparse_coo else same.values()).fill_(7.0)
+    restorer.restore(skeleton, live)
+    restorer.finish()
+    assert live["x"] is same
+    assert not list(differences(same.to_dense(), torch.tensor([[0.0, math.nan], [2.0, 0.0]])))
+    live["x"] = torch.ones(2, 2).to_sparse(layout=layout)
+    with pytest.raises(SnapshotError, match="no longer the tensor"):
+        restorer.restore(skeleton, live)
+
+
 def test_a_replaced_parameter_is_an_error() -> None:
-    # catches a snapshot that silently leaves a parameter as it is
-    tensors: list[Tensor] = []
-    frozen = freeze({"w": nn.Parameter(torch.ones(2))}, tensors, {})
+    # catches a snapshot that silently does not restore a parameter
+    flattener = Flattener()
+    skeleton = flattener.flatten({"w": nn.Parameter(torch.ones(2))})
     with pytest.raises(SnapshotError, match=r"the model\[w\] is no longer the tensor"):
-        Thaw(tensors).into(frozen, {"w": nn.Parameter(torch.ones(3))}, "the model")
+        Restorer(flattener.tensors).restore(skeleton, {"w": nn.Parameter(torch.ones(3))}, "the model")
