@@ -86,7 +86,7 @@ class GoBack(Callback):
             offending = list(since)[len(since) - self.exclude :]
             self.excluded += [since[item].identity for item in offending]
             self.restore(trainer, pl_module, state)
-            with rng.kept():
+            with rng.preserved():
                 self.loader.rewind(mark, frozenset(offending))
             del self.snapshots[1:]
         elif self.count % self.every == 0:
@@ -261,7 +261,7 @@ def test_a_mark_that_was_forgotten_is_refused_and_so_is_leaving_out_of_two_loade
             return super().training_step(batch["a"], batch_idx)
 
     trainer = quiet_trainer(GoBack(names=[("batch", 0, 0)]), max_epochs=1)
-    with pytest.raises(UserError, match="left out of 2 train loaders"):
+    with pytest.raises(UserError, match="single train loader, got 2"):
         trainer.fit(Pair(), {name: LOADERS["in order"]() for name in "ab"}, DataLoader(Samples(size=4), 4))
 
 
@@ -327,8 +327,8 @@ def test_the_private_attributes_that_the_loader_leans_on_are_there():
     loop = trainer.fit_loop.epoch_loop
     for undo, name, owner in [
         (loader_internals.around_validation(trainer, print, print), "run", loop.val_loop),
-        (loader_internals.trust_loader_at_restart(trainer), "reset", loop),
-        (loader_internals.process_train_loaders(trainer, iter), "process_dataloader", trainer.strategy),
+        (loader_internals.silence_resume_warning(trainer), "reset", loop),
+        (loader_internals.wrap_train_loaders(trainer, iter), "process_dataloader", trainer.strategy),
     ]:
         assert name in vars(owner)
         undo()
@@ -336,8 +336,8 @@ def test_the_private_attributes_that_the_loader_leans_on_are_there():
     loader = DataLoader(Samples(), 4)
     assert loader_internals.takes_index_sampler(loader)
     assert not loader_internals.takes_index_sampler(DataLoader(Stream(), 4))
-    assert not loader_internals.has_kept_workers(loader)
+    assert not loader_internals.reuses_workers(loader)
     assert next(iter(loader_internals.index_sampler(loader))) == [0, 1, 2, 3]
     other = iter([[9, 8]])
-    assert [batch[1].tolist() for batch in loader_internals.iterate_through(loader, other)] == [[9, 8]]
+    assert [batch[1].tolist() for batch in loader_internals.iterate_with(loader, other)] == [[9, 8]]
     assert next(iter(loader))[1].tolist() == [0, 1, 2, 3]
