@@ -83,7 +83,7 @@ class GoBack(Callback):
         if self.count in self.at:
             mark, state = self.snapshots[0]
             since = self.loader.batches_since(mark)
-            offending = list(since)[len(since) - self.exclude :]
+            offending = self.choose(since)
             self.excluded += [since[item].identity for item in offending]
             self.restore(trainer, pl_module, state)
             with rng.preserved():
@@ -92,6 +92,9 @@ class GoBack(Callback):
         elif self.count % self.every == 0:
             self.snapshots = [*self.snapshots, (self.loader.mark(), self.take(trainer, pl_module))][-self.keep :]
             self.loader.forget_before(self.snapshots[0][0])
+
+    def choose(self, since):
+        return list(since)[len(since) - self.exclude :]
 
     def take(self, trainer, module):
         optimizer, schedule = trainer.optimizers[0], trainer.lr_scheduler_configs[0].scheduler
@@ -166,10 +169,16 @@ def test_a_rewound_run_ends_like_one_that_never_rewound(loader, at):
 @pytest.mark.parametrize("epochs", [1, 2])
 @pytest.mark.parametrize("kind", ["in order", pytest.param("2 workers", marks=pytest.mark.slow), "stream"])
 @pytest.mark.parametrize(
-    ("at", "count", "missing"), [(5, 1, [4]), (5, 2, [3, 4]), (8, 1, [7]), (8, 2, [6, 7]), (7, 1, [6])]
+    ("at", "count", "missing"),
+    [(5, 1, [4]), (5, 2, [3, 4]), (8, 1, [7]), (8, 2, [6, 7]), (7, 1, [6]), (8, 5, [3, 4, 5, 6, 7])],
 )
-def test_a_rewind_that_excludes_batches_ends_like_a_loader_without_them(at, count, missing, kind, epochs):
-    """Bug: no validation or learning-rate step at the end of an epoch whose last batches are excluded."""
+def test_a_rewind_that_excludes_batches_ends_like_a_loader_without_them(at, count, missing, kind, epochs, request):
+    """Bug: no validation or learning-rate step at the end of an epoch whose last batches, or all batches after the
+    mark, are excluded."""
+
+    if count == 5 and kind != "stream":
+        reason = "the learning-rate schedule by the epoch is not stepped if the rewind itself ends the epoch"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
 
     def loader(without=()):
         if kind == "stream":
@@ -190,7 +199,9 @@ def test_a_rewind_that_excludes_batches_ends_like_a_loader_without_them(at, coun
     assert_same(reference, result)
 
 
-@pytest.mark.parametrize("kind", ["in order", pytest.param("2 workers", marks=pytest.mark.slow), "stream"])
+@pytest.mark.parametrize(
+    "kind", ["in order", pytest.param("2 workers", marks=pytest.mark.slow), "stream", "by position"]
+)
 @pytest.mark.parametrize("missing", [[0], [3], [3, 4], [7], [6, 7]], ids=str)
 def test_batches_excluded_by_identity_never_come(missing, kind):
     """Bug: after a restart the tape is empty, and a batch that is only known from the tape comes again."""
@@ -201,7 +212,7 @@ def test_batches_excluded_by_identity_never_come(missing, kind):
         order = [i for i in range(4 * BATCHES) if i // 4 not in without]
         return DataLoader(Samples(), 4, sampler=order, num_workers=2 if kind == "2 workers" else 0)
 
-    if kind == "stream":
+    if kind in ("stream", "by position"):
         names = [["batch", epoch, position] for position in missing for epoch in (0, 1)]
     else:
         names = [["samples", *range(4 * position, 4 * position + 4)] for position in missing]
@@ -209,6 +220,35 @@ def test_batches_excluded_by_identity_never_come(missing, kind):
     result = fit(loader(), GoBack(names=names, every=99))
     assert result[0].seen == reference[0].seen
     assert_same(reference, result)
+
+
+def test_a_rewind_over_the_end_of_an_epoch_that_excludes_a_batch_draws_the_next_order_again():
+    """Bug: the next epoch is replayed in the order that was drawn after the batch that is now excluded."""
+
+    class ExcludeFirst(GoBack):
+        def choose(self, since):
+            return list(since)[:1]
+
+    callback = ExcludeFirst(10)  # back to the mark after batch 5
+    model, trainer = fit(LOADERS["shuffled"](), callback)
+    reference = fit(LOADERS["shuffled"](), GoBack(names=[("batch", 0, 6)], every=99))
+    assert len(callback.excluded) == 1
+    assert model.seen[10:] == reference[0].seen[6:]
+    assert_same(reference, (model, trainer))
+
+
+def test_a_batch_of_the_tape_can_be_excluded_by_its_position():
+    """Bug: a batch that is known by its samples comes again after a rewind, although its position is excluded."""
+
+    class ByPosition(GoBack):
+        def choose(self, since):
+            self.loader.exclude([list(since.values())[-1].position_key])
+            return []
+
+    model, trainer = fit(LOADERS["shuffled"](), ByPosition(5))
+    reference = fit(LOADERS["shuffled"](), GoBack(names=[("batch", 0, 4)], every=99))
+    assert model.seen[5:] == reference[0].seen[3:]
+    assert_same(reference, (model, trainer))
 
 
 class BatchNumbers(Callback):
@@ -260,6 +300,14 @@ def test_batch_idx_is_right_after_a_rewind_from_just_before_an_excluded_batch(ki
     fit(LOADERS[kind](), numbers, GoBack(3, every=1, names=[("batch", 0, 3)], exclude=exclude), epochs=1)
     replayed = [1, 2] if exclude == 0 else [1]
     assert numbers.numbers == numbers.positions == [0, 1, 2, *replayed, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("kind", ["in order", "stream"])
+def test_batch_idx_is_right_after_a_rewind_to_just_before_an_excluded_batch(kind):
+    """Bug: the excluded batch is counted twice by the fetcher, and the epoch ends a batch too early."""
+    numbers = BatchNumbers()
+    fit(LOADERS[kind](), numbers, GoBack(3, every=1, names=[("batch", 0, 1)]), epochs=1)
+    assert numbers.numbers == numbers.positions == [0, 2, 3, 2, 3, 4, 5, 6, 7]
 
 
 def test_nothing_is_stored_without_keep_tape():
