@@ -107,7 +107,7 @@ def order_mismatch(position: LoaderState, samples: Any) -> str:
 
 
 def length_mismatch(position: LoaderState, batches: int) -> str:
-    """In words, that the loader ends after so many batches, before the position."""
+    """In words, that the loader ends after this number of batches, before the position."""
     return (
         f"the checkpoint was saved after batch {position.items} of an epoch, and the train loader now ends after "
         f"{batches}"

@@ -176,7 +176,7 @@ class TapedLoader(Iterator[Any]):
             event = self._tape.replay()
         if isinstance(event, EpochStarted) and self._excluded_in_replay and not isinstance(self._loader, Iterator):
             self._tape.next_number -= 1
-            self._tape.truncate()  # the order of this epoch was drawn after batches that are now excluded: draw it anew
+            self._tape.truncate()  # its order was drawn after batches that are now excluded: draw it again
             return None
         return event
 
