@@ -259,8 +259,8 @@ def take_out(trainer: L.Trainer, rollback: st.Rollback) -> Callable[[], None]:
     through = TapedLoader.__next__
 
     def straight(self: TapedLoader) -> Any:
-        batch = next(self._source)  # type: ignore[arg-type]
-        self._tap.take()  # type: ignore[union-attr]
+        batch = next(self._reader.iterator)  # type: ignore[arg-type]
+        self._reader.index_sampler.take()  # type: ignore[union-attr]
         return batch
 
     TapedLoader.__next__ = straight  # type: ignore[method-assign]
@@ -270,7 +270,7 @@ def take_out(trainer: L.Trainer, rollback: st.Rollback) -> Callable[[], None]:
         for each, place in zip(lists, places, strict=True):
             each.insert(place, rollback)
 
-    assert loader._tap is not None
+    assert loader._reader.index_sampler is not None
     return undo
 
 

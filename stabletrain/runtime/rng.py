@@ -1,4 +1,4 @@
-"""The random numbers of Python, numpy, torch and CUDA: taken, put back, and held still."""
+"""The global random generators of Python, numpy, torch and CUDA: capture, restore, and detect draws."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RngState: TypeAlias = dict[str, Any]
 
 
 def capture(cuda: bool = True) -> RngState:
-    """The state of all global generators of this process (about 70 microseconds, most of them numpy's).
+    """Return the state of all global generators of this process (about 70 microseconds, most of it for numpy's).
 
     Args:
         cuda: include the generators of the CUDA devices, if CUDA is in use.
@@ -41,7 +41,7 @@ def capture(cuda: bool = True) -> RngState:
 
 
 def restore(state: RngState) -> None:
-    """Put the global generators back; CUDA devices that the state does not know keep theirs."""
+    """Set the global generators to a captured state; CUDA devices that are not in the state are not changed."""
     random.setstate(state["python"])
     np.random.set_state(_numpy(state["numpy"]))
     torch.set_rng_state(state["torch"].cpu())
@@ -51,10 +51,10 @@ def restore(state: RngState) -> None:
 
 
 @contextlib.contextmanager
-def kept() -> Iterator[RngState]:
-    """Whatever is drawn inside is not drawn: the generators are put back at the end. Yields their state.
+def preserved() -> Iterator[RngState]:
+    """Restores all random generators on exit. Yields their state on entry.
 
-    >>> with kept() as state:
+    >>> with preserved() as state:
     ...     first = torch.rand(1)
     >>> torch.equal(first, torch.rand(1))
     True
@@ -67,9 +67,9 @@ def kept() -> Iterator[RngState]:
 
 
 def fingerprint() -> tuple[Any, ...]:
-    """Something that changes when a main-process generator is drawn from (about 2 microseconds).
+    """Return a value that changes whenever a CPU generator of this process is drawn from (about 2 microseconds).
 
-    Not noticed: a normal number that Python's or numpy's legacy generator had left over from an earlier draw.
+    Not detected: a draw of the second normal number of a pair that Python's or numpy's legacy generator has cached.
     """
     generator: Any = np.random.get_bit_generator()  # type: ignore[attr-defined]
     drawn = _mersenne_words(generator) if isinstance(generator, np.random.MT19937) else repr(generator.state)
@@ -77,26 +77,26 @@ def fingerprint() -> tuple[Any, ...]:
 
 
 def _mersenne_words(generator: Any) -> bytes:
-    """The index, which moves with every draw, and the first words, which move with every 624th and with a seed."""
+    """The index, which changes with every draw, and the first words, which change every 624 draws and on seeding."""
     address = _mersenne_state(generator)
     return ctypes.string_at(address + 624 * 4, 4) + ctypes.string_at(address, 2 * 4)
 
 
 @functools.lru_cache(maxsize=1)
 def _mersenne_state(generator: Any) -> int:
-    """Where numpy keeps 624 words, and the index after them."""
+    """Address of numpy's generator state: 624 words of 4 bytes, then the index."""
     address: int = generator.ctypes.state_address
     return address
 
 
 def _torch_words() -> bytes:
-    """The same of torch's generator; and what is left over from a pair of normal numbers, which lies at the end."""
+    """The same words of torch's generator, and its cached second normal number, which is stored at the end."""
     state = torch.default_generator.get_state()
     return ctypes.string_at(state.data_ptr(), 40) + ctypes.string_at(state.data_ptr() + state.numel() - 40, 40)
 
 
 def _python_words() -> Any:
-    """The same of Python's generator, where the index comes first."""
+    """The same words of Python's generator, which stores the index first."""
     if _PYTHON_STATE is not None:
         return ctypes.string_at(_PYTHON_STATE, 3 * 4)
     _, words, _ = random.getstate()
@@ -104,9 +104,9 @@ def _python_words() -> Any:
 
 
 def _python_state() -> int | None:
-    """Where CPython keeps its generator's index and words: `random.getstate` would make 625 numbers of them each time.
+    """Address of the index and words of CPython's generator, or None if this version stores them elsewhere.
 
-    None if they are not there in this version.
+    Reading them there is faster than `random.getstate`, which creates 625 Python integers on each call.
     """
     owner: Any = random.random.__self__  # type: ignore[attr-defined]
     if sys.implementation.name != "cpython":

@@ -1,4 +1,4 @@
-"""A resumed run against one that never stopped, bit for bit; and what is said when that is impossible.
+"""A resumed run against an uninterrupted one, bit for bit, and the messages if that is impossible.
 
 Run as a script, this file is also the run that a slow test starts in two processes; benchmarks/kills.py kills runs.
 """
@@ -114,7 +114,7 @@ class TwoLoaders(Model):
 
 
 class Save(Checkpoint):
-    """Saves in one hook, when the steps named have been made."""
+    """Saves a checkpoint in one hook, after these optimizer steps."""
 
     def __init__(self, folder, *steps, hook="on_train_batch_end"):
         self.folder, self.steps = Path(folder), steps
@@ -128,7 +128,7 @@ class Save(Checkpoint):
 
 
 def fit(folder, make_loader, save=None, seed=0, validates=False, callbacks=None, model=None, ckpt_path=None, **kwargs):
-    """One fit with a little model."""
+    """Run one fit with a small model."""
     seed_everything(seed, verbose=False)
     loader = make_loader()
     model = model or (TwoLoaders() if isinstance(loader, dict) else Model())
@@ -178,8 +178,8 @@ def assert_resumes(folder, make_loader, step, hook="on_train_batch_end", **kwarg
 @pytest.mark.parametrize(
     "loader", [pytest.param(name, marks=[pytest.mark.slow] if "workers" in name else []) for name in LOADERS]
 )
-def test_a_resumed_run_ends_as_one_that_never_stopped(loader, step, tmp_path):
-    """Lightning alone begins at sample 0 again, with another order and other random numbers."""
+def test_a_resumed_run_ends_like_an_uninterrupted_one(loader, step, tmp_path):
+    """Bug: the epoch restarts at sample 0, in another order, with other random numbers, as with Lightning alone."""
     assert_resumes(tmp_path, LOADERS[loader], step)
 
 
@@ -211,22 +211,48 @@ CASES = {
 
 @pytest.mark.parametrize("loader", ["shuffled", pytest.param("shuffled, 2 workers", marks=pytest.mark.slow), "stream"])
 @pytest.mark.parametrize("case", CASES)
-def test_it_holds_wherever_the_checkpoint_was_made(case, loader, tmp_path):
+def test_a_resumed_run_ends_like_an_uninterrupted_one_wherever_it_was_saved(case, loader, tmp_path):
     kwargs, step = CASES[case]
     if (loader, case) == ("stream", "reloaded at the end of an epoch"):
-        pytest.skip("Lightning begins each such epoch twice, except the first one of a fit")
+        pytest.skip("Lightning calls iter() twice in each such epoch, except the first one of a fit")
     assert_resumes(tmp_path, LOADERS[loader], step, **kwargs)
 
 
-def test_validation_does_not_move_the_random_numbers_of_training(tmp_path):
-    """Lightning's validation loader draws a seed from the global generator each time."""
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_train_epoch_end"])
+@pytest.mark.parametrize("step", [5, BATCHES])
+@pytest.mark.parametrize("loader", ["shuffled", "stream"])
+def test_draws_while_resuming_do_not_count_and_those_of_an_epochs_start_do(loader, step, hook, tmp_path, request):
+    """Bug: what a callback draws before the loop changes the resumed run; what it draws in on_train_epoch_start is
+    undone by the first fetch."""
+
+    class Draw(Callback):
+        def on_train_start(self, trainer, pl_module):
+            torch.rand(3)
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            torch.rand(1)
+
+    if step == 5 and hook == "on_train_epoch_end":
+        pytest.skip("not at the end of an epoch")
+    if (loader, step) == ("stream", BATCHES):
+        reason = "a stream is read before on_train_epoch_start, whose draws are then undone"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+    save = Save(tmp_path, step, hook=hook)
+    reference = fit(tmp_path, LOADERS[loader], save=save, callbacks=[ResumeExactly(), Draw()])
+    path = tmp_path / f"{step}.ckpt"
+    resumed = fit(tmp_path, LOADERS[loader], ckpt_path=path, seed=9, callbacks=[ResumeExactly(), Draw()])
+    assert_same_end(reference, resumed)
+
+
+def test_validation_does_not_change_the_random_numbers_of_training(tmp_path):
+    """Bug: Lightning's validation loader draws a seed from the global generator each time."""
     often = fit(tmp_path, LOADERS["shuffled"], validates=True, val_check_interval=4)
     never = fit(tmp_path, LOADERS["shuffled"])
     assert_same_end(never, often)
 
 
-def test_a_finished_run_goes_on(tmp_path):
-    """A checkpoint saved after the fit, and a run that stopped within an epoch and is given more steps."""
+def test_a_finished_run_can_be_extended(tmp_path):
+    """Bug: a checkpoint saved after a fit that stopped within an epoch has no position."""
     reference = fit(tmp_path, LOADERS["shuffled"], max_epochs=-1, max_steps=30)
     _, trainer = fit(tmp_path, LOADERS["shuffled"], max_epochs=-1, max_steps=21)
     trainer.save_checkpoint(tmp_path / "end.ckpt")
@@ -236,9 +262,9 @@ def test_a_finished_run_goes_on(tmp_path):
 
 @pytest.mark.parametrize("hook", ["on_train_batch_end", "on_train_epoch_end", "on_train_end"])
 @pytest.mark.parametrize("validates", [False, True])
-def test_a_finished_run_that_is_started_again_ends_with_its_random_numbers_and_its_place(validates, hook, tmp_path):
-    """Killed after its last checkpoint. No batch is left, and Lightning may call no hook of the training: the process
-    kept the random numbers it had drawn by itself, and a checkpoint saved from it had no place in the data."""
+def test_a_finished_run_that_is_resumed_ends_with_its_random_numbers_and_position(validates, hook, tmp_path):
+    """Bug: a run was killed after its last checkpoint. No batch is left, Lightning may call no hook of training, the
+    generators are those of the new process, and a checkpoint saved from it has no position in the data."""
 
     def end(**kwargs):
         _, trainer = fit(tmp_path, LOADERS["shuffled"], max_epochs=2, validates=validates, **kwargs)
@@ -254,7 +280,7 @@ def test_a_finished_run_that_is_started_again_ends_with_its_random_numbers_and_i
 
 
 @pytest.mark.parametrize("how", ["indices", "batches"])
-def test_batches_are_passed_over_as_asked(how, tmp_path):
+def test_fast_forward_decides_whether_skipped_batches_are_fetched(how, tmp_path):
     calls = []
 
     class Counting(Samples):
@@ -273,8 +299,8 @@ def test_batches_are_passed_over_as_asked(how, tmp_path):
 
 
 @pytest.mark.slow
-def test_persistent_workers_keep_the_order_and_are_warned_of(tmp_path):
-    """New worker processes cannot have the random state of the old ones; the order of the samples they can have."""
+def test_with_persistent_workers_the_order_is_right_and_a_warning_is_given(tmp_path):
+    """Bug: another order of samples. The random state of the old worker processes cannot be restored."""
 
     def loader():
         return DataLoader(Samples(noise=False), 4, shuffle=True, num_workers=2, persistent_workers=True)
@@ -288,7 +314,7 @@ def test_persistent_workers_keep_the_order_and_are_warned_of(tmp_path):
 
 @pytest.mark.slow
 def test_persistent_workers_serve_a_second_fit_without_us(tmp_path):
-    """Lightning shuts the workers down through the loader's attribute: it must reach the loader itself."""
+    """Bug: Lightning shuts the workers down through an attribute of the loader, which is set on the wrapper only."""
     loader = DataLoader(Samples(), 4, num_workers=2, persistent_workers=True)
     fit(tmp_path, lambda: loader, max_epochs=1)
     model, _ = fit(tmp_path, lambda: loader, max_epochs=1, callbacks=[])
@@ -303,14 +329,15 @@ def checkpoint_within_an_epoch(folder, **kwargs):
 @pytest.mark.parametrize(
     ("loader", "match"),
     [
-        (lambda: DataLoader(Samples(80), 4), "dataset has 80 samples, and had 64 and the train loader has 20 batches"),
-        (lambda: DataLoader(Samples(), 8), "train loader has 8 batches an epoch, and had 16"),
+        (lambda: DataLoader(Samples(80), 4), "dataset has 80 samples, expected 64 and the train loader has 20 batches"),
+        (lambda: DataLoader(Samples(), 8), r"train loader has 8 batches an epoch, expected 16.*plugins\.resume=none"),
         (lambda: plain(sampler=list(reversed(range(64)))), "order .* has changed: batch 4 of epoch 0 held .* 16, 17"),
-        (lambda: {"a": plain(), "b": plain()}, "made with 1 train loaders, and there are 2"),
+        (lambda: {"a": plain(), "b": plain()}, r"saved with 1 train loaders, got 2.*plugins\.resume=none"),
+        (lambda: {name: DataLoader(Stream(), 4) for name in "ab"}, "saved with 1 train loaders, got 2"),
     ],
 )
 def test_other_data_within_an_epoch_are_refused(loader, match, tmp_path):
-    """Going on would train on some samples twice and on others never, without a word."""
+    """Bug: the run trains on some samples twice and on others never, without an error."""
     path = checkpoint_within_an_epoch(tmp_path)
     with pytest.raises(UserError, match=match):
         fit(tmp_path, loader, ckpt_path=path)
@@ -318,11 +345,11 @@ def test_other_data_within_an_epoch_are_refused(loader, match, tmp_path):
 
 def test_a_stream_that_has_become_too_short_is_refused(tmp_path):
     fit(tmp_path, LOADERS["stream"], save=Save(tmp_path, 9), max_epochs=1)
-    with pytest.raises(UserError, match="made after batch 9 of an epoch, and the train loader now ends after 4"):
+    with pytest.raises(UserError, match="after batch 9 of an epoch, and the train loader now ends after 4"):
         fit(tmp_path, lambda: DataLoader(Stream(size=16), 4), ckpt_path=tmp_path / "9.ckpt")
 
 
-def test_other_data_between_epochs_are_warned_of(tmp_path):
+def test_other_data_between_epochs_give_a_warning(tmp_path):
     fit(tmp_path, LOADERS["in order"], save=Save(tmp_path, BATCHES, hook="on_train_epoch_end"))
     with pytest.warns(UserWarning, match="dataset has 80 samples"):
         model, _ = fit(tmp_path, lambda: DataLoader(Samples(80), 4), ckpt_path=tmp_path / "16.ckpt")
@@ -330,10 +357,10 @@ def test_other_data_between_epochs_are_warned_of(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
-def test_a_checkpoint_without_our_state_is_warned_of_and_goes_on_as_lightning_does(tmp_path):
+def test_a_checkpoint_without_our_state_gives_a_warning_and_resumes_as_lightning_does(tmp_path):
     path = checkpoint_within_an_epoch(tmp_path, callbacks=[])
     lightning, _ = fit(tmp_path, LOADERS["in order"], ckpt_path=path, callbacks=[], max_epochs=1)
-    with pytest.warns(UserWarning, match="holds no state of resume_exactly"):
+    with pytest.warns(UserWarning, match="holds no state of ResumeExactly"):
         ours, _ = fit(tmp_path, LOADERS["in order"], ckpt_path=path, max_epochs=1)
     assert [seen[0] for seen in ours.seen] == [seen[0] for seen in lightning.seen]
 
@@ -345,17 +372,17 @@ def test_a_checkpoint_with_our_state_loads_without_us(tmp_path):
     assert len(model.seen) == BATCHES - 5
 
 
-def test_a_checkpoint_of_other_processes_is_warned_of(tmp_path):
+def test_a_checkpoint_of_another_number_of_processes_gives_a_warning(tmp_path):
     path = checkpoint_within_an_epoch(tmp_path)
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["callbacks"]["resume_exactly"]["ranks"] *= 2
     torch.save(checkpoint, path)
-    with pytest.warns(UserWarning, match="made by 2 processes and training goes on with 1"):
+    with pytest.warns(UserWarning, match="saved by 2 processes, and training resumes with 1"):
         model, _ = fit(tmp_path, LOADERS["in order"], ckpt_path=path, max_epochs=1)
     assert len(model.seen) == BATCHES - 5
 
 
-def test_a_checkpoint_within_an_accumulation_window_is_warned_of(tmp_path):
+def test_a_checkpoint_within_an_accumulation_window_gives_a_warning(tmp_path):
     class Early(Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             if batch_idx == 2:
@@ -373,11 +400,11 @@ def test_a_loader_with_a_position_of_its_own_is_refused(tmp_path):
         def load_state_dict(self, state):
             pass
 
-    with pytest.raises(UserError, match="Own keeps its own position"):
+    with pytest.raises(UserError, match="got Own, which saves its own position"):
         fit(tmp_path, Own)
 
 
-def test_an_unknown_way_to_pass_over_batches_is_refused_by_its_config_key():
+def test_an_unknown_fast_forward_is_refused_by_its_config_key():
     with pytest.raises(UserError, match=r"fast_forward must be .* got 'fast' .*plugins\.resume\.fast_forward"):
         ResumeExactly(fast_forward="fast")
 
@@ -407,7 +434,7 @@ def start(folder, *arguments):
 @pytest.mark.slow
 @pytest.mark.parametrize("loader", ["shuffled", "shuffled, 2 workers"])
 def test_two_processes_resume_exactly_with_another_seed(loader, tmp_path):
-    """Lightning's distributed sampler takes its order from the seed, and each rank has its own random numbers."""
+    """Bug: the distributed sampler takes the order from the new seed, or a rank gets another rank's generators."""
     reference = start(tmp_path, "--processes", 2, "--loader", loader)
     assert reference.returncode == 0, reference.stderr
     expected = [(tmp_path / f"{rank}.digest").read_text() for rank in (0, 1)]

@@ -1,4 +1,4 @@
-"""Knowing which samples a batch holds: a stand-in for a DataLoader's batch sampler."""
+"""A stand-in for a DataLoader's batch sampler that knows which samples each batch holds."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 
 class Indices(NamedTuple):
-    """What the sampler asked for: the indices of one batch.
+    """The sample indices of one batch.
 
     Args:
-        position: of the batch within the epoch, from 0; batches left out are counted.
+        position: of the batch within the epoch, from 0; excluded batches are counted.
         samples: the indices, as the sampler gave them.
     """
 
@@ -20,23 +20,23 @@ class Indices(NamedTuple):
 
 
 class IndexSampler(Iterator[Any]):
-    """Numbers the index batches of a sampler, begins at any of them, and leaves some out before they are fetched.
+    """Numbers the index batches of a sampler, starts at any of them, and drops excluded ones before they are fetched.
 
-    One iterator of the loader uses it at a time; ``iter()`` begins the next epoch.
+    One iterator of the loader uses it at a time; ``iter()`` starts the next epoch.
 
     Args:
-        sampler: the loader's batch sampler, or its sampler where batches are not collated.
-        excludes: whether a batch is not wanted; None: none is left out, and the sampler is never read ahead.
+        sampler: the loader's batch sampler, or its sampler if it does not collate batches.
+        excludes: whether a batch is excluded; None: no batch is, and the sampler is never read ahead.
     """
 
     def __init__(self, sampler: Iterable[Any], excludes: Callable[[Indices], bool] | None = None) -> None:
         self._sampler = sampler
         self.excludes = excludes
-        self._begin_at = self._first = self._asked = 0
+        self._start_at = self._first = self._drawn = 0
         self._source: Iterator[Any] = iter(())
         self._passed: Any = None
         self._ahead: Indices | None = None
-        self._under_way: deque[Indices] = deque()
+        self._in_flight: deque[Indices] = deque()
 
     def __getattr__(self, name: str) -> Any:
         if name == "_sampler":
@@ -55,53 +55,53 @@ class IndexSampler(Iterator[Any]):
         self._ahead = None
         if found is None:
             raise StopIteration
-        self._under_way.append(found)
+        self._in_flight.append(found)
         return found.samples
 
     @property
-    def asked(self) -> int:
-        """How many index batches the sampler has given in this epoch."""
-        return self._asked
+    def drawn(self) -> int:
+        """How many index batches were drawn from the sampler in this epoch."""
+        return self._drawn
 
-    def begin_at(self, position: int) -> None:
-        """Pass over the batches before ``position`` when the next epoch begins, without fetching them."""
-        self._begin_at = position
+    def start_at(self, position: int) -> None:
+        """Skip the batches before ``position`` in the next epoch: draw their indices, do not fetch them."""
+        self._start_at = position
 
-    def reach(self) -> Any:
-        """Draw from the sampler up to the first batch that is wanted; returns the samples of the batch before it."""
-        if self._ahead is None and not self._under_way:
+    def seek(self) -> Any:
+        """Draw from the sampler up to the first batch to be fetched; returns the samples of the batch before it."""
+        if self._ahead is None and not self._in_flight:
             self._ahead = self._find()
         return self._passed
 
     def take(self) -> Indices:
-        """The indices of the batch that the loader has just given."""
-        return self._under_way.popleft()
+        """Return the indices of the batch that the loader has just returned; call it once for each batch."""
+        return self._in_flight.popleft()
 
     def next_position(self) -> int:
-        """The position of the batch that the loader will give next; the number of batches if there is none."""
-        for indices in self._under_way:
-            if not self._unwanted(indices):
+        """The position of the batch that the loader will return next; the number of batches if there is none."""
+        for indices in self._in_flight:
+            if not self._is_excluded(indices):
                 return indices.position
         if self._ahead is None:
             self._ahead = self._find()
-        return self._asked if self._ahead is None else self._ahead.position
+        return self._drawn if self._ahead is None else self._ahead.position
 
     def _restart(self, source: Iterator[Any]) -> None:
         self._source = source
-        self._asked = 0
+        self._drawn = 0
         self._passed = self._ahead = None
-        self._under_way.clear()
-        self._first, self._begin_at = self._begin_at, 0
+        self._in_flight.clear()
+        self._first, self._start_at = self._start_at, 0
 
     def _find(self) -> Indices | None:
         for samples in self._source:
-            found = Indices(self._asked, samples)
-            self._asked += 1
+            found = Indices(self._drawn, samples)
+            self._drawn += 1
             if found.position < self._first:
                 self._passed = samples
-            elif not self._unwanted(found):
+            elif not self._is_excluded(found):
                 return found
         return None
 
-    def _unwanted(self, indices: Indices) -> bool:
+    def _is_excluded(self, indices: Indices) -> bool:
         return self.excludes is not None and self.excludes(indices)

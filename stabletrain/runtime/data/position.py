@@ -1,4 +1,4 @@
-"""Where a run stands in a train loader, as something that a checkpoint can hold and another process can check."""
+"""The position of a run in a train loader, in a form that a checkpoint can hold and another process can check."""
 
 from __future__ import annotations
 
@@ -7,28 +7,22 @@ from typing import Any, NamedTuple
 
 import torch
 
-from stabletrain.errors import UserError
 from stabletrain.runtime import rng
 from stabletrain.runtime.data.tape import Identity, IteratorStart, identity
 from stabletrain.runtime.internals import loader as loader_internals
 from stabletrain.runtime.rng import RngState
 
-_WAY_OUT = (
-    "Put the data back as they were; or go on with other data from a checkpoint made at the end of an epoch; or leave "
-    "ResumeExactly out (config key plugins.resume=none), and the data begin anew."
-)
-
 
 class LoaderState(NamedTuple):
-    """A place in a loader.
+    """A position in a loader.
 
     Args:
         items: batches of the current epoch that were trained on.
-        start: how the epoch's iterator began; its ``rng`` is None if that is still to come.
-        rng_before: the generators before the fetch of the next batch, if it was fetched ahead.
+        start: how the epoch's iterator was created; its ``rng`` is None if it was not created yet.
+        rng_before: the global generators before the fetch of the next batch, if that was prefetched.
         length: batches in an epoch, if known.
         samples: size of the dataset, if known.
-        last: identity of the last batch, where it is known by its samples.
+        last: identity of the last batch, if its samples are known.
     """
 
     items: int
@@ -49,32 +43,16 @@ class LoaderState(NamedTuple):
         start = IteratorStart(**plain["start"])
         return cls(**{**plain, "start": start, "last": None if last is None else tuple(last)})
 
-    def compare_last(self, samples: Any) -> None:
-        """Check the batch before this position.
-
-        Raises:
-            UserError: if the loader gives other samples there than when the checkpoint was made.
-        """
-        if self.last is None or samples is None:
-            return
-        found = identity(self.start.epoch, self.items - 1, samples)
-        if found != self.last:
-            raise UserError(
-                f"resume_exactly: the order of the train loader has changed: batch {self.items - 1} of epoch "
-                f"{self.start.epoch} held the samples {_shown(self.last)} when the checkpoint was made, and now holds "
-                f"{_shown(found)}. {_WAY_OUT}"
-            )
-
 
 def position_in(
     loader: Any, items: int, start: IteratorStart, rng_before: RngState | None = None, last: Identity | None = None
 ) -> LoaderState:
-    """A position in this loader."""
+    """A position in this loader, with the loader's present sizes."""
     return LoaderState(items, start, rng_before, _size(loader), _size(getattr(loader, "dataset", None)), last)
 
 
-def start_of(loader: Any, epoch: int, state: RngState | None) -> IteratorStart:
-    """How an iterator of the loader would begin now."""
+def capture_start(loader: Any, epoch: int, state: RngState | None) -> IteratorStart:
+    """How an iterator of the loader would be created now."""
     sampler = _seeded_sampler(loader)
     return IteratorStart(
         epoch,
@@ -82,12 +60,12 @@ def start_of(loader: Any, epoch: int, state: RngState | None) -> IteratorStart:
         [generator.get_state() for generator in _own_generators(loader)],
         getattr(sampler, "epoch", None),
         getattr(sampler, "seed", None),
-        loader_internals.has_kept_workers(loader),
+        loader_internals.reuses_workers(loader),
     )
 
 
 def restore_start(start: IteratorStart, loader: Any) -> None:
-    """Bring all generators and the loader's sampler to where an iterator began, or is to begin."""
+    """Set all generators and the loader's sampler as they were when the iterator was created, or will be."""
     if start.rng is not None:
         rng.restore(start.rng)
     for generator, state in zip(_own_generators(loader), start.generators, strict=False):
@@ -99,33 +77,40 @@ def restore_start(start: IteratorStart, loader: Any) -> None:
             sampler.set_epoch(start.sampler_epoch)
 
 
-def check(position: LoaderState, loader: Any) -> None:
-    """Compare sizes.
-
-    Raises:
-        UserError: if loader or dataset have another size than when the checkpoint was made within an epoch.
-    """
+def size_mismatch(position: LoaderState, loader: Any) -> str:
+    """In words, how the sizes of loader and dataset differ from those of the position; empty if they do not."""
     now = position_in(loader, 0, position.start)
     found = []
     if position.samples is not None and now.samples != position.samples:
-        found.append(f"the dataset has {now.samples} samples, and had {position.samples}")
+        found.append(f"the dataset has {now.samples} samples, expected {position.samples}")
     if position.length is not None and now.length != position.length:
-        found.append(f"the train loader has {now.length} batches an epoch, and had {position.length}")
-    if not found:
-        return
-    message = f"resume_exactly: {' and '.join(found)} when the checkpoint was made"
-    if position.items:
-        raise UserError(f"{message}, after batch {position.items} of an epoch. {_WAY_OUT}")
-    from lightning_utilities.core.rank_zero import rank_zero_warn
-
-    rank_zero_warn(f"{message}, at the end of an epoch: training goes on with the data as they are now")
+        found.append(f"the train loader has {now.length} batches an epoch, expected {position.length}")
+    return " and ".join(found)
 
 
-def too_short(position: LoaderState, found: int) -> UserError:
-    """The error of a loader that ends before the position."""
-    return UserError(
-        f"resume_exactly: the checkpoint was made after batch {position.items} of an epoch, and the train loader now "
-        f"ends after {found}. {_WAY_OUT}"
+def order_mismatch(position: LoaderState, samples: Any) -> str:
+    """In words, how the batch before the position differs from the checkpoint's; empty if equal or unknown.
+
+    Args:
+        position: from the checkpoint.
+        samples: the indices of the batch that the loader now returns there; None if unknown.
+    """
+    if position.last is None or samples is None:
+        return ""
+    found = identity(position.start.epoch, position.items - 1, samples)
+    if found == position.last:
+        return ""
+    return (
+        f"the order of the train loader has changed: batch {position.items - 1} of epoch {position.start.epoch} held "
+        f"the samples {_shown(position.last)} when the checkpoint was saved, and now holds {_shown(found)}"
+    )
+
+
+def length_mismatch(position: LoaderState, batches: int) -> str:
+    """In words, that the loader ends after this number of batches, before the position."""
+    return (
+        f"the checkpoint was saved after batch {position.items} of an epoch, and the train loader now ends after "
+        f"{batches}"
     )
 
 

@@ -1,4 +1,4 @@
-"""What a train loader did, in order: enough to do it once more, for any iterable."""
+"""A record of what a train loader did, in order, from which its batches can be replayed for any iterable."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ Identity: TypeAlias = tuple[Any, ...]
 
 
 class IteratorStart(NamedTuple):
-    """How an iterator of the loader began: enough to begin it once more, in another process too.
+    """How an iterator of the loader was created: enough to create it again, in another process too.
 
     Args:
         epoch: of the run, from 0.
-        rng: the global generators just before it was made; None where it is yet to be made.
+        rng: the global generators just before it was created; None if it was not created yet.
         generators: states of the loader's and its samplers' own generators.
-        sampler_epoch: what the sampler was told by ``set_epoch``, if it has that.
+        sampler_epoch: argument of the sampler's last ``set_epoch``, if it has that method.
         sampler_seed: the seed of a sampler whose order is a function of seed and epoch.
-        kept_workers: it uses the worker processes of an earlier iterator.
+        kept_workers: whether it reuses the worker processes of an earlier iterator.
     """
 
     epoch: int
@@ -34,16 +34,16 @@ class IteratorStart(NamedTuple):
 
 
 class EpochStarted(NamedTuple):
-    """An iterator of the loader was made.
+    """An iterator of the loader was created.
 
     Args:
-        start: how.
-        handed: position of the last batch that was passed over, -1 for none.
-        rng_after: the generators afterwards.
+        start: how it was created.
+        position: of the last batch that was passed over on resume, -1 for none.
+        rng_after: the global generators after that; None if the tape is off.
     """
 
     start: IteratorStart
-    handed: int
+    position: int
     rng_after: RngState | None
 
 
@@ -51,12 +51,12 @@ class TapedBatch(NamedTuple):
     """A batch was fetched.
 
     Args:
-        batch: as the loader gave it, on the host.
+        batch: as the loader returned it, on the host.
         epoch: of the run, from 0.
-        position: within the epoch, from 0; batches left out are counted.
-        samples: the indices that the sampler asked for; None where no sampler gives them.
-        rng_before: the generators before the fetch, where somebody needs them.
-        rng_after: the generators after the fetch; None if it drew nothing.
+        position: within the epoch, from 0; excluded batches are counted.
+        samples: the sample indices; None if no sampler gives them.
+        rng_before: the global generators before the fetch, if a checkpoint may need them.
+        rng_after: the global generators after the fetch; None if it drew no random number or the tape is off.
     """
 
     batch: Any
@@ -68,21 +68,21 @@ class TapedBatch(NamedTuple):
 
     @property
     def identity(self) -> Identity:
-        """The batch's name."""
+        """Names the batch by its samples, or by its position if these are unknown."""
         return identity(self.epoch, self.position, self.samples)
 
     @property
     def position_key(self) -> Identity:
-        """The batch's name by its place, which is the same on all ranks."""
+        """Names the batch by its position, which is the same on all ranks."""
         return identity(self.epoch, self.position, None)
 
 
 class EpochEnded(NamedTuple):
-    """The iterator had no more.
+    """The iterator was exhausted.
 
     Args:
-        position: how many batches there were; those left out are counted.
-        rng_after: the generators afterwards; None if nothing was drawn.
+        position: the number of batches; excluded batches are counted.
+        rng_after: the global generators after that; None if no random number was drawn or the tape is off.
     """
 
     position: int
@@ -93,7 +93,7 @@ TapeEvent: TypeAlias = EpochStarted | TapedBatch | EpochEnded
 
 
 def identity(epoch: int, position: int, samples: Any) -> Identity:
-    """Name a batch by its samples where they are numbers or strings, else by its place.
+    """Name a batch by its samples if they are numbers or strings, else by its position.
 
     >>> identity(0, 7, [4, 17])
     ('samples', 4, 17)
@@ -110,10 +110,15 @@ def identity(epoch: int, position: int, samples: Any) -> Identity:
 
 
 class Tape:
-    """Events by number, of which the last ones are kept, and a head that replays them or stands at the end."""
+    """Numbered events, of which the newest are stored, with a read position that can be moved back to replay them.
 
-    def __init__(self) -> None:
-        self.head = 0
+    Args:
+        enabled: store new events; otherwise they are only counted.
+    """
+
+    def __init__(self, enabled: bool = False) -> None:
+        self.enabled = enabled
+        self.next_number = 0  # of the event that is replayed next; equal to `end` if there is none
         self._first = 0
         self._events: list[TapeEvent] = []
 
@@ -124,32 +129,32 @@ class Tape:
 
     @property
     def first(self) -> int:
-        """The number of the oldest event kept."""
+        """The number of the oldest stored event."""
         return self._first
 
     def __getitem__(self, number: int) -> TapeEvent:
         return self._events[number - self._first]
 
     def replay(self) -> TapeEvent | None:
-        """The event at the head, which moves on; None at the end of the tape."""
-        if self.head >= self.end:
+        """Return the next event and move past it; None at the end of the tape."""
+        if self.next_number >= self.end:
             return None
-        self.head += 1
-        return self[self.head - 1]
+        self.next_number += 1
+        return self[self.next_number - 1]
 
-    def record(self, event: TapeEvent, keep: bool) -> None:
-        """A new event happened; without ``keep`` it is counted and forgotten, and so are all before it."""
+    def record(self, event: TapeEvent) -> None:
+        """Append a new event and move to the end; if not enabled, drop it and all stored events."""
         self._events.append(event)
-        self.head = self.end
-        if not keep:
+        self.next_number = self.end
+        if not self.enabled:
             self.forget_before(self.end)
 
     def forget_before(self, number: int) -> None:
-        """Let go of older events."""
-        number = min(number, self.head)
+        """Drop the events before this number, except those that are still to be replayed."""
+        number = min(number, self.next_number)
         del self._events[: max(0, number - self._first)]
         self._first = max(self._first, number)
 
-    def cut(self) -> None:
-        """Forget what was recorded beyond the head: it will not happen again."""
-        del self._events[self.head - self._first :]
+    def truncate(self) -> None:
+        """Drop the events that are still to be replayed."""
+        del self._events[self.next_number - self._first :]

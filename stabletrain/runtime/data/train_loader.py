@@ -1,11 +1,11 @@
-"""The train loader of a Trainer, shared by whoever resumes exactly or goes back in time.
+"""The train loaders of a Trainer: resumed at any batch, and rewound to an earlier batch of a running fit.
 
     loader = TrainLoader.of(trainer)         # in setup(); close() when done
-    loader.keep_tape()                       # from now on what is fetched is remembered
+    loader.keep_tape()                       # from now on, fetched batches are stored
     mark = loader.mark()                     # in on_train_batch_end
-    loader.rewind(mark, exclude={...})     # in on_train_batch_end, later: the same batches come again
+    loader.rewind(mark, exclude={...})       # in on_train_batch_end, later: the same batches come again
 
-The tape holds references to the host batches since the oldest mark kept, nothing else; without `keep_tape`, nothing.
+The tape holds references to the host batches since the oldest mark in use; without `keep_tape` it holds none.
 """
 
 from __future__ import annotations
@@ -16,23 +16,22 @@ from typing import Any, NamedTuple
 
 from lightning.pytorch import Trainer
 
-from stabletrain.errors import UserError
 from stabletrain.runtime import rng
-from stabletrain.runtime.data.position import LoaderState, check
+from stabletrain.runtime.data.exclusions import Exclusions
+from stabletrain.runtime.data.fetch_counter import FetchCounter, FetcherState
+from stabletrain.runtime.data.position import LoaderState
+from stabletrain.runtime.data.resume_point import ResumePoint
 from stabletrain.runtime.data.tape import Identity, TapedBatch
 from stabletrain.runtime.data.taped_loader import LoaderCursor, TapedLoader
 from stabletrain.runtime.internals import loader as loader_internals
 
 
 class DataMark(NamedTuple):
-    """A moment between two training steps that the train loader can go back to; see `TrainLoader.mark`."""
+    """A moment between two training steps that the train loaders can be rewound to; see `TrainLoader.mark`."""
 
     loaders: tuple[TapedLoader, ...]
-    places: tuple[LoaderCursor, ...]
-    fetched: int
-    done: bool
-    counted: int
-    ahead: int
+    cursors: tuple[LoaderCursor, ...]
+    fetcher: FetcherState
 
 
 class TrainLoader:
@@ -40,310 +39,195 @@ class TrainLoader:
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
-        self.keeps_tape = False
-        self._keeps_position = False
-        self._fast_forward = "auto"
         self._users = 0
         self._uninstall: Callable[[], None] | None = None
-        self._excluded_events: set[int] = set()
-        self._excluded: set[Identity] = set()
-        self._counted = 0  # batches after the current one that the fetcher has been told of
-        self._owed = 0  # batches left out before the one that is fetched ahead
-        self._resume: tuple[list[LoaderState], rng.RngState | None] | None = None
-        self._positions: list[LoaderState | None] = []
-        self._rng: rng.RngState | None = None
-        self._entered = False
-        self.started = False
+        self._keeps_tape = False
+        self._exclusions = Exclusions(trainer)
+        self._resume = ResumePoint(trainer)
+        self._counter = FetchCounter(trainer)
 
-    # ---- life -------------------------------------------------------------------------------------------------------
+    # ---- setup and teardown -----------------------------------------------------------------------------------------
 
     @classmethod
     def of(cls, trainer: Trainer) -> TrainLoader:
-        """The one of this trainer; call it in ``setup`` of a fit, and `close` on ``teardown`` and ``on_exception``."""
+        """The one of this trainer; call it in ``setup`` of a fit, and `close` in ``teardown`` and ``on_exception``."""
         found = getattr(loader_internals.train_loader_wrapper(trainer), "__self__", None)
         if not isinstance(found, TrainLoader):
             found = cls(trainer)
-            found._uninstall = loader_internals.process_train_loaders(trainer, found._wrap)
+            found._uninstall = loader_internals.wrap_train_loaders(trainer, found._wrap)
         found._users += 1
         return found
 
     def close(self) -> None:
-        """One user less; the last one's call undoes the installation and lets go of all batches."""
+        """End one user's use; the last one's call restores the strategy and drops all stored batches."""
         self._users -= 1
         if self._users == 0 and self._uninstall is not None:
             self._uninstall()
             self._uninstall = None
-            self.keeps_tape = False
+            self._set_tape(False)
             for loader in self.loaders:
                 loader.tape.forget_before(loader.tape.end)
 
-    def _wrap(self, loader: Any) -> TapedLoader:
-        return TapedLoader(loader, self)
-
     @property
     def loaders(self) -> list[TapedLoader]:
-        """The loaders that are read from; empty before the fit loop has asked for them."""
+        """The loaders that the fit loop reads from; empty before it has set them up."""
         return [each for each in loader_internals.train_loaders(self.trainer) if isinstance(each, TapedLoader)]
 
-    # ---- going back in time -----------------------------------------------------------------------------------------
+    def _wrap(self, loader: Any) -> TapedLoader:
+        wrapped = TapedLoader(loader, self.trainer, self._exclusions, self._resume, self._counter)
+        wrapped.tape.enabled = self._keeps_tape
+        return wrapped
+
+    def _set_tape(self, enabled: bool) -> None:
+        self._keeps_tape = enabled
+        for loader in self.loaders:
+            loader.tape.enabled = enabled
+
+    # ---- rewinding --------------------------------------------------------------------------------------------------
 
     def keep_tape(self) -> None:
-        """Remember what is fetched from now on, from the oldest mark that `forget_before` spares."""
-        self.keeps_tape = True
+        """Store all batches that are fetched from now on, until `forget_before` drops them."""
+        self._set_tape(True)
 
     def mark(self) -> DataMark:
-        """This moment; call it in ``on_train_batch_end``, between two optimizer steps."""
-        fetcher = loader_internals.data_fetcher(self.trainer)
-        ahead = len(loader_internals.prefetched(self.trainer))
-        loaders = tuple(self.loaders)
-        places = tuple(each.cursor_before if ahead else each.cursor for each in loaders)
-        return DataMark(loaders, places, fetcher.fetched, fetcher.done, self._counted, ahead)
+        """The present moment; call it in ``on_train_batch_end``, between two optimizer steps."""
+        fetcher, loaders = self._counter.state(), tuple(self.loaders)
+        return DataMark(loaders, tuple(_cursor(each, fetcher.prefetched) for each in loaders), fetcher)
 
     def can_rewind(self, mark: DataMark) -> bool:
-        """Whether the tape reaches back to the mark; it does not if the loader was replaced since."""
-        current = self.loaders
-        return len(current) == len(mark.loaders) and all(
-            now is then and now.tape.first <= place.event
-            for now, then, place in zip(current, mark.loaders, mark.places, strict=True)
+        """Whether the tape reaches back to the mark; it does not if Lightning has reloaded the train loader since."""
+        loaders = self.loaders
+        return len(loaders) == len(mark.loaders) and all(
+            loader is marked and loader.tape.first <= cursor.event
+            for loader, marked, cursor in zip(loaders, mark.loaders, mark.cursors, strict=True)
         )
 
     def forget_before(self, mark: DataMark) -> None:
-        """Nobody will go back further than to this mark: let go of older batches."""
-        for loader, place in zip(mark.loaders, mark.places, strict=True):
-            loader.tape.forget_before(place.event)
-        if mark.places:
-            self._excluded_events = {event for event in self._excluded_events if event >= mark.places[0].event}
+        """Drop the batches before this mark: nobody will rewind to an earlier one."""
+        for loader, cursor in zip(mark.loaders, mark.cursors, strict=True):
+            loader.tape.forget_before(cursor.event)
+        if mark.cursors:
+            self._exclusions.forget_events_before(mark.cursors[0].event)
 
     def batches_since(self, mark: DataMark) -> dict[int, TapedBatch]:
         """The batches trained on since the mark, by item id, oldest first; of the first loader, if there are several.
 
-        A batch that is fetched ahead was not trained on, and one that is left out does not count.
+        Prefetched and excluded batches are omitted.
         """
         if not mark.loaders:
             return {}
-        loader, ahead = mark.loaders[0], loader_internals.prefetched(self.trainer)
-        end = (loader.cursor_before if ahead else loader.cursor).event
-        events = {number: loader.tape[number] for number in range(mark.places[0].event, end)}
+        loader = mark.loaders[0]
+        end = _cursor(loader, len(loader_internals.prefetched(self.trainer))).event
+        events = {number: loader.tape[number] for number in range(mark.cursors[0].event, end)}
         return {
             number: event
             for number, event in events.items()
-            if isinstance(event, TapedBatch)
-            and number not in self._excluded_events
-            and not {event.identity, event.position_key} & self._excluded
+            if isinstance(event, TapedBatch) and not self._exclusions.cover(number, event)
         }
 
     def rewind(self, mark: DataMark, exclude: AbstractSet[int] = frozenset()) -> None:
-        """Go back to the mark: the same batches come again, with the same random numbers drawn by the loader.
+        """Rewind to the mark: the same batches come again, and the loader draws the same random numbers for them.
 
-        Call it in ``on_train_batch_end``, *after* the loops' progress was put back to what it was at the mark. The
-        global generators are as before the call. Batches left out are counted as done, so that batch_idx and the end
-        of the epoch are right; from there on the run is what it would be with a loader that never had them (a loader
-        that draws from the global generators while it fetches cannot be asked again: its batches stay as they were).
+        Call it in ``on_train_batch_end``, *after* the progress of the loops was restored to that of the mark. The
+        global generators are as before the call. Excluded batches are counted as completed, so that batch_idx and the
+        end of the epoch are right; the run continues as with a loader that never had them. (If fetching draws from the
+        global generators in the training process, the stored batches are not fetched again and keep their content.)
 
         Args:
             mark: a mark that `can_rewind` accepts.
             exclude: item ids of `batches_since`, the same on all ranks; with gradient accumulation, whole windows.
 
         Raises:
-            UserError: if batches are to be left out and there are several train loaders.
+            UserError: if batches are excluded and there are several train loaders.
             ValueError: if the tape does not reach back to the mark.
         """
         if not self.can_rewind(mark):
-            raise ValueError("the tape does not reach back to this mark: it was forgotten, or the loader was replaced")
+            raise ValueError("the tape does not reach back to this mark: it was dropped, or the loader was reloaded")
         if exclude:
-            self._refuse_several()
-        self._excluded_events |= exclude
-        fetcher = loader_internals.data_fetcher(self.trainer)
-        for loader, place in zip(mark.loaders, mark.places, strict=True):
-            loader.rewind(place)
-        fetcher.fetched, fetcher.done, self._counted, self._owed = mark.fetched, mark.done, mark.counted, 0
-        with rng.kept():
-            self._look_ahead(fetcher, mark)
+            self._exclusions.require_one_loader()
+        self._exclusions.add_events(exclude)
+        for loader, cursor in zip(mark.loaders, mark.cursors, strict=True):
+            loader.rewind(cursor)
+        with rng.preserved():
+            self._counter.rewind(mark.fetcher, mark.loaders[0].excluded_next if self._exclusions else None)
 
-    def _look_ahead(self, fetcher: Any, mark: DataMark) -> None:
-        ahead = loader_internals.prefetched(self.trainer)
-        ahead.clear()
-        try:
-            while len(ahead) < mark.ahead:
-                ahead.append(next(fetcher.iterator))
-        except StopIteration:
-            fetcher.done = not ahead
-        if fetcher.length is not None and self.excludes_any:
-            self._count(0, mark.loaders[0].excluded_next(), handed=0)
-            fetcher.done = fetcher.fetched >= fetcher.length
-        if fetcher.done and not mark.done:
-            loader_internals.end_epoch_here(self.trainer)
-
-    # ---- leaving batches out ----------------------------------------------------------------------------------------
+    # ---- excluding batches ------------------------------------------------------------------------------------------
 
     def exclude(self, identities: Iterable[Sequence[Any]]) -> None:
-        """Leave out these batches whenever they come, in this process.
+        """Exclude these batches whenever they come, in this process.
 
-        After a restart call it again, in ``setup`` or ``load_state_dict``: a stream is read ahead before training.
+        After a restart call it again, in ``setup`` or ``load_state_dict``: a loader without a length is read before
+        training starts.
 
         Args:
             identities: of `TapedBatch.identity`, or `TapedBatch.position_key`. All ranks must exclude equally many
-                batches at the same positions: where there are several, name batches by their position. A batch named by
-                its samples is excluded in every epoch that has just this batch.
+                batches at the same positions: with several ranks, name batches by their position. A batch named by its
+                samples is excluded in every epoch that has a batch of exactly these samples.
 
         Raises:
             UserError: if there are several train loaders.
         """
-        self._refuse_several()
-        self._excluded |= {tuple(each) for each in identities}
+        self._exclusions.require_one_loader()
+        self._exclusions.add(identities)
 
     @property
     def excluded(self) -> frozenset[Identity]:
-        """The identities to be left out."""
-        return frozenset(self._excluded)
+        """The identities of `exclude`."""
+        return self._exclusions.identities
 
-    @property
-    def excludes_any(self) -> bool:
-        """Whether anything is to be left out."""
-        return bool(self._excluded or self._excluded_events)
+    # ---- resuming from a checkpoint ---------------------------------------------------------------------------------
 
-    def excludes(self, name: Identity) -> bool:
-        """Whether a batch of this identity is to be left out."""
-        return name in self._excluded
-
-    def excludes_event(self, number: int) -> bool:
-        """Whether this event of the tape is to be left out."""
-        return number in self._excluded_events
-
-    def _refuse_several(self) -> None:
-        if len(self.loaders) > 1:
-            raise UserError(
-                f"batches cannot be left out of {len(self.loaders)} train loaders at once: a batch is then several. "
-                "Use one train loader, or a rollback that leaves nothing out."
-            )
-
-    # ---- what the loaders report ------------------------------------------------------------------------------------
-
-    def on_batch_returned(self, excluded: int, excluded_next: int) -> None:
-        """A loader gives a batch: so many were left out before it, and so many will be directly after it."""
-        if loader_internals.data_fetcher(self.trainer).length is None:
-            self._owed = excluded  # the loop gets this batch later, one is fetched ahead
-        else:
-            self._count(excluded, excluded_next, handed=1)
-
-    def _count(self, excluded: int, excluded_next: int, handed: int) -> None:
-        fetcher = loader_internals.data_fetcher(self.trainer)
-        # the fetcher knows by its count which batch is the epoch's last; it will count the one in hand itself
-        fetcher.fetched += excluded - self._counted + excluded_next
-        self._counted = excluded_next
-        if fetcher.fetched + handed >= fetcher.length:
-            excluded += excluded_next  # nobody comes after them: this batch is the last, by its number too
-        if excluded:
-            loader_internals.count_excluded(self.trainer, excluded)
-
-    def on_next(self) -> None:
-        """The loop takes the batch that was fetched ahead."""
-        if self._owed:
-            loader_internals.count_excluded(self.trainer, self._owed)
-            self._owed = 0
-
-    def on_iter(self) -> None:
-        """An epoch begins; at a restart maybe for the second time, and the first does not count."""
-        self._counted = self._owed = 0
-        if self._resume is not None:
-            self.resume_at(*self._resume)
-
-    # ---- going on from a checkpoint ---------------------------------------------------------------------------------
-
-    def keep_position(self, fast_forward: str) -> None:
-        """Be ready for `positions` at any time.
+    def keep_position(self, fast_forward: str, name: str, opt_out: str) -> None:
+        """Record what `positions` needs, from now on.
 
         Args:
-            fast_forward: ``"auto"``, ``"indices"`` or ``"batches"``; see `ResumeExactly`.
+            fast_forward: how a map-style loader reaches its position: ``"indices"`` (skip the batches before it),
+                ``"batches"`` (fetch them), ``"auto"`` (skip if it fetches in this process, else fetch).
+            name: of the plugin, to start messages with.
+            opt_out: how to run without it, to end error messages with, after "or": ``"remove ... (config key ...)"``.
         """
-        self._keeps_position = True
-        self._fast_forward = fast_forward
-
-    def passes_over_indices(self, in_process: bool) -> bool:
-        """Whether a map-style loader begins at a position without fetching what is before it."""
-        return self._fast_forward == "indices" or (self._fast_forward == "auto" and in_process)
-
-    @property
-    def notes_rng_before_fetch(self) -> bool:
-        """Whether a batch may be fetched ahead of a checkpoint."""
-        fetcher = loader_internals.data_fetcher(self.trainer)
-        return self._keeps_position and fetcher is not None and fetcher.length is None
+        self._resume.enable(fast_forward, name, opt_out)
 
     def positions(self) -> list[LoaderState]:
-        """Where the run stands in each loader."""
-        if self._resume is not None:
-            return self._resume[0]
-        loaders = self.loaders
-        ahead = len(loader_internals.prefetched(self.trainer))
-        over, unfinished = (
-            loader_internals.epoch_is_over(self.trainer),
-            loader_internals.batches_in_progress(self.trainer),
-        )
-        return [each.position(ahead > 0, over, unfinished) for each in loaders]
+        """The run's position in each loader."""
+        if self._resume.positions is not None:
+            return self._resume.positions
+        prefetched = len(loader_internals.prefetched(self.trainer)) > 0
+        epoch_over = loader_internals.epoch_is_over(self.trainer)
+        unfinished = loader_internals.batches_in_progress(self.trainer)
+        return [each.position(prefetched, epoch_over, unfinished) for each in self.loaders]
 
     @property
     def run_rng(self) -> rng.RngState:
-        """The global generators as training has left them."""
-        if self._resume is not None and self._resume[1] is not None:
-            return self._resume[1]
-        return rng.capture()
+        """The global generators of the run: those of the checkpoint until training uses them."""
+        state = self._resume.run_rng
+        return state if state is not None else rng.capture()
 
     def resume_at(self, positions: list[LoaderState], state: rng.RngState | None) -> None:
-        """Go on from here: the next iterator of each loader begins at its position, the run has these generators.
+        """Resume: the next iterator of each loader starts at its position, and training with these generators.
 
         Args:
             positions: from `positions`, one for each loader.
-            state: from `run_rng`; None: leave the generators alone.
+            state: from `run_rng`; None: do not change the generators.
         """
-        self._resume = positions, state
-        self._positions = list(positions)
-        self._rng = state
+        self._resume.set(positions, state)
 
     def check_positions(self) -> None:
-        """Compare what the checkpoint says of the loaders with what they are.
+        """Compare the checkpoint's positions with the loaders; no effect if no checkpoint was loaded.
 
         Raises:
-            UserError: if their number or, within an epoch, their sizes have changed.
+            UserError: if the number of loaders has changed or, within an epoch, their sizes.
         """
-        if self._resume is None:
-            return
-        positions, loaders = self._resume[0], self.loaders
-        if len(positions) != len(loaders):
-            raise UserError(
-                f"resume_exactly: the checkpoint was made with {len(positions)} train loaders, and there are "
-                f"{len(loaders)} now. Use the same train_dataloader, or leave ResumeExactly out "
-                "(config key plugins.resume=none)."
-            )
-        for position, loader in zip(positions, loaders, strict=True):
-            check(position, loader.loader)
+        self._resume.check()
 
-    def take_position(self, loader: TapedLoader) -> LoaderState | None:
-        """The position at which the loader is to begin, once."""
-        if self._excluded:
-            self._refuse_several()
-        if not self._positions:
-            return None
-        self.check_positions()
-        index = self.loaders.index(loader)
-        position, self._positions[index] = self._positions[index], None
-        return position
+    def on_train_start(self) -> None:
+        """Call it in ``on_train_start``: batches fetched from here on are trained on."""
+        self._resume.on_train_start()
 
-    def epoch_starts(self) -> None:
-        """Hooks of an epoch's start may draw random numbers: those of the run."""
-        if self._resume is not None and self._rng is not None and None not in self._positions:
-            rng.restore(self._rng)
-            self._resume, self._rng = (self._resume[0], None), None
+    def on_train_epoch_start(self) -> None:
+        """Call it in ``on_train_epoch_start``: hooks of an epoch's start draw from the run's generators."""
+        self._resume.on_train_epoch_start()
 
-    def before_rng_use(self) -> None:
-        """A loader draws the run's random numbers: what was drawn while the run was being set up is undone."""
-        if self._rng is not None and not self._entered:
-            rng.restore(self._rng)
-            self._entered = True
 
-    def after_fetch(self) -> None:
-        """A loader has fetched; if the loop has not started, what follows is not the run yet."""
-        self._entered = False
-        if self.started:
-            self._resume = None
-        if self._rng is not None:
-            self._rng = None if self.started else rng.capture()
+def _cursor(loader: TapedLoader, prefetched: int) -> LoaderCursor:
+    return loader.cursor_before if prefetched else loader.cursor

@@ -1,4 +1,4 @@
-"""Behind the fit loop's train loader: fetching, counting, validation in between; as `compat`, each with a test."""
+"""Private attributes of Lightning's fit loop and torch's DataLoader that the train loader needs, each with a test."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from lightning.pytorch.loops.loop import _Loop
 from torch.utils.data import DataLoader, IterableDataset
 
 
-def process_train_loaders(trainer: Trainer, wrap: Callable[[Any], Any]) -> Callable[[], None]:
-    """Let ``wrap`` have every train loader as Lightning is about to use it; returns the function that undoes this.
+def wrap_train_loaders(trainer: Trainer, wrap: Callable[[Any], Any]) -> Callable[[], None]:
+    """Replace every train loader by ``wrap(loader)`` when Lightning sets it up; returns a function that undoes this.
 
-    The strategy's hook sees them after a distributed sampler was put in, and validation loaders too.
+    It patches the strategy's ``process_dataloader``, which Lightning calls after it has added a distributed sampler,
+    and also for validation loaders; these are not wrapped.
     """
     strategy = trainer.strategy
     process = strategy.process_dataloader
@@ -34,41 +35,41 @@ def process_train_loaders(trainer: Trainer, wrap: Callable[[Any], Any]) -> Calla
 
 
 def train_loader_wrapper(trainer: Trainer) -> Any:
-    """What `process_train_loaders` was called with, or None."""
+    """The ``wrap`` of the last `wrap_train_loaders` that was not undone, or None."""
     return getattr(trainer.strategy.process_dataloader, "wrap", None)
 
 
 def train_loaders(trainer: Trainer) -> list[Any]:
-    """The loaders that the fit loop reads from, as they were processed."""
+    """The loaders that the fit loop reads from, as wrapped; empty before the fit loop has set them up."""
     combined = trainer.fit_loop._combined_loader
     return [] if combined is None else list(combined.flattened)
 
 
 def data_fetcher(trainer: Trainer) -> Any:
-    """What reads batches for the fit loop, one ahead where the loader has no length; None outside of a fit."""
+    """Lightning's fetcher, which prefetches one batch if the loader has no length; None before the fit loop runs."""
     return trainer.fit_loop._data_fetcher
 
 
 def prefetched(trainer: Trainer) -> list[Any]:
-    """Batches that are fetched and not yet handed to the loop (a list that may be changed)."""
+    """Batches that were fetched and that the loop has not taken yet: the fetcher's own list, which may be changed."""
     batches: list[Any] = getattr(data_fetcher(trainer), "batches", [])
     return batches
 
 
 def epoch_number(trainer: Trainer) -> int:
-    """The epoch that samplers are told."""
+    """The current epoch from 0, as passed to ``set_epoch`` of samplers."""
     counts: Any = trainer.fit_loop.epoch_progress.current
     return int(counts.processed)
 
 
 def batches_in_progress(trainer: Trainer) -> int:
-    """1 between fetching a batch and the end of its step, else 0."""
+    """1 while the loop trains on a batch, else 0."""
     counts: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     return int(counts.ready - counts.processed)
 
 
 def epoch_is_over(trainer: Trainer) -> bool:
-    """Whether the epoch's last batch was trained on, so that the next thing to be fetched is a new epoch."""
+    """Whether the epoch's last batch was trained on, so that the next fetch starts a new epoch."""
     loop = trainer.fit_loop.epoch_loop
     counts: Any = loop.batch_progress.current
     return counts.processed > 0 and counts.ready == counts.processed and loop._num_ready_batches_reached()
@@ -81,7 +82,7 @@ def is_within_window(trainer: Trainer) -> bool:
 
 
 def count_excluded(trainer: Trainer, batches: int) -> None:
-    """Count batches that were left out as done, so that batch_idx and the end of the epoch stay right."""
+    """Count excluded batches as completed, so that batch_idx and the end of the epoch stay right."""
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress
     for counts in (progress.total, progress.current):
         counts.ready += batches
@@ -91,7 +92,7 @@ def count_excluded(trainer: Trainer, batches: int) -> None:
 
 
 def end_epoch_here(trainer: Trainer) -> None:
-    """Within ``on_train_batch_end``: this batch has become the epoch's last one."""
+    """Make the current batch the epoch's last; call it in ``on_train_batch_end``."""
     loop = trainer.fit_loop.epoch_loop
     if not loop._num_ready_batches_reached():
         loop.batch_progress.is_last_batch = True
@@ -99,10 +100,10 @@ def end_epoch_here(trainer: Trainer) -> None:
 
 
 def begin_next_epoch(trainer: Trainer) -> None:
-    """In ``on_train_start``: after a checkpoint of an epoch's last batch, the next epoch begins as any other.
+    """Start the next epoch if the checkpoint was saved after an epoch's last batch; call it in ``on_train_start``.
 
-    Lightning goes on as if within the epoch: it calls no ``on_train_epoch_start``, counts on from the last batch where
-    the loader has no length, and with ``max_steps`` trains a single batch, or counts the epoch twice.
+    Lightning would continue within the old epoch: it calls no ``on_train_epoch_start``, continues the old batch count
+    if the loader has no length, and with ``max_steps`` trains on a single batch or counts the epoch twice.
     """
     fit_loop = trainer.fit_loop
     loop = fit_loop.epoch_loop
@@ -121,54 +122,54 @@ def begin_next_epoch(trainer: Trainer) -> None:
 
 
 def around_validation(trainer: Trainer, before: Callable[[], None], after: Callable[[], None]) -> Callable[[], None]:
-    """Call ``before`` and ``after`` around each validation of a fit; returns the function that undoes this.
+    """Call ``before`` and ``after`` around each validation of a fit; returns a function that undoes this.
 
-    ``on_validation_start`` comes too late: the loader's iterator has drawn a random number by then.
+    ``on_validation_start`` is too late: by then the validation loader's iterator has drawn a random number.
     """
     loop = trainer.fit_loop.epoch_loop.val_loop
     run = loop.run
 
-    def surrounded() -> Any:
+    def wrapped() -> Any:
         before()
         try:
             return run()
         finally:
             after()
 
-    loop.run = surrounded  # type: ignore[method-assign]
+    loop.run = wrapped  # type: ignore[method-assign]
 
     def undo() -> None:
-        if loop.__dict__.get("run") is surrounded:
+        if loop.__dict__.get("run") is wrapped:
             del loop.__dict__["run"]
 
     return undo
 
 
-def trust_loader_at_restart(trainer: Trainer) -> Callable[[], None]:
-    """Spare the user the warning that a loader without a state of its own cannot go on within an epoch: it will.
+def silence_resume_warning(trainer: Trainer) -> Callable[[], None]:
+    """Silence Lightning's warning that the train loader cannot resume within an epoch, once.
 
-    Returns the function that undoes this.
+    Returns a function that undoes this.
     """
     loop = trainer.fit_loop.epoch_loop
     reset = loop.reset
 
-    def trusting() -> None:
+    def silenced() -> None:
         undo()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
             reset()
 
-    loop.reset = trusting  # type: ignore[method-assign]
+    loop.reset = silenced  # type: ignore[method-assign]
 
     def undo() -> None:
-        if loop.__dict__.get("reset") is trusting:
+        if loop.__dict__.get("reset") is silenced:
             del loop.__dict__["reset"]
 
     return undo
 
 
 def takes_index_sampler(loader: Any) -> bool:
-    """Whether the loader is a plain map-style DataLoader that fetches in the order of its sampler."""
+    """Whether the loader is a map-style DataLoader that fetches in its sampler's order, with torch's own iterator."""
     return (
         isinstance(loader, DataLoader)
         and not isinstance(loader.dataset, IterableDataset)
@@ -178,21 +179,21 @@ def takes_index_sampler(loader: Any) -> bool:
     )
 
 
-def has_kept_workers(loader: Any) -> bool:
-    """Whether the loader's next iterator uses the worker processes of an earlier one, and draws no seed for them."""
+def reuses_workers(loader: Any) -> bool:
+    """Whether the loader's next iterator reuses (persistent) worker processes, and so draws no new seed for them."""
     return isinstance(loader, DataLoader) and loader.persistent_workers and loader._iterator is not None
 
 
 def index_sampler(loader: DataLoader[Any]) -> Any:
-    """What gives the loader the indices of its next batch (or sample, where batches are not collated)."""
+    """The loader's batch sampler, or its sampler if it does not collate batches."""
     return loader._index_sampler
 
 
-def iterate_through(loader: DataLoader[Any], sampler: Any) -> Any:
-    """An iterator of the loader that takes its indices from ``sampler``; the loader itself keeps its own."""
+def iterate_with(loader: DataLoader[Any], sampler: Any) -> Any:
+    """Return an iterator of the loader that takes its indices from ``sampler``; the loader is not changed."""
     name = "sampler" if loader.batch_sampler is None else "batch_sampler"
     own = loader.__dict__[name]
-    loader.__dict__[name] = sampler  # the public attribute refuses to be set
+    loader.__dict__[name] = sampler  # DataLoader forbids to set the attribute after __init__
     try:
         return iter(loader)
     finally:

@@ -53,7 +53,7 @@ def first_nonfinite_output(module: LightningModule, batch: Any, batch_idx: int) 
 
     buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
     with ExitStack() as stack:
-        stack.enter_context(rng.kept())
+        stack.enter_context(rng.preserved())
         stack.enter_context(torch.no_grad())
         logs, module.__dict__["log"] = module.__dict__.get("log"), lambda *_, **__: None
         stack.callback(_put_back, module, "log", logs)

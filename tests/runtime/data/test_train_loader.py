@@ -1,4 +1,4 @@
-"""The train loader's tape: going back in a running fit, and leaving batches out, against fits that never did."""
+"""The train loader: rewinding in a running fit and excluding batches, against fits that never did."""
 
 import copy
 import random
@@ -63,7 +63,7 @@ class Model(LightningModule):
 
 
 class GoBack(Callback):
-    """Marks after every ``every`` batches and goes back to the last mark but one, once after each of ``at`` batches."""
+    """Marks after every ``every`` batches; after each of ``at`` rewinds once, to the oldest of ``keep`` marks."""
 
     def __init__(self, *at, every=3, keep=2, exclude=0, names=()):
         self.at, self.every, self.keep, self.exclude, self.names = set(at), every, keep, exclude, names
@@ -83,15 +83,18 @@ class GoBack(Callback):
         if self.count in self.at:
             mark, state = self.snapshots[0]
             since = self.loader.batches_since(mark)
-            offending = list(since)[len(since) - self.exclude :]
+            offending = self.choose(since)
             self.excluded += [since[item].identity for item in offending]
             self.restore(trainer, pl_module, state)
-            with rng.kept():
+            with rng.preserved():
                 self.loader.rewind(mark, frozenset(offending))
             del self.snapshots[1:]
         elif self.count % self.every == 0:
             self.snapshots = [*self.snapshots, (self.loader.mark(), self.take(trainer, pl_module))][-self.keep :]
             self.loader.forget_before(self.snapshots[0][0])
+
+    def choose(self, since):
+        return list(since)[len(since) - self.exclude :]
 
     def take(self, trainer, module):
         optimizer, schedule = trainer.optimizers[0], trainer.lr_scheduler_configs[0].scheduler
@@ -151,9 +154,9 @@ LOADERS = {
 @pytest.mark.parametrize(
     "loader", [pytest.param(name, marks=[pytest.mark.slow] if "workers" in name else []) for name in LOADERS]
 )
-def test_going_back_and_on_again_is_never_having_gone_back(loader, at):
-    """Within an epoch, over its end, at its last batch, at the very last, repeatedly: a lost or repeated batch, or
-    another random number, changes the weights."""
+def test_a_rewound_run_ends_like_one_that_never_rewound(loader, at):
+    """Bug: a lost or repeated batch or another random number, if a run rewinds within an epoch, over its end, at its
+    last batch, at the run's last batch, or repeatedly."""
     reference = fit(LOADERS[loader]())
     callback = GoBack(*at)
     model, trainer = fit(LOADERS[loader](), callback)
@@ -166,10 +169,16 @@ def test_going_back_and_on_again_is_never_having_gone_back(loader, at):
 @pytest.mark.parametrize("epochs", [1, 2])
 @pytest.mark.parametrize("kind", ["in order", pytest.param("2 workers", marks=pytest.mark.slow), "stream"])
 @pytest.mark.parametrize(
-    ("at", "count", "missing"), [(5, 1, [4]), (5, 2, [3, 4]), (8, 1, [7]), (8, 2, [6, 7]), (7, 1, [6])]
+    ("at", "count", "missing"),
+    [(5, 1, [4]), (5, 2, [3, 4]), (8, 1, [7]), (8, 2, [6, 7]), (7, 1, [6]), (8, 5, [3, 4, 5, 6, 7])],
 )
-def test_leaving_out_is_a_loader_that_never_had_these_batches(at, count, missing, kind, epochs):
-    """Batches in the middle and at the end of an epoch: its last validation and its learning-rate step must happen."""
+def test_a_rewind_that_excludes_batches_ends_like_a_loader_without_them(at, count, missing, kind, epochs, request):
+    """Bug: no validation or learning-rate step at the end of an epoch whose last batches, or all batches after the
+    mark, are excluded."""
+
+    if count == 5 and kind != "stream":
+        reason = "the learning-rate schedule by the epoch is not stepped if the rewind itself ends the epoch"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
 
     def loader(without=()):
         if kind == "stream":
@@ -186,14 +195,16 @@ def test_leaving_out_is_a_loader_that_never_had_these_batches(at, count, missing
     result = fit(loader(), callback, epochs=epochs)
     assert [name[0] for name in callback.excluded] == ["batch" if kind == "stream" else "samples"] * count
     if epochs == 2 and kind == "stream":
-        return  # Lightning begins the reloaded stream twice, which draws a number more
+        return  # Lightning calls iter() twice on the reloaded stream, which draws one more random number
     assert_same(reference, result)
 
 
-@pytest.mark.parametrize("kind", ["in order", pytest.param("2 workers", marks=pytest.mark.slow), "stream"])
+@pytest.mark.parametrize(
+    "kind", ["in order", pytest.param("2 workers", marks=pytest.mark.slow), "stream", "by position"]
+)
 @pytest.mark.parametrize("missing", [[0], [3], [3, 4], [7], [6, 7]], ids=str)
-def test_batches_left_out_by_name_never_come(missing, kind):
-    """After a restart nothing is on the tape: the sampler, or the count, must know them before they are handed out."""
+def test_batches_excluded_by_identity_never_come(missing, kind):
+    """Bug: after a restart the tape is empty, and a batch that is only known from the tape comes again."""
 
     def loader(without=()):
         if kind == "stream":
@@ -201,7 +212,7 @@ def test_batches_left_out_by_name_never_come(missing, kind):
         order = [i for i in range(4 * BATCHES) if i // 4 not in without]
         return DataLoader(Samples(), 4, sampler=order, num_workers=2 if kind == "2 workers" else 0)
 
-    if kind == "stream":
+    if kind in ("stream", "by position"):
         names = [["batch", epoch, position] for position in missing for epoch in (0, 1)]
     else:
         names = [["samples", *range(4 * position, 4 * position + 4)] for position in missing]
@@ -211,28 +222,116 @@ def test_batches_left_out_by_name_never_come(missing, kind):
     assert_same(reference, result)
 
 
-def test_what_nobody_asked_for_is_not_kept():
-    """A tape that nobody rewinds would keep every batch of the run in memory."""
+def test_a_rewind_over_the_end_of_an_epoch_that_excludes_a_batch_draws_the_next_order_again():
+    """Bug: the next epoch is replayed in the order that was drawn after the batch that is now excluded."""
 
-    class WeightSample(Callback):
-        kept = 0
+    class ExcludeFirst(GoBack):
+        def choose(self, since):
+            return list(since)[:1]
+
+    callback = ExcludeFirst(10)  # back to the mark after batch 5
+    model, trainer = fit(LOADERS["shuffled"](), callback)
+    reference = fit(LOADERS["shuffled"](), GoBack(names=[("batch", 0, 6)], every=99))
+    assert len(callback.excluded) == 1
+    assert model.seen[10:] == reference[0].seen[6:]
+    assert_same(reference, (model, trainer))
+
+
+def test_a_batch_of_the_tape_can_be_excluded_by_its_position():
+    """Bug: a batch that is known by its samples comes again after a rewind, although its position is excluded."""
+
+    class ByPosition(GoBack):
+        def choose(self, since):
+            self.loader.exclude([list(since.values())[-1].position_key])
+            return []
+
+    model, trainer = fit(LOADERS["shuffled"](), ByPosition(5))
+    reference = fit(LOADERS["shuffled"](), GoBack(names=[("batch", 0, 4)], every=99))
+    assert model.seen[5:] == reference[0].seen[3:]
+    assert_same(reference, (model, trainer))
+
+
+class BatchNumbers(Callback):
+    """Records the position in the epoch and the batch_idx of each batch, for loaders that return samples in order."""
+
+    def __init__(self):
+        self.positions, self.numbers = [], []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.positions.append(batch[1][0].item() // 4)
+        self.numbers.append(batch_idx)
+
+
+@pytest.mark.parametrize("limit", [BATCHES, 6], ids=["", "limited"])
+@pytest.mark.parametrize("kind", ["in order", "stream"])
+@pytest.mark.parametrize("missing", [[0], [1], [4], [1, 2], [0, 2, 4]], ids=str)
+def test_excluded_batches_count_for_batch_idx_validation_and_progress(missing, kind, limit):
+    """Bug: excluded batches are not counted, of a loader without a length either, so that batch_idx is too small,
+    validation comes too late, and a limited epoch has as many batches more."""
+    numbers, kwargs = BatchNumbers(), {"val_check_interval": 3}
+    if limit != BATCHES:
+        kwargs["limit_train_batches"] = limit  # Lightning then takes the limit as the stream's length
+    names = [("batch", epoch, position) for epoch in (0, 1) for position in missing]
+    model, trainer = fit(LOADERS[kind](), GoBack(names=names, every=99), numbers, **kwargs)
+    expected = [position for position in range(limit) if position not in missing]
+    assert numbers.positions == numbers.numbers == expected * 2
+    assert trainer.fit_loop.epoch_loop.batch_progress.total.completed == 2 * limit
+    steps = [step for step, number in enumerate(numbers.numbers, 1) if number in (2, 5)]
+    assert model.validated_after == steps
+
+
+def test_an_epoch_that_stops_before_an_excluded_batch_does_not_count_it_in_the_next_one():
+    """Bug: the count of batches excluded before the prefetched one survives the end of the epoch."""
+
+    class StopEpoch(BatchNumbers):
+        def setup(self, trainer, pl_module, stage):
+            pl_module.on_train_batch_start = lambda batch, batch_idx: -1 if batch_idx == 2 else None
+
+    numbers = StopEpoch()
+    fit(LOADERS["stream"](), GoBack(names=[("batch", 0, 3)], every=99), numbers)
+    assert numbers.positions == numbers.numbers == [0, 1] * 2
+
+
+@pytest.mark.parametrize("exclude", [0, 1])
+@pytest.mark.parametrize("kind", ["in order", "stream"])
+def test_batch_idx_is_right_after_a_rewind_from_just_before_an_excluded_batch(kind, exclude):
+    """Bug: the batch that was excluded before the prefetched one is counted although the run went back before it."""
+    numbers = BatchNumbers()
+    fit(LOADERS[kind](), numbers, GoBack(3, every=1, names=[("batch", 0, 3)], exclude=exclude), epochs=1)
+    replayed = [1, 2] if exclude == 0 else [1]
+    assert numbers.numbers == numbers.positions == [0, 1, 2, *replayed, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("kind", ["in order", "stream"])
+def test_batch_idx_is_right_after_a_rewind_to_just_before_an_excluded_batch(kind):
+    """Bug: the excluded batch is counted twice by the fetcher, and the epoch ends a batch too early."""
+    numbers = BatchNumbers()
+    fit(LOADERS[kind](), numbers, GoBack(3, every=1, names=[("batch", 0, 1)]), epochs=1)
+    assert numbers.numbers == numbers.positions == [0, 2, 3, 2, 3, 4, 5, 6, 7]
+
+
+def test_nothing_is_stored_without_keep_tape():
+    """Bug: a tape that nobody rewinds holds every batch of the run in memory."""
+
+    class TapeLength(Callback):
+        longest = 0
 
         def setup(self, trainer, pl_module, stage):
             self.loader = TrainLoader.of(trainer)
 
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             tape = self.loader.loaders[0].tape
-            self.kept = max(self.kept, tape.end - tape.first)
+            self.longest = max(self.longest, tape.end - tape.first)
 
         def teardown(self, trainer, pl_module, stage):
             self.loader.close()
 
-    look = WeightSample()
-    fit(LOADERS["in order"](), look)
-    assert look.kept == 0
+    length = TapeLength()
+    fit(LOADERS["in order"](), length)
+    assert length.longest == 0
 
 
-def test_two_users_share_one_and_the_last_one_to_leave_undoes_it():
+def test_two_users_share_one_train_loader_and_the_last_close_uninstalls_it():
     trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
     first, second = TrainLoader.of(trainer), TrainLoader.of(trainer)
     assert first is second
@@ -243,7 +342,7 @@ def test_two_users_share_one_and_the_last_one_to_leave_undoes_it():
     assert "process_dataloader" not in vars(trainer.strategy)
 
 
-def test_a_mark_that_was_forgotten_is_refused_and_so_is_leaving_out_of_two_loaders():
+def test_a_dropped_mark_is_refused_and_so_is_excluding_from_two_loaders():
     class Late(GoBack):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             if batch_idx == 1:
@@ -261,83 +360,5 @@ def test_a_mark_that_was_forgotten_is_refused_and_so_is_leaving_out_of_two_loade
             return super().training_step(batch["a"], batch_idx)
 
     trainer = quiet_trainer(GoBack(names=[("batch", 0, 0)]), max_epochs=1)
-    with pytest.raises(UserError, match="left out of 2 train loaders"):
+    with pytest.raises(UserError, match="single train loader, got 2"):
         trainer.fit(Pair(), {name: LOADERS["in order"]() for name in "ab"}, DataLoader(Samples(size=4), 4))
-
-
-@pytest.mark.parametrize("known", [True, False], ids=["", "other interpreter"])
-@pytest.mark.parametrize(
-    "draw",
-    [
-        random.random,
-        lambda: random.getrandbits(64),
-        lambda: random.seed(7) or 0.0,
-        lambda: np.random.seed(7) or 0.0,
-        np.random.rand,
-        np.random.randn,
-        lambda: torch.rand(1),
-        lambda: torch.randn(1),
-        lambda: torch.randn(1, dtype=torch.float64),
-        lambda: torch.manual_seed(7).initial_seed(),
-    ],
-)
-def test_a_fingerprint_changes_with_every_draw_and_a_restored_state_draws_the_same(draw, known, monkeypatch):
-    # catches a batch that is replayed without the random numbers its dataset drew
-    if not known:
-        monkeypatch.setattr(rng, "_PYTHON_STATE", None)
-    random.seed(1)
-    np.random.seed(1)
-    torch.manual_seed(1)
-    before, mark = rng.capture(), rng.fingerprint()
-    assert rng.fingerprint() == mark
-    first = [float(draw()) for _ in range(700)]
-    assert rng.fingerprint() != mark
-    rng.restore(before)
-    assert rng.fingerprint() == mark
-    assert [float(draw()) for _ in range(700)] == first
-
-
-def test_this_interpreters_generator_is_read_in_place():
-    # catches a new Python that keeps its generator elsewhere: right, but 7 microseconds slower at every batch
-    assert rng._PYTHON_STATE is not None
-
-
-def test_the_state_loads_with_weights_only(tmp_path):
-    torch.save(rng.capture(), tmp_path / "rng.pt")
-    state = torch.load(tmp_path / "rng.pt", weights_only=True)
-    expected = (random.random(), np.random.rand(), torch.rand(1).item())
-    rng.restore(state)
-    assert expected == (random.random(), np.random.rand(), torch.rand(1).item())
-
-
-def test_the_private_attributes_that_the_loader_leans_on_are_there():
-    """One test that names what a new Lightning or torch has moved."""
-    trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
-    assert loader_internals.train_loaders(trainer) == []
-    assert loader_internals.data_fetcher(trainer) is None
-    assert loader_internals.prefetched(trainer) == []
-    assert loader_internals.epoch_number(trainer) == 0
-    assert loader_internals.batches_in_progress(trainer) == 0
-    assert not loader_internals.epoch_is_over(trainer)
-    assert not loader_internals.is_within_window(trainer)
-    loader_internals.count_excluded(trainer, 2)
-    assert trainer.fit_loop.epoch_loop.batch_idx == 1
-    loader_internals.begin_next_epoch(trainer)  # nothing was restored: nothing to do
-    assert trainer.fit_loop.epoch_loop.batch_idx == 1
-    loop = trainer.fit_loop.epoch_loop
-    for undo, name, owner in [
-        (loader_internals.around_validation(trainer, print, print), "run", loop.val_loop),
-        (loader_internals.trust_loader_at_restart(trainer), "reset", loop),
-        (loader_internals.process_train_loaders(trainer, iter), "process_dataloader", trainer.strategy),
-    ]:
-        assert name in vars(owner)
-        undo()
-        assert name not in vars(owner)
-    loader = DataLoader(Samples(), 4)
-    assert loader_internals.takes_index_sampler(loader)
-    assert not loader_internals.takes_index_sampler(DataLoader(Stream(), 4))
-    assert not loader_internals.has_kept_workers(loader)
-    assert next(iter(loader_internals.index_sampler(loader))) == [0, 1, 2, 3]
-    other = iter([[9, 8]])
-    assert [batch[1].tolist() for batch in loader_internals.iterate_through(loader, other)] == [[9, 8]]
-    assert next(iter(loader))[1].tolist() == [0, 1, 2, 3]

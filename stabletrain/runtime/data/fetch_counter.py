@@ -1,0 +1,112 @@
+"""Keeps Lightning's batch counts right when batches are excluded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from lightning.pytorch import Trainer
+
+from stabletrain.runtime.internals import loader as loader_internals
+
+
+class FetcherState(NamedTuple):
+    """What Lightning's fetcher has counted at some moment.
+
+    Args:
+        fetched: its number of batches fetched in this epoch.
+        done: whether it knows that there are no more.
+        counted_ahead: excluded batches after the current one that are included in ``fetched``.
+        prefetched: batches that were fetched and that the loop had not taken.
+    """
+
+    fetched: int
+    done: bool
+    counted_ahead: int
+    prefetched: int
+
+
+class FetchCounter:
+    """Tells Lightning's fetcher and batch progress about excluded batches: they count as completed.
+
+    With a known length the fetcher recognizes the epoch's last batch by its count, so excluded batches are counted as
+    soon as they are known to follow. Without one the fetcher prefetches a batch, and the excluded batches before it are
+    counted when the loop takes it.
+
+    Args:
+        trainer: whose fetcher it is.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._counted_ahead = 0  # excluded batches after the current one that the fetcher has already counted
+        self._uncounted = 0  # excluded batches before the prefetched one, not counted yet
+
+    @property
+    def prefetches(self) -> bool:
+        """Whether the fetcher fetches a batch before the loop takes it: if the loader has no length."""
+        fetcher = loader_internals.data_fetcher(self._trainer)
+        return fetcher is not None and fetcher.length is None
+
+    def reset(self) -> None:
+        """Start counting an epoch."""
+        self._counted_ahead = self._uncounted = 0
+
+    def on_next(self) -> None:
+        """Called when the fetcher asks for a batch: if it prefetches, the loop takes the one before at this moment."""
+        if self._uncounted:
+            loader_internals.count_excluded(self._trainer, self._uncounted)
+            self._uncounted = 0
+
+    def on_batch_returned(self, excluded: int, excluded_next: int) -> None:
+        """Called when the fetcher gets a batch.
+
+        Args:
+            excluded: number of batches excluded directly before it.
+            excluded_next: number of batches that will be excluded directly after it.
+        """
+        if self.prefetches:
+            self._uncounted = excluded
+        else:
+            self._count(excluded, excluded_next, current=1)
+
+    def state(self) -> FetcherState:
+        """The counts now."""
+        fetcher = loader_internals.data_fetcher(self._trainer)
+        prefetched = len(loader_internals.prefetched(self._trainer))
+        return FetcherState(fetcher.fetched, fetcher.done, self._counted_ahead, prefetched)
+
+    def rewind(self, state: FetcherState, excluded_next: Callable[[], int] | None) -> None:
+        """Return to an earlier state, after the loaders were rewound; prefetches again what was prefetched then.
+
+        Args:
+            state: from `state`.
+            excluded_next: number of batches excluded directly after the current one; None: no batch is excluded.
+        """
+        fetcher, batches = (
+            loader_internals.data_fetcher(self._trainer),
+            loader_internals.prefetched(self._trainer),
+        )
+        fetcher.fetched, fetcher.done = state.fetched, state.done
+        self._counted_ahead, self._uncounted = state.counted_ahead, 0
+        batches.clear()
+        try:
+            while len(batches) < state.prefetched:
+                batches.append(next(fetcher.iterator))
+        except StopIteration:
+            fetcher.done = not batches
+        if fetcher.length is not None and excluded_next is not None:
+            self._count(0, excluded_next(), current=0)
+            fetcher.done = fetcher.fetched >= fetcher.length
+        if fetcher.done and not state.done:
+            loader_internals.end_epoch_here(self._trainer)
+
+    def _count(self, excluded: int, excluded_next: int, current: int) -> None:
+        # current: 1 if the fetcher is about to count the batch that it gets, else 0
+        fetcher = loader_internals.data_fetcher(self._trainer)
+        fetcher.fetched += excluded - self._counted_ahead + excluded_next
+        self._counted_ahead = excluded_next
+        if fetcher.fetched + current >= fetcher.length:
+            excluded += excluded_next  # no batch follows that would count them: this batch is the epoch's last
+        if excluded:
+            loader_internals.count_excluded(self._trainer, excluded)

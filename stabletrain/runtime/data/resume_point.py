@@ -1,0 +1,148 @@
+"""Where the train loaders start after a checkpoint was loaded, and with which random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from stabletrain.errors import UserError
+from stabletrain.runtime import rng
+from stabletrain.runtime.data.position import LoaderState, size_mismatch
+from stabletrain.runtime.internals import loader as loader_internals
+
+
+class ResumePoint:
+    """The positions and random generators of a loaded checkpoint, which the loaders and the run start from, once.
+
+    Lightning creates iterators, prefetches and draws random numbers before the training loop starts. These draws do
+    not count: until the loop has fetched its first batch, the resume point stays, and the run's generators are set
+    before each use and captured after it.
+
+    Args:
+        trainer: whose train loaders they are.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self.enabled = False  # a checkpoint may be saved with positions at any time
+        self._fast_forward = "auto"
+        self._name = "train loader"
+        self._opt_out = "start a new run"
+        self._point: tuple[list[LoaderState], rng.RngState | None] | None = None  # until training has fetched a batch
+        self._pending: list[LoaderState | None] = []  # by loader; None once taken
+        self._rng: rng.RngState | None = None  # the run's generators until training has fetched a batch
+        self._rng_in_use = False  # they were restored for the fetch that is under way
+        self._loop_started = False
+
+    # ---- called for the checkpoint ----------------------------------------------------------------------------------
+
+    def enable(self, fast_forward: str, name: str, opt_out: str) -> None:
+        """See `TrainLoader.keep_position`."""
+        self.enabled = True
+        self._fast_forward, self._name, self._opt_out = fast_forward, name, opt_out
+
+    def set(self, positions: Sequence[LoaderState], state: rng.RngState | None) -> None:
+        """See `TrainLoader.resume_at`."""
+        self._point = list(positions), state
+        self._pending = list(positions)
+        self._rng = state
+
+    @property
+    def positions(self) -> list[LoaderState] | None:
+        """The positions until training has fetched a batch, then None."""
+        return self._point[0] if self._point is not None else None
+
+    @property
+    def run_rng(self) -> rng.RngState | None:
+        """The run's generators until an epoch has started or training has fetched a batch, then None."""
+        return self._point[1] if self._point is not None else None
+
+    def check(self) -> None:
+        """See `TrainLoader.check_positions`."""
+        if self._point is None:
+            return
+        positions, loaders = self._point[0], loader_internals.train_loaders(self._trainer)
+        if len(positions) != len(loaders):
+            raise UserError(
+                f"{self._name}: the checkpoint was saved with {len(positions)} train loaders, got {len(loaders)}. "
+                f"Use the same train_dataloader, or {self._opt_out}."
+            )
+        for position, loader in zip(positions, loaders, strict=True):
+            problem = size_mismatch(position, loader)
+            if problem and position.items:
+                raise self.mismatch(f"the checkpoint was saved after batch {position.items} of an epoch, and {problem}")
+            if problem:
+                self.warn(
+                    f"{problem}; the checkpoint was saved at the end of an epoch, so training continues with the "
+                    "present data"
+                )
+
+    # ---- called by the hooks of training ----------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        """The training loop starts: the next batch that it fetches uses up the resume point."""
+        self._loop_started = True
+
+    def on_train_epoch_start(self) -> None:
+        """Restore the run's generators for the epoch's hooks, unless a loader has already fetched with them."""
+        if self._point is not None and self._rng is not None and None not in self._pending:
+            rng.restore(self._rng)
+            self._point, self._rng = (self._point[0], None), None
+
+    # ---- called by the loaders --------------------------------------------------------------------------------------
+
+    def on_iter(self) -> None:
+        """Called by iter(); on resume possibly twice, only the last counts."""
+        if self._point is not None:
+            self.set(*self._point)
+
+    def take(self, loader: Any) -> LoaderState | None:
+        """Return the position at which a new iterator of this loader starts, once; else None.
+
+        Raises:
+            UserError: as `check`.
+        """
+        if not self._pending:
+            return None
+        self.check()
+        index = loader_internals.train_loaders(self._trainer).index(loader)
+        position, self._pending[index] = self._pending[index], None
+        return position
+
+    def before_rng_use(self) -> None:
+        """Called before a loader may draw random numbers: undo those drawn while the run was being set up."""
+        if self._rng is not None and not self._rng_in_use:
+            rng.restore(self._rng)
+            self._rng_in_use = True
+
+    def after_fetch(self) -> None:
+        """Called after a loader has fetched a batch. Before the loop starts, keep the resume point."""
+        self._rng_in_use = False
+        if self._loop_started:
+            self._point = None
+        if self._rng is not None:
+            self._rng = None if self._loop_started else rng.capture()
+
+    def skips_fetching(self, in_process: bool) -> bool:
+        """Whether a map-style loader skips the batches before its position without fetching them.
+
+        Args:
+            in_process: whether batches are fetched in this process, and not by workers.
+        """
+        return self._fast_forward == "indices" or (self._fast_forward == "auto" and in_process)
+
+    # ---- messages ---------------------------------------------------------------------------------------------------
+
+    def mismatch(self, problem: str) -> UserError:
+        """The error for a loader whose data differ from those of the checkpoint."""
+        return UserError(
+            f"{self._name}: {problem}. Restore the data, or resume with other data from a checkpoint saved at the "
+            f"end of an epoch, or {self._opt_out}: the epoch's data then restart at the first batch."
+        )
+
+    def warn(self, message: str) -> None:
+        """Warn on rank 0, in the name of the plugin that resumes."""
+        rank_zero_warn(f"{self._name}: {message}")

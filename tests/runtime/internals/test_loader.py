@@ -1,0 +1,45 @@
+"""The private attributes of Lightning and torch behind the train loader."""
+
+import torch
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from stabletrain.runtime.internals import loader as loader_internals
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(range(3))
+
+
+def test_the_private_attributes_that_the_train_loader_uses_exist():
+    """Bug: a new Lightning or torch has moved one; this test names it."""
+    trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+    assert loader_internals.train_loaders(trainer) == []
+    assert loader_internals.data_fetcher(trainer) is None
+    assert loader_internals.prefetched(trainer) == []
+    assert loader_internals.epoch_number(trainer) == 0
+    assert loader_internals.batches_in_progress(trainer) == 0
+    assert not loader_internals.epoch_is_over(trainer)
+    assert not loader_internals.is_within_window(trainer)
+    loader_internals.count_excluded(trainer, 2)
+    assert trainer.fit_loop.epoch_loop.batch_idx == 1
+    loader_internals.begin_next_epoch(trainer)  # nothing was restored: nothing to do
+    assert trainer.fit_loop.epoch_loop.batch_idx == 1
+    loop = trainer.fit_loop.epoch_loop
+    for undo, name, owner in [
+        (loader_internals.around_validation(trainer, print, print), "run", loop.val_loop),
+        (loader_internals.silence_resume_warning(trainer), "reset", loop),
+        (loader_internals.wrap_train_loaders(trainer, iter), "process_dataloader", trainer.strategy),
+    ]:
+        assert name in vars(owner)
+        undo()
+        assert name not in vars(owner)
+    loader = DataLoader(TensorDataset(torch.arange(12)), 4)
+    assert loader_internals.takes_index_sampler(loader)
+    assert not loader_internals.takes_index_sampler(DataLoader(Stream(), 4))
+    assert not loader_internals.reuses_workers(loader)
+    assert next(iter(loader_internals.index_sampler(loader))) == [0, 1, 2, 3]
+    other = iter([[9, 8]])
+    assert [batch.tolist() for (batch,) in loader_internals.iterate_with(loader, other)] == [[9, 8]]
+    assert next(iter(loader))[0].tolist() == [0, 1, 2, 3]

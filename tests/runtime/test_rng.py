@@ -1,0 +1,54 @@
+"""Capturing, restoring and observing the global random generators."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from stabletrain.runtime import rng
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["CPython", "other interpreter"])
+@pytest.mark.parametrize(
+    "draw",
+    [
+        random.random,
+        lambda: random.getrandbits(64),
+        lambda: random.seed(7) or 0.0,
+        lambda: np.random.seed(7) or 0.0,
+        np.random.rand,
+        np.random.randn,
+        lambda: torch.rand(1),
+        lambda: torch.randn(1),
+        lambda: torch.randn(1, dtype=torch.float64),
+        lambda: torch.manual_seed(7).initial_seed(),
+    ],
+)
+def test_a_fingerprint_changes_with_every_draw_and_a_restored_state_draws_the_same(draw, known, monkeypatch):
+    # Bug: a batch is replayed without the random numbers that its dataset drew.
+    if not known:
+        monkeypatch.setattr(rng, "_PYTHON_STATE", None)
+    random.seed(1)
+    np.random.seed(1)
+    torch.manual_seed(1)
+    before, mark = rng.capture(), rng.fingerprint()
+    assert rng.fingerprint() == mark
+    first = [float(draw()) for _ in range(700)]
+    assert rng.fingerprint() != mark
+    rng.restore(before)
+    assert rng.fingerprint() == mark
+    assert [float(draw()) for _ in range(700)] == first
+
+
+def test_the_generator_of_this_interpreter_is_read_from_memory():
+    # Bug: a new Python stores its generator elsewhere: still right, but 7 microseconds slower at every batch.
+    assert rng._PYTHON_STATE is not None
+
+
+def test_the_state_loads_with_weights_only(tmp_path):
+    torch.save(rng.capture(), tmp_path / "rng.pt")
+    state = torch.load(tmp_path / "rng.pt", weights_only=True)
+    expected = (random.random(), np.random.rand(), torch.rand(1).item())
+    rng.restore(state)
+    assert expected == (random.random(), np.random.rand(), torch.rand(1).item())
