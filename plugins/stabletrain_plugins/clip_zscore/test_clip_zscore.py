@@ -31,7 +31,7 @@ def run(rule: ClipZScoreRule, norms: list[float], state: ZScoreState | None = No
     state = rule.init() if state is None else state
     steps = []
     for t, norm in enumerate(norms):
-        held = rule.limits(state).hold(norm)
+        held = rule.limits(state).clip(norm)
         state, events, requests = rule.observe(state, Outcome(t, 2.0, norm, norm, held))
         assert requests == ()
         steps.append(Step(held, state, events))
@@ -261,8 +261,8 @@ def test_a_new_regime_is_reported_with_its_numbers():
 def test_targets_in_log_space(target, expected, clip_factor):
     rule = ClipZScoreRule(target=target, clip_factor=clip_factor, min_sigma=0.2, warmup_steps=2)
     state = run(rule, [1.0, 1.0])[-1].state
-    assert rule.limits(state).hold(math.exp(3.0)) == pytest.approx(clip_factor * expected)
-    assert rule.limits(state).hold(math.exp(0.59)) == math.exp(0.59)
+    assert rule.limits(state).clip(math.exp(3.0)) == pytest.approx(clip_factor * expected)
+    assert rule.limits(state).clip(math.exp(0.59)) == math.exp(0.59)
 
 
 @pytest.mark.parametrize("rule", [ClipZScoreRule(), ClipZScoreRule.zclip(), ClipZScoreRule(regime_after=None)], ids=str)

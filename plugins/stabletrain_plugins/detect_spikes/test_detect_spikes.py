@@ -218,9 +218,9 @@ def test_nan_without_end_asks_for_a_rollback():
 def test_after_a_rollback_nothing_is_going_on_any_more():
     rule = DetectSpikesRule()
     state = final_state(rule, burst(calm(210), at=200, loss=3.0))
-    assert state.loss_out.steps == 10
+    assert state.loss_excursion.steps == 10
     rebased = rule.rebase(state, "divergence")
-    assert (rebased.loss_out.steps, rebased.norm_out.steps, rebased.nonfinite) == (0, 0, 0)
+    assert (rebased.loss_excursion.steps, rebased.norm_excursion.steps, rebased.nonfinite) == (0, 0, 0)
     assert (rebased.loss, rebased.norm) == (state.loss, state.norm)
 
 

@@ -261,7 +261,7 @@ def test_a_rollback_ends_the_row_and_keeps_the_history() -> None:
     for step in run(DEFAULT, steady(13, 100) + [(2.5, 33.0)] * 5):
         state = DEFAULT.observe(state, step.outcome).state
     rebased = DEFAULT.rebase(state, "spike")
-    assert (rebased.in_a_row, rebased.suspects, rebased.shifted) == (0, (), 0)
+    assert (rebased.in_a_row, rebased.candidates, rebased.dropped) == (0, (), 0)
     assert (rebased.loss, rebased.norm) == (state.loss, state.norm)
 
 
