@@ -16,8 +16,8 @@ class DetectSpikesRule(SpikeDetection):
     steps, without the newest ``delay`` of them. A norm is an outlier above ``exp(m + z_threshold * s)`` of its
     logarithms, a loss above ``m + z_threshold * s`` or, where that is higher, above the limit of a log-normal or a
     long-tailed loss. A step is accepted if it is applied and finite and neither signal has an excursion: bursts and
-    steps that another plugin skipped do not change the limits. An excursion begins with an outlier and ends when the signal falls below
-    the midpoint of median and limit.
+    steps that another plugin skipped do not change the limits. An excursion begins with an outlier and ends when the
+    signal falls below the midpoint of median and limit.
 
     * *spike*: an outlier of the loss or of the norm; one event per step.
     * *divergence*: an excursion of the loss that lasts ``patience`` steps. The event is repeated every ``patience``
