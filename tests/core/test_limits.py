@@ -1,4 +1,4 @@
-"""Bounds and conditions: joining is a set union, holding never raises a norm, non-finite numbers are left alone."""
+"""Bounds and conditions: joining is a set union, clipping never raises a norm or changes a non-finite one."""
 
 import itertools
 import math
@@ -39,17 +39,17 @@ def test_joining_is_a_set_union(a: Limits, b: Limits, c: Limits) -> None:
 
 
 @given(limits, norms)
-def test_holding_never_raises_a_norm_and_leaves_non_finite_ones_alone(some: Limits, norm: float) -> None:
+def test_clipping_never_raises_a_norm_or_changes_a_non_finite_one(some: Limits, norm: float) -> None:
     """Bug: a bound that amplifies a gradient, or makes a number of NaN or infinity."""
-    held = some.clip(norm)
+    clipped = some.clip(norm)
     if math.isfinite(norm):
-        assert 0 <= held <= norm
+        assert 0 <= clipped <= norm
     else:
-        assert repr(held) == repr(norm)
+        assert repr(clipped) == repr(norm)
 
 
 @given(limits, limits, norms.filter(math.isfinite))
-def test_the_joined_limits_hold_to_the_minimum(a: Limits, b: Limits, norm: float) -> None:
+def test_the_joined_limits_clip_to_the_minimum(a: Limits, b: Limits, norm: float) -> None:
     """Bug: bounds applied one after the other, the second to the result of the first."""
     assert (a | b).clip(norm) == min(a.clip(norm), b.clip(norm))
 

@@ -4,14 +4,17 @@ import json
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
+from argument_ranges import check_range
 
+from stabletrain.core.events import Event
 from stabletrain.core.limits import NO_LIMITS
 from stabletrain.core.outcome import Outcome
 from stabletrain.core.rule import replay
 from stabletrain.core.state import from_plain, to_plain
-from stabletrain.errors import UserError
+from stabletrain.core.statistics import Window
 from stabletrain_plugins.clip_percentile.rule import ClipPercentileRule, PercentileState
 
 VECTORS = json.loads((Path(__file__).parents[3] / "tests" / "vectors" / "autoclip.json").read_text("utf-8"))
@@ -142,11 +145,65 @@ def test_resumed_from_json_at_any_cut_equals_uninterrupted():
         assert again == states[-1]
 
 
+def test_the_event_of_a_new_level_and_the_step_it_comes_at() -> None:
+    """Bugs: a run that begins before there is a history of its length; a wrong limit or value in the record."""
+    rule = ClipPercentileRule(percentile=50, window=10, regime_after=3, name="mine")
+    state, events = rule.init(), []
+    for step, norm in enumerate([1.0, 1.0, 1.0, 5.0, 6.0, 7.0]):
+        state, new, _ = rule.observe(state, Outcome(step, 2.0, norm, norm, norm))
+        events += new
+    (event,) = events
+    text = "grad_norm above 5.8 for 3 steps in a row: new level learned, median 1 -> 6"
+    assert event == Event(5, "mine", "regime", 6.0, pytest.approx(5.8), text)
+    assert state == PercentileState(Window((5.0, 6.0, 7.0), (5.0, 6.0, 7.0)))
+
+
+@pytest.mark.parametrize("norm", [1.0, math.inf, math.nan])
+def test_norms_that_are_not_high_make_no_new_level(norm: float) -> None:
+    """Bugs: a constant norm reported as a new level again and again; infinite norms that count as high ones."""
+    rule = ClipPercentileRule(window=10, regime_after=2)
+    state = learn(rule, [1.0] * 5)[-1]
+    for step in range(4):
+        after = rule.observe(state, Outcome(step, 2.0, norm, norm, norm))
+        assert (after.events, after.state.run) == ((), ())
+        state = after.state
+
+
+def test_a_level_is_new_above_the_percentile_that_is_clipped_to() -> None:
+    """Bug: at percentile 100 the steps between the 95th percentile and the maximum are a new level."""
+    rule = ClipPercentileRule(percentile=100, window=100, regime_after=2)
+    state = learn(rule, [float(norm) for norm in range(1, 101)])[-1]
+    for norm, high in ((99.9, False), (100.5, True)):
+        assert bool(rule.observe(state, Outcome(0, 2.0, norm, norm, norm)).state.run) is high
+
+
+def test_a_history_as_long_as_regime_after_is_enough() -> None:
+    """Bug: at window == regime_after a new level is never learned."""
+    rule = ClipPercentileRule(window=2, regime_after=2)
+    assert [len(state.run) for state in learn(rule, [1.0, 1.0, 5.0, 6.0])] == [0, 0, 0, 1, 0]
+
+
 @pytest.mark.parametrize(
-    "arguments",
-    [{"percentile": 101.0}, {"window": 1}, {"warmup_steps": 0}, {"regime_after": 501}],
-    ids=lambda arguments: next(iter(arguments)),
+    ("argument", "expected", "accepted", "refused"),
+    [
+        ("percentile", "in [0, 100]", [0, 100], [-1e-9, 100.1, math.nan]),
+        ("warmup_steps", "in [1, window=500]", [1, 500], [0, 501]),
+        ("regime_after", "in [2, window=500] or None", [2, 500, None], [1, 501]),
+    ],
 )
-def test_an_argument_out_of_range_is_refused_by_its_config_key(arguments):
-    with pytest.raises(UserError, match=rf"plugins\.clip\.{next(iter(arguments))}"):
-        ClipPercentileRule(**arguments)
+def test_ranges_of_the_arguments(argument: str, expected: str, accepted: list[Any], refused: list[Any]) -> None:
+    given, beyond = ([{argument: value} for value in values] for values in (accepted, refused))
+    check_range(ClipPercentileRule, "clip_percentile", "plugins.clip", argument, expected, given, beyond)
+
+
+def test_the_smallest_window() -> None:
+    small = {"regime_after": None}
+    check_range(
+        ClipPercentileRule,
+        "clip_percentile",
+        "plugins.clip",
+        "window",
+        ">= 2",
+        [{**small, "window": 2}],
+        [{**small, "window": 1}],
+    )
