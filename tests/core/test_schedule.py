@@ -250,7 +250,7 @@ def test_only_curves_with_an_end_need_the_end_of_the_run(kind: Kind) -> None:
     with pytest.raises(UserError) as error:
         Schedule(kind, **needed).curve(RunLength())
     assert str(error.value) == (
-        f"schedule: kind={kind!r} needs to know where it ends and the run has no known end: set trainer.max_steps or "
+        f"schedule: kind={kind!r} needs the length of the run, which is unknown: set trainer.max_steps or "
         "trainer.max_epochs, or give schedule.total in steps"
     )
 
