@@ -66,7 +66,7 @@ def test_a_log_normal_loss_has_the_limit_of_its_logarithm():
 
 
 def test_a_loss_with_a_long_tail_has_a_limit_beyond_it():
-    # catches healthy steps dropped from runs whose batches hold 1 to 64 samples: MAD knows the usual size alone
+    # catches healthy steps dropped from runs whose batches hold 1 to 64 samples: the MAD reflects the usual size only
     draw = random.Random(2)
     sizes = [max(1, min(64, round(8 * math.exp(draw.gauss(0, 1))))) for _ in range(4000)]
     values = [2.5 + 0.3 / math.sqrt(size) * draw.gauss(0, 1) for size in sizes]
@@ -87,7 +87,7 @@ def test_what_is_no_number_is_not_learned(value):
     assert NORM.learn(norms, value) == norms
 
 
-def test_a_level_learned_anew_keeps_the_old_spread_until_it_has_values_of_its_own():
+def test_a_new_level_has_at_least_the_old_spread_until_it_has_enough_values():
     old = learned(NORM, [math.exp(x) for x in normal(sigma=0.3)])
     new = NORM.relearn(old, [20.0] * 5)
     assert NORM.centre(new) == pytest.approx(20.0)
@@ -178,7 +178,7 @@ def test_a_second_new_level_keeps_the_spread_of_the_first() -> None:
 
 
 def test_a_new_level_is_that_of_the_last_learnable_values() -> None:
-    """Bugs: zeros or old values in a new level; a new level judged by the delayed window."""
+    """Bugs: zeros or old values in a new level; the delay applied to a new level."""
     old = learned(NORM, [1.0] * 40)
     new = NORM.relearn(old, [5.0] * 9 + [0.0, -1.0] + [0.5] * 64)
     assert new.past.window.values == (math.log(0.5),) * 64
@@ -189,7 +189,7 @@ def test_a_new_level_is_that_of_the_last_learnable_values() -> None:
 
 
 def test_a_delayed_value_changes_nothing_but_the_waiting_list() -> None:
-    """Bug: a level learned anew that loses its limit or its spread with the next step."""
+    """Bug: a new level that loses its limit or its spread with the next step."""
     new = NORM.relearn(learned(NORM, [math.exp(x) for x in normal(sigma=0.3)]), [20.0] * 5)
     after = NORM.learn(new, 21.0)
     assert after == new._replace(past=new.past._replace(waiting=(math.log(21.0),)))

@@ -44,7 +44,7 @@ ONE = Constant()
         ),
         ({"kind": "step", "milestones": []}, Warmup(2, MultiStep((), 0.1, 0.0))),
         ({"kind": "inverse_sqrt", "lr_warmup": 10}, Warmup(10, Power(10, -0.5, 0.0))),
-        ({"kind": "inverse_sqrt", "timescale": 1, "min_factor": 0.3}, Warmup(2, Power(1, -0.5, 0.3))),
+        ({"kind": "inverse_sqrt", "timescale": "1ep", "min_factor": 0.3}, Warmup(2, Power(20, -0.5, 0.3))),
         ({"kind": "linear"}, Warmup(2, Tail(ONE, 98, 98, "linear", 0.0))),
         ({"kind": "cosine", "min_factor": 0.1, "total": "3ep"}, Warmup(1, Tail(ONE, 59, 59, "cosine", 0.1))),
         ({"kind": "cosine", "lr_warmup": 100}, Warmup(100, Tail(ONE, 1, 1, "cosine", 0.0))),
@@ -233,6 +233,12 @@ def test_milestones_must_ascend_from_the_end_of_the_warm_up(milestones: tuple[in
         f"schedule: milestones must be ascending and after the warm-up of 2 steps, got {milestones!r} "
         "(config key schedule.milestones)"
     )
+
+
+def test_a_milestone_in_an_unknown_unit_is_refused_by_its_key() -> None:
+    """Bug: a message about a length without the argument that has it."""
+    with pytest.raises(UserError, match=r"^schedule\.milestones: 1ep cannot be turned into steps"):
+        Schedule("step", milestones=["1ep"]).curve(RunLength(total_steps=10))
 
 
 ENDLESS = ["constant", "exponential", "step", "inverse_sqrt"]

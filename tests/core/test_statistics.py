@@ -1,4 +1,4 @@
-"""Running summaries, held to numpy; none of them ever takes in a non-finite number."""
+"""Running statistics, compared with numpy; non-finite numbers never enter them."""
 
 import math
 from typing import Any

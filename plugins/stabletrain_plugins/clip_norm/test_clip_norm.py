@@ -28,7 +28,7 @@ def test_finite_steps_are_what_torch_makes_of_them(case):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("position", [0, 2, 4])
-def test_a_nonfinite_norm_is_left_alone_where_torch_makes_the_whole_gradient_nan(bad, position):
+def test_a_nonfinite_norm_is_not_changed_where_torch_makes_the_whole_gradient_nan(bad, position):
     norms = [0.5, 3.0, 0.5, 3.0, 0.5]
     norms[position] = bad
     expected = [min(1.0, norm) if math.isfinite(norm) else bad for norm in norms]

@@ -53,7 +53,7 @@ def test_our_limit_for_the_next_step_is_the_references_limit_for_this_one(case):
 
 
 @pytest.mark.parametrize(("percentile", "largest"), [(10, 0.002), (50, 0.005)])
-def test_on_a_steady_run_both_hold_a_step_to_nearly_the_same(percentile, largest):
+def test_on_a_steady_run_both_clip_to_nearly_the_same_norm(percentile, largest):
     (case,) = (c for c in SMOOTH if c["params"]["clip_percentile"] == percentile and c["sequence"] == "steady")
     ours = applied(ClipPercentileRule(percentile=percentile), SEQUENCES["steady"])
     apart = [abs(mine / theirs - 1.0) for mine, theirs in zip(ours, case["post_norm"], strict=True)]
@@ -69,8 +69,8 @@ def test_a_new_maximum_is_clipped_here_and_passes_there():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0])
-def test_a_norm_that_is_no_size_never_enters(bad):
-    # the reference keeps NaN in its history: every later gradient is NaN
+def test_a_zero_or_nonfinite_norm_never_enters(bad):
+    # the reference stores NaN in its history: every later gradient is NaN
     rule, norms = ClipPercentileRule(), [3.0, 1.0, 2.0, 5.0]
     for position in range(len(norms) + 1):
         with_bad = [*norms[:position], bad, *norms[position:]]
@@ -99,7 +99,7 @@ def test_with_the_papers_percentile_nine_steps_in_ten_are_clipped():
 
 @pytest.mark.parametrize("factor", [1.5, 3.0])
 @pytest.mark.parametrize("percentile", [10.0, 95.0])
-def test_a_higher_level_is_learned_anew_and_reported(factor, percentile):
+def test_a_higher_level_is_learned_and_reported(factor, percentile):
     draw = random.Random(0)
     norms = [math.exp(0.06 * draw.gauss(0.0, 1.0)) for _ in range(1200)]
     norms = norms[:1000] + [factor * norm for norm in norms[1000:]]
@@ -110,7 +110,7 @@ def test_a_higher_level_is_learned_anew_and_reported(factor, percentile):
     assert "20 steps in a row" in event.reason
     assert min(step.outcome.applied_norm for step in steps[1020:]) > 0.8 * factor
     late = [step.outcome.clipped for step in replay(ClipPercentileRule(regime_after=None), [(2.0, n) for n in norms])]
-    assert all(late[1000:])  # without it, the old level holds every step for as long as it is in the window
+    assert all(late[1000:])  # without it, every step is clipped to the old level until the window is replaced
 
 
 def test_the_window_is_bounded():
@@ -120,7 +120,7 @@ def test_the_window_is_bounded():
     assert threshold(rule, state) == 2.0
 
 
-def test_nothing_is_held_during_the_warmup():
+def test_nothing_is_clipped_during_the_warmup():
     rule = ClipPercentileRule(warmup_steps=3)
     states = learn(rule, [1.0, 2.0, 3.0])
     assert [rule.limits(state) == NO_LIMITS for state in states] == [True, True, True, False]

@@ -14,7 +14,7 @@ from stabletrain.core.statistics import MAD_TO_SIGMA, Ema, Window
 from stabletrain.errors import UserError
 
 _OUTLIER = 5.0
-"""Distance from the median, in robust standard deviations of the logarithms, beyond which a norm is left out of a new
+"""Distance from the median, in robust standard deviations of the logarithms, beyond which a norm is excluded from a new
 baseline."""
 _OUTLIER_SIGMA = 0.05
 """Floor of that standard deviation: a norm within 28 % of the median always enters the baseline."""
@@ -53,7 +53,7 @@ class ClipZScoreRule(Rule[ZScoreState]):
     Args:
         z_threshold: standard deviations above the mean at which clipping begins, > 0.
         decay: weight of the past in mean and variance, per step, in (0, 1).
-        warmup_steps: first steps, in which only ``max_norm`` clips, >= 2; outliers among them are left out of the first
+        warmup_steps: first steps, in which only ``max_norm`` clips, >= 2; outliers among them do not enter the first
             statistics.
         space: space of the statistics: ``"log"`` or ``"linear"``.
         target: what a norm is clipped to: the ``"threshold"``; the ``"mean"``; or ``"reciprocal"``,
@@ -123,7 +123,7 @@ class ClipZScoreRule(Rule[ZScoreState]):
     ) -> Self:
         """ZClip with its published argument names and defaults, and with three corrections.
 
-        Unlike in the reference, non-finite norms do not enter the statistics, outliers in the warm-up are left out, and
+        Unlike in the reference, non-finite norms do not enter the statistics, outliers in the warm-up are excluded, and
         a new level is learned instead of being clipped for ever (``regime_after=None`` restores that).
 
         Args:

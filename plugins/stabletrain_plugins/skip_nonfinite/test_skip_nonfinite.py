@@ -1,4 +1,4 @@
-"""What counts as a non-finite step, what ends the count, and what follows when it is full."""
+"""What counts as a non-finite step, what ends the count, and what happens at the maximum."""
 
 import math
 

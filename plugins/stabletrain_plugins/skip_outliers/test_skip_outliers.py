@@ -74,18 +74,18 @@ def healthy(kind: str, seed: int, steps: int = 2000) -> Iterator[tuple[float, fl
 HEALTHY = ["steady", "decay", "drift", "lognormal", "lognormal loss", "converging", "negative loss", "constant"]
 
 
-# ---- it leaves healthy training alone -------------------------------------------------------------------------------
+# ---- it does not drop healthy steps ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", HEALTHY)
-def test_healthy_training_is_left_alone(kind: str) -> None:
-    # a loss judged in linear space alone drops 3 % of log-normal losses, those of a classifier near its end
+def test_no_healthy_step_is_dropped(kind: str) -> None:
+    # a limit in linear space alone drops 3 % of log-normal losses, those of a classifier near its end
     assert skipped(run(DEFAULT, list(healthy(kind, seed=0)))) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", HEALTHY)
-def test_healthy_training_is_left_alone_over_20_seeds(kind: str) -> None:
+def test_no_healthy_step_is_dropped_with_20_seeds(kind: str) -> None:
     assert sum(len(skipped(run(DEFAULT, list(healthy(kind, seed))))) for seed in range(20)) == 0
 
 
@@ -149,7 +149,7 @@ def test_a_nonfinite_step_at_any_position_is_as_if_it_had_not_been(rule: SkipOut
         for pair in ((bad, 1.0), (2.0, bad), (bad, bad)):
             steps = run(rule, [*series[:at], pair, *series[at:]])
             decisions = [step.outcome.skipped for step in steps]
-            assert not decisions.pop(at), "dropping it is skip_nonfinite's business"
+            assert not decisions.pop(at), "skip_nonfinite drops it, not this rule"
             assert decisions == without
 
 
