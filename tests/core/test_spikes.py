@@ -216,7 +216,8 @@ def test_nonfinite_steps_in_a_row() -> None:
     expected = {n: (Request(RequestKind.ROLLBACK, "detector", reason.format(n)),) for n in (3, 6)}
     assert requests == [expected.get(n, ()) for n in range(1, 8)]
     assert steps[-1].state.nonfinite == 7
-    assert run([(LOSS, NORM)], steps[-1].state)[0].state.nonfinite == 0
+    for finite in ((LOSS, NORM), (7.0, NORM), (LOSS, 3.0)):
+        assert run([finite], steps[-1].state)[0].state.nonfinite == 0
 
 
 def test_a_nonfinite_step_neither_begins_nor_ends_an_excursion() -> None:

@@ -92,6 +92,16 @@ def test_a_tuple_must_be_a_list(plain: Any) -> None:
         from_plain(Window, {"values": plain, "ordered": []})
 
 
+class Single(NamedTuple):
+    single: tuple[int]
+    triple: tuple[int, int, int] = (1, 2, 3)
+
+
+def test_tuples_of_one_and_of_three_items() -> None:
+    """Bug: a tuple of fixed length taken for one of any length."""
+    assert from_plain(Single, to_plain(Single((1,)))) == Single((1,))
+
+
 class Pair(NamedTuple):
     pair: tuple[int, Ema]
 

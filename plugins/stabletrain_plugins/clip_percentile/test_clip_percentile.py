@@ -172,7 +172,8 @@ def test_norms_that_are_not_high_make_no_new_level(norm: float) -> None:
 def test_a_level_is_new_above_the_percentile_that_is_clipped_to() -> None:
     """Bug: at percentile 100 the steps between the 95th percentile and the maximum are a new level."""
     rule = ClipPercentileRule(percentile=100, window=100, regime_after=2)
-    state = learn(rule, [float(norm) for norm in range(1, 101)])[-1]
+    state = learn(rule, [float(norm) for norm in range(100, 0, -1)])[-1]
+    assert len(state.window) == 100
     for norm, high in ((99.9, False), (100.5, True)):
         assert bool(rule.observe(state, Outcome(0, 2.0, norm, norm, norm)).state.run) is high
 

@@ -409,6 +409,12 @@ def test_the_event_and_the_request_of_dropped_steps(
     assert second.requests == (Request(RequestKind.ROLLBACK, "mine", text),)
 
 
+def test_the_event_of_a_rule_for_the_norm_alone_does_not_name_the_loss() -> None:
+    """Bug: a signal without a limit given as the reason of a skip."""
+    (event,) = run(dataclasses.replace(SHORT, signals="grad_norm"), [(2.0, 1.0)] * 8 + [(9.0, 9.0)])[-1].events
+    assert (event.value, event.reason) == (9.0, "grad_norm 9 > 3.32 (median 1 of 8 steps): step skipped (1 in a row)")
+
+
 def test_a_norm_near_the_limit_keeps_the_candidates_and_one_below_does_not() -> None:
     """Bug: a shift of the level as far as the limit, of which half of the steps are dropped for a whole window."""
     state = SHORT.init()
