@@ -216,7 +216,7 @@ def optimizer_step(rounds: int) -> list[Row]:
     def exact() -> None:
         grads = gradients.of(parameters)
         norm = gradients.global_norm(grads).item()
-        held = math.nan if loose.skips_step(loss.item(), norm) else loose.hold(norm)
+        held = math.nan if loose.skips_step(loss.item(), norm) else loose.clip(norm)
         if held < norm:
             gradients.scale_(grads, held / norm)
         optimizer.step()

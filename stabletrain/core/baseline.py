@@ -1,8 +1,8 @@
-"""What a signal usually is: centre, spread and upper limit of its recent, accepted past.
+"""Baseline of a signal (centre, spread and upper limit of its recent, accepted values) and the test for outliers.
 
-The past may be a delayed window, so that a slow beginning of trouble is not its own yardstick; centre and spread are
-median and scaled MAD, so that what slipped in cannot widen them; the spread has a floor, so that a very quiet past does
-not make an outlier of the first ripple; and where the past has a long tail, the limit lies beyond it.
+The window of values may be delayed, so that the first steps of a slow rise do not raise the limit. Centre and spread
+are median and scaled MAD, which a few undetected outliers hardly change. The spread has a floor, so that a small change
+after a nearly constant signal is not an outlier. For a loss with a long tail the limit lies beyond the tail.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ from typing import NamedTuple
 from stabletrain.core.statistics import MAD_TO_SIGMA, DelayedWindow, Window
 
 _LARGEST_EXPONENT = 700.0
-"""exp() of more than this is no float."""
+"""exp() of more than about 709 overflows."""
 _TAIL, _TAIL_SIGMAS = 0.98, 1.7
-"""A quantile of the loss, and how many spreads above the centre it counts for. In a normal distribution it lies 2.05
-above: the estimate from a window of 128 is noisy, and a limit that is too near drops healthy steps."""
+"""A quantile of the loss, and the number of standard deviations above the centre that it is taken for. In a normal
+distribution it lies 2.05 above; 1.7 allows for the error of a quantile of 128 values: a limit that is too low drops
+healthy steps."""
 
 
 class Baseline(NamedTuple):
-    """The past of one signal, and what follows from it, in the space in which a `OutlierTest` judges it.
+    """Accepted values of one signal and their statistics, in the space (linear or log) of an `OutlierTest`.
 
     Args:
-        past: accepted values; of a signal judged in log space, their logarithms.
-        centre: their median.
-        limit: above it lies an outlier; None while too little is known.
-        least_sigma: floor of the spread while a level learned anew has few values; 0 if it is not new.
+        past: the accepted values; for a test in log space their logarithms.
+        centre: their median, or their mean where the test is not robust.
+        limit: a value above it is an outlier; None while there are too few values.
+        least_sigma: floor of the spread after `OutlierTest.relearn`, until there are ``min_samples`` values; else 0.
     """
 
     past: DelayedWindow = DelayedWindow()
@@ -37,27 +38,27 @@ class Baseline(NamedTuple):
 
 
 class OutlierTest(NamedTuple):
-    """How a signal is judged; a `Baseline` is what it is judged by.
+    """Test whether a value of a signal is an outlier, given the `Baseline` of the signal.
 
     In log space the limit is ``m + z * s`` with median ``m`` and scaled MAD ``s`` of the logarithms. In linear space
-    it is the highest of three: the same of the values; the limit of a log-normal signal,
-    ``m * (q / m) ** (1.4826 * z)`` with the upper quartile ``q``; and that of a signal whose spread is not always the
-    same, such as the loss of batches of very different sizes, ``m + z * (t - m) / 1.7`` with the 98th percentile ``t``.
+    it is the highest of three: ``m + z * s`` of the values; the limit of a log-normal signal,
+    ``m * (q / m) ** (1.4826 * z)`` with the upper quartile ``q``; and, for a signal whose spread varies from step to
+    step, such as the loss of batches of very different sizes, ``m + z * (t - m) / 1.7`` with the 98th percentile ``t``.
 
     Args:
-        z_threshold: spreads above the centre at which outliers begin, > 0.
-        window: most values of the past, >= 2.
-        delay: steps that an accepted value waits before it counts, >= 0.
-        min_samples: values in the window before anything is judged, 2 to ``window``.
+        z_threshold: distance of the limit from the centre, in spreads, > 0.
+        window: maximum number of values in the baseline, >= 2.
+        delay: steps after which an accepted value enters the window, >= 0.
+        min_samples: values in the window from which on there is a limit, 2 to ``window``.
         min_sigma: floor of the spread: in log space absolute (nats), > 0; else as a share of the centre, >= 0.
-        log: judge the logarithm; zero and negative values are then neither judged nor learned.
-        robust: median and MAD; else mean and standard deviation (of n - 1), and the first limit alone.
+        log: test the logarithm; zero and negative values are then no outliers and do not enter the baseline.
+        robust: use median and MAD; else mean and standard deviation (of n - 1), and only the first of the limits.
 
-    >>> gauge = OutlierTest(z_threshold=6.0, window=8, delay=0, min_samples=4, min_sigma=0.05, log=True)
+    >>> test = OutlierTest(z_threshold=6.0, window=8, delay=0, min_samples=4, min_sigma=0.05, log=True)
     >>> baseline = Baseline()
     >>> for norm in (1.0, 1.1, 0.9, 1.0):
-    ...     baseline = gauge.learn(baseline, norm)
-    >>> gauge.is_outlier(baseline, 1.2), gauge.is_outlier(baseline, 12.0)
+    ...     baseline = test.learn(baseline, norm)
+    >>> test.is_outlier(baseline, 1.2), test.is_outlier(baseline, 12.0)
     (False, True)
     """
 
@@ -70,42 +71,47 @@ class OutlierTest(NamedTuple):
     robust: bool = True
 
     def learn(self, baseline: Baseline, value: float) -> Baseline:
-        """With one more accepted value."""
+        """The baseline with one more accepted value."""
         if self.log and not value > 0.0:
             return baseline
         past = baseline.past.add(math.log(value) if self.log else value, self.window, self.delay)
-        if past.window is baseline.past.window:  # the value only waits
+        if past.window is baseline.past.window:  # the value is delayed: the statistics do not change
             return Baseline(past, baseline.centre, baseline.limit, baseline.least_sigma)
-        return self._judged(past, baseline.least_sigma)
+        return self._with_limit(past, baseline.least_sigma)
 
     def relearn(self, baseline: Baseline, values: Iterable[float]) -> Baseline:
-        """A new level, judged by at once; until it has enough values it keeps at least the old one's spread.
+        """A baseline of a new level, with a limit at once.
+
+        Until it has ``min_samples`` values, its spread is at least that of the old baseline.
 
         Args:
-            baseline: the old level.
-            values: of the new level, at least one that can be learned.
+            baseline: the old baseline.
+            values: values at the new level; at least one is finite and, in log space, positive.
         """
-        inside = [self._to_space(value) for value in values if value > 0.0 or not self.log]
+        new = [self._to_space(value) for value in values if value > 0.0 or not self.log]
         least = max(self._centre_and_sigma(baseline.past.window)[1], baseline.least_sigma)
-        return self._judged(DelayedWindow(window=Window().extend(inside[-self.window :])), least)
+        return self._with_limit(DelayedWindow(window=Window().extend(new[-self.window :])), least)
 
     def is_outlier(self, baseline: Baseline, value: float) -> bool:
         """Whether a value lies above the limit."""
         return baseline.limit is not None and self._to_space(value) > baseline.limit
 
     def is_raised(self, baseline: Baseline, value: float) -> bool:
-        """Whether a value lies above the middle between centre and limit: no outlier, but no return either."""
+        """Whether a value lies above the midpoint of centre and limit.
+
+        A raised signal that is not an outlier does not end an excursion.
+        """
         return baseline.limit is not None and self._to_space(value) > 0.5 * (baseline.centre + baseline.limit)
 
     def limit(self, baseline: Baseline) -> float:
-        """The limit in the signal's own unit; infinite while there is none."""
+        """The limit in the unit of the signal; infinite while there is none."""
         return math.inf if baseline.limit is None else self._from_space(baseline.limit)
 
     def centre(self, baseline: Baseline) -> float:
-        """The centre in the signal's own unit."""
+        """The centre in the unit of the signal."""
         return self._from_space(baseline.centre)
 
-    def _judged(self, past: DelayedWindow, least_sigma: float) -> Baseline:
+    def _with_limit(self, past: DelayedWindow, least_sigma: float) -> Baseline:
         window = past.window
         if len(window) >= self.min_samples:
             least_sigma = 0.0
@@ -114,15 +120,15 @@ class OutlierTest(NamedTuple):
         centre, sigma = self._centre_and_sigma(window)
         sigma = max(sigma, least_sigma)
         if sigma == 0.0 and (self.robust or centre == 0.0):
-            return Baseline(past, centre)  # there is no scale to judge by
+            return Baseline(past, centre)  # without a spread there is no limit
         limit = centre + self.z_threshold * sigma
         if self.robust and not self.log:
-            ordered, last = window.ordered, len(window) - 1  # samples, not between samples: that could overflow
+            ordered, last = window.ordered, len(window) - 1  # quantiles without interpolation, which could overflow
             limit = max(limit, centre + self.z_threshold / _TAIL_SIGMAS * (ordered[math.ceil(_TAIL * last)] - centre))
             if 0.0 < centre < math.inf:
-                reach = self.z_threshold * MAD_TO_SIGMA * math.log(ordered[math.ceil(0.75 * last)] / centre)
-                limit = max(limit, math.exp(min(math.log(centre) + reach, _LARGEST_EXPONENT)))
-        if not math.isfinite(limit):  # the largest floats: nothing can be said of them
+                above = self.z_threshold * MAD_TO_SIGMA * math.log(ordered[math.ceil(0.75 * last)] / centre)
+                limit = max(limit, math.exp(min(math.log(centre) + above, _LARGEST_EXPONENT)))
+        if not math.isfinite(limit):  # overflow: values near the largest float
             return Baseline(past, least_sigma=least_sigma)
         return Baseline(past, centre, limit, least_sigma)
 
@@ -130,7 +136,7 @@ class OutlierTest(NamedTuple):
         if self.robust:
             centre, sigma = window.median, MAD_TO_SIGMA * window.mad
         elif window.ordered[0] == window.ordered[-1]:
-            centre, sigma = window.ordered[0], 0.0  # not a rounding error of the mean
+            centre, sigma = window.ordered[0], 0.0  # exact: the mean would have a rounding error
         else:
             n = len(window)
             centre = sum(window.values) / n

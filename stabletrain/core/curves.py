@@ -1,20 +1,20 @@
 """Learning-rate curves: pure functions of the number of applied optimizer steps. Standard library only, float64.
 
-A curve answers `factor(step)`: what the base learning rate is multiplied by for the update with index `step`. The index
-counts applied steps from 0, so it is the number of updates made before this one. Factors lie in [0, 1].
+`factor(step)` of a curve is the factor on the base learning rate for the update with index `step`. The index counts
+applied steps from 0, so it is the number of updates before this one. Factors lie in [0, 1].
 
-Every curve is put together from two parts: `Warmup(steps, body)` climbs in a straight line to the body's first value,
-and the body counts its own steps from there. A `Tail` brings any body down over its last steps. Bodies with an end hold
-their final value beyond it; bodies without one (constant, exponential, steps, powers) simply go on.
+A schedule is `Warmup(steps, body)`: a linear rise to the first value of the body, which counts its steps from the end
+of the warm-up. A `Tail` decreases any body over its last steps. Bodies with an end stay at their final value after it;
+constant, exponential, multi-step and power bodies have no end.
 
-**The convention.** With a warm-up of W steps the first factor is 1/W, never 0, and that of index W-1 is 1: a rate of
-zero would spend a batch on nothing. The descent begins at index W, with 1, and is at its final value at index `total`,
-the first one that a run of `total` steps does not have, so no batch is spent on a final rate of zero either.
+**The convention.** With a warm-up of W steps the first factor is 1/W, not 0, and that of index W-1 is 1: a step with a
+rate of zero would waste a batch. The descent begins at index W, with 1, and reaches its final value at index `total`,
+the first index after a run of `total` steps, so that the last step does not have a rate of zero either.
 
-| who                                | index t < W | first factor | descent              | the same here           |
+| implementation                     | index t < W | first factor | descent              | the same here           |
 |------------------------------------|-------------|--------------|----------------------|-------------------------|
 | this module                        | (t + 1) / W | 1/W          | index W to `total`   |                         |
-| torchtitan                         | (t + 1) / W | 1/W          | index W to `total`   | as it is                |
+| torchtitan                         | (t + 1) / W | 1/W          | index W to `total`   | default                 |
 | transformers, OLMo-core, Composer, | t / W       | 0            | index W to `total`   | `from_zero=True`        |
 | Megatron-LM                        |             |              |                      |                         |
 | torch OneCycleLR                   | own rise    | 1/div_factor | to index `total` - 1 | `OneCycle(total - 1, )` |
@@ -40,12 +40,12 @@ class Curve(Protocol):
 
 
 def descent(progress: float, shape: TailShape) -> float:
-    """How much of the way down is done, 0 to 1, once `progress` (cut to 0 to 1) of the time has passed.
+    """Completed share of a descent, 0 to 1, after the share `progress` (clamped to 0 to 1) of its time.
 
     Args:
         progress: share of the descent's time that has passed.
         shape: `"linear"`; `"cosine"` (half a period, https://arxiv.org/abs/1608.03983); or `"1-sqrt"`, steep at first
-            (what is left is 1 - sqrt(progress), https://arxiv.org/abs/2405.18392).
+            (the rest is 1 - sqrt(progress), https://arxiv.org/abs/2405.18392).
 
     >>> [descent(0.25, shape) for shape in ("linear", "1-sqrt")]
     [0.25, 0.5]
@@ -58,14 +58,14 @@ def descent(progress: float, shape: TailShape) -> float:
 
 @dataclass(frozen=True)
 class Warmup:
-    """A straight climb over `steps` steps to the first value of `body`, which counts its steps from there.
+    """A linear rise over `steps` steps to the first value of `body`, which counts its steps from the end of the rise.
 
-    Warm-up lets the second-moment estimates and the curvature settle before full steps are taken
+    During warm-up the second-moment estimates and the curvature settle before full steps are taken
     (https://arxiv.org/abs/1706.02677, https://arxiv.org/abs/2406.09405).
 
     Args:
         steps: length in applied steps; >= 0, 0 is none.
-        body: the curve from there on.
+        body: the curve after the rise.
         from_zero: begin at 0 and reach the body one step later, as transformers, OLMo-core and Composer do.
 
     >>> curve = Warmup(4, Constant())
@@ -102,7 +102,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class Tail:
-    """`body`, brought down to `min_factor` over the last `decay` of `steps` steps, from whatever value it has there.
+    """`body`, decreased to `min_factor` over the last `decay` of `steps` steps, from its value at the tail's start.
 
     Over a `Constant` this is WSD: warm-up, stable, decay (https://arxiv.org/abs/2404.06395). With `decay == steps` it
     is the linear (https://arxiv.org/abs/2310.07831) or cosine (https://arxiv.org/abs/1608.03983) descent.
@@ -112,7 +112,7 @@ class Tail:
         steps: length of body and tail together, in steps; >= 1.
         decay: length of the tail in steps; 0 (none) to `steps`.
         shape: see `descent`.
-        min_factor: the factor at the end and from there on; 0 to 1. A body below it is left where it is.
+        min_factor: the factor at the end and after it; 0 to 1. If the body is already lower, it stays constant.
 
     >>> wsd = Tail(Constant(), steps=10, decay=4, shape="linear")
     >>> [wsd.factor(step) for step in (5, 6, 7, 8, 9, 10, 99)]
@@ -254,9 +254,9 @@ class MultiStep:
     min_factor: float = 0.0
 
     def __post_init__(self) -> None:
-        stones = self.milestones
-        ascending = all(a <= b for a, b in itertools.pairwise(stones)) and (not stones or stones[0] >= 0)
-        _require(ascending, "milestones", "ascending, none inside the warm-up", stones)
+        milestones = self.milestones
+        ascending = all(a <= b for a, b in itertools.pairwise(milestones)) and (not milestones or milestones[0] >= 0)
+        _require(ascending, "milestones", "ascending, none inside the warm-up", milestones)
         _require(0 < self.gamma <= 1, "gamma", "above 0 and at most 1", self.gamma)
         _require_share(self.min_factor, "min_factor")
 
@@ -272,7 +272,7 @@ class Polynomial:
     Args:
         steps: length of the descent in steps; >= 1.
         power: above 0; 1 is linear, above 1 falls steeply at first.
-        min_factor: the factor at the end and from there on; 0 to 1.
+        min_factor: the factor at the end and after it; 0 to 1.
 
     >>> Polynomial(10, power=2).factor(5)
     0.25
@@ -295,14 +295,14 @@ class Polynomial:
 
 @dataclass(frozen=True)
 class Triangular:
-    """Straight up from `min_factor` to 1 and down again, `cycles` times (https://arxiv.org/abs/1506.01186).
+    """Linear from `min_factor` to 1 and back, `cycles` times (https://arxiv.org/abs/1506.01186).
 
     Args:
         steps: length of all cycles together, in steps; >= 1. torch's `CyclicLR(step_size_up=n)` has
             `steps = 2 n cycles`.
         cycles: how many; >= 1.
-        min_factor: the factor at both ends of a cycle, and after the last; above 0 (a rate of 0 would waste the first
-            step), at most 1.
+        min_factor: the factor at both ends of a cycle, and after the last; above 0 (a rate of 0 would waste the
+            first step), at most 1.
 
     >>> [Triangular(8, cycles=2, min_factor=0.5).factor(step) for step in range(9)]
     [0.5, 0.75, 1.0, 0.75, 0.5, 0.75, 1.0, 0.75, 0.5]
@@ -336,7 +336,7 @@ class OneCycle:
         rise: length of the rise in steps; 0 to `steps`. torch's `OneCycleLR(total_steps, pct_start)` has
             `steps = total_steps - 1` and `rise = pct_start * total_steps - 1`.
         start_factor: the first factor; above 0, at most 1.
-        min_factor: the factor at the end and from there on; 0 to 1.
+        min_factor: the factor at the end and after it; 0 to 1.
 
     >>> [OneCycle(10, rise=5, start_factor=0.5).factor(step) for step in (0, 5, 10)]
     [0.5, 1.0, 0.0]
@@ -363,7 +363,7 @@ class OneCycle:
 
 
 def rewarm_factor(step: int, start: int, steps: int) -> float:
-    """The further factor of a second warm-up, as after a rollback: (step - start + 1) / steps, cut to 1.
+    """Additional factor of a second warm-up, as after a rollback: (step - start + 1) / steps, at most 1.
 
     Args:
         step: index of the update.

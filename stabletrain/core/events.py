@@ -1,4 +1,4 @@
-"""What rules say about a step: events for the record, requests for somebody to act on."""
+"""Output of the rules for one step: events, which are logged, and requests, which change the run."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Event(NamedTuple):
 
     Args:
         step: attempted step, from 0.
-        plugin: name of the plugin that speaks.
-        kind: the class of the event.
-        value: the number that caused it, in the unit that ``reason`` names.
-        limit: what the number was compared with; NaN if there is no such limit.
-        reason: one sentence with the number in it.
+        plugin: name of the plugin that reports it.
+        kind: type of the event.
+        value: the number that caused it; ``reason`` names the signal.
+        limit: the limit that the number was compared with; NaN if there is none.
+        reason: one sentence that contains the number.
     """
 
     step: int
@@ -32,7 +32,7 @@ class Event(NamedTuple):
     reason: str
 
     def to_json(self) -> str:
-        """One line of strict JSON; non-finite numbers become the strings "nan", "inf" and "-inf".
+        """The event as one line of strict JSON; non-finite numbers become the strings "nan", "inf" and "-inf".
 
         >>> Event(3, "clip", "skip", float("inf"), 1.0, "norm inf > 1").to_json()
         '{"step": 3, "plugin": "clip", "kind": "skip", "value": "inf", "limit": 1.0, "reason": "norm inf > 1"}'
@@ -45,7 +45,7 @@ class Event(NamedTuple):
 
 
 class RequestKind(IntEnum):
-    """What a rule can ask for, from mild to severe; when several ask, the most severe is executed."""
+    """Actions that a rule can request, in order of severity; of several requests the most severe is executed."""
 
     REWARM = 1
     ROLLBACK = 2
@@ -53,15 +53,16 @@ class RequestKind(IntEnum):
 
 
 class Request(NamedTuple):
-    """A demand that outlives the step: executed when the batch ends, on all ranks alike.
+    """A requested action, executed at the end of the batch on all ranks.
 
-    Where no plugin can roll back, a rollback becomes a clean stop.
+    If no plugin can roll back, a requested rollback becomes a clean stop.
 
     Args:
-        kind: what is asked for.
-        plugin: name of the plugin that asks.
-        reason: one sentence with the number in it.
-        steps: length of the second warm-up, in applied steps; None: whatever the one who makes it thinks right.
+        kind: the action.
+        plugin: name of the plugin that requests it.
+        reason: one sentence that contains the number.
+        steps: for a rewarm, length of the second warm-up in applied steps; None: the default of the learning-rate
+            schedule.
     """
 
     kind: RequestKind

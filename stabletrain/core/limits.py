@@ -1,9 +1,10 @@
-"""What a step may look like: bounds on the gradient norm, and conditions under which the step is dropped.
+"""Limits of a step: bounds on the gradient norm, and conditions under which the step is dropped.
 
-Rules answer with `Limits`; the guard joins them with ``|``. The step is held to the *minimum* over all bounds and is
-dropped if *any* condition holds, so joining is a set union: the order of the plugins cannot matter.
+Each rule returns `Limits`; the guard joins them with ``|``. The gradient norm is clipped to the *minimum* over all
+bounds, and the step is dropped if *any* condition is true. Joining is a set union, so the order of the plugins does not
+matter.
 
-This module is the host's evaluation, in float64. `stabletrain.runtime.guard.device_limits` is its twin on the device.
+This module evaluates limits on the host, in float64; `stabletrain.runtime.guard.device_limits` does so on the device.
 """
 
 from __future__ import annotations
@@ -18,23 +19,23 @@ Signal: TypeAlias = Literal["loss", "grad_norm"]
 class Bound(NamedTuple):
     """An upper limit on the gradient norm ``g``, in a linear or a logarithmic space ``s``.
 
-    A norm with ``s(g) > above`` is brought to ``target + pull / (s(g) - centre)``, in the same space. One form covers
-    a fixed norm or a percentile (``target = above``), a z-score (``above = mean + z * std``) and a reciprocal pull
-    towards the mean (``target = centre = mean``, ``pull = (z * std)**2``). A bound never raises a norm, and leaves a
-    non-finite one alone: that is not a number to be scaled.
+    A norm with ``s(g) > above`` is clipped to ``target + pull / (s(g) - centre)``, in the same space. This covers a
+    fixed norm or a percentile (``target = above``), a z-score (``above = mean + z * std``) and ZClip's reciprocal
+    scaling towards the mean (``target = centre = mean``, ``pull = (z * std)**2``). A bound never raises a norm, and
+    returns a non-finite norm unchanged: scaling by 0 or infinity would turn the gradient into NaN.
 
     Args:
         above: threshold, in the space ``s``.
-        target: where a norm above the threshold is brought to, in ``s``.
+        target: what a norm above the threshold is clipped to, in ``s``.
         pull: weight of the reciprocal term, in ``s`` squared; 0 switches it off.
-        centre: pole of the reciprocal term, in ``s``; must lie below ``above``.
+        centre: pole of the reciprocal term, in ``s``; must be below ``above``.
         log: ``s`` is the natural logarithm; else the norm itself.
 
-    >>> Bound(above=1.0, target=1.0).hold(4.0)
+    >>> Bound(above=1.0, target=1.0).clip(4.0)
     1.0
-    >>> Bound(above=1.0, target=0.5, pull=0.5, centre=0.5).hold(1.5)
+    >>> Bound(above=1.0, target=0.5, pull=0.5, centre=0.5).clip(1.5)
     1.0
-    >>> Bound(above=0.0, target=0.0, log=True).hold(4.0)
+    >>> Bound(above=0.0, target=0.0, log=True).clip(4.0)
     1.0
     """
 
@@ -46,19 +47,19 @@ class Bound(NamedTuple):
 
     @property
     def threshold(self) -> float:
-        """The threshold as a norm. Host and device compare this one number, so that they agree to the last bit."""
+        """The threshold as a norm. Host and device compare with this same number, so they take the same decision."""
         return _exp(self.above) if self.log else self.above
 
-    def hold(self, norm: float) -> float:
+    def clip(self, norm: float) -> float:
         """The norm after this bound."""
         if not self.threshold < norm < math.inf:
             return norm
         s = math.log(norm) if self.log else norm
-        held = self.target
+        target = self.target
         if self.pull > 0:
             gap = s - self.centre
-            held += self.pull / gap if gap > 0 else math.inf  # the logarithm may round a norm back onto the pole
-        return min(norm, max(0.0, _exp(held) if self.log else held))
+            target += self.pull / gap if gap > 0 else math.inf  # rounding in log() may make s equal to the pole
+        return min(norm, max(0.0, _exp(target) if self.log else target))
 
 
 class SkipAbove(NamedTuple):
@@ -73,7 +74,7 @@ class SkipAbove(NamedTuple):
     above: float
 
     def hits(self, loss: float, grad_norm: float) -> bool:
-        """Whether the condition holds for this step."""
+        """Whether this step is dropped."""
         value = loss if self.signal == "loss" else grad_norm
         return self.above < value < math.inf
 
@@ -82,7 +83,7 @@ class SkipNonFinite(NamedTuple):
     """Drop the step when its loss or its gradient norm is NaN or infinite."""
 
     def hits(self, loss: float, grad_norm: float) -> bool:
-        """Whether the condition holds for this step."""
+        """Whether this step is dropped."""
         return not (math.isfinite(loss) and math.isfinite(grad_norm))
 
 
@@ -90,10 +91,10 @@ SkipCondition: TypeAlias = SkipAbove | SkipNonFinite
 
 
 class Limits(NamedTuple):
-    """The limits that history sets for one step; ``|`` joins them.
+    """The limits of one step, computed from the steps before it; ``|`` joins them.
 
     >>> tight, loose = Limits.of(Bound(1.0, 1.0)), Limits.of(Bound(2.0, 2.0))
-    >>> (tight | loose).hold(5.0)
+    >>> (tight | loose).clip(5.0)
     1.0
     >>> (tight | loose) == (loose | tight)
     True
@@ -115,21 +116,17 @@ class Limits(NamedTuple):
     def __or__(self, other: Limits) -> Limits:
         return Limits(self.bounds | other.bounds, self.skips | other.skips)
 
-    def hold(self, norm: float) -> float:
+    def clip(self, norm: float) -> float:
         """The norm after all bounds: their minimum, and never more than the norm itself."""
-        for bound in self.bounds:
-            held = bound.hold(norm)
-            if held < norm:
-                return min(each.hold(norm) for each in self.bounds)
-        return norm
+        return min((bound.clip(norm) for bound in self.bounds), default=norm)
 
     def skips_step(self, loss: float, grad_norm: float) -> bool:
-        """Whether any condition drops a step with this loss and this raw gradient norm."""
+        """Whether any condition drops a step with this loss and raw gradient norm."""
         return any(condition.hits(loss, grad_norm) for condition in self.skips)
 
 
 NO_LIMITS = Limits()
-"""The identity of ``|``."""
+"""No bounds and no conditions: the identity of ``|``."""
 
 
 def join(limits: Iterable[Limits]) -> Limits:

@@ -1,4 +1,4 @@
-"""What happened at one attempted optimizer step: the only thing a rule ever learns about training."""
+"""The result of one attempted optimizer step. Rules get all their information about training from it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class Outcome(NamedTuple):
         loss: training loss in nats (or the module's own unit): unscaled mean over the accumulation window and ranks.
         grad_norm: global L2 norm of the gradient, unscaled, before any transform or clipping.
         transformed_norm: the same norm after per-tensor transforms; equals ``grad_norm`` where there are none.
-        applied_norm: norm of the gradient that the optimizer used (after all bounds).
+        applied_norm: norm of the gradient that the optimizer used, after all bounds; NaN for a skipped step.
         skipped: dropped by a rule.
         overflow: dropped by the fp16 loss scaler (gradient non-finite, loss finite); expected now and then.
         loss_scale: the scaler's scale at this step; 1 without a scaler.
-        overflows_in_a_row: length of the run of overflows that ends with this step; 0 if this is none.
+        overflows_in_a_row: number of consecutive overflows up to and including this step; 0 if it is not an overflow.
     """
 
     step: int

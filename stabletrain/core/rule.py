@@ -1,11 +1,11 @@
-"""The contract of a rule: a decision on scalars, in plain Python, that anybody can read, replay and test.
+"""The interface of a rule: limits computed from past scalars, in plain Python without side effects.
 
-    limits(t) = rule.limits(state)            before the step, from history alone
-    outcome   = the step, held to the limits of all rules
-    state     = rule.observe(state, outcome)  after the step
+    limits  = rule.limits(state)            before the step, from earlier steps only
+    outcome = the step, clipped or skipped by the limits of all rules
+    state   = rule.observe(state, outcome)  after the step
 
-A rule never sees a tensor, a Trainer or a file. Its public callback is derived by
-`stabletrain.runtime.guard.callbacks.as_callback`: arguments, defaults and docstring are written once, in the rule.
+A rule has no access to tensors, the Trainer or files. `stabletrain.runtime.guard.callbacks.as_callback` derives its
+public callback, so that arguments, defaults and docstring are written once, in the rule.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ S = TypeVar("S")
 
 
 class Observation(NamedTuple, Generic[S]):
-    """What a rule makes of an outcome: its next state, and what it has to say."""
+    """What `Rule.observe` returns: the next state, and the events and requests of the step."""
 
     state: S
     events: tuple[Event, ...] = ()
@@ -35,17 +35,17 @@ class Observation(NamedTuple, Generic[S]):
 
 @dataclass(frozen=True, kw_only=True)
 class Rule(Plugin, ABC, Generic[S]):
-    """Base of all rules: a frozen dataclass of hyper-parameters.
+    """Base class of all rules: a frozen dataclass of hyper-parameters.
 
-    A state is a named tuple of numbers, strings, tuples and further named tuples, or None for a rule without memory.
+    A state is a named tuple of numbers, strings, tuples and further named tuples, or None for a rule without a state.
 
     Args:
-        name: what events and checkpoints call this rule; needed when one run has two instances of a rule. Default:
-            the plugin's own name, such as ``clip_norm``.
+        name: name in events and checkpoints; needed when one run has two instances of a rule. Default: the plugin's
+            name, such as ``my_rule``.
     """
 
     sees_overflow: ClassVar[bool] = False
-    """It wants the outcomes of fp16 overflows too, which are nobody's history otherwise."""
+    """Whether `observe` is also called for fp16 overflows."""
 
     name: str | None = None
 
@@ -55,18 +55,25 @@ class Rule(Plugin, ABC, Generic[S]):
 
     @abstractmethod
     def limits(self, state: S) -> Limits:
-        """The limits of the next step, from history alone."""
+        """The limits of the next step, computed from earlier steps only."""
 
     def observe(self, state: S, outcome: Outcome) -> Observation[S]:
-        """Take an outcome into the history. Default: there is no history."""
+        """Update the state with the outcome of a step. Default: the state does not change."""
         return Observation(state)
 
     def rebase(self, state: S, cause: str) -> S:
-        """The state to go on with after a rollback, from the state at the time of the snapshot. Default: that one."""
+        """The state after a rollback.
+
+        Default: the state at the snapshot.
+
+        Args:
+            state: the state at the snapshot.
+            cause: reason of the rollback.
+        """
         return state
 
     def readings(self, state: S) -> dict[str, float]:
-        """Metrics of this rule, for the loggers; asked for when metrics are due. Default: none."""
+        """Metrics for the loggers, by name; called when metrics are logged. Default: none."""
         return {}
 
     def state_type(self) -> Any:
@@ -75,7 +82,7 @@ class Rule(Plugin, ABC, Generic[S]):
 
 
 class Replayed(NamedTuple):
-    """One step of a `replay`: what happened, and what the rule said."""
+    """One step of a `replay`: its outcome, and the rule's events and requests."""
 
     outcome: Outcome
     events: tuple[Event, ...]
@@ -83,15 +90,19 @@ class Replayed(NamedTuple):
 
 
 def replay(rule: Rule[Any], series: Iterable[tuple[float, float]], state: Any = None) -> Iterator[Replayed]:
-    """Run a rule alone over recorded signals, as a guard would.
+    """Run one rule over recorded signals, as the guard does in training.
 
     Args:
         rule: the rule.
         series: pairs of loss and raw gradient norm, one for each attempted step.
-        state: where to begin; default: `Rule.init`.
+        state: initial state; default: `Rule.init`.
 
-    >>> from stabletrain_plugins.clip_norm.rule import ClipNormRule
-    >>> [step.outcome.applied_norm for step in replay(ClipNormRule(max_norm=1.0), [(2.0, 0.5), (2.0, 8.0)])]
+    >>> from stabletrain.core.limits import Bound
+    >>> class AtMostOne(Rule[None]):
+    ...     plugin, slot = "at_most_one", "clip"
+    ...     def init(self): return None
+    ...     def limits(self, state): return Limits.of(Bound(above=1.0, target=1.0))
+    >>> [step.outcome.applied_norm for step in replay(AtMostOne(), [(2.0, 0.5), (2.0, 8.0)])]
     [0.5, 1.0]
     """
     if state is None:
@@ -99,7 +110,7 @@ def replay(rule: Rule[Any], series: Iterable[tuple[float, float]], state: Any = 
     for step, (loss, grad_norm) in enumerate(series):
         limits = rule.limits(state)
         skipped = limits.skips_step(loss, grad_norm)
-        applied_norm = math.nan if skipped else limits.hold(grad_norm)
+        applied_norm = math.nan if skipped else limits.clip(grad_norm)
         outcome = Outcome(step, loss, grad_norm, grad_norm, applied_norm, skipped=skipped)
         state, events, requests = rule.observe(state, outcome)
         yield Replayed(outcome, events, requests)

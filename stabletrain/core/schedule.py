@@ -1,4 +1,4 @@
-"""A learning-rate schedule as its arguments: from lengths of time and shares to one curve. Standard library only."""
+"""The arguments of a learning-rate schedule, and the curve that they describe. Standard library only."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ USED_BY: dict[str, tuple[Kind, ...]] = {
     "start_factor": ("one_cycle",),
     "warmup_from_zero": tuple(kind for kind in get_args(Kind) if kind != "one_cycle"),
 }
-"""Which kinds look at an argument; those not listed here matter to all."""
+"""The kinds that use an argument; arguments that are not listed are used by all kinds."""
 
 _ENDLESS = 10**15
 
@@ -50,18 +50,18 @@ _ENDLESS = 10**15
 class Schedule:
     """Set the learning rate before every step: base rate x curve(applied steps).
 
-    The base rate is what the optimizer was made with, for each parameter group by itself. Nothing is accumulated: the
-    rate depends on the index of the step alone, so a resumed or rolled back run has the right one at once, and a
-    skipped step holds the position. Lengths are applied steps (``500``), epochs (``"3ep"``), tokens (``"1e9tok"``) or a
+    The base rate of a parameter group is the one that the optimizer was created with. The rate depends on the number of
+    applied steps only, so it is right after a resume or a rollback, and a skipped step does not advance it. Lengths
+    are applied steps (``500``), epochs (``"3ep"``), tokens (``"1e9tok"``) or a
     share of ``total`` (``"2%"``).
 
     Args:
         kind: shape of the curve.
-        lr_warmup: length of the linear climb from 1/lr_warmup of the base rate at the first step; 0 is none. For
-            one_cycle the length of its own, cosine-shaped rise.
-        total: length of the whole curve, warm-up included; None is the run's, from max_steps, or max_epochs and the
-            training data.
-        min_factor: final share of the base rate, 0 to 1; kinds without an end go no lower.
+        lr_warmup: length of the linear rise, from 1/lr_warmup of the base rate at the first step; 0 is none. For
+            one_cycle the length of its cosine-shaped rise.
+        total: length of the whole curve, including the warm-up; None is that of the run, from max_steps, or max_epochs
+            and the training data.
+        min_factor: final share of the base rate, 0 to 1; for kinds without an end the lower bound.
         decay: length of the tail of wsd and power.
         tail: shape of that tail.
         cycles: number of cycles of cosine_restarts and cyclical, >= 1.
@@ -74,14 +74,14 @@ class Schedule:
         power: of polynomial, > 0.
         start_factor: first share of the base rate of one_cycle, above 0, at most 1.
         warmup_from_zero: begin the warm-up at 0, as transformers and OLMo do; the first batch then changes nothing.
-        lr_rewarm: length of the linear climb that a rollback asks for, on top of the curve; None is lr_warmup.
+        lr_rewarm: length of the second warm-up after a rollback, as a factor on the curve; None is lr_warmup.
         tokens_per_step: tokens in one optimizer step over all ranks; needed for lengths in tokens only.
-        module_scheduler: who wins on a module that has a scheduler of its own: ``"replace"`` (this one; the module's is
-            out for the run) or ``"keep"`` (the module's; this one logs it, and lets it climb again after a rollback).
+        module_scheduler: for a module with its own scheduler: ``"replace"`` (use this schedule and disable the module's
+            for the run) or ``"keep"`` (use the module's; this one logs it, and does the warm-up after a rollback).
 
     Raises:
-        UserError: if an argument makes no sense, or has no effect with the kind; when training starts, if the lengths
-            do not fit the run.
+        UserError: if an argument is out of range or has no effect with the kind; when training starts, if the lengths
+            are longer than the run.
 
     References: module docstring of `stabletrain.core.curves`.
     """
@@ -125,23 +125,23 @@ class Schedule:
         self._check_early()
 
     def _check_early(self) -> None:
-        """Report what can be seen without the run now, not after the data has been loaded."""
+        """Check everything that does not depend on the run, before the data is loaded."""
         names = ("lr_warmup", "total", "decay", "timescale", "gamma_every", "lr_rewarm")
         given = [(name, getattr(self, name)) for name in names] + [("milestones", each) for each in self.milestones]
         units = {Length.parse(value, name=f"schedule.{name}").unit for name, value in given if value is not None}
         if self.kind == "step":
             curves.MultiStep((), self.gamma, self.min_factor)
-        elif self.total is None or len(units - {"percent"}) <= 1:  # else the run decides what is longer than what
+        elif self.total is None or len(units - {"percent"}) <= 1:  # else only the run decides which is longer
             self.curve(RunLength(total_steps=_ENDLESS, steps_per_epoch=10**6, tokens_per_step=self.tokens_per_step))
 
     def curve(self, run: RunLength) -> Curve:
         """The curve for a run of known length.
 
         Args:
-            run: what is known about the run.
+            run: the known lengths of the run.
 
         Raises:
-            UserError: if a length needs something unknown, or the lengths do not fit into each other.
+            UserError: if a length needs an unknown quantity, or the lengths together are longer than the run.
 
         >>> curve = Schedule("cosine", lr_warmup=4).curve(RunLength(total_steps=12))
         >>> [round(curve.factor(step), 3) for step in (0, 3, 4, 8, 12)]
@@ -156,44 +156,44 @@ class Schedule:
     def _shape(self, run: RunLength, warmup: int) -> Curve:
         low = self.min_factor
 
-        def climb(body: Curve) -> Curve:
+        def warm_up(body: Curve) -> Curve:
             return curves.Warmup(warmup, body, self.warmup_from_zero)
 
         if self.kind == "constant":
-            return climb(curves.Constant())
+            return warm_up(curves.Constant())
         if self.kind == "exponential":
-            return climb(curves.Exponential(self.gamma, self.steps("gamma_every", run), low))
+            return warm_up(curves.Exponential(self.gamma, self.steps("gamma_every", run), low))
         if self.kind == "step":
-            stones = [Length.parse(each).resolve(run, name="schedule.milestones") for each in self.milestones]
-            fit = stones == sorted(stones) and min(stones, default=warmup) >= warmup
+            milestones = [Length.parse(each).resolve(run, name="schedule.milestones") for each in self.milestones]
+            fit = milestones == sorted(milestones) and min(milestones, default=warmup) >= warmup
             self._require(fit, "milestones", f"ascending and after the warm-up of {warmup} steps")
-            return climb(curves.MultiStep(tuple(stone - warmup for stone in stones), self.gamma, low))
+            return warm_up(curves.MultiStep(tuple(milestone - warmup for milestone in milestones), self.gamma, low))
         if self.kind == "inverse_sqrt":
-            return climb(curves.Power(self._timescale(run, warmup), -0.5, low))
+            return warm_up(curves.Power(self._timescale(run, warmup), -0.5, low))
 
         if run.total_steps is None:
             raise UserError(
-                f"schedule: kind={self.kind!r} needs to know where it ends and the run has no known end: set "
+                f"schedule: kind={self.kind!r} needs the length of the run, which is unknown: set "
                 "trainer.max_steps or trainer.max_epochs, or give schedule.total in steps"
             )
         if self.kind == "one_cycle":
             return curves.OneCycle(run.total_steps, warmup, self.start_factor, low)
         rest = max(run.total_steps - warmup, 1)
         if self.kind == "linear" or self.kind == "cosine":
-            return climb(curves.Tail(curves.Constant(), rest, rest, self.kind, low))
+            return warm_up(curves.Tail(curves.Constant(), rest, rest, self.kind, low))
         if self.kind == "wsd":
-            return climb(curves.Tail(curves.Constant(), rest, self._decay(run, rest), self.tail, low))
+            return warm_up(curves.Tail(curves.Constant(), rest, self._decay(run, rest), self.tail, low))
         if self.kind == "power":
             body = curves.Power(self._timescale(run, warmup), self.exponent, 0.0)
-            return climb(curves.Tail(body, rest, self._decay(run, rest), self.tail, low))
+            return warm_up(curves.Tail(body, rest, self._decay(run, rest), self.tail, low))
         if self.kind == "polynomial":
-            return climb(curves.Polynomial(rest, self.power, low))
+            return warm_up(curves.Polynomial(rest, self.power, low))
         if self.kind == "cyclical":
-            return climb(curves.Triangular(rest, self.cycles, low))
-        return climb(curves.CosineRestarts(rest, self.cycles, self.cycle_growth, low))
+            return warm_up(curves.Triangular(rest, self.cycles, low))
+        return warm_up(curves.CosineRestarts(rest, self.cycles, self.cycle_growth, low))
 
     def horizon(self, run: RunLength) -> RunLength:
-        """The run as the curve sees it: with `total` for its length, if that is given."""
+        """The length of the run, with its `total_steps` replaced by `total` if that is given."""
         return run if self.total is None else replace(run, total_steps=self.steps("total", run))
 
     def steps(self, argument: str, run: RunLength) -> int:
@@ -201,7 +201,7 @@ class Schedule:
 
         Args:
             argument: its name.
-            run: what is known about the run; see `horizon`.
+            run: the known lengths of the run; see `horizon`.
         """
         name = f"schedule.{argument}"
         return Length.parse(getattr(self, argument), name=name).resolve(run, name=name)

@@ -1,6 +1,6 @@
-"""The detector behind ``plugins/spike``: what is a spike, what a divergence, what a new level, what is no number.
+"""Detection of spikes, divergences, level shifts and non-finite steps from loss and gradient norm.
 
-It lies in the core because the slot's plugins, which only watch or also roll back, must come to the same verdict.
+It is part of the core because several plugins use it: those that report and those that roll back decide alike.
 """
 
 from __future__ import annotations
@@ -18,37 +18,37 @@ from stabletrain.core.rule import Observation, Rule
 
 
 class Excursion(NamedTuple):
-    """A signal's time away from its baseline.
+    """Consecutive steps in which a signal is away from its baseline.
 
     Args:
-        steps: finite steps since it left, the last one included; 0: it is inside.
-        values: its last values out there, at most a window of them.
+        steps: number of finite steps since it began, including the first; 0: the signal is at its baseline.
+        values: the values of these steps, the last ``window`` of them.
     """
 
     steps: int = 0
     values: tuple[float, ...] = ()
 
 
-_INSIDE = Excursion()
+_NO_EXCURSION = Excursion()
 
 
 class SpikeState(NamedTuple):
-    """What the detector remembers.
+    """State of the detector.
 
     Args:
         loss: baseline of the loss.
         norm: baseline of the gradient norm.
-        loss_out: the loss's present excursion.
-        norm_out: the norm's present excursion, the loss being inside.
-        nonfinite: length of the present run of non-finite steps.
-        seen: steps observed so far, fp16 overflows left out.
-        flagged: numbers, counted as in ``seen``, of the flagged steps among the last ``score_window``.
+        loss_excursion: current excursion of the loss.
+        norm_excursion: current excursion of the norm; none while the loss has one.
+        nonfinite: number of consecutive non-finite steps up to the last step.
+        seen: number of observed steps, without fp16 overflows.
+        flagged: indices (counted as in ``seen``, from 0) of the flagged steps among the last ``score_window``.
     """
 
     loss: Baseline = Baseline()
     norm: Baseline = Baseline()
-    loss_out: Excursion = _INSIDE
-    norm_out: Excursion = _INSIDE
+    loss_excursion: Excursion = _NO_EXCURSION
+    norm_excursion: Excursion = _NO_EXCURSION
     nonfinite: int = 0
     seen: int = 0
     flagged: tuple[int, ...] = ()
@@ -56,11 +56,26 @@ class SpikeState(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class SpikeDetection(Rule[SpikeState]):
-    """Base of the rules that tell spike, divergence, new level and non-finite step apart; it limits nothing.
+    """Base class of rules that detect spikes, divergences, level shifts and non-finite steps; it sets no limits.
 
-    Loss and raw gradient norm are judged against median and MAD of a delayed window that holds accepted steps only:
-    applied, finite, and with both signals inside. A signal leaves its baseline at an outlier and is back below the
-    middle between centre and limit. See `stabletrain_plugins.detect_spikes.rule.DetectSpikesRule` for the arguments.
+    Loss and raw gradient norm are compared with median and MAD of a delayed window of accepted steps: applied, finite,
+    and without an excursion of either signal. An excursion begins with an outlier and ends when the signal falls below
+    the midpoint of centre and limit.
+
+    Args:
+        z_threshold: distance of the limit from the median, in robust standard deviations, > 0.
+        window: steps of history, >= 2.
+        delay: steps after which an accepted step enters the history, >= 0.
+        min_samples: steps of history from which on there is a limit, 2 to ``window``.
+        patience: steps after which an excursion of the loss is a divergence, 1 to ``window``; also the number of
+            consecutive non-finite steps after which a rollback is requested.
+        regime_after: steps after which an excursion of the norm alone is a level shift, 2 to ``window``.
+        min_sigma_norm: floor of the norm's standard deviation, in nats of its logarithm, > 0.
+        min_sigma_loss: floor of the loss's standard deviation, as a share of its median, >= 0.
+        score_window: steps over which ``spike_score`` is computed, >= 1.
+
+    Raises:
+        UserError: if an argument is out of range.
     """
 
     z_threshold: float = 6.0
@@ -85,11 +100,11 @@ class SpikeDetection(Rule[SpikeState]):
         self.require(self.score_window >= 1, "score_window", ">= 1")
 
     def init(self) -> SpikeState:
-        """Nothing is known yet."""
+        """Empty baselines."""
         return SpikeState()
 
     def limits(self, state: SpikeState) -> Limits:
-        """None: the detector only watches."""
+        """No limits: the detector only reports."""
         return NO_LIMITS
 
     def readings(self, state: SpikeState) -> dict[str, float]:
@@ -98,91 +113,93 @@ class SpikeDetection(Rule[SpikeState]):
         return {"spike_score": len(state.flagged) / steps} if steps else {}
 
     def observe(self, state: SpikeState, outcome: Outcome) -> Observation[SpikeState]:
-        """Judge a step, and learn it where nothing is wrong with it."""
+        """Classify a step; add it to the baselines if it is accepted."""
         if outcome.overflow:
             return Observation(state)
         loss, norm = outcome.loss, outcome.grad_norm
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return self._nonfinite(state, outcome)
         by_loss, by_norm = self._loss.is_outlier(state.loss, loss), self._norm.is_outlier(state.norm, norm)
-        state = self._counted(state, by_loss or by_norm, nonfinite=0)
-        if by_loss or (state.loss_out.steps and self._loss.is_raised(state.loss, loss)):
-            return self._away(state, outcome, by_loss, by_norm)
-        if by_norm or (state.norm_out.steps and self._norm.is_raised(state.norm, norm)):
-            return self._shifted(state, outcome, by_norm)
+        state = self._count(state, by_loss or by_norm, nonfinite=0)
+        if by_loss or (state.loss_excursion.steps and self._loss.is_raised(state.loss, loss)):
+            return self._loss_away(state, outcome, by_loss, by_norm)
+        if by_norm or (state.norm_excursion.steps and self._norm.is_raised(state.norm, norm)):
+            return self._norm_away(state, outcome, by_norm)
         losses, norms = state.loss, state.norm
         if outcome.applied:
             losses, norms = self._loss.learn(losses, loss), self._norm.learn(norms, norm)
         return Observation(SpikeState(losses, norms, seen=state.seen, flagged=state.flagged))
 
     def rebase(self, state: SpikeState, cause: str) -> SpikeState:
-        """The baselines at the snapshot; whatever was going on is over."""
-        return state._replace(loss_out=_INSIDE, norm_out=_INSIDE, nonfinite=0)
+        """The baselines at the snapshot, without an excursion."""
+        return state._replace(loss_excursion=_NO_EXCURSION, norm_excursion=_NO_EXCURSION, nonfinite=0)
 
-    def asks(self) -> bool:
-        """Whether a divergence becomes a request for a rollback."""
+    def requests_rollback(self) -> bool:
+        """Whether a divergence requests a rollback."""
         return True
 
-    # ---- verdicts ---------------------------------------------------------------------------------------------------
+    # ---- classification ----------------------------------------------------------------------------------------------
 
-    def _away(self, state: SpikeState, outcome: Outcome, by_loss: bool, by_norm: bool) -> Observation[SpikeState]:
-        """The loss is outside: a spike if it comes back within ``patience`` steps, else a divergence."""
-        out = self._further(state.loss_out, outcome.loss)
-        state = state._replace(loss_out=out, norm_out=_INSIDE)
+    def _loss_away(self, state: SpikeState, outcome: Outcome, by_loss: bool, by_norm: bool) -> Observation[SpikeState]:
+        """Excursion of the loss: a spike if it ends within ``patience`` steps, else a divergence."""
+        excursion = self._extend(state.loss_excursion, outcome.loss)
+        state = state._replace(loss_excursion=excursion, norm_excursion=_NO_EXCURSION)
         loss, limit = outcome.loss, self._loss.limit(state.loss)
-        reason = self._sentence("loss", loss, self._loss, state.loss, by_loss)
+        reason = self._comparison("loss", loss, self._loss, state.loss, by_loss)
         events: tuple[Event, ...] = ()
         requests: tuple[Request, ...] = ()
-        if out.steps % self.patience == 0:
-            reason = f"{reason}, not back within {out.steps} steps (plugins.spike.patience={self.patience})"
+        if excursion.steps % self.patience == 0:
+            reason = f"{reason}, not back within {excursion.steps} steps (plugins.{self.slot}.patience={self.patience})"
             events = (self._event(outcome, "divergence", loss, limit, reason),)
-            requests = self._demand(reason)
-        elif by_loss and out.steps < self.patience:
-            events = (self._event(outcome, "spike", loss, limit, f"{reason}, step {out.steps} outside"),)
-        elif by_norm and out.steps < self.patience:
-            reason = self._sentence("grad_norm", outcome.grad_norm, self._norm, state.norm, True)
+            requests = self._rollback(reason)
+        elif by_loss and excursion.steps < self.patience:
+            events = (self._event(outcome, "spike", loss, limit, f"{reason}, step {excursion.steps} of the excursion"),)
+        elif by_norm and excursion.steps < self.patience:
+            reason = self._comparison("grad_norm", outcome.grad_norm, self._norm, state.norm, True)
             value, limit = outcome.grad_norm, self._norm.limit(state.norm)
-            events = (self._event(outcome, "spike", value, limit, f"{reason}, step {out.steps} outside"),)
-        if out.steps >= self.window:
+            events = (
+                self._event(outcome, "spike", value, limit, f"{reason}, step {excursion.steps} of the excursion"),
+            )
+        if excursion.steps >= self.window:
             was = self._loss.centre(state.loss)
-            level = self._loss.relearn(state.loss, out.values)
-            state = state._replace(loss=level, loss_out=_INSIDE)
+            level = self._loss.relearn(state.loss, excursion.values)
+            state = state._replace(loss=level, loss_excursion=_NO_EXCURSION)
             now = self._loss.centre(level)
-            text = f"loss outside for {out.steps} steps: level learned anew, {was:.4g} -> {now:.4g}"
+            text = f"loss raised for {excursion.steps} steps: new level learned, {was:.4g} -> {now:.4g}"
             events = (*events, self._event(outcome, "regime", now, limit, text))
         return Observation(state, events, requests)
 
-    def _shifted(self, state: SpikeState, outcome: Outcome, by_norm: bool) -> Observation[SpikeState]:
-        """The norm alone is outside: a spike if it comes back within ``regime_after`` steps, else a new level."""
-        out = self._further(state.norm_out, outcome.grad_norm)
-        state = state._replace(norm_out=out, loss_out=_INSIDE)
+    def _norm_away(self, state: SpikeState, outcome: Outcome, by_norm: bool) -> Observation[SpikeState]:
+        """Excursion of the norm alone: a spike if it ends within ``regime_after`` steps, else a level shift."""
+        excursion = self._extend(state.norm_excursion, outcome.grad_norm)
+        state = state._replace(norm_excursion=excursion, loss_excursion=_NO_EXCURSION)
         norm, limit = outcome.grad_norm, self._norm.limit(state.norm)
         events: tuple[Event, ...] = ()
         if by_norm:
-            reason = self._sentence("grad_norm", norm, self._norm, state.norm, True)
-            events = (self._event(outcome, "spike", norm, limit, f"{reason}, step {out.steps} outside"),)
-        if out.steps >= self.regime_after:
+            reason = self._comparison("grad_norm", norm, self._norm, state.norm, True)
+            events = (self._event(outcome, "spike", norm, limit, f"{reason}, step {excursion.steps} of the excursion"),)
+        if excursion.steps >= self.regime_after:
             was = self._norm.centre(state.norm)
-            level = self._norm.relearn(state.norm, out.values)
-            state = state._replace(norm=level, norm_out=_INSIDE)
+            level = self._norm.relearn(state.norm, excursion.values)
+            state = state._replace(norm=level, norm_excursion=_NO_EXCURSION)
             now = self._norm.centre(level)
             reason = (
-                f"grad_norm outside for {out.steps} steps, the loss within its limit: "
-                f"level learned anew, {was:.4g} -> {now:.4g}"
+                f"grad_norm raised for {excursion.steps} steps, the loss within its limit: "
+                f"new level learned, {was:.4g} -> {now:.4g}"
             )
             events = (*events, self._event(outcome, "regime", now, limit, reason))
         return Observation(state, events)
 
     def _nonfinite(self, state: SpikeState, outcome: Outcome) -> Observation[SpikeState]:
-        """A class of its own: it enters no baseline, and neither begins nor ends an excursion."""
+        """A non-finite step enters no baseline, and neither begins nor ends an excursion."""
         in_a_row = state.nonfinite + 1
-        state = self._counted(state, True, nonfinite=in_a_row)
+        state = self._count(state, True, nonfinite=in_a_row)
         if in_a_row > self.patience and in_a_row % self.patience:
             return Observation(state)
         value = outcome.grad_norm if math.isfinite(outcome.loss) else outcome.loss
         reason = f"loss {outcome.loss:.6g}, grad_norm {outcome.grad_norm:.6g} ({in_a_row} non-finite in a row)"
         event = self._event(outcome, "nonfinite", value, math.nan, reason)
-        return Observation(state, (event,), () if in_a_row % self.patience else self._demand(reason))
+        return Observation(state, (event,), () if in_a_row % self.patience else self._rollback(reason))
 
     # ---- helpers ----------------------------------------------------------------------------------------------------
 
@@ -194,23 +211,23 @@ class SpikeDetection(Rule[SpikeState]):
     def _norm(self) -> OutlierTest:
         return OutlierTest(self.z_threshold, self.window, self.delay, self.min_samples, self.min_sigma_norm, log=True)
 
-    def _counted(self, state: SpikeState, flagged: bool, nonfinite: int) -> SpikeState:
-        loss, norm, loss_out, norm_out, _, seen, numbers = state
+    def _count(self, state: SpikeState, flagged: bool, nonfinite: int) -> SpikeState:
+        loss, norm, loss_excursion, norm_excursion, _, seen, numbers = state
         if numbers and numbers[0] <= seen - self.score_window:
             numbers = numbers[1:]
         numbers = (*numbers, seen) if flagged else numbers
-        return SpikeState(loss, norm, loss_out, norm_out, nonfinite, seen + 1, numbers)
+        return SpikeState(loss, norm, loss_excursion, norm_excursion, nonfinite, seen + 1, numbers)
 
-    def _further(self, out: Excursion, value: float) -> Excursion:
-        return Excursion(out.steps + 1, (*out.values, value)[-self.window :])
+    def _extend(self, excursion: Excursion, value: float) -> Excursion:
+        return Excursion(excursion.steps + 1, (*excursion.values, value)[-self.window :])
 
-    def _demand(self, reason: str) -> tuple[Request, ...]:
-        return (Request(RequestKind.ROLLBACK, self.label, reason),) if self.asks() else ()
+    def _rollback(self, reason: str) -> tuple[Request, ...]:
+        return (Request(RequestKind.ROLLBACK, self.label, reason),) if self.requests_rollback() else ()
 
     def _event(self, outcome: Outcome, kind: EventKind, value: float, limit: float, reason: str) -> Event:
         return Event(outcome.step, self.label, kind, value, limit, reason)
 
-    def _sentence(self, signal: str, value: float, gauge: OutlierTest, baseline: Baseline, beyond: bool) -> str:
-        centre, steps = gauge.centre(baseline), len(baseline.past.window)
-        sign = ">" if beyond else "near the limit"
-        return f"{signal} {value:.4g} {sign} {gauge.limit(baseline):.4g} (median {centre:.4g} of {steps} steps)"
+    def _comparison(self, signal: str, value: float, test: OutlierTest, baseline: Baseline, above: bool) -> str:
+        centre, steps = test.centre(baseline), len(baseline.past.window)
+        sign = ">" if above else "near the limit"
+        return f"{signal} {value:.4g} {sign} {test.limit(baseline):.4g} (median {centre:.4g} of {steps} steps)"

@@ -1,4 +1,4 @@
-"""States as plain Python and back, so that checkpoints load with ``weights_only=True``."""
+"""Conversion of rule states to plain Python and back, so that checkpoints load with ``weights_only=True``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ _SCALARS = (type(None), bool, int, float, str)
 
 
 def to_plain(state: Any) -> Any:
-    """A state (named tuples, tuples, numbers, strings, None) as dicts, lists and scalars.
+    """Convert a state (named tuples, tuples, numbers, strings, None) to dicts, lists and scalars.
+
+    Raises:
+        TypeError: if the state holds any other type.
 
     >>> from stabletrain.core.statistics import Ema
     >>> to_plain(Ema(mean=1.0, var=0.25))
@@ -23,7 +26,7 @@ def to_plain(state: Any) -> Any:
         return {field: to_plain(getattr(state, field)) for field in state._fields}
     if isinstance(state, tuple):
         return [to_plain(item) for item in state]
-    if type(state) in _SCALARS:  # not their subclasses: torch.load(weights_only=True) refuses those
+    if type(state) in _SCALARS:  # no subclasses: torch.load(weights_only=True) refuses them
         return state
     raise TypeError(
         f"a rule's state may hold named tuples, tuples, numbers, strings and None, got {type(state).__name__}"
@@ -31,7 +34,7 @@ def to_plain(state: Any) -> Any:
 
 
 def from_plain(kind: type[T], plain: Any) -> T:
-    """The inverse of `to_plain`, guided by the type hints of ``kind``.
+    """The inverse of `to_plain`: build a state of type ``kind`` by the type hints of its fields.
 
     Raises:
         ValueError: if ``plain`` does not have the fields of ``kind``.

@@ -1,7 +1,7 @@
-"""Running summaries of past signals, as values: `add` returns a new one, the old one stays as it was.
+"""Running statistics of past signals, as immutable values: `add` returns a new value.
 
-Being values makes a rule's state free to keep (a snapshot is a reference) and impossible to damage from outside.
-No statistic ever takes in a non-finite number: `add` returns the statistic unchanged.
+A snapshot of a rule's state is therefore a reference and needs no copy. Non-finite numbers are ignored: `add` then
+returns the same statistic.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ class Ema(NamedTuple):
         return math.sqrt(self.var)
 
     def add(self, x: float, decay: float) -> Ema:
-        """With one more sample.
+        """The statistic with one more sample.
 
         Args:
             x: the sample; ignored if non-finite.
-            decay: weight kept on the past, in (0, 1).
+            decay: weight of the past, in (0, 1).
         """
         if not math.isfinite(x):
             return self
         mean = decay * self.mean + (1.0 - decay) * x
-        off = x - mean  # squared as a product: ** raises where a product becomes infinite
-        return Ema(mean, decay * self.var + (1.0 - decay) * off * off)
+        deviation = x - mean  # squared as a product: ** raises OverflowError where a product becomes infinite
+        return Ema(mean, decay * self.var + (1.0 - decay) * deviation * deviation)
 
     @classmethod
     def from_moments(cls, samples: Iterable[float]) -> Ema:
-        """Start from the mean and the population variance of samples.
+        """Initialise from the mean and the population variance of samples.
 
         >>> Ema.from_moments([1.0, 3.0])
         Ema(mean=2.0, var=1.0)
@@ -59,7 +59,7 @@ class Ema(NamedTuple):
 
     @classmethod
     def from_robust(cls, samples: Iterable[float], min_sigma: float = 0.0) -> Ema:
-        """Start from the median and the scaled median absolute deviation: one outlier among the samples is harmless.
+        """Initialise from the median and the scaled median absolute deviation, which a few outliers hardly change.
 
         Args:
             samples: at least one finite number.
@@ -71,9 +71,9 @@ class Ema(NamedTuple):
 
 
 class Window(NamedTuple):
-    """The last samples, kept in order of arrival and in order of size, so that quantiles are look-ups.
+    """The last samples, stored in order of arrival and sorted.
 
-    Adding to a window of n costs two copies of n references and a binary search; median, quantile and MAD then cost
+    Adding to a window of n samples costs two copies of n references and a binary search; median, quantile and MAD cost
     at most a binary search.
 
     >>> w = Window().extend([3.0, 1.0, 2.0, float("nan"), 100.0])
@@ -90,11 +90,11 @@ class Window(NamedTuple):
         return len(self.values)
 
     def add(self, x: float, size: int) -> Window:
-        """With one more sample, and the oldest dropped beyond ``size`` samples.
+        """The window with one more sample; the oldest samples beyond ``size`` are dropped.
 
         Args:
             x: the sample; ignored if non-finite.
-            size: most samples to keep, at least 1.
+            size: maximum number of samples, at least 1.
         """
         if not math.isfinite(x):
             return self
@@ -106,12 +106,12 @@ class Window(NamedTuple):
         return Window((*values, x), tuple(ordered))
 
     def extend(self, samples: Iterable[float]) -> Window:
-        """With more samples; none is dropped."""
+        """The window with more samples; none is dropped, non-finite ones are ignored."""
         values = (*self.values, *(x for x in samples if math.isfinite(x)))
         return Window(values, tuple(sorted(values)))
 
     def quantile(self, q: float) -> float:
-        """Quantile by linear interpolation (numpy's default).
+        """Quantile by linear interpolation (numpy's default method).
 
         Args:
             q: in [0, 1].
@@ -122,7 +122,7 @@ class Window(NamedTuple):
         if low == position:
             return below
         above = self.ordered[low + 1]
-        # numpy's formula from the nearer end, so that its results are met to the last bits
+        # interpolate from the nearer sample, as numpy does, for the same rounding
         fraction = position - low
         step = above - below
         return above - step * (1.0 - fraction) if fraction >= 0.5 else below + step * fraction
@@ -138,8 +138,8 @@ class Window(NamedTuple):
     def mad(self) -> float:
         """Median absolute deviation from the median (unscaled).
 
-        The k + 1 samples nearest to the median are neighbours in the sorted order: a binary search finds where they
-        begin, and the k-th smallest distance is at one of their two ends.
+        The k + 1 samples nearest to the median are contiguous in sorted order: a binary search finds the first of them,
+        and the k-th smallest distance is that of the first or the last.
         """
         ordered, median = self.ordered, self.median
         n = len(ordered)
@@ -162,7 +162,7 @@ class Window(NamedTuple):
 
 
 class DelayedWindow(NamedTuple):
-    """A window that sees a sample only ``delay`` samples later: a burst cannot become its own baseline at once.
+    """A window that gets each sample ``delay`` samples late, so that a burst is not judged against itself.
 
     >>> w = DelayedWindow()
     >>> for x in (1.0, 2.0, 3.0):
@@ -175,12 +175,12 @@ class DelayedWindow(NamedTuple):
     window: Window = Window()
 
     def add(self, x: float, size: int, delay: int) -> DelayedWindow:
-        """With one more sample.
+        """The delayed window with one more sample.
 
         Args:
             x: the sample; ignored if non-finite.
-            size: most samples the window keeps.
-            delay: samples that wait before the window sees them.
+            size: maximum number of samples in the window.
+            delay: number of newer samples after which a sample enters the window, >= 0.
         """
         if not math.isfinite(x):
             return self

@@ -1,9 +1,13 @@
-"""The yardstick of the outlier rules: what has no scale is not judged, and what is new is judged with care."""
+"""Baselines and the outlier test: exact limits, the midpoint, new levels, and signals without a spread."""
 
+import itertools
 import math
 import random
+import statistics
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from stabletrain.core.baseline import Baseline, OutlierTest
 
@@ -11,10 +15,10 @@ LOSS = OutlierTest(z_threshold=6.0, window=64, delay=8, min_samples=16, min_sigm
 NORM = LOSS._replace(min_sigma=0.05, log=True)
 
 
-def learned(gauge, values):
+def learned(test, values):
     baseline = Baseline()
     for value in values:
-        baseline = gauge.learn(baseline, value)
+        baseline = test.learn(baseline, value)
     return baseline
 
 
@@ -62,17 +66,17 @@ def test_a_log_normal_loss_has_the_limit_of_its_logarithm():
 
 
 def test_a_loss_with_a_long_tail_has_a_limit_beyond_it():
-    # catches healthy steps dropped from runs whose batches hold 1 to 64 samples: MAD knows the usual size alone
+    # catches healthy steps dropped from runs whose batches hold 1 to 64 samples: the MAD reflects the usual size only
     draw = random.Random(2)
     sizes = [max(1, min(64, round(8 * math.exp(draw.gauss(0, 1))))) for _ in range(4000)]
     values = [2.5 + 0.3 / math.sqrt(size) * draw.gauss(0, 1) for size in sizes]
-    gauge, baseline = LOSS._replace(window=128, delay=0, min_samples=64), Baseline()
+    test, baseline = LOSS._replace(window=128, delay=0, min_samples=64), Baseline()
     above = 0
     for value in values:
-        above += gauge.is_outlier(baseline, value)
-        baseline = gauge.learn(baseline, value)
+        above += test.is_outlier(baseline, value)
+        baseline = test.learn(baseline, value)
     assert above <= 1, "it was 5 without the tail"
-    assert gauge.limit(baseline) < 4.0
+    assert test.limit(baseline) < 4.0
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -83,7 +87,7 @@ def test_what_is_no_number_is_not_learned(value):
     assert NORM.learn(norms, value) == norms
 
 
-def test_a_level_learned_anew_keeps_the_old_spread_until_it_has_values_of_its_own():
+def test_a_new_level_has_at_least_the_old_spread_until_it_has_enough_values():
     old = learned(NORM, [math.exp(x) for x in normal(sigma=0.3)])
     new = NORM.relearn(old, [20.0] * 5)
     assert NORM.centre(new) == pytest.approx(20.0)
@@ -99,3 +103,108 @@ def test_the_largest_numbers_break_nothing():
     assert math.isfinite(NORM.limit(baseline))
     assert learned(LOSS, [1e308, -1e308] * 40).limit is None
     assert LOSS.limit(learned(LOSS, [1e308, 1.0, 1e-308] * 30)) > 0
+
+
+def expected_limit(test: OutlierTest, values: list[float]) -> float | None:
+    """The limits of the docstring, with the standard library's median and standard deviation."""
+    if len(values) < test.min_samples:
+        return None
+    ordered = sorted(values)
+    if not test.robust:
+        centre = statistics.fmean(values)
+        spread = max(statistics.stdev(values) if ordered[0] < ordered[-1] else 0.0, test.min_sigma * abs(centre))
+        return centre + test.z_threshold * spread
+    centre = statistics.median(values)
+    mad = statistics.median(abs(value - centre) for value in values)
+    spread = max(1.482602218505602 * mad, test.min_sigma if test.log else test.min_sigma * abs(centre))
+    limits = [centre + test.z_threshold * spread]
+    if not test.log:
+        if spread == 0:
+            return None
+        quartile, tail = (ordered[math.ceil(q * (len(values) - 1))] for q in (0.75, 0.98))
+        limits.append(centre + test.z_threshold * (tail - centre) / 1.7)
+        if centre > 0:
+            limits.append(centre * (quartile / centre) ** (1.482602218505602 * test.z_threshold))
+    return max(limits)
+
+
+@given(
+    st.lists(st.floats(0.5, 8.0), min_size=1, max_size=40),
+    st.sampled_from([1.0, 3.0, 6.0]),
+    st.integers(2, 20),
+    st.integers(0, 5),
+    st.sampled_from([0.01, 0.3]),
+    st.sampled_from([(True, True), (False, True), (False, False)]),
+)
+def test_the_limit_is_the_highest_of_its_formulas(
+    values: list[float], z: float, window: int, delay: int, floor: float, space: tuple[bool, bool]
+) -> None:
+    """Bugs: a wrong quantile, factor or floor; a delay or a window off by one; log and linear mixed up."""
+    log, robust = space
+    test = OutlierTest(z, window, delay, max(2, window // 2), floor, log, robust)
+    baseline = learned(test, values)
+    past = [math.log(value) if log else value for value in values[: max(0, len(values) - delay)][-window:]]
+    expected = expected_limit(test, past)
+    assert (baseline.limit is None) == (expected is None)
+    if baseline.limit is not None:
+        assert baseline.limit == pytest.approx(expected, rel=1e-9)
+        centre = statistics.median(past) if robust else statistics.fmean(past)
+        assert test.centre(baseline) == pytest.approx(math.exp(centre) if log else centre)
+        assert test.limit(baseline) == pytest.approx(math.exp(baseline.limit) if log else baseline.limit)
+
+
+def test_raised_begins_at_the_midpoint_and_an_outlier_beyond_the_limit() -> None:
+    """Bug: `is_raised` at another share of the way than half; a value at the limit taken for an outlier."""
+    baseline = Baseline(centre=2.0, limit=3.0)
+    assert [LOSS.is_raised(baseline, value) for value in (2.5, math.nextafter(2.5, 3.0))] == [False, True]
+    assert [LOSS.is_outlier(baseline, value) for value in (3.0, math.nextafter(3.0, 4.0))] == [False, True]
+    assert [NORM.is_raised(baseline, math.exp(s)) for s in (2.49, 2.51)] == [False, True]
+    assert [NORM.is_outlier(baseline, math.exp(s)) for s in (2.99, 3.01)] == [False, True]
+    for test, value in itertools.product((LOSS, NORM), (0.0, -1.0, 1e300)):
+        assert not test.is_raised(Baseline(), value)
+        assert not test.is_outlier(Baseline(), value)
+        assert test.limit(Baseline()) == math.inf
+    assert not NORM.is_raised(baseline, 0.0)
+
+
+def test_a_second_new_level_keeps_the_spread_of_the_first() -> None:
+    """Bug: `relearn` that forgets `least_sigma`: after two level shifts the limit lies at the floor, and healthy steps
+    are outliers."""
+    old = learned(NORM, [math.exp(x) for x in normal(sigma=0.3)])
+    once = NORM.relearn(old, [20.0] * 5)
+    twice = NORM.relearn(once, [400.0] * 5)
+    assert twice.least_sigma == once.least_sigma > 0.2
+    assert twice.limit - twice.centre == pytest.approx(old.limit - old.centre)
+
+
+def test_a_new_level_is_that_of_the_last_learnable_values() -> None:
+    """Bugs: zeros or old values in a new level; the delay applied to a new level."""
+    old = learned(NORM, [1.0] * 40)
+    new = NORM.relearn(old, [5.0] * 9 + [0.0, -1.0] + [0.5] * 64)
+    assert new.past.window.values == (math.log(0.5),) * 64
+    assert new.past.waiting == ()
+    assert NORM.limit(new) == pytest.approx(0.5 * math.exp(0.3))
+    loss = LOSS.relearn(learned(LOSS, [2.0] * 40), [-1.0, 0.0, 1.0, 0.5])
+    assert loss.past.window.values == (-1.0, 0.0, 1.0, 0.5)
+
+
+def test_a_delayed_value_changes_nothing_but_the_waiting_list() -> None:
+    """Bug: a new level that loses its limit or its spread with the next step."""
+    new = NORM.relearn(learned(NORM, [math.exp(x) for x in normal(sigma=0.3)]), [20.0] * 5)
+    after = NORM.learn(new, 21.0)
+    assert after == new._replace(past=new.past._replace(waiting=(math.log(21.0),)))
+
+
+def test_equal_values_have_no_spread_but_the_floor() -> None:
+    """Bug: the rounding error of a mean taken for a spread: 0.1 is then an outlier among values of 0.1."""
+    test = OutlierTest(6.0, 8, 0, 2, 0.0, log=False, robust=False)
+    baseline = learned(test, [0.1] * 7)
+    assert (baseline.centre, baseline.limit) == (0.1, 0.1)
+    assert learned(test, [0.0] * 7).limit is None
+    assert learned(test._replace(robust=True), [0.1] * 7) == baseline._replace(limit=None)
+
+
+def test_values_near_the_largest_float_give_no_limit() -> None:
+    """Bug: an infinite limit in a checkpoint, or a centre that is compared with it."""
+    baseline = learned(OutlierTest(6.0, 4, 0, 2, 0.02, log=False), [1.7e308] * 3)
+    assert (baseline.centre, baseline.limit) == (0.0, None)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from argument_ranges import check_range
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -23,7 +24,6 @@ from stabletrain.core.curves import (
     descent,
     rewarm_factor,
 )
-from stabletrain.errors import UserError
 
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "schedules.json").read_text())["cases"]
 REFERENCE = {
@@ -217,34 +217,71 @@ def test_descent_is_cut_to_its_ends(progress: float, shape: Any) -> None:
     assert 0.0 <= descent(progress, shape) <= 1.0
 
 
+TINY = 5e-324
+SHARE = [0, 1], [-TINY, math.nextafter(1, 2), math.nan]
+ABOVE_0 = [TINY], [0, math.inf, math.nan]
+TO_1 = [TINY, 1], [0, math.nextafter(1, 2), math.nan]
+TOTAL = [1], [math.nextafter(1, 0), math.inf, math.nan]
+CYCLES = [1, 2], [0, 1.5, math.nan]
+
+
 @pytest.mark.parametrize(
-    ("make", "argument"),
+    ("make", "argument", "expected", "values"),
     [
-        (lambda: Warmup(-1, Constant()), "lr_warmup"),
-        (lambda: Tail(Constant(), 0, 0), "total"),
-        (lambda: Tail(Constant(), math.inf, 1), "total"),
-        (lambda: Tail(Constant(), math.nan, 1), "total"),
-        (lambda: Tail(Constant(), 10, 11), "decay"),
-        (lambda: Tail(Constant(), 10, 5, "linear", 1.5), "min_factor"),
-        (lambda: Tail(Constant(), 10, 5, "linear", math.nan), "min_factor"),
-        (lambda: CosineRestarts(10, 0), "cycles"),
-        (lambda: CosineRestarts(10, 2, 0.0), "cycle_growth"),
-        (lambda: CosineRestarts(10, 2, math.inf), "cycle_growth"),
-        (lambda: Power(0), "timescale"),
-        (lambda: Power(1, 0.5), "exponent"),
-        (lambda: Power(1, -math.inf), "exponent"),
-        (lambda: Exponential(0.0), "gamma"),
-        (lambda: Exponential(1.1), "gamma"),
-        (lambda: Exponential(0.5, 0), "gamma_every"),
-        (lambda: MultiStep((3, 2), 0.1), "milestones"),
-        (lambda: MultiStep((-1,), 0.1), "milestones"),
-        (lambda: MultiStep((1,), math.nan), "gamma"),
-        (lambda: Polynomial(10, 0), "power"),
-        (lambda: Triangular(10, 1, 0.0), "min_factor"),
-        (lambda: OneCycle(10, 11), "lr_warmup"),
-        (lambda: OneCycle(10, 5, 0.0), "start_factor"),
+        (lambda x: Warmup(x, Constant()), "lr_warmup", "at least 0 steps", ([0], [-1])),
+        (lambda x: Tail(Constant(), x, 0), "total", "at least 1 step", TOTAL),
+        (lambda x: Tail(Constant(), 10, x), "decay", "at most the 10 steps after the warm-up", ([0, 10], [-1, 11])),
+        (lambda x: Tail(Constant(), 10, 5, "linear", x), "min_factor", "from 0 to 1", SHARE),
+        (lambda x: CosineRestarts(x, 1), "total", "at least 1 step", TOTAL),
+        (lambda x: CosineRestarts(10, x), "cycles", "a whole number >= 1", CYCLES),
+        (lambda x: CosineRestarts(10, 2, x), "cycle_growth", "above 0", ABOVE_0),
+        (lambda x: CosineRestarts(10, 2, 1.0, x), "min_factor", "from 0 to 1", SHARE),
+        (lambda x: Power(x), "timescale", "above 0 steps", ABOVE_0),
+        (lambda x: Power(1, x), "exponent", "at most 0", ([0, -9], [TINY, -math.inf, math.nan])),
+        (lambda x: Power(1, -1, x), "min_factor", "from 0 to 1", SHARE),
+        (lambda x: Exponential(x), "gamma", "above 0 and at most 1", TO_1),
+        (lambda x: Exponential(0.5, x), "gamma_every", "above 0 steps", ABOVE_0),
+        (lambda x: Exponential(0.5, 1, x), "min_factor", "from 0 to 1", SHARE),
+        (
+            lambda x: MultiStep(x, 0.1),
+            "milestones",
+            "ascending, none inside the warm-up",
+            ([(), (0,), (2, 2)], [(3, 2), (-1,)]),
+        ),
+        (lambda x: MultiStep((1,), x), "gamma", "above 0 and at most 1", TO_1),
+        (lambda x: MultiStep((1,), 0.1, x), "min_factor", "from 0 to 1", SHARE),
+        (lambda x: Polynomial(x, 1), "total", "at least 1 step", TOTAL),
+        (lambda x: Polynomial(10, x), "power", "above 0", ABOVE_0),
+        (lambda x: Polynomial(10, 1, x), "min_factor", "from 0 to 1", SHARE),
+        (lambda x: Triangular(x, 1, 0.5), "total", "at least 1 step", TOTAL),
+        (lambda x: Triangular(10, x, 0.5), "cycles", "a whole number >= 1", CYCLES),
+        (lambda x: Triangular(10, 1, x), "min_factor", "above 0 (where cycles begin) and at most 1", TO_1),
+        (lambda x: OneCycle(x, 0), "total", "at least 1 step", TOTAL),
+        (lambda x: OneCycle(10, x), "lr_warmup", "at most the total of 10 steps", ([0, 10], [-1, 11])),
+        (lambda x: OneCycle(10, 5, x), "start_factor", "above 0 and at most 1", TO_1),
+        (lambda x: OneCycle(10, 5, 0.5, x), "min_factor", "from 0 to 1", SHARE),
     ],
 )
-def test_a_senseless_argument_is_refused_by_its_config_key(make: Any, argument: str) -> None:
-    with pytest.raises(UserError, match=rf"config key schedule\.{argument}\)"):
-        make()
+def test_ranges_of_the_arguments(make: Any, argument: str, expected: str, values: tuple[list[Any], list[Any]]) -> None:
+    accepted, refused = ([{argument: value} for value in each] for each in values)
+    check_range(lambda **given: make(given[argument]), "schedule", "schedule", argument, expected, accepted, refused)
+
+
+@pytest.mark.parametrize(
+    ("curve", "factors"),
+    [
+        (Triangular(8, cycles=2, min_factor=0.5), [0.5, 0.75, 1.0, 0.75, 0.5, 0.75, 1.0, 0.75, 0.5, 0.5]),
+        (Triangular(4, cycles=1, min_factor=0.25), [0.25, 0.625, 1.0, 0.625, 0.25, 0.25]),
+        (Exponential(0.25, every=2, min_factor=0.1), [1.0, 0.5, 0.25, 0.125, 0.1]),
+        (MultiStep((0, 2), gamma=0.5, min_factor=0.3), [0.5, 0.5, 0.3]),
+        (Polynomial(4, power=2, min_factor=0.5), [1.0, 0.78125, 0.625, 0.53125, 0.5, 0.5]),
+        (Power(4, exponent=-1.0, min_factor=0.6), [1.0, 0.8, 4 / 6, 0.6]),
+        (Warmup(2, Exponential(0.25, every=2)), [0.5, 1.0, 1.0, 0.5]),
+        (Warmup(2, Triangular(4, 1, 0.5), from_zero=True), [0.0, 0.25, 0.5, 0.75, 1.0]),
+        (Tail(Power(4, exponent=-1.0), steps=4, decay=2, shape="linear"), [1.0, 0.8, 4 / 6, 2 / 6, 0.0, 0.0]),
+    ],
+    ids=str,
+)
+def test_factors_calculated_by_hand(curve: Curve, factors: list[float]) -> None:
+    """Bug: a wrong sign or a wrong divisor where no reference implementation has the curve."""
+    assert [curve.factor(step) for step in range(len(factors))] == pytest.approx(factors)

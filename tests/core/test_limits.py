@@ -1,4 +1,4 @@
-"""Bounds and conditions: joining is a set union, holding never raises a norm, non-finite numbers are left alone."""
+"""Bounds and conditions: joining is a set union, clipping never raises a norm or changes a non-finite one."""
 
 import itertools
 import math
@@ -39,19 +39,19 @@ def test_joining_is_a_set_union(a: Limits, b: Limits, c: Limits) -> None:
 
 
 @given(limits, norms)
-def test_holding_never_raises_a_norm_and_leaves_non_finite_ones_alone(some: Limits, norm: float) -> None:
+def test_clipping_never_raises_a_norm_or_changes_a_non_finite_one(some: Limits, norm: float) -> None:
     """Bug: a bound that amplifies a gradient, or makes a number of NaN or infinity."""
-    held = some.hold(norm)
+    clipped = some.clip(norm)
     if math.isfinite(norm):
-        assert 0 <= held <= norm
+        assert 0 <= clipped <= norm
     else:
-        assert repr(held) == repr(norm)
+        assert repr(clipped) == repr(norm)
 
 
 @given(limits, limits, norms.filter(math.isfinite))
-def test_the_joined_limits_hold_to_the_minimum(a: Limits, b: Limits, norm: float) -> None:
+def test_the_joined_limits_clip_to_the_minimum(a: Limits, b: Limits, norm: float) -> None:
     """Bug: bounds applied one after the other, the second to the result of the first."""
-    assert (a | b).hold(norm) == min(a.hold(norm), b.hold(norm))
+    assert (a | b).clip(norm) == min(a.clip(norm), b.clip(norm))
 
 
 @given(limits, limits, signals, signals)
@@ -64,9 +64,9 @@ def test_any_condition_drops_the_step(a: Limits, b: Limits, loss: float, grad_no
 def test_a_norm_at_the_threshold_is_untouched(log: bool) -> None:
     """Bug: >= for >, by which a steady norm would be rescaled for ever."""
     bound = Bound(above=0.5, target=0.1, log=log)
-    assert bound.hold(bound.threshold) == bound.threshold
+    assert bound.clip(bound.threshold) == bound.threshold
     above = math.nextafter(bound.threshold, math.inf)
-    assert bound.hold(above) < bound.threshold
+    assert bound.clip(above) < bound.threshold
 
 
 @pytest.mark.parametrize("log", [False, True])
@@ -76,7 +76,7 @@ def test_a_degenerate_pole_does_not_divide_by_zero(log: bool) -> None:
     norm = bound.threshold
     for _ in range(8):
         norm = math.nextafter(norm, math.inf)
-        assert 0 < bound.hold(norm) <= norm
+        assert 0 < bound.clip(norm) <= norm
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -93,5 +93,5 @@ def test_reciprocal_pull_matches_its_formula() -> None:
     """Bug: the z-score's reciprocal clip, mean + (z * std)**2 / (norm - mean), with a wrong pole or weight."""
     mean, z, std, norm = 2.0, 2.5, 0.4, 9.0
     bound = Bound(above=mean + z * std, target=mean, pull=(z * std) ** 2, centre=mean)
-    assert bound.hold(norm) == pytest.approx(mean + (z * std) ** 2 / (norm - mean), rel=1e-15)
-    assert bound.hold(bound.threshold + 1e-9) == pytest.approx(bound.threshold)
+    assert bound.clip(norm) == pytest.approx(mean + (z * std) ** 2 / (norm - mean), rel=1e-15)
+    assert bound.clip(bound.threshold + 1e-9) == pytest.approx(bound.threshold)

@@ -75,6 +75,17 @@ def test_a_rule_is_a_value() -> None:
     assert rule.arguments() == {"max_loss": 3.0}
     assert rule.state_type() is Last
     assert rule.rebase(Last(1.0), "rollback") == Last(1.0)
+    assert rule.readings(Last(1.0)) == {}
+
+
+def test_a_rule_that_does_not_observe_keeps_its_state() -> None:
+    """Bug: a default that clears the state of a rule with constant limits."""
+
+    @dataclass(frozen=True)
+    class Constant(AtMostTheLast):
+        observe = Rule.observe
+
+    assert Constant().observe(Last(2.0), Outcome(0, 1.0, 5.0, 5.0, 2.0)) == Observation(Last(2.0))
 
 
 def test_a_refused_argument_names_its_key() -> None:

@@ -1,4 +1,4 @@
-"""Running summaries, held to numpy; none of them ever takes in a non-finite number."""
+"""Running statistics, compared with numpy; non-finite numbers never enter them."""
 
 import math
 from typing import Any
@@ -23,7 +23,7 @@ def test_quantile_median_and_mad_are_numpys(values: list[float], q: float) -> No
     window = Window().extend(values)
     assert window.median == np.median(values)
     assert window.mad == np.median(np.abs(np.array(values) - np.median(values)))
-    assert window.quantile(q) == pytest.approx(np.quantile(values, q), rel=1e-12, abs=1e-12)
+    assert window.quantile(q) == np.quantile(values, q)
 
 
 @given(samples, st.integers(1, 12))

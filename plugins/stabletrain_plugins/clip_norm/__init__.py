@@ -1,1 +1,1 @@
-"""Hold the global gradient norm to a fixed maximum."""
+"""Clip the global gradient norm to a fixed maximum."""

@@ -10,7 +10,7 @@ from stabletrain.core.rule import Rule
 
 @dataclass(frozen=True)
 class ClipNormRule(Rule[None]):
-    """Hold the global gradient norm to a fixed maximum, ``g <- g * min(1, max_norm / ||g||)``.
+    """Clip the global gradient norm to a fixed maximum, ``g <- g * min(1, max_norm / ||g||)``.
 
     Args:
         max_norm: largest L2 norm of all gradients together, > 0.
@@ -23,7 +23,7 @@ class ClipNormRule(Rule[None]):
         https://arxiv.org/abs/1211.5063
 
     >>> rule = ClipNormRule(max_norm=1.0)
-    >>> rule.limits(rule.init()).hold(4.0)
+    >>> rule.limits(rule.init()).clip(4.0)
     1.0
     """
 
@@ -37,9 +37,9 @@ class ClipNormRule(Rule[None]):
         self.require(self.max_norm > 0, "max_norm", "> 0")
 
     def init(self) -> None:
-        """No history."""
+        """No state."""
         return
 
     def limits(self, state: None) -> Limits:
-        """The one bound, always."""
+        """The same bound for every step."""
         return Limits.of(Bound(above=self.max_norm, target=self.max_norm))

@@ -1,1 +1,1 @@
-"""Hold the gradient norm to a percentile of its own history."""
+"""Clip the gradient norm to a percentile of its own history."""

@@ -13,7 +13,7 @@ from stabletrain.core.rule import Observation, Rule
 from stabletrain.core.statistics import Window
 
 _HIGH = 0.95
-"""Quantile of the history above which a step counts towards a change of level: one in twenty, by chance."""
+"""A norm above this quantile of the history counts towards a change of level; by chance that is one step in twenty."""
 
 
 class PercentileState(NamedTuple):
@@ -21,7 +21,7 @@ class PercentileState(NamedTuple):
 
     Args:
         window: the last raw norms.
-        run: those of the current run of steps that are high for this window.
+        run: norms of the consecutive steps, up to the last one, that were high for this window.
     """
 
     window: Window = Window()
@@ -30,20 +30,20 @@ class PercentileState(NamedTuple):
 
 @dataclass(frozen=True)
 class ClipPercentileRule(Rule[PercentileState]):
-    """Hold the gradient norm to a percentile of its last ``window`` values.
+    """Clip the gradient norm to a percentile of its last ``window`` values.
 
-    With the paper's 10th percentile some nine steps in ten are clipped, by design: close to a normalised gradient
-    whose length follows the run. High percentiles (95) clip outliers only.
+    With the paper's 10th percentile about nine steps in ten are clipped, by design: the update is close to that of a
+    normalised gradient. High percentiles (95) clip outliers only.
 
-    Raw norms are learned, clipped or not. Zero norms and non-finite ones are neither learned nor clipped: a bound that
-    became 0 would stay there. When ``regime_after`` steps in a row lie above the history's 95th percentile (or above
-    ``percentile``, if that is higher), the level itself has changed, and is learned anew from them.
+    The history holds raw norms, also of clipped steps. Zero and non-finite norms do not enter it and are not clipped: a
+    bound of 0 would never rise again. After ``regime_after`` steps in a row above the history's 95th percentile (or
+    above ``percentile``, if that is higher) the history is replaced by the norms of those steps.
 
     Args:
         percentile: of the history, in percent, linearly interpolated, in [0, 100].
-        window: steps that the history spans, >= 2.
-        warmup_steps: steps that are only learned from, in [1, window].
-        regime_after: steps in a row after which the level is learned anew, in [2, window]; None: never.
+        window: steps of history, >= 2.
+        warmup_steps: first steps without a bound, in [1, window].
+        regime_after: high steps in a row after which they replace the history, in [2, window]; None: never.
 
     Raises:
         UserError: if an argument is out of range.
@@ -82,14 +82,14 @@ class ClipPercentileRule(Rule[PercentileState]):
         return PercentileState()
 
     def limits(self, state: PercentileState) -> Limits:
-        """The percentile of the history; none during the warm-up."""
+        """A bound at the percentile of the history; no bound during the warm-up."""
         if len(state.window) < self.warmup_steps:
             return NO_LIMITS
         threshold = state.window.quantile(self.percentile / 100.0)
         return Limits(frozenset((Bound(threshold, threshold),)))
 
     def observe(self, state: PercentileState, outcome: Outcome) -> Observation[PercentileState]:
-        """Learn the raw norm."""
+        """Add the raw norm to the history."""
         norm = outcome.grad_norm
         if not (0.0 < norm < math.inf and outcome.applied):
             return Observation(state)
@@ -107,6 +107,6 @@ class ClipPercentileRule(Rule[PercentileState]):
         new = Window().extend(run)
         reason = (
             f"grad_norm above {high:.4g} for {len(run)} steps in a row: "
-            f"level learned anew, median {old.median:.4g} -> {new.median:.4g}"
+            f"new level learned, median {old.median:.4g} -> {new.median:.4g}"
         )
         return Observation(PercentileState(new), (Event(step, self.label, "regime", new.median, high, reason),))

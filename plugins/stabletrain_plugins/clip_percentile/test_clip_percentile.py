@@ -4,14 +4,17 @@ import json
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
+from argument_ranges import check_range
 
+from stabletrain.core.events import Event
 from stabletrain.core.limits import NO_LIMITS
 from stabletrain.core.outcome import Outcome
 from stabletrain.core.rule import replay
 from stabletrain.core.state import from_plain, to_plain
-from stabletrain.errors import UserError
+from stabletrain.core.statistics import Window
 from stabletrain_plugins.clip_percentile.rule import ClipPercentileRule, PercentileState
 
 VECTORS = json.loads((Path(__file__).parents[3] / "tests" / "vectors" / "autoclip.json").read_text("utf-8"))
@@ -50,7 +53,7 @@ def test_our_limit_for_the_next_step_is_the_references_limit_for_this_one(case):
 
 
 @pytest.mark.parametrize(("percentile", "largest"), [(10, 0.002), (50, 0.005)])
-def test_on_a_steady_run_both_hold_a_step_to_nearly_the_same(percentile, largest):
+def test_on_a_steady_run_both_clip_to_nearly_the_same_norm(percentile, largest):
     (case,) = (c for c in SMOOTH if c["params"]["clip_percentile"] == percentile and c["sequence"] == "steady")
     ours = applied(ClipPercentileRule(percentile=percentile), SEQUENCES["steady"])
     apart = [abs(mine / theirs - 1.0) for mine, theirs in zip(ours, case["post_norm"], strict=True)]
@@ -66,8 +69,8 @@ def test_a_new_maximum_is_clipped_here_and_passes_there():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0])
-def test_a_norm_that_is_no_size_never_enters(bad):
-    # the reference keeps NaN in its history: every later gradient is NaN
+def test_a_zero_or_nonfinite_norm_never_enters(bad):
+    # the reference stores NaN in its history: every later gradient is NaN
     rule, norms = ClipPercentileRule(), [3.0, 1.0, 2.0, 5.0]
     for position in range(len(norms) + 1):
         with_bad = [*norms[:position], bad, *norms[position:]]
@@ -96,7 +99,7 @@ def test_with_the_papers_percentile_nine_steps_in_ten_are_clipped():
 
 @pytest.mark.parametrize("factor", [1.5, 3.0])
 @pytest.mark.parametrize("percentile", [10.0, 95.0])
-def test_a_higher_level_is_learned_anew_and_reported(factor, percentile):
+def test_a_higher_level_is_learned_and_reported(factor, percentile):
     draw = random.Random(0)
     norms = [math.exp(0.06 * draw.gauss(0.0, 1.0)) for _ in range(1200)]
     norms = norms[:1000] + [factor * norm for norm in norms[1000:]]
@@ -107,7 +110,7 @@ def test_a_higher_level_is_learned_anew_and_reported(factor, percentile):
     assert "20 steps in a row" in event.reason
     assert min(step.outcome.applied_norm for step in steps[1020:]) > 0.8 * factor
     late = [step.outcome.clipped for step in replay(ClipPercentileRule(regime_after=None), [(2.0, n) for n in norms])]
-    assert all(late[1000:])  # without it, the old level holds every step for as long as it is in the window
+    assert all(late[1000:])  # without it, every step is clipped to the old level until the window is replaced
 
 
 def test_the_window_is_bounded():
@@ -117,7 +120,7 @@ def test_the_window_is_bounded():
     assert threshold(rule, state) == 2.0
 
 
-def test_nothing_is_held_during_the_warmup():
+def test_nothing_is_clipped_during_the_warmup():
     rule = ClipPercentileRule(warmup_steps=3)
     states = learn(rule, [1.0, 2.0, 3.0])
     assert [rule.limits(state) == NO_LIMITS for state in states] == [True, True, True, False]
@@ -142,11 +145,66 @@ def test_resumed_from_json_at_any_cut_equals_uninterrupted():
         assert again == states[-1]
 
 
+def test_the_event_of_a_new_level_and_the_step_it_comes_at() -> None:
+    """Bugs: a run that begins before there is a history of its length; a wrong limit or value in the record."""
+    rule = ClipPercentileRule(percentile=50, window=10, regime_after=3, name="mine")
+    state, events = rule.init(), []
+    for step, norm in enumerate([1.0, 1.0, 1.0, 5.0, 6.0, 7.0]):
+        state, new, _ = rule.observe(state, Outcome(step, 2.0, norm, norm, norm))
+        events += new
+    (event,) = events
+    text = "grad_norm above 5.8 for 3 steps in a row: new level learned, median 1 -> 6"
+    assert event == Event(5, "mine", "regime", 6.0, pytest.approx(5.8), text)
+    assert state == PercentileState(Window((5.0, 6.0, 7.0), (5.0, 6.0, 7.0)))
+
+
+@pytest.mark.parametrize("norm", [1.0, math.inf, math.nan])
+def test_norms_that_are_not_high_make_no_new_level(norm: float) -> None:
+    """Bugs: a constant norm reported as a new level again and again; infinite norms that count as high ones."""
+    rule = ClipPercentileRule(window=10, regime_after=2)
+    state = learn(rule, [1.0] * 5)[-1]
+    for step in range(4):
+        after = rule.observe(state, Outcome(step, 2.0, norm, norm, norm))
+        assert (after.events, after.state.run) == ((), ())
+        state = after.state
+
+
+def test_a_level_is_new_above_the_percentile_that_is_clipped_to() -> None:
+    """Bug: at percentile 100 the steps between the 95th percentile and the maximum are a new level."""
+    rule = ClipPercentileRule(percentile=100, window=100, regime_after=2)
+    state = learn(rule, [float(norm) for norm in range(100, 0, -1)])[-1]
+    assert len(state.window) == 100
+    for norm, high in ((99.9, False), (100.5, True)):
+        assert bool(rule.observe(state, Outcome(0, 2.0, norm, norm, norm)).state.run) is high
+
+
+def test_a_history_as_long_as_regime_after_is_enough() -> None:
+    """Bug: at window == regime_after a new level is never learned."""
+    rule = ClipPercentileRule(window=2, regime_after=2)
+    assert [len(state.run) for state in learn(rule, [1.0, 1.0, 5.0, 6.0])] == [0, 0, 0, 1, 0]
+
+
 @pytest.mark.parametrize(
-    "arguments",
-    [{"percentile": 101.0}, {"window": 1}, {"warmup_steps": 0}, {"regime_after": 501}],
-    ids=lambda arguments: next(iter(arguments)),
+    ("argument", "expected", "accepted", "refused"),
+    [
+        ("percentile", "in [0, 100]", [0, 100], [-1e-9, 100.1, math.nan]),
+        ("warmup_steps", "in [1, window=500]", [1, 500], [0, 501]),
+        ("regime_after", "in [2, window=500] or None", [2, 500, None], [1, 501]),
+    ],
 )
-def test_an_argument_out_of_range_is_refused_by_its_config_key(arguments):
-    with pytest.raises(UserError, match=rf"plugins\.clip\.{next(iter(arguments))}"):
-        ClipPercentileRule(**arguments)
+def test_ranges_of_the_arguments(argument: str, expected: str, accepted: list[Any], refused: list[Any]) -> None:
+    given, beyond = ([{argument: value} for value in values] for values in (accepted, refused))
+    check_range(ClipPercentileRule, "clip_percentile", "plugins.clip", argument, expected, given, beyond)
+
+
+def test_the_smallest_window() -> None:
+    small = {"regime_after": None}
+    check_range(
+        ClipPercentileRule,
+        "clip_percentile",
+        "plugins.clip",
+        "window",
+        ">= 2",
+        [{**small, "window": 2}],
+        [{**small, "window": 1}],
+    )

@@ -1,1 +1,1 @@
-"""Hold each tensor's gradient norm to its own history."""
+"""Clip each tensor's gradient norm by its own history."""

@@ -44,8 +44,8 @@ def test_matches_the_reference_where_it_is_right(case: dict[str, Any]) -> None:
     # where the global norm is clipped, the reference divides by norm + 1e-6
     tolerance = 3e-7 if case["sequence"].startswith("exp_decay") else 1e-11
     for t, norm in enumerate(case["input_norms"]):
-        held = step(clip, [norm, 0.3])
-        mine = [*held, clip.gamma("A"), clip.gamma("B")]
+        clipped = step(clip, [norm, 0.3])
+        mine = [*clipped, clip.gamma("A"), clip.gamma("B")]
         theirs = [output[key][t] for key in ("clipped_norm_A", "clipped_norm_B", "gamma_A", "gamma_B")]
         assert mine == pytest.approx(theirs, rel=tolerance), t
 
@@ -56,9 +56,9 @@ def test_one_nan_does_not_end_the_reference_norm() -> None:
     clip = made_for(case)
     for norm in case["input_norms"]:
         before = clip.gamma("A")
-        held = step(clip, [float(norm), 0.3])[0]
+        clipped = step(clip, [float(norm), 0.3])[0]
         assert math.isfinite(clip.gamma("A"))
-        assert norm != "nan" or (math.isnan(held) and clip.gamma("A") == before)
+        assert norm != "nan" or (math.isnan(clipped) and clip.gamma("A") == before)
     assert 0.7 < clip.gamma("A") < 0.9
 
 
@@ -148,7 +148,7 @@ def test_state_goes_by_name_and_loads_as_weights_only(tmp_path: Path) -> None:
     assert [g.norm().item() for g in grads] == pytest.approx([1.05 * 0.2, 1.05 * 0.5])
 
 
-def test_other_arguments_than_the_checkpoint_s_are_said_aloud() -> None:
+def test_other_arguments_than_those_of_the_checkpoint_are_logged() -> None:
     saved = ClipTensorwise().state_dict()
     with pytest.warns(UserWarning, match=r"clip_tensorwise: goes on .* other arguments: max_ratio=1.5 \(was 1.05\)"):
         ClipTensorwise(max_ratio=1.5).load_state_dict(saved)

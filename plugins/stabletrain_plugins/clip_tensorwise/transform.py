@@ -16,20 +16,20 @@ from stabletrain.runtime.guard.transform import TransformCallback
 
 @dataclass(eq=False)
 class ClipTensorwise(TransformCallback):
-    """Hold each tensor's gradient norm to an average of its own past norms (AdaGC).
+    """Clip each tensor's gradient norm by a moving average of its own past norms (AdaGC).
 
-    Applied steps t are counted from 1. While ``t < warmup_steps`` all gradients together are held to ``max_norm``, and
-    each tensor remembers its smallest norm, ``gamma_i``. From then on ``g_i <- g_i * min(1, max_ratio * gamma_i /
+    Applied steps t are counted from 1. While ``t < warmup_steps`` the global norm is clipped to ``max_norm``, and
+    ``gamma_i`` is the smallest norm of tensor i so far. From then on ``g_i <- g_i * min(1, max_ratio * gamma_i /
     ||g_i||)`` and ``gamma_i <- decay * gamma_i + (1 - decay) * ||g_i||``, with the clipped norm. Zero and non-finite
-    norms do not enter ``gamma_i``, a dropped step enters nothing, a non-finite gradient is left alone, and a tensor
-    without a history is not clipped.
+    norms do not enter ``gamma_i``, nor do dropped steps. A non-finite gradient and a tensor without ``gamma_i`` are not
+    clipped.
 
     Args:
         max_ratio: largest ratio of a tensor's gradient norm to its ``gamma`` (lambda_rel of the paper), > 0.
         decay: weight of the past in ``gamma`` (beta of the paper), in [0, 1).
         warmup_steps: applied step from which on tensors are clipped by their own history, >= 0.
         max_norm: largest global L2 norm during warm-up (lambda_abs of the paper), > 0.
-        name: what checkpoints call it; needed when one run has two of them.
+        name: name in checkpoints; needed when one run has two of them.
 
     Raises:
         UserError: if an argument is out of range.
@@ -63,7 +63,7 @@ class ClipTensorwise(TransformCallback):
         self.reset()
 
     def reset(self) -> None:
-        """Begin with an empty history."""
+        """Clear the history."""
         self._applied = 0
         self._rows: dict[str, int] = {}
         self._gammas = torch.zeros(0)
@@ -71,12 +71,12 @@ class ClipTensorwise(TransformCallback):
         self._indices: dict[tuple[str, ...], Tensor] = {}
 
     def gamma(self, name: str) -> float:
-        """The reference norm of a parameter, by its name in the module; infinite as long as it has no history."""
+        """The reference norm of a parameter, by its name in the module; infinite without a history."""
         row = self._rows.get(name)
         return math.inf if row is None else self._gammas[row].item()
 
     def transform(self, names: Sequence[str], parameters: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-        """Clip every tensor, and prepare what the step would teach."""
+        """Clip every tensor, and compute the next gammas, which `commit` stores."""
         norms = gradients.tensor_norms(grads)
         index = self._index(tuple(names), norms)
         gammas = self._gammas[index]
@@ -86,15 +86,15 @@ class ClipTensorwise(TransformCallback):
             learned = torch.minimum(gammas, norms * factors)
         else:
             factors = (self.max_ratio * gammas / norms).clamp_max(1.0).where(norms.isfinite(), 1.0)
-            held = norms * factors
-            learned = torch.where(gammas.isfinite(), self.decay * gammas + (1.0 - self.decay) * held, held)
+            clipped = norms * factors
+            learned = torch.where(gammas.isfinite(), self.decay * gammas + (1.0 - self.decay) * clipped, clipped)
         factors = torch.where(norms > 0, factors, 1.0)
         learns = norms.isfinite() & (norms > 0)
         self._next = self._gammas.index_copy(0, index, torch.where(learns, learned, gammas))
         gradients.scale_each_(grads, factors)
 
     def commit(self, applied: bool) -> None:
-        """Keep what an applied step taught."""
+        """Store the next gammas if the step was applied; else discard them."""
         if applied and self._next is not None:
             self._gammas = self._next
             self._applied += 1
@@ -102,12 +102,12 @@ class ClipTensorwise(TransformCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Arguments, the number of applied steps, and each parameter's gamma."""
-        plain = super().state_dict()  # first of all: it lets an outcome in flight become history
+        plain = super().state_dict()  # must be first: it processes a pending outcome, which may update the history
         state = {"applied": self._applied, "names": list(self._rows), "gammas": self._gammas.cpu()}
         return {**plain, "state": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint, on whatever device the gradients will be."""
+        """Restore from a checkpoint; the first gradients decide the device."""
         super().load_state_dict(state_dict)
         state = state_dict["state"]
         self.reset()
@@ -116,7 +116,7 @@ class ClipTensorwise(TransformCallback):
         self._gammas = state["gammas"].clone()
 
     def _index(self, names: tuple[str, ...], norms: Tensor) -> Tensor:
-        """Where these parameters' gammas are; new names get a place, and old gammas come to the norms' device."""
+        """Indices of these parameters in the gammas; adds new names, and moves the gammas to the norms' device."""
         index = self._indices.get(names)
         if index is None:
             for name in names:

@@ -1,1 +1,1 @@
-"""Adaptive gradient clipping: hold each unit's gradient to a share of its weight norm."""
+"""Adaptive gradient clipping: clip each unit's gradient to a share of its weight norm."""

@@ -19,17 +19,17 @@ from stabletrain.runtime.internals import trainer as trainer_internals
 
 @dataclass(eq=False)
 class ClipUnitwise(TransformCallback):
-    """Hold the gradient of each output unit to a share of the unit's weight norm (AGC).
+    """Clip the gradient of each output unit to a share of the unit's weight norm (AGC).
 
     ``G_i <- G_i * min(1, max_ratio * max(||W_i||, eps) / ||G_i||)``, where unit i is a row (all entries that share an
     index of the first dimension) of a tensor with two dimensions or more, and any other tensor is one unit. Works on
-    plain and on sharded parameters; a non-finite unit is left alone, for the rules that skip to see.
+    plain and on sharded parameters. A non-finite unit is not changed; rules that skip use the raw norm.
 
     Args:
         max_ratio: largest ratio of a unit's gradient norm to its weight norm, > 0.
-        eps: floor of the weight norm, so that units which begin at zero can leave it, > 0.
-        exclude: parameters left alone, as shell patterns of their names in the module, such as ``"head.*"``.
-        name: what checkpoints call it; needed when one run has two of them.
+        eps: floor of the weight norm, so that units that are initialised to zero can be trained, > 0.
+        exclude: parameters that are not clipped, as shell patterns of their names in the module, such as ``"head.*"``.
+        name: name in checkpoints; needed when one run has two of them.
 
     Raises:
         UserError: if an argument is out of range, a pattern matches no parameter, or a gradient is sparse.
@@ -59,7 +59,7 @@ class ClipUnitwise(TransformCallback):
         self.exclude = tuple(self.exclude)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a pattern that matches nothing: it is misspelt."""
+        """Raise an error if a pattern of `exclude` matches no parameter: it is misspelt."""
         super().on_fit_start(trainer, pl_module)
         names = [name for name, _ in trainer_internals.unwrapped(pl_module).named_parameters()]
         for pattern in self.exclude:
@@ -72,24 +72,24 @@ class ClipUnitwise(TransformCallback):
 
     def transform(self, names: Sequence[str], parameters: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
         """Clip all units of the parameters that are not excluded."""
-        kept = _kept(tuple(names), tuple(self.exclude))
-        for i in kept:
+        included = _included(tuple(names), tuple(self.exclude))
+        for i in included:
             if grads[i].is_sparse:
                 raise UserError(
-                    f"{self.plugin}: the gradient of {names[i]} is sparse and has no whole units; add its name to "
+                    f"{self.plugin}: the gradient of {names[i]} is sparse, which AGC does not support; add its name to "
                     f"exclude (config key plugins.{self.slot}.exclude)"
                 )
-        if not kept:
+        if not included:
             return
-        chosen = [grads[i] for i in kept]
-        norms = gradients.unit_norms([*(parameters[i] for i in kept), *chosen])
+        selected = [grads[i] for i in included]
+        norms = gradients.unit_norms([*(parameters[i] for i in included), *selected])
         units = len(norms) // 2
         weight_norms, grad_norms = norms[:units], norms[units:]
         limits = self.max_ratio * weight_norms.clamp_min(self.eps)
         above = (grad_norms > limits) & grad_norms.isfinite()
-        gradients.scale_units_(chosen, torch.where(above, limits / grad_norms, 1.0))
+        gradients.scale_units_(selected, torch.where(above, limits / grad_norms, 1.0))
 
 
 @functools.lru_cache(maxsize=64)
-def _kept(names: tuple[str, ...], exclude: tuple[str, ...]) -> tuple[int, ...]:
+def _included(names: tuple[str, ...], exclude: tuple[str, ...]) -> tuple[int, ...]:
     return tuple(i for i, name in enumerate(names) if not any(fnmatchcase(name, pattern) for pattern in exclude))

@@ -15,11 +15,11 @@ from stabletrain.runtime.guard.transform import TransformCallback
 class ClipValue(TransformCallback):
     """Clamp every element of the gradient, ``g <- min(max(g, -max_value), max_value)``.
 
-    Each element is judged alone, so the direction changes. NaN stays NaN, for the rules that skip to see.
+    Elements are clamped one by one, so the direction changes. NaN stays NaN; rules that skip use the raw norm.
 
     Args:
         max_value: largest absolute value of an element, in the unit of the unscaled gradient, > 0.
-        name: what checkpoints call it; needed when one run has two of them.
+        name: name in checkpoints; needed when one run has two of them.
 
     Raises:
         UserError: if ``max_value`` is not positive.

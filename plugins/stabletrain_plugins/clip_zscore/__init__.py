@@ -1,1 +1,1 @@
-"""Hold the gradient norm to its own history, by a z-score."""
+"""Clip the gradient norm by its z-score against its own history."""

@@ -14,11 +14,12 @@ from stabletrain.core.statistics import MAD_TO_SIGMA, Ema, Window
 from stabletrain.errors import UserError
 
 _OUTLIER = 5.0
-"""Robust standard deviations, in log space, beyond which a sample does not enter a new baseline."""
+"""Distance from the median, in robust standard deviations of the logarithms, beyond which a norm is excluded from a new
+baseline."""
 _OUTLIER_SIGMA = 0.05
-"""Least standard deviation in that judgement: a norm within 28 % of the median is never an outlier."""
+"""Floor of that standard deviation: a norm within 28 % of the median always enters the baseline."""
 _LARGEST = 1e150
-"""Squares of norms up to here are finite."""
+"""Norms up to this value have finite squares; larger ones are not learned."""
 
 
 class ZScoreState(NamedTuple):
@@ -26,8 +27,9 @@ class ZScoreState(NamedTuple):
 
     Args:
         ema: mean and variance of the norm, or of its logarithm; None during the warm-up.
-        samples: norms of the warm-up; afterwards those of the current run of steps on one side of the limits.
-        side: of that run: 1 above the threshold, -1 below its mirror image, 0 none.
+        samples: norms of the warm-up; after it, norms of the consecutive steps, up to the last one, that were beyond
+            the same limit.
+        side: the limit that these steps were beyond: 1 the upper, -1 the lower, 0 none.
     """
 
     ema: Ema | None = None
@@ -39,27 +41,28 @@ class ZScoreState(NamedTuple):
 class ClipZScoreRule(Rule[ZScoreState]):
     """Clip a gradient whose norm lies more than ``z_threshold`` standard deviations above its moving mean.
 
-    Mean and standard deviation follow ``s = log(norm)`` (or the norm itself) exponentially; a norm with
-    ``s > mean + z_threshold * std`` is brought back as ``target`` says. What enters the history of a clipped step is
-    the norm *after* this clipping, so an outlier moves it little. With ``target="threshold"`` that also limits the
-    share of clipped steps in any stationary sequence, whatever its distribution, to about ``1 / z_threshold**2``: were
-    it more, the variance would grow. When ``regime_after`` steps in a row lie above, the level itself has changed, and
-    is learned anew from them. In log space the same holds below ``mean - z_threshold * std``, where nothing is clipped.
+    Mean and standard deviation are exponential moving statistics of ``s = log(norm)`` (or of the norm itself). A norm
+    with ``s > mean + z_threshold * std`` is clipped to ``target``. A clipped step enters the statistics with its norm
+    *after* this clipping, so an outlier changes them little. With ``target="threshold"`` this limits the share of
+    clipped steps in any stationary sequence to about ``1 / z_threshold**2``, as more of them would raise the variance.
+    After ``regime_after`` steps in a row above the limit, mean and std are learned from those steps alone. In log space
+    the same is done below ``mean - z_threshold * std``, where nothing is clipped.
 
-    Zero norms and non-finite ones are never learned, and never clipped.
+    Zero and non-finite norms never enter the statistics, and are never clipped.
 
     Args:
         z_threshold: standard deviations above the mean at which clipping begins, > 0.
-        decay: weight kept on the past in mean and variance, per step, in (0, 1).
-        warmup_steps: steps that are only learned from, >= 2; outliers among them are left out.
-        space: of the statistics: ``"log"`` or ``"linear"``.
-        target: what a clipped norm is brought to: the ``"threshold"``; the ``"mean"``; or ``"reciprocal"``,
-            ``mean + (z_threshold * std)**2 / (s - mean)``, from the threshold towards the mean as the excess grows.
-        clip_factor: factor on the norm that a clipped one is brought to, > 0.
-        max_norm: fixed maximum besides, also during the warm-up, > 0; None: none.
-        regime_after: steps in a row beyond the limits after which the level is learned anew, >= 2; None: never.
+        decay: weight of the past in mean and variance, per step, in (0, 1).
+        warmup_steps: first steps, in which only ``max_norm`` clips, >= 2; outliers among them do not enter the first
+            statistics.
+        space: space of the statistics: ``"log"`` or ``"linear"``.
+        target: what a norm is clipped to: the ``"threshold"``; the ``"mean"``; or ``"reciprocal"``,
+            ``mean + (z_threshold * std)**2 / (s - mean)``: the threshold for a small excess, near the mean for a large.
+        clip_factor: factor on the norm that ``target`` gives, > 0.
+        max_norm: additional fixed maximum, also during the warm-up, > 0; None: none.
+        regime_after: steps in a row beyond a limit after which mean and std are learned from them, >= 2; None: never.
         min_sigma: floor of the standard deviation, as a share of the norm (in log space: in nats), > 0.
-        learn_from_clipped: take clipped steps, as clipped, into the history; else leave them out.
+        learn_from_clipped: let clipped steps enter the statistics, with the clipped norm; else ignore them.
 
     Raises:
         UserError: if an argument is out of range.
@@ -118,22 +121,22 @@ class ClipZScoreRule(Rule[ZScoreState]):
         regime_after: int | None = 20,
         name: str | None = None,
     ) -> Self:
-        """ZClip as published, by its own names and defaults; repaired where it fails.
+        """ZClip with its published argument names and defaults, and with three corrections.
 
-        It differs where non-finite norms poison the reference, where an outlier in the warm-up spoils its statistics,
-        and where it clips for ever after a change of level (``regime_after=None`` brings that back).
+        Unlike in the reference, non-finite norms do not enter the statistics, outliers in the warm-up are excluded, and
+        a new level is learned instead of being clipped for ever (``regime_after=None`` restores that).
 
         Args:
             alpha: `decay`, in (0, 1).
             z_thresh: `z_threshold`, > 0.
             max_grad_norm: `max_norm`, > 0 or None.
-            warmup_steps: steps that are only learned from, >= 2.
-            mode: ``"zscore"`` clips as `clip_option` says, ``"percentile"`` to ``mean + z_thresh * std``.
+            warmup_steps: first steps, in which only `max_norm` clips, >= 2.
+            mode: ``"zscore"`` clips according to `clip_option`, ``"percentile"`` to ``mean + z_thresh * std``.
             clip_option: in mode zscore: ``"adaptive_scaling"`` is the target ``"reciprocal"``, ``"mean"`` the mean.
-            clip_factor: factor on the clipped norm, > 0; of adaptive scaling only.
-            skip_update_on_spike: leave clipped steps out of the statistics.
-            regime_after: as in the rule itself; not in the reference.
-            name: as in the rule itself.
+            clip_factor: factor on the clipped norm, > 0; with adaptive scaling only.
+            skip_update_on_spike: exclude clipped steps from the statistics.
+            regime_after: as in the constructor; not in the reference.
+            name: as in the constructor.
 
         Raises:
             UserError: if an argument is out of range or has no meaning in this mode.
@@ -147,8 +150,8 @@ class ClipZScoreRule(Rule[ZScoreState]):
         adaptive = mode == "zscore" and clip_option == "adaptive_scaling"
         if clip_factor != 1.0 and not adaptive:
             raise UserError(
-                f"clip_zscore: clip_factor={clip_factor} has no effect in ZClip but with mode='zscore' and "
-                f"clip_option='adaptive_scaling', got {mode!r} and {clip_option!r}: leave it at 1.0 "
+                f"clip_zscore: clip_factor={clip_factor} has no effect with mode={mode!r} and "
+                f"clip_option={clip_option!r}, only with 'zscore' and 'adaptive_scaling': set it to 1.0 "
                 "(config key plugins.clip.clip_factor)"
             )
         return cls(
@@ -166,18 +169,18 @@ class ClipZScoreRule(Rule[ZScoreState]):
         )
 
     def init(self) -> ZScoreState:
-        """The warm-up begins."""
+        """The state at the start of the warm-up."""
         return ZScoreState()
 
     def limits(self, state: ZScoreState) -> Limits:
-        """The z-score bound after the warm-up, and the fixed maximum if there is one."""
+        """The z-score bound (after the warm-up) and the fixed maximum (if set)."""
         bounds: tuple[Bound, ...] = () if state.ema is None else (self._bound(state.ema),)
         if self.max_norm is not None:
             bounds += (Bound(self.max_norm, self.max_norm),)
         return Limits(frozenset(bounds))
 
     def observe(self, state: ZScoreState, outcome: Outcome) -> Observation[ZScoreState]:
-        """Learn the norm, as this rule alone would have held it."""
+        """Update mean and std with the norm as this rule alone would have clipped it."""
         norm = outcome.grad_norm
         if not (0.0 < norm < _LARGEST and outcome.applied):
             return Observation(state)
@@ -187,55 +190,55 @@ class ClipZScoreRule(Rule[ZScoreState]):
             full = len(samples) >= self.warmup_steps
             return Observation(ZScoreState(self._baseline(samples)) if full else ZScoreState(None, samples))
         bound = self._bound(ema)
-        s = self._s(norm)
+        s = self._to_space(norm)
         if norm > bound.threshold:
             side = 1
-            learned = self._s(bound.hold(norm)) if self.learn_from_clipped else math.nan
-        elif self.space == "log" and s < ema.mean - self._reach(ema):
+            learned = self._to_space(bound.clip(norm)) if self.learn_from_clipped else math.nan
+        elif self.space == "log" and s < ema.mean - self._margin(ema):
             side = -1
-            learned = ema.mean - self._reach(ema)
+            learned = ema.mean - self._margin(ema)
         else:
             return Observation(ZScoreState(ema.add(s, self.decay)))
         run = (*state.samples, norm) if side == state.side else (norm,)
         if self.regime_after is not None and len(run) >= self.regime_after:
             return self._relearn(ema, run, side, outcome.step)
-        kept = run if self.regime_after is not None else ()
-        return Observation(ZScoreState(ema.add(learned, self.decay), kept, side))
+        samples = run if self.regime_after is not None else ()
+        return Observation(ZScoreState(ema.add(learned, self.decay), samples, side))
 
     def _relearn(self, old: Ema, run: tuple[float, ...], side: int, step: int) -> Observation[ZScoreState]:
         new = self._baseline(run)
-        limit, was, now = (self._norm(s) for s in (old.mean + side * self._reach(old), old.mean, new.mean))
+        limit, was, now = (self._from_space(s) for s in (old.mean + side * self._margin(old), old.mean, new.mean))
         where = "above" if side > 0 else "below"
         reason = (
-            f"grad_norm {where} {limit:.4g} for {len(run)} steps in a row: level learned anew, {was:.4g} -> {now:.4g}"
+            f"grad_norm {where} {limit:.4g} for {len(run)} steps in a row: new level learned, {was:.4g} -> {now:.4g}"
         )
         return Observation(ZScoreState(new), (Event(step, self.label, "regime", now, limit, reason),))
 
     def _baseline(self, norms: tuple[float, ...]) -> Ema:
-        """Mean and variance of norms, those left out that are far from the median."""
+        """Mean and variance of norms, without those far from the median."""
         logs = Window().extend(math.log(norm) for norm in norms)
-        reach = _OUTLIER * max(MAD_TO_SIGMA * logs.mad, _OUTLIER_SIGMA)
-        return Ema.from_moments(self._s(norm) for norm in norms if abs(math.log(norm) - logs.median) <= reach)
+        farthest = _OUTLIER * max(MAD_TO_SIGMA * logs.mad, _OUTLIER_SIGMA)
+        return Ema.from_moments(self._to_space(norm) for norm in norms if abs(math.log(norm) - logs.median) <= farthest)
 
     def _bound(self, ema: Ema) -> Bound:
-        mean, reach = ema.mean, self._reach(ema)
+        mean, margin = ema.mean, self._margin(ema)
         log = self.space == "log"
-        target = mean + reach if self.target == "threshold" else mean
-        pull = reach * reach if self.target == "reciprocal" else 0.0
+        target = mean + margin if self.target == "threshold" else mean
+        pull = margin * margin if self.target == "reciprocal" else 0.0
         if self.clip_factor != 1.0:
             if log:
                 target += math.log(self.clip_factor)
             else:
                 target, pull = self.clip_factor * target, self.clip_factor * pull
-        return Bound(mean + reach, target, pull, mean if pull else 0.0, log)
+        return Bound(mean + margin, target, pull, mean if pull else 0.0, log)
 
-    def _reach(self, ema: Ema) -> float:
-        """Distance of the threshold from the mean."""
+    def _margin(self, ema: Ema) -> float:
+        """Distance of the limits from the mean."""
         least = self.min_sigma if self.space == "log" else self.min_sigma * ema.mean
         return self.z_threshold * max(math.sqrt(ema.var), least)
 
-    def _s(self, norm: float) -> float:
+    def _to_space(self, norm: float) -> float:
         return math.log(norm) if self.space == "log" else norm
 
-    def _norm(self, s: float) -> float:
+    def _from_space(self, s: float) -> float:
         return math.exp(s) if self.space == "log" else s

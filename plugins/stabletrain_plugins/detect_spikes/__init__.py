@@ -1,1 +1,1 @@
-"""Tell loss spikes, divergences and new levels apart, and report them."""
+"""Detect and report loss spikes, divergences and level shifts."""

@@ -1,4 +1,4 @@
-"""Report loss spikes and divergences, and measure how often steps stand out."""
+"""Report loss spikes and divergences, and measure how often they occur."""
 
 from __future__ import annotations
 
@@ -10,37 +10,38 @@ from stabletrain.core.spikes import SpikeDetection
 
 @dataclass(frozen=True, kw_only=True)
 class DetectSpikesRule(SpikeDetection):
-    """Report spikes, divergences and non-finite steps, as three different things; change nothing about the training.
+    """Report spikes, divergences, level shifts and non-finite steps as separate events; training does not change.
 
-    Loss and raw gradient norm are held against their recent past: median ``m`` and scaled MAD ``s`` of the last
-    ``window`` accepted steps, those of the last ``delay`` steps not yet among them. A norm is an outlier above
-    ``exp(m + z_threshold * s)`` of its logarithms, a loss above ``m + z_threshold * s`` or, where that is higher, the
-    limit of a log-normal loss. Accepted are applied, finite steps with both signals inside, so that neither a
-    burst nor a step that another plugin skipped can hide what follows.
+    Loss and raw gradient norm are compared with median ``m`` and scaled MAD ``s`` of the last ``window`` accepted
+    steps, without the newest ``delay`` of them. A norm is an outlier above ``exp(m + z_threshold * s)`` of its
+    logarithms, a loss above ``m + z_threshold * s`` or, where that is higher, above the limit of a log-normal or a
+    long-tailed loss. A step is accepted if it is applied and finite and neither signal has an excursion: bursts and
+    steps that another plugin skipped do not change the limits. An excursion begins with an outlier and ends when the
+    signal falls below the midpoint of median and limit.
 
-    * *spike*: outside, then back. Each step outside is an event.
-    * *divergence*: the loss is not back within ``patience`` steps. It is said again every ``patience`` steps, and after
-      ``window`` steps the level is learned anew: whoever only watches has to go on watching.
-    * *regime*: the gradient norm alone stays outside for ``regime_after`` steps. It has a new level, which is learned
-      from those steps.
+    * *spike*: an outlier of the loss or of the norm; one event per step.
+    * *divergence*: an excursion of the loss that lasts ``patience`` steps. The event is repeated every ``patience``
+      steps; after ``window`` steps the baseline is learned from the new level, so that later spikes are detected.
+    * *regime*: an excursion of the gradient norm alone that lasts ``regime_after`` steps. The baseline is learned from
+      those steps.
     * *nonfinite*: loss or norm is NaN or infinite. It enters no baseline.
 
     The metric ``spike_score`` is the share of flagged steps (outliers and non-finite ones) among the last
-    ``score_window``.
+    ``score_window`` steps.
 
     Args:
-        z_threshold: robust standard deviations above the centre at which outliers begin, > 0.
+        z_threshold: distance of the limit from the median, in robust standard deviations, > 0.
         window: steps of history, >= 2.
-        delay: steps that an accepted step waits before it counts as history, >= 0.
-        min_samples: steps in the window before anything is judged, 2 to ``window``; ``delay`` more have then passed.
-        patience: steps outside after which a raised loss is a divergence, 1 to ``window``; also non-finite steps in a
-            row after which ``on_divergence`` applies.
-        regime_after: steps outside after which the gradient norm has a new level, 2 to ``window``.
+        delay: steps after which an accepted step enters the history, >= 0.
+        min_samples: steps of history from which on there is a limit, 2 to ``window``; this takes ``delay`` steps more.
+        patience: steps after which an excursion of the loss is a divergence, 1 to ``window``; also the number of
+            consecutive non-finite steps after which ``on_divergence`` applies.
+        regime_after: steps after which an excursion of the gradient norm alone is a new level, 2 to ``window``.
         min_sigma_norm: floor of the norm's standard deviation, in nats of its logarithm, > 0.
         min_sigma_loss: floor of the loss's standard deviation, as a share of its median, >= 0.
-        score_window: steps that ``spike_score`` looks back, >= 1.
-        on_divergence: ``"report"``, or ``"rollback"``: ask for a rollback too, which where no plugin can roll back is a
-            clean stop.
+        score_window: steps over which ``spike_score`` is computed, >= 1.
+        on_divergence: ``"report"``, or ``"rollback"``: also request a rollback; if no plugin can roll back, the run
+            stops cleanly.
 
     Raises:
         UserError: if an argument is out of range.
@@ -67,6 +68,6 @@ class DetectSpikesRule(SpikeDetection):
         super().__post_init__()
         self.require(self.on_divergence in ("report", "rollback"), "on_divergence", '"report" or "rollback"')
 
-    def asks(self) -> bool:
-        """Whether a divergence becomes a request for a rollback."""
+    def requests_rollback(self) -> bool:
+        """Whether a divergence requests a rollback."""
         return self.on_divergence == "rollback"

@@ -1,4 +1,4 @@
-"""Gradient and weight norms by layer, looked at every N steps and read from the device once per flush."""
+"""Gradient and weight norms by layer, computed every N steps and copied to the host when metrics are logged."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from stabletrain.runtime import gradients
 from stabletrain.runtime.guard.callbacks import GuardMember
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""What torch.compile, FSDP and activation checkpointing put into names."""
+"""Name parts that torch.compile, FSDP and activation checkpointing insert."""
 
 
 class MonitorGradients(GuardMember):
-    """Log the norms of gradients and weights layer by layer, and say where a gradient became non-finite.
+    """Log the norms of gradients and weights layer by layer, and report where a gradient became non-finite.
 
-    Every ``every`` attempted steps, and at the first, the norms are computed on the device; they are read once, when
-    the guard sends its metrics out (``Trainer(log_every_n_steps=...)``): ``grad_norm/<layer>`` and
-    ``weight_norm/<layer>``, means over the looks since the last time, and ``nonfinite_layers``, the most layers with a
-    non-finite gradient in one look. Gradients are looked at unscaled, before any transform or clipping. The global
-    ``grad_norm``, ``clipped`` and ``skipped`` are the guard's own metrics, of every step.
+    In the first attempted step and every ``every`` steps the norms are computed on the device. They are copied to the
+    host when the guard logs its metrics (``Trainer(log_every_n_steps=...)``): ``grad_norm/<layer>`` and
+    ``weight_norm/<layer>``, means over the measurements since then, and ``nonfinite_layers``, the largest number of
+    layers with a non-finite gradient in one step. Gradients are unscaled, before any transform or clipping. The guard
+    itself logs the global ``grad_norm``, ``clipped`` and ``skipped``, from every step.
 
-    When a step is non-finite, an event names the parameters where its gradient is. Where decisions are made on the
-    device (``Guard(mode="device")``), that step's gradients are gone when the host learns of it, and none is named.
+    After a non-finite step an event names the parameters with a non-finite gradient. With decisions on the device
+    (``Guard(mode="device")``) it does not: those gradients have been freed when the host gets the outcome.
 
     Args:
-        every: attempted steps from one look to the next, >= 1.
+        every: attempted steps between measurements, >= 1.
         depth: levels of modules that make a layer, >= 1; an index counts with its list, so that 1 gives
             ``model.blocks.3``. None: every module is a layer.
-        weights: look at the weights too.
+        weights: also log the norms of the weights.
 
     Raises:
         UserError: if an argument is out of range.
@@ -57,7 +57,7 @@ class MonitorGradients(GuardMember):
         self._clear()
 
     def _clear(self) -> None:
-        self._looks: list[Tensor] = []
+        self._measurements: list[Tensor] = []
         self._worst: int | None = None
         self._layers: list[str] = []
         self._layer_of: list[int] = []
@@ -69,23 +69,23 @@ class MonitorGradients(GuardMember):
         return self.plugin
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Join the guard; nothing has been looked at yet."""
+        """Register with the guard, and discard all measurements."""
         if stage == "fit":
             self._clear()
         super().setup(trainer, pl_module, stage)
 
     def on_gradients(self, step: int, parameters: Sequence[Tensor]) -> None:
-        """Measure on the device, in the steps whose turn it is."""
+        """Compute the norms on the device, in the first step and every `every` steps."""
         if (step + 1) % self.every and step:
             return
         if not self._layers:
             self._group(parameters)
         grads = gradients.of(parameters)
         present = [layer for layer, p in zip(self._layer_of, parameters, strict=True) if gradients.of((p,))]
-        look = [self._norms(0, grads, present, parameters[0].device)]
+        norms = [self._norms(0, grads, present, parameters[0].device)]
         if self.weights:
-            look.append(self._norms(1, [p.detach() for p in parameters], self._layer_of, parameters[0].device))
-        self._looks.append(torch.stack(look))
+            norms.append(self._norms(1, [p.detach() for p in parameters], self._layer_of, parameters[0].device))
+        self._measurements.append(torch.stack(norms))
 
     def on_outcome(self, outcome: Outcome) -> None:
         """After a non-finite step: name the parameters where its gradient is non-finite."""
@@ -108,23 +108,23 @@ class MonitorGradients(GuardMember):
         guard.report(Event(outcome.step, self.plugin, "nonfinite", float(len(bad)), 0.0, reason))
 
     def metrics(self) -> dict[str, float]:
-        """Means over the looks since the last flush, read from the device at once."""
-        looks, self._looks = self._looks, []
+        """Means over the measurements since the last call, copied from the device in one transfer."""
+        measurements, self._measurements = self._measurements, []
         worst, self._worst = self._worst, None
-        if not looks:
+        if not measurements:
             return {} if worst is None else {"nonfinite_layers": float(worst)}
-        table: list[list[list[float]]] = torch.stack(looks).tolist()
-        seen = max(sum(not math.isfinite(norm) for norm in look[0]) for look in table)
+        table: list[list[list[float]]] = torch.stack(measurements).tolist()
+        seen = max(sum(not math.isfinite(norm) for norm in each[0]) for each in table)
         metrics = {"nonfinite_layers": float(max(seen, worst or 0))}
         for row, what in enumerate(("grad_norm", "weight_norm")[: len(table[0])]):
             for column, layer in enumerate(self._layers):
-                finite = [look[row][column] for look in table if math.isfinite(look[row][column])]
+                finite = [each[row][column] for each in table if math.isfinite(each[row][column])]
                 if finite:
                     metrics[f"{what}/{layer}"] = math.fsum(finite) / len(finite)
         return metrics
 
     def _group(self, parameters: Sequence[Tensor]) -> None:
-        assert self._guard is not None, "gradients are shown by the guard"
+        assert self._guard is not None, "on_gradients is called by the guard"
         order = {id(p): (i, name) for i, (name, p) in enumerate(self._guard.module.named_parameters())}
         named = [order.get(id(p), (len(order) + i, f"parameter {i}")) for i, p in enumerate(parameters)]
         layers = layer_names([name for _, name in named], self.depth)
@@ -134,7 +134,7 @@ class MonitorGradients(GuardMember):
         self._layer_of = [at[layer] for layer in layers]
 
     def _norms(self, row: int, tensors: Sequence[Tensor], layer_of: list[int], device: torch.device) -> Tensor:
-        """The norm of each layer, in float64: the square of a large float32 is no overflow there."""
+        """The norm of each layer, in float64, in which the square of a float32 does not overflow."""
         if not tensors:
             return torch.zeros(len(self._layers), dtype=torch.float64, device=device)
         squares = gradients.tensor_norms(tensors).double().square()
@@ -148,8 +148,8 @@ class MonitorGradients(GuardMember):
 def layer_names(parameters: Sequence[str], depth: int | None) -> list[str]:
     """The layer of each parameter: the beginning of its module's name.
 
-    Levels that all modules share (``model.``) are kept and not counted, and an index counts with the list that it is
-    in (``blocks.3`` is one level). A parameter of the module that all others are in is a layer by itself.
+    Levels that all modules share (``model.``) are part of the name but not counted, and an index counts with its list
+    (``blocks.3`` is one level). A parameter of the common parent module itself is a layer by itself.
 
     Args:
         parameters: names as in `torch.nn.Module.named_parameters`.

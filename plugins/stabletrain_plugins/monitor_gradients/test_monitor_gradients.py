@@ -249,7 +249,7 @@ def test_a_layer_that_is_never_finite_is_left_out_and_counted(tmp_path: Path) ->
     assert "grad_norm/net.out" in row
 
 
-def test_a_second_fit_begins_anew(tmp_path: Path) -> None:
+def test_a_second_fit_starts_without_measurements(tmp_path: Path) -> None:
     monitor = MonitorGradients(every=5)
     fit(Net(), tmp_path, monitor, steps=7, log_every_n_steps=7)
     module = Net()

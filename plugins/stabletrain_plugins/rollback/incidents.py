@@ -100,4 +100,4 @@ def is_healthy(state: SpikeState, outcome: Outcome) -> bool:
         outcome: of the step.
     """
     finite = math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm)
-    return finite and not outcome.skipped and not state.loss_out.steps and not state.norm_out.steps
+    return finite and not outcome.skipped and not state.loss_excursion.steps and not state.norm_excursion.steps

@@ -166,7 +166,7 @@ def test_data_without_a_length_need_a_total_only_where_the_curve_has_an_end(tmp_
     assert [rate for rate, _ in net.used] == pytest.approx([BASE * f for f in (0.25, 0.5, 0.75, 1, 1, 1)])
     with pytest.raises(UserError, match=r"lr_warmup: 2% cannot be turned .* set trainer.max_steps"):
         trainer(tmp_path, ScheduleLR()).fit(Net(), endless)
-    with pytest.raises(UserError, match=r"kind='cosine' needs to know where it ends"):
+    with pytest.raises(UserError, match=r"kind='cosine' needs the length of the run"):
         trainer(tmp_path, ScheduleLR("cosine", lr_warmup=4)).fit(Net(), endless)
 
 

@@ -1,4 +1,4 @@
-"""Drop non-finite steps, and say when dropping them is no longer a cure."""
+"""Drop non-finite steps, and request a rollback after too many in a row."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from stabletrain.core.rule import Observation, Rule
 
 
 class NonFiniteState(NamedTuple):
-    """Length of the current run of dropped steps."""
+    """State of the rule.
+
+    Args:
+        in_a_row: number of consecutive non-finite steps up to the last step.
+    """
 
     in_a_row: int = 0
 
@@ -22,12 +26,13 @@ class NonFiniteState(NamedTuple):
 class SkipNonFiniteRule(Rule[NonFiniteState]):
     """Drop a step whose loss or global gradient norm is NaN or infinite, as if its batches had never been seen.
 
-    One dropped step costs next to nothing; many in a row mean that the weights themselves are damaged, so after
-    ``max_in_a_row`` of them the rule asks for a rollback, which without a plugin that can roll back is a clean stop.
-    Overflows of the fp16 loss scaler are the scaler's business and not counted, unless they do not end.
+    A single dropped step is harmless. Many in a row mean that the weights are damaged: after ``max_in_a_row`` of them
+    the rule requests a rollback; if no plugin can roll back, the run stops cleanly. Overflows of the fp16 loss scaler
+    are not counted, unless there are ``max_overflows_in_a_row`` of them or the scale has fallen to ``min_scale``. Steps
+    that another plugin skipped do not end the count.
 
     Args:
-        max_in_a_row: dropped steps in a row after which the run is given up, in steps, >= 1.
+        max_in_a_row: non-finite steps in a row after which a rollback is requested, in steps, >= 1.
         max_overflows_in_a_row: fp16 overflows in a row that count as non-finite, in steps, >= 1.
         min_scale: loss scale at or below which an overflow counts as non-finite, > 0.
 
@@ -53,15 +58,15 @@ class SkipNonFiniteRule(Rule[NonFiniteState]):
         self.require(self.min_scale > 0, "min_scale", "> 0")
 
     def init(self) -> NonFiniteState:
-        """No step dropped yet."""
+        """No step dropped yet; the count is 0."""
         return NonFiniteState()
 
     def limits(self, state: NonFiniteState) -> Limits:
-        """Every step must be finite."""
+        """Drop the next step if it is not finite."""
         return Limits.of(SkipNonFinite())
 
     def observe(self, state: NonFiniteState, outcome: Outcome) -> Observation[NonFiniteState]:
-        """Count dropped steps in a row."""
+        """Count non-finite steps in a row; only an applied step resets the count."""
         if outcome.overflow:
             return self._observe_overflow(state, outcome)
         if math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm):
@@ -88,7 +93,7 @@ class SkipNonFiniteRule(Rule[NonFiniteState]):
         event = Event(outcome.step, self.label, kind, value, limit, f"{reason} ({in_a_row} in a row)")
         if in_a_row < self.max_in_a_row:
             return Observation(NonFiniteState(in_a_row), (event,))
-        demand = (
+        request = (
             f"{in_a_row} non-finite steps in a row (plugins.nonfinite.max_in_a_row={self.max_in_a_row}); last: {reason}"
         )
-        return Observation(NonFiniteState(), (event,), (Request(RequestKind.ROLLBACK, self.label, demand),))
+        return Observation(NonFiniteState(), (event,), (Request(RequestKind.ROLLBACK, self.label, request),))

@@ -1,1 +1,1 @@
-"""Drop steps whose loss or gradient norm is far from its history."""
+"""Drop steps whose loss or gradient norm is far above its history."""

@@ -1,4 +1,4 @@
-"""Drop outliers of the loss and of the gradient norm, and tell them from a new level of the norm."""
+"""Drop outliers of the loss and of the gradient norm; learn a new level of the norm."""
 
 from __future__ import annotations
 
@@ -17,52 +17,52 @@ _NO_BOUNDS: frozenset[Bound] = frozenset()
 
 
 class OutlierState(NamedTuple):
-    """What the rule remembers.
+    """State of the rule.
 
     Args:
         loss: baseline of the loss.
         norm: baseline of the gradient norm.
-        in_a_row: length of the current run of dropped steps.
-        suspects: norms that may be a new level.
-        shifted: how many of the suspects were dropped.
+        in_a_row: number of consecutive dropped steps up to the last step.
+        candidates: norms that may belong to a new level.
+        dropped: number of candidates whose step was dropped.
     """
 
     loss: Baseline = Baseline()
     norm: Baseline = Baseline()
     in_a_row: int = 0
-    suspects: tuple[float, ...] = ()
-    shifted: int = 0
+    candidates: tuple[float, ...] = ()
+    dropped: int = 0
 
 
 @dataclass(frozen=True)
 class SkipOutliersRule(Rule[OutlierState]):
     """Drop a step whose loss or gradient norm lies far above its recent history, as if its batches had not been seen.
 
-    A norm is dropped above ``exp(m + sigmas * s)``, with median ``m`` and scaled MAD ``s`` of the logarithms of the
-    last ``window`` norms. A loss is dropped above the highest of three limits: ``m + sigmas * s`` of the last losses;
-    ``m * (q / m) ** (1.4826 * sigmas)`` with their upper quartile ``q``, the same for a log-normal loss, as that of
-    small batches is near the end of training; and ``m + sigmas * (t - m) / 1.7`` with their 98th percentile ``t``, for
-    batches of very different sizes. Only applied, finite steps enter the history, so a burst cannot hide itself.
+    The limit of the norm is ``exp(m + sigmas * s)``, with median ``m`` and scaled MAD ``s`` of the logarithms of the
+    last ``window`` norms. The limit of the loss is the highest of three: ``m + sigmas * s`` of the last losses;
+    ``m * (q / m) ** (1.4826 * sigmas)`` with their upper quartile ``q``, for a log-normal loss, such as that of small
+    batches near the end of training; and ``m + sigmas * (t - m) / 1.7`` with their 98th percentile ``t``, for batches
+    of very different sizes. Only applied, finite steps enter the history, so a burst does not raise its own limit.
 
-    When the norm alone is dropped ``regime_after`` times while the loss stays within its limit, its level has changed:
-    it is learned anew from the dropped norms. ``max_in_a_row`` dropped steps are not outliers but a damaged state: the
-    rule asks for a rollback, which without a plugin that can roll back is a clean stop. A zero norm is neither an
-    outlier nor history.
+    After ``regime_after`` steps that were dropped for their norm alone, the loss within its limit, the norm has a new
+    level: its history is replaced by the norms of those steps. After ``max_in_a_row`` dropped steps in a row the rule
+    requests a rollback, because the weights may be damaged; if no plugin can roll back, the run stops cleanly. A zero
+    norm is not an outlier and does not enter the history.
 
     Args:
         sigmas: standard deviations above the centre at which a step is dropped, > 0.
         window: steps of history, >= 2.
-        min_samples: steps that are only learned from, 2 to ``window``.
-        signals: what is watched: ``"both"``, ``"loss"`` or ``"grad_norm"``.
-        robust: median and MAD; else mean and standard deviation (of n - 1), and only the first limit of the loss.
-        log_norm: judge the norm in log space; else linearly.
+        min_samples: steps of history from which on there is a limit, 2 to ``window``.
+        signals: signals with a limit: ``"both"``, ``"loss"`` or ``"grad_norm"``.
+        robust: use median and MAD; else mean and standard deviation (of n - 1), and only the first limit of the loss.
+        log_norm: test the norm in log space; else in linear space.
         min_sigma_norm: floor of the norm's standard deviation: in nats, > 0; with ``log_norm=False`` as a share of the
             centre, >= 0.
         min_sigma_loss: floor of the loss's standard deviation, as a share of the centre, >= 0.
-        keep_outliers: let dropped steps enter the history too, so that it follows any change by itself.
-        regime_after: steps dropped for their norm alone after which its level is learned anew, >= 2; None: never. It
-            has no meaning with ``keep_outliers``.
-        max_in_a_row: dropped steps in a row after which the run is given up, > ``regime_after``.
+        keep_outliers: let dropped steps enter the history too, so that it follows any change.
+        regime_after: steps dropped for their norm alone after which a new level is learned, >= 2; None: never. It has
+            no effect with ``keep_outliers``.
+        max_in_a_row: dropped steps in a row after which a rollback is requested, > ``regime_after``.
 
     Raises:
         UserError: if an argument is out of range.
@@ -121,16 +121,16 @@ class SkipOutliersRule(Rule[OutlierState]):
     ) -> Self:
         """The rule of OLMo-core's ``SkipStepOptimizer``: mean + 6 standard deviations, linear, over 128 steps.
 
-        It differs where one NaN makes the reference drop every step until it has left the window, and where a resumed
-        run is unprotected until the window has filled again.
+        Two differences: in the reference one NaN makes every step an outlier until it leaves the window, and a resumed
+        run has no limits until the window is half full again.
 
         Args:
             sigmas: its ``sigma_factor``, > 0.
-            window: its ``rolling_interval_length``, >= 20; half of it is only learned from.
+            window: its ``rolling_interval_length``, >= 20; there are no limits until half of it is filled.
             signals: ``"both"``, ``"loss"`` or ``"grad_norm"``.
-            keep_outliers: True, as published, lets the first spikes of a burst hide the later ones; False does not.
-            max_in_a_row: as in the rule itself; not in the reference.
-            name: as in the rule itself.
+            keep_outliers: True, as published, lets the first spikes of a burst raise the limit for the later ones.
+            max_in_a_row: as in the constructor; not in the reference.
+            name: as in the constructor.
         """
         return cls(
             sigmas=sigmas,
@@ -148,11 +148,11 @@ class SkipOutliersRule(Rule[OutlierState]):
         )
 
     def init(self) -> OutlierState:
-        """Nothing is known yet."""
+        """Empty baselines."""
         return OutlierState()
 
     def limits(self, state: OutlierState) -> Limits:
-        """The limits that were computed when the last step entered the history."""
+        """The limits of the two baselines, as far as they exist and their signals are selected."""
         loss, norm = self._loss.limit(state.loss), self._norm.limit(state.norm)
         if loss == math.inf or self.signals == "grad_norm":
             return NO_LIMITS if norm == math.inf else Limits(_NO_BOUNDS, frozenset((SkipAbove("grad_norm", norm),)))
@@ -161,7 +161,7 @@ class SkipOutliersRule(Rule[OutlierState]):
         return Limits(_NO_BOUNDS, frozenset((SkipAbove("loss", loss), SkipAbove("grad_norm", norm))))
 
     def observe(self, state: OutlierState, outcome: Outcome) -> Observation[OutlierState]:
-        """Learn an applied step; judge one that this rule dropped."""
+        """Add an applied step to the history, or count a step that this rule dropped."""
         loss, norm = outcome.loss, outcome.grad_norm
         if not (math.isfinite(loss) and math.isfinite(norm)) or outcome.overflow:
             return Observation(state)
@@ -174,21 +174,21 @@ class SkipOutliersRule(Rule[OutlierState]):
         return Observation(state)  # another rule dropped it
 
     def rebase(self, state: OutlierState, cause: str) -> OutlierState:
-        """The history at the snapshot; the run of dropped steps is over."""
-        return state._replace(in_a_row=0, suspects=(), shifted=0)
+        """The history at the snapshot, with all counts reset."""
+        return state._replace(in_a_row=0, candidates=(), dropped=0)
 
     # ---- the history ------------------------------------------------------------------------------------------------
 
     def _learn(self, state: OutlierState, loss: float, norm: float) -> OutlierState:
-        level, suspects, shifted = state.norm, state.suspects, state.shifted
+        level, candidates, dropped = state.norm, state.candidates, state.dropped
         if self.signals != "loss" and norm > 0.0:
-            if suspects:
-                # a value near the limit is no return to the old level, or a shift as far as the limit would drop half
-                # of the steps until the window has filled
-                near = self._norm.is_raised(level, norm)
-                suspects, shifted = ((*suspects, norm)[-self.window :], shifted) if near else ((), 0)
+            if candidates:
+                # an accepted norm near the limit does not discard the candidates: after a shift of the level as far as
+                # the limit, half of the steps would else be dropped until the window has filled
+                raised = self._norm.is_raised(level, norm)
+                candidates, dropped = ((*candidates, norm)[-self.window :], dropped) if raised else ((), 0)
             level = self._norm.learn(level, norm)
-        return OutlierState(self._loss.learn(state.loss, loss), level, 0, suspects, shifted)
+        return OutlierState(self._loss.learn(state.loss, loss), level, 0, candidates, dropped)
 
     def _outlier(
         self, state: OutlierState, outcome: Outcome, loss_above: bool, norm_above: bool
@@ -198,51 +198,51 @@ class SkipOutliersRule(Rule[OutlierState]):
         signals = [("loss", loss, self._loss, state.loss)] if by_loss else []
         if norm_above:
             signals.append(("grad_norm", norm, self._norm, state.norm))
-        what = " and ".join(self._sentence(*signal) for signal in signals)
-        _, value, gauge, baseline = signals[0]
-        limit = gauge.limit(baseline)
+        what = " and ".join(self._comparison(*signal) for signal in signals)
+        _, value, test, baseline = signals[0]
+        limit = test.limit(baseline)
         reason = f"{what}: step skipped ({in_a_row} in a row)"
         events: tuple[Event, ...] = (Event(outcome.step, self.label, "skip", value, limit, reason),)
 
         if self.keep_outliers:
             state = self._learn(state, loss, norm)._replace(in_a_row=in_a_row)
         elif loss_above:
-            state = state._replace(in_a_row=in_a_row, suspects=(), shifted=0)
+            state = state._replace(in_a_row=in_a_row, candidates=(), dropped=0)
         else:
-            suspects = (*state.suspects, norm)[-self.window :]
-            state = state._replace(in_a_row=in_a_row, suspects=suspects, shifted=state.shifted + 1)
-            if self.regime_after is not None and state.shifted >= self.regime_after:
+            candidates = (*state.candidates, norm)[-self.window :]
+            state = state._replace(in_a_row=in_a_row, candidates=candidates, dropped=state.dropped + 1)
+            if self.regime_after is not None and state.dropped >= self.regime_after:
                 state, event = self._relearn(state, outcome.step)
                 events += (event,)
         if state.in_a_row < self.max_in_a_row:
             return Observation(state, events)
-        demand = f"{in_a_row} outliers in a row (plugins.outliers.max_in_a_row={self.max_in_a_row}); last: {what}"
-        request = Request(RequestKind.ROLLBACK, self.label, demand)
-        return Observation(state._replace(in_a_row=0, suspects=(), shifted=0), events, (request,))
+        reason = f"{in_a_row} outliers in a row (plugins.outliers.max_in_a_row={self.max_in_a_row}); last: {what}"
+        request = Request(RequestKind.ROLLBACK, self.label, reason)
+        return Observation(state._replace(in_a_row=0, candidates=(), dropped=0), events, (request,))
 
     def _relearn(self, state: OutlierState, step: int) -> tuple[OutlierState, Event]:
-        level = self._norm.relearn(state.norm, state.suspects)
+        level = self._norm.relearn(state.norm, state.candidates)
         was, now, limit = self._norm.centre(state.norm), self._norm.centre(level), self._norm.limit(state.norm)
         reason = (
-            f"grad_norm above {limit:.4g} in {state.shifted} steps, the loss within its limit: "
-            f"level learned anew, {was:.4g} -> {now:.4g}"
+            f"grad_norm above {limit:.4g} in {state.dropped} steps, the loss within its limit: "
+            f"new level learned, {was:.4g} -> {now:.4g}"
         )
         return OutlierState(state.loss, level), Event(step, self.label, "regime", now, limit, reason)
 
-    # ---- the yardsticks ---------------------------------------------------------------------------------------------
+    # ---- the outlier tests -------------------------------------------------------------------------------------------
 
     @cached_property
     def _loss(self) -> OutlierTest:
-        return self._gauge(self.min_sigma_loss, log=False)
+        return self._test(self.min_sigma_loss, log=False)
 
     @cached_property
     def _norm(self) -> OutlierTest:
-        return self._gauge(self.min_sigma_norm, self.log_norm)
+        return self._test(self.min_sigma_norm, self.log_norm)
 
-    def _gauge(self, min_sigma: float, log: bool) -> OutlierTest:
+    def _test(self, min_sigma: float, log: bool) -> OutlierTest:
         return OutlierTest(self.sigmas, self.window, 0, self.min_samples, min_sigma, log, self.robust)
 
-    def _sentence(self, signal: str, value: float, gauge: OutlierTest, baseline: Baseline) -> str:
+    def _comparison(self, signal: str, value: float, test: OutlierTest, baseline: Baseline) -> str:
         statistic, steps = "median" if self.robust else "mean", len(baseline.past.window)
-        limit, centre = gauge.limit(baseline), gauge.centre(baseline)
+        limit, centre = test.limit(baseline), test.centre(baseline)
         return f"{signal} {value:.4g} > {limit:.4g} ({statistic} {centre:.4g} of {steps} steps)"

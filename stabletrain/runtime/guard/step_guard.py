@@ -245,7 +245,7 @@ class StepGuard:
         else:
             if self._transforms:
                 transformed = self._transform(grads).item()
-            applied_norm = limits.hold(transformed)
+            applied_norm = limits.clip(transformed)
             if applied_norm < transformed:
                 gradients.scale_(grads, applied_norm / transformed)
         in_a_row = self.counters.overflows_in_a_row + 1 if overflow else 0
@@ -265,7 +265,7 @@ class StepGuard:
         def outcome() -> Outcome:
             loss_value, norm, transformed_norm = copy.read()
             skipped = limits.skips_step(loss_value, norm)
-            applied_norm = math.nan if skipped else limits.hold(transformed_norm)
+            applied_norm = math.nan if skipped else limits.clip(transformed_norm)
             return Outcome(step, loss_value, norm, transformed_norm, applied_norm, skipped)
 
         return outcome

@@ -28,7 +28,7 @@ def extremes_do_not_crash(subject: Subject) -> None:
                 try:
                     limits = rule.limits(state)
                     for probe in _PROBES:
-                        held = limits.hold(probe)
+                        held = limits.clip(probe)
                         if not 0.0 <= held <= probe:
                             wrong(f"{case} to hold a norm of {probe:g} to [0, {probe:g}]", f"{held:g}")
                     state = rule.observe(state, outcome_of(limits, step, loss, norm)).state

@@ -76,7 +76,7 @@ def _cases() -> Iterator[tuple[int, tuple[float | None, float | None], bool, int
 def _verdict(rule: Rule[Any], state: Any) -> tuple[bool, float]:
     limits = rule.limits(state)
     loss, norm = 2.0 * _SPIKE[0], _SPIKE[1]
-    return limits.skips_step(loss, norm), limits.hold(norm)
+    return limits.skips_step(loss, norm), limits.clip(norm)
 
 
 def _said(verdict: tuple[bool, float]) -> str:

@@ -46,7 +46,7 @@ def run(rule: Rule[Any], series: Iterable[tuple[float, float]], state: Any, star
 def outcome_of(limits: Limits, step: int, loss: float, norm: float, *, skipped: bool = False) -> Outcome:
     """The outcome of a step that is held to these limits alone, or that somebody else skips."""
     skipped = skipped or limits.skips_step(loss, norm)
-    return Outcome(step, loss, norm, norm, float("nan") if skipped else limits.hold(norm), skipped=skipped)
+    return Outcome(step, loss, norm, norm, float("nan") if skipped else limits.clip(norm), skipped=skipped)
 
 
 def everywhere() -> dict[str, Series]:

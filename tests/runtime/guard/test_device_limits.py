@@ -60,7 +60,7 @@ def test_a_value_at_its_threshold_is_not_above_it(value: float, signal: str) -> 
 def test_host_and_device_hold_to_the_same_norm(some: Limits, value: float) -> None:
     """Bugs: another formula on the device; a scale that is not exactly 1 where nothing is clipped."""
     norm = single(value)
-    held = some.hold(norm.item())
+    held = some.clip(norm.item())
     scale = decide(some, single(1.0), norm, norm).grad_scale
     assert scale.item() >= 1.0
     if held == norm.item():
