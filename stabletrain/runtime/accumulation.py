@@ -52,10 +52,6 @@ class AccumulationWindow:
         """Between batches: gradients of the batches before wait for more before the optimizer steps."""
         return trainer_internals.window_is_open(self._trainer)
 
-    def number_of(self, position: int) -> int:
-        """The window, counted from 0 in its epoch, that the micro-batch at a position of the epoch belongs to."""
-        return position // self.size
-
     # ---- the losses of the window in progress -----------------------------------------------------------------------
 
     @property

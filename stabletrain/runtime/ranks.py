@@ -76,8 +76,3 @@ class Ranks:
     @property
     def _averages_all(self) -> bool:
         return isinstance(self._strategy.model, DistributedDataParallel)
-
-
-def world_size() -> int:
-    """Number of processes that train together; 1 without a process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -11,7 +11,8 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from stabletrain.errors import UserError, require
-from stabletrain.runtime import ranks, rng
+from stabletrain.runtime import rng
+from stabletrain.runtime.accumulation import AccumulationWindow
 from stabletrain.runtime.data.position import LoaderState
 from stabletrain.runtime.data.train_loader import TrainLoader
 from stabletrain.runtime.internals import loader as loader_internals
@@ -142,8 +143,9 @@ class ResumeExactly(Callback):
         if here is None:
             return {}
         everyone: list[Any] = [here]
-        if ranks.world_size() > 1:
-            everyone = [None] * ranks.world_size()
+        processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if processes > 1:
+            everyone = [None] * processes
             dist.all_gather_object(everyone, here)
         return {"ranks": everyone}
 
@@ -170,7 +172,7 @@ class ResumeExactly(Callback):
     def _here(self) -> dict[str, Any]:
         assert self._loader is not None
         assert self._trainer is not None
-        if loader_internals.is_within_window(self._trainer) and not self._warned_of_window:
+        if AccumulationWindow(self._trainer).is_open and not self._warned_of_window:
             self._warned_of_window = True
             rank_zero_warn(
                 f"{_NAME}: this checkpoint is made between the micro-batches of an optimizer step. Their gradients are "

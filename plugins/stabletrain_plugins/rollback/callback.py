@@ -134,7 +134,7 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         guard, loader = self._guard_and_loader()
         request, self._requested = self._requested, None
-        if request is not None or not trainer_internals.window_is_open(trainer):
+        if request is not None or not guard.window.is_open:
             if self._replay is not None:
                 self._replay_step(self._replay, request)
             elif request := request or self._check_weights():

@@ -94,16 +94,14 @@ def reserve(rule: RollbackRule, ring: SnapshotRing, guard: StepGuard, batch: Any
     Raises:
         UserError: on all ranks, if one of them has too little memory.
     """
-    trainer, batches = guard.trainer, rule.keep * rule.every * guard.trainer.accumulate_grad_batches
+    trainer, batches = guard.trainer, rule.keep * rule.every * guard.window.size
     plan = MemoryPlan.of(ring.bytes_needed(guard), rule.keep, batch, batches, rule.spill)
     device = next(guard.module.parameters()).device
     problem = plan.problem(rule.max_memory, free_for_a_rank(trainer, rule.where, device))
-    if trainer.world_size > 1 and trainer.strategy.reduce_boolean_decision(problem is not None, all=False):
-        problem = (
+    if guard.ranks.any(problem is not None):
+        raise UserError(
             problem or "rollback: another rank has too little memory for its snapshots; see the error of that rank"
         )
-    if problem is not None:
-        raise UserError(problem)
     if trainer.is_global_zero:
         on_disk = f", the snapshots in {rule.spill}" if rule.spill else ""
         logger.info("rollback needs up to %s: %s of memory%s on each rank", plan, shown(plan.memory), on_disk)

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 
 from stabletrain.runtime.checkpoints.loading import is_ours, read, store_of
 from stabletrain.runtime.checkpoints.manifest import CheckpointError
+from stabletrain.runtime.checkpoints.newest_file import newest_files
 from stabletrain.runtime.checkpoints.store import Store
 from stabletrain.runtime.guard.callbacks import RuleCallback
 from stabletrain.runtime.guard.step_guard import StepGuard
@@ -96,7 +97,7 @@ def _candidates(trainer: Trainer) -> Iterator[Path]:
             run = entries[-1].manifest.info.run if entries else None
             paths = [entry.path for entry in reversed(entries) if entry.manifest.info.run == run]
         else:
-            paths = _lightning_checkpoints(Path(folder))
+            paths = newest_files(Path(folder))
         for path in paths:
             if path not in seen:
                 seen.add(path)
@@ -105,11 +106,6 @@ def _candidates(trainer: Trainer) -> Iterator[Path]:
         resumed = Path(trainer.ckpt_path)
         folder = None if resumed.is_file() else store_of(resumed)
         yield from [resumed] if folder is None else (entry.path for entry in reversed(Store(folder).entries()))
-
-
-def _lightning_checkpoints(folder: Path) -> list[Path]:
-    """Lightning's checkpoint files in a folder, newest first."""
-    return sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True)
 
 
 def restore(guard: StepGuard, path: str, cause: str) -> None:

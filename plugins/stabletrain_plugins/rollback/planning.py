@@ -64,15 +64,15 @@ def plan_rollback(
     if isinstance(decision, ToCheckpoint):
         checkpoint = older_checkpoint.find(trainer, decision.before)
         if checkpoint is not None:
-            batches = batches_to_exclude(decision.exclusion, incidents, loader, None, trainer.accumulate_grad_batches)
-            return Plan(_intervention(rule, request, situation, checkpoint, batches, trainer.world_size), None)
+            batches = batches_to_exclude(decision.exclusion, incidents, loader, None, guard.window.size)
+            return Plan(_intervention(rule, request, situation, checkpoint, batches, guard.ranks.size), None)
         decision = decision.otherwise
     if isinstance(decision, GiveUp):
         return decision
     step = decision.step
     snapshot = next(each for each in trusted if each.step == step)
-    batches = batches_to_exclude(decision.exclusion, incidents, loader, snapshot.mark, trainer.accumulate_grad_batches)
-    return Plan(_intervention(rule, request, situation, snapshot, batches, trainer.world_size), snapshot)
+    batches = batches_to_exclude(decision.exclusion, incidents, loader, snapshot.mark, guard.window.size)
+    return Plan(_intervention(rule, request, situation, snapshot, batches, guard.ranks.size), snapshot)
 
 
 def _intervention(
@@ -81,9 +81,9 @@ def _intervention(
     situation: Situation,
     restored: Snapshot | FoundCheckpoint,
     batches: list[TapedBatch],
-    world_size: int,
+    processes: int,
 ) -> Intervention:
-    several = world_size > 1  # then the ranks have different samples at the same position
+    several = processes > 1  # then the ranks have different samples at the same position
     return Intervention(
         step=situation.attempted,
         to=restored.step if isinstance(restored, Snapshot) else None,

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from lightning.pytorch import Trainer
 
+from stabletrain.runtime.ranks import Ranks
 from stabletrain_plugins.rollback.weight_check import WeightCheck
 
 
@@ -83,10 +84,8 @@ class WeightMonitor:
             if last is not None and problem is None and not unhealthy:
                 speeds = (*speeds, *_known(speed(now, last)))[-_MAX_SPEEDS:]
             self.history = WeightHistory(now, last, speeds)
-        if trainer.world_size > 1:
-            damaged = trainer.strategy.reduce_boolean_decision(problem is not None, all=False)
-            problem = problem or ("weights are damaged on another rank" if damaged else None)
-        return problem
+        damaged = Ranks(trainer).any(problem is not None)
+        return problem or ("weights are damaged on another rank" if damaged else None)
 
     def forget_norms(self) -> None:
         """After a restore: do not compare the restored weights with those of the undone steps."""

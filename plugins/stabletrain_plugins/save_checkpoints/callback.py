@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from stabletrain.core.intervals import SaveTriggers
 from stabletrain.core.lengths import LengthLike
 from stabletrain.errors import UserError, require
+from stabletrain.runtime.accumulation import AccumulationWindow
 from stabletrain.runtime.checkpoints.lightning_io import VerifiedIO
 from stabletrain.runtime.checkpoints.loading import newest
 from stabletrain.runtime.checkpoints.manifest import CheckpointInfo
@@ -24,6 +25,7 @@ from stabletrain.runtime.checkpoints.preemption import EXIT_CODE, PreemptionWatc
 from stabletrain.runtime.checkpoints.saver import Saver
 from stabletrain.runtime.checkpoints.store import MetricMode, Retention, Store
 from stabletrain.runtime.internals import trainer as trainer_internals
+from stabletrain.runtime.ranks import Ranks
 from stabletrain.runtime.records.recipe import recipe_hash
 from stabletrain.runtime.run_length import run_length
 
@@ -135,7 +137,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
                 recipe=self._recipe,
                 metric=None if value is None else self.monitor,
                 value=value,
-                whole=not trainer_internals.window_is_open(trainer),
+                whole=not AccumulationWindow(trainer).is_open,
             )
             self._saver.save(checkpoint, info, wait)
         if wait:
@@ -201,7 +203,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save if a checkpoint is due; with accumulation, only after the optimizer step."""
-        if not self._active or trainer_internals.window_is_open(trainer):
+        if not self._active or AccumulationWindow(trainer).is_open:
             return
         if not self._rehearsed:
             self._rehearse(trainer)
@@ -280,9 +282,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
     def _is_due(self, trainer: Trainer) -> bool:
         """Whether a checkpoint is due, by the clock of any rank; the same on all ranks."""
         due = self._triggers.due(trainer.global_step, time.monotonic())
-        if trainer.world_size > 1 and self._triggers.seconds is not None:
-            due = trainer.strategy.reduce_boolean_decision(due, all=False)
-        return due
+        return due if self._triggers.seconds is None else Ranks(trainer).any(due)
 
     def _rehearse(self, trainer: Trainer) -> None:
         """After the first step: refuse what cannot be saved, and allocate the memory for the copy."""

@@ -90,7 +90,7 @@ class StepGuard:
         self._transforms = sorted(transforms, key=lambda m: (m.plugin, m.state_key))
         self._gradient_observers = [m for m in members if m.observes_gradients]
         self._outcome_observers = [m for m in members if m.observes_outcomes]
-        self._window = AccumulationWindow(trainer)
+        self.window = AccumulationWindow(trainer)
         self._pending: Callable[[], Outcome] | None = None
         self._requests: list[Request] = []
         self._attempted = False
@@ -106,8 +106,8 @@ class StepGuard:
             member.on_optimizer_ready(self.trainer)
         support.check_optimizer(self.trainer)
         self._scaling = LossScaling(self.trainer)
-        self._ranks = Ranks(self.trainer)
-        support.warn_of_local_parameters(self._ranks, self.module)
+        self.ranks = Ranks(self.trainer)
+        support.warn_of_local_parameters(self.ranks, self.module)
         self._control = StepControl(self.trainer, self.module)
         self._undo = [self._control.undo, trainer_internals.before_checkpoint(self.trainer, self.settle)]
         self._parameters = [p for group in self._control.optimizer.param_groups for p in group["params"]]
@@ -122,24 +122,24 @@ class StepGuard:
         self.is_open = False
         while self._undo:
             self._undo.pop()()
-        self._window.clear()
+        self.window.clear()
         self._pending = None
 
     # ---- one step ---------------------------------------------------------------------------------------------------
 
     def start_batch(self) -> None:
         """``on_train_batch_start``: the first micro-batch of a window fixes what a dropped step goes back to."""
-        if self._window.is_empty and self._control is not None:
+        if self.window.is_empty and self._control is not None:
             self._control.start_window()
 
     def take_loss(self, loss: Tensor) -> None:
         """``on_before_backward``: the loss of a micro-batch, divided by the window's size, times the loss scale."""
-        self._window.add(loss)
+        self.window.add(loss)
 
     def decide(self, optimizer: Optimizer) -> None:
         """``on_before_optimizer_step``: gradients are complete. Measure, ask the rules, act."""
         self.settle()
-        if self._window.is_empty and self._ranks.size == 1:
+        if self.window.is_empty and self.ranks.size == 1:
             return  # training_step returned None: there was no backward pass, so there is no step to judge
         self.control.start_decision()
         loss = self._window_loss()  # first: the other ranks wait for it
@@ -208,7 +208,7 @@ class StepGuard:
             overflows_in_a_row: as it was at that step.
         """
         self.counters = self.counters._replace(overflows_in_a_row=overflows_in_a_row)
-        self._window.clear()
+        self.window.clear()
         self._requests.clear()
 
     @property
@@ -223,8 +223,8 @@ class StepGuard:
 
     def _window_loss(self) -> Tensor | None:
         """The unscaled mean loss of the window over all ranks; None if no rank had one."""
-        loss = self._ranks.mean_loss(self._window.take())
-        factor = self._window.size / self._scaling.scale
+        loss = self.ranks.mean_loss(self.window.take())
+        factor = self.window.size / self._scaling.scale
         return loss if loss is None or factor == 1.0 else loss * factor
 
     def _decide_exactly(

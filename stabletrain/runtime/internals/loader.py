@@ -75,12 +75,6 @@ def epoch_is_over(trainer: Trainer) -> bool:
     return counts.processed > 0 and counts.ready == counts.processed and loop._num_ready_batches_reached()
 
 
-def is_within_window(trainer: Trainer) -> bool:
-    """Whether gradients of an unfinished accumulation window exist."""
-    counts: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-    return bool(counts.processed) and trainer.fit_loop._should_accumulate()
-
-
 def count_excluded(trainer: Trainer, batches: int) -> None:
     """Count excluded batches as completed, so that batch_idx and the end of the epoch stay right."""
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress

@@ -21,7 +21,6 @@ def test_the_private_attributes_that_the_train_loader_uses_exist():
     assert loader_internals.epoch_number(trainer) == 0
     assert loader_internals.batches_in_progress(trainer) == 0
     assert not loader_internals.epoch_is_over(trainer)
-    assert not loader_internals.is_within_window(trainer)
     loader_internals.count_excluded(trainer, 2)
     assert trainer.fit_loop.epoch_loop.batch_idx == 1
     loader_internals.begin_next_epoch(trainer)  # nothing was restored: nothing to do
