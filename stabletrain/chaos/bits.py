@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from stabletrain.chaos.fault import Fault
 from stabletrain.chaos.gradients import find_parameter
+from stabletrain.runtime.checkpoints.newest_file import newest_files
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -126,4 +127,4 @@ def _checkpoints_of(callback: Checkpoint) -> list[Path]:
     last, folder = getattr(callback, "last", None), getattr(callback, "dirpath", None)
     if last:  # as SaveCheckpoints says which one it is
         return [Path(last)]
-    return list(Path(folder).glob("*.ckpt")) if folder else []
+    return newest_files(Path(folder))[:1] if folder else []

@@ -9,8 +9,7 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 
 from stabletrain.runtime.records.event_log import logger
-
-FOLDER = "chaos"
+from stabletrain.runtime.records.run_files import CHAOS
 
 
 class Marker:
@@ -22,7 +21,7 @@ class Marker:
     """
 
     def __init__(self, trainer: Trainer, name: str) -> None:
-        file = f"{FOLDER}/{name}-rank{trainer.global_rank}.json"
+        file = f"{CHAOS}/{name}-rank{trainer.global_rank}.json"
         self.path = Path(trainer.log_dir or trainer.default_root_dir) / file
         self._sources = [self.path]
         if trainer.ckpt_path:  # a resumed run has a folder of its own, the marker lies in that of the checkpoint

@@ -10,13 +10,13 @@ import inspect
 import typing
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 from stabletrain.config import discovery
 from stabletrain.config.build import build_callback
 from stabletrain.config.compose import BUILT, Composed
 from stabletrain.config.problems import Problem, suggestion
+from stabletrain.config.resume import checkpoint_of
 from stabletrain.config.trust import resolve
 from stabletrain.config.types import mismatch
 from stabletrain.errors import UserError
@@ -274,21 +274,6 @@ def _resume(config: Mapping[str, Any]) -> Iterator[Problem]:
         return
     path = checkpoint_of(resume)
     if path is None:
-        yield Problem("resume", f"there is no checkpoint {resume!r}; expected a .ckpt here, or a run's folder")
+        yield Problem("resume", f"there is no checkpoint at {resume!r}; expected a .ckpt file, or the folder of a run")
     elif path.is_file() and not zipfile.is_zipfile(path):
-        yield Problem("resume", f"{path} is no checkpoint, or a truncated one; take an earlier one")
-
-
-def checkpoint_of(resume: str) -> Path | None:
-    """Return the checkpoint that ``resume`` means: itself, or the newest one of a run's folder.
-
-    Args:
-        resume: path of a checkpoint (a file, or a folder that a sharded strategy wrote) or of a run's folder.
-    """
-    path = Path(resume).expanduser().absolute()
-    if path.is_dir() and (path / "checkpoints").is_dir():
-        if any((path / "checkpoints").glob("step-*/manifest.json")):
-            return path / "checkpoints"  # the newest that verifies is chosen when it is loaded
-        found = sorted((path / "checkpoints").glob("*.ckpt"), key=lambda file: file.stat().st_mtime)
-        return found[-1].resolve() if found else None
-    return path if path.exists() else None
+        yield Problem("resume", f"expected a checkpoint, got {path}, which is none or is truncated; use an earlier one")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,10 +49,34 @@ class Subject:
         return instantiate(self.node(option), trust=self.trust, key=choice(option))
 
     def plain_option(self) -> Option:
-        """The option closest to the constructor's defaults."""
-        from stabletrain.testing.checks.config import differences
+        """Return the option closest to the constructor's defaults."""
+        return min(self.options, key=lambda option: len(self.differences(option)))
 
-        return min(self.options, key=lambda option: len(differences(self, option)))
+    def parameters(self, node: Mapping[str, Any]) -> dict[str, inspect.Parameter]:
+        """Return the parameters of a node's target that the node must set, by name.
+
+        Args:
+            node: a mapping with ``_target_``. With ``_partial_``, parameters without a default are omitted: they are
+                passed later, as an optimizer's parameters are.
+        """
+        target = self.resolve(node["_target_"])
+        return {
+            name: parameter
+            for name, parameter in inspect.signature(target).parameters.items()
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+            and not (node.get("_partial_") and parameter.default is parameter.empty and name not in node)
+        }
+
+    def differences(self, option: Option) -> list[str]:
+        """Return the values of an option that are not the default of their parameter, each as a text."""
+        found = []
+        for node in self.targets(option):
+            for name, parameter in self.parameters(node).items():
+                if name in node and parameter.default is not parameter.empty:
+                    value, default = node[name], parameter.default
+                    if _comparable(value) != _comparable(default):
+                        found.append(f"{name}: {value!r} in the file, {default!r} in the signature")
+        return found
 
     def representatives(self) -> list[Option]:
         """One option for each thing that the plugin's options build: options that only preset values share one."""
@@ -115,3 +140,13 @@ def _without_interpolations(node: Any) -> Any:
             if not (isinstance(value, str) and "${" in value)
         }
     return node
+
+
+def _comparable(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(_comparable(item) for item in value)
+    if isinstance(value, Mapping):
+        return {str(key): _comparable(item) for key, item in value.items()}
+    if isinstance(value, bool):  # True == 1, but a file that says 1 says something else
+        return ("bool", value)
+    return value

@@ -20,13 +20,12 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_only
 
+from stabletrain.runtime.records.run_files import UNSENT_METRICS
 from stabletrain.tracking import runs
 from stabletrain.tracking.store import absolute_uri, default_tracking_uri, ensure_store, explained, open_client
 from stabletrain.tracking.writer import MetricWriter, Point
 
 log = logging.getLogger(__name__)
-
-UNSENT = "metrics-unsent.jsonl"
 
 
 class MLflowLogger(Logger):
@@ -218,7 +217,7 @@ class MLflowLogger(Logger):
                 self._run_id = self._create(client)
             else:
                 runs.reopen(client, self._run_id)
-            unsent = Path(self._save_dir or Path.cwd()) / UNSENT
+            unsent = Path(self._save_dir or Path.cwd()) / UNSENT_METRICS
             self._session = _Session(client, self._run_id, unsent)
         return self._session
 

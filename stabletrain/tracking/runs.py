@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from stabletrain.runtime.records.run_files import RUN_YAML
 from stabletrain.tracking.naming import MAX_PARAM, MAX_TAG, chunks, flatten, safe_key, shorten
 from stabletrain.tracking.store import StoreError, ensure_store, explained, open_client, sqlite_path, store_lock
 
@@ -71,13 +72,13 @@ def start_run(
         write_tags(client, run_id, all_tags)
         write_params(client, run_id, {key: value for key, value in config.items() if key not in _NOT_PARAMS})
         with tempfile.TemporaryDirectory() as scratch:
-            (Path(scratch) / "run.yaml").write_text(_yaml(_with_run_id(config, run_id)), encoding="utf-8")
+            (Path(scratch) / RUN_YAML).write_text(_yaml(_with_run_id(config, run_id)), encoding="utf-8")
             write_environment(Path(scratch) / "environment", code=code)
             client.log_artifacts(run_id, scratch, artifact_path=folder)
     return run_id
 
 
-def settle(uri: str, run_id: str, status: Status, *, force: bool = False) -> str:
+def set_final_status(uri: str, run_id: str, status: Status, *, force: bool = False) -> str:
     """Give a run its final status if it is still open; call it as often as you like.
 
     Args:
@@ -236,7 +237,7 @@ def write_tags(client: Any, run_id: str, tags: Mapping[str, object]) -> None:
         client.log_batch(run_id, tags=part)
 
 
-def keep_files(uri: str, run_id: str, paths: Iterable[str | Path]) -> None:
+def upload_files(uri: str, run_id: str, paths: Iterable[str | Path]) -> None:
     """Copy files and folders that a run left behind into its artifacts.
 
     Args:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from stabletrain.runtime.records.run_files import SAMPLE
 from stabletrain.workloads.base import Workload, decay_groups
 from stabletrain.workloads.gpt import GPT
 from stabletrain.workloads.metrics import Perplexity, WeightedMean
@@ -182,7 +183,7 @@ class CharGPT(Workload):
             model.train(training)
         if self.trainer.is_global_zero:
             sample = data.decode(tokens)
-            path = Path(self.trainer.default_root_dir) / "sample.txt"
+            path = Path(self.trainer.default_root_dir) / SAMPLE
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(sample + "\n", encoding="utf-8")
             rank_zero_info(f"Sample after step {self.trainer.global_step} ({path}):\n{sample}")

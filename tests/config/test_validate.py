@@ -4,8 +4,9 @@ from typing import Any
 import pytest
 
 from stabletrain.config.compose import compose
+from stabletrain.config.resume import checkpoint_of
 from stabletrain.config.types import mismatch
-from stabletrain.config.validate import check, check_node, checkpoint_of
+from stabletrain.config.validate import check, check_node
 
 TINY = str(Path(__file__).parents[1] / "launch" / "tiny.yaml")
 OURS = [
@@ -64,7 +65,7 @@ def test_every_option_that_we_ship_fits_its_signature(group: str) -> None:
         ("launch.procs=2", ["launch.procs: there is no such key"]),
         ("launch.nodes=2", ["launch.nodes: several nodes need launch=slurm"]),
         ("launch=slurm launch.sbatch.a_b=3", ["launch.sbatch.a_b: expected a long option"]),
-        ("resume=/no/such.ckpt", ["resume: there is no checkpoint '/no/such.ckpt'"]),
+        ("resume=/no/such.ckpt", ["resume: there is no checkpoint at '/no/such.ckpt'"]),
         ("resume=https://example.com/x.ckpt", ["resume: there is no checkpoint"]),
         ("model._target_=os.system", ["model._target_: 'os.system' may not be built"]),
     ],

@@ -10,13 +10,13 @@ from stabletrain.cli.summary import next_commands
 from stabletrain.config.trust import TrustError
 from stabletrain.errors import UserError
 from stabletrain.launch.assemble import assemble, override_optimizer, run_callbacks, trainer_arguments
-from stabletrain.launch.launcher import Done
-from stabletrain.launch.process import AGREED, Ended, worker_command, worker_environment
-from stabletrain.launch.result import EXIT_CODES, MLFLOW, Result, read_result
+from stabletrain.launch.final_status import final_result
+from stabletrain.launch.launcher import FinishedJob
+from stabletrain.launch.process import AGREED_ENDS_EXIT_0, ProcessEnd, worker_command, worker_environment
+from stabletrain.launch.result import EXIT_CODES, MLFLOW_STATUS, Result, read_result
 from stabletrain.launch.run_folder import make_run_folder, write_run_yaml
-from stabletrain.launch.settle import conclude
-from stabletrain.launch.signals import SignalWatch
 from stabletrain.launch.worker import main
+from stabletrain.runtime.signal_watch import SignalWatch
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +89,7 @@ def test_the_worker_does_not_believe_the_trust_in_run_yaml(
 
 def test_a_model_that_is_none_is_refused(config: dict[str, Any]) -> None:
     config["model"] = {"_target_": "torch.nn.Identity"}
-    with pytest.raises(UserError, match=r"model: 'torch\.nn\.Identity' made a Identity, expected a Light"):
+    with pytest.raises(UserError, match=r"model: expected a LightningModule, got a Identity from .*torch\.nn"):
         assemble(config, SignalWatch())
 
 
@@ -130,9 +130,9 @@ def test_run_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert one.parent == tmp_path / "runs" / "tiny"
     assert make_run_folder("tiny", "here", job=3) == tmp_path / "here" / "3"
     (tmp_path / "here" / "3" / "run.yaml").touch()
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already contains a run"):
         make_run_folder("tiny", "here", job=3)
-    with pytest.raises(UserError, match="run_dir: cannot write in /dev/null/x"):
+    with pytest.raises(UserError, match="run_dir: cannot write to /dev/null/x"):
         make_run_folder("tiny", "/dev/null/x")
 
 
@@ -141,7 +141,7 @@ def test_commands(tmp_path: Path) -> None:
     assert worker_command(one, tmp_path)[1:] == ["-m", "stabletrain.worker", str(tmp_path)]
     two = worker_command({**one, "processes": 2}, tmp_path)
     assert two[1:7] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    assert two[-1] == AGREED
+    assert two[-1] == AGREED_ENDS_EXIT_0
     assert "torch.distributed.run" in worker_command({**one, "kind": "torchrun"}, tmp_path)
 
 
@@ -155,7 +155,7 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("end", EXIT_CODES)
 def test_every_end_has_a_code_and_a_status(end: Any, tmp_path: Path) -> None:
-    assert (MLFLOW[end] == "FINISHED") == (EXIT_CODES[end] == 0)
+    assert (MLFLOW_STATUS[end] == "FINISHED") == (EXIT_CODES[end] == 0)
     result = Result(end=end, steps=3, metrics={"loss": float("nan")})
     result.write(tmp_path)
     found = read_result(tmp_path)
@@ -169,7 +169,7 @@ def test_every_end_has_a_code_and_a_status(end: Any, tmp_path: Path) -> None:
 def test_a_worker_without_last_words(code: int, end: str, config: dict[str, Any], tmp_path: Path) -> None:
     # exit code 0 without a result is no success either
     (tmp_path / "run").mkdir()
-    result = conclude(config, Ended(code=code))
+    result = final_result(config, ProcessEnd(code=code))
     assert result.end == end
     assert result.checkpoint is None
 
@@ -179,7 +179,7 @@ def test_what_a_killed_worker_left_is_found(config: dict[str, Any], tmp_path: Pa
     folder = tmp_path / "run"
     (folder / "checkpoints" / "step-00000005").mkdir(parents=True)
     (folder / "checkpoints" / "step-00000005" / "manifest.json").touch()
-    result = conclude(config, Ended(code=-9))
+    result = final_result(config, ProcessEnd(code=-9))
     assert result.checkpoint == str(folder / "checkpoints")
-    done = Done(recipe="tiny", overrides=(), config={**config, "trust": []}, result=result)
-    assert next_commands(done)[0] == f"stabletrain train tiny resume={folder}/checkpoints"
+    job = FinishedJob(recipe="tiny", overrides=(), config={**config, "trust": []}, result=result)
+    assert next_commands(job)[0] == f"stabletrain train tiny resume={folder}/checkpoints"

@@ -9,6 +9,8 @@ from typing import Any
 import xxhash
 import yaml
 
+from stabletrain.runtime.records.run_files import RUN_YAML
+
 _OF_ONE_RUN = ("run_dir", "resume", "logger", "launch", "trust", "callbacks", "choices", "dry_run")
 """Where a run is, and how it is watched: not what is trained."""
 
@@ -21,7 +23,7 @@ def recipe_hash(folder: Path, but: tuple[str, ...] = ()) -> str | None:
         but: further keys that may differ.
     """
     try:
-        content = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
+        content = yaml.safe_load((folder / RUN_YAML).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return None
     if not isinstance(content, dict):

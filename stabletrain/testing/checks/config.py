@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
-from typing import Any
-
 from stabletrain.config.discovery import Option, content
 from stabletrain.config.validate import check_node
 from stabletrain.testing.failure import wrong
@@ -42,7 +38,7 @@ def keys_are_parameters(subject: Subject) -> None:
     """Every parameter of the constructor is in the YAML file, and nothing else."""
     for option in subject.options:
         for node in subject.targets(option):
-            given, named = set(node) - _HYDRA_KEYS, set(_parameters(subject, node))
+            given, named = set(node) - _HYDRA_KEYS, set(subject.parameters(node))
             written = _written(option)
             if missing := sorted(named - given - written):
                 wrong(f"{option.file} to set every parameter of {node['_target_']}", f"no {', '.join(missing)}")
@@ -75,7 +71,7 @@ def defaults_agree(subject: Subject) -> None:
         for node in subject.targets(option):
             by_target.setdefault(str(node["_target_"]), []).append(option)
     for target, options in by_target.items():
-        found = {choice(option): differences(subject, option) for option in options}
+        found = {choice(option): subject.differences(option) for option in options}
         if all(found.values()):
             name = min(found, key=lambda each: len(found[each]))
             wrong(
@@ -84,40 +80,6 @@ def defaults_agree(subject: Subject) -> None:
             )
 
 
-def differences(subject: Subject, option: Option) -> list[str]:
-    """The values of an option that are not the default of their parameter, each as a text."""
-    found = []
-    for node in subject.targets(option):
-        for name, parameter in _parameters(subject, node).items():
-            if name in node and parameter.default is not parameter.empty:
-                value, default = node[name], parameter.default
-                if _comparable(value) != _comparable(default):
-                    found.append(f"{name}: {value!r} in the file, {default!r} in the signature")
-    return found
-
-
-def _parameters(subject: Subject, node: Mapping[str, Any]) -> dict[str, inspect.Parameter]:
-    target = subject.resolve(node["_target_"])
-    found = {
-        name: parameter
-        for name, parameter in inspect.signature(target).parameters.items()
-        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-    }
-    if node.get("_partial_"):  # what is left open is given later: an optimizer's parameters
-        found = {name: p for name, p in found.items() if p.default is not p.empty or name in node}
-    return found
-
-
 def _written(option: Option) -> set[str]:
     """The top-level keys of the file, interpolated ones included."""
     return set(content(option))
-
-
-def _comparable(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return tuple(_comparable(item) for item in value)
-    if isinstance(value, Mapping):
-        return {str(key): _comparable(item) for key, item in value.items()}
-    if isinstance(value, bool):  # True == 1, but a file that says 1 says something else
-        return ("bool", value)
-    return value
