@@ -133,8 +133,8 @@ TOKENS = torch.tensor([[1, 2, 2, 3], [2, 5, 2, 9]])
 
 def content(kind, batch, **arguments):
     fault = BadBatch(at_step=0, kind=kind, **arguments)
-    fault._draw = torch.Generator().manual_seed(0)
-    return fault.other(batch)
+    fault._generator = torch.Generator().manual_seed(0)
+    return fault.replacement(batch)
 
 
 def test_nested_batches_keep_their_structure_masks_and_scalars():
@@ -242,7 +242,7 @@ def test_the_default_bit_is_the_highest_of_the_exponent(dtype, caplog):
     class Someone:
         global_rank = 0
 
-    FlipWeightBit(at_step=0).strike(Someone(), module, 0)
+    FlipWeightBit(at_step=0).apply(Someone(), module, 0)
     wrong = module.weight.detach().double()[module.weight != 0.75]
     assert len(wrong) == 1
     assert wrong.abs() > 1e4

@@ -31,25 +31,18 @@ OPTIONS = sorted((data_dir("conf") / "chaos").glob("*.yaml"))
 # ---- signals --------------------------------------------------------------------------------------------------------
 
 SCRIPT = """
-import logging, sys, torch
-from lightning.pytorch import LightningModule, Trainer, Callback
+import logging, sys
+from pathlib import Path
+from lightning.pytorch import Callback
 from stabletrain.chaos import SendSignal
+from stabletrain.testing.toy import fit
 
-class Net(LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.layer = torch.nn.Linear(1, 1)
-    def training_step(self, batch, batch_idx):
+class PrintSteps(Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         print("step", batch_idx, flush=True)
-        return self.layer(batch).sum()
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
 
 logging.disable(logging.INFO)
-trainer = Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False,
-                  default_root_dir=sys.argv[1], enable_progress_bar=False,
-                  enable_model_summary=False, callbacks=[SendSignal(**eval(sys.argv[2]))])
-trainer.fit(Net(), torch.utils.data.DataLoader(torch.ones(6, 1)))
+fit(Path(sys.argv[1]), [SendSignal(**eval(sys.argv[2])), PrintSteps()], steps=6, watch=False)
 print("done", flush=True)
 """
 

@@ -16,10 +16,11 @@ class Cli:
 
     def __call__(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
         inherited = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
+        path = os.pathsep.join([str(LAUNCH), *filter(None, [os.environ.get("PYTHONPATH")])])
         return subprocess.run(
             [sys.executable, "-m", "stabletrain", *words],
             cwd=self.folder,
-            env={**inherited, "PYTHONPATH": str(LAUNCH), "OMP_NUM_THREADS": "1", "COLUMNS": "120", **environment},
+            env={**inherited, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "120", **environment},
             capture_output=True,
             text=True,
             timeout=300,

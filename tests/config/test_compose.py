@@ -128,9 +128,9 @@ def test_an_unknown_recipe_has_a_near_one() -> None:
     [
         ("defaults:\n  - train\n  - override plugins/clip: nrom\n", ["plugins/clip", "'nrom'", "did you mean 'norm'"]),
         ("defaults:\n  - trian\n", ["'trian'"]),
-        ("defaults: [train\n", ["not valid YAML"]),
+        ("defaults: [train\n", ["expected valid YAML"]),
         ("seed: ${no.such}\ndefaults:\n  - train\n", ["no.such"]),
-        ("", ["nothing is chosen"]),
+        ("", ["nothing is selected"]),
     ],
 )
 def test_a_broken_recipe_is_a_message_that_names_the_place(tmp_path: Path, text: str, words: list[str]) -> None:
@@ -168,7 +168,7 @@ def test_a_list_is_not_a_sweep() -> None:
 
 def test_a_sweep_needs_the_flag() -> None:
     # two runs that the user did not ask for, or one with the text "1,2" as its seed
-    with pytest.raises(ConfigError, match=r"seed=1,2: several values make several runs; add -m"):
+    with pytest.raises(ConfigError, match=r"seed=1,2: several values need several runs; add -m"):
         expand(TINY, ["seed=1,2"], multirun=False)
 
 

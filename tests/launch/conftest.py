@@ -19,7 +19,7 @@ class Cli:
         self.folder = folder
         self.environment = {
             **{key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"},
-            "PYTHONPATH": str(HERE),
+            "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "OMP_NUM_THREADS": "1",
         }
 

@@ -140,5 +140,5 @@ def test_several_processes_and_a_signal_in_one_of_them(cli) -> None:
 def test_dry_run_makes_nothing(cli) -> None:
     done = cli.tiny("dry_run=true", "logger=mlflow")
     assert done.returncode == 0
-    assert "composes" in done.stdout
+    assert "the config composes" in done.stdout
     assert list(cli.folder.iterdir()) == []

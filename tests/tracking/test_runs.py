@@ -140,7 +140,7 @@ def test_deleted_experiment(uri, client):
     """Bug: an experiment that was deleted in the UI gives an error that does not say how to go on."""
     start_run({}, uri=uri, experiment="demo")
     client.delete_experiment(client.get_experiment_by_name("demo").experiment_id)
-    with pytest.raises(StoreError, match=r"'demo' is deleted.*experiments restore"):
+    with pytest.raises(StoreError, match=r"'demo' was deleted.*experiments restore"):
         start_run({}, uri=uri, experiment="demo")
 
 

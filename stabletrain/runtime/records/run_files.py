@@ -1,18 +1,18 @@
 """The names of the files in a run's folder: one table for everyone who writes or reads them. Standard library only.
 
-| name                   | written by                               | holds                                             |
-|------------------------|------------------------------------------|---------------------------------------------------|
-| `run.yaml`             | the launcher                             | the resolved config, input of the worker          |
-| `worker.log`           | the worker                               | log records and warnings                          |
-| `result.json`          | the worker, or the launcher in its place | how the run ended                                 |
-| `job.sbatch`           | the launcher, with SLURM                 | the batch script; its output is `slurm-<job>.out` |
-| `checkpoints/`         | checkpoint callbacks                     | checkpoints; `interrupted.ckpt` after a signal    |
-| `events.jsonl`         | the guard                                | what rules and transforms reported                |
-| `interventions.jsonl`  | plugins that restore an earlier state    | what they did, to repeat it                       |
-| `diagnosis-<step>/`    | plugins that stop a run                  | a report of the model's state                     |
-| `metrics-unsent.jsonl` | the MLflow logger                        | metrics that the store did not accept             |
-| `sample.txt`           | the text workload                        | a sample of the trained model                     |
-| `chaos/`               | faults of `stabletrain.chaos`            | the steps at which they were applied              |
+| name                   | written by                         | holds                                             |
+|------------------------|------------------------------------|---------------------------------------------------|
+| `run.yaml`             | the launcher                       | the resolved config, input of the worker          |
+| `worker.log`           | the worker                         | log records and warnings                          |
+| `result.json`          | the worker, or else the launcher   | how the run ended                                 |
+| `job.sbatch`           | the launcher, with SLURM           | the batch script; its output is `slurm-<job>.out` |
+| `checkpoints/`         | checkpoint callbacks               | checkpoints; `interrupted.ckpt` after a signal    |
+| `events.jsonl`         | the guard                          | what rules and transforms reported                |
+| `interventions.jsonl`  | plugins that restore earlier state | what they did, to repeat it                       |
+| `diagnosis-<step>/`    | plugins that stop a run            | a report of the model's state                     |
+| `metrics-unsent.jsonl` | the MLflow logger                  | metrics that the store did not accept             |
+| `sample.txt`           | the text workload                  | a sample of the trained model                     |
+| `chaos/`               | faults of `stabletrain.chaos`      | the steps at which they were applied              |
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Config, defaults and signature agree."""
+"""The config files, their defaults and the signatures agree."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _HYDRA_KEYS = frozenset({"_target_", "_partial_", "_convert_", "_recursive_", "_
 
 
 def options_exist(subject: Subject) -> None:
-    """A plugin offers something to choose."""
+    """The plugin has at least one option and a code file named for its kind."""
     if not subject.options:
         wrong("at least one file conf/<group>/<option>.yaml", f"none below {subject.plugin.folder / 'conf'}")
     if subject.plugin.kind == "other":
@@ -25,7 +25,7 @@ def options_exist(subject: Subject) -> None:
 
 
 def targets_are_public(subject: Subject) -> None:
-    """Every ``_target_`` resolves to a public object that a config may build."""
+    """Every ``_target_`` names a public object that a config may build."""
     for option in subject.options:
         nodes = list(subject.targets(option))
         if not nodes:
@@ -35,7 +35,7 @@ def targets_are_public(subject: Subject) -> None:
 
 
 def keys_are_parameters(subject: Subject) -> None:
-    """Every parameter of the constructor is in the YAML file, and nothing else."""
+    """The YAML file has every parameter of the constructor, and no other key."""
     for option in subject.options:
         for node in subject.targets(option):
             given, named = set(node) - _HYDRA_KEYS, set(subject.parameters(node))
@@ -47,7 +47,7 @@ def keys_are_parameters(subject: Subject) -> None:
 
 
 def values_are_arguments(subject: Subject) -> None:
-    """Every value has its parameter's type, and the option can be built."""
+    """Every value has the type of its parameter, and the option can be built."""
     for option in subject.options:
         for node in subject.targets(option):
             for problem in check_node(node, choice(option), subject.trust):
@@ -56,7 +56,7 @@ def values_are_arguments(subject: Subject) -> None:
             try:
                 built = subject.build(option)
             except Exception as error:
-                wrong(f"{choice(option)} to be built as it is", f"{type(error).__name__}: {error}")
+                wrong(f"{choice(option)} to be buildable as written", f"{type(error).__name__}: {error}")
             if subject.plugin.kind in CALLBACKS:
                 from lightning.pytorch import Callback
 
@@ -65,7 +65,7 @@ def values_are_arguments(subject: Subject) -> None:
 
 
 def defaults_agree(subject: Subject) -> None:
-    """For every target, one option holds the constructor's defaults and no other value."""
+    """For every target, one option has the constructor's defaults and no other values."""
     by_target: dict[str, list[Option]] = {}
     for option in subject.options:
         for node in subject.targets(option):
@@ -81,5 +81,5 @@ def defaults_agree(subject: Subject) -> None:
 
 
 def _written(option: Option) -> set[str]:
-    """The top-level keys of the file, interpolated ones included."""
+    """The top-level keys of the file, including those with interpolations."""
     return set(content(option))
