@@ -55,7 +55,7 @@ class Fault(Callback):
         """Called once at an affected step, before its first micro-batch."""
 
     def begin(self, trainer: Trainer, module: LightningModule, step: int) -> None:
-        """Called before every micro-batch of an affected step; pass the function that undoes a change to `undo_later`."""
+        """Called before every micro-batch of an affected step; register how to undo a change with `undo_later`."""
 
     def is_due(self, trainer: Trainer, step: int) -> bool:
         """Return whether the fault affects a step, apart from ``once``."""

@@ -132,7 +132,7 @@ def test_it_is_one_bit_and_bit_rot_has_no_time_of_change(tmp_path):
 
     fault = FlipCheckpointBit(at_step=0)
     assert fault.is_due(Someone(), 0)
-    fault.strike(Someone(), None, 0)
+    fault.apply(Someone(), None, 0)
     content = file.read_bytes()
     assert sum(byte.bit_count() for byte in content) == 1
     assert file.stat().st_mtime_ns == 10**18
@@ -218,7 +218,7 @@ def test_what_is_left_can_be_used_up(tmp_path):
             (tmp_path / "b").write_text("x" * 6)
         (tmp_path / "c").write_text("x" * 4)
         assert (tmp_path / "a").read_bytes() == b"x" * 6
-        with pytest.raises(UserError, match="another one is at work"):
+        with pytest.raises(UserError, match="another FullDisk is active"):
             NoSpace(tmp_path, free=0).install()
     finally:
         undo()

@@ -268,7 +268,7 @@ def test_a_diverged_fit_ends_with_a_warning_instead_of_a_crash(tmp_path: Path) -
     """Catches a run that is marked as failed after its last checkpoint because no sample could be drawn."""
     model = small()
     torch.nn.init.constant_(model.net.norm.bias, math.nan)
-    with pytest.warns(UserWarning, match="no sample was drawn"):
+    with pytest.warns(UserWarning, match="no sample was written"):
         trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(model, datamodule=ShakespeareData(context=16))
     assert not (tmp_path / "sample.txt").exists()
 
