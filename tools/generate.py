@@ -39,7 +39,7 @@ _ADD_A_PLUGIN = """\
    `callback.py`, `schedule.py`, `optimizer.py`, `precision.py` or `strategy.py`. `clip_norm` is the smallest rule.
 2. Write `conf/<group>/<option>.yaml`: the `_target_`, and every argument with its default and its unit.
 3. Write the card, `README.md`, and tests of what is special about it, `test_*.py`.
-4. Run `make generate`, then `make test`: the conformance check finds the plugin by itself.
+4. Run `make generate`, then `make test`: the conformance check includes every plugin.
 
 A plugin of your own, in its own distribution: `stabletrain new-plugin clip_cool`.
 """

@@ -1,4 +1,4 @@
-"""When a checkpoint is due: every so many steps, epochs, tokens, or percent of the run, or after a time.
+"""When a checkpoint is due: at intervals of steps, epochs, tokens, percent of the run, or time.
 
 See `stabletrain.core.lengths` for the family of parsers.
 """

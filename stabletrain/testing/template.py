@@ -88,7 +88,7 @@ def _check_free(name: str, choice: _Choice) -> None:
 
 def _write(home: Path, name: str, choice: _Choice) -> None:
     what = "skip" if name.startswith("skip_") else "clip"
-    verb = {"clip": "Hold the gradient norm to", "skip": "Drop a step whose gradient norm is above"}[what]
+    verb = {"clip": "Clip the gradient norm to", "skip": "Skip a step whose gradient norm is above"}[what]
     words = {
         "name": name,
         "distribution": name.replace("_", "-"),

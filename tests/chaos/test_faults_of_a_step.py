@@ -118,7 +118,7 @@ def test_a_bad_batch_changes_what_the_module_gets_and_nothing_else(train, kind):
     assert clean(run.module)
 
 
-def test_bad_batches_are_the_same_for_the_same_seed_and_leave_the_global_random_numbers_alone(train):
+def test_bad_batches_are_the_same_for_the_same_seed_and_do_not_use_the_global_random_generators(train):
     runs = []
     for seed in (0, 0, 1):
         torch.manual_seed(3)
@@ -158,7 +158,7 @@ def test_what_the_kinds_make_of_tokens():
     assert sorted(shuffled.flatten().tolist()) == sorted(TOKENS.flatten().tolist())
 
 
-def test_labels_are_found_by_name_or_place():
+def test_labels_are_found_by_name_or_index():
     x, y = torch.arange(50.0), torch.arange(50)
     for batch, arguments in (
         ({"x": x, "labels": y}, {}),

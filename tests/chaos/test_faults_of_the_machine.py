@@ -149,7 +149,7 @@ def test_without_a_checkpoint_it_waits(train, tmp_path):
 # ---- a full disk ----------------------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_meets_a_full_disk_and_the_disk_is_free_again_afterwards(train, tmp_path):
+def test_a_checkpoint_meets_a_full_disk_and_the_disk_is_free_again_later(train, tmp_path):
     functions = (open, io.open, os.write, torch.save, os.pwrite, os.sendfile)
     keep = ModelCheckpoint(tmp_path / "kept", every_n_train_steps=2, save_top_k=-1, filename="{step}")
     with pytest.raises(OSError, match="No space left") as error:

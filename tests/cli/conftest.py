@@ -9,7 +9,7 @@ LAUNCH = Path(__file__).parents[1] / "launch"
 
 
 class Cli:
-    """The real command line, in a folder of its own."""
+    """The real command line, run in its own folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -1,4 +1,4 @@
-"""Bad input through the real command line: one message that names the place and the way out, no traceback."""
+"""Bad input through the real command line: one message that names the key and what to do, no traceback."""
 
 import gzip
 import shlex
@@ -70,7 +70,7 @@ def test_all_mistakes_at_once(cli) -> None:
     assert "error: 4 mistakes" in done.stderr
 
 
-def test_no_run_is_left_behind_by_what_could_not_start(cli, folder: Path) -> None:
+def test_a_run_that_cannot_start_leaves_no_folder(cli, folder: Path) -> None:
     # a folder for each refused attempt buries the real ones
     cli(*shlex.split(f"{RUN} logger=mlflow logger.tracking_uri=sqlite:///corrupt.db"))
     assert not (folder / "runs").exists() or not any((folder / "runs" / "tiny").iterdir())

@@ -10,7 +10,7 @@ HEAVY = ("torch", "lightning", "mlflow", "hydra", "numpy")
 
 
 @pytest.mark.parametrize("words", [["--help"], ["ls"], ["ls", "plugins"], ["train", "--help"], ["show", "clip_norm"]])
-def test_looking_around_imports_nothing_heavy(words: list[str]) -> None:
+def test_help_ls_and_show_import_nothing_heavy(words: list[str]) -> None:
     # lightning alone takes four seconds
     code = (
         "import sys; sys.argv[1:] = " + repr(words) + "\n"

@@ -70,13 +70,13 @@ def test_every_option_that_we_ship_fits_its_signature(group: str) -> None:
         ("model._target_=os.system", ["model._target_: 'os.system' may not be built"]),
     ],
 )
-def test_a_mistake_is_told_with_its_key(override: str, words: list[str]) -> None:
-    told = "\n".join(problems(*override.split()))
+def test_a_mistake_is_reported_with_its_key(override: str, words: list[str]) -> None:
+    message = "\n".join(problems(*override.split()))
     for word in words:
-        assert word in told
+        assert word in message
 
 
-def test_all_mistakes_are_told_at_once_and_once() -> None:
+def test_all_mistakes_are_reported_once_and_together() -> None:
     found = problems("optimzer=x", "trainer.max_epocs=3", "seed=-1", "plugins/clip=nrom", "model.width=wide")
     assert len(found) == len(set(found)) == 5
 

@@ -13,7 +13,7 @@ TINY = str(HERE / "tiny.yaml")
 
 
 class Cli:
-    """The real command line, in a folder of its own."""
+    """The real command line, run in its own folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

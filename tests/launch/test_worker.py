@@ -35,7 +35,7 @@ def test_the_optimizer_of_any_module_can_be_replaced(config: dict[str, Any]) -> 
     assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(run.model.layer.weight)]
 
 
-def test_replacing_the_optimizer_leaves_the_class_alone(config: dict[str, Any]) -> None:
+def test_replacing_the_optimizer_does_not_change_the_class(config: dict[str, Any]) -> None:
     # a second model of the class in one process would train with the first one's optimizer
     import tiny_workload
 
@@ -77,24 +77,24 @@ def test_precision_may_be_a_plugin_object(config: dict[str, Any]) -> None:
     assert isinstance(made.scaler, torch.amp.GradScaler)
 
 
-def test_the_worker_does_not_believe_the_trust_in_run_yaml(
-    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # a run.yaml from somewhere else could name its own code and vouch for it
+def test_the_worker_does_not_trust_what_run_yaml_names(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    # a downloaded run.yaml could name its own code as trusted
     monkeypatch.delenv("STABLETRAIN_TRUST")
     config["trust"] = ["tiny_workload"]
     with pytest.raises(TrustError, match=r"model\._target_: 'tiny_workload\.TinyModel'"):
         assemble(config, SignalWatch())
 
 
-def test_a_model_that_is_none_is_refused(config: dict[str, Any]) -> None:
+def test_a_node_of_another_type_is_refused(config: dict[str, Any]) -> None:
     config["model"] = {"_target_": "torch.nn.Identity"}
     with pytest.raises(UserError, match=r"model: expected a LightningModule, got a Identity from .*torch\.nn"):
         assemble(config, SignalWatch())
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "a: [", "recipe: x"])
-def test_what_is_no_run_yaml_is_a_usage_error(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_is_no_run_yaml_is_a_usage_error(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import signal
 
     before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
@@ -109,7 +109,7 @@ def test_what_is_no_run_yaml_is_a_usage_error(text: str, tmp_path: Path, capsys:
     assert "run.yaml" in capsys.readouterr().err
 
 
-def test_run_yaml_survives_its_file(config: dict[str, Any], tmp_path: Path) -> None:
+def test_run_yaml_reads_back_equal(config: dict[str, Any], tmp_path: Path) -> None:
     # YAML reads 1e-3 back as a text, and a seed as 007 as seven
     (tmp_path / "run").mkdir()
     config["optimizer"] = {
@@ -166,7 +166,7 @@ def test_every_end_has_a_code_and_a_status(end: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("code", "end"), [(-9, "killed"), (137, "killed"), (143, "killed"), (1, "failed"), (0, "failed")]
 )
-def test_a_worker_without_last_words(code: int, end: str, config: dict[str, Any], tmp_path: Path) -> None:
+def test_a_worker_without_a_result(code: int, end: str, config: dict[str, Any], tmp_path: Path) -> None:
     # exit code 0 without a result is no success either
     (tmp_path / "run").mkdir()
     result = final_result(config, ProcessEnd(code=code))
@@ -174,8 +174,8 @@ def test_a_worker_without_last_words(code: int, end: str, config: dict[str, Any]
     assert result.checkpoint is None
 
 
-def test_what_a_killed_worker_left_is_found(config: dict[str, Any], tmp_path: Path) -> None:
-    """Bug: after a SIGKILL the command that goes on was not among those to type next."""
+def test_the_checkpoint_of_a_killed_worker_is_found(config: dict[str, Any], tmp_path: Path) -> None:
+    """Bug: after a SIGKILL the command that resumes was not among the suggested ones."""
     folder = tmp_path / "run"
     (folder / "checkpoints" / "step-00000005").mkdir(parents=True)
     (folder / "checkpoints" / "step-00000005" / "manifest.json").touch()

@@ -99,7 +99,7 @@ FAULTS = {
         "untriggered_changes_no_weights",
         "bit-identical",
     ),
-    "knows_its_place": Fault(
+    "depends_on_position": Fault(
         "callback",
         EMPTY_CALLBACK,
         method(HOOK + "        if trainer.callbacks.index(self) == 2: pl_module.net[0].bias.data.mul_(0.999)"),

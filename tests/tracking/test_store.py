@@ -111,7 +111,7 @@ def test_held_lock_file(uri, tmp_path):
 
 
 def test_folder_that_cannot_be_made(tmp_path):
-    """Bug: an unwritable place gives PermissionError or NotADirectoryError without saying what to change."""
+    """Bug: an unwritable folder raises PermissionError or NotADirectoryError without saying what to change."""
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match=r"MLFLOW_TRACKING_URI"):
         ensure_store(f"sqlite:///{tmp_path}/file/mlflow.db")
@@ -133,7 +133,7 @@ def test_file_store(uri, monkeypatch):
     ensure_store(uri)
 
 
-def test_servers_are_left_alone():
+def test_servers_are_not_changed():
     """Bug: a server's address is taken for a path."""
     ensure_store("http://localhost:1")
     ensure_store("databricks")

@@ -28,9 +28,9 @@ def extremes_do_not_crash(subject: Subject) -> None:
                 try:
                     limits = rule.limits(state)
                     for probe in _PROBES:
-                        held = limits.hold(probe)
-                        if not 0.0 <= held <= probe:
-                            wrong(f"{case} to bring a norm of {probe:g} into [0, {probe:g}]", f"{held:g}")
+                        clipped = limits.hold(probe)
+                        if not 0.0 <= clipped <= probe:
+                            wrong(f"{case} to bring a norm of {probe:g} into [0, {probe:g}]", f"{clipped:g}")
                     state = rule.observe(state, outcome_of(limits, step, loss, norm)).state
                     if rule.sees_overflow and step % 5 == 4:
                         state = rule.observe(state, _overflow(step)).state
