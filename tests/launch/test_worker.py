@@ -92,7 +92,7 @@ def test_a_node_of_another_type_is_refused(config: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "a: [", "recipe: x"])
-def test_a_file_that_is_no_run_yaml_is_a_usage_error(
+def test_another_file_than_run_yaml_is_a_usage_error(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import signal

@@ -1,11 +1,11 @@
-"""Checkpoints on disk that are complete or absent: written by `Saver`, verified by `load` while they are read.
+"""The crash-consistent store of checkpoints: the plugin `SaveCheckpoints` writes them, `load` reads one.
 
-Importing this package is cheap: every name is loaded on first use.
+Every name is loaded on first use, so that `newest_file` can be imported without torch.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -32,4 +32,4 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
