@@ -1,4 +1,4 @@
-"""``python -m stabletrain`` is the command line."""
+"""``python -m stabletrain`` runs the command line."""
 
 from stabletrain.cli.main import main
 

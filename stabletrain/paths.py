@@ -1,4 +1,4 @@
-"""Where the data folders conf/ and recipes/ are: beside the package in a checkout, inside it in a wheel."""
+"""Paths of the data folders conf/ and recipes/: beside the package in a checkout, inside it in an installed wheel."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def data_dir(name: str) -> Path:
     True
     """
     checkout = _PACKAGE.parent
-    # An editable install may leave stale copies inside the package, so the checkout comes first.
+    # the checkout first: an editable install may leave outdated copies inside the package
     if (checkout / "pyproject.toml").is_file() and (checkout / name).is_dir():
         return checkout / name
     return _PACKAGE / name

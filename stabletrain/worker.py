@@ -1,4 +1,4 @@
-"""``python -m stabletrain.worker run.yaml``: one process of one run."""
+"""``python -m stabletrain.worker run.yaml`` runs one process of a run."""
 
 import sys
 

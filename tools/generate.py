@@ -1,6 +1,6 @@
-"""Writes what follows from the plugins' folders: the export table of stabletrain/__init__.py, and the catalogue.
+"""Generate the export table of stabletrain/__init__.py and the catalogue plugins/README.md from the plugins' folders.
 
-Run it in a checkout: ``python tools/generate.py``, or with ``--check`` to only say what is out of date.
+Run ``python tools/generate.py`` in a checkout; with ``--check`` it only lists outdated files.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _ADD_A_PLUGIN = """\
    `callback.py`, `schedule.py`, `optimizer.py`, `precision.py` or `strategy.py`. `clip_norm` is the smallest rule.
 2. Write `conf/<group>/<option>.yaml`: the `_target_`, and every argument with its default and its unit.
 3. Write the card, `README.md`, and tests of what is special about it, `test_*.py`.
-4. Run `make generate`, then `make test`: the conformance check finds the plugin by itself.
+4. Run `make generate`, then `make test`: the conformance check includes every plugin.
 
 A plugin of your own, in its own distribution: `stabletrain new-plugin clip_cool`.
 """
@@ -50,8 +50,8 @@ class Export(NamedTuple):
 
     Args:
         name: as in ``stabletrain.NAME``.
-        module: where its code is.
-        attribute: the class there; of a rule, the rule.
+        module: the module with its code.
+        attribute: name of the class in the module; for a rule, of the rule's class.
     """
 
     name: str
@@ -65,14 +65,14 @@ class Export(NamedTuple):
 
 
 def generated() -> dict[Path, str]:
-    """Return every generated file with the content that it should have.
+    """Return every generated file with its expected content.
 
     Raises:
-        UserError: outside of a checkout, or where a plugin's public name has no class behind it.
+        UserError: outside a checkout, or if a plugin's public name has no class.
     """
     if not (ROOT / "pyproject.toml").is_file():
-        raise UserError(f"generate: expected a checkout of stabletrain, but {ROOT} has no pyproject.toml")
-    discovery.forget()
+        raise UserError(f"generate: expected a checkout of stabletrain, got {ROOT}, which has no pyproject.toml")
+    discovery.clear_cache()
     init = ROOT / "stabletrain" / "__init__.py"
     own = [plugin for plugin in discovery.plugins().values() if plugin.package.split(".")[0] == OWN]
     return {
@@ -82,10 +82,10 @@ def generated() -> dict[Path, str]:
 
 
 def exports(plugins: list[PluginInfo]) -> list[Export]:
-    """Return the public names of plugins, as their options' ``_target_`` say them, in alphabetical order.
+    """Return the public names in the options' ``_target_`` keys, in alphabetical order.
 
     Args:
-        plugins: whose.
+        plugins: with these options.
     """
     found: dict[str, Export] = {}
     for plugin in plugins:
@@ -98,7 +98,7 @@ def exports(plugins: list[PluginInfo]) -> list[Export]:
 
 
 def outdated() -> list[Path]:
-    """Return the generated files that are not what they should be."""
+    """Return the generated files whose content is outdated."""
     return [
         path
         for path, content in generated().items()
@@ -107,13 +107,13 @@ def outdated() -> list[Path]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the generated files, or say which are out of date.
+    """Write the generated files, or with ``--check`` print which are outdated.
 
     Args:
-        arguments: of the command line; None: this process's.
+        arguments: of the command line; None: ``sys.argv``.
     """
     parser = argparse.ArgumentParser(prog="python tools/generate.py", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if something is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file is outdated")
     check = parser.parse_args(arguments).check
     try:
         files = outdated()
@@ -122,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     for path in files:
-        print(f"{'out of date, run `make generate`' if check else 'written'}: {path.relative_to(ROOT)}")
+        print(f"{'outdated, run `make generate`' if check else 'written'}: {path.relative_to(ROOT)}")
         if not check:
             path.write_text(content[path], encoding="utf-8")
     return int(check and bool(files))
@@ -172,7 +172,7 @@ def _summary(plugin: PluginInfo) -> str:
     file = plugin.folder / "__init__.py"
     text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) if file.is_file() else None
     if not text:
-        raise UserError(f"generate: expected a one-line docstring in {file}: it is the plugin's line in the catalogue")
+        raise UserError(f"generate: expected a docstring in {file}, whose first line the catalogue shows")
     return text.splitlines()[0]
 
 

@@ -59,7 +59,7 @@ class SetWeight(chaos.Fault):
         super().__init__(at_step)
         self.parameter, self.value = parameter, value
 
-    def strike(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
+    def apply(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
         with torch.no_grad():
             module.get_parameter(self.parameter).view(-1)[0] = self.value
 
@@ -71,7 +71,7 @@ class SetAttribute(chaos.Fault):
         super().__init__(at_step)
         self.name, self.value = name, value
 
-    def strike(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
+    def apply(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
         setattr(module, self.name, self.value)
 
 

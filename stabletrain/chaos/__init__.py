@@ -1,12 +1,12 @@
-"""Faults on purpose: what goes wrong in long runs, made to happen at a known step, so that a recipe can be drilled.
+"""Fault injection: the faults of long runs, caused at a known step, to test how a recipe handles them.
 
     from stabletrain.chaos import BadGradient
     Trainer(callbacks=[*default_callbacks(), BadGradient(at_step=100)])
 
     stabletrain train char_gpt +chaos=nan_grad chaos.at_step=100
 
-Every fault is a Lightning callback that works on unmodified modules, strikes before the plugins look at the step, takes
-its random numbers from its own seed, and puts back whatever it changed to strike.
+Every fault is a Lightning callback that works with unmodified modules, acts before the plugins measure the step, draws
+its random numbers from its own seed, and undoes its temporary changes.
 """
 
 from stabletrain.chaos.batches import BadBatch

@@ -1,4 +1,4 @@
-"""Batches with bad content: noise, labels that belong elsewhere, one token all over, a token hardly ever seen."""
+"""Batches with bad content: noise, wrong labels, one constant token, or a rare token."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ _KINDS = ("random", "shuffled_labels", "constant", "rare")
 
 
 class BadBatch(Fault):
-    """``training_step`` is given another content in place of the batch; the batch itself, and the data, stay.
+    """Passes a batch with other content to ``training_step``; the batch itself and the data are unchanged.
 
-    Every tensor of a nested batch is changed, except boolean and scalar ones. Integers are taken for tokens or classes:
+    All tensors of a nested batch are replaced, except boolean and scalar ones. Integers are tokens or classes:
 
-    * ``random``: integers are drawn evenly from the tensor's own range, or from ``vocabulary``; real numbers become
-      normal noise with the tensor's own mean and standard deviation.
-    * ``shuffled_labels``: only the labels change, they are permuted. In a batch that is one tensor of tokens, the
-      tokens are.
-    * ``constant``: integers become ``token``, or the tensor's most frequent one; real numbers their mean.
-    * ``rare``: integers become ``token``, or the tensor's least frequent one.
+    * ``random``: integers are drawn uniformly from the tensor's range, or from ``vocabulary``; floating-point tensors
+      become normal noise with the tensor's mean and standard deviation.
+    * ``shuffled_labels``: the labels are permuted, and nothing else changes. If the batch is one tensor of tokens, the
+      tokens are permuted.
+    * ``constant``: integers become ``token``, or the tensor's most frequent value; floating-point values their mean.
+    * ``rare``: integers become ``token``, or the tensor's least frequent value.
 
     Args:
-        at_step: first attempted optimizer step that is struck, from 0.
-        kind: of content, see above.
-        steps: how many attempted steps are struck, >= 1; all micro-batches of each.
-        vocabulary: how many tokens there are, >= 1; None: those up to the largest of the tensor.
+        at_step: first attempted optimizer step with the fault, from 0.
+        kind: of the content, see above.
+        steps: number of attempted steps with the fault, >= 1; it affects all their micro-batches.
+        vocabulary: number of tokens, >= 1; None: draw from the range of the tensor's values.
         token: for ``constant`` and ``rare``, >= 0; None: see above.
-        labels: key (of a mapping) or place (of a sequence) of the labels; None: a usual name, or the last place.
-        rank: the only rank that is struck; None: all.
-        once: strike each step once only, also when a rollback or a resumed run comes to it again.
+        labels: key (in a mapping) or index (in a sequence) of the labels; None: a usual name, or the last element.
+        rank: the only rank with the fault; None: all ranks.
+        once: apply the fault to each step only once, even if a rollback or a resumed run repeats the step.
         seed: of the random numbers, >= 0.
 
     Raises:
@@ -66,42 +66,42 @@ class BadBatch(Fault):
         self.require(token is None or token >= 0, "token", ">= 0 or None")
         self.require(token is None or kind in ("constant", "rare"), "token", "None unless kind is constant or rare")
 
-    def strike(self, trainer: Trainer, module: LightningModule, step: int) -> None:
-        """Say so, and begin the step's random numbers."""
-        self.say(trainer, step, f"batch replaced: {self.kind}")
-        seed = hash((self.seed, step, trainer.global_rank))  # of integers: the same in every process
-        self._draw = torch.Generator().manual_seed(seed % 2**63)
+    def apply(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+        """Log the fault, and seed the step's random numbers."""
+        self.log_fault(trainer, step, f"batch replaced: {self.kind}")
+        seed = hash((self.seed, step, trainer.global_rank))  # the hash of integers is the same in every process
+        self._generator = torch.Generator().manual_seed(seed % 2**63)
 
     def begin(self, trainer: Trainer, module: LightningModule, step: int) -> None:
         """Wrap the module's ``training_step`` for this micro-batch."""
-        self.later(wrap_training_step(module, self._given_other_content))
+        self.undo_later(wrap_training_step(module, self._replace_batch))
 
-    def other(self, batch: Any) -> Any:
-        """Another content of the same structure, shapes and types.
+    def replacement(self, batch: Any) -> Any:
+        """Return a batch with other content and the same structure, shapes and types.
 
         Args:
-            batch: as ``training_step`` gets it.
+            batch: the first argument of ``training_step``.
         """
         if self.kind == "shuffled_labels":
             return self._with_shuffled_labels(batch)
         change = {"random": self._noise, "constant": self._constant, "rare": self._rare}[self.kind]
         return apply_to_collection(batch, Tensor, lambda x: x if _is_fixed(x) else change(x))
 
-    def _given_other_content(self, inner: Callable[..., Any]) -> Callable[..., Any]:
+    def _replace_batch(self, inner: Callable[..., Any]) -> Callable[..., Any]:
         def training_step(*args: Any, **kwargs: Any) -> Any:
             if args:
-                return inner(self.other(args[0]), *args[1:], **kwargs)
-            return inner(**{**kwargs, "batch": self.other(kwargs["batch"])})
+                return inner(self.replacement(args[0]), *args[1:], **kwargs)
+            return inner(**{**kwargs, "batch": self.replacement(kwargs["batch"])})
 
         return training_step
 
     def _noise(self, x: Tensor) -> Tensor:
         if x.is_floating_point():
             std, mean = torch.std_mean(x.float(), correction=0)
-            noise = torch.randn(x.shape, generator=self._draw).to(x.device)
+            noise = torch.randn(x.shape, generator=self._generator).to(x.device)
             return (mean + std * noise).to(x.dtype)
         low, high = (int(x.min()), int(x.max())) if self.vocabulary is None else (0, self.vocabulary - 1)
-        return torch.randint(low, high + 1, x.shape, generator=self._draw).to(x)
+        return torch.randint(low, high + 1, x.shape, generator=self._generator).to(x)
 
     def _constant(self, x: Tensor) -> Tensor:
         if x.is_floating_point():
@@ -117,29 +117,29 @@ class BadBatch(Fault):
 
     def _permuted(self, x: Tensor) -> Tensor:
         rows = x if x.is_floating_point() else x.reshape(-1)
-        order = torch.randperm(len(rows), generator=self._draw).to(x.device)
+        order = torch.randperm(len(rows), generator=self._generator).to(x.device)
         return rows[order].reshape(x.shape)
 
     def _with_shuffled_labels(self, batch: Any) -> Any:
         if isinstance(batch, Tensor) and not _is_fixed(batch) and not batch.is_floating_point():
             return self._permuted(batch)
-        place: Any = self.labels
-        if place is None and isinstance(batch, Mapping):
-            place = next((key for key in _LABELS if key in batch), None)
-        elif place is None and isinstance(batch, list | tuple) and len(batch) > 1:
-            place = len(batch) - 1
+        key: Any = self.labels
+        if key is None and isinstance(batch, Mapping):
+            key = next((name for name in _LABELS if name in batch), None)
+        elif key is None and isinstance(batch, list | tuple) and len(batch) > 1:
+            key = len(batch) - 1
         try:
-            found = batch[place]
+            found = batch[key]
         except (KeyError, IndexError, TypeError):
             found = None
         if not isinstance(found, Tensor) or _is_fixed(found):
-            keys = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+            content = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
             raise UserError(
-                f"BadBatch: cannot tell the labels of a batch ({keys}), expected a tensor at labels={self.labels!r}; "
-                f"name its key or place (config key chaos.labels)"
+                f"BadBatch: cannot find the labels of the batch ({content}), expected a tensor at "
+                f"labels={self.labels!r}; set the key or index of the labels (config key chaos.labels)"
             )
         if isinstance(batch, Mapping):
-            return type(batch)({**batch, place: self._permuted(found)})  # type: ignore[call-arg]
+            return type(batch)({**batch, key: self._permuted(found)})  # type: ignore[call-arg]
         items = [self._permuted(found) if each is found else each for each in batch]
         return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
 

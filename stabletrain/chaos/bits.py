@@ -1,4 +1,4 @@
-"""Flipped bits: in a weight, and in a checkpoint on disk."""
+"""Flipped bits in a weight or in a checkpoint on disk."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from torch.distributed.tensor import DTensor
 
 from stabletrain.chaos.fault import Fault
 from stabletrain.chaos.gradients import find_parameter
+from stabletrain.runtime.checkpoints.newest_file import newest_files
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class FlipWeightBit(Fault):
-    """One bit of one weight flips before a step; nothing puts it back.
+    """Flips one bit of one weight before a step; the weight is not restored later.
 
     Args:
-        at_step: first attempted optimizer step that is struck, from 0.
+        at_step: first attempted optimizer step with the fault, from 0.
         parameter: name of the parameter; None: the first that is trained.
-        element: index of the weight in the flattened parameter; None: chosen by ``seed``.
-        bit: number of the bit, 0 the lowest; None: the highest of the exponent.
-        steps: how many attempted steps are struck, >= 1.
-        rank: the only rank that is struck; None: all, at the same weight.
-        once: strike each step once only, also when a rollback or a resumed run comes to it again.
-        seed: chooses the element, >= 0.
+        element: index of the weight in the flattened parameter; None: drawn with ``seed``.
+        bit: number of the bit, from 0, the lowest; None: the highest bit of the exponent.
+        steps: number of attempted steps with the fault, >= 1.
+        rank: the only rank with the fault; None: all ranks, at the same weight.
+        once: apply the fault to each step only once, even if a rollback or a resumed run repeats the step.
+        seed: for drawing the element, >= 0.
 
     Raises:
         UserError: if an argument is out of range, or there is no such parameter, element or bit.
@@ -52,13 +53,13 @@ class FlipWeightBit(Fault):
         self.require(element is None or element >= 0, "element", ">= 0 or None")
         self.require(bit is None or bit >= 0, "bit", ">= 0 or None")
 
-    def strike(self, trainer: Trainer, module: LightningModule, step: int) -> None:
-        """Flip it."""
+    def apply(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+        """Flip the bit."""
         weight = find_parameter(self, module, self.parameter).detach()
         local = weight.to_local() if isinstance(weight, DTensor) else weight
         size, width = local.numel(), 8 * local.element_size()
         if not size:
-            return  # this rank holds no piece of the parameter
+            return  # this rank has no shard of the parameter
         self.require(self.element is None or self.element < size, "element", f"< {size}, the parameter's size")
         self.require(self.bit is None or self.bit < width, "bit", f"< {width}, the width of {local.dtype}")
         element = random.Random(f"{self.seed} {step}").randrange(size) if self.element is None else self.element
@@ -69,18 +70,18 @@ class FlipWeightBit(Fault):
         after = torch.bitwise_xor(bits, torch.ones_like(bits) << bit).view(local.dtype)
         local[at] = after[0]
         name = self.parameter or "the first parameter"
-        self.say(trainer, step, f"bit {bit} of weight {element} of {name}: {before.item():g} -> {after.item():g}")
+        self.log_fault(trainer, step, f"bit {bit} of weight {element} of {name}: {before.item():g} -> {after.item():g}")
 
 
 class FlipCheckpointBit(Fault):
-    """One bit of the newest checkpoint flips on disk; its time of change stays, as bit rot would leave it.
+    """Flips one bit of the newest checkpoint on disk, without changing the file's time, as bit rot would.
 
-    It strikes as the first batch from ``at_step`` on begins for which there is a checkpoint.
+    This happens before the first batch at or after ``at_step`` at which there is a checkpoint.
 
     Args:
-        at_step: attempted optimizer step from which on it strikes, from 0.
-        once: also when a resumed run comes to this step again.
-        seed: chooses the bit, from the middle half of the file, >= 0.
+        at_step: first attempted optimizer step at which the fault may happen, from 0.
+        once: apply the fault only once, even if a resumed run repeats the step.
+        seed: for drawing the bit, which is in the middle half of the file, >= 0.
 
     Raises:
         UserError: if an argument is out of range.
@@ -90,11 +91,11 @@ class FlipCheckpointBit(Fault):
         super().__init__(at_step, 1, 0, once, seed)
 
     def is_due(self, trainer: Trainer, step: int) -> bool:
-        """From ``at_step`` on, as soon as there is a checkpoint."""
+        """True at and after ``at_step`` once there is a checkpoint."""
         return step >= self.at_step and self._last < 0 and newest_checkpoint(trainer) is not None
 
-    def strike(self, trainer: Trainer, module: LightningModule, step: int) -> None:
-        """Flip it."""
+    def apply(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+        """Flip the bit."""
         file = newest_checkpoint(trainer)
         if file is None:
             return
@@ -106,11 +107,11 @@ class FlipCheckpointBit(Fault):
             content.seek(at)
             content.write(bytes([byte ^ 1 << bit]))
         os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
-        self.say(trainer, step, f"bit {bit} of byte {at} of {file} flipped")
+        self.log_fault(trainer, step, f"bit {bit} of byte {at} of {file} flipped")
 
 
 def newest_checkpoint(trainer: Trainer) -> Path | None:
-    """The newest checkpoint of the trainer's checkpoint callbacks; of one that is a folder, its largest file."""
+    """Return the newest checkpoint of the trainer's checkpoint callbacks; if it is a folder, its largest file."""
     found = [path.resolve() for callback in trainer.checkpoint_callbacks for path in _checkpoints_of(callback)]
     found = [path for path in found if path.exists()]
     if not found:
@@ -124,6 +125,6 @@ def newest_checkpoint(trainer: Trainer) -> Path | None:
 
 def _checkpoints_of(callback: Checkpoint) -> list[Path]:
     last, folder = getattr(callback, "last", None), getattr(callback, "dirpath", None)
-    if last:  # as SaveCheckpoints says which one it is
+    if last:  # a callback with an attribute `last` names its newest checkpoint
         return [Path(last)]
-    return list(Path(folder).glob("*.ckpt")) if folder else []
+    return newest_files(Path(folder))[:1] if folder else []

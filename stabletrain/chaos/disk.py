@@ -1,4 +1,4 @@
-"""A disk that is full, for this process and one folder, without filling any disk."""
+"""A full disk, simulated for this process and one folder."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ from stabletrain.errors import UserError
 
 
 class FullDisk(Fault):
-    """Writing below a folder fails with ENOSPC, "no space left on device".
+    """Writing to files in a folder fails with ENOSPC, "no space left on device".
 
-    What this process writes through Python is refused: ``open``, ``os.write`` and their kin, moving files in, and
-    ``torch.save`` to a path. Other processes, and libraries that write by their own code, are not. The fault lasts
-    until the first batch after the struck steps begins, so checkpoints saved at the end of a struck step meet it.
+    This affects writes of this process through Python: ``open``, ``os.write`` and similar functions, moving files into
+    the folder, and ``torch.save`` to a path. Other processes, and libraries that write with their own code, are not
+    affected. The fault lasts until the batch after the affected steps starts, so it affects checkpoints that are saved
+    at the end of such a step, too.
 
     Args:
-        at_step: first attempted optimizer step that is struck, from 0.
-        steps: how many attempted steps are struck, >= 1.
-        free: bytes that can still be written when the fault begins, >= 0.
-        folder: the folder; None: the run's (``Trainer.default_root_dir``).
-        rank: the only rank that is struck; None: all.
-        once: strike each step once only, also when a rollback or a resumed run comes to it again.
+        at_step: first attempted optimizer step with the fault, from 0.
+        steps: number of attempted steps with the fault, >= 1.
+        free: bytes that can still be written once the fault has begun, >= 0.
+        folder: the folder; None: ``Trainer.default_root_dir``.
+        rank: the only rank with the fault; None: all ranks.
+        once: apply the fault to each step only once, even if a rollback or a resumed run repeats the step.
 
     Raises:
         UserError: if an argument is out of range.
@@ -52,21 +53,21 @@ class FullDisk(Fault):
         self.folder = folder
         self.require(free >= 0, "free", ">= 0")
 
-    def strike(self, trainer: Trainer, module: LightningModule, step: int) -> None:
-        """Say so."""
-        self.say(trainer, step, f"no space left below {self.folder or trainer.default_root_dir}")
+    def apply(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+        """Log the fault."""
+        self.log_fault(trainer, step, f"no space left in {self.folder or trainer.default_root_dir}")
 
     def begin(self, trainer: Trainer, module: LightningModule, step: int) -> None:
         """Replace the functions that write."""
-        self.later(NoSpace(Path(self.folder or trainer.default_root_dir), self.free).install())
+        self.undo_later(NoSpace(Path(self.folder or trainer.default_root_dir), self.free).install())
 
 
 class NoSpace:
-    """The replaced functions.
+    """Replacements of the functions that write files.
 
     Args:
-        folder: below which nothing can be written.
-        free: bytes that can be.
+        folder: the folder with the simulated full disk.
+        free: bytes that can still be written in it.
     """
 
     def __init__(self, folder: Path, free: int) -> None:
@@ -74,13 +75,15 @@ class NoSpace:
         self._free = free
 
     def install(self) -> Callable[[], None]:
-        """Begin; returns the function that ends it.
+        """Replace the functions; return a function that restores them.
 
         Raises:
-            UserError: if another one has begun.
+            UserError: if another `NoSpace` is installed.
         """
         if isinstance(getattr(builtins.open, "__self__", None), NoSpace):
-            raise UserError("FullDisk: another one is at work; give their steps no overlap (config key chaos.at_step)")
+            raise UserError(
+                "FullDisk: another FullDisk is active; choose steps that do not overlap (config key chaos.at_step)"
+            )
         self._open, self._write, self._save = builtins.open, os.write, torch.save
         replaced: list[tuple[Any, str, Any]] = [
             (builtins, "open", self.open),
@@ -89,11 +92,11 @@ class NoSpace:
             (torch, "save", self.save),
         ]
         replaced += [
-            (os, name, self._refusing(getattr(os, name), place))
-            for name, place in (("sendfile", 0), ("copy_file_range", 1), ("posix_fallocate", 0), ("pwrite", 0))
+            (os, name, self._limited(getattr(os, name), index))
+            for name, index in (("sendfile", 0), ("copy_file_range", 1), ("posix_fallocate", 0), ("pwrite", 0))
             if hasattr(os, name)
         ]
-        replaced += [(os, name, self._keeping_out(getattr(os, name))) for name in ("rename", "replace")]
+        replaced += [(os, name, self._limited_move(getattr(os, name))) for name in ("rename", "replace")]
         before = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
         for owner, name, new in replaced:
             setattr(owner, name, new)
@@ -105,7 +108,7 @@ class NoSpace:
         return undo
 
     def covers(self, file: Any) -> bool:
-        """Whether a path or file descriptor lies below the folder."""
+        """Return whether a path or file descriptor is in the folder."""
         try:
             path = os.readlink(f"/proc/self/fd/{file}") if isinstance(file, int) else os.path.realpath(os.fspath(file))
         except (OSError, TypeError, ValueError):
@@ -113,49 +116,52 @@ class NoSpace:
         path = os.fsdecode(path)
         return path == self._folder or path.startswith(self._folder + os.sep)
 
-    def take(self, size: int) -> None:
-        """Use up free bytes.
+    def use(self, size: int) -> None:
+        """Reduce the number of free bytes.
+
+        Args:
+            size: in bytes.
 
         Raises:
-            OSError: if there are not so many left.
+            OSError: if fewer are free.
         """
         if size > self._free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._free -= size
 
     def open(self, file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-        """As the built-in, but what is opened to be written below the folder is limited."""
+        """Like the built-in; a file in the folder that is opened for writing is limited to the free bytes."""
         opened = self._open(file, mode, *args, **kwargs)
         writes = any(sign in mode for sign in "wax+")
         return _Limited(opened, self) if writes and self.covers(file) else opened
 
     def write(self, fd: int, data: Any) -> int:
-        """As ``os.write``."""
+        """Like ``os.write``."""
         if self.covers(fd):
-            self.take(memoryview(data).nbytes)
+            self.use(memoryview(data).nbytes)
         return self._write(fd, data)
 
     def save(self, obj: object, f: Any, *args: Any, **kwargs: Any) -> None:
-        """As ``torch.save``, which would open a path by its own code."""
+        """Like ``torch.save``, which would open a path with its own code."""
         if isinstance(f, str | os.PathLike) and self.covers(f):
             with self.open(f, "wb") as file:
                 self._save(obj, file, *args, **kwargs)
         else:
             self._save(obj, f, *args, **kwargs)
 
-    def _keeping_out(self, inner: Callable[..., Any]) -> Callable[..., Any]:
-        """A move from elsewhere needs space too: what was written to a temporary folder cannot slip in."""
+    def _limited_move(self, inner: Callable[..., Any]) -> Callable[..., Any]:
+        """A rename that needs space if the source is outside the folder, such as a temporary file."""
 
         def function(source: Any, target: Any, **kwargs: Any) -> Any:
             if self.covers(target) and not self.covers(source):
-                self.take(os.stat(source).st_size)
+                self.use(os.stat(source).st_size)
             return inner(source, target, **kwargs)
 
         return function
 
-    def _refusing(self, inner: Callable[..., Any], place: int) -> Callable[..., Any]:
+    def _limited(self, inner: Callable[..., Any], index: int) -> Callable[..., Any]:
         def function(*args: Any, **kwargs: Any) -> Any:
-            if len(args) > place and self.covers(args[place]):
+            if len(args) > index and self.covers(args[index]):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return inner(*args, **kwargs)
 
@@ -163,14 +169,14 @@ class NoSpace:
 
 
 class _Limited:
-    """A file that can be written as long as there is space."""
+    """A file that can be written while bytes are free."""
 
     def __init__(self, file: Any, space: NoSpace) -> None:
         self._file = file
         self._space = space
 
     def write(self, data: Any) -> Any:
-        self._space.take(len(data.encode()) if isinstance(data, str) else memoryview(data).nbytes)
+        self._space.use(len(data.encode()) if isinstance(data, str) else memoryview(data).nbytes)
         return self._file.write(data)
 
     def writelines(self, lines: Any) -> None:

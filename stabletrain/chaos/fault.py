@@ -1,4 +1,4 @@
-"""What all faults have in common: when they strike, how often, where, and that they clean up."""
+"""The base class of all faults: when, how often and on which ranks they act, and how they undo their changes."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from stabletrain.chaos.marker import Marker
 from stabletrain.errors import require
+from stabletrain.runtime.accumulation import AccumulationWindow
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.records.event_log import logger
 
 
 class Fault(Callback):
-    """A fault at a known step; subclasses override `strike`, or `begin` and `end`.
+    """A fault at a known step; subclasses override `apply` or `begin`.
 
     Args:
-        at_step: first attempted optimizer step that is struck, from 0.
-        steps: how many attempted steps are struck, >= 1.
-        rank: the only rank that is struck; None: all.
-        once: strike each step once only, also when a rollback or a resumed run comes to it again.
+        at_step: first attempted optimizer step with the fault, from 0.
+        steps: number of attempted steps with the fault, >= 1.
+        rank: the only rank with the fault; None: all ranks.
+        once: apply the fault to each step only once, even if a rollback or a resumed run repeats the step.
         seed: of the fault's own random numbers, >= 0.
 
     Raises:
@@ -30,9 +31,9 @@ class Fault(Callback):
     """
 
     ends_process: ClassVar[bool] = False
-    """The process may end, so even a run that begins anew in the same folder must know that it was struck."""
+    """Whether the fault may end the process. Then a new run in the same folder does not repeat it, either."""
     lingers: ClassVar[bool] = False
-    """The fault stays until the next batch begins: the end of the batch, with its checkpoints, is struck too."""
+    """Whether the fault lasts until the next batch starts, and so affects checkpoints saved after the batch."""
 
     def __init__(self, at_step: int, steps: int = 1, rank: int | None = None, once: bool = True, seed: int = 0) -> None:
         self.at_step = at_step
@@ -51,58 +52,59 @@ class Fault(Callback):
 
     # ---- what subclasses override -----------------------------------------------------------------------------------
 
-    def strike(self, trainer: Trainer, module: LightningModule, step: int) -> None:
-        """Do what is done once at a struck step, before its first micro-batch."""
+    def apply(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+        """Called once at an affected step, before its first micro-batch."""
 
     def begin(self, trainer: Trainer, module: LightningModule, step: int) -> None:
-        """Change something for one micro-batch of a struck step; give `later` what undoes it."""
+        """Called before every micro-batch of an affected step; register how to undo a change with `undo_later`."""
 
     def is_due(self, trainer: Trainer, step: int) -> bool:
-        """Whether a step is to be struck, were it the first time."""
+        """Return whether the fault affects a step, apart from ``once``."""
         return self.at_step <= step < self.at_step + self.steps
 
     # ---- for subclasses ---------------------------------------------------------------------------------------------
 
     def require(self, ok: bool, argument: str, expected: str) -> None:
-        """Refuse an argument with one message that names it.
+        """Raise an error that names an argument and its config key, unless it is valid.
 
         Raises:
             UserError: unless ``ok``.
         """
         require(ok, type(self).__name__, argument, expected, getattr(self, argument), "chaos")
 
-    def later(self, undo: Callable[[], None]) -> None:
-        """Remember how to undo a change; done when the batch ends, however it ends."""
+    def undo_later(self, undo: Callable[[], None]) -> None:
+        """Register a function that undoes a change; called when the batch ends, or fails."""
         self._undo.append(undo)
 
-    def say(self, trainer: Trainer, step: int, what: str) -> None:
-        """Log what is done, and where."""
+    def log_fault(self, trainer: Trainer, step: int, what: str) -> None:
+        """Log the fault with its step and rank."""
         logger.warning("chaos: %s (step %d, rank %d)", what, step, trainer.global_rank)
 
     # ---- Lightning's hooks ------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find out whether this run was struck before."""
+        """Read the marker file: a resumed run does not repeat the fault, if ``once``."""
         self._marker = Marker(trainer, f"{type(self).__name__}-{self.at_step}")
         self._last, self._batches = -1, 0
         if not self.once:
             return
         if trainer.ckpt_path or self.ends_process:
-            struck = self._marker.read()
-            if struck is not None:
-                self._last, self._batches = struck, _MANY
-                self._marker.write(struck)
-                self.say(trainer, struck, f"{type(self).__name__} struck before; once=False strikes again")
+            last = self._marker.read()
+            if last is not None:
+                self._last, self._batches = last, _MANY
+                self._marker.write(last)
+                name = type(self).__name__
+                self.log_fault(trainer, last, f"{name} has happened before; once=False repeats it")
         else:
             self._marker.remove()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Strike, if it is time."""
+        """Apply the fault if this step is affected."""
         self._clean()
         step = trainer_internals.logger_step(trainer)
         if self.rank not in (None, trainer.global_rank) or not self.is_due(trainer, step):
             return
-        again = step == self._last and 0 < self._batches < trainer.accumulate_grad_batches
+        again = step == self._last and 0 < self._batches < AccumulationWindow(trainer).size
         if self.once and step <= self._last and not again:
             return
         first = not again
@@ -112,26 +114,26 @@ class Fault(Callback):
             self._last = step
             if self.once and self._marker is not None:
                 self._marker.write(step)
-            self.strike(trainer, module, step)
+            self.apply(trainer, module, step)
         self.begin(trainer, module, step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Put everything back."""
+        """Undo the changes."""
         if not self.lingers:
             self._clean()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put everything back."""
+        """Undo the changes."""
         self._clean()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Put everything back."""
+        """Undo the changes."""
         self._clean()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Put everything back."""
+        """Undo the changes."""
         self._clean()
 
     def _clean(self) -> None:
@@ -140,20 +142,20 @@ class Fault(Callback):
 
 
 _MANY = int(1e9)
-"""Micro-batches, more than any accumulation window has."""
+"""More micro-batches than any accumulation window has."""
 
 
 Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def wrap_training_step(module: LightningModule, make: Wrapper) -> Callable[[], None]:
-    """Give one module instance another ``training_step``; returns the function that undoes this.
+    """Wrap ``training_step`` of one module instance; return a function that removes the wrapper.
 
-    Several faults may wrap one module, and undo it in any order.
+    Several faults may wrap one module and remove their wrappers in any order.
 
     Args:
         module: the module.
-        make: makes the new function from the old one.
+        make: returns the wrapped function.
     """
     layers: list[Wrapper] | None = getattr(module.training_step, "layers", None)
     if layers is None:
@@ -190,5 +192,5 @@ def _install_layers(module: LightningModule, layers: list[Wrapper]) -> None:
 
 
 def finite_positive(x: float) -> bool:
-    """Whether a number is finite and greater than 0."""
+    """Return whether a number is finite and above 0."""
     return 0.0 < x < math.inf

@@ -1,4 +1,4 @@
-"""Gradients that are not numbers, or of the wrong scale."""
+"""Gradients that are not finite, or have the wrong scale."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from stabletrain.errors import UserError
 
 
 class _GradientFault(Fault, ABC):
-    """Changes gradients while they are computed, so that a fault on one rank spreads through the reduction."""
+    """Changes gradients during backward, so that a fault on one rank reaches all ranks through the reduction."""
 
     @abstractmethod
     def change(self, grad: Tensor, step: int) -> Tensor:
-        """The gradient to go on with; the given one stays as it is."""
+        """Return the changed gradient; ``grad`` itself is not modified."""
 
     def targets(self, module: LightningModule) -> list[Parameter]:
-        """The parameters to change the gradients of."""
+        """Return the parameters whose gradients are changed."""
         return [p for p in module.parameters() if p.requires_grad]
 
     def begin(self, trainer: Trainer, module: LightningModule, step: int) -> None:
-        """Hook the parameters; sharded ones have no gradient before backward has ended."""
+        """Hook the parameters, except sharded ones, whose gradients exist only after backward."""
         self._step = step
         self._sharded = []
         for parameter in self.targets(module):
@@ -36,12 +36,12 @@ class _GradientFault(Fault, ABC):
                 self._sharded.append(parameter)
             else:
                 handle = parameter.register_hook(lambda grad: self.change(grad, step))  # type: ignore[no-untyped-call]
-                self.later(handle.remove)
+                self.undo_later(handle.remove)
         if self._sharded:
-            self.later(self._sharded.clear)
+            self.undo_later(self._sharded.clear)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Change the gradients of sharded parameters, where this rank holds a piece."""
+        """Change the gradients of sharded parameters of which this rank has a shard."""
         for parameter in getattr(self, "_sharded", ()):
             grad = parameter.grad
             if isinstance(grad, DTensor) and grad.to_local().numel():
@@ -50,16 +50,16 @@ class _GradientFault(Fault, ABC):
 
 
 class BadGradient(_GradientFault):
-    """One element of one parameter's gradient becomes NaN, or what else is wanted.
+    """Sets one element of one parameter's gradient to NaN or to another value.
 
     Args:
-        at_step: first attempted optimizer step that is struck, from 0.
-        value: of the element; NaN and infinity are values too.
+        at_step: first attempted optimizer step with the fault, from 0.
+        value: of the element; may be NaN or infinite.
         parameter: name of the parameter; None: the first that is trained.
-        steps: how many attempted steps are struck, >= 1.
-        rank: the only rank that is struck; None: all.
-        once: strike each step once only, also when a rollback or a resumed run comes to it again.
-        seed: chooses the element, >= 0.
+        steps: number of attempted steps with the fault, >= 1.
+        rank: the only rank with the fault; None: all ranks.
+        once: apply the fault to each step only once, even if a rollback or a resumed run repeats the step.
+        seed: for drawing the element, >= 0.
 
     Raises:
         UserError: if an argument is out of range, or there is no such parameter.
@@ -80,29 +80,29 @@ class BadGradient(_GradientFault):
         self.parameter = parameter
 
     def targets(self, module: LightningModule) -> list[Parameter]:
-        """The one parameter."""
+        """Return the parameter."""
         return [find_parameter(self, module, self.parameter)]
 
-    def strike(self, trainer: Trainer, module: LightningModule, step: int) -> None:
-        """Say so."""
-        self.say(trainer, step, f"{self.value:g} in the gradient of {self.parameter or 'the first parameter'}")
+    def apply(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+        """Log the fault."""
+        self.log_fault(trainer, step, f"{self.value:g} in the gradient of {self.parameter or 'the first parameter'}")
 
     def change(self, grad: Tensor, step: int) -> Tensor:
-        """A copy with one bad element."""
+        """Return a copy with the changed element."""
         bad = grad.clone(memory_format=torch.contiguous_format)
         bad.view(-1)[random.Random(f"{self.seed} {step}").randrange(bad.numel())] = self.value
         return bad
 
 
 class ScaledGradient(_GradientFault):
-    """The whole gradient is multiplied by a factor.
+    """Multiplies the whole gradient by a factor.
 
     Args:
-        at_step: first attempted optimizer step that is struck, from 0.
-        factor: on the gradient, finite.
-        steps: how many attempted steps are struck, >= 1.
-        rank: the only rank that is struck; None: all.
-        once: strike each step once only, also when a rollback or a resumed run comes to it again.
+        at_step: first attempted optimizer step with the fault, from 0.
+        factor: finite.
+        steps: number of attempted steps with the fault, >= 1.
+        rank: the only rank with the fault; None: all ranks.
+        once: apply the fault to each step only once, even if a rollback or a resumed run repeats the step.
 
     Raises:
         UserError: if an argument is out of range.
@@ -115,20 +115,20 @@ class ScaledGradient(_GradientFault):
         self.factor = factor
         self.require(math.isfinite(factor), "factor", "finite")
 
-    def strike(self, trainer: Trainer, module: LightningModule, step: int) -> None:
-        """Say so."""
-        self.say(trainer, step, f"gradient times {self.factor:g}")
+    def apply(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+        """Log the fault."""
+        self.log_fault(trainer, step, f"gradient times {self.factor:g}")
 
     def change(self, grad: Tensor, step: int) -> Tensor:
-        """The gradient times the factor."""
+        """Return the gradient times the factor."""
         return grad * self.factor
 
 
 def find_parameter(fault: Fault, module: LightningModule, name: str | None) -> Parameter:
-    """A trained parameter by name, or the first.
+    """Return a trained parameter by name; None: the first one.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is no such parameter.
     """
     trained = {key: p for key, p in module.named_parameters() if p.requires_grad and p.numel()}
     if not trained or (name is not None and name not in trained):

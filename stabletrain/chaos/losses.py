@@ -1,4 +1,4 @@
-"""A loss that is no number, or so large that 16-bit gradients overflow."""
+"""A loss that is not finite, or so large that 16-bit gradients overflow."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from stabletrain.chaos.fault import Fault, wrap_training_step
 
 
 class ScaledLoss(Fault):
-    """The loss that ``training_step`` returns is multiplied by a factor; with NaN, its gradients are NaN too.
+    """Multiplies the loss that ``training_step`` returns by a factor; if that is NaN, the gradients are NaN, too.
 
     Args:
-        at_step: first attempted optimizer step that is struck, from 0.
-        factor: on the loss; NaN and infinity are factors too.
-        steps: how many attempted steps are struck, >= 1.
-        rank: the only rank that is struck; None: all.
-        once: strike each step once only, also when a rollback or a resumed run comes to it again.
+        at_step: first attempted optimizer step with the fault, from 0.
+        factor: on the loss; may be NaN or infinite.
+        steps: number of attempted steps with the fault, >= 1.
+        rank: the only rank with the fault; None: all ranks.
+        once: apply the fault to each step only once, even if a rollback or a resumed run repeats the step.
 
     Raises:
         UserError: if an argument is out of range.
@@ -31,13 +31,13 @@ class ScaledLoss(Fault):
         super().__init__(at_step, steps, rank, once)
         self.factor = factor
 
-    def strike(self, trainer: Trainer, module: LightningModule, step: int) -> None:
-        """Say so."""
-        self.say(trainer, step, f"loss times {self.factor:g}")
+    def apply(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+        """Log the fault."""
+        self.log_fault(trainer, step, f"loss times {self.factor:g}")
 
     def begin(self, trainer: Trainer, module: LightningModule, step: int) -> None:
         """Wrap the module's ``training_step`` for this micro-batch."""
-        self.later(wrap_training_step(module, self._scaled))
+        self.undo_later(wrap_training_step(module, self._scaled))
 
     def _scaled(self, inner: Callable[..., Any]) -> Callable[..., Any]:
         def training_step(*args: Any, **kwargs: Any) -> Any:

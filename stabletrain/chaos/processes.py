@@ -1,4 +1,4 @@
-"""Processes that die, are told to die, stop for a while, or are slow."""
+"""Processes that are killed, preempted, stopped for a while, or slow."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _CONTINUE = "import os, sys, time; time.sleep(float(sys.argv[1])); os.kill(int(s
 
 
 class SendSignal(Fault):
-    """The process gets a signal as a batch begins: killed (SIGKILL), preempted (SIGTERM), stopped (SIGSTOP).
+    """Sends a signal to the process before a batch: it is killed (SIGKILL), preempted (SIGTERM), stopped (SIGSTOP).
 
     Args:
-        at_step: attempted optimizer step at which it is sent, from 0.
+        at_step: attempted optimizer step before which it is sent, from 0.
         signal: ``"SIGKILL"``, ``"SIGTERM"``, ``"SIGINT"`` or ``"SIGSTOP"``.
-        seconds: after SIGSTOP, how long the process stands still, > 0; None: until somebody sends SIGCONT.
-        rank: the only rank that gets it; None: all.
-        once: also when a resumed run comes to this step again.
+        seconds: how long SIGSTOP stops the process, > 0; None: until it receives SIGCONT from elsewhere.
+        rank: the only rank that receives it; None: all ranks.
+        once: apply the fault only once, even if a resumed run repeats the step.
 
     Raises:
         UserError: if an argument is out of range.
@@ -49,13 +49,13 @@ class SendSignal(Fault):
         self.require(seconds is None or finite_positive(seconds), "seconds", "> 0 and finite, or None")
         self.require(seconds is None or signal == "SIGSTOP", "seconds", "None unless signal is SIGSTOP")
 
-    def strike(self, trainer: Trainer, module: LightningModule, step: int) -> None:
-        """Send it to this process."""
-        self.say(trainer, step, f"{self.signal}{f' for {self.seconds:g} s' if self.seconds else ''}")
-        if self.seconds is not None:  # a stopped process cannot wake itself
+    def apply(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+        """Send the signal to this process."""
+        self.log_fault(trainer, step, f"{self.signal}{f' for {self.seconds:g} s' if self.seconds else ''}")
+        if self.seconds is not None:  # a stopped process cannot continue by itself
             arguments = [str(self.seconds), str(os.getpid()), str(int(signals.SIGCONT))]
             helper = subprocess.Popen([sys.executable, "-S", "-c", _CONTINUE, *arguments])
-            self.later(functools.partial(_wait_for, helper))
+            self.undo_later(functools.partial(_wait_for, helper))
         os.kill(os.getpid(), signals.Signals[self.signal])
 
 
@@ -64,14 +64,14 @@ def _wait_for(helper: subprocess.Popen[bytes]) -> None:
 
 
 class SlowRank(Fault):
-    """A rank sleeps before its batches.
+    """Makes a rank sleep before its batches.
 
     Args:
-        at_step: first attempted optimizer step that is struck, from 0.
-        seconds: sleep before each struck step, > 0.
-        steps: how many attempted steps are struck, >= 1.
-        rank: the only rank that is slow; None: all.
-        once: strike each step once only, also when a rollback or a resumed run comes to it again.
+        at_step: first attempted optimizer step with the fault, from 0.
+        seconds: sleep before each affected step, > 0.
+        steps: number of attempted steps with the fault, >= 1.
+        rank: the only rank that sleeps; None: all ranks.
+        once: apply the fault to each step only once, even if a rollback or a resumed run repeats the step.
 
     Raises:
         UserError: if an argument is out of range.
@@ -84,8 +84,8 @@ class SlowRank(Fault):
         self.seconds = seconds
         self.require(finite_positive(seconds), "seconds", "> 0 and finite")
 
-    def strike(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+    def apply(self, trainer: Trainer, module: LightningModule, step: int) -> None:
         """Sleep."""
         if step == self.at_step:
-            self.say(trainer, step, f"{self.seconds:g} s of sleep before each of {self.steps} steps")
+            self.log_fault(trainer, step, f"{self.seconds:g} s of sleep before each of {self.steps} steps")
         time.sleep(self.seconds)

@@ -1,4 +1,4 @@
-"""A learning rate far too high for a while."""
+"""A learning rate that is far too high for some steps."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from stabletrain.runtime.internals.temporary_lr import TemporaryLR
 
 
 class LearningRateSurge(Fault):
-    """The learning rate of every parameter group is multiplied, behind the back of any schedule.
+    """Multiplies the learning rate of every parameter group, without changing any schedule.
 
-    The rate is changed inside ``optimizer.step``, after the last plugin could set it, and put back before the step
-    returns: whatever reads it elsewhere, schedules and loggers included, sees the rate as it should be.
+    The rate is changed inside ``optimizer.step``, after all plugins, and restored before the step returns, so that
+    schedules and loggers read the unchanged rate.
 
     Args:
-        at_step: first attempted optimizer step that is struck, from 0.
-        factor: on the learning rate, > 0.
-        steps: how many attempted steps are struck, >= 1.
-        once: strike each step once only, also when a rollback or a resumed run comes to it again.
+        at_step: first attempted optimizer step with the fault, from 0.
+        factor: on the learning rate, > 0 and finite.
+        steps: number of attempted steps with the fault, >= 1.
+        once: apply the fault to each step only once, even if a rollback or a resumed run repeats the step.
 
     Raises:
         UserError: if an argument is out of range.
@@ -33,20 +33,20 @@ class LearningRateSurge(Fault):
         self.require(finite_positive(factor), "factor", "> 0 and finite")
         self._rates = TemporaryLR()
 
-    def strike(self, trainer: Trainer, module: LightningModule, step: int) -> None:
-        """Say so."""
+    def apply(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+        """Log the fault."""
         if step == self.at_step:
-            self.say(trainer, step, f"learning rate times {self.factor:g} for {self.steps} steps")
+            self.log_fault(trainer, step, f"learning rate times {self.factor:g} for {self.steps} steps")
 
     def begin(self, trainer: Trainer, module: LightningModule, step: int) -> None:
         """Hook the optimizers' steps for this micro-batch."""
-        self.later(self._rates.put_back)
+        self.undo_later(self._rates.put_back)
         for optimizer in trainer.optimizers:
-            self.later(optimizer.register_step_pre_hook(self._before).remove)
-            self.later(optimizer.register_step_post_hook(self._after).remove)
+            self.undo_later(optimizer.register_step_pre_hook(self._before).remove)
+            self.undo_later(optimizer.register_step_post_hook(self._after).remove)
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Raise the rates now, or where the step runs forward and backward itself, behind these."""
+        """Raise the rates now, or after the closure if the step runs forward and backward itself."""
         named = kwargs.get("closure")
         closure = named if named is not None else next((each for each in args if callable(each)), None)
         if closure is None:

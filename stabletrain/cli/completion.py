@@ -1,4 +1,4 @@
-"""Shell completion: recipes, groups and options from files, keys from the composed recipe."""
+"""Shell completion of recipes, groups and options, which it reads from files, and of keys of a composed recipe."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from stabletrain.errors import UserError
 
 
 def complete(words: Sequence[str], incomplete: str) -> list[str]:
-    """Return what the word being typed may become.
+    """Return the completions of the last word of a command line.
 
     Args:
         words: the words before it.
-        incomplete: what is typed of it.
+        incomplete: the beginning of the word.
 
     >>> complete([], "char")
     ['char_gpt']

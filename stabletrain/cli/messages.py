@@ -1,18 +1,18 @@
-"""How a user's mistake is said."""
+"""Printing of errors that the user can correct."""
 
 from __future__ import annotations
 
 import sys
 
 
-def complain(error: object) -> None:
-    """Print a mistake on standard error: one message, no traceback.
+def print_error(error: object) -> None:
+    """Print an error to standard error, without a traceback.
 
     Args:
-        error: what is wrong, one line per thing to put right.
+        error: its text has one line per mistake.
     """
     lines = str(error).splitlines() or [type(error).__name__]
     if len(lines) == 1:
         print(f"error: {lines[0]}", file=sys.stderr)
     else:
-        print(f"error: {len(lines)} things to put right", *(f"  {line}" for line in lines), sep="\n", file=sys.stderr)
+        print(f"error: {len(lines)} mistakes", *(f"  {line}" for line in lines), sep="\n", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""``stabletrain replay``: a rule alone over a recorded series, without training anything."""
+"""``stabletrain replay``: run a rule over recorded losses and gradient norms, without training."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def replay_file(name: str, file: Path, arguments: Sequence[str] = ()) -> str:
     Args:
         name: a plugin that is a rule, or one of its config options.
         file: CSV with the columns ``loss`` (nats) and ``grad_norm``, one row for each attempted step.
-        arguments: ``key=value``, over the option's own.
+        arguments: ``key=value``; they override the option's values.
 
     Raises:
-        UserError: if there is no such rule, the arguments do not fit it, or the file cannot be read.
+        UserError: if there is no such rule, an argument is invalid, or the file cannot be read.
     """
     rule = make_rule(name, arguments)
     lines: list[str] = []
@@ -47,58 +47,58 @@ def replay_file(name: str, file: Path, arguments: Sequence[str] = ()) -> str:
             lines.append(f"step {outcome.step}: {event.kind}: {event.reason}")
         for request in step.requests:
             counts[f"request {request.kind}"] += 1
-            lines.append(f"step {outcome.step}: asks to {request.kind}: {request.reason}")
+            lines.append(f"step {outcome.step}: requests {request.kind}: {request.reason}")
     if not steps:
-        raise UserError(f"replay: {file} has a header and no rows; expected one row for each attempted step")
+        raise UserError(f"replay: expected one row for each attempted step, got {file} with a header and no rows")
     shares = f"{clipped} clipped ({clipped / steps:.2%}), {skipped} skipped ({skipped / steps:.2%})"
-    said = ", ".join(f"{count} x {kind}" for kind, count in sorted(counts.items())) or "no events"
-    return "\n".join([*lines, f"{rule.label}: {steps} steps, {shares}; {said}"])
+    events = ", ".join(f"{count} x {kind}" for kind, count in sorted(counts.items())) or "no events"
+    return "\n".join([*lines, f"{rule.label}: {steps} steps, {shares}; {events}"])
 
 
 def make_rule(name: str, arguments: Sequence[str] = ()) -> Rule[Any]:
-    """Return the rule of a plugin, with an option's arguments and those given.
+    """Build the rule of a plugin with the arguments of an option, overridden by the given ones.
 
     Args:
         name: a plugin or one of its options.
         arguments: ``key=value``, values as in YAML.
 
     Raises:
-        UserError: if there is no such rule, or the arguments do not fit it.
+        UserError: if there is no such rule, or an argument is invalid.
     """
     plugin, option = _find(name)
-    made = _rule_class(plugin)
+    rule_class = _rule_class(plugin)
     node = content(option) if option else {}
-    given = {key: value for key, value in node.items() if not key.startswith("_")}
+    values = {key: value for key, value in node.items() if not key.startswith("_")}
     preset = str(node.get("_target_", "")).rpartition(".")[2]
-    build = getattr(made, preset, made) if preset else made
+    build = getattr(rule_class, preset, rule_class) if preset else rule_class
     for argument in arguments:
         key, equals, text = argument.partition("=")
         if not equals:
             raise UserError(f"replay: expected key=value, got {argument!r}")
-        known = inspect.signature(build).parameters
-        if key not in known:
-            raise UserError(f"replay: {plugin.name} has no argument {key!r}{suggestion(key, known)}")
-        given[key] = _number(yaml.safe_load(text))
+        parameters = inspect.signature(build).parameters
+        if key not in parameters:
+            raise UserError(f"replay: {plugin.name} has no argument {key!r}{suggestion(key, parameters)}")
+        values[key] = _number(yaml.safe_load(text))
     from stabletrain.config.types import mismatch
     from stabletrain.config.validate import hints_of
 
     hints = hints_of(build)
-    for key, value in given.items():
-        wrong = mismatch(value, hints.get(key, object))
-        if wrong:
-            raise UserError(f"replay: {key}: {wrong}")
-    built: Rule[Any] = build(**given)
-    return built
+    for key, value in values.items():
+        problem = mismatch(value, hints.get(key, object))
+        if problem:
+            raise UserError(f"replay: {key}: {problem}")
+    rule: Rule[Any] = build(**values)
+    return rule
 
 
 def read_series(file: Path) -> Iterator[tuple[float, float]]:
     """Yield pairs of loss and gradient norm from a CSV file.
 
     Args:
-        file: with the columns ``loss`` and ``grad_norm``; NaN and inf are written so.
+        file: with the columns ``loss`` and ``grad_norm``; non-finite values are written ``nan`` and ``inf``.
 
     Raises:
-        UserError: naming the file, and the line if it is one line's fault.
+        UserError: if the file cannot be read or a line has no two numbers; the message names the file and the line.
     """
     try:
         with file.open(newline="", encoding="utf-8") as lines:
@@ -119,11 +119,11 @@ def read_series(file: Path) -> Iterator[tuple[float, float]]:
                     ) from None
                 yield loss, grad_norm
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"replay: {file} cannot be read ({error}); give a CSV file") from None
+        raise UserError(f"replay: {file} cannot be read ({error}); expected a CSV file") from None
 
 
 def _find(name: str) -> tuple[PluginInfo, Option | None]:
-    """The plugin, with its defaults (None) if it was named itself, else with the option that was named."""
+    """The plugin, and the option if ``name`` is an option; None if it is the plugin, which means the defaults."""
     plugins = discovery.plugins()
     rules = {plugin.name: plugin for plugin in plugins.values() if plugin.kind == "rule" and plugin.options}
     if name in rules:
@@ -133,7 +133,7 @@ def _find(name: str) -> tuple[PluginInfo, Option | None]:
             if name in (option.name, f"{option.group}/{option.name}", f"{option.group}={option.name}"):
                 return plugin, option
     if name in plugins:
-        raise UserError(f"replay: {name} is a {plugins[name].kind}; only rules can be replayed: {', '.join(rules)}")
+        raise UserError(f"replay: expected one of the rules {', '.join(rules)}; got {name}, a {plugins[name].kind}")
     raise UserError(f"replay: there is no rule {name!r}{suggestion(name, rules)}")
 
 
@@ -145,12 +145,12 @@ def _rule_class(plugin: PluginInfo) -> type[Rule[Any]]:
         if isinstance(value, type) and issubclass(value, Rule) and value.__module__ == module.__name__
     ]
     if len(found) != 1:
-        raise UserError(f"replay: {module.__name__} defines {len(found)} rules, expected one")
+        raise UserError(f"replay: expected one rule in {module.__name__}, got {len(found)}")
     return found[0]
 
 
 def _number(value: Any) -> Any:
-    # YAML 1.1 reads 1e-3 as a text.
+    # YAML 1.1 reads 1e-3 as a string
     try:
         return float(value) if isinstance(value, str) and math.isfinite(float(value)) else value
     except ValueError:

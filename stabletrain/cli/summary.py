@@ -1,4 +1,4 @@
-"""What is printed before and after a run."""
+"""The lines that are printed before and after a run."""
 
 from __future__ import annotations
 
@@ -7,63 +7,64 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from stabletrain.launch.launcher import Done, Reporter
+from stabletrain.launch.launcher import FinishedJob, Reporter
 from stabletrain.launch.mlflow_run import is_tracked
 from stabletrain.launch.result import Result
+from stabletrain.runtime.records.run_files import CHECKPOINTS, EVENTS, WORKER_LOG, slurm_output
 
 _HEADLINE = ("val_loss", "val_accuracy", "train_loss", "loss", "grad_norm", "clipped", "skipped")
 
 
-class Printer(Reporter):
+class PrintingReporter(Reporter):
     """Prints a line when a run starts."""
 
     def starting(self, config: dict[str, Any], number: int | None) -> None:
-        """Say what starts, and where.
+        """Print the recipe, the seed and the folder of a run that starts.
 
         Args:
-            config: as in run.yaml.
-            number: of the job in a sweep.
+            config: the content of run.yaml.
+            number: of the job in a sweep; None outside a sweep.
         """
         job = "" if number is None else f"job {number}: "
         print(f"{job}{config['recipe']}, seed {config['seed']}, in {config['run_dir']}", flush=True)
 
 
-def after(done: Sequence[Done]) -> str:
-    """Return what is printed at the end: what happened, where to look, and what to type next.
+def summarize(jobs: Sequence[FinishedJob]) -> str:
+    """Return the text that is printed at the end: how each job ended, where its files are, and commands to run next.
 
     Args:
-        done: the jobs that ran.
+        jobs: the jobs that ran, at least one.
     """
     lines: list[str] = []
-    for job in done:
-        lines += ["", *_what_happened(job)]
-        if job.complaint:
-            lines.append(f"warning: {job.complaint}")
-    last = done[-1]
+    for job in jobs:
+        lines += ["", *_describe(job)]
+        if job.warning:
+            lines.append(f"warning: {job.warning}")
+    last = jobs[-1]
     if is_tracked(last.config):
         uri = last.config["logger"]["tracking_uri"]
-        lines += ["", f"look at it:  {shlex.join(['mlflow', 'ui', '--backend-store-uri', uri])}"]
-    first, second = next_commands(last, sweep=len(done) > 1)
+        lines += ["", f"MLflow:      {shlex.join(['mlflow', 'ui', '--backend-store-uri', uri])}"]
+    first, second = next_commands(last)
     lines += [f"next:        {first}", f"             {second}"]
     return "\n".join(lines)
 
 
-def exit_code(done: Sequence[Done]) -> int:
-    """Return the exit code of one run, or of the first one of a sweep that did not finish.
+def exit_code(jobs: Sequence[FinishedJob]) -> int:
+    """Return the exit code of the first job that did not finish; 0 if all did.
 
     Args:
-        done: the jobs that ran.
+        jobs: the jobs that ran.
     """
-    codes = [job.result.exit_code for job in done if job.result is not None]
+    codes = [job.result.exit_code for job in jobs if job.result is not None]
     return next((code for code in codes if code), 0)
 
 
-def _what_happened(done: Done) -> Iterator[str]:
-    name = shlex.join([done.recipe, *done.overrides])
-    if done.result is None:
-        yield f"{name}: handed to SLURM as job {done.job}; its output will be in {done.config['run_dir']}"
+def _describe(job: FinishedJob) -> Iterator[str]:
+    name = shlex.join([job.recipe, *job.overrides])
+    if job.result is None:
+        yield f"{name}: submitted to SLURM as job {job.slurm_job}; its output goes to {job.config['run_dir']}"
         return
-    result = done.result
+    result = job.result
     length = f" after {result.steps} steps, {result.seconds:.0f} s" if result.seconds else ""
     yield f"{name}: {result.end}{length}"
     if result.end != "finished":
@@ -71,7 +72,7 @@ def _what_happened(done: Done) -> Iterator[str]:
     metrics = _headline(result)
     if metrics:
         yield f"  {metrics}"
-    yield f"  folder: {done.config['run_dir']}"
+    yield f"  folder: {job.config['run_dir']}"
     if result.checkpoint:
         yield f"  checkpoint: {result.checkpoint}"
 
@@ -81,32 +82,31 @@ def _headline(result: Result) -> str:
     return "  ".join(f"{name} {result.metrics[name]:.4g}" for name in names)
 
 
-def next_commands(done: Done, *, sweep: bool = False) -> tuple[str, str]:
-    """Return the two commands one would type after a run.
+def next_commands(job: FinishedJob) -> tuple[str, str]:
+    """Return the two commands that are most useful after a run.
 
     Args:
-        done: the run.
-        sweep: whether it was one of several.
+        job: the run.
     """
-    mine = [word for word in done.overrides if not word.startswith(("resume=", "run_dir="))]
-    trusts = [f"--trust={package}" for package in done.config["trust"]]
-    train = ["stabletrain", "train", done.recipe, *trusts, *mine]
-    folder = Path(done.config["run_dir"])
-    again = [*train, f"resume={done.result.checkpoint if done.result else folder}"]
-    has_checkpoint = done.result is not None and done.result.checkpoint is not None
-    if done.result is None:
-        return shlex.join(["squeue", "--jobs", str(done.job)]), shlex.join(
-            ["tail", "-f", f"{folder}/slurm-{done.job}.out"]
+    overrides = [word for word in job.overrides if not word.startswith(("resume=", "run_dir="))]
+    trust = [f"--trust={package}" for package in job.config["trust"]]
+    train = ["stabletrain", "train", job.recipe, *trust, *overrides]
+    folder = Path(job.config["run_dir"])
+    resume = [*train, f"resume={job.result.checkpoint if job.result else folder}"]
+    has_checkpoint = job.result is not None and job.result.checkpoint is not None
+    if job.result is None:
+        return shlex.join(["squeue", "--jobs", str(job.slurm_job)]), shlex.join(
+            ["tail", "-f", str(folder / slurm_output(str(job.slurm_job)))]
         )
-    if done.result.end == "finished":
+    if job.result.end == "finished":
         seeds = [word for word in train if not word.startswith("seed=")]
         clips = [word for word in train if not word.startswith("plugins/clip=")]
         return shlex.join([*seeds, "-m", "seed=1,2,3"]), shlex.join([*clips, "-m", "plugins/clip=none,zscore"])
-    if done.result.end in ("interrupted", "terminated", "killed") and has_checkpoint:
-        return shlex.join(again), shlex.join(["ls", str(folder / "checkpoints")])
-    if done.result.end == "stopped":
-        lower = (done.config.get("optimizer") or {}).get("lr")
-        calmer = [*train, f"optimizer.lr={lower / 3:.3g}"] if isinstance(lower, float | int) else again
-        return shlex.join(["tail", str(folder / "events.jsonl")]), shlex.join(calmer)
-    look = shlex.join(["less", str(folder / "worker.log")])
-    return look, shlex.join(again if has_checkpoint else ["stabletrain", "validate", *train[2:]])
+    if job.result.end in ("interrupted", "terminated", "killed") and has_checkpoint:
+        return shlex.join(resume), shlex.join(["ls", str(folder / CHECKPOINTS)])
+    if job.result.end == "stopped":
+        lr = (job.config.get("optimizer") or {}).get("lr")
+        retry = [*train, f"optimizer.lr={lr / 3:.3g}"] if isinstance(lr, float | int) else resume
+        return shlex.join(["tail", str(folder / EVENTS)]), shlex.join(retry)
+    read_log = shlex.join(["less", str(folder / WORKER_LOG)])
+    return read_log, shlex.join(resume if has_checkpoint else ["stabletrain", "validate", *train[2:]])

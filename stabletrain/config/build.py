@@ -1,4 +1,4 @@
-"""Turning config nodes into callbacks, here and in other people's Hydra apps."""
+"""Build callbacks from config nodes, in stabletrain's own runs and in other Hydra apps."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ if TYPE_CHECKING:
 
 
 def callbacks(node: object, *, trust: Iterable[str] = ()) -> list[Callback]:
-    """Turn a ``plugins`` node into callbacks for ``Trainer(callbacks=...)``.
-
-    Slots without an answer (``none``, null) are left out; the order of the node is kept.
+    """Build the callbacks of a ``plugins`` node for ``Trainer(callbacks=...)``, in the node's order.
 
     Args:
-        node: an OmegaConf or plain mapping: slot -> ``{_target_: ..., arguments}`` or nothing.
+        node: an OmegaConf or plain mapping of slots to ``{_target_: ..., arguments}``; slots that are null or empty
+            (option ``none``) are skipped.
         trust: packages of your own that ``_target_`` may name, besides stabletrain, its plugins, torch and lightning.
 
     Raises:
@@ -31,22 +30,22 @@ def callbacks(node: object, *, trust: Iterable[str] = ()) -> list[Callback]:
     >>> callbacks({"clip": None, "spike": {}})
     []
     """
-    plain = _plain(node)
+    plain = _to_plain(node)
     if plain is None:
         return []
     if not isinstance(plain, Mapping):
-        raise UserError(f"plugins: expected a mapping of slots, got {type(plain).__name__}; pass cfg.plugins")
-    return [build_callback(given, key=f"plugins.{slot}", trust=trust) for slot, given in plain.items() if given]
+        raise UserError(f"plugins: expected a mapping of slots, got a {type(plain).__name__}; pass cfg.plugins")
+    return [build_callback(value, key=f"plugins.{slot}", trust=trust) for slot, value in plain.items() if value]
 
 
 def default_callbacks(**choices: str) -> list[Callback]:
-    """Return the stack of conf/train.yaml: schedule, clipping, skipping of bad steps, rollback, gradient monitor.
+    """Return the callbacks of conf/train.yaml: schedule, clipping, skipping of bad steps, rollback, gradient monitor.
 
-    Hydra is not needed: the defaults are single files without interpolation.
+    The options are read from their files without Hydra.
 
     Args:
-        choices: another option for a slot, or for the schedule, as on the command line: ``spike="none"`` is
-            ``plugins/spike=none`` there.
+        choices: another option for a slot or for the schedule: ``spike="none"`` means ``plugins/spike=none`` on the
+            command line.
 
     Raises:
         UserError: if there is no such slot or option.
@@ -81,20 +80,21 @@ def build_callback(node: Mapping[str, Any], *, key: str, trust: Iterable[str] = 
         trust: further packages that ``_target_`` may name.
 
     Raises:
-        UserError: if nothing is chosen, or what was built is no callback.
+        UserError: if the node has no ``_target_``, or builds an object that is no callback.
     """
     if not isinstance(node, Mapping) or "_target_" not in node:
         slot = key.replace(".", "/", 1)
-        raise UserError(f"{key}: expected _target_ and its arguments, got {node!r}; choose an option: {slot}=OPTION")
+        raise UserError(f"{key}: expected _target_ and its arguments, got {node!r}; select an option: {slot}=OPTION")
     built = instantiate(node, trust=trust, key=key)
     from lightning.pytorch import Callback
 
     if not isinstance(built, Callback):
-        raise UserError(f"{key}: {node['_target_']!r} made a {type(built).__name__}, expected a Lightning callback")
+        got = type(built).__name__
+        raise UserError(f"{key}: expected a Lightning callback, got a {got} from _target_ {node['_target_']!r}")
     return built
 
 
-def _plain(node: object) -> object:
+def _to_plain(node: object) -> object:
     from omegaconf import OmegaConf
 
     return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node

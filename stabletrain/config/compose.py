@@ -1,4 +1,4 @@
-"""From a recipe's name and overrides to one plain config, by Hydra's Compose API, with every mistake in plain words."""
+"""Compose a recipe and overrides into one plain config with Hydra's Compose API, and translate Hydra's errors."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from stabletrain.config import discovery
 from stabletrain.config.problems import ConfigError, Problem, suggestion
 from stabletrain.paths import data_dir
 
-# Groups that hold one thing to build, or nothing: what `none` leaves behind is null in run.yaml.
 BUILT = ("model", "data", "optimizer", "schedule", "logger", "chaos")
+"""Groups whose option is one object to build; their option `none` becomes null in run.yaml."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +36,8 @@ class Composed:
         recipe: the recipe's name.
         config: the resolved config, plain mappings, lists and values.
         choices: config group -> chosen option.
-        overrides: what was typed.
-        problems: the mistakes found on the way; the config lacks the overrides that they are about.
+        overrides: as typed.
+        problems: mistakes found while composing; the overrides that they are about are not in the config.
     """
 
     recipe: str
@@ -54,13 +54,13 @@ def find_recipe(name: str) -> Path:
         name: a recipe's name, or the path of a YAML file.
 
     Raises:
-        ConfigError: if there is none.
+        ConfigError: if there is no such recipe or file.
     """
     if name.endswith((".yaml", ".yml")):
         path = Path(name).expanduser().absolute()
         if path.is_file():
             return path
-        raise ConfigError([Problem("recipe", f"there is no file {path}; `stabletrain cp` copies a recipe to edit")])
+        raise ConfigError([Problem("recipe", f"there is no file {path}; `stabletrain cp` copies a recipe")])
     known = discovery.recipes()
     if name not in known:
         raise ConfigError([Problem("recipe", f"there is no recipe {name!r}{suggestion(name, known)}")])
@@ -70,48 +70,48 @@ def find_recipe(name: str) -> Path:
 def compose(recipe: str, overrides: Sequence[str] = ()) -> Composed:
     """Compose one job's config.
 
-    A plain override ``a.b=1`` may set any key, also one that no YAML file lists: whether the key exists is decided by
-    the signature it ends up in (`stabletrain.config.validate`), which knows more names than the files do.
+    A plain override ``a.b=1`` may set any key, also one that is in no YAML file: `stabletrain.config.validate` checks
+    keys against the signatures, which have more arguments than the files list.
 
     Args:
         recipe: a recipe's name, or the path of a YAML file.
         overrides: Hydra overrides.
 
     Raises:
-        ConfigError: if nothing can be composed at all.
+        ConfigError: if a mistake makes composing impossible.
     """
     file = find_recipe(recipe)
     groups = discovery.groups(extra=[file.parent] if file.parent != data_dir("recipes") else [])
     in_defaults = _groups_in_defaults(file)
     problems: list[Problem] = []
-    wanted: list[Override] = []
+    valid: list[Override] = []
     for override in _parse(overrides):
-        found = _group_problem(override, groups)
-        if found is not None:
-            problems.append(found)
+        problem = _group_problem(override, groups)
+        if problem is not None:
+            problems.append(problem)
         else:
-            wanted.append(override)
+            valid.append(override)
     bad_groups = tuple(problem.key.replace("/", ".") + "." for problem in problems)
-    wanted = [override for override in wanted if not override.key_or_group.startswith(bad_groups)]
+    valid = [override for override in valid if not override.key_or_group.startswith(bad_groups)]
     with _hydra(file):
-        config = _compose(file, [_adapted(override, groups, in_defaults) for override in wanted], groups)
+        config = _compose(file, [_adapted(override, groups, in_defaults) for override in valid], groups)
         name = recipe if recipe in discovery.recipes() else file.stem
-        return _finished(name, config, overrides, problems, emptied=_emptied(wanted, groups))
+        return _finish(name, config, overrides, problems, emptied=_emptied(valid, groups))
 
 
 def expand(recipe: str | None, arguments: Sequence[str], *, multirun: bool) -> list[tuple[str, list[str]]]:
-    """Return the jobs that a command line asks for: pairs of a recipe and its overrides.
+    """Return the jobs of a command line: pairs of a recipe and its overrides.
 
-    ``recipe=a,b`` and every other sweep of Hydra's override grammar (``a=1,2``, ``range(1,4)``, ``choice(...)``,
-    ``glob(*)``) are multiplied out when ``multirun`` is set.
+    With ``multirun``, there is one job for each combination of the values in ``recipe=a,b`` and the other sweeps of
+    Hydra's override grammar (``a=1,2``, ``range(1,4)``, ``choice(...)``, ``glob(*)``).
 
     Args:
-        recipe: the recipe, if it was given by position.
+        recipe: the recipe given by position; None if there was none.
         arguments: Hydra overrides.
-        multirun: whether several jobs are meant.
+        multirun: whether sweeps are allowed.
 
     Raises:
-        ConfigError: if an override cannot be read, sweeps without ``multirun``, or no recipe is named.
+        ConfigError: if an override cannot be parsed, has several values without ``multirun``, or no recipe is named.
     """
     axes: list[list[str]] = []
     recipes = [recipe] if recipe else []
@@ -120,10 +120,10 @@ def expand(recipe: str | None, arguments: Sequence[str], *, multirun: bool) -> l
             values = [override.input_line or ""]
             if override.is_sweep_override():
                 if not multirun:
-                    raise ConfigError([Problem(override.input_line or "", "several values make several runs; add -m")])
+                    raise ConfigError([Problem(override.input_line or "", "several values need several runs; add -m")])
                 if not override.is_discrete_sweep():
                     raise ConfigError(
-                        [Problem(override.input_line or "", "an interval has no list of values; name them")]
+                        [Problem(override.input_line or "", "expected a list of values, got an interval")]
                     )
                 values = [f"{override.get_key_element()}={text}" for text in override.sweep_string_iterator()]
             if override.key_or_group == "recipe":
@@ -137,7 +137,7 @@ def expand(recipe: str | None, arguments: Sequence[str], *, multirun: bool) -> l
 
 @contextmanager
 def _hydra(primary: Path) -> Iterator[Any]:
-    """Initialise Hydra on a primary config's folder, and leave no trace of it in the process."""
+    """Initialise Hydra on a primary config's folder; clear its global state on exit."""
     with initialize_config_dir(str(primary.parent), job_name="stabletrain", version_base="1.3"):
         yield GlobalHydra.instance().config_loader()
 
@@ -159,10 +159,10 @@ def _parse(overrides: Sequence[str], loader: Any = None) -> list[Override]:
 
 
 def _group_problem(override: Override, groups: Mapping[str, Mapping[str, Any]]) -> Problem | None:
-    """Say what is wrong with the choice of an option, if this override is one."""
+    """Return what is wrong with an override that selects an option; None if nothing is, or it selects none."""
     key = override.key_or_group
     if override.is_sweep_override():
-        return Problem(override.input_line or key, "several values make several runs; add -m")
+        return Problem(override.input_line or key, "several values need several runs; add -m")
     if key not in groups:
         if "/" in key:
             return Problem(key, f"there is no config group {key!r}{suggestion(key, groups)}")
@@ -172,7 +172,7 @@ def _group_problem(override: Override, groups: Mapping[str, Mapping[str, Any]]) 
         return None
     options = groups[key]
     if value is None:
-        return Problem(key, f"null is no option; use {key}=none")
+        return Problem(key, f"expected an option, got null; use {key}=none")
     if not isinstance(value, str | int | float | bool) or str(override.get_value_element_as_str()) not in options:
         typed = str(override.get_value_element_as_str())
         return Problem(key, f"there is no option {typed!r}{suggestion(typed, options)}")
@@ -180,7 +180,7 @@ def _group_problem(override: Override, groups: Mapping[str, Mapping[str, Any]]) 
 
 
 def _adapted(override: Override, groups: Mapping[str, object], in_defaults: set[str]) -> str:
-    """Write an override as Hydra wants it: ``+`` for a group the defaults lack, ``++`` for any value."""
+    """Return an override in Hydra's syntax: ``+`` for a group that is not in the defaults, ``++`` for any value."""
     line = override.input_line or ""
     if override.type is OverrideType.DEL or override.package is not None:
         return line
@@ -196,9 +196,7 @@ def _groups_in_defaults(file: Path) -> set[str]:
         try:
             content = yaml.safe_load(source.read_text(encoding="utf-8")) or {}
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                [Problem(str(source), f"this is not valid YAML: {' '.join(str(error).split())}")]
-            ) from None
+            raise ConfigError([Problem(str(source), f"expected valid YAML: {' '.join(str(error).split())}")]) from None
         for entry in content.get("defaults", []) if isinstance(content, dict) else []:
             if isinstance(entry, dict):
                 found |= {str(key).split()[-1].lstrip("/") for key in entry}
@@ -210,9 +208,9 @@ def _compose(file: Path, overrides: list[str], groups: Mapping[str, Mapping[str,
     searchpath = f"hydra.searchpath=['{location}']"
     try:
         with warnings.catch_warnings():
-            # The none option of each slot is stored for other people's apps, and is a file here.
+            # the option `none` of each slot is both a file here and, for other Hydra apps, in the ConfigStore
             warnings.filterwarnings("ignore", message=r"\s*'plugins/\w+/none' is validated against ConfigStore schema")
-            # Without `_self_` a recipe's own keys come last, as they should.
+            # without `_self_`, a recipe's own keys override its defaults, as intended
             warnings.filterwarnings("ignore", message=r".*Defaults list is missing `_self_`")
             return hydra_compose(file.stem, [*overrides, searchpath], return_hydra_config=True)
     except MissingConfigException as error:
@@ -222,23 +220,23 @@ def _compose(file: Path, overrides: list[str], groups: Mapping[str, Mapping[str,
         text = f"there is no {option!r}{suggestion(option, known)}"
         raise ConfigError([Problem(f"{file}: {group or 'defaults'}", text)]) from None
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError([_translated(error, file)]) from None
+        raise ConfigError([_translate(error, file)]) from None
     except yaml.YAMLError as error:
-        raise ConfigError([Problem(str(file), f"this is not valid YAML: {' '.join(str(error).split())}")]) from None
+        raise ConfigError([Problem(str(file), f"expected valid YAML: {' '.join(str(error).split())}")]) from None
 
 
-def _translated(error: Exception, file: Path) -> Problem:
+def _translate(error: Exception, file: Path) -> Problem:
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     key = getattr(error, "full_key", None)
     text = lines[0] if lines else type(error).__name__
     if text.startswith("You must specify"):
         group = text.split("'")[1]
-        return Problem(group, f"the recipe chooses no {group}; add {group}=OPTION")
+        return Problem(group, f"the recipe selects no {group}; add {group}=OPTION")
     return Problem(str(key or file), text)
 
 
 def _emptied(overrides: Sequence[Override], groups: Mapping[str, object]) -> list[str]:
-    """Return the groups that the command line empties: what a recipe says of their arguments goes with them."""
+    """Return the groups that the overrides set to none; the recipe's own arguments for them are dropped, too."""
     none = [
         override.key_or_group
         for override in overrides
@@ -248,7 +246,7 @@ def _emptied(overrides: Sequence[Override], groups: Mapping[str, object]) -> lis
     return [group for group in none if not any(key.startswith(group.replace("/", ".") + ".") for key in keys)]
 
 
-def _finished(
+def _finish(
     name: str, composed: DictConfig, overrides: Sequence[str], problems: list[Problem], *, emptied: Sequence[str]
 ) -> Composed:
     chosen = OmegaConf.to_container(composed.hydra.runtime.choices)
@@ -258,10 +256,10 @@ def _finished(
     OmegaConf.set_struct(config, False)
     config["recipe"] = name
     try:
-        problems += [Problem(key, "a value is missing; set it") for key in sorted(OmegaConf.missing_keys(config))]
+        problems += [Problem(key, "this key has no value; set it") for key in sorted(OmegaConf.missing_keys(config))]
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
     except OmegaConfBaseException as error:
-        raise ConfigError([*problems, _translated(error, Path(name))]) from None
+        raise ConfigError([*problems, _translate(error, Path(name))]) from None
     assert isinstance(plain, dict)
     result = {str(key): value for key, value in plain.items()}
     for group in emptied:

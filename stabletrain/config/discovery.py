@@ -1,4 +1,4 @@
-"""Finding plugins, slots and recipes by looking at folders: nothing is imported, so nothing can be slow or break."""
+"""Find plugins, slots and recipes by their files; no plugin is imported, so this is fast and cannot fail in one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SLOTS = "plugins"
 
 
 class DiscoveryError(UserError):
-    """The installed plugins contradict each other; the message names both sides."""
+    """Two installed plugins have the same name or option; the message names both."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +28,8 @@ class Option:
 
     Args:
         group: config group, such as ``plugins/clip``.
-        name: the choice, such as ``zscore``.
-        file: the YAML file behind it.
+        name: such as ``zscore``.
+        file: its YAML file.
     """
 
     group: str
@@ -49,10 +49,10 @@ class PluginInfo:
     Args:
         name: the folder's name.
         package: dotted name of the Python package that is the folder.
-        folder: where it lies.
-        distribution: name of the installed distribution that brought it.
-        kind: what its code file says it is (``rule``, ``transform``, ...), or ``other``.
-        options: what its ``conf/`` offers.
+        folder: path of the folder.
+        distribution: name of the installed distribution that contains it.
+        kind: the name of its code file (``rule``, ``transform``, ...), or ``other``.
+        options: the options in its ``conf/``.
     """
 
     name: str
@@ -64,19 +64,19 @@ class PluginInfo:
 
     @property
     def card(self) -> Path | None:
-        """The plugin's README.md, if it has one."""
+        """Path of the plugin's README.md; None if it has none."""
         path = self.folder / "README.md"
         return path if path.is_file() else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slot:
-    """A question with one answer: a config group below ``plugins/``.
+    """A config group below ``plugins/``: at most one of its options is in a run.
 
     Args:
-        name: the slot, such as ``clip``.
-        question: the first comment line of its none.yaml.
-        options: the possible answers, ``none`` first.
+        name: such as ``clip``.
+        question: the first comment line of its none.yaml, which the options answer.
+        options: ``none`` first.
     """
 
     name: str
@@ -86,10 +86,10 @@ class Slot:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A complete named run.
+    """A named config of a complete run.
 
     Args:
-        name: what ``stabletrain train`` takes.
+        name: the argument of ``stabletrain train``.
         file: the primary config.
     """
 
@@ -106,10 +106,10 @@ def plugins() -> dict[str, PluginInfo]:
     """Return all installed plugins by name, in alphabetical order.
 
     Raises:
-        DiscoveryError: if two plugins have one name, or two files claim one option.
+        DiscoveryError: if two plugins have the same name, or two files the same option.
     """
     found: dict[str, PluginInfo] = {}
-    claimed = {(option.group, option.name): option.file for option in options_in(data_dir("conf"))}
+    files = {(option.group, option.name): option.file for option in options_in(data_dir("conf"))}
     for plugin in _all_plugins():
         if plugin.name in found:
             raise DiscoveryError(
@@ -118,7 +118,7 @@ def plugins() -> dict[str, PluginInfo]:
                 f"rename one folder, or uninstall one distribution"
             )
         for option in plugin.options:
-            other = claimed.setdefault((option.group, option.name), option.file)
+            other = files.setdefault((option.group, option.name), option.file)
             if other != option.file:
                 raise DiscoveryError(
                     f"config clash: {option.group}={option.name} is both {other} and {option.file}; "
@@ -129,7 +129,7 @@ def plugins() -> dict[str, PluginInfo]:
 
 
 def slots() -> dict[str, Slot]:
-    """Return all slots by name: ours, and those that installed plugins add."""
+    """Return all slots by name: those of conf/, and those that plugins add."""
     return {
         group.removeprefix(f"{SLOTS}/"): Slot(
             name=group.removeprefix(f"{SLOTS}/"),
@@ -142,7 +142,7 @@ def slots() -> dict[str, Slot]:
 
 
 def recipes() -> dict[str, Recipe]:
-    """Return the recipes that come with the project, by name."""
+    """Return the recipes that are distributed with stabletrain, by name."""
     files = sorted(data_dir("recipes").glob("*.yaml"))
     return {file.stem: Recipe(name=file.stem, file=file) for file in files}
 
@@ -151,10 +151,10 @@ def groups(extra: Iterable[Path] = ()) -> dict[str, dict[str, Option]]:
     """Return every config group with its options, from conf/, all plugins, and further folders.
 
     Args:
-        extra: folders of the user's own; theirs win, as they do in Hydra's search path.
+        extra: config folders of the user, which take precedence, as in Hydra's search path.
 
     Raises:
-        DiscoveryError: if two installed files claim one option.
+        DiscoveryError: if two installed files have the same option.
     """
     found: dict[str, dict[str, Option]] = {}
     own = (option for folder in extra for option in options_in(folder))
@@ -170,12 +170,12 @@ def plugin_conf_dirs() -> list[Path]:
 
 
 def owner_packages() -> frozenset[str]:
-    """Return the top-level Python packages that own an entry point of the group ``stabletrain.plugins``."""
+    """Return the top-level Python packages that have an entry point of the group ``stabletrain.plugins``."""
     return frozenset(point.value.split(":")[0].split(".")[0] for point in _points())
 
 
 def options_in(folder: Path) -> Iterator[Option]:
-    """Yield the options below a config folder; files directly in it are primary configs and no options.
+    """Yield the options in the subfolders of a config folder; files directly in it are primary configs.
 
     Args:
         folder: a folder such as ``conf/``.
@@ -186,23 +186,23 @@ def options_in(folder: Path) -> Iterator[Option]:
 
 
 def content(option: Option) -> dict[str, Any]:
-    """Return what an option says, with the options of its own group that its defaults list builds on.
+    """Return the content of an option's file, merged with the options of its own group in its defaults list.
 
     Args:
         option: an option without interpolations into other groups.
     """
     import yaml
 
-    written = yaml.safe_load(option.file.read_text(encoding="utf-8")) or {}
-    whole: dict[str, Any] = {}
-    for name in written.pop("defaults", []):
+    own = yaml.safe_load(option.file.read_text(encoding="utf-8")) or {}
+    merged: dict[str, Any] = {}
+    for name in own.pop("defaults", []):
         if name != "_self_":
-            whole |= content(groups()[option.group][name])
-    return whole | written
+            merged |= content(groups()[option.group][name])
+    return merged | own
 
 
 def first_comment(file: Path) -> str:
-    """Return the text of the comment that opens a YAML file, its first line only.
+    """Return the first line of the comment at the top of a YAML file; an empty string if there is none.
 
     Args:
         file: a YAML file.
@@ -217,8 +217,8 @@ def first_comment(file: Path) -> str:
     return ""
 
 
-def forget() -> None:
-    """Forget what was found, for a process in which something has been installed since."""
+def clear_cache() -> None:
+    """Search again at the next call: for a process in which a distribution was installed or removed."""
     _points.cache_clear()
     _all_plugins.cache_clear()
 
@@ -242,8 +242,8 @@ def _plugins_of(point: EntryPoint) -> Iterator[PluginInfo]:
         spec = None
     if spec is None:
         raise DiscoveryError(
-            f"distribution {distribution!r} announces the plugin package {package!r} (entry point {point.name!r} "
-            f"of group {GROUP!r}), but no such package can be found; install it again, or uninstall it"
+            f"distribution {distribution!r} declares the plugin package {package!r} (entry point {point.name!r} of "
+            f"group {GROUP!r}), but there is no such package; reinstall or uninstall the distribution"
         )
     for location in spec.submodule_search_locations or []:
         home = Path(location)

@@ -1,4 +1,4 @@
-"""What can be wrong with a config: a key and a sentence each, collected so that all of them are shown at once."""
+"""Mistakes in a config: pairs of a key and a message, collected so that all of them are shown at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Problem:
 
     Args:
         key: the full config key, or the override as typed.
-        text: what is wrong, what was expected, and what to do.
+        text: what was expected, what was given, and what to do.
     """
 
     key: str
@@ -26,7 +26,7 @@ class Problem:
 
 
 class ConfigError(UserError):
-    """A config cannot be used; ``problems`` holds every mistake found in it."""
+    """A config has mistakes; ``problems`` lists all of them."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(problems)
@@ -34,12 +34,12 @@ class ConfigError(UserError):
 
 
 def suggestion(word: str, known: Iterable[str], *, list_all: bool = True) -> str:
-    """Return a clause that helps after a word nobody knows: the nearest known one, or all of them.
+    """Return the end of a message about an unknown word: the most similar known word, or all known words.
 
     Args:
-        word: what was typed.
-        known: what could have been meant.
-        list_all: whether all known words are named when none is near.
+        word: as typed.
+        known: the known words.
+        list_all: whether to list all known words if none is similar; otherwise the clause is empty then.
 
     >>> suggestion("zscor", ["none", "zscore"])
     "; did you mean 'zscore'?"

@@ -1,7 +1,8 @@
-"""What a config may build: classes and functions of trusted packages, and nothing that runs other code.
+"""Which classes and functions a config may build: those of trusted packages that do not run other code.
 
-A config may come from a tracker or a download, and building it calls what its ``_target_`` keys name. So every name
-is resolved and the object found is judged, not the spelling: ``torch.os.system`` is ``posix.system`` all the same.
+A config may come from a tracking store or a download, and building it calls the objects that its ``_target_`` keys
+name. So every name is resolved and the object itself is checked, not its spelling: ``torch.os.system`` is
+``posix.system``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ ENV = "STABLETRAIN_TRUST"
 BUILT_IN = frozenset({"stabletrain", "stabletrain_plugins", "torch", "lightning", "torchmetrics", "bitsandbytes"})
 _LARGE = frozenset({"torch", "lightning"})
 
-# Modules of large trusted packages whose business is to run code, load pickles or start processes.
+# Modules of trusted packages that run code, load pickles or start processes.
 _RUNS_CODE = (
     "torch.hub", "torch.package", "torch.jit", "torch.serialization", "torch.testing", "torch.multiprocessing",
     "torch.ops", "torch.classes", "torch.onnx", "torch.export", "torch.fx", "torch.compiler", "torch.library",
@@ -36,26 +37,26 @@ _RUNS_CODE = (
     "lightning.pytorch.utilities.upgrade_checkpoint", "lightning.pytorch.utilities.consolidate_checkpoint",
     "lightning.pytorch.core.saving", "lightning.fabric.strategies.launchers", "lightning.pytorch.strategies.launchers",
 )  # fmt: skip
-# Of the large packages a config may call functions of these parts only; elsewhere it may build classes only.
+# Parts of the large packages whose functions a config may call; elsewhere in them it may build classes only.
 _FUNCTIONS = ("torch.nn", "torch.optim", "torch.distributed.fsdp", "torch.distributed.device_mesh")
 
 
 class TrustError(UserError):
-    """A config names something it may not build."""
+    """A config names an object that it may not build."""
 
 
 class TargetError(UserError):
-    """A ``_target_`` names nothing that exists."""
+    """The object that a ``_target_`` names does not exist."""
 
 
 def trusted_packages(extra: Iterable[str] = ()) -> frozenset[str]:
     """Return the packages a config may build things from.
 
-    Ours, torch, lightning, torchmetrics and bitsandbytes; packages that own a ``stabletrain.plugins`` entry point; and
-    what the person at the keyboard named in the environment variable ``STABLETRAIN_TRUST`` (commas between names).
+    They are stabletrain, torch, lightning, torchmetrics and bitsandbytes; packages with an entry point of the group
+    ``stabletrain.plugins``; and those in the environment variable ``STABLETRAIN_TRUST``, separated by commas.
 
     Args:
-        extra: further packages, from the command line or from code; never from a config.
+        extra: further packages, from the command line or from code, never from a config.
     """
     named = os.environ.get(ENV, "").split(",")
     return BUILT_IN | owner_packages() | {name.strip() for name in (*named, *extra) if name.strip()}
@@ -69,7 +70,7 @@ def resolve(target: object, trust: Iterable[str] = ()) -> Any:
         trust: further trusted packages.
 
     Raises:
-        TrustError: if the name, or the object behind it, is not from a trusted package.
+        TrustError: if the name, or the object itself, is not from a trusted package.
         TargetError: if there is no such object.
 
     >>> resolve("stabletrain.errors.UserError").__name__
@@ -86,11 +87,11 @@ def resolve(target: object, trust: Iterable[str] = ()) -> Any:
     if not _covered(target, packages):
         raise TrustError(
             f"{target!r} may not be built from a config: package {top!r} is not trusted; trusted are "
-            f"{', '.join(sorted(packages))}; if you know that code, add --trust {top}"
+            f"{', '.join(sorted(packages))}; if you trust its code, add --trust {top}"
         )
     _refuse_code_runners(target, target)
     found = _locate(target, packages)
-    _judge(target, found, packages)
+    _check_object(target, found, packages)
     return found
 
 
@@ -100,7 +101,7 @@ def check_targets(node: object, trust: Iterable[str] = (), key: str = "") -> Ite
     Args:
         node: mappings, lists and plain values.
         trust: further trusted packages.
-        key: the node's own config key.
+        key: the node's config key.
     """
     if isinstance(node, Mapping):
         if "_target_" in node:
@@ -116,16 +117,16 @@ def check_targets(node: object, trust: Iterable[str] = (), key: str = "") -> Ite
 
 
 def instantiate(node: Mapping[str, Any], *, trust: Iterable[str] = (), key: str = "") -> Any:
-    """Build what a config node describes, after checking all of its targets; the one door to Hydra's instantiate.
+    """Check all targets in a config node, then build it; only this function calls Hydra's ``instantiate``.
 
     Args:
         node: a plain mapping with ``_target_``.
         trust: further trusted packages.
-        key: the node's own config key, named in messages.
+        key: the node's config key, for messages.
 
     Raises:
         TrustError: if a target may not be built.
-        Exception: whatever the constructor itself raises, unchanged.
+        Exception: the exception that a constructor raises, not wrapped in Hydra's.
     """
     for where, error in check_targets(node, trust, key):
         raise type(error)(f"{where}: {error}")
@@ -148,10 +149,10 @@ def _refuse_code_runners(target: str, name: str) -> None:
     if _covered(name, _RUNS_CODE) or name in ("torch.load", "torch.save"):
         raise TrustError(
             f"{target!r} may not be built from a config: it can run other code, load pickles or start processes; "
-            f"call it in your own code instead"
+            f"call it from your own code instead"
         )
     if any(part.startswith("_") for part in target.split(".")):
-        raise TrustError(f"{target!r} may not be built from a config: names that begin with '_' are private")
+        raise TrustError(f"{target!r} may not be built from a config: names that start with '_' are private")
 
 
 def _locate(target: str, packages: frozenset[str]) -> Any:
@@ -169,7 +170,7 @@ def _locate(target: str, packages: frozenset[str]) -> Any:
             raise TargetError(f"{target!r}: {path!r} has no {part!r}{hint}")
         if isinstance(following, ModuleType) and not _covered(following.__name__, packages):
             raise TrustError(
-                f"{target!r} may not be built from a config: it leads to {following.__name__!r}, which is not trusted"
+                f"{target!r} may not be built from a config: it is part of {following.__name__!r}, which is not trusted"
             )
         found = following
     return found
@@ -183,17 +184,17 @@ def _import(name: str, target: str, *, optional: bool = False) -> Any:
             raise TargetError(f"{target!r}: importing {name!r} failed: {error}") from error
         if optional:
             return None
-        raise TargetError(f"{target!r}: there is no package {name!r}; install it, or correct the name") from None
+        raise TargetError(f"{target!r}: there is no package {name!r}; install it or correct the name") from None
 
 
-def _judge(target: str, found: Any, packages: frozenset[str]) -> None:
-    """Refuse an object by what it is and where it was defined, however it was reached."""
+def _check_object(target: str, found: Any, packages: frozenset[str]) -> None:
+    """Check the type of an object and the module that defines it, whatever name led to it."""
     bound_to = found.__self__ if inspect.ismethod(found) else None
     is_class = inspect.isclass(found)
     if not (is_class or inspect.isfunction(found) or inspect.isclass(bound_to)):
         raise TrustError(
-            f"{target!r} may not be built from a config: it is no class, function or classmethod "
-            f"but a {type(found).__name__}"
+            f"{target!r} may not be built from a config: expected a class, function or classmethod, "
+            f"got a {type(found).__name__}"
         )
     for owner in (found, bound_to):
         home = getattr(owner, "__module__", None)
@@ -208,5 +209,5 @@ def _judge(target: str, found: Any, packages: frozenset[str]) -> None:
     if not is_class and home.split(".")[0] in _LARGE and not _covered(home, _FUNCTIONS):
         raise TrustError(
             f"{target!r} may not be built from a config: of {home.split('.')[0]} a config may build classes, and call "
-            f"functions of {', '.join(_FUNCTIONS)}; call it in your own code instead"
+            f"functions of {', '.join(_FUNCTIONS)}; call it from your own code instead"
         )

@@ -1,4 +1,4 @@
-"""Whether a value from YAML fits a type hint, and how to say so."""
+"""Check values from YAML against type hints."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _ANY = (Any, object, inspect.Parameter.empty)
 
 
 def mismatch(value: object, hint: object) -> str | None:
-    """Return what is wrong with a value, or None where it fits (or where the hint cannot be judged).
+    """Return what is wrong with a value; None if it matches the type hint, or the hint cannot be evaluated.
 
-    YAML knows fewer types than Python: a list may stand for a tuple, an integer for a float, a text for a path or an
-    enumeration. A text is never taken for a number, since it would arrive as a text.
+    YAML has fewer types than Python: a list may stand for a tuple, an integer for a float, a string for a path or an
+    enumeration. A string never matches a number, since the callable would receive a string.
 
     Args:
-        value: a plain value: mapping, list, text, number, bool or None.
+        value: a plain value: mapping, list, string, number, bool or None.
         hint: a type hint.
 
     >>> mismatch(3, int | None) is None
@@ -58,7 +58,7 @@ def mismatch(value: object, hint: object) -> str | None:
 
 
 def readable(hint: object) -> str:
-    """Return a type hint in words.
+    """Return a type hint as text for messages.
 
     Args:
         hint: a type hint.

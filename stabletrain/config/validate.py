@@ -1,7 +1,8 @@
-"""Checking a composed config against the signatures it will be called with: every mistake at once, each with its key.
+"""Check a composed config against the signatures that it is called with; return every mistake with its key.
 
-There is no schema beside the code: a ``_target_`` is resolved (`stabletrain.config.trust`), and its arguments are held
-to ``inspect.signature`` and the type hints; ``trainer``, ``precision`` and ``strategy`` to Lightning's Trainer.
+The signatures are the schema: a ``_target_`` is resolved (`stabletrain.config.trust`), and its arguments are checked
+against ``inspect.signature`` and the type hints; ``trainer``, ``precision`` and ``strategy`` against Lightning's
+Trainer.
 """
 
 from __future__ import annotations
@@ -10,20 +11,20 @@ import inspect
 import typing
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 from stabletrain.config import discovery
 from stabletrain.config.build import build_callback
 from stabletrain.config.compose import BUILT, Composed
 from stabletrain.config.problems import Problem, suggestion
+from stabletrain.config.resume import checkpoint_of
 from stabletrain.config.trust import resolve
 from stabletrain.config.types import mismatch
 from stabletrain.errors import UserError
 
 TRAINER_PARTS = ("trainer", "precision", "strategy")
 _HYDRA_KEYS = frozenset({"_target_", "_convert_", "_recursive_", "_partial_", "_args_"})
-_OURS: dict[str, Any] = {
+_TOP_LEVEL: dict[str, Any] = {
     "recipe": str,
     "seed": int,
     "run_dir": str | None,
@@ -31,22 +32,23 @@ _OURS: dict[str, Any] = {
     "dry_run": bool,
     "callbacks": dict,
     "plugins": dict,
+    "guard": dict | None,
     "launch": dict,
     "trainer": dict,
     "precision": dict | None,
     "strategy": dict | None,
 }
-_LAUNCH: dict[str, Any] = {
+_LAUNCH_KEYS: dict[str, Any] = {
     "kind": Literal["local", "torchrun", "slurm"],
     "processes": int,
     "nodes": int,
     "threads": int,
     "sbatch": dict,
 }
-_ELSEWHERE = {
-    "logger": "logger is a group of its own; use logger=none or logger=mlflow",
-    "callbacks": "further callbacks go below the key callbacks: callbacks.NAME._target_=...",
-    "plugins": "use precision=OPTION, or plugins/SLOT=OPTION for plugins of this project",
+_NOT_TRAINER_KEYS = {
+    "logger": "use the group logger: logger=none or logger=mlflow",
+    "callbacks": "use the key callbacks: callbacks.NAME._target_=...",
+    "plugins": "use precision=OPTION, or plugins/SLOT=OPTION for stabletrain's plugins",
     "default_root_dir": "use run_dir=FOLDER",
 }
 
@@ -55,25 +57,26 @@ def check(composed: Composed, trust: Iterable[str] = ()) -> list[Problem]:
     """Return every mistake in a composed config.
 
     Args:
-        composed: what `stabletrain.config.compose.compose` made.
+        composed: returned by `stabletrain.config.compose.compose`.
         trust: further packages that ``_target_`` may name.
     """
     config, trust = composed.config, tuple(trust)
-    missing = {problem.key for problem in composed.problems}
+    reported = {problem.key for problem in composed.problems}
     found = list(composed.problems)
-    for checked in (
+    for problems in (
         _own_keys(config),
         _nodes(config, trust),
+        _guard(config),
         _trainer(config, trust),
         _launch(config),
         _resume(config),
     ):
-        found += [problem for problem in checked if problem.key not in missing]
+        found += [problem for problem in problems if problem.key not in reported]
     return found
 
 
 def check_node(node: Mapping[str, Any], key: str, trust: Iterable[str] = ()) -> Iterator[Problem]:
-    """Yield what is wrong with one node to build, and with the nodes inside it.
+    """Yield the mistakes in a node and in the nodes inside it.
 
     Args:
         node: a mapping with ``_target_``.
@@ -106,13 +109,13 @@ def _inner_nodes(value: object, key: str, trust: Iterable[str]) -> Iterator[Prob
 def _arguments(
     target: Callable[..., Any], name: str, given: Mapping[str, Any], key: str, *, complete: bool
 ) -> Iterator[Problem]:
-    """Hold the given arguments to a signature: unknown names, wrong types, and what is missing."""
+    """Yield unknown arguments, values of the wrong type and, if ``complete``, missing arguments."""
     try:
         parameters = inspect.signature(target).parameters
     except (TypeError, ValueError):
         return
     hints = hints_of(target)
-    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    accepts_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     named = {
         parameter_name: parameter
         for parameter_name, parameter in parameters.items()
@@ -122,14 +125,14 @@ def _arguments(
         if argument in _HYDRA_KEYS:
             continue
         if argument not in named:
-            if not open_ended:
+            if not accepts_any:
                 yield Problem(f"{key}.{argument}", f"{name} has no argument {argument!r}{suggestion(argument, named)}")
             continue
         if value == "???":
             continue
-        wrong = None if _holds_node(value) else mismatch(value, hints.get(argument, named[argument].annotation))
-        if wrong:
-            yield Problem(f"{key}.{argument}", wrong)
+        text = None if _contains_node(value) else mismatch(value, hints.get(argument, named[argument].annotation))
+        if text:
+            yield Problem(f"{key}.{argument}", text)
     if complete:
         for argument, parameter in named.items():
             if parameter.default is parameter.empty and argument not in given:
@@ -137,7 +140,7 @@ def _arguments(
 
 
 def hints_of(target: Callable[..., Any]) -> dict[str, Any]:
-    """Return the type hints of a callable's arguments, as far as they can be evaluated.
+    """Return the type hints of a callable's arguments; those that cannot be evaluated are missing.
 
     Args:
         target: a class or function.
@@ -150,25 +153,25 @@ def hints_of(target: Callable[..., Any]) -> dict[str, Any]:
         pass
     try:
         return typing.get_type_hints(target)
-    except Exception:  # a hint that cannot be evaluated here leaves its argument unjudged, nothing worse
+    except Exception:  # an argument whose hint cannot be evaluated is not checked
         return {}
 
 
-def _holds_node(value: object) -> bool:
+def _contains_node(value: object) -> bool:
     if isinstance(value, Mapping):
-        return "_target_" in value or any(map(_holds_node, value.values()))
-    return isinstance(value, list) and any(map(_holds_node, value))
+        return "_target_" in value or any(map(_contains_node, value.values()))
+    return isinstance(value, list) and any(map(_contains_node, value))
 
 
 def _own_keys(config: Mapping[str, Any]) -> Iterator[Problem]:
-    known = (*BUILT, *_OURS)
+    known = (*BUILT, *_TOP_LEVEL)
     for key, value in config.items():
         if key not in known:
             yield Problem(key, f"there is no such key{suggestion(key, known)}")
-        elif key in _OURS:
-            wrong = mismatch(value, _OURS[key])
-            if wrong:
-                yield Problem(key, wrong)
+        elif key in _TOP_LEVEL:
+            text = mismatch(value, _TOP_LEVEL[key])
+            if text:
+                yield Problem(key, text)
     if isinstance(config.get("seed"), int) and not 0 <= config["seed"] < 2**32:
         yield Problem("seed", f"expected 0 to 2**32 - 1, got {config['seed']}")
 
@@ -176,9 +179,11 @@ def _own_keys(config: Mapping[str, Any]) -> Iterator[Problem]:
 def _nodes(config: Mapping[str, Any], trust: tuple[str, ...]) -> Iterator[Problem]:
     slots = discovery.slots()
     for key in BUILT:
-        yield from _optional_node(config.get(key), key, trust, f"choose an option: {key}=OPTION")
+        yield from _optional_node(config.get(key), key, trust, f"select an option: {key}=OPTION")
         if config.get(key) is None and key in ("model", "data"):
-            yield Problem(key, f"nothing is chosen; add {key}=OPTION{suggestion('', discovery.groups().get(key, {}))}")
+            yield Problem(
+                key, f"nothing is selected; add {key}=OPTION{suggestion('', discovery.groups().get(key, {}))}"
+            )
     for parent in ("plugins", "callbacks"):
         nodes = config.get(parent)
         for name, node in nodes.items() if isinstance(nodes, Mapping) else ():
@@ -197,29 +202,42 @@ def _optional_node(node: object, key: str, trust: tuple[str, ...], advice: str) 
     if node is None:
         return
     if not isinstance(node, Mapping):
-        yield Problem(key, f"expected something to build (_target_ and its arguments), got {node!r}; {advice}")
+        yield Problem(key, f"expected _target_ and its arguments, got {node!r}; {advice}")
     elif "_target_" not in node:
-        yield Problem(
-            key, f"arguments are set ({', '.join(map(str, node))}), but nothing is chosen to take them; {advice}"
-        )
+        yield Problem(key, f"arguments are set ({', '.join(map(str, node))}), but no option is selected; {advice}")
     else:
         yield from check_node(node, key, trust)
 
 
 def _constructed(config: Mapping[str, Any], trust: tuple[str, ...]) -> Iterator[Problem]:
-    """Build plugins, schedule and drill, which is cheap, to have each refuse its own impossible values now."""
+    """Build the plugins, the schedule and the fault, which is cheap, so that their constructors check the values."""
     plugins = config.get("plugins")
     nodes = {f"plugins.{slot}": node for slot, node in plugins.items()} if isinstance(plugins, Mapping) else {}
     nodes["schedule"], nodes["chaos"] = config.get("schedule"), config.get("chaos")
     for key, node in nodes.items():
         if not isinstance(node, Mapping) or "_target_" not in node or next(check_node(node, key, trust), None):
             continue
-        if "???" in node.values():  # said elsewhere: a value is missing
+        if "???" in node.values():  # reported already: the key has no value
             continue
         try:
             build_callback(node, key=key, trust=trust)
         except (ValueError, TypeError) as error:
             yield Problem(key, str(error).removeprefix(f"{key}: "))
+
+
+def _guard(config: Mapping[str, Any]) -> Iterator[Problem]:
+    from stabletrain.runtime.guard.options import Guard
+
+    given = config.get("guard")
+    if not isinstance(given, Mapping):
+        return
+    problems = list(_arguments(Guard, "Guard", given, "guard", complete=False))
+    if not problems:
+        try:
+            Guard(**given)
+        except UserError as error:
+            problems = [Problem("guard", str(error))]
+    yield from problems
 
 
 def _trainer(config: Mapping[str, Any], trust: tuple[str, ...]) -> Iterator[Problem]:
@@ -232,11 +250,11 @@ def _trainer(config: Mapping[str, Any], trust: tuple[str, ...]) -> Iterator[Prob
             continue
         for argument in given:
             where = f"{part}.{argument}"
-            if argument in _ELSEWHERE and not (part == "precision" and argument == "plugins"):
-                yield Problem(where, _ELSEWHERE[argument])
+            if argument in _NOT_TRAINER_KEYS and not (part == "precision" and argument == "plugins"):
+                yield Problem(where, _NOT_TRAINER_KEYS[argument])
             elif argument in seen:
                 yield Problem(
-                    where, f"{seen[argument]} sets it too; keep one of them ({part}=none removes the group's)"
+                    where, f"{seen[argument]} sets it too; remove one of them ({part}=none removes the group's)"
                 )
             seen.setdefault(argument, where)
         yield from _arguments(Trainer, "Lightning's Trainer", given, part, complete=False)
@@ -249,15 +267,16 @@ def _launch(config: Mapping[str, Any]) -> Iterator[Problem]:
     if not isinstance(launch, Mapping) or not isinstance(trainer, Mapping):
         return
     for key, value in launch.items():
-        wrong = mismatch(value, _LAUNCH[key]) if key in _LAUNCH else f"there is no such key{suggestion(key, _LAUNCH)}"
-        if wrong:
-            yield Problem(f"launch.{key}", wrong)
-        elif _LAUNCH[key] is int and value < 1:
+        unknown = key not in _LAUNCH_KEYS
+        text = f"there is no such key{suggestion(key, _LAUNCH_KEYS)}" if unknown else mismatch(value, _LAUNCH_KEYS[key])
+        if text:
+            yield Problem(f"launch.{key}", text)
+        elif _LAUNCH_KEYS[key] is int and value < 1:
             yield Problem(f"launch.{key}", f"expected at least 1, got {value}")
     for argument, source in (("devices", "processes"), ("num_nodes", "nodes")):
         if argument in trainer and trainer[argument] != launch.get(source):
             yield Problem(
-                f"trainer.{argument}", f"it follows launch.{source}; set launch.{source}={trainer[argument]} instead"
+                f"trainer.{argument}", f"launch.{source} sets it; use launch.{source}={trainer[argument]} instead"
             )
     if launch.get("nodes") != 1 and launch.get("kind") in ("local", "torchrun"):
         yield Problem("launch.nodes", "several nodes need launch=slurm")
@@ -274,21 +293,6 @@ def _resume(config: Mapping[str, Any]) -> Iterator[Problem]:
         return
     path = checkpoint_of(resume)
     if path is None:
-        yield Problem("resume", f"there is no checkpoint {resume!r}; expected a .ckpt here, or a run's folder")
+        yield Problem("resume", f"there is no checkpoint at {resume!r}; expected a .ckpt file, or the folder of a run")
     elif path.is_file() and not zipfile.is_zipfile(path):
-        yield Problem("resume", f"{path} is no checkpoint, or a truncated one; take an earlier one")
-
-
-def checkpoint_of(resume: str) -> Path | None:
-    """Return the checkpoint that ``resume`` means: itself, or the newest one of a run's folder.
-
-    Args:
-        resume: path of a checkpoint (a file, or a folder that a sharded strategy wrote) or of a run's folder.
-    """
-    path = Path(resume).expanduser().absolute()
-    if path.is_dir() and (path / "checkpoints").is_dir():
-        if any((path / "checkpoints").glob("step-*/manifest.json")):
-            return path / "checkpoints"  # the newest that verifies is chosen when it is loaded
-        found = sorted((path / "checkpoints").glob("*.ckpt"), key=lambda file: file.stat().st_mtime)
-        return found[-1].resolve() if found else None
-    return path if path.exists() else None
+        yield Problem("resume", f"expected a checkpoint, got {path}, which is none or is truncated; use an earlier one")

@@ -1,60 +1,89 @@
-"""When a checkpoint is due: by steps, epochs, tokens or a share of the run, and by time."""
+"""When a checkpoint is due: at intervals of steps, epochs, tokens, percent of the run, or time.
+
+See `stabletrain.core.lengths` for the family of parsers.
+"""
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 
-from stabletrain.core.lengths import Length, LengthLike, RunLength
+from stabletrain.core import lengths
+from stabletrain.core.lengths import Length, LengthLike, RunLength, number_and_unit
 from stabletrain.errors import UserError
 
 _SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
-_TIME = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(s|min|h|d)\s*")
-_TIMES = "or a time: '30s', '10min', '2h', '1d'"
+FORMS = f"{lengths.FORMS}, or a time: '30s', '10min', '2h', '1d'"
+"""The forms of an interval, for messages."""
+
+
+def parse(value: LengthLike, *, name: str = "interval") -> Length | float:
+    """Read an interval; return a length, or a time in seconds.
+
+    Args:
+        value: a length (`500`, `"3ep"`, `"1e9tok"`, `"2%"`) or a time (`"30s"`, `"10min"`, `"2h"`, `"1d"`), above 0.
+        name: the config key, for messages.
+
+    Raises:
+        UserError: if the value has no such form, or is zero.
+
+    >>> parse("10min"), parse("3ep")
+    (600.0, Length(value=3, unit='epochs'))
+    """
+    found = number_and_unit(value, _SECONDS) if isinstance(value, str) else None
+    interval: Length | float
+    if found is not None and math.isfinite(found[0]):
+        interval = amount = float(Fraction(str(found[0])) * _SECONDS[found[1]])
+    else:
+        try:
+            interval = Length.parse(value, name=name)
+        except UserError:
+            raise UserError(f"{name}: expected {FORMS}, got {value!r}") from None
+        amount = interval.value
+    if not amount > 0:
+        raise UserError(f"{name}: expected an interval above 0, got {value!r}; null means no interval")
+    return interval
 
 
 class SaveTriggers:
-    """One or several intervals; a checkpoint is due when any of them is over.
+    """One or several intervals; a checkpoint is due when any of them has passed.
 
     Lengths count applied steps from the start of the run, so that `500` means steps 500, 1000, 1500, also after a
     resume. A time counts from the last checkpoint.
 
     Args:
-        every: a length or a time, or several; None: never.
+        every: an interval, or several; None: never.
         name: the config key, for messages.
 
     Raises:
-        UserError: if one is neither a length nor a time, or zero.
+        UserError: if a value is neither a length nor a time, or zero.
 
-    >>> intervals = SaveTriggers([500, "10min"])
-    >>> intervals.start(RunLength(), step=0, now=0.0)
-    >>> intervals.due(step=1, now=599.0), intervals.due(step=1, now=600.0), intervals.due(step=500, now=1.0)
+    >>> triggers = SaveTriggers([500, "10min"])
+    >>> triggers.start(RunLength(), step=0, now=0.0)
+    >>> triggers.due(step=1, now=599.0), triggers.due(step=1, now=600.0), triggers.due(step=500, now=1.0)
     (False, True, True)
     """
 
     def __init__(self, every: LengthLike | Sequence[LengthLike] | None, name: str = "every") -> None:
-        self.seconds: float | None = None
+        given: list[LengthLike] = []
+        if isinstance(every, Sequence) and not isinstance(every, str):
+            given = list(every)
+        elif every is not None:
+            given = [every]
+        intervals = [parse(each, name=name) for each in given]
         self._name = name
-        self._lengths: list[Length] = []
+        self._lengths = [each for each in intervals if isinstance(each, Length)]
+        self.seconds = min((each for each in intervals if not isinstance(each, Length)), default=None)
         self._steps: list[int] = []
         self._step = 0
         self._saved_at = 0.0
-        given = [every] if isinstance(every, int | str) else list(every or [])
-        for each in given:
-            seconds = _seconds(each)
-            if seconds is None:
-                self._lengths.append(self._length(each))
-            elif seconds > 0:
-                self.seconds = min(seconds, self.seconds or seconds)
-            else:
-                raise UserError(f"{name}: an interval must be above 0, got {each!r}")
 
     def start(self, run: RunLength, step: int, now: float) -> None:
-        """The run begins, or goes on.
+        """Begin to count, at the start of a run or at a resume.
 
         Args:
-            run: what is known of its length.
+            run: what is known of the run's length.
             step: applied steps so far.
             now: a monotonic clock, seconds.
 
@@ -65,7 +94,7 @@ class SaveTriggers:
         self._step, self._saved_at = step, now
 
     def due(self, step: int, now: float) -> bool:
-        """Whether a checkpoint is due; the same step is due once.
+        """Return whether a checkpoint is due; a length makes one due only once at the same step.
 
         Args:
             step: applied steps so far.
@@ -76,19 +105,9 @@ class SaveTriggers:
         return by_step or (self.seconds is not None and now - self._saved_at >= self.seconds)
 
     def saved(self, now: float) -> None:
-        """A checkpoint was made, or tried."""
+        """Restart the clock: a checkpoint was saved, or saving one was tried.
+
+        Args:
+            now: the clock of `start`.
+        """
         self._saved_at = now
-
-    def _length(self, value: LengthLike) -> Length:
-        try:
-            length = Length.parse(value, name=self._name)
-        except UserError as error:
-            raise UserError(f"{error}; {_TIMES}") from None
-        if not length.value:
-            raise UserError(f"{self._name}: an interval must be above 0, got {value!r}; null switches it off")
-        return length
-
-
-def _seconds(value: LengthLike) -> float | None:
-    match = _TIME.fullmatch(value) if isinstance(value, str) else None
-    return float(Fraction(match[1]) * _SECONDS[match[2]]) if match else None

@@ -1,4 +1,4 @@
-"""Building a run's objects from run.yaml: model, data, optimizer, callbacks, logger and Trainer."""
+"""Build the objects of a run from run.yaml: model, data, optimizer, callbacks, logger and Trainer."""
 
 from __future__ import annotations
 
@@ -15,42 +15,44 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from stabletrain.config.build import build_callback, callbacks
 from stabletrain.config.trust import instantiate
 from stabletrain.errors import UserError
-from stabletrain.launch.checkpoint_mismatch import explain_misfits
+from stabletrain.launch.checkpoint_mismatch import explain_mismatch
 from stabletrain.launch.interrupt import SaveAndStop
 from stabletrain.launch.progress import progress_bar
-from stabletrain.launch.signals import SignalWatch
+from stabletrain.runtime.guard.options import Guard, changed_options
+from stabletrain.runtime.records.run_files import CHECKPOINTS
+from stabletrain.runtime.signal_watch import SignalWatch
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Assembled:
-    """A run that is ready to fit.
+    """The objects of a run, ready to fit.
 
     Args:
         trainer: Lightning's Trainer, with all callbacks.
-        model: what is trained.
-        data: what it is trained on.
-        stopper: the callback that ends the run on a signal; its ``started`` tells whether a batch has begun.
-        resume: checkpoint to go on from.
+        model: the module to train.
+        data: its data module.
+        interrupt: the callback that ends the run on a signal; its ``started`` is True once a batch has begun.
+        resume: path of the checkpoint to resume from; None: start from scratch.
     """
 
     trainer: Trainer
     model: LightningModule
     data: LightningDataModule
-    stopper: SaveAndStop
+    interrupt: SaveAndStop
     resume: str | None
 
     def fit(self) -> None:
-        """Train. Checkpoints are read as data, never as code.
+        """Train. The checkpoint is loaded with ``weights_only=True``, so that it cannot run code.
 
         Raises:
-            UserError: if the checkpoint to go on from is another model's or optimizer's.
+            UserError: if the checkpoint belongs to another model or optimizer.
         """
-        safe = None if self.resume is None else True
+        weights_only = None if self.resume is None else True
         if self.resume is not None:
-            explain_misfits(self.trainer.strategy, self.resume)
-        self.trainer.fit(self.model, datamodule=self.data, ckpt_path=self.resume, weights_only=safe)
+            explain_mismatch(self.trainer.strategy, self.resume)
+        self.trainer.fit(self.model, datamodule=self.data, ckpt_path=self.resume, weights_only=weights_only)
 
 
 def assemble(config: Mapping[str, Any], watch: SignalWatch) -> Assembled:
@@ -58,31 +60,31 @@ def assemble(config: Mapping[str, Any], watch: SignalWatch) -> Assembled:
 
     Args:
         config: the content of a run.yaml.
-        watch: what receives the process's signals.
+        watch: the handler of the process's signals.
 
     Raises:
-        UserError: if a node builds something else than its place needs.
-        TrustError: if a node names something a config may not build.
+        UserError: if a node builds an object of another type than its key needs.
+        TrustError: if a node names something that a config may not build.
     """
     torch.set_num_threads(config["launch"]["threads"])
-    # Filling fresh tensors with NaN in deterministic mode finds bugs in operators and changes no result.
+    # in deterministic mode torch fills new tensors with NaN, which costs time and changes no result
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     seed_everything(config["seed"], workers=True, verbose=False)
-    folder = Path(config["run_dir"]) / "checkpoints"
-    model = _made(config["model"], "model", LightningModule)
-    data = _made(config["data"], "data", LightningDataModule)
+    folder = Path(config["run_dir"]) / CHECKPOINTS
+    model = _build(config["model"], "model", LightningModule)
+    data = _build(config["data"], "data", LightningDataModule)
     if config.get("optimizer"):
         override_optimizer(model, config["optimizer"])
-    stopper = SaveAndStop(watch, folder)
+    interrupt = SaveAndStop(watch, folder)
     arguments = trainer_arguments(config)
     found = run_callbacks(config, arguments, folder)
     logger = instantiate(config["logger"], key="logger") if config.get("logger") else False
-    trainer = Trainer(**arguments, callbacks=[*found, stopper], logger=logger, default_root_dir=config["run_dir"])
-    return Assembled(trainer=trainer, model=model, data=data, stopper=stopper, resume=config.get("resume"))
+    trainer = Trainer(**arguments, callbacks=[*found, interrupt], logger=logger, default_root_dir=config["run_dir"])
+    return Assembled(trainer=trainer, model=model, data=data, interrupt=interrupt, resume=config.get("resume"))
 
 
 def override_optimizer(model: LightningModule, node: Mapping[str, Any]) -> None:
-    """Give one module instance another ``configure_optimizers``; the class stays as it is.
+    """Replace ``configure_optimizers`` of one module instance; its class is unchanged.
 
     Args:
         model: the module.
@@ -91,10 +93,10 @@ def override_optimizer(model: LightningModule, node: Mapping[str, Any]) -> None:
     make = instantiate(node, key="optimizer")
 
     def configure_optimizers(module: LightningModule) -> torch.optim.Optimizer:
-        made: torch.optim.Optimizer = make([parameter for parameter in module.parameters() if parameter.requires_grad])
-        return made
+        optimizer: torch.optim.Optimizer = make([p for p in module.parameters() if p.requires_grad])
+        return optimizer
 
-    # nn.Module would refuse nothing here, but a bound method keeps Lightning's check for overridden hooks working.
+    # a bound method, because Lightning checks for overridden hooks by the method's function
     model.configure_optimizers = types.MethodType(configure_optimizers, model)  # type: ignore[method-assign]
 
 
@@ -104,12 +106,14 @@ def run_callbacks(config: Mapping[str, Any], arguments: Mapping[str, Any], folde
     Args:
         config: the content of a run.yaml.
         arguments: the Trainer's arguments.
-        folder: where checkpoints go.
+        folder: the folder of checkpoints.
     """
     found: list[Callback] = []
     if config.get("schedule"):
         found.append(build_callback(config["schedule"], key="schedule"))
     found += callbacks(config.get("plugins"))
+    if changed := changed_options(config.get("guard") or {}):
+        found.append(Guard(**changed))
     if config.get("chaos"):
         found.append(build_callback(config["chaos"], key="chaos"))
     for name, node in (config.get("callbacks") or {}).items():
@@ -127,7 +131,7 @@ def run_callbacks(config: Mapping[str, Any], arguments: Mapping[str, Any], folde
 
 
 def trainer_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the Trainer's arguments from ``trainer``, ``precision`` and ``strategy``, nodes in them built.
+    """Return the Trainer's arguments from ``trainer``, ``precision`` and ``strategy``, with the nodes in them built.
 
     Args:
         config: the content of a run.yaml.
@@ -135,22 +139,23 @@ def trainer_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     arguments: dict[str, Any] = {}
     for part in ("trainer", "precision", "strategy"):
         for name, value in (config.get(part) or {}).items():
-            arguments[name] = _build_inside(value, f"{part}.{name}")
+            arguments[name] = _build_nodes(value, f"{part}.{name}")
     return arguments
 
 
-def _build_inside(value: object, key: str) -> Any:
+def _build_nodes(value: object, key: str) -> Any:
     if isinstance(value, Mapping):
         if "_target_" in value:
             return instantiate(value, key=key)
-        return {name: _build_inside(inner, f"{key}.{name}") for name, inner in value.items()}
+        return {name: _build_nodes(inner, f"{key}.{name}") for name, inner in value.items()}
     if isinstance(value, list):
-        return [_build_inside(inner, f"{key}[{index}]") for index, inner in enumerate(value)]
+        return [_build_nodes(inner, f"{key}[{index}]") for index, inner in enumerate(value)]
     return value
 
 
-def _made(node: Mapping[str, Any], key: str, expected: type[T]) -> T:
+def _build(node: Mapping[str, Any], key: str, expected: type[T]) -> T:
     built = instantiate(node, key=key)
     if not isinstance(built, expected):
-        raise UserError(f"{key}: {node['_target_']!r} made a {type(built).__name__}, expected a {expected.__name__}")
+        got = type(built).__name__
+        raise UserError(f"{key}: expected a {expected.__name__}, got a {got} from _target_ {node['_target_']!r}")
     return built

@@ -1,4 +1,4 @@
-"""Going on from the checkpoint of another model or optimizer: a mistake, which is said in one message."""
+"""One message in place of a traceback when a checkpoint belongs to another model or optimizer."""
 
 from __future__ import annotations
 
@@ -7,53 +7,54 @@ from typing import Any
 from lightning.pytorch.strategies import Strategy
 
 from stabletrain.errors import UserError
+from stabletrain.runtime.records.run_files import RUN_YAML
 
-_DOES_NOT_FIT = (RuntimeError, ValueError, KeyError, TypeError, IndexError, AttributeError)
+_MISMATCH_ERRORS = (RuntimeError, ValueError, KeyError, TypeError, IndexError, AttributeError)
 
 
-def explain_misfits(strategy: Strategy, path: str) -> None:
-    """Let a strategy say what does not fit when it loads a checkpoint, before anything is trained or written.
+def explain_mismatch(strategy: Strategy, path: str) -> None:
+    """Wrap the two loading methods of a strategy: they raise a `UserError` if the checkpoint does not fit.
+
+    Loading comes before the first step, so nothing has been trained or written then.
 
     Args:
-        strategy: of the Trainer that is to go on.
+        strategy: of the Trainer that resumes.
         path: of the checkpoint, for the message.
-
-    Raises:
-        UserError: later, from loading.
     """
     load_model, load_optimizers = strategy.load_model_state_dict, strategy.load_optimizer_state_dict
 
-    def model(*args: Any, **kwargs: Any) -> None:
+    def load_model_or_explain(*args: Any, **kwargs: Any) -> None:
         try:
             load_model(*args, **kwargs)
-        except _DOES_NOT_FIT as error:
-            raise _other("model", path, _first(error)) from error
+        except _MISMATCH_ERRORS as error:
+            raise _mismatch("model", path, _first_line(error)) from error
 
-    def optimizers(*args: Any, **kwargs: Any) -> None:
+    def load_optimizers_or_explain(*args: Any, **kwargs: Any) -> None:
         try:
             load_optimizers(*args, **kwargs)
-        except _DOES_NOT_FIT as error:
-            raise _other("optimizer", path, _first(error)) from error
-        for optimizer in strategy.optimizers:  # torch takes over another's options without a word
+        except _MISMATCH_ERRORS as error:
+            raise _mismatch("optimizer", path, _first_line(error)) from error
+        # torch replaces the options of the groups without a check: SGD then fails at its first step
+        for optimizer in strategy.optimizers:
             for option in getattr(optimizer, "defaults", {}):
                 if any(option not in group for group in optimizer.param_groups):
                     name = type(optimizer).__name__
-                    raise _other("optimizer", path, f"it has no {option!r}, which {name} needs")
+                    raise _mismatch("optimizer", path, f"it has no {option!r}, which {name} needs")
 
-    strategy.load_model_state_dict = model  # type: ignore[method-assign]
-    strategy.load_optimizer_state_dict = optimizers  # type: ignore[method-assign]
+    strategy.load_model_state_dict = load_model_or_explain  # type: ignore[method-assign]
+    strategy.load_optimizer_state_dict = load_optimizers_or_explain  # type: ignore[method-assign]
 
 
-def _other(what: str, path: str, problem: str) -> UserError:
+def _mismatch(what: str, path: str, problem: str) -> UserError:
     return UserError(
-        f"resume: {path} is the checkpoint of another {what}: {problem}. Go on with the {what} that it was made with "
-        f"(config key {what}; see run.yaml in its run's folder), or begin anew (resume=null). The checkpoint is as it "
-        "was"
+        f"resume: {path} is the checkpoint of another {what}: {problem}. Use the {what} that it was saved with "
+        f"(config key {what}; see {RUN_YAML} in its run's folder), or start from scratch (resume=null). The checkpoint "
+        "is unchanged"
     )
 
 
-def _first(error: BaseException) -> str:
-    """The first thing that does not fit, in torch's words, and how many more there are."""
+def _first_line(error: BaseException) -> str:
+    """The first mismatch in torch's message, and how many more there are."""
     if isinstance(error, KeyError):
         return f"it has no {error}"
     first, *more = [line.strip().rstrip(".") for line in str(error).splitlines()] or [type(error).__name__]

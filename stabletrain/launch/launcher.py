@@ -1,7 +1,7 @@
-"""From a command line to finished runs: compose, validate, make the folder, open the run, start the worker, settle.
+"""From a command line to finished runs: compose, validate, make the folder, create the MLflow run, start the worker.
 
-Hydra stays in front and the worker behind it: Lightning starts the processes of a distributed run by repeating the
-whole command line, and under a sweep that once composed other hyper-parameters on every rank, without an error.
+Hydra runs in this process only, not in the worker: Lightning starts the processes of a distributed run by repeating the
+whole command line, and under a sweep every rank would compose other hyper-parameters, without an error.
 """
 
 from __future__ import annotations
@@ -16,22 +16,23 @@ from typing import Any
 
 from stabletrain.config.compose import Composed, compose, expand
 from stabletrain.config.problems import ConfigError, Problem
-from stabletrain.config.validate import check, checkpoint_of
+from stabletrain.config.resume import checkpoint_of
+from stabletrain.config.validate import check
 from stabletrain.errors import UserError
 from stabletrain.launch import mlflow_run
+from stabletrain.launch.final_status import final_result
 from stabletrain.launch.process import run_process, worker_command, worker_environment
 from stabletrain.launch.result import Result
 from stabletrain.launch.run_folder import make_run_folder, write_run_yaml
-from stabletrain.launch.settle import conclude
 from stabletrain.launch.slurm import submit
 
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchRequest:
-    """What was typed.
+    """The arguments of ``stabletrain train`` and ``validate``.
 
     Args:
-        recipe: the recipe given by position, if any.
+        recipe: the recipe given by position; None if there was none.
         overrides: Hydra overrides.
         multirun: whether ``-m`` was given.
         trust: packages given by ``--trust``.
@@ -44,43 +45,43 @@ class LaunchRequest:
 
     @property
     def command(self) -> list[str]:
-        """The command line that means the same."""
-        trusts = [word for name in self.trust for word in ("--trust", name)]
-        first = [self.recipe] if self.recipe else []
-        return ["stabletrain", "train", *first, *self.overrides, *(["-m"] if self.multirun else []), *trusts]
+        """The equivalent command line."""
+        trust = [word for name in self.trust for word in ("--trust", name)]
+        recipe = [self.recipe] if self.recipe else []
+        return ["stabletrain", "train", *recipe, *self.overrides, *(["-m"] if self.multirun else []), *trust]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Done:
-    """One job and its end.
+class FinishedJob:
+    """One job and how it ended.
 
     Args:
         recipe: as typed.
         overrides: of this job.
-        config: as in run.yaml.
-        result: how it ended; None for a job that was handed to SLURM.
-        complaint: what went wrong after the run had ended.
-        job: its number at SLURM.
+        config: the content of run.yaml.
+        result: how it ended; None for a job that was submitted to SLURM.
+        warning: what failed after the run had ended, in the tracking store; None if nothing did.
+        slurm_job: the job's number in SLURM; None for other jobs.
     """
 
     recipe: str
     overrides: tuple[str, ...]
     config: dict[str, Any] = field(repr=False)
     result: Result | None
-    complaint: str | None = None
-    job: str | None = None
+    warning: str | None = None
+    slurm_job: str | None = None
 
 
 def prepare(request: LaunchRequest) -> list[tuple[str, Composed]]:
-    """Return the jobs of a request, composed and found right: pairs of the recipe as typed and its config.
+    """Compose and validate the jobs of a request; return pairs of the recipe as typed and its config.
 
     Args:
-        request: what was typed.
+        request: the arguments of the command.
 
     Raises:
         ConfigError: with every mistake in every job.
     """
-    # A module of the user's own lies in the current folder, which a console script does not search.
+    # the user's own modules are in the current folder, which is not in a console script's sys.path
     if request.trust and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     jobs: list[tuple[str, Composed]] = []
@@ -94,20 +95,20 @@ def prepare(request: LaunchRequest) -> list[tuple[str, Composed]]:
     return jobs
 
 
-def run(request: LaunchRequest, jobs: Sequence[tuple[str, Composed]], report: Reporter) -> list[Done]:
-    """Run prepared jobs one after the other, each in a fresh process; Ctrl-C ends the whole sweep.
+def run(request: LaunchRequest, jobs: Sequence[tuple[str, Composed]], report: Reporter) -> list[FinishedJob]:
+    """Run prepared jobs one after the other, each in a new process; Ctrl-C ends the whole sweep.
 
     Args:
-        request: what was typed.
+        request: the arguments of the command.
         jobs: from `prepare`.
-        report: told what happens.
+        report: called when a job starts.
 
     Raises:
-        UserError: if a job cannot be started; those before it stay settled.
+        UserError: if a job cannot be started; the jobs before it have run.
     """
     parent: str | None = None
     names = _names(jobs)
-    finished: list[Done] = []
+    finished: list[FinishedJob] = []
     for number, (recipe, composed) in enumerate(jobs):
         uri = mlflow_run.open_store(composed.config)
         if uri is not None and parent is None and request.multirun:
@@ -119,19 +120,19 @@ def run(request: LaunchRequest, jobs: Sequence[tuple[str, Composed]], report: Re
         if done.result is not None and done.result.end in ("interrupted", "terminated"):
             break
     if parent is not None and uri is not None:
-        mlflow_run.settle_sweep(uri, parent, [done.result for done in finished if done.result is not None])
+        mlflow_run.finish_sweep(uri, parent, [done.result for done in finished if done.result is not None])
     return finished
 
 
 class Reporter:
-    """Is told what happens; this one says nothing."""
+    """Called during `run`; this base class does nothing."""
 
     def starting(self, config: dict[str, Any], number: int | None) -> None:
-        """Hear that a run's worker starts.
+        """Called before a worker starts.
 
         Args:
-            config: as in run.yaml.
-            number: of the job in a sweep.
+            config: the content of run.yaml.
+            number: of the job in a sweep; None outside a sweep.
         """
 
 
@@ -144,14 +145,14 @@ class _Job:
 
 
 def _names(jobs: Sequence[tuple[str, Composed]]) -> list[str | None]:
-    """Name each job of a sweep by what tells it from the others."""
+    """Name each job of a sweep by the overrides that it does not share with all others."""
     if len(jobs) == 1:
         return [None]
-    words = [[f"recipe={composed.recipe}", *composed.overrides] for _, composed in jobs]
-    return [" ".join(word for word in mine if not all(word in other for other in words)) for mine in words]
+    all_words = [[f"recipe={composed.recipe}", *composed.overrides] for _, composed in jobs]
+    return [" ".join(word for word in words if not all(word in other for other in all_words)) for words in all_words]
 
 
-def _run_job(job: _Job, uri: str | None, parent: str | None, request: LaunchRequest, report: Reporter) -> Done:
+def _run_job(job: _Job, uri: str | None, parent: str | None, request: LaunchRequest, report: Reporter) -> FinishedJob:
     recipe, composed = job.recipe, job.composed
     config = run_config(composed, request.trust)
     existed = config["run_dir"] is not None and Path(config["run_dir"]).expanduser().exists()
@@ -164,32 +165,34 @@ def _run_job(job: _Job, uri: str | None, parent: str | None, request: LaunchRequ
         environment = worker_environment(config["launch"], request.trust)
         report.starting(config, job.number)
         if config["launch"]["kind"] == "slurm":
-            slurm = submit(config, run_yaml, environment)
-            return Done(recipe=recipe, overrides=composed.overrides, config=config, result=None, job=slurm)
+            number = submit(config, run_yaml, environment)
+            return FinishedJob(
+                recipe=recipe, overrides=composed.overrides, config=config, result=None, slurm_job=number
+            )
     except KeyboardInterrupt:
-        mlflow_run.settle_run(config, Result(end="interrupted"))
+        mlflow_run.finish_run(config, Result(end="interrupted"))
         raise
     except UserError:
-        mlflow_run.settle_run(config, Result(end="refused"))
+        mlflow_run.finish_run(config, Result(end="refused"))
         if not existed:
             shutil.rmtree(folder, ignore_errors=True)
         raise
     ended = run_process(worker_command(config["launch"], run_yaml), environment)
-    result = conclude(config, ended)
-    complaint = mlflow_run.settle_run(config, result)
-    return Done(recipe=recipe, overrides=composed.overrides, config=config, result=result, complaint=complaint)
+    result = final_result(config, ended)
+    warning = mlflow_run.finish_run(config, result)
+    return FinishedJob(recipe=recipe, overrides=composed.overrides, config=config, result=result, warning=warning)
 
 
 def run_config(composed: Composed, trust: Sequence[str]) -> dict[str, Any]:
-    """Return the content of run.yaml for a composed config, but for what is known only when the run is opened.
+    """Return the content of run.yaml for a composed config, without the values that are known only later.
 
     Args:
         composed: a config without problems.
-        trust: packages given by ``--trust``; recorded, never believed.
+        trust: packages given by ``--trust``; recorded only, since a worker does not trust what run.yaml names.
     """
     config = {key: value for key, value in composed.config.items() if key != "dry_run"}
     if config["resume"] is not None:
         config["resume"] = str(checkpoint_of(config["resume"]))
-    order = ("recipe", "seed", "run_dir", "resume", "model", "data", "optimizer", "schedule", "plugins", "callbacks")
-    rest = ("chaos", "precision", "strategy", "trainer", "logger", "launch")
+    order = ("recipe", "seed", "run_dir", "resume", "model", "data", "optimizer", "schedule", "plugins", "guard")
+    rest = ("callbacks", "chaos", "precision", "strategy", "trainer", "logger", "launch")
     return {key: config.get(key) for key in (*order, *rest)} | {"trust": list(trust), "choices": composed.choices}

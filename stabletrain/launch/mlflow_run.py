@@ -1,4 +1,4 @@
-"""The launcher's part of tracking: opening a run before its worker starts, and settling it whatever happens."""
+"""The launcher's part of tracking: create the MLflow run before the worker starts, set its final status at the end."""
 
 from __future__ import annotations
 
@@ -7,28 +7,26 @@ from pathlib import Path
 from typing import Any
 
 from stabletrain.errors import UserError
-from stabletrain.launch.result import MLFLOW, Result
+from stabletrain.launch.result import MLFLOW_STATUS, Result
+from stabletrain.runtime.records.run_files import UNSENT_METRICS, artifacts
 
 MLFLOW_LOGGER = "stabletrain.tracking.MLflowLogger"
-UNSENT = "metrics-unsent.jsonl"
-KEPT = ("events.jsonl", "interventions.jsonl", "result.json", "sample.txt")
-"""What a run leaves in its folder that belongs to its record; diagnoses too."""
 
 
 def is_tracked(config: Mapping[str, Any]) -> bool:
-    """Return whether a run is kept by our MLflow logger.
+    """Return whether a run is logged by `stabletrain.tracking.MLflowLogger`.
 
     Args:
-        config: a resolved run.
+        config: the resolved config.
     """
     return bool(config.get("logger")) and config["logger"].get("_target_") == MLFLOW_LOGGER
 
 
 def open_store(config: Mapping[str, Any]) -> str | None:
-    """Make the store of a run ready and return its absolute URI; None for a run without MLflow.
+    """Make the tracking store ready and return its absolute URI; None for a run without MLflow.
 
     Args:
-        config: a resolved run.
+        config: the resolved config.
 
     Raises:
         UserError: if the store cannot be used.
@@ -44,13 +42,13 @@ def open_store(config: Mapping[str, Any]) -> str | None:
 
 
 def open_run(config: dict[str, Any], uri: str, *, parent: str | None = None, name: str | None = None) -> None:
-    """Open the run in the store and write where it is into its config.
+    """Create the run in the store, and write its id and location into the config.
 
     Args:
-        config: a resolved run; its ``logger`` node is completed.
-        uri: the store.
-        parent: the sweep's run.
-        name: shown in MLflow; the folder's name if None.
+        config: the resolved config; its ``logger`` node is completed.
+        uri: tracking URI of the store.
+        parent: id of the sweep's run; None outside a sweep.
+        name: shown in MLflow; None: the folder's name.
 
     Raises:
         UserError: if the store cannot be used.
@@ -72,55 +70,57 @@ def open_run(config: dict[str, Any], uri: str, *, parent: str | None = None, nam
 
 
 def open_sweep(uri: str, experiment: str, command: str) -> str:
-    """Open the run under which the jobs of a sweep are shown, and return its id.
+    """Create the parent run of a sweep's jobs, and return its id.
 
     Args:
-        uri: the store.
+        uri: tracking URI of the store.
         experiment: name of the experiment.
-        command: what was typed.
+        command: the command line.
     """
     from stabletrain.tracking.runs import create_run
 
     return create_run(uri, experiment, name="sweep", tags={"stabletrain.command": command, "stabletrain.sweep": "true"})
 
 
-def settle_sweep(uri: str, run_id: str, results: Sequence[Result]) -> None:
-    """Give a sweep's own run its final status: the worst of its jobs'.
+def finish_sweep(uri: str, run_id: str, results: Sequence[Result]) -> None:
+    """Set the final status of a sweep's parent run: the worst of its jobs'.
 
     Args:
-        uri: the store.
-        run_id: the sweep's run.
-        results: how its jobs ended.
+        uri: tracking URI of the store.
+        run_id: the parent run.
+        results: how the jobs ended.
     """
-    from stabletrain.tracking.runs import settle
+    from stabletrain.tracking.runs import set_final_status
 
-    statuses = [MLFLOW[result.end] for result in results]
+    statuses = [MLFLOW_STATUS[result.end] for result in results]
     for status in ("KILLED", "FAILED", "FINISHED"):
         if status in statuses or status == "FINISHED":
-            settle(uri, run_id, status, force=True)
+            set_final_status(uri, run_id, status, force=True)
             return
 
 
-def settle_run(config: Mapping[str, Any], result: Result) -> str | None:
-    """Give a run its final status, and send what its worker could not; return a complaint if that fails.
+def finish_run(config: Mapping[str, Any], result: Result) -> str | None:
+    """Send the worker's unsent metrics and the run's files to the store, and set the final status.
 
     Args:
-        config: a resolved run.
-        result: how it ended.
+        config: the resolved config.
+        result: how the run ended.
+
+    Returns:
+        What failed, for the user; None if nothing did.
     """
     if not is_tracked(config) or not config["logger"].get("run_id"):
         return None
-    from stabletrain.tracking.runs import keep_files, settle, upload_unsent
+    from stabletrain.tracking.runs import set_final_status, upload_files, upload_unsent
 
     folder = Path(config["run_dir"])
-    uri, unsent = config["logger"]["tracking_uri"], folder / UNSENT
+    uri, run_id, unsent = config["logger"]["tracking_uri"], config["logger"]["run_id"], folder / UNSENT_METRICS
     try:
         if unsent.is_file():
             upload_unsent(uri, unsent)
-        kept = [folder / name for name in KEPT]
-        keep_files(uri, config["logger"]["run_id"], [*kept, *sorted(folder.glob("diagnosis-*"))])
-        settle(uri, config["logger"]["run_id"], MLFLOW[result.end], force=True)
-    except Exception as error:  # whatever the store does, the run that has ended is told and its exit code kept
+        upload_files(uri, run_id, artifacts(folder))
+        set_final_status(uri, run_id, MLFLOW_STATUS[result.end], force=True)
+    except Exception as error:  # a store that fails must not change the exit code of a run that has ended
         text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        return f"{text}\n  the run itself is whole, in {config['run_dir']}"
+        return f"{text}\n  the run's files are complete, in {config['run_dir']}"
     return None

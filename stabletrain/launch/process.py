@@ -1,4 +1,4 @@
-"""Starting a worker as a fresh process, passing signals on to it, and waiting for its end."""
+"""Start a worker in a new process, forward signals to it, and wait for it."""
 
 from __future__ import annotations
 
@@ -16,17 +16,20 @@ from typing import Any
 
 from stabletrain.config.trust import ENV as TRUST_ENV
 
-# torchrun prints a page about every exit code but 0, and gives back 1; result.json says it better.
-AGREED = "--agreed-ends-exit-0"
+AGREED_ENDS_EXIT_0 = "--agreed-ends-exit-0"
+"""Option of the worker under torchrun, which prints a long report about any exit code but 0 and itself exits with 1.
+
+With it, an end on which all processes agree exits with 0, and the launcher takes the exit code from result.json.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ended:
+class ProcessEnd:
     """How a process ended.
 
     Args:
-        code: its exit code; negative: the signal that ended it.
-        signum: the signal that this process passed on to it, if any.
+        code: its exit code; negative: minus the number of the signal that ended it.
+        signum: the first signal that was forwarded to it; None if none was.
     """
 
     code: int
@@ -34,18 +37,18 @@ class Ended:
 
 
 def worker_command(launch: Mapping[str, Any], run_yaml: Path) -> list[str]:
-    """Return the command that runs a worker on this machine, through torchrun for several processes.
+    """Return the command that runs a worker on this machine, with torchrun if there are several processes.
 
     Args:
         launch: the ``launch`` node of run.yaml.
-        run_yaml: the run's file.
+        run_yaml: path of the run's run.yaml.
     """
     module = ["-m", "stabletrain.worker", str(run_yaml)]
     if launch["kind"] == "local" and launch["processes"] == 1:
         return [sys.executable, *module]
     processes = str(launch["processes"])
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-    return [*torchrun, *module, AGREED]
+    return [*torchrun, *module, AGREED_ENDS_EXIT_0]
 
 
 def worker_environment(launch: Mapping[str, Any], trust: Iterable[str] = ()) -> dict[str, str]:
@@ -53,57 +56,57 @@ def worker_environment(launch: Mapping[str, Any], trust: Iterable[str] = ()) -> 
 
     Args:
         launch: the ``launch`` node of run.yaml.
-        trust: packages named on the command line, passed on since run.yaml is not believed.
+        trust: packages given by ``--trust``. They are passed in the environment, because a worker does not trust
+            packages that run.yaml names.
     """
     named = {name for name in (*os.environ.get(TRUST_ENV, "").split(","), *trust) if name}
     return {
         **os.environ,
         "OMP_NUM_THREADS": str(launch["threads"]),
-        # Sets of texts are ordered by hash, and a run may not depend on that.
+        # the iteration order of sets of strings depends on it
         "PYTHONHASHSEED": os.environ.get("PYTHONHASHSEED", "0"),
-        # A restarted group meets the keys of the one before in a shared store, and hangs (torch 2.13).
+        # in a shared store, a restarted process group finds the keys of the previous one and hangs (torch 2.13)
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         TRUST_ENV: ",".join(sorted(named)),
     }
 
 
-def run_process(command: Sequence[str], environment: Mapping[str, str]) -> Ended:
-    """Run a command to its end.
+def run_process(command: Sequence[str], environment: Mapping[str, str]) -> ProcessEnd:
+    """Run a command and wait for it.
 
-    The first Ctrl-C or SIGTERM is passed on once, and the process may finish its batch and save; the second ends it
-    with SIGTERM, the third with SIGKILL, together with the processes it has started.
+    The first Ctrl-C or SIGTERM is forwarded to the process, which may finish its batch and save. The second sends
+    SIGTERM, the third SIGKILL, to the process and all processes that it has started.
 
     Args:
         command: program and arguments.
         environment: its environment.
     """
-    # Its own session: a terminal sends Ctrl-C to a whole group, and every process would get it a second time from here.
+    # in its own session: a terminal sends Ctrl-C to the whole process group, so it would arrive twice
     process = subprocess.Popen(list(command), env=dict(environment), start_new_session=True)
-    with _passing_signals(process) as passed:
+    with _forward_signals(process) as forwarded:
         code = process.wait()
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    return Ended(code=code, signum=passed[0] if passed else None)
+    return ProcessEnd(code=code, signum=forwarded[0] if forwarded else None)
 
 
 @contextmanager
-def _passing_signals(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    passed: list[int] = []
+def _forward_signals(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+    forwarded: list[int] = []
 
-    def pass_on(signum: int, frame: FrameType | None) -> None:
-        passed.append(signum)
+    def forward(signum: int, frame: FrameType | None) -> None:
+        forwarded.append(signum)
         with contextlib.suppress(ProcessLookupError):
-            if len(passed) == 1:
-                print(
-                    f"\n{signal.Signals(signum).name}: waiting for the batch to end and its checkpoint", file=sys.stderr
-                )
+            if len(forwarded) == 1:
+                name = signal.Signals(signum).name
+                print(f"\n{name}: stopping after this batch, with a checkpoint", file=sys.stderr)
                 process.send_signal(signum)
             else:
-                os.killpg(process.pid, signal.SIGTERM if len(passed) == 2 else signal.SIGKILL)
+                os.killpg(process.pid, signal.SIGTERM if len(forwarded) == 2 else signal.SIGKILL)
 
-    before = {signum: signal.signal(signum, pass_on) for signum in (signal.SIGINT, signal.SIGTERM)}
+    before = {signum: signal.signal(signum, forward) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield passed
+        yield forwarded
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)

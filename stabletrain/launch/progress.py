@@ -1,4 +1,4 @@
-"""What is seen while a run trains: Lightning's rich bar on a terminal, a line now and then elsewhere."""
+"""Progress of a run: Lightning's rich bar on a terminal, otherwise a line of text from time to time."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 
-# Plugins publish their metrics in trainer.callback_metrics; these belong beside the loss.
 _SHOWN = ("train_loss", "grad_norm", "clipped", "skipped", "val_loss")
+"""Metrics to show, of those that the module and the plugins publish in ``trainer.callback_metrics``."""
 
 
 def progress_bar() -> ProgressBar:
-    """Return the progress display that suits where the output goes."""
+    """Return a rich bar if the standard output is a terminal, otherwise lines."""
     return RunBar() if sys.stdout.isatty() else ProgressLines()
 
 
 def shown_metrics(trainer: Trainer) -> dict[str, Any]:
-    """Return the plugin metrics that are worth a place in the bar.
+    """Return the metrics to show beside the step, as text.
 
     Args:
         trainer: of the run.
@@ -31,17 +31,17 @@ class RunBar(RichProgressBar):
     """Lightning's rich bar with loss, gradient norm, clipped and skipped counts."""
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Add the plugins' metrics to what the module puts there itself."""
+        """Return the metrics of the plugins and those that the module logs with ``prog_bar=True``."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         return {**shown_metrics(trainer), **metrics}
 
 
 class ProgressLines(ProgressBar):
-    """One line per interval of time, for logs and pipes.
+    """Prints a line from time to time, for logs and pipes.
 
     Args:
-        every: seconds between lines, at least 0.
+        every: seconds between lines, >= 0.
     """
 
     def __init__(self, every: float = 10.0) -> None:
@@ -51,11 +51,11 @@ class ProgressLines(ProgressBar):
         self._enabled = True
 
     def disable(self) -> None:
-        """Print nothing from now on; Lightning calls it on all ranks but the first."""
+        """Stop printing; Lightning calls it on all ranks but 0."""
         self._enabled = False
 
     def enable(self) -> None:
-        """Print again."""
+        """Resume printing."""
         self._enabled = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -65,7 +65,7 @@ class ProgressLines(ProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Print a line if it is time."""
+        """Print a line if ``every`` seconds have passed since the last one."""
         if self._enabled and time.monotonic() >= self._next:
             self._next = time.monotonic() + self._every
             self._line(trainer)

@@ -1,4 +1,4 @@
-"""How a run ended: written by the worker as result.json, read by the launcher."""
+"""How a run ended: the worker writes it to result.json, the launcher reads it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-End = Literal["finished", "failed", "stopped", "refused", "interrupted", "terminated", "killed"]
+from stabletrain.runtime.records.run_files import RESULT
 
-FILE = "result.json"
+End = Literal["finished", "failed", "stopped", "refused", "interrupted", "terminated", "killed"]
 
 EXIT_CODES: dict[End, int] = {
     "finished": 0,
@@ -22,7 +22,7 @@ EXIT_CODES: dict[End, int] = {
     "terminated": 143,
 }
 
-MLFLOW: dict[End, Literal["FINISHED", "FAILED", "KILLED"]] = {
+MLFLOW_STATUS: dict[End, Literal["FINISHED", "FAILED", "KILLED"]] = {
     "finished": "FINISHED",
     "failed": "FAILED",
     "refused": "FAILED",
@@ -38,13 +38,14 @@ class Result:
     """The end of one run.
 
     Args:
-        end: ``finished``; ``failed`` (an exception); ``stopped`` (by a plugin); ``refused`` (the user's mistake, before
-            the first step); ``interrupted`` (Ctrl-C); ``terminated`` (SIGTERM); ``killed`` (the worker could not say).
-        message: one line for a person.
+        end: ``finished``; ``failed`` (an exception); ``stopped`` (by a plugin); ``refused`` (a `UserError` before the
+            first step); ``interrupted`` (Ctrl-C); ``terminated`` (SIGTERM); ``killed`` (the worker died without writing
+            a result).
+        message: one line for the user.
         steps: applied optimizer steps.
         seconds: duration of the worker.
         metrics: the last value of every logged metric.
-        checkpoint: the checkpoint to go on from, if there is one.
+        checkpoint: path of the checkpoint to resume from; None if there is none.
         threads: CPU threads that torch used.
     """
 
@@ -58,27 +59,27 @@ class Result:
 
     @property
     def exit_code(self) -> int:
-        """What the command line exits with."""
+        """Exit code of the command line."""
         return EXIT_CODES[self.end]
 
     def write(self, run_dir: Path) -> None:
-        """Write result.json, whole or not at all.
+        """Write result.json atomically: it is replaced as a whole.
 
         Args:
             run_dir: the run's folder.
         """
-        scratch = run_dir / f".{FILE}.{os.getpid()}"
+        scratch = run_dir / f".{RESULT}.{os.getpid()}"
         scratch.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        scratch.replace(run_dir / FILE)
+        scratch.replace(run_dir / RESULT)
 
 
 def read_result(run_dir: Path) -> Result | None:
-    """Return what the worker wrote, or None if it did not come to it.
+    """Return the result in a run's folder; None if there is none that can be read.
 
     Args:
         run_dir: the run's folder.
     """
     try:
-        return Result(**json.loads((run_dir / FILE).read_text(encoding="utf-8")))
+        return Result(**json.loads((run_dir / RESULT).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None

@@ -1,4 +1,4 @@
-"""The folder of one run: made before anything is started, so that a place that cannot be written is found early."""
+"""Make the folder of a run before its worker starts, so that a folder that cannot be written is found early."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from typing import Any
 import yaml
 
 from stabletrain.errors import UserError
-
-RUN_YAML = "run.yaml"
+from stabletrain.runtime.records.run_files import CHECKPOINTS, RUN_YAML
 
 
 def make_run_folder(recipe: str, wanted: str | None, *, job: int | None = None) -> Path:
@@ -20,11 +19,11 @@ def make_run_folder(recipe: str, wanted: str | None, *, job: int | None = None) 
 
     Args:
         recipe: the recipe's name.
-        wanted: the folder asked for by ``run_dir``, or None for ``runs/<recipe>/<time>-<id>`` in the current folder.
-        job: number of the job in a sweep, which becomes a folder below ``wanted``.
+        wanted: the config key ``run_dir``; None: ``runs/<recipe>/<time>-<id>`` in the current folder.
+        job: number of the job in a sweep: the run's folder is ``<wanted>/<job>``.
 
     Raises:
-        UserError: if the folder cannot be made or written, or holds another run.
+        UserError: if the folder cannot be made or written, or contains another run.
     """
     if wanted is None:
         path = Path("runs", recipe, f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}").absolute()
@@ -32,25 +31,25 @@ def make_run_folder(recipe: str, wanted: str | None, *, job: int | None = None) 
         path = Path(wanted).expanduser().absolute()
         path = path if job is None else path / str(job)
     if (path / RUN_YAML).exists():
-        raise UserError(f"run_dir: {path} holds a run already; name another folder, or delete it")
+        raise UserError(f"run_dir: {path} already contains a run; choose another folder, or delete it")
     try:
-        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (path / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         probe = path / f".probe-{secrets.token_hex(4)}"
         probe.touch()
         probe.unlink()
     except OSError as error:
         raise UserError(
-            f"run_dir: cannot write in {path} ({error.strerror or error}); "
-            f"name a folder that you may write, run_dir=FOLDER"
+            f"run_dir: cannot write to {path} ({error.strerror or error}); choose a folder with write permission, "
+            f"run_dir=FOLDER"
         ) from None
     return path
 
 
 def write_run_yaml(config: Mapping[str, Any]) -> Path:
-    """Write ``run.yaml`` into the run's folder and return its path.
+    """Write run.yaml into the run's folder and return its path.
 
     Args:
-        config: the resolved run; plain mappings, lists and values.
+        config: the resolved config: plain mappings, lists and values.
     """
     path = Path(config["run_dir"]) / RUN_YAML
     path.write_text(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=120), encoding="utf-8")

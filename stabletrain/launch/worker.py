@@ -1,6 +1,6 @@
-"""One process of a run: everything it does is in run.yaml, and it composes nothing.
+"""One process of a run: builds and trains what run.yaml describes, without Hydra's composition.
 
-Trust is checked again, with packages from the environment only, since a run.yaml may come from anywhere.
+Trust is checked again, with packages from the environment only, because a run.yaml may come from anywhere.
 """
 
 from __future__ import annotations
@@ -17,30 +17,31 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from stabletrain.config.resume import checkpoint_of_run
 from stabletrain.errors import UserError
-from stabletrain.launch.process import AGREED
+from stabletrain.launch.process import AGREED_ENDS_EXIT_0
 from stabletrain.launch.result import Result
-from stabletrain.launch.signals import Interrupted, SignalWatch
+from stabletrain.runtime.records.run_files import WORKER_LOG
+from stabletrain.runtime.signal_watch import Interrupted, SignalWatch
+from stabletrain.runtime.stop import TrainingStopped
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
-
-LOG = "worker.log"
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the worker and return its exit code.
 
     Args:
-        argv: the path of a run.yaml; with ``--agreed-ends-exit-0`` an end on which all processes agree (by a plugin or
-            a signal) is told by result.json alone.
+        argv: the path of a run.yaml; with ``--agreed-ends-exit-0`` the exit code is 0 at an end on which all processes
+            agree (by a plugin or a signal), and result.json alone holds how the run ended.
     """
     watch = SignalWatch()
     watch.install()
-    agreed = AGREED in argv
-    paths = [word for word in argv if word != AGREED]
+    agreed_ends_exit_0 = AGREED_ENDS_EXIT_0 in argv
+    paths = [word for word in argv if word != AGREED_ENDS_EXIT_0]
     if len(paths) != 1:
-        print(f"usage: python -m stabletrain.worker run.yaml [{AGREED}]", file=sys.stderr)
+        print(f"usage: python -m stabletrain.worker run.yaml [{AGREED_ENDS_EXIT_0}]", file=sys.stderr)
         return 2
     try:
         config = _read(Path(paths[0]))
@@ -50,27 +51,27 @@ def main(argv: Sequence[str]) -> int:
     run = _Run(config, watch)
     started = time.monotonic()
     try:
-        end = run.train()
+        result = run.train()
     except Exception as error:
-        end = run.explain(error)
-    code = run.report(end, time.monotonic() - started)
-    return 0 if agreed and end.end in ("stopped", "interrupted", "terminated") else code
+        result = run.result_of(error)
+    code = run.report(result, time.monotonic() - started)
+    return 0 if agreed_ends_exit_0 and result.end in ("stopped", "interrupted", "terminated") else code
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give the run.yaml of a run") from None
+        raise UserError(f"{path}: expected the run.yaml of a run, but it cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: this is not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: expected valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(config, dict) or not {"run_dir", "model", "data", "trainer"} <= config.keys():
-        raise UserError(f"{path}: expected the run.yaml of a run, with run_dir, model, data and trainer")
+        raise UserError(f"{path}: expected the run.yaml of a run, with the keys run_dir, model, data and trainer")
     return config
 
 
 class _Run:
-    """The worker's one run, and what is known of it while it goes."""
+    """The worker's run."""
 
     def __init__(self, config: Mapping[str, Any], watch: SignalWatch) -> None:
         self.config = config
@@ -80,26 +81,26 @@ class _Run:
         self.started = False
 
     def train(self) -> Result:
-        """Build everything and fit."""
+        """Build the run's objects and fit."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        log_to(self.folder / LOG)
+        log_to(self.folder / WORKER_LOG)
         from stabletrain.launch.assemble import assemble
 
         run = assemble(self.config, self.watch)
-        self.trainer, self.stopper = run.trainer, run.stopper
+        self.trainer = run.trainer
         try:
             run.fit()
         finally:
-            self.started = run.stopper.started
+            self.started = run.interrupt.started
         return Result(end="finished", message="the run has finished")
 
-    def explain(self, error: Exception) -> Result:
-        """Say how the run ended, and print what a person needs: one message, or the whole traceback."""
+    def result_of(self, error: Exception) -> Result:
+        """Return the result of a run that an exception ended; log one message, or the whole traceback for a bug."""
         if isinstance(error, Interrupted):
             end = "interrupted" if error.signum == signal.SIGINT else "terminated"
             return Result(end=end, message=str(error), checkpoint=error.checkpoint)  # type: ignore[arg-type]
         logger = logging.getLogger("stabletrain")
-        if type(error).__name__ == "TrainingStopped" and type(error).__module__ == "stabletrain.runtime.stop":
+        if isinstance(error, TrainingStopped):
             logger.error("%s", error)
             return Result(end="stopped", message=str(error))
         if isinstance(error, UserError):
@@ -108,8 +109,8 @@ class _Run:
         logger.error("%s", "".join(traceback.format_exception(error)).rstrip())
         return Result(end="failed", message=f"{type(error).__name__}: {error}")
 
-    def report(self, end: Result, seconds: float) -> int:
-        """Write result.json on the first rank, and return the exit code."""
+    def report(self, result: Result, seconds: float) -> int:
+        """Write result.json on rank 0, and return the exit code."""
         from dataclasses import replace
 
         threads = None
@@ -118,36 +119,32 @@ class _Run:
 
             threads = torch.get_num_threads()
         metrics: dict[str, float] = {}
-        steps, first = 0, True
+        steps, is_rank_0 = 0, True
         if self.trainer is not None:
-            steps, first = self.trainer.global_step, self.trainer.is_global_zero
+            steps, is_rank_0 = self.trainer.global_step, self.trainer.is_global_zero
             metrics = {name: float(value) for name, value in sorted(self.trainer.callback_metrics.items())}
-        if first:
-            checkpoint = end.checkpoint or newest_checkpoint(self.folder)
-            done = replace(
-                end, steps=steps, seconds=round(seconds, 3), metrics=metrics, checkpoint=checkpoint, threads=threads
-            )
-            done.write(self.folder)
-        return end.exit_code
+        if is_rank_0:
+            checkpoint = result.checkpoint or newest_checkpoint(self.folder)
+            replace(
+                result, steps=steps, seconds=round(seconds, 3), metrics=metrics, checkpoint=checkpoint, threads=threads
+            ).write(self.folder)
+        return result.exit_code
 
 
 def newest_checkpoint(folder: Path) -> str | None:
-    """Return the newest checkpoint of a run's folder.
+    """Return the path of the newest complete checkpoint of a run; None if there is none.
 
     Args:
         folder: the run's folder.
     """
-    from stabletrain.runtime.checkpoints import newest
+    from stabletrain.runtime.checkpoints.loading import newest
 
-    verified = newest(folder)
-    if verified is not None:
-        return str(verified)
-    found = sorted((folder / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
-    return str(found[-1]) if found else None
+    found = newest(folder) or checkpoint_of_run(folder)
+    return str(found) if found else None
 
 
 def log_to(path: Path) -> None:
-    """Send log records and warnings to a file too; ours appear on the terminal as they are.
+    """Log records and warnings to a file, and those of stabletrain to the terminal as bare messages, too.
 
     Args:
         path: the log file.
@@ -162,7 +159,7 @@ def log_to(path: Path) -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
     logging.getLogger("stabletrain").addHandler(terminal)
     logging.getLogger("stabletrain").setLevel(logging.INFO)
-    # Lightning calls torch's pytree in a way that torch has deprecated; nobody here can mend it.
+    # a deprecated call of torch's pytree inside Lightning, which users cannot change
     warnings.filterwarnings(
         "ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning
     )

@@ -1,9 +1,11 @@
-"""For authors of plugins: the conformance check, series of signals to try a rule on, and the template.
+"""For authors of plugins: the conformance check, and series of losses and gradient norms to test a rule on.
 
-from stabletrain.testing import check_plugin
+    from stabletrain.testing import check_plugin
 
-def test_it_keeps_the_contract() -> None:
-    check_plugin("clip_cool")
+    def test_conformance() -> None:
+        check_plugin("clip_cool")
+
+Importing this package is cheap: every name is loaded on first use.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The conformance check: one table says which checks apply to which kind of plugin."""
+"""The conformance check, with the table of checks and of the kinds of plugin that each applies to."""
 
 from __future__ import annotations
 
@@ -31,41 +31,41 @@ TRAINED = (*CALLBACKS, "optimizer", "precision")
 RULES = ("rule",)
 
 CHECKS: tuple[tuple[Check, tuple[str, ...]], ...] = (
-    # the config, against the code
+    # the config agrees with the code
     (config.options_exist, ALL),
     (imports.import_is_light, ALL),
     (config.targets_are_public, ALL),
     (config.keys_are_parameters, ALL),
     (config.values_are_arguments, ALL),
     (config.defaults_agree, ALL),
-    (pickling.can_be_copied, CALLBACKS),
-    # the rule, alone
+    (pickling.copies_are_equal, CALLBACKS),
+    # the rule alone
     (imports.rule_is_pure, RULES),
     (replaying.state_is_plain, RULES),
-    (replaying.deterministic, RULES),
-    (replaying.resumes_at_any_cut, RULES),
-    (nonfinite.nothing_is_poisoned, RULES),
+    (replaying.is_deterministic, RULES),
+    (replaying.resumes_from_any_state, RULES),
+    (nonfinite.state_stays_finite, RULES),
     (extremes.extremes_do_not_crash, RULES),
-    (reasons.events_give_reasons, RULES),
-    (skipped_steps.foreign_skips_are_not_learned, RULES),
+    (reasons.events_have_reasons, RULES),
+    (skipped_steps.skips_by_others_are_ignored, RULES),
     # in a Trainer
-    (training.harmless_until_triggered, CALLBACKS),
-    (training.nan_losses_do_not_break, TRAINED),
-    (training.order_is_irrelevant, CALLBACKS),
+    (training.untriggered_changes_no_weights, CALLBACKS),
+    (training.handles_nonfinite_losses, TRAINED),
+    (training.callback_order_does_not_matter, CALLBACKS),
     (training.second_fit_equals_first, TRAINED),
     (resuming.resumed_equals_uninterrupted, TRAINED),
-    (cleanup.everything_is_undone, CALLBACKS),
+    (cleanup.fit_leaves_no_changes, CALLBACKS),
 )
-"""Every check, with the kinds of plugin that it applies to; cheap ones first."""
+"""Every check with the kinds of plugin that it applies to, cheap ones first."""
 
 
 def check_plugin(name: str) -> None:
-    """Hold a plugin to the contract: its config against its code, its behaviour alone, resumed, and in a training.
+    """Check that a plugin's config agrees with its code, and test its behaviour in replays, resumes and trainings.
 
-    Takes a few seconds on one CPU core; needs no GPU and writes to a temporary folder only.
+    Takes a few seconds on one CPU core, needs no GPU and writes to a temporary folder only.
 
     Args:
-        name: of an installed plugin, ours or anybody's, as ``stabletrain ls plugins`` lists it.
+        name: of an installed plugin of any distribution, as ``stabletrain ls plugins`` lists it.
 
     Raises:
         CheckFailed: an AssertionError that names the check, the plugin, what was expected and what was found.
@@ -88,7 +88,7 @@ def check(plugin: PluginInfo) -> None:
     """Run every check that applies to a plugin.
 
     Args:
-        plugin: as discovery describes it.
+        plugin: as found by `stabletrain.config.discovery`.
 
     Raises:
         CheckFailed: at the first check that fails.
@@ -115,7 +115,7 @@ def run_check(each: Check, subject: Subject) -> None:
         subject: the plugin under test.
 
     Raises:
-        CheckFailed: if the plugin does not pass it.
+        CheckFailed: if the plugin fails it.
     """
     try:
         each(subject)

@@ -1,4 +1,4 @@
-"""What a failed check says."""
+"""The exceptions of a failed check."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import NoReturn
 
 
 class CheckFailed(AssertionError):
-    """A plugin does not keep the contract; the message names the check, the plugin, what was expected and found.
+    """A plugin failed a check; the message names the check, the plugin, what was expected and what was found.
 
     Args:
         check: name of the check.
         plugin: name of the plugin.
-        expected: what the contract asks for.
+        expected: what the check requires.
         got: what was found.
     """
 
@@ -27,7 +27,7 @@ class CheckFailed(AssertionError):
 
 
 class Wrong(Exception):
-    """Raised inside a check, which does not know its own name: the pair (expected, got)."""
+    """Raised inside a check; `run_check` turns it into a `CheckFailed` with the names of check and plugin."""
 
     def __init__(self, expected: str, got: str) -> None:
         super().__init__(expected, got)
@@ -36,5 +36,5 @@ class Wrong(Exception):
 
 
 def wrong(expected: str, got: str) -> NoReturn:
-    """Fail the check that is running."""
+    """Fail the running check."""
     raise Wrong(expected, got)

@@ -1,4 +1,4 @@
-"""Series of pairs (loss in nats, raw gradient norm) to try a rule on: seeded, in plain Python.
+"""Seeded series of pairs (loss in nats, raw gradient norm) to test a rule on.
 
 >>> from stabletrain.testing import replay, series
 >>> from stabletrain_plugins.clip_norm.rule import ClipNormRule
@@ -18,7 +18,7 @@ Series: TypeAlias = list[tuple[float, float]]
 
 
 def calm(steps: int = 200, *, loss: float = 2.0, norm: float = 1.0, sigma: float = 0.1, seed: int = 0) -> Series:
-    """Healthy training at one level: the norm log-normal, the loss normal around its level.
+    """Healthy training at a constant level, with a log-normal norm and a normal loss.
 
     Args:
         steps: length, in attempted steps.
@@ -37,7 +37,7 @@ def calm(steps: int = 200, *, loss: float = 2.0, norm: float = 1.0, sigma: float
 
 
 def log_normal(steps: int = 200, *, sigma: float = 1.0, seed: int = 0) -> Series:
-    """Healthy training with a long-tailed gradient norm.
+    """Healthy training with a long-tailed, log-normal gradient norm.
 
     Args:
         steps: length, in attempted steps.
@@ -49,11 +49,11 @@ def log_normal(steps: int = 200, *, sigma: float = 1.0, seed: int = 0) -> Series
 
 
 def decay(steps: int = 200, *, to: float = 0.1, seed: int = 0) -> Series:
-    """Early training: loss and norm fall exponentially to a share of their first level.
+    """Early training: loss and norm fall exponentially to a fraction of their first level.
 
     Args:
         steps: length, in attempted steps.
-        to: what is left of both at the end, as a share, in (0, 1).
+        to: the last level, as a fraction of the first, in (0, 1).
         seed: of the noise.
     """
     rate = math.log(to) / max(1, steps - 1)
@@ -63,7 +63,7 @@ def decay(steps: int = 200, *, to: float = 0.1, seed: int = 0) -> Series:
 
 
 def drift(steps: int = 200, *, factor: float = 2.0, seed: int = 0) -> Series:
-    """A gradient norm that grows slowly while the loss stays.
+    """A gradient norm that grows slowly at a constant loss.
 
     Args:
         steps: length, in attempted steps.
@@ -75,10 +75,10 @@ def drift(steps: int = 200, *, factor: float = 2.0, seed: int = 0) -> Series:
 
 
 def level_shift(series: Sequence[tuple[float, float]], *, at: int, factor: float = 3.0) -> Series:
-    """The gradient norm's level changes for good: another regime, not a fault.
+    """The gradient norm's level changes permanently: a new regime, not a fault.
 
     Args:
-        series: what it happens to.
+        series: the series to change.
         at: first step of the new level.
         factor: the new level, relative to the old.
     """
@@ -89,7 +89,7 @@ def spike(series: Sequence[tuple[float, float]], *, at: int, norm: float = 100.0
     """One bad step.
 
     Args:
-        series: what it happens to.
+        series: the series to change.
         at: the step, from 0.
         norm: factor on its gradient norm.
         loss: factor on its loss.
@@ -103,7 +103,7 @@ def burst(
     """Bad steps in a row.
 
     Args:
-        series: what it happens to.
+        series: the series to change.
         at: the first of them, from 0.
         length: how many steps, >= 1.
         norm: factor on their gradient norms.
@@ -123,10 +123,10 @@ def nonfinite(
     """NaN or infinity at given steps.
 
     Args:
-        series: what it happens to.
+        series: the series to change.
         at: the steps, from 0.
-        loss: what the loss is there; None leaves it.
-        norm: what the gradient norm is there; None leaves it.
+        loss: the loss at these steps; None: unchanged.
+        norm: the gradient norm at these steps; None: unchanged.
     """
     bad = set(at)
     return [
@@ -136,7 +136,7 @@ def nonfinite(
 
 
 def rough(steps: int = 200, *, seed: int = 0) -> Series:
-    """A bit of everything: a spike, a burst, NaN and infinity, a raised loss, a zero norm, a level shift.
+    """A series with a spike, a burst, NaN and infinity, a raised loss, a zero norm and a level shift.
 
     Args:
         steps: length, in attempted steps, at least 100.
@@ -155,13 +155,13 @@ HEALTHY: dict[str, Series] = {
     "drift": drift(300),
     "decay": decay(300),
 }
-"""Training where nothing is wrong."""
+"""Series without faults."""
 
-TROUBLED: dict[str, Series] = {
+FAULTY: dict[str, Series] = {
     "spike": spike(calm(300), at=200, loss=2.0),
     "burst": burst(calm(300), at=200, loss=2.0),
     "level shift": level_shift(calm(300), at=150),
     "log-normal": log_normal(300),
     "rough": rough(300),
 }
-"""Training where something happens."""
+"""Series with spikes, bursts, level shifts, long tails or non-finite values."""

@@ -1,7 +1,8 @@
-"""A plugin under test: its options, and fresh objects built from them."""
+"""A plugin under test: its options, and new objects built from them."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +16,10 @@ from stabletrain.testing.failure import wrong
 
 @dataclass(frozen=True)
 class Subject:
-    """What the checks of one plugin share.
+    """The plugin that the checks test.
 
     Args:
-        plugin: as discovery found it.
+        plugin: as found by `stabletrain.config.discovery`.
     """
 
     plugin: PluginInfo
@@ -26,35 +27,59 @@ class Subject:
 
     @property
     def options(self) -> tuple[Option, ...]:
-        """Its options; the none of a slot is nobody's."""
+        """The plugin's options, without the option ``none`` of its slot."""
         return tuple(option for option in self.plugin.options if option.name != "none")
 
     def node(self, option: Option) -> Any:
-        """The content of an option's file, without the values that are interpolated from elsewhere."""
+        """Return the content of an option's file, without values that contain interpolations."""
         key = str(option.file)
         if key not in self._nodes:
             self._nodes[key] = _without_interpolations(_loaded(option.file))
         return self._nodes[key]
 
     def targets(self, option: Option) -> Iterator[Mapping[str, Any]]:
-        """Every node of an option with a ``_target_`` that is this plugin's, or ours."""
+        """Yield every node of an option whose ``_target_`` is in this plugin's distribution or in stabletrain."""
         packages = {"stabletrain", "stabletrain_plugins", self.plugin.package.split(".")[0]}
         for node in _with_target(self.node(option)):
             if str(node["_target_"]).split(".")[0] in packages:
                 yield node
 
     def build(self, option: Option) -> Any:
-        """A fresh object of an option."""
+        """Build a new object from an option."""
         return instantiate(self.node(option), trust=self.trust, key=choice(option))
 
     def plain_option(self) -> Option:
-        """The option closest to the constructor's defaults."""
-        from stabletrain.testing.checks.config import differences
+        """Return the option closest to the constructor's defaults."""
+        return min(self.options, key=lambda option: len(self.differences(option)))
 
-        return min(self.options, key=lambda option: len(differences(self, option)))
+    def parameters(self, node: Mapping[str, Any]) -> dict[str, inspect.Parameter]:
+        """Return the parameters of a node's target that the node must set, by name.
+
+        Args:
+            node: a mapping with ``_target_``. With ``_partial_``, parameters without a default are omitted: they are
+                passed later, as an optimizer's parameters are.
+        """
+        target = self.resolve(node["_target_"])
+        return {
+            name: parameter
+            for name, parameter in inspect.signature(target).parameters.items()
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+            and not (node.get("_partial_") and parameter.default is parameter.empty and name not in node)
+        }
+
+    def differences(self, option: Option) -> list[str]:
+        """Return the values of an option that are not the default of their parameter, each as a text."""
+        found = []
+        for node in self.targets(option):
+            for name, parameter in self.parameters(node).items():
+                if name in node and parameter.default is not parameter.empty:
+                    value, default = node[name], parameter.default
+                    if _comparable(value) != _comparable(default):
+                        found.append(f"{name}: {value!r} in the file, {default!r} in the signature")
+        return found
 
     def representatives(self) -> list[Option]:
-        """One option for each thing that the plugin's options build: options that only preset values share one."""
+        """Return one option for each ``_target_``: of options that differ in values only, one is enough."""
         found: dict[object, Option] = {}
         for option in (self.plain_option(), *self.options):
             found.setdefault(tuple(str(node["_target_"]) for node in self.targets(option)), option)
@@ -62,11 +87,11 @@ class Subject:
 
     @property
     def trust(self) -> tuple[str, ...]:
-        """The plugin's own package."""
+        """The plugin's top-level package, which its options may name."""
         return (self.plugin.package.split(".")[0],)
 
     def resolve(self, target: object) -> Any:
-        """The object that a ``_target_`` names."""
+        """Return the object that a ``_target_`` names."""
         try:
             return resolve(target, self.trust)
         except UserError as error:
@@ -74,12 +99,12 @@ class Subject:
 
 
 def choice(option: Option) -> str:
-    """An option as it is typed: ``plugins/clip=zscore``."""
+    """Return an option as typed on the command line, such as ``plugins/clip=zscore``."""
     return f"{option.group}={option.name}"
 
 
 def _loaded(file: Path) -> Any:
-    """A config file with the options of its own group that it builds on (its defaults list) merged in."""
+    """The content of a config file, merged with the options of its own group in its defaults list."""
     from omegaconf import OmegaConf
 
     plain = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
@@ -115,3 +140,13 @@ def _without_interpolations(node: Any) -> Any:
             if not (isinstance(value, str) and "${" in value)
         }
     return node
+
+
+def _comparable(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(_comparable(item) for item in value)
+    if isinstance(value, Mapping):
+        return {str(key): _comparable(item) for key, item in value.items()}
+    if isinstance(value, bool):  # True == 1, but a default of True written as 1 is a mistake
+        return ("bool", value)
+    return value

@@ -1,4 +1,4 @@
-"""``stabletrain new-plugin NAME``: a complete distribution of a plugin that passes the conformance check as it is."""
+"""``stabletrain new-plugin NAME``: make a distribution with a plugin that passes the conformance check."""
 
 from __future__ import annotations
 
@@ -30,26 +30,25 @@ class _Choice(NamedTuple):
 def create(name: str, folder: Path) -> Path:
     """Make a distribution with one plugin: a rule, its callback, config, card and tests.
 
-    ``clip_noise`` becomes ``plugins/clip=noise``; any other verb answers a question about its noun, so ``skip_noise``
-    becomes ``plugins/noise=skip``. A plugin that begins with ``skip_`` starts as a rule that skips, all others as one
-    that clips.
+    ``clip_noise`` becomes ``plugins/clip=noise``. With any other verb, the noun is the slot: ``skip_noise`` becomes
+    ``plugins/noise=skip``. The rule of a plugin whose name starts with ``skip_`` skips, all others clip.
 
     Args:
         name: of the plugin and its package: ``verb_noun``, in lower case.
-        folder: where the distribution's folder, of the same name, is made.
+        folder: the parent of the new folder, which has the same name as the plugin.
 
     Returns:
         The new folder.
 
     Raises:
-        UserError: if the name is not of that form, or taken, or the new folder exists already.
+        UserError: if the name has another form or is taken, or the new folder already exists.
     """
     _check_shape(name)
     choice = _choice(name)
     _check_free(name, choice)
     home = folder.resolve() / name
     if home.exists():
-        raise UserError(f"new-plugin: {home} exists already; choose another name, or another folder with --in")
+        raise UserError(f"new-plugin: {home} already exists; choose another name, or another folder with --in")
     if not folder.is_dir():
         raise UserError(f"new-plugin: there is no folder {folder}; make it first, or choose another with --in")
     try:
@@ -65,7 +64,7 @@ def _check_shape(name: str) -> None:
             f"new-plugin: expected a name such as clip_noise (verb_noun: lower case, words joined by '_'), got {name!r}"
         )
     if keyword.iskeyword(name) or any(keyword.iskeyword(part) for part in name.split("_")[:1]):
-        raise UserError(f"new-plugin: {name!r} begins with a word of the Python language; choose another verb")
+        raise UserError(f"new-plugin: {name!r} starts with a Python keyword; choose another verb")
 
 
 def _choice(name: str) -> _Choice:
@@ -77,20 +76,19 @@ def _check_free(name: str, choice: _Choice) -> None:
     plugins, groups = discovery.plugins(), discovery.groups()
     if name in plugins:
         raise UserError(
-            f"new-plugin: there is a plugin {name!r} already, of {plugins[name].distribution}; choose another name"
+            f"new-plugin: the plugin {name!r} already exists in {plugins[name].distribution}; choose another name"
         )
     if name in sys.stdlib_module_names or name.split("_")[0] == "stabletrain":
-        raise UserError(f"new-plugin: the name {name!r} belongs to another package; choose another name")
+        raise UserError(f"new-plugin: {name!r} is the name of another package; choose another name")
     if choice.option in groups.get(choice.group, {}):
         raise UserError(
-            f"new-plugin: {name!r} would be {choice.group}={choice.option}, and there is such an option already; "
-            f"choose another name"
+            f"new-plugin: the option {choice.group}={choice.option} of {name!r} already exists; choose another name"
         )
 
 
 def _write(home: Path, name: str, choice: _Choice) -> None:
     what = "skip" if name.startswith("skip_") else "clip"
-    verb = {"clip": "Hold the gradient norm to", "skip": "Drop a step whose gradient norm is above"}[what]
+    verb = {"clip": "Clip the gradient norm to", "skip": "Skip a step whose gradient norm is above"}[what]
     words = {
         "name": name,
         "distribution": name.replace("_", "-"),
@@ -114,11 +112,11 @@ def _write(home: Path, name: str, choice: _Choice) -> None:
     if choice.group not in discovery.groups():
         wanted[f"{conf}/none.yaml"] = "none.yaml"
     templates = files("stabletrain.testing") / "template_files"
-    # made aside and moved, so that a failure leaves nothing half-written behind
-    with tempfile.TemporaryDirectory(dir=home.parent, prefix=f".{name}-") as aside:
+    # written to a temporary folder and moved, so that a failure leaves no incomplete distribution
+    with tempfile.TemporaryDirectory(dir=home.parent, prefix=f".{name}-") as temporary:
         for path, template in wanted.items():
-            target = Path(aside) / name / path
+            target = Path(temporary) / name / path
             target.parent.mkdir(parents=True, exist_ok=True)
             text = (templates / f"{template}.tmpl").read_text(encoding="utf-8")
             target.write_text(Template(text).substitute(words), encoding="utf-8")
-        shutil.move(Path(aside) / name, home)
+        shutil.move(Path(temporary) / name, home)

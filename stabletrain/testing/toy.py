@@ -1,4 +1,4 @@
-"""A tiny model, and data that are a function of the batch's number: training that goes on exactly where it was cut."""
+"""A tiny model and data that are a function of the batch's number, so that a run resumes exactly at any batch."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from stabletrain.runtime.stop import TrainingStopped
 from stabletrain.testing.trainer import quiet_trainer
 
 STEPS = 96
-"""Length of a run, in batches; long enough for the warm-up of the plugins that come with stabletrain."""
+"""Length of a run in batches, more than the warm-up of stabletrain's own plugins."""
 
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
 
 
 class ToyBatches(IterableDataset[tuple[int, float]]):
-    """Pairs of a batch's number and the factor on its loss, from a given number on; no random numbers.
+    """Yields pairs of a batch's number and the factor on its loss; draws no random numbers.
 
     Args:
         start: number of the first batch.
@@ -44,7 +44,7 @@ class ToyBatches(IterableDataset[tuple[int, float]]):
 
 
 class ToyModule(LightningModule):
-    """A regression with 66 parameters and batch normalisation, whose inputs follow from the batch's number.
+    """A regression with 66 parameters and batch normalisation; its inputs are a function of the batch's number.
 
     Args:
         make_optimizer: makes the optimizer of the parameters; None: AdamW.
@@ -71,17 +71,17 @@ class ToyModule(LightningModule):
         return loss
 
     def configure_optimizers(self) -> Optimizer:
-        """The optimizer that was asked for."""
+        """The optimizer of ``make_optimizer``, or AdamW."""
         parameters = list(self.parameters())
         return self._make_optimizer(parameters) if self._make_optimizer else AdamW(parameters, lr=1e-3)
 
 
 class ToyError(Exception):
-    """Raised by `ToyModule` where a test wants an exception."""
+    """Raised by `ToyModule` at the batch ``raise_at``."""
 
 
 class Watcher(GuardMember):
-    """Writes down outcomes, and saves checkpoints behind given batches."""
+    """Records outcomes and learning rates, and saves checkpoints after given batches."""
 
     def __init__(self, save: Mapping[int, Path] | None = None) -> None:
         self.outcomes: list[Outcome] = []
@@ -90,38 +90,38 @@ class Watcher(GuardMember):
 
     @property
     def state_key(self) -> str:
-        """A key of its own."""
+        """Differs from every plugin's key."""
         return "stabletrain.testing.Watcher"
 
     def on_outcome(self, outcome: Outcome) -> None:
-        """Keep it."""
+        """Record the outcome."""
         self.outcomes.append(outcome)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Note the learning rate of the step."""
+        """Record the learning rate of the step."""
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         self.rates.append(float(optimizer.param_groups[0]["lr"]))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save where asked to."""
+        """Save a checkpoint if one is wanted after this batch."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if (path := self._save.get(int(batch[0]) + 1)) is not None:
             trainer.save_checkpoint(path)
 
 
 class Fitted(NamedTuple):
-    """What a run left behind.
+    """The state at the end of a run.
 
     Args:
         weights: parameters and buffers.
         optimizer: the optimizer's state.
-        states: what each plugin would put into a checkpoint at the end.
+        states: each plugin's `state_dict` at the end.
         outcomes: the outcome of every attempted step; empty without plugins.
         rates: the learning rate of every attempted step.
         module: the module.
-        stopped: why a plugin stopped the run; None if none did.
+        stopped: the reason of the plugin that stopped the run; None if none did.
     """
 
     weights: dict[str, Tensor]
@@ -147,19 +147,19 @@ def fit(
     watch: bool = True,
     raise_at: int | None = None,
 ) -> Fitted:
-    """Train the toy on the CPU, silently.
+    """Train `ToyModule` on the CPU without output.
 
     Args:
-        folder: where logs may go.
-        callbacks: what to train it with.
+        folder: the Trainer's ``default_root_dir``.
+        callbacks: the callbacks to train with.
         faults: factors on the loss, by batch.
         start: number of the first batch.
         steps: number of the last batch, plus 1.
-        save: number of batches done -> file to save a checkpoint in.
-        resume: a checkpoint to go on from; `start` must be the number of batches done there.
+        save: number of batches done -> path of a checkpoint to save then.
+        resume: path of a checkpoint to resume from; `start` must be the number of batches done there.
         make_optimizer: makes the optimizer; None: AdamW.
         trainer: further arguments of the Trainer.
-        watch: also record outcomes; without it and without callbacks this is plain Lightning.
+        watch: whether to record outcomes; False without callbacks is a fit with Lightning alone.
         raise_at: batch at which the module raises `ToyError`.
     """
     watcher = Watcher(save)
@@ -188,7 +188,7 @@ def fit(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Lightning says nothing about hardware and loaders; one thread, which such small tensors are fastest with."""
+    """Silence log messages and warnings, and use one thread, which is fastest for such small tensors."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "stabletrain")]
     levels, threads = [each.level for each in loggers], torch.get_num_threads()
     try:
@@ -205,7 +205,7 @@ def quiet() -> Iterator[None]:
 
 
 class _End(Callback):
-    """Last in the list: keeps the optimizer, and the plugins' states when the last batch is over."""
+    """Copies the optimizer's and the plugins' state after the last batch; must be last in the list of callbacks."""
 
     def __init__(self, plugins: Sequence[Callback], last: int) -> None:
         self._plugins, self._last = plugins, last

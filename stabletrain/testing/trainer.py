@@ -1,4 +1,4 @@
-"""A Trainer for tests: on the CPU, showing nothing and writing nothing that was not asked for."""
+"""A Trainer for tests: on the CPU, without output and without files that were not requested."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from lightning.pytorch.callbacks import Checkpoint
 
 
 def quiet_trainer(*callbacks: Callback, **options: Any) -> Trainer:
-    """Make a Trainer for one process on the CPU, without loggers, bars, summaries, sanity checks and checkpoints.
+    """Make a Trainer for one process on the CPU without loggers, bars, summaries, sanity checks and checkpoints.
 
     Args:
-        callbacks: its callbacks; with one of Lightning's kind of checkpoints among them, those are not switched off.
-        options: arguments of the Trainer, which win over what is said above.
+        callbacks: its callbacks; checkpoints are enabled if one of them is a ``Checkpoint`` callback.
+        options: arguments of the Trainer; they override the defaults above.
 
     >>> quiet_trainer(max_steps=5).max_steps
     5

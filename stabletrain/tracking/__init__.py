@@ -1,4 +1,7 @@
-"""Runs in MLflow: the store, the run's record, the Lightning logger, and comparing runs. Light to import."""
+"""Runs in MLflow: the store, the run's record, the Lightning logger, and the comparison of runs.
+
+Importing this package is cheap: every name is loaded on first use.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,10 @@ if TYPE_CHECKING:
     from stabletrain.tracking.comparison import Comparison, RunSummary, compare, comparison_url, side_by_side
     from stabletrain.tracking.logger import MLflowLogger
     from stabletrain.tracking.record import environment, git_state, write_environment
-    from stabletrain.tracking.runs import settle, start_run, upload_unsent
+    from stabletrain.tracking.runs import set_final_status, start_run, upload_unsent
     from stabletrain.tracking.store import StoreError, default_tracking_uri, ensure_store
 
-_HOMES = {
+_MODULES = {
     "Comparison": "comparison",
     "MLflowLogger": "logger",
     "RunSummary": "comparison",
@@ -23,7 +26,7 @@ _HOMES = {
     "ensure_store": "store",
     "environment": "record",
     "git_state": "record",
-    "settle": "runs",
+    "set_final_status": "runs",
     "side_by_side": "comparison",
     "start_run": "runs",
     "upload_unsent": "runs",
@@ -41,7 +44,7 @@ __all__ = [
     "ensure_store",
     "environment",
     "git_state",
-    "settle",
+    "set_final_status",
     "side_by_side",
     "start_run",
     "upload_unsent",
@@ -50,9 +53,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     globals()[name] = value
     return value
 

@@ -1,4 +1,4 @@
-"""Runs side by side: only the settings that differ, and what came of them."""
+"""Compare runs: the parameters that differ, and the final metrics."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 from stabletrain.errors import UserError
-from stabletrain.tracking.store import ensure_store, explained, open_client
+from stabletrain.tracking.store import ensure_store, open_client, translate_errors
 
 if TYPE_CHECKING:
     import pandas  # type: ignore[import-untyped]
@@ -21,7 +21,7 @@ _Row = TypeVar("_Row")
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """What a comparison needs to know of one run."""
+    """The name, status, parameters and metrics of one run."""
 
     run_id: str
     name: str
@@ -34,7 +34,7 @@ class RunSummary:
 class Comparison:
     """A table with one column per run: the parameters that differ, then the final metrics.
 
-    ``None`` stands for "this run has no such value", which is not the same as NaN.
+    ``None`` means that a run has no such value, unlike NaN.
     """
 
     runs: tuple[RunSummary, ...]
@@ -42,7 +42,7 @@ class Comparison:
     metrics: Mapping[str, tuple[float | None, ...]]
 
     def table(self) -> list[list[str]]:
-        """Return the table as text, the header first; a missing value is a dash."""
+        """Return the rows as text, the header first; a missing value is ``-``."""
         rows = [["", *(run.name for run in self.runs)], ["status", *(run.status for run in self.runs)]]
         rows += [[key, *("-" if value is None else value for value in row)] for key, row in self.params.items()]
         rows += [[key, *(_number(value) for value in row)] for key, row in self.metrics.items()]
@@ -70,24 +70,24 @@ def compare(
     params: Iterable[str] | None = None,
     limit: int = 50,
 ) -> Comparison:
-    """Read runs from the store and put them side by side.
+    """Read runs from the store and compare them.
 
     Args:
         uri: MLflow tracking URI.
-        run_ids: the runs, in the order of the columns; or name an ``experiment``.
-        experiment: every run of this experiment, the newest first.
-        metrics: names or patterns such as ``val/*``; all if None.
-        params: names or patterns, shown even if equal; those that differ if None.
-        limit: runs read from an experiment, at most.
+        run_ids: the runs, in the order of the columns; None: those of ``experiment``.
+        experiment: all runs of this experiment, the newest first; None: those of ``run_ids``.
+        metrics: names or patterns such as ``val/*``; None: all.
+        params: names or patterns, also of equal parameters; None: those that differ.
+        limit: the maximum number of runs read from an experiment.
 
     Raises:
         UserError: if neither or both of ``run_ids`` and ``experiment`` are given, or one does not exist.
         StoreError: if the store cannot be used.
     """
     if (run_ids is None) == (experiment is None):
-        raise UserError("compare: expected either run_ids or experiment, got both or neither; give one of them")
+        raise UserError("compare: expected either run_ids or experiment, got both or neither")
     ensure_store(uri)
-    with explained(uri):
+    with translate_errors(uri):
         client = open_client(uri)
         found = _by_id(client, run_ids) if run_ids is not None else _by_experiment(client, str(experiment), limit)
     return side_by_side([_summary(run) for run in found], metrics=metrics, params=params)
@@ -96,12 +96,12 @@ def compare(
 def side_by_side(
     runs: Sequence[RunSummary], *, metrics: Iterable[str] | None = None, params: Iterable[str] | None = None
 ) -> Comparison:
-    """Arrange runs into a comparison; no store is needed.
+    """Compare runs that were read before; needs no store.
 
     Args:
         runs: the columns.
-        metrics: names or patterns; all if None.
-        params: names or patterns, shown even if equal; those that differ if None.
+        metrics: names or patterns; None: all.
+        params: names or patterns, also of equal parameters; None: those that differ.
 
     >>> a = RunSummary(run_id="1", name="a", status="FINISHED", params={"lr": "0.1"}, metrics={"loss": 2.0})
     >>> b = RunSummary(run_id="2", name="b", status="FAILED", params={"lr": "0.3"})
@@ -120,10 +120,10 @@ def side_by_side(
 
 
 def comparison_url(server: str, run_ids: Sequence[str], experiment_ids: Sequence[str]) -> str:
-    """Return the address of MLflow's page that compares runs, for a running ``mlflow ui``.
+    """Return the URL of MLflow's page that compares runs.
 
     Args:
-        server: address of the server.
+        server: URL of a running ``mlflow ui``.
         run_ids: the runs.
         experiment_ids: ids (not names) of their experiments.
 
@@ -168,7 +168,7 @@ def _by_id(client: Any, run_ids: Sequence[str]) -> list[Any]:
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
-            raise UserError(f"compare: there is no run {run_id!r} in {client.tracking_uri}; correct the id") from None
+            raise UserError(f"compare: there is no run {run_id!r} in {client.tracking_uri}; correct its id") from None
     return found
 
 
@@ -176,5 +176,7 @@ def _by_experiment(client: Any, name: str, limit: int) -> list[Any]:
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         known = ", ".join(sorted(item.name for item in client.search_experiments()))
-        raise UserError(f"compare: there is no experiment {name!r} in {client.tracking_uri}; it has: {known or 'none'}")
+        raise UserError(
+            f"compare: there is no experiment {name!r} in {client.tracking_uri}; choose one of: {known or 'none'}"
+        )
     return list(client.search_runs([experiment.experiment_id], max_results=limit))

@@ -1,4 +1,4 @@
-"""The Lightning logger: metrics cost the training loop microseconds, and a failing store cannot end a run."""
+"""The Lightning logger: a metric costs the training loop microseconds, and a failing store does not end a run."""
 
 from __future__ import annotations
 
@@ -20,35 +20,34 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_only
 
+from stabletrain.runtime.records.run_files import UNSENT_METRICS
 from stabletrain.tracking import runs
-from stabletrain.tracking.store import absolute_uri, default_tracking_uri, ensure_store, explained, open_client
+from stabletrain.tracking.store import absolute_uri, default_tracking_uri, ensure_store, open_client, translate_errors
 from stabletrain.tracking.writer import MetricWriter, Point
 
 log = logging.getLogger(__name__)
-
-UNSENT = "metrics-unsent.jsonl"
 
 
 class MLflowLogger(Logger):
     """Logs to MLflow from one background thread; ``Trainer(logger=MLflowLogger())`` is enough.
 
     Lightning's own ``MLFlowLogger`` raises with MLflow 3's defaults, waits for the database at every step, cuts
-    parameters at 250 characters, and leaves a resumed run FINISHED; none of this can be mended by subclassing it.
+    parameters at 250 characters, and leaves a resumed run FINISHED; a subclass cannot correct any of this.
 
     The run is created (or, with ``run_id``, reopened with status RUNNING) when training begins. It ends as FINISHED,
-    FAILED (exception) or KILLED (Ctrl-C, SIGTERM). Metrics that the store does not take are kept in
+    FAILED (exception) or KILLED (Ctrl-C, SIGTERM). Metrics that the store does not accept are written to
     ``metrics-unsent.jsonl``. NaN and infinities are stored as NaN and counted by ``nonfinite/<name>``. Names that
-    MLflow does not accept are changed, and keep a hash so that no two become one.
+    MLflow does not accept are changed and get a hash, so that different names stay different.
 
     Args:
-        tracking_uri: MLflow store; ``MLFLOW_TRACKING_URI`` or ``sqlite:///<current folder>/mlflow.db`` if None.
+        tracking_uri: MLflow store; None: ``MLFLOW_TRACKING_URI``, or else ``sqlite:///<current folder>/mlflow.db``.
         experiment: name of the experiment, made if missing.
-        run_id: a run to go on with; a new one if None.
-        run_name: shown in the UI; MLflow invents one if None.
+        run_id: a run to continue; None: a new one.
+        run_name: shown in the UI; None: MLflow chooses one.
         save_dir: folder for local files (unsent metrics, and checkpoints of a ModelCheckpoint without ``dirpath``);
-            the Trainer's ``default_root_dir`` and, for unsent metrics, the current folder if None.
+            None: the Trainer's ``default_root_dir`` and, for unsent metrics, the current folder.
         tags: tags of the run.
-        parent_run_id: the run under which a new one is shown.
+        parent_run_id: the run under which MLflow shows a new one.
 
     Raises:
         StoreError: when training begins, if the store cannot be used.
@@ -82,12 +81,12 @@ class MLflowLogger(Logger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The ``mlflow.MlflowClient`` of the run, which begins now if it has not begun (a dummy on other ranks)."""
+        """The ``mlflow.MlflowClient`` of the run, which is created if necessary; a dummy on ranks other than 0."""
         return self._open().client
 
     @property
     def run_id(self) -> str | None:
-        """The run's id; on rank zero the run begins now if it has not begun."""
+        """The run's id; on rank 0, the run is created if necessary."""
         if _rank() == 0:
             self._open()
         return self._run_id
@@ -99,12 +98,12 @@ class MLflowLogger(Logger):
 
     @property
     def version(self) -> str | None:
-        """The run's id, or None as long as it has not begun."""
+        """The run's id; None before it is created."""
         return self._run_id
 
     @property
     def save_dir(self) -> str | None:
-        """Folder for local files, or None."""
+        """Folder for local files; None if none was given."""
         return self._save_dir
 
     @rank_zero_only
@@ -112,8 +111,8 @@ class MLflowLogger(Logger):
         """Queue metrics for the writer; returns within microseconds.
 
         Args:
-            metrics: numbers or one-element tensors by name; anything else is left out, with a warning.
-            step: step they belong to; the last one if None.
+            metrics: numbers or one-element tensors by name; other values are skipped with a warning.
+            step: the step that they belong to; None: the last one.
         """
         if step is None:
             step = self._last_step
@@ -126,7 +125,7 @@ class MLflowLogger(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Mapping[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Write parameters, nested ones with dotted names; a changed value becomes a tag ``changed.<name>``.
+        """Write parameters, nested ones with dotted names; a value that changed becomes a tag ``changed.<name>``.
 
         Args:
             params: a mapping, Namespace or dataclass.
@@ -141,14 +140,14 @@ class MLflowLogger(Logger):
 
     @rank_zero_only
     def log_artifact(self, path: str | os.PathLike[str], name: str | None = None) -> None:
-        """Copy a file or folder into the run's artifacts.
+        """Copy a file or folder to the run's artifacts.
 
         Args:
-            path: what to copy.
-            name: its name among the artifacts, e.g. ``plots/lr.png``; its own if None.
+            path: of the file or folder.
+            name: name of the artifact, e.g. ``plots/lr.png``; None: the file's own.
 
         Raises:
-            FileNotFoundError: if there is nothing at ``path``.
+            FileNotFoundError: if ``path`` does not exist.
         """
         source = Path(path)
         if not source.exists():
@@ -159,7 +158,7 @@ class MLflowLogger(Logger):
         )
 
     def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
-        """Write what is queued, and note where the checkpoint is (tags ``checkpoint.*``); nothing is copied."""
+        """Write queued metrics, and set tags ``checkpoint.*`` with the checkpoint's path; the file is not copied."""
         if _rank() != 0:
             return
         tags = checkpoint_tags(checkpoint_callback)
@@ -168,10 +167,10 @@ class MLflowLogger(Logger):
         session.attempt("checkpoint tags", lambda: runs.write_tags(session.client, session.run_id, tags))
 
     def save(self) -> None:
-        """Do nothing: Lightning calls this after every logged step, and the writer works on its own; see `flush`."""
+        """Do nothing: Lightning calls this after every logged step, but the writer has its own thread; see `flush`."""
 
     def flush(self, timeout: float = 60.0) -> bool:
-        """Wait until everything logged so far is written; False if time ran out.
+        """Wait until everything logged so far is written; return False after the timeout.
 
         Args:
             timeout: seconds.
@@ -180,14 +179,14 @@ class MLflowLogger(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Write everything and settle the run: FINISHED, FAILED, or KILLED after Ctrl-C or SIGTERM.
+        """Write everything and set the run's final status: FINISHED, FAILED, or KILLED after Ctrl-C or SIGTERM.
 
         Args:
-            status: ``"success"`` or ``"finished"``, ``"killed"`` or ``"aborted"``; anything else is a failure.
+            status: ``"success"`` or ``"finished"``, ``"killed"`` or ``"aborted"``; any other is a failure.
         """
         if self._session is None:
             return
-        # Lightning says "failed" for everything, from within the handler of the exception that it leaves unnamed.
+        # Lightning passes "failed" for every exception, from within its handler
         interrupted = isinstance(sys.exc_info()[1], KeyboardInterrupt | SIGTERMException)
         if status in ("success", "finished"):
             final: runs.Status = "FINISHED"
@@ -204,7 +203,7 @@ class MLflowLogger(Logger):
             try:
                 values[name] = float(value)
             except (TypeError, ValueError):
-                log.warning("metric %s is not a number (%s) and is left out", name, type(value).__name__)
+                log.warning("metric %s is not a number (%s) and is skipped", name, type(value).__name__)
         return values
 
     def _open(self) -> _Session:
@@ -212,13 +211,13 @@ class MLflowLogger(Logger):
         if session is not None and session.writer.pid == os.getpid():
             return session
         ensure_store(self.tracking_uri)
-        with explained(self.tracking_uri):
+        with translate_errors(self.tracking_uri):
             client = open_client(self.tracking_uri)
             if self._run_id is None:
                 self._run_id = self._create(client)
             else:
                 runs.reopen(client, self._run_id)
-            unsent = Path(self._save_dir or Path.cwd()) / UNSENT
+            unsent = Path(self._save_dir or Path.cwd()) / UNSENT_METRICS
             self._session = _Session(client, self._run_id, unsent)
         return self._session
 
@@ -235,12 +234,12 @@ class MLflowLogger(Logger):
         return run_id
 
     def __getstate__(self) -> dict[str, Any]:
-        # Threads and database connections stay here; a copy in another process opens its own.
+        # threads and database connections cannot be copied; a copy in another process opens its own
         return {**self.__dict__, "_session": None}
 
 
 class _Session:
-    """One process's work on one run: client, writer, and a settled status even if nobody calls `finalize`."""
+    """Client and writer of one run in one process; sets the final status at exit if `finalize` was not called."""
 
     def __init__(self, client: Any, run_id: str, unsent: Path) -> None:
         self.client = client
@@ -258,14 +257,14 @@ class _Session:
         self.attempt("final status", lambda: self.client.set_terminated(self.run_id, status))
 
     def attempt(self, what: str, action: Callable[[], None]) -> None:
-        """Do something with the store three times at most; a failure is a warning, never the end of training."""
+        """Call ``action``, up to three times; log a warning if it fails, and do not raise."""
         for wait in (0.1, 1.0, None):
             try:
                 action()
             except Exception as error:
                 if wait is None:
                     first_line = (str(error).strip().splitlines() or [""])[0]
-                    log.warning("MLflow does not take the %s of run %s: %s", what, self.run_id, first_line)
+                    log.warning("MLflow does not accept the %s of run %s: %s", what, self.run_id, first_line)
                 else:
                     time.sleep(wait)
             else:
@@ -287,17 +286,17 @@ class _Session:
 
 
 def _rank() -> int:
-    # Lightning sets it on the decorator itself, before any logger is used.
+    # an attribute of the decorator, which Lightning sets before any logger is used
     return int(getattr(rank_zero_only, "rank", 0))
 
 
 def checkpoint_tags(callback: ModelCheckpoint) -> dict[str, str]:
-    """Return where a ModelCheckpoint's last and best checkpoints are.
+    """Return tags with the paths of a ModelCheckpoint's last and best checkpoints.
 
     Args:
         callback: a ModelCheckpoint that has just saved.
     """
-    # Lightning keeps path and step of the last save in private attributes only.
+    # path and step of the last save are private attributes of Lightning
     path, step = getattr(callback, "_last_checkpoint_saved", ""), getattr(callback, "_last_global_step_saved", None)
     tags = {"checkpoint.last": str(path or callback.last_model_path), "checkpoint.last_step": str(step)}
     if callback.best_model_path:

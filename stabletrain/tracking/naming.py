@@ -1,4 +1,4 @@
-"""What MLflow accepts: names, values and nested settings brought into its form without losing a distinction."""
+"""Convert names, values and nested parameters to forms that MLflow accepts, so that different ones stay different."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _FORBIDDEN = re.compile(r"[^A-Za-z0-9_./ -]")
 
 @lru_cache(maxsize=65536)
 def safe_key(name: str) -> str:
-    """Return a name that MLflow accepts, the same for the same name and different for different names.
+    """Return a name that MLflow accepts; different names give different results, in every process.
 
-    A name that has to be changed gets six hexadecimal digits of its own hash, so ``loss@val`` and ``loss_val``
-    stay two metrics, also after a resume.
+    A name that must be changed gets six hexadecimal digits of its hash, so ``loss@val`` and ``loss_val`` are two
+    metrics, also after a resume.
 
     Args:
-        name: a metric's, parameter's or tag's name.
+        name: of a metric, parameter or tag.
 
     >>> safe_key("val/loss")
     'val/loss'
@@ -46,11 +46,11 @@ def safe_key(name: str) -> str:
 
 
 def shorten(value: object, limit: int) -> str:
-    """Return ``value`` as text of at most ``limit`` characters; long texts keep their start, length and hash.
+    """Return ``value`` as text of at most ``limit`` characters; a longer text ends with its length and hash.
 
     Args:
-        value: anything with a string form.
-        limit: characters, at least 100.
+        value: converted with ``str``.
+        limit: characters, >= 100.
 
     >>> shorten(0.1, 6000)
     '0.1'
@@ -66,7 +66,7 @@ def shorten(value: object, limit: int) -> str:
 
 
 def flatten(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Yield every leaf of nested mappings and of lists that hold mappings, with its dotted name.
+    """Yield every leaf of nested mappings, and of lists that contain mappings, with its dotted name.
 
     Args:
         node: mappings, lists and plain values.

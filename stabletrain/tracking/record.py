@@ -1,4 +1,4 @@
-"""What a run ran on: versions, hardware, switches that change bits, and the state of the user's code."""
+"""The environment of a run: versions, hardware, settings that change bits, and the state of the user's code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# A list of names, never the whole environment: that holds passwords, tokens, user and host names.
+# only these variables: the whole environment contains passwords, tokens, user and host names
 _VARIABLES = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
@@ -35,7 +35,7 @@ _DIFF_BYTES = 200_000
 
 
 def environment() -> dict[str, Any]:
-    """Return everything about this process that can change a result; no secrets, no user or host names."""
+    """Return the properties of this process that can change a result; no secrets, no user or host names."""
     return {
         "python": {"version": platform.python_version(), "implementation": platform.python_implementation()},
         "platform": {"system": platform.system(), "release": platform.release(), "machine": platform.machine()},
@@ -54,11 +54,11 @@ def packages() -> dict[str, str]:
 
 
 def git_state(path: str | Path, *, limit: int = _DIFF_BYTES) -> dict[str, Any]:
-    """Return commit, branch and uncommitted changes of the repository that holds ``path``.
+    """Return commit, branch and uncommitted changes of the repository that contains ``path``.
 
     Args:
         path: a folder. Outside a repository (or without git) every value is None or empty.
-        limit: bytes of the diff that are kept; ``diff_truncated`` says whether more was cut.
+        limit: maximum length of the diff in bytes; ``diff_truncated`` is True if it was longer.
     """
     sha = _git(path, "rev-parse", "HEAD")
     top = _git(path, "rev-parse", "--show-toplevel")
@@ -81,8 +81,8 @@ def write_environment(folder: str | Path, *, code: str | Path | None = None) -> 
     """Write ``environment.json``, ``requirements.txt``, ``git.json`` and, for changed code, ``git.diff``.
 
     Args:
-        folder: where the files go; made if missing.
-        code: folder of the user's code; the current folder if None.
+        folder: the folder to write to; made if missing.
+        code: folder of the user's code; None: the current folder.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -133,7 +133,7 @@ def _cpu() -> dict[str, Any]:
 
 
 def _gpus() -> list[dict[str, str]]:
-    # nvidia-smi instead of torch.cuda: asking torch makes a context, which holds memory on every device.
+    # nvidia-smi instead of torch.cuda, which would create a context and allocate memory on every device
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return []

@@ -1,4 +1,4 @@
-"""A run's entry in the store, as the launcher keeps it: opened with everything known before it starts, and settled."""
+"""A run in the store: create it with everything known before it starts, resume it, and set its final status."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from stabletrain.runtime.records.run_files import RUN_YAML
 from stabletrain.tracking.naming import MAX_PARAM, MAX_TAG, chunks, flatten, safe_key, shorten
-from stabletrain.tracking.store import StoreError, ensure_store, explained, open_client, sqlite_path, store_lock
+from stabletrain.tracking.store import StoreError, ensure_store, open_client, sqlite_path, store_lock, translate_errors
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
-# They say where a run was, not what it was; comparing them would call equal runs different.
+# they say where a run is stored, not what it computes, and would make equal runs look different
 _NOT_PARAMS = ("run_dir", "resume", "logger", "trust")
 
 _OPEN = ("RUNNING", "SCHEDULED")
@@ -32,20 +33,20 @@ def start_run(
     tags: Mapping[str, str] | None = None,
     code: str | Path | None = None,
 ) -> str:
-    """Open a run with its parameters, tags, ``run.yaml`` and environment record, or reopen one to resume it.
+    """Create a run with its parameters, tags, ``run.yaml`` and environment record, or reopen one to resume it.
 
     Parameters cannot be changed in MLflow, so on a resume those that changed become tags ``changed.<name>``, and the
-    artifacts go to ``resume-<n>/``. In the ``run.yaml`` artifact ``logger.run_id`` is the run's own id.
+    artifacts go to ``resume-<n>/``. In the ``run.yaml`` artifact, ``logger.run_id`` is the run's id.
 
     Args:
-        config: the resolved run, as in ``run.yaml``.
+        config: the resolved config, the content of ``run.yaml``.
         uri: MLflow tracking URI.
         experiment: name of the experiment, made if missing (a resumed run stays in its own).
-        parent_run_id: the run under which this one is shown, e.g. a sweep's.
-        name: shown in the UI; MLflow invents one if None.
+        parent_run_id: the run under which MLflow shows this one, e.g. a sweep's.
+        name: shown in the UI; None: MLflow chooses one.
         run_id: the run to resume; its status becomes RUNNING again.
         tags: further tags.
-        code: folder of the user's code, for its git state; the current folder if None.
+        code: folder of the user's code, for its git state; None: the current folder.
 
     Returns:
         The run's id.
@@ -56,7 +57,7 @@ def start_run(
     from stabletrain.tracking.record import git_state, write_environment
 
     ensure_store(uri)
-    with explained(uri):
+    with translate_errors(uri):
         client = open_client(uri)
         state = git_state(code or Path.cwd())
         all_tags = {**describe(config), **git_tags(state), **(tags or {})}
@@ -71,47 +72,47 @@ def start_run(
         write_tags(client, run_id, all_tags)
         write_params(client, run_id, {key: value for key, value in config.items() if key not in _NOT_PARAMS})
         with tempfile.TemporaryDirectory() as scratch:
-            (Path(scratch) / "run.yaml").write_text(_yaml(_with_run_id(config, run_id)), encoding="utf-8")
+            (Path(scratch) / RUN_YAML).write_text(_yaml(_with_run_id(config, run_id)), encoding="utf-8")
             write_environment(Path(scratch) / "environment", code=code)
             client.log_artifacts(run_id, scratch, artifact_path=folder)
     return run_id
 
 
-def settle(uri: str, run_id: str, status: Status, *, force: bool = False) -> str:
-    """Give a run its final status if it is still open; call it as often as you like.
+def set_final_status(uri: str, run_id: str, status: Status, *, force: bool = False) -> str:
+    """Set a run's final status if it has none yet; may be called several times.
 
     Args:
         uri: MLflow tracking URI.
         run_id: the run.
         status: ``FINISHED``, ``FAILED`` or ``KILLED``.
-        force: overwrite a final status too, for an end that the run itself did not see.
+        force: whether to overwrite a final status, after an end that the run itself could not record.
 
     Returns:
-        The status that the run has now.
+        The run's status.
 
     Raises:
         StoreError: if the store cannot be used.
     """
-    with explained(uri):
+    with translate_errors(uri):
         client = open_client(uri)
-        now: str = client.get_run(run_id).info.status
-        if now != status and (force or now in _OPEN):
+        current: str = client.get_run(run_id).info.status
+        if current != status and (force or current in _OPEN):
             client.set_terminated(run_id, status)
             return status
-    return now
+    return current
 
 
 def upload_unsent(uri: str, path: str | Path) -> int:
-    """Send metrics that a run had to keep in ``metrics-unsent.jsonl``, then delete the file.
+    """Send the metrics in a run's ``metrics-unsent.jsonl`` to the store, then delete the file.
 
-    Sending a metric twice does no harm. A line that was cut off when its process was killed is left out.
+    Sending a metric twice is harmless. An incomplete line, of a process that was killed, is skipped.
 
     Args:
         uri: MLflow tracking URI.
         path: the file.
 
     Returns:
-        How many metrics were sent.
+        The number of metrics sent.
     """
     from mlflow.entities import Metric
 
@@ -120,7 +121,7 @@ def upload_unsent(uri: str, path: str | Path) -> int:
     for line in lines:
         metric = Metric(line["key"], float(line["value"]), line["timestamp"], line["step"])
         by_run.setdefault(line["run_id"], []).append(metric)
-    with explained(uri):
+    with translate_errors(uri):
         client = open_client(uri)
         for run_id, metrics in by_run.items():
             for part in chunks(metrics, 1000):
@@ -130,10 +131,10 @@ def upload_unsent(uri: str, path: str | Path) -> int:
 
 
 def describe(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return the tags that say what a run is, from its configuration.
+    """Return the tags that describe a run: version, recipe, plugins, precision, strategy, world size, seed, data.
 
     Args:
-        config: the resolved run, as in ``run.yaml``; missing parts give no tag.
+        config: the resolved config, the content of ``run.yaml``; missing parts give no tag.
 
     >>> tags = describe({"recipe": "char_gpt", "seed": 3, "choices": {"plugins/clip": "zscore", "strategy": "ddp"},
     ...                  "launch": {"processes": 2}, "precision": {"precision": "32-true"}})
@@ -166,7 +167,7 @@ def create_run(uri: str, experiment: str, *, name: str | None = None, tags: Mapp
     Args:
         uri: MLflow tracking URI of a store that `ensure_store` has made ready.
         experiment: name of the experiment.
-        name: shown in the UI; MLflow invents one if None.
+        name: shown in the UI; None: MLflow chooses one.
         tags: tags of the new run.
 
     Raises:
@@ -181,7 +182,7 @@ def create_run(uri: str, experiment: str, *, name: str | None = None, tags: Mapp
             experiment_id = found.experiment_id
     if found is not None and found.lifecycle_stage == "deleted":
         raise StoreError(
-            f"tracking store: the experiment {experiment!r} is deleted; choose another name (logger.experiment) or run "
+            f"tracking store: the experiment {experiment!r} was deleted; choose another (logger.experiment) or run "
             f"`MLFLOW_TRACKING_URI={uri} mlflow experiments restore --experiment-id {experiment_id}`"
         )
     run = client.create_run(experiment_id, run_name=name, tags=dict(tags or {}))
@@ -189,7 +190,7 @@ def create_run(uri: str, experiment: str, *, name: str | None = None, tags: Mapp
 
 
 def reopen(client: Any, run_id: str) -> int:
-    """Set a run's status to RUNNING again and return how often it has been resumed, this time included."""
+    """Set a run's status to RUNNING again and return how many times it has been resumed, including this time."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -207,7 +208,7 @@ def reopen(client: Any, run_id: str) -> int:
 
 
 def write_params(client: Any, run_id: str, params: Mapping[str, Any]) -> None:
-    """Log nested parameters; those the run already has with another value become tags ``changed.<name>``."""
+    """Log nested parameters; those that the run has with another value become tags ``changed.<name>``."""
     from mlflow.entities import Param, RunTag
 
     wanted = {
@@ -229,32 +230,32 @@ def write_params(client: Any, run_id: str, params: Mapping[str, Any]) -> None:
 
 
 def write_tags(client: Any, run_id: str, tags: Mapping[str, object]) -> None:
-    """Set a run's tags, in as few transactions as MLflow allows."""
+    """Set a run's tags in as few requests as MLflow allows."""
     from mlflow.entities import RunTag
 
     for part in chunks([RunTag(safe_key(key), shorten(value, MAX_TAG)) for key, value in tags.items()], 100):
         client.log_batch(run_id, tags=part)
 
 
-def keep_files(uri: str, run_id: str, paths: Iterable[str | Path]) -> None:
-    """Copy files and folders that a run left behind into its artifacts.
+def upload_files(uri: str, run_id: str, paths: Iterable[str | Path]) -> None:
+    """Copy files and folders to a run's artifacts.
 
     Args:
         uri: MLflow tracking URI.
         run_id: the run.
-        paths: those that do not exist are left out.
+        paths: those that do not exist are skipped.
     """
     found = [path for path in map(Path, paths) if path.exists()]
     if not found:
         return
-    with explained(uri):
+    with translate_errors(uri):
         client = open_client(uri)
         for path in found:
             write_artifact(client, run_id, path)
 
 
 def write_artifact(client: Any, run_id: str, path: str | Path, name: str | None = None) -> None:
-    """Copy a file or folder into a run's artifacts under ``name``, its own name if None."""
+    """Copy a file or folder to a run's artifacts under ``name``; None: its own name."""
     source = Path(path)
     target = PurePosixPath(name or source.name)
     parent = None if str(target.parent) == "." else str(target.parent)
@@ -278,13 +279,13 @@ def _parse(text: str) -> dict[str, Any] | None:
 
 
 def _artifact_location(uri: str, experiment: str) -> str | None:
-    # Beside the database: MLflow's default is the current folder of whoever happens to come first.
+    # beside the database; MLflow's default depends on the current folder of the process that makes the experiment
     path = sqlite_path(uri)
     return None if path is None else (path.parent / "mlartifacts" / safe_key(experiment).replace("/", "_")).as_uri()
 
 
 def git_tags(state: Mapping[str, Any]) -> dict[str, str]:
-    """Return the tags of a state from `stabletrain.tracking.git_state`; none outside a repository."""
+    """Return the tags of a state from `stabletrain.tracking.git_state`; empty outside a repository."""
     if state["sha"] is None:
         return {}
     tags = {"git.sha": state["sha"], "git.dirty": str(state["dirty"]).lower(), "mlflow.source.git.commit": state["sha"]}

@@ -1,4 +1,4 @@
-"""The place where runs are kept: which one, making it once under a lock, and saying plainly what is wrong with it."""
+"""The tracking store: find it, create it under a lock, and translate its errors into messages for the user."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from typing import Any
 
 from stabletrain.errors import UserError
 
-# A full check of a small file costs milliseconds; MLflow itself retries a broken file for more than a minute.
+# checking a file of this size takes milliseconds, while MLflow retries a damaged one for more than a minute
 _FULL_CHECK_BYTES = 64 * 2**20
 
 _SQLITE_URI = re.compile(r"^(?P<head>sqlite(?:\+\w+)?:///)(?P<path>[^?]*)(?P<query>\?.*)?$")
 
 _CAUSES = (
-    ("locked", "another program holds it; end that program (or wait for it), or use another store"),
-    ("not a database", "its content is damaged; move it away (a new one is made) or restore a backup"),
-    ("malformed", "its content is damaged; move it away (a new one is made) or restore a backup"),
-    ("readonly", "it cannot be written; give write permission to the file and its folder, or use another store"),
-    ("unable to open", "it cannot be opened; give write permission to the file and its folder, or use another store"),
-    ("disk is full", "the disk is full; make room, or use another store"),
+    ("locked", "another program has locked it; end that program (or wait for it), or use another store"),
+    ("not a database", "its content is damaged; move it away (a new one is created) or restore a backup"),
+    ("malformed", "its content is damaged; move it away (a new one is created) or restore a backup"),
+    ("readonly", "it cannot be written; grant write permission to the file and its folder, or use another store"),
+    ("unable to open", "it cannot be opened; grant write permission to the file and its folder, or use another store"),
+    ("disk is full", "the disk is full; free some space, or use another store"),
     ("disk i/o error", "the disk fails to read or write it; check the disk, or use another store"),
-    ("out-of-date", "an older MLflow made it; copy it, then run `mlflow db upgrade <uri>`, or use another store"),
-    ("can't locate revision", "a newer MLflow made it; install that version of MLflow, or use another store"),
+    ("out-of-date", "an older MLflow created it; copy it, then run `mlflow db upgrade <uri>`, or use another store"),
+    ("can't locate revision", "a newer MLflow created it; install that version of MLflow, or use another store"),
 )
 
 
 class StoreError(UserError):
-    """The tracking store cannot be used; the message names it and says what to do."""
+    """The tracking store cannot be used; the message names the store, the cause and what to do."""
 
 
 def default_tracking_uri() -> str:
-    """Return the store used when none is named: ``MLFLOW_TRACKING_URI``, else ``mlflow.db`` in the current folder.
+    """Return the default store: ``MLFLOW_TRACKING_URI``, or else ``mlflow.db`` in the current folder.
 
-    A relative sqlite path is made absolute, so that processes started elsewhere mean the same file.
+    A relative sqlite path is made absolute, so that it names the same file in a process with another current folder.
     """
     return absolute_uri(os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db")
 
@@ -78,15 +78,15 @@ def sqlite_path(uri: str) -> Path | None:
 
 
 def ensure_store(uri: str, *, timeout: float = 10.0) -> None:
-    """Make the store ready for use: create a sqlite file, or migrate an old one, once, whoever comes first.
+    """Make the store ready for use: create a sqlite file, or migrate an old one, under a lock.
 
-    Two processes that open a fresh file at once both run the migrations, and all but one die; so a lock file
-    beside the database lets one pass at a time. An old database is copied to ``<file>.before-upgrade-<time>`` before
-    its schema is upgraded. Stores that are servers are left alone.
+    If several processes open a new file at once, all of them run the migrations, and all but one fail; a lock file
+    beside the database prevents this. An old database is copied to ``<file>.before-upgrade-<time>`` before its schema
+    is upgraded. Stores that are servers are not changed.
 
     Args:
         uri: MLflow tracking URI.
-        timeout: seconds to wait for a database that another program holds.
+        timeout: seconds to wait for a database that another program has locked.
 
     Raises:
         StoreError: if the database is locked, damaged, not writable, or a file store (which MLflow 3 refuses).
@@ -95,7 +95,7 @@ def ensure_store(uri: str, *, timeout: float = 10.0) -> None:
     if path is None:
         _refuse_file_store(uri)
         return
-    with explained(uri), store_lock(uri), quiet_mlflow():
+    with translate_errors(uri), store_lock(uri), quiet_mlflow():
         _probe(path, timeout)
         _upgrade(uri, path)
         open_client(uri)
@@ -103,14 +103,14 @@ def ensure_store(uri: str, *, timeout: float = 10.0) -> None:
 
 @contextmanager
 def store_lock(uri: str, *, timeout: float = 120.0) -> Iterator[None]:
-    """Hold the lock of a sqlite store (nothing for a server), so that only one process creates things in it.
+    """Acquire the lock of a sqlite store, so that only one process creates objects in it; no lock for a server.
 
     Args:
         uri: MLflow tracking URI.
-        timeout: seconds to wait for another process's turn.
+        timeout: seconds to wait for another process.
 
     Raises:
-        StoreError: if the lock file cannot be made, or stays held for longer than ``timeout``.
+        StoreError: if the lock file cannot be created, or another process has the lock for longer than ``timeout``.
     """
     from filelock import FileLock, Timeout
 
@@ -121,27 +121,27 @@ def store_lock(uri: str, *, timeout: float = 120.0) -> Iterator[None]:
     lock = path.with_name(path.name + ".lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        held = FileLock(lock, timeout=timeout)
-        held.acquire()
+        acquired = FileLock(lock, timeout=timeout)
+        acquired.acquire()
     except Timeout:
         raise StoreError(
-            f"tracking store: {lock} has been held by another process for more than {timeout:g} s; "
-            f"wait for that process, or use another store (MLFLOW_TRACKING_URI or logger.tracking_uri)"
+            f"tracking store: another process has locked {lock} for more than {timeout:g} s; wait for that process, "
+            f"or use another store (MLFLOW_TRACKING_URI or logger.tracking_uri)"
         ) from None
     except OSError as error:
         raise StoreError(
-            f"tracking store: cannot write in {path.parent} ({error.strerror or error}); give write permission, "
+            f"tracking store: cannot write to {path.parent} ({error.strerror or error}); grant write permission, "
             f"or use another store (MLFLOW_TRACKING_URI or logger.tracking_uri)"
         ) from None
     try:
         yield
     finally:
-        held.release()
+        acquired.release()
 
 
 @contextmanager
-def explained(uri: str) -> Iterator[None]:
-    """Turn what the user can mend in errors of the store into one `StoreError`; let every other error pass.
+def translate_errors(uri: str) -> Iterator[None]:
+    """Replace errors of the store that the user can correct by a `StoreError`; other errors are unchanged.
 
     Args:
         uri: MLflow tracking URI, named in the message.
@@ -158,14 +158,14 @@ def explained(uri: str) -> Iterator[None]:
                     raise StoreError(_message(uri, text, advice)) from error
             if "connection" in text.lower() or "max retries" in text.lower():
                 raise StoreError(
-                    _message(uri, text, "the server does not answer; start it or correct the URI")
+                    _message(uri, text, "the server does not respond; start it or correct the URI")
                 ) from error
         raise
 
 
 @contextmanager
 def quiet_mlflow() -> Iterator[None]:
-    """Keep MLflow's and alembic's lines about tables and migrations off the terminal; warnings still appear."""
+    """Suppress MLflow's and alembic's messages about tables and migrations; warnings still appear."""
     loggers = [logging.getLogger(name) for name in ("mlflow", "mlflow.store.db.utils", "alembic")]
     before = [logger.level for logger in loggers]
     for logger in loggers:
@@ -201,16 +201,16 @@ def _refuse_file_store(uri: str) -> None:
     allowed = os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() in ("1", "true")
     if is_folder and not allowed and not uri.startswith(("databricks", "sqlite")):
         raise StoreError(
-            f"tracking store: {uri!r} is a folder, which MLflow 3 no longer writes to; expected a database such as "
+            f"tracking store: {uri!r} is a folder, which MLflow 3 does not support; expected a database such as "
             f"sqlite:////absolute/path/mlflow.db or a server's http(s) address; "
             f"change MLFLOW_TRACKING_URI or logger.tracking_uri (or set MLFLOW_ALLOW_FILE_STORE=true)"
         )
 
 
 def _probe(path: Path, timeout: float) -> None:
-    """Find out in one transaction whether the file can be read and written."""
+    """Read and write the file in one transaction; raises sqlite's error if that fails."""
     if path.is_dir():
-        raise StoreError(f"tracking store: {path} is a folder; expected a database file; name another file")
+        raise StoreError(f"tracking store: {path} is a folder; expected a database file")
     with closing(sqlite3.connect(path, timeout=timeout, isolation_level=None)) as connection:
         connection.execute("BEGIN IMMEDIATE")
         connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
@@ -222,7 +222,7 @@ def _probe(path: Path, timeout: float) -> None:
 
 
 def _upgrade(uri: str, path: Path) -> None:
-    """Bring an older schema up to date, after making a copy (MLflow itself would do some upgrades without one)."""
+    """Upgrade an older schema after copying the file; MLflow itself would do some upgrades without a copy."""
     from mlflow.store.db import utils
 
     latest = getattr(utils, "_get_latest_schema_revision", lambda: None)()
@@ -240,7 +240,7 @@ def _upgrade(uri: str, path: Path) -> None:
     if done.returncode != 0:
         last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
         raise StoreError(
-            f"tracking store: database {path} was made by another version of MLflow and could not be upgraded: {last}: "
-            f"install the MLflow that made it, run `mlflow db upgrade {uri}` yourself, or use another store "
-            f"(MLFLOW_TRACKING_URI or logger.tracking_uri); a copy from before is {backup}"
+            f"tracking store: database {path} is of another version of MLflow and could not be upgraded: {last}: "
+            f"install that version, run `mlflow db upgrade {uri}` yourself, or use another store "
+            f"(MLFLOW_TRACKING_URI or logger.tracking_uri); a copy from before the upgrade is {backup}"
         )

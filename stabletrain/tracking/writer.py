@@ -1,4 +1,4 @@
-"""Metrics on their way to the store: one queue, one thread, large batches, a file for what the store refuses."""
+"""Write metrics to the store from one thread with a queue, in large batches; rejected ones go to a file."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ class _Signal(threading.Event):
 
 
 class MetricWriter:
-    """Takes metrics in microseconds and writes them from a thread of its own, in order, in batches of up to 1000.
+    """Queues metrics within microseconds and writes them from a thread, in order, in batches of up to 1000.
 
-    A failing store never reaches the caller: a batch is tried again after each of ``delays``, then appended to
-    ``unsent``, and one warning is logged. While the store keeps failing, later batches get one attempt each.
+    A failing store raises nothing in the caller: a batch is sent again after each of ``delays``, then appended to
+    ``unsent``, and one warning is logged. Until the store works again, later batches are sent once each.
 
     NaN and infinities are written as NaN (MLflow would store an infinity as 1.8e308, which ruins every plot), and a
     metric ``nonfinite/<name>`` counts them.
 
     Args:
-        send: writes a batch of points or raises.
-        unsent: file for batches that could not be written, one JSON object a line.
+        send: writes a batch of points, or raises.
+        unsent: file for batches that could not be written, one JSON object per line.
         run_id: written into that file.
-        nonfinite: counts so far, by metric key, of a run that is resumed.
-        linger: seconds that a metric may wait for company.
+        nonfinite: counts so far by metric key, of a run that is resumed.
+        linger: seconds that a metric may wait for others, to be sent with them.
         delays: seconds before each further attempt.
     """
 
@@ -77,7 +77,7 @@ class MetricWriter:
         self._linger = linger
         self._delays = tuple(delays)
         self._queue: SimpleQueue[_Entry | _Signal] = SimpleQueue()
-        self._hurry = threading.Event()
+        self._flush_now = threading.Event()
         self._giving_up = threading.Event()
         self._in_flight: Sequence[Point] = ()
         self._failing = False
@@ -87,16 +87,16 @@ class MetricWriter:
         self._thread.start()
 
     def put(self, metrics: Mapping[str, float], step: int) -> None:
-        """Hand over the metrics of one step; they must not be changed afterwards.
+        """Queue the metrics of one step.
 
         Args:
-            metrics: values by name.
-            step: step they belong to.
+            metrics: values by name; the caller must not change the mapping later.
+            step: the step that they belong to.
         """
         self._queue.put(_Entry(metrics, time.time_ns() // 1_000_000, step))
 
     def flush(self, timeout: float = 60.0) -> bool:
-        """Wait until everything handed over so far is in the store (or in the file); False if time ran out.
+        """Wait until all metrics queued so far are in the store (or in the file); return False after the timeout.
 
         Args:
             timeout: seconds.
@@ -104,20 +104,20 @@ class MetricWriter:
         return self._signal(last=False, timeout=timeout)
 
     def close(self, timeout: float = 60.0) -> bool:
-        """Flush and end the thread. What a hanging store did not take in time goes to the file.
+        """Flush and end the thread. Metrics that the store did not accept in time go to the file.
 
         Args:
             timeout: seconds.
 
         Returns:
-            Whether the thread came to its end in time.
+            Whether the thread ended in time.
         """
         if self._signal(last=True, timeout=timeout):
             self._thread.join(timeout=5.0)
             return True
         self._giving_up.set()
         left, _, _ = self._drain()
-        self._keep([*self._in_flight, *left], TimeoutError(f"no answer within {timeout:g} s"))
+        self._write_unsent([*self._in_flight, *left], TimeoutError(f"no answer within {timeout:g} s"))
         return False
 
     def _signal(self, *, last: bool, timeout: float) -> bool:
@@ -125,15 +125,15 @@ class MetricWriter:
             return True
         signal = _Signal(last=last)
         self._queue.put(signal)
-        self._hurry.set()
+        self._flush_now.set()
         return signal.wait(timeout)
 
     def _run(self) -> None:
         ended = False
         while not ended:
             first = self._queue.get()
-            self._hurry.wait(self._linger)
-            self._hurry.clear()
+            self._flush_now.wait(self._linger)
+            self._flush_now.clear()
             points, signals, ended = self._drain(first)
             for start in range(0, len(points), BATCH):
                 self._in_flight = points[start:]
@@ -179,12 +179,12 @@ class MetricWriter:
                     continue
                 self._failing = True
                 if not self._giving_up.is_set():
-                    self._keep(points, error)
+                    self._write_unsent(points, error)
             else:
                 self._failing = False
             return
 
-    def _keep(self, points: Sequence[Point], error: Exception) -> None:
+    def _write_unsent(self, points: Sequence[Point], error: Exception) -> None:
         if not points:
             return
         lines = [json.dumps({"run_id": self._run_id, **point._asdict()}) + "\n" for point in points]
@@ -199,7 +199,7 @@ class MetricWriter:
         if not self._warned:
             self._warned = True
             log.warning(
-                "MLflow does not take metrics (%s: %s). Training goes on; they are kept in %s. "
+                "MLflow does not accept metrics (%s: %s). Training continues; the metrics are in %s. "
                 "Send them later with stabletrain.tracking.upload_unsent(uri, path).",
                 type(error).__name__,
                 (str(error).strip().splitlines() or [""])[0],

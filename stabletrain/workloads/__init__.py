@@ -1,4 +1,4 @@
-"""The small real LightningModules and LightningDataModules that the recipes train."""
+"""The small LightningModules and LightningDataModules that the recipes train. Loaded on first use."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CharGPT", "DataError", "DigitsCNN", "DigitsData", "ShakespeareData"]
 
-_HOME = {
+_MODULES = {
     "CharGPT": "char_gpt",
     "DataError": "errors",
     "DigitsCNN": "digits_cnn",
@@ -22,9 +22,9 @@ _HOME = {
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(__all__)}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; expected one of {', '.join(__all__)}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 class Workload(L.LightningModule):
     """A LightningModule that logs `train_loss`, the mean since the last validation, at each validation.
 
-    Metrics are updated and logged in hooks, not in steps, so that `torch.compile` sees tensors only.
-    `self.log` costs more per step than a small model's optimizer; two sums on the device cost a few microseconds.
-    Losses that are not finite are left out of the mean: they are events, and belong to the guard.
+    Metrics are updated and logged in hooks, not in steps, so that `torch.compile` compiles tensor operations only.
+    `self.log` at every step would cost more than a small model's optimizer; two sums on the device cost microseconds.
+    Non-finite losses are excluded from the mean; the guard reports them as events.
     """
 
     _loss_sum: Tensor | None = None
@@ -25,7 +25,7 @@ class Workload(L.LightningModule):
         self._add(loss.float().where(finite, 0.0), finite.long())
 
     def on_validation_epoch_end(self) -> None:
-        """Log the mean and begin a new one."""
+        """Log the mean and reset it."""
         if self._loss_sum is None or self._loss_count is None:
             return
         self.log("train_loss", self._loss_sum / self._loss_count, sync_dist=True)
@@ -39,11 +39,11 @@ class Workload(L.LightningModule):
 
 
 def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two parameter groups: matrices and larger decay, vectors (biases, norms) do not.
+    """Return two parameter groups: weight decay for tensors of two or more dimensions, none for biases and norms.
 
     Args:
-        module: its trainable parameters are grouped.
-        weight_decay: of the first group, at least 0.
+        module: the module with the trainable parameters.
+        weight_decay: of the first group, >= 0.
 
     >>> [(len(g["params"]), g["weight_decay"]) for g in decay_groups(nn.Linear(2, 2), 0.1)]
     [(1, 0.1), (1, 0.0)]

@@ -1,4 +1,4 @@
-"""Map-style datasets that gather a whole batch with one indexing operation, and the collate that lets it through."""
+"""Map-style datasets that gather a whole batch with one indexing operation, and their collate function."""
 
 from collections.abc import Sequence
 from typing import TypeVar
@@ -13,12 +13,12 @@ Batch = TypeVar("Batch")
 class Windows(Dataset[Tensor]):
     """Windows of one text, each a fixed function of (seed, index).
 
-    The text is cut into stretches of `length - 1` tokens; window i starts at a seeded random place in one of them, and
-    a seeded permutation puts the stretches in no order of the text. So an unshuffled loader already gives batches that
-    depend on nothing but (seed, step), and one pass sees nearly every token once.
+    The text is divided into segments of `length - 1` tokens. Window i starts at a seeded random position in one of
+    them, and a seeded permutation gives the order of the segments. So the batches of an unshuffled loader depend on
+    (seed, step) only, and one pass contains nearly every token once.
 
     Args:
-        tokens: 1-D tensor, at least `2 * length` long.
+        tokens: 1-D tensor of at least `2 * length` tokens.
         length: tokens per window.
         seed: any integer of 64 bits.
     """
@@ -27,9 +27,9 @@ class Windows(Dataset[Tensor]):
         stride = length - 1
         count = (len(tokens) - stride) // stride
         generator = torch.Generator().manual_seed(seed)
-        places = torch.randint(stride, (count,), generator=generator)
-        self.starts = torch.randperm(count, generator=generator) * stride + places
-        # a view: position i of it is the window that starts at token i
+        offsets = torch.randint(stride, (count,), generator=generator)
+        self.starts = torch.randperm(count, generator=generator) * stride + offsets
+        # a view: row i is the window that starts at token i
         self._windows = tokens.unfold(0, length, 1)
 
     def __len__(self) -> int:
@@ -39,16 +39,16 @@ class Windows(Dataset[Tensor]):
         return self._windows[self.starts[index]].long()
 
     def __getitems__(self, indices: Sequence[int]) -> Tensor:
-        """All windows of a batch at once, (batch, length), int64."""
+        """Return all windows of a batch, (batch, length), int64."""
         return self._windows[self.starts[torch.as_tensor(indices)]].long()
 
 
 class Examples(Dataset[tuple[Tensor, Tensor]]):
-    """Pairs (input, label) held in two tensors.
+    """Pairs (input, label) from two tensors.
 
     Args:
-        inputs: first dimension counts the examples.
-        labels: the same length.
+        inputs: the first dimension is the example.
+        labels: of the same length.
     """
 
     def __init__(self, inputs: Tensor, labels: Tensor) -> None:
@@ -61,11 +61,11 @@ class Examples(Dataset[tuple[Tensor, Tensor]]):
         return self.inputs[index], self.labels[index]
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """All examples of a batch at once."""
+        """Return all examples of a batch."""
         chosen = torch.as_tensor(indices)
         return self.inputs[chosen], self.labels[chosen]
 
 
 def as_gathered(batch: Batch) -> Batch:
-    """Collate of a dataset whose `__getitems__` already returns the batch."""
+    """Return the batch: collate function for datasets whose `__getitems__` already gathers it."""
     return batch

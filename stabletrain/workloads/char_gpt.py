@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from stabletrain.runtime.records.run_files import SAMPLE
 from stabletrain.workloads.base import Workload, decay_groups
 from stabletrain.workloads.gpt import GPT
 from stabletrain.workloads.metrics import Perplexity, WeightedMean
@@ -22,19 +23,19 @@ class CharGPT(Workload):
         layers: number of blocks, at least 1.
         heads: attention heads per block, at least 1.
         width: size of a token's vector; divisible by heads.
-        context: greatest number of tokens seen at once, at least 1.
+        context: maximum number of tokens of an input, at least 1.
         vocab_size: number of different tokens; 84 for the shipped text.
         dropout: probability, 0 <= p < 1.
-        qk_norm: layer-normalise queries and keys per head; tolerates higher learning rates (arXiv 2309.14322).
-        z_loss: coefficient of the mean squared log-partition added to the loss; 0 is off, PaLM has 1e-4
+        qk_norm: apply layer norm to queries and keys per head, which allows higher learning rates (arXiv 2309.14322).
+        z_loss: coefficient of the mean squared log-partition function in the loss; 0: off; PaLM uses 1e-4
             (arXiv 2204.02311).
-        tie_embeddings: the output layer shares the input embedding's weight.
-        label_smoothing: share of the target spread over all tokens, 0 <= s < 1.
+        tie_embeddings: use the input embedding's weight in the output layer.
+        label_smoothing: fraction of the target distributed over all tokens, 0 <= s < 1.
         lr: learning rate of the default AdamW, above 0.
         weight_decay: of the default AdamW, on matrices only, at least 0.
-        sample_length: characters drawn at the end of a fit; 0 is off.
-        sample_temperature: divides the logits; 0 takes the most likely character.
-        sample_prompt: text that the sample continues, at least one character.
+        sample_length: characters sampled at the end of a fit; 0: off.
+        sample_temperature: divides the logits; 0: the most likely character.
+        sample_prompt: the beginning of the sample, at least one character.
     """
 
     def __init__(
@@ -68,14 +69,14 @@ class CharGPT(Workload):
             ("sample_temperature", sample_temperature, 0),
         ):
             if not number >= least:
-                raise ValueError(f"model.{key}: expected a number of at least {least}, got {number}; raise it")
+                raise ValueError(f"model.{key}: expected a number of at least {least}, got {number}")
         for key, share in (("dropout", dropout), ("label_smoothing", label_smoothing)):
             if not 0 <= share < 1:
-                raise ValueError(f"model.{key}: expected 0 <= {key} < 1, got {share}; 0 switches it off")
+                raise ValueError(f"model.{key}: expected 0 <= {key} < 1, got {share}; 0 disables it")
         if width % heads:
             raise ValueError(f"model.width: expected a multiple of model.heads={heads}, got {width}")
         if not sample_prompt:
-            raise ValueError("model.sample_prompt: expected at least one character, got ''; a line feed is the default")
+            raise ValueError("model.sample_prompt: expected at least one character, got ''; the default is a line feed")
         self.save_hyperparameters(logger=False)
         self.net = GPT(layers, heads, width, context, vocab_size, dropout, qk_norm, tie_embeddings)
         self.context, self.vocab_size = context, vocab_size
@@ -86,12 +87,12 @@ class CharGPT(Workload):
         self.val_perplexity = Perplexity()
 
     def setup(self, stage: str) -> None:
-        """Check the vocabulary and the prompt against the data, before any step is spent."""
+        """Check the vocabulary and the prompt against the data before training."""
         data: Any = getattr(self.trainer, "datamodule", None)
         needed = getattr(data, "vocab_size", 0)
         if self.vocab_size < needed:
             raise ValueError(
-                f"model.vocab_size: expected at least the {needed} tokens of the data, got {self.vocab_size}; raise it"
+                f"model.vocab_size: expected at least the {needed} tokens of the data, got {self.vocab_size}"
             )
         if self.sample_length and hasattr(data, "encode"):
             try:
@@ -100,12 +101,12 @@ class CharGPT(Workload):
                 raise ValueError(f"model.sample_prompt: {error}") from error
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits (batch, time, vocab_size) of the token after each of (batch, time)."""
+        """Return the logits (batch, time, vocab_size) of the next token for tokens (batch, time)."""
         logits: Tensor = self.net(tokens)
         return logits
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Training loss in nats per token: smoothed cross-entropy plus z-loss.
+        """Return the training loss in nats per token: smoothed cross-entropy plus z-loss.
 
         Args:
             logits: (batch, time, vocab_size).
@@ -118,21 +119,21 @@ class CharGPT(Workload):
         return loss
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Loss of one batch."""
+        """Return the loss of one batch."""
         return self.loss(self(batch[:, :-1]), batch[:, 1:])
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Cross-entropy of one batch, without smoothing and z-loss."""
+        """Return the cross-entropy of one batch, without smoothing and z-loss."""
         return F.cross_entropy(self(batch[:, :-1]).float().flatten(0, 1), batch[:, 1:].flatten())
 
     def on_validation_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Add one batch to loss and perplexity."""
+        """Update loss and perplexity."""
         samples = batch[:, 1:].numel()
         self.val_loss.update(outputs, samples)
         self.val_perplexity.update(outputs, samples)
 
     def on_validation_epoch_end(self) -> None:
-        """Log loss, perplexity and the training's loss."""
+        """Log validation loss, perplexity and training loss."""
         super().on_validation_epoch_end()
         self.log("val_loss", self.val_loss, prog_bar=True)
         self.log("val_perplexity", self.val_perplexity)
@@ -144,16 +145,16 @@ class CharGPT(Workload):
     def generate(
         self, prompt: Tensor, length: int, temperature: float = 1.0, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Prompt followed by `length` drawn tokens; the global random numbers stay untouched.
+        """Return the prompt followed by `length` sampled tokens; does not use the global random generators.
 
         Args:
             prompt: 1-D integer tensor of at least one token.
-            length: tokens to draw, at least 0.
-            temperature: divides the logits; 0 takes the most likely token.
-            generator: of the CPU; None: a fresh one with seed 0.
+            length: number of tokens to sample, at least 0.
+            temperature: divides the logits; 0: the most likely token.
+            generator: on the CPU; None: a new one with seed 0.
 
         Raises:
-            FloatingPointError: logits are not finite.
+            FloatingPointError: if logits are not finite.
         """
         training = self.training
         self.eval()
@@ -163,12 +164,12 @@ class CharGPT(Workload):
             self.train(training)
 
     def on_train_end(self) -> None:
-        """Draw a sample and write it to `sample.txt`, where the data can encode and decode text."""
+        """Write a sample of the model to `sample.txt` if the data module can encode and decode text."""
         data: Any = getattr(self.trainer, "datamodule", None)
-        rehearsal = getattr(self.trainer, "fast_dev_run", False)
-        if not self.sample_length or rehearsal or not hasattr(data, "decode"):
+        is_dev_run = getattr(self.trainer, "fast_dev_run", False)
+        if not self.sample_length or is_dev_run or not hasattr(data, "decode"):
             return
-        # All ranks draw, through the strategy's own wrapper, because a sharded forward is a collective operation.
+        # on all ranks, and through the strategy's wrapper: the forward of a sharded model is a collective
         model = self.trainer.strategy.model or self
         training = model.training
         model.eval()
@@ -176,13 +177,13 @@ class CharGPT(Workload):
             prompt = data.encode(self.sample_prompt).to(self.device)
             tokens = continue_tokens(model, prompt, self.sample_length, self.context, self.sample_temperature)
         except FloatingPointError as error:
-            rank_zero_warn(f"no sample was drawn after step {self.trainer.global_step}: {error}")
+            rank_zero_warn(f"no sample was written after step {self.trainer.global_step}: {error}")
             return
         finally:
             model.train(training)
         if self.trainer.is_global_zero:
             sample = data.decode(tokens)
-            path = Path(self.trainer.default_root_dir) / "sample.txt"
+            path = Path(self.trainer.default_root_dir) / SAMPLE
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(sample + "\n", encoding="utf-8")
             rank_zero_info(f"Sample after step {self.trainer.global_step} ({path}):\n{sample}")

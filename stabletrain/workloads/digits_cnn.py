@@ -18,7 +18,7 @@ class DigitsCNN(Workload):
     Args:
         width: channels of the first stage, at least 1; the second has twice as many.
         dropout: probability before the last layer, 0 <= p < 1.
-        max_shift: greatest random shift, in pixels, 0 to 3; 0 is off.
+        max_shift: maximum random shift, in pixels, 0 to 3; 0: off.
         lr: learning rate of the default SGD, above 0.
         momentum: Nesterov momentum of the default SGD, 0 < m < 1.
         weight_decay: of the default SGD, on weights but not on biases and norms, at least 0.
@@ -37,9 +37,9 @@ class DigitsCNN(Workload):
         if width < 1:
             raise ValueError(f"model.width: expected at least 1 channel, got {width}")
         if not 0 <= dropout < 1:
-            raise ValueError(f"model.dropout: expected 0 <= dropout < 1, got {dropout}; 0 switches it off")
+            raise ValueError(f"model.dropout: expected 0 <= dropout < 1, got {dropout}; 0 disables it")
         if not 0 <= max_shift <= 3:
-            raise ValueError(f"model.max_shift: expected 0 to 3 pixels, got {max_shift}; 0 switches it off")
+            raise ValueError(f"model.max_shift: expected 0 to 3 pixels, got {max_shift}; 0 disables it")
         self.save_hyperparameters(logger=False)
         self.net = nn.Sequential(
             *_stage(1, width),
@@ -56,17 +56,17 @@ class DigitsCNN(Workload):
         self.val_accuracy = MulticlassAccuracy(num_classes=10, average="micro")
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (batch, 10) of images (batch, 1, 8, 8)."""
+        """Return the logits (batch, 10) of images (batch, 1, 8, 8)."""
         logits: Tensor = self.net(images)
         return logits
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Cross-entropy of one batch of shifted images."""
+        """Return the cross-entropy of one batch of shifted images."""
         images, labels = batch
         return F.cross_entropy(self(shift_randomly(images, self.max_shift)), labels)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """Cross-entropy and logits of one batch."""
+        """Return cross-entropy and logits of one batch."""
         images, labels = batch
         logits = self(images)
         return {"loss": F.cross_entropy(logits, labels), "logits": logits}
@@ -74,13 +74,13 @@ class DigitsCNN(Workload):
     def on_validation_batch_end(
         self, outputs: Any, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Add one batch to loss and accuracy."""
+        """Update loss and accuracy."""
         _, labels = batch
         self.val_loss.update(outputs["loss"], len(labels))
         self.val_accuracy.update(outputs["logits"], labels)
 
     def on_validation_epoch_end(self) -> None:
-        """Log loss, accuracy and the training's loss."""
+        """Log validation loss, accuracy and training loss."""
         super().on_validation_epoch_end()
         self.log("val_loss", self.val_loss)
         self.log("val_accuracy", self.val_accuracy, prog_bar=True)
@@ -90,18 +90,18 @@ class DigitsCNN(Workload):
         return torch.optim.SGD(decay_groups(self, self.weight_decay), lr=self.lr, momentum=self.momentum, nesterov=True)
 
 
-def shift_randomly(images: Tensor, most: int) -> Tensor:
-    """Each image moved by its own whole number of pixels, -most .. most in both directions; zeros come in.
+def shift_randomly(images: Tensor, max_shift: int) -> Tensor:
+    """Shift each image by its own random number of pixels in both directions, padded with zeros.
 
     Args:
         images: (batch, channels, height, width).
-        most: greatest shift in pixels, at least 0.
+        max_shift: maximum shift in pixels, at least 0; shifts are drawn from -max_shift .. max_shift.
     """
-    if most == 0:
+    if max_shift == 0:
         return images
     batch, _, height, width = images.shape
-    windows = F.pad(images, (most, most, most, most)).unfold(2, height, 1).unfold(3, width, 1)
-    down, right = torch.randint(2 * most + 1, (2, batch), device=images.device)
+    windows = F.pad(images, (max_shift,) * 4).unfold(2, height, 1).unfold(3, width, 1)
+    down, right = torch.randint(2 * max_shift + 1, (2, batch), device=images.device)
     return windows[torch.arange(batch, device=images.device), :, down, right]
 
 

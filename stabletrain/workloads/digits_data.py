@@ -13,12 +13,12 @@ _LARGEST_PIXEL = 16.0
 class DigitsData(L.LightningDataModule):
     """1797 handwritten digits of 8 x 8 pixels (scikit-learn's `load_digits`; Alpaydin and Kaynak, UCI 1998).
 
-    A batch is (images (batch, 1, 8, 8) float in 0 .. 1, labels (batch,) int64). One fixed split, alike in every run:
-    1437 digits for training, 360 for validation, each class in the same proportion in both.
+    A batch is (images (batch, 1, 8, 8) float in 0 .. 1, labels (batch,) int64). The split is the same in every run:
+    1437 digits for training and 360 for validation, stratified by class.
 
     Args:
         batch_size: digits per batch and process, 1 to 1437.
-        workers: loader processes; 0 is fastest here.
+        workers: processes of the loader; 0 is fastest for these data.
     """
 
     def __init__(self, batch_size: int = 64, workers: int = 0) -> None:
@@ -36,21 +36,21 @@ class DigitsData(L.LightningDataModule):
         self._examples()
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Shuffled training batches; an incomplete last batch is dropped: batch norm needs several digits."""
+        """Return shuffled training batches. An incomplete last batch is dropped: batch norm needs several digits."""
         train, _ = self._examples()
         return DataLoader(
             train, self.batch_size, shuffle=True, drop_last=True, num_workers=self.workers, collate_fn=as_gathered
         )
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Validation batches in a fixed order."""
+        """Return validation batches in a fixed order."""
         _, validation = self._examples()
         return DataLoader(
             validation,
             self.batch_size,
             num_workers=self.workers,
             collate_fn=as_gathered,
-            # see ShakespeareData: without its own generator a loader changes the training's random numbers
+            # its own generator, so that a validation does not draw from the global one (see ShakespeareData)
             generator=torch.Generator(),
         )
 

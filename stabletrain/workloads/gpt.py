@@ -10,13 +10,13 @@ _INIT_STD = 0.02
 
 
 class Attention(nn.Module):
-    """Causal self-attention with several heads.
+    """Causal multi-head self-attention.
 
     Args:
         width: size of a token's vector; divisible by heads.
         heads: number of heads, at least 1.
         dropout: probability, in attention and after it.
-        qk_norm: layer-normalise queries and keys per head, which bounds attention logits (arXiv 2302.05442).
+        qk_norm: apply layer norm to queries and keys per head, which bounds attention logits (arXiv 2302.05442).
     """
 
     def __init__(self, width: int, heads: int, dropout: float, qk_norm: bool) -> None:
@@ -28,7 +28,7 @@ class Attention(nn.Module):
         self.key_norm = nn.LayerNorm(width // heads, bias=False) if qk_norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, time, width) to the same."""
+        """Map (batch, time, width) to the same shape."""
         batch, time, width = x.shape
         q, k, v = self.qkv(x).view(batch, time, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         y = F.scaled_dot_product_attention(
@@ -43,7 +43,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then a two-layer perceptron; each after a layer norm and around a residual connection."""
+    """Attention, then a two-layer perceptron, each with a layer norm before it and a residual connection."""
 
     def __init__(self, width: int, heads: int, dropout: float, qk_norm: bool) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, time, width) to the same."""
+        """Map (batch, time, width) to the same shape."""
         x = x + self.attention(self.attention_norm(x))
         y: Tensor = x + self.mlp(self.mlp_norm(x))
         return y
@@ -64,18 +64,18 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Decoder-only transformer with learned positions (GPT-2: Radford et al. 2019).
 
-    Weights start normal with standard deviation 0.02, and those that write into the residual stream are smaller by
-    `sqrt(2 * layers)`, so that the stream's variance does not grow with depth.
+    Weights are initialised from a normal distribution with standard deviation 0.02, divided by `sqrt(2 * layers)` for
+    those that write to the residual stream, so that the stream's variance does not grow with depth.
 
     Args:
         layers: number of blocks, at least 1.
         heads: attention heads per block, at least 1.
         width: size of a token's vector; divisible by heads.
-        context: greatest number of tokens seen at once.
+        context: maximum number of tokens of an input.
         vocab_size: number of different tokens.
         dropout: probability in 0 <= p < 1.
         qk_norm: see `Attention`.
-        tie_embeddings: the output layer shares the input embedding's weight.
+        tie_embeddings: use the input embedding's weight in the output layer.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits (batch, time, vocab_size) of the token after each of (batch, time)."""
+        """Return the logits (batch, time, vocab_size) of the next token for tokens (batch, time)."""
         time = tokens.shape[1]
         if time > self.context:
             raise ValueError(

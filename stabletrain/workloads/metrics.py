@@ -4,10 +4,10 @@ from torchmetrics import Metric
 
 
 class WeightedMean(Metric):
-    """Mean of batch means, each with the number of its samples as weight; NaN and Inf stay visible in it.
+    """Mean of batch means, weighted by the number of samples; NaN and Inf propagate.
 
-    `torchmetrics.MeanMetric` either drops NaN, which makes a diverged model look healthy, or, with
-    `nan_strategy="disable"`, ignores the weights (torchmetrics 1.9.0).
+    `torchmetrics.MeanMetric` either drops NaN, which hides that a model diverged, or, with `nan_strategy="disable"`,
+    ignores the weights (torchmetrics 1.9.0).
 
     >>> mean = WeightedMean()
     >>> mean.update(torch.tensor(1.0), 3)
@@ -30,23 +30,23 @@ class WeightedMean(Metric):
 
         Args:
             mean: scalar mean of the batch.
-            samples: how many samples it is the mean of, at least 1.
+            samples: number of samples in the batch, at least 1.
         """
         self.total = self.total + mean.detach().float() * samples
         self.weight = self.weight + samples
 
     def compute(self) -> Tensor:
-        """Mean of all samples since the last reset."""
+        """Return the mean of all samples since the last reset."""
         return self.total / self.weight
 
 
 class Perplexity(WeightedMean):
-    """exp of the mean loss in nats.
+    """Exponential of the mean loss in nats.
 
-    `torchmetrics.text.Perplexity` takes the logarithm of a softmax, which underflows: one target token far below the
-    others makes it infinite while the loss is finite.
+    `torchmetrics.text.Perplexity` takes the logarithm of a softmax, which underflows: one very unlikely target token
+    makes it infinite while the loss is finite.
     """
 
     def compute(self) -> Tensor:
-        """Perplexity of all samples since the last reset."""
+        """Return the perplexity of all samples since the last reset."""
         return super().compute().exp()

@@ -19,20 +19,20 @@ class ShakespeareData(L.LightningDataModule):
     """Windows of the works of Shakespeare, or of another text in the same 84 characters.
 
     A batch is one int64 tensor (batch_size, context + 1): inputs are `batch[:, :-1]`, targets `batch[:, 1:]`. The last
-    10 % of the text is for validation and shares no character with the training part.
+    10 % of the text are for validation and do not overlap with the training part.
 
     Args:
-        path: `.txt` or `.txt.gz` file in UTF-8; None: the text shipped with stabletrain.
-        sha256: digest of the uncompressed text; None: the shipped text's digest if path is None, else not checked.
-        context: tokens the model sees at once, at least 1.
+        path: `.txt` or `.txt.gz` file in UTF-8; None: the text distributed with stabletrain.
+        sha256: digest of the uncompressed text; None: checked only if path is None, against the distributed text's.
+        context: number of tokens of an input, at least 1.
         batch_size: windows per batch and process, at least 1.
-        validation_windows: windows in one validation, at least 1; at most as many as there are.
-        seed: chooses the windows; the order within an epoch is the loader's.
-        shuffle: False gives every epoch one fixed order, so that batch t is a function of (seed, t).
-        workers: loader processes; 0 is fastest here, since a batch is one gather.
+        validation_windows: maximum number of windows in one validation, at least 1.
+        seed: of the windows' positions; the order within an epoch is the loader's.
+        shuffle: False: every epoch has the same order, so that batch t is a function of (seed, t).
+        workers: processes of the loader; 0 is fastest here, since a batch is one gather operation.
 
     Raises:
-        DataError: at setup, when the file is missing, empty, truncated, too short or has other characters.
+        DataError: in `setup`, if the file is missing, empty, truncated, too short or has other characters.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class ShakespeareData(L.LightningDataModule):
             ("workers", workers, 0),
         ):
             if value < least:
-                raise ValueError(f"data.{key}: expected an integer of at least {least}, got {value}; raise it")
+                raise ValueError(f"data.{key}: expected an integer of at least {least}, got {value}")
         self.save_hyperparameters(logger=False)
         self.path, self.sha256, self.context, self.batch_size = path, sha256, context, batch_size
         self.validation_windows, self.seed, self.shuffle, self.workers = validation_windows, seed, shuffle, workers
@@ -66,11 +66,11 @@ class ShakespeareData(L.LightningDataModule):
         return len(text.VOCABULARY)
 
     def encode(self, characters: str) -> Tensor:
-        """Token numbers of a text; raises DataError for a character outside the vocabulary."""
+        """Return the tokens of a text; raises DataError for a character outside the vocabulary."""
         return text.encode(characters)
 
     def decode(self, tokens: Tensor) -> str:
-        """Text of a 1-D tensor of token numbers."""
+        """Return the text of a 1-D tensor of tokens."""
         return text.decode(tokens)
 
     def setup(self, stage: str | None = None) -> None:
@@ -94,12 +94,12 @@ class ShakespeareData(L.LightningDataModule):
                 f"data file {path}: expected at least {ceil(2 * length / _VALIDATION_SHARE)} characters for "
                 f"data.context={self.context}, got {len(tokens)}; use a longer text or a smaller data.context"
             )
-        # Every seed is judged on the same validation windows, so that runs can be compared.
+        # the validation windows are the same for every seed, so that runs can be compared
         self._split = Windows(tokens[:cut], length, self.seed), Windows(tokens[cut:], length, seed=0)
         return self._split
 
     def train_dataloader(self) -> DataLoader[Tensor]:
-        """Batches of training windows; an incomplete last batch is dropped."""
+        """Return batches of training windows; an incomplete last batch is dropped."""
         train, _ = self._windows()
         if len(train) < self.batch_size:
             raise DataError(
@@ -116,7 +116,7 @@ class ShakespeareData(L.LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[Tensor]:
-        """Batches of the fixed validation windows, in a fixed order."""
+        """Return batches of the validation windows in a fixed order."""
         _, validation = self._windows()
         count = min(self.validation_windows, len(validation))
         return DataLoader(
@@ -124,7 +124,7 @@ class ShakespeareData(L.LightningDataModule):
             self.batch_size,
             num_workers=self.workers,
             collate_fn=as_gathered,
-            # A loader draws a number from the global generator at each start unless it has its own: validation must
-            # not change the training's random numbers.
+            # without its own generator, a loader draws from the global one at each start, so that a validation would
+            # change the training's random numbers
             generator=torch.Generator(),
         )

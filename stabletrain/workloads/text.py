@@ -1,4 +1,4 @@
-"""Characters to token numbers and back, and the one way a text file is read."""
+"""Convert characters to tokens and back, and read text files."""
 
 import gzip
 import hashlib
@@ -12,7 +12,7 @@ from torch import Tensor
 from stabletrain.workloads.errors import DataError
 
 VOCABULARY: str = "\n !\"&'()*,-./0123456789:;?@" + string.ascii_uppercase + "[]_" + string.ascii_lowercase + "{}"
-"""The 84 characters of the shipped text in code-point order; a character's place is its token."""
+"""The 84 characters of the distributed text in code-point order; a character's index is its token."""
 
 _UNKNOWN = 255
 _TOKEN_OF_BYTE = torch.full((256,), _UNKNOWN, dtype=torch.uint8)
@@ -21,39 +21,39 @@ _BYTE_OF_TOKEN = torch.tensor(list(VOCABULARY.encode()), dtype=torch.uint8)
 
 
 def encode(text: str) -> Tensor:
-    """Token numbers of a text.
+    """Return the tokens of a text.
 
     Args:
         text: characters of `VOCABULARY` only.
 
     Returns:
-        uint8 tensor with one number per character.
+        uint8 tensor with one token per character.
 
     Raises:
-        DataError: a character is not in the vocabulary.
+        DataError: if a character is not in the vocabulary.
 
     >>> encode("O Romeo").tolist()
     [41, 1, 44, 70, 68, 60, 70]
     >>> decode(encode("O Romeo"))
     'O Romeo'
     """
-    # One byte per character also for characters outside ASCII (none of which is known), so that a place stays a place.
+    # one byte per character, also outside ASCII (not in the vocabulary), so that indices match those of the text
     raw = text.encode() if text.isascii() else bytes(min(ord(c), _UNKNOWN) for c in text)
-    if not raw:  # frombuffer refuses an empty buffer
+    if not raw:  # frombuffer raises for an empty buffer
         return torch.empty(0, dtype=torch.uint8)
     tokens = _TOKEN_OF_BYTE[torch.frombuffer(bytearray(raw), dtype=torch.uint8).int()]
     unknown = tokens == _UNKNOWN
     if unknown.any():
-        place = int(unknown.nonzero()[0])
+        index = int(unknown.nonzero()[0])
         raise DataError(
-            f"character {text[place]!r} at position {place} is not one of the {len(VOCABULARY)} characters of the "
+            f"character {text[index]!r} at position {index} is not one of the {len(VOCABULARY)} characters of the "
             f"vocabulary (expected letters, digits, space, line feed and {_punctuation()!r}); replace it in the text"
         )
     return tokens
 
 
 def decode(tokens: Tensor) -> str:
-    """Text of token numbers; the inverse of `encode`.
+    """Return the text of tokens; the inverse of `encode`.
 
     Args:
         tokens: 1-D integer tensor, each in 0 .. 83.
@@ -65,16 +65,16 @@ def decode(tokens: Tensor) -> str:
 
 
 def read_text(path: Path, sha256: str | None) -> str:
-    """Contents of a text file, gzipped if its name ends in `.gz`, checked.
+    """Read and check a text file, decompressed if its name ends in `.gz`.
 
     Args:
-        path: the file, UTF-8.
-        sha256: digest the uncompressed bytes must have; None: not checked.
+        path: of the file, in UTF-8.
+        sha256: expected digest of the uncompressed bytes; None: not checked.
 
     Raises:
-        DataError: the file is missing, empty, truncated, not UTF-8, or another digest.
+        DataError: if the file is missing, empty, truncated, not UTF-8, or has another digest.
     """
-    remedy = "set data.path to a readable .txt or .txt.gz file, or to null for the text shipped with stabletrain"
+    remedy = "set data.path to a readable .txt or .txt.gz file, or to null for the text distributed with stabletrain"
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -85,7 +85,7 @@ def read_text(path: Path, sha256: str | None) -> str:
         except (EOFError, OSError, zlib.error) as error:
             raise DataError(
                 f"data file {path}: expected a whole gzip file, got a truncated or damaged one of {len(raw)} bytes "
-                f"({error}); fetch or write it again, or {remedy}"
+                f"({error}); download or write it again, or {remedy}"
             ) from error
     if not raw:
         raise DataError(f"data file {path}: expected text, got an empty file; {remedy}")
@@ -93,7 +93,7 @@ def read_text(path: Path, sha256: str | None) -> str:
     if sha256 is not None and digest != sha256:
         raise DataError(
             f"data file {path}: expected sha256 {sha256} of the uncompressed text, got {digest} ({len(raw)} bytes): "
-            f"the file is truncated or was changed; restore it (reinstall stabletrain if it is the shipped one), "
+            f"the file is truncated or was changed; restore it (reinstall stabletrain if it is the distributed one), "
             f"correct data.sha256, or {remedy}"
         )
     try:

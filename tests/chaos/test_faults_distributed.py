@@ -20,7 +20,7 @@ def folder(on_two_ranks: Callable[[Path], Path]) -> Path:
     [("nan_grad", [2], True), ("nan_loss", [2], True), ("bad_batch", [], True), ("slow_rank", [], False)],
 )
 def test_both_ranks_end_with_the_same_weights(folder: Path, name: str, skipped: list[int], changes: bool) -> None:
-    """Bugs: a gradient spoilt behind the reduction, so that ranks part; a decision of one rank alone, which hangs."""
+    """Bugs: a gradient changed after the reduction, so that ranks diverge; a decision of one rank, which hangs."""
     ranks = [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in (0, 1)]
     plain = torch.load(folder / "none-0.pt", weights_only=True)
     assert [rank["skipped"] for rank in ranks] == [skipped, skipped]

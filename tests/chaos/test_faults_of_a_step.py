@@ -118,7 +118,7 @@ def test_a_bad_batch_changes_what_the_module_gets_and_nothing_else(train, kind):
     assert clean(run.module)
 
 
-def test_bad_batches_are_the_same_for_the_same_seed_and_leave_the_global_random_numbers_alone(train):
+def test_bad_batches_are_the_same_for_the_same_seed_and_do_not_use_the_global_random_generators(train):
     runs = []
     for seed in (0, 0, 1):
         torch.manual_seed(3)
@@ -133,8 +133,8 @@ TOKENS = torch.tensor([[1, 2, 2, 3], [2, 5, 2, 9]])
 
 def content(kind, batch, **arguments):
     fault = BadBatch(at_step=0, kind=kind, **arguments)
-    fault._draw = torch.Generator().manual_seed(0)
-    return fault.other(batch)
+    fault._generator = torch.Generator().manual_seed(0)
+    return fault.replacement(batch)
 
 
 def test_nested_batches_keep_their_structure_masks_and_scalars():
@@ -158,7 +158,7 @@ def test_what_the_kinds_make_of_tokens():
     assert sorted(shuffled.flatten().tolist()) == sorted(TOKENS.flatten().tolist())
 
 
-def test_labels_are_found_by_name_or_place():
+def test_labels_are_found_by_name_or_index():
     x, y = torch.arange(50.0), torch.arange(50)
     for batch, arguments in (
         ({"x": x, "labels": y}, {}),
@@ -171,7 +171,7 @@ def test_labels_are_found_by_name_or_place():
         assert torch.equal(values, x)
         assert not torch.equal(labels, y)
         assert torch.equal(labels.sort().values, y)
-    with pytest.raises(UserError, match=r"cannot tell the labels of a batch.*chaos\.labels"):
+    with pytest.raises(UserError, match=r"cannot find the labels of a batch.*chaos\.labels"):
         content("shuffled_labels", {"x": x, "z": y})
 
 
@@ -242,7 +242,7 @@ def test_the_default_bit_is_the_highest_of_the_exponent(dtype, caplog):
     class Someone:
         global_rank = 0
 
-    FlipWeightBit(at_step=0).strike(Someone(), module, 0)
+    FlipWeightBit(at_step=0).apply(Someone(), module, 0)
     wrong = module.weight.detach().double()[module.weight != 0.75]
     assert len(wrong) == 1
     assert wrong.abs() > 1e4

@@ -31,25 +31,18 @@ OPTIONS = sorted((data_dir("conf") / "chaos").glob("*.yaml"))
 # ---- signals --------------------------------------------------------------------------------------------------------
 
 SCRIPT = """
-import logging, sys, torch
-from lightning.pytorch import LightningModule, Trainer, Callback
+import logging, sys
+from pathlib import Path
+from lightning.pytorch import Callback
 from stabletrain.chaos import SendSignal
+from stabletrain.testing.toy import fit
 
-class Net(LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.layer = torch.nn.Linear(1, 1)
-    def training_step(self, batch, batch_idx):
+class PrintSteps(Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         print("step", batch_idx, flush=True)
-        return self.layer(batch).sum()
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
 
 logging.disable(logging.INFO)
-trainer = Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False,
-                  default_root_dir=sys.argv[1], enable_progress_bar=False,
-                  enable_model_summary=False, callbacks=[SendSignal(**eval(sys.argv[2]))])
-trainer.fit(Net(), torch.utils.data.DataLoader(torch.ones(6, 1)))
+fit(Path(sys.argv[1]), [SendSignal(**eval(sys.argv[2])), PrintSteps()], steps=6, watch=False)
 print("done", flush=True)
 """
 
@@ -139,7 +132,7 @@ def test_it_is_one_bit_and_bit_rot_has_no_time_of_change(tmp_path):
 
     fault = FlipCheckpointBit(at_step=0)
     assert fault.is_due(Someone(), 0)
-    fault.strike(Someone(), None, 0)
+    fault.apply(Someone(), None, 0)
     content = file.read_bytes()
     assert sum(byte.bit_count() for byte in content) == 1
     assert file.stat().st_mtime_ns == 10**18
@@ -156,7 +149,7 @@ def test_without_a_checkpoint_it_waits(train, tmp_path):
 # ---- a full disk ----------------------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_meets_a_full_disk_and_the_disk_is_free_again_afterwards(train, tmp_path):
+def test_a_checkpoint_meets_a_full_disk_and_the_disk_is_free_again_later(train, tmp_path):
     functions = (open, io.open, os.write, torch.save, os.pwrite, os.sendfile)
     keep = ModelCheckpoint(tmp_path / "kept", every_n_train_steps=2, save_top_k=-1, filename="{step}")
     with pytest.raises(OSError, match="No space left") as error:
@@ -225,7 +218,7 @@ def test_what_is_left_can_be_used_up(tmp_path):
             (tmp_path / "b").write_text("x" * 6)
         (tmp_path / "c").write_text("x" * 4)
         assert (tmp_path / "a").read_bytes() == b"x" * 6
-        with pytest.raises(UserError, match="another one is at work"):
+        with pytest.raises(UserError, match="another FullDisk is active"):
             NoSpace(tmp_path, free=0).install()
     finally:
         undo()

@@ -1,4 +1,4 @@
-"""Bad input through the real command line: one message that names the place and the way out, no traceback."""
+"""Bad input through the real command line: one message that names the key and what to do, no traceback."""
 
 import gzip
 import shlex
@@ -25,7 +25,7 @@ TABLE = [
     (f"{RUN} plugins/spkie=none", 2, ["plugins/spkie", "did you mean 'plugins/spike'"]),
     (f"{RUN} plugins/clip=nrom", 2, ["plugins/clip", "'nrom'", "did you mean 'norm'"]),
     (f"{RUN} plugins/spike=null", 2, ["use plugins/spike=none"]),
-    (f"{RUN} plugins.spike.window=3", 2, ["plugins.spike", "nothing is chosen"]),
+    (f"{RUN} plugins.spike.window=3", 2, ["plugins.spike", "no option is selected"]),
     (f"{RUN} seed=1,2", 2, ["seed=1,2", "add -m"]),
     (f"{RUN} model._target_=os.system", 2, ["model._target_", "'os.system' may not be built"]),
     (f"{RUN} data._target_=pip.main", 2, ["data._target_", "'pip.main' may not be built"]),
@@ -67,10 +67,10 @@ def test_all_mistakes_at_once(cli) -> None:
     words = ["optimizer.lr=fast", "trainer.max_epocs=3", "plugins/clip=nrom", "sede=3"]
     done = cli("validate", str(TINY), "--trust", "tiny_workload", "optimizer=adamw", *words)
     assert done.returncode == 2
-    assert "error: 4 things to put right" in done.stderr
+    assert "error: 4 mistakes" in done.stderr
 
 
-def test_no_run_is_left_behind_by_what_could_not_start(cli, folder: Path) -> None:
+def test_a_run_that_cannot_start_leaves_no_folder(cli, folder: Path) -> None:
     # a folder for each refused attempt buries the real ones
     cli(*shlex.split(f"{RUN} logger=mlflow logger.tracking_uri=sqlite:///corrupt.db"))
     assert not (folder / "runs").exists() or not any((folder / "runs" / "tiny").iterdir())

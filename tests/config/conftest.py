@@ -25,10 +25,10 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
             path = site / package / relative
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
-        discovery.forget()
+        discovery.clear_cache()
         return site
 
-    discovery.forget()
+    discovery.clear_cache()
     yield make
     monkeypatch.undo()
-    discovery.forget()
+    discovery.clear_cache()

@@ -17,7 +17,7 @@ def test_omegaconf_and_plain_nodes_mean_the_same() -> None:
 
 
 def test_what_is_no_callback_is_refused() -> None:
-    with pytest.raises(UserError, match=r"plugins\.clip: 'torch\.nn\.Identity' made a Identity, expected a Lightning"):
+    with pytest.raises(UserError, match=r"plugins\.clip: expected a Lightning callback, got a Identity"):
         stabletrain.callbacks({"clip": {"_target_": "torch.nn.Identity"}})
 
 

@@ -66,8 +66,8 @@ def test_none_on_the_command_line_drops_what_the_recipe_says_of_it(tmp_path: Pat
     tuned = str(tmp_path / "tuned.yaml")
     assert compose(tuned).config["plugins"]["clip"]["max_norm"] == 3.0
     assert compose(tuned, [override]).config["plugins"].get("clip") is None
-    told = compose(tuned, [override, "plugins.clip.max_norm=4"]).config["plugins"]["clip"]
-    assert told == {"max_norm": 4}
+    node = compose(tuned, [override, "plugins.clip.max_norm=4"]).config["plugins"]["clip"]
+    assert node == {"max_norm": 4}
 
 
 def test_configs_beside_an_own_recipe_are_options(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_a_wrong_choice_is_one_clear_problem(override: str, words: list[str]) ->
         assert word in str(problem)
 
 
-def test_all_wrong_choices_are_told_at_once() -> None:
+def test_all_unknown_options_are_reported_at_once() -> None:
     composed = compose(TINY, ["plugins/clip=nrom", "plugins.clip.max_norm=3", "precision=b", "plugins/spike=null"])
     assert [problem.key for problem in composed.problems] == ["plugins/clip", "precision", "plugins/spike"]
 
@@ -128,20 +128,20 @@ def test_an_unknown_recipe_has_a_near_one() -> None:
     [
         ("defaults:\n  - train\n  - override plugins/clip: nrom\n", ["plugins/clip", "'nrom'", "did you mean 'norm'"]),
         ("defaults:\n  - trian\n", ["'trian'"]),
-        ("defaults: [train\n", ["not valid YAML"]),
+        ("defaults: [train\n", ["expected valid YAML"]),
         ("seed: ${no.such}\ndefaults:\n  - train\n", ["no.such"]),
-        ("", ["nothing is chosen"]),
+        ("", ["nothing is selected"]),
     ],
 )
-def test_a_broken_recipe_is_a_message_that_names_the_place(tmp_path: Path, text: str, words: list[str]) -> None:
+def test_a_broken_recipe_is_a_message_that_names_the_file_or_key(tmp_path: Path, text: str, words: list[str]) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(text)
     try:
-        told = str(ConfigError(check(compose(str(file)))))
+        message = str(ConfigError(check(compose(str(file)))))
     except ConfigError as error:
-        told = str(error)
+        message = str(error)
     for word in words:
-        assert word in told
+        assert word in message
 
 
 def test_expand_without_sweep_is_one_job() -> None:
@@ -168,7 +168,7 @@ def test_a_list_is_not_a_sweep() -> None:
 
 def test_a_sweep_needs_the_flag() -> None:
     # two runs that the user did not ask for, or one with the text "1,2" as its seed
-    with pytest.raises(ConfigError, match=r"seed=1,2: several values make several runs; add -m"):
+    with pytest.raises(ConfigError, match=r"seed=1,2: several values need several runs; add -m"):
         expand(TINY, ["seed=1,2"], multirun=False)
 
 

@@ -72,8 +72,8 @@ def test_an_entry_point_without_its_package_is_named(install: Callable[..., Path
     site = install("lost_train", {})
     (site / "lost_train" / "__init__.py").unlink()
     (site / "lost_train").rmdir()
-    discovery.forget()
-    with pytest.raises(DiscoveryError, match=r"'lost_train'.*install it again"):
+    discovery.clear_cache()
+    with pytest.raises(DiscoveryError, match=r"'lost_train'.*reinstall or uninstall"):
         discovery.plugins()
 
 

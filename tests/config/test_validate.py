@@ -4,8 +4,9 @@ from typing import Any
 import pytest
 
 from stabletrain.config.compose import compose
+from stabletrain.config.resume import checkpoint_of
 from stabletrain.config.types import mismatch
-from stabletrain.config.validate import check, check_node, checkpoint_of
+from stabletrain.config.validate import check, check_node
 
 TINY = str(Path(__file__).parents[1] / "launch" / "tiny.yaml")
 OURS = [
@@ -38,18 +39,18 @@ def test_every_option_that_we_ship_fits_its_signature(group: str) -> None:
         ("optimizer=adamw optimizer.wieght_decay=1", ["optimizer.wieght_decay: AdamW has no", "'weight_decay'"]),
         ("optimizer=adamw optimizer.lr=abc", ["optimizer.lr: expected float", "'abc' (str)"]),
         ("optimizer=adamw optimizer.lr='1e-3'", ["optimizer.lr: expected float", "(str)"]),
-        ("optimizer.lr=1", ["optimizer: arguments are set (lr), but nothing is chosen", "optimizer=OPTION"]),
+        ("optimizer.lr=1", ["optimizer: arguments are set (lr), but no option is selected", "optimizer=OPTION"]),
         ("trainer.max_epocs=3", ["trainer.max_epocs", "did you mean 'max_epochs'"]),
         ("trainer.max_steps=many", ["trainer.max_steps: expected int, got 'many'"]),
         ("trainer.max_steps=10.5", ["trainer.max_steps: expected int, got 10.5"]),
         ("trainer.precision=16-mixed", ["precision.precision: trainer.precision sets it too"]),
-        ("trainer.logger=true", ["trainer.logger: logger is a group of its own"]),
-        ("trainer.devices=2", ["trainer.devices: it follows launch.processes; set launch.processes=2"]),
+        ("trainer.logger=true", ["trainer.logger: use the group logger"]),
+        ("trainer.devices=2", ["trainer.devices: launch.processes sets it; use launch.processes=2"]),
         ("strategy.strategy=[1]", ["strategy.strategy: expected str or Strategy, got [1]"]),
         ("precision.precision=bf16-mixd", ["precision.precision", "did you mean 'bf16-mixed'"]),
-        ("plugins.spike.window=3", ["plugins.spike: arguments are set (window)", "nothing is chosen"]),
+        ("plugins.spike.window=3", ["plugins.spike: arguments are set (window)", "no option is selected"]),
         ("plugins.spkie.window=3", ["plugins.spkie", "there is no slot 'spkie'; did you mean 'spike'"]),
-        ("plugins.clip=3", ["plugins.clip: expected something to build", "got 3"]),
+        ("plugins.clip=3", ["plugins.clip: expected _target_ and its arguments", "got 3"]),
         ("plugins/clip=norm plugins.clip.max_nrm=3", ["plugins.clip.max_nrm: ClipNorm has no", "'max_norm'"]),
         ("plugins/clip=norm plugins.clip.max_norm=big", ["plugins.clip.max_norm: expected float, got 'big'"]),
         ("plugins/clip=norm plugins.clip.max_norm=-1", ["plugins.clip: ", "max_norm", "-1"]),
@@ -57,6 +58,9 @@ def test_every_option_that_we_ship_fits_its_signature(group: str) -> None:
         ("callbacks.early.patience=3", ["callbacks.early", "add callbacks.early._target_"]),
         ("callbacks.x._target_=lightning.pytorch.callbacks.ModelCheckpont", ["did you mean", "ModelCheckpoint'"]),
         ("seed=-1", ["seed: expected 0 to"]),
+        ("guard.mode=fast", ["guard.mode: expected", "'fast'"]),
+        ("guard.max_attempts=0", ["guard: Guard: max_attempts must be >= 1, or null, got 0"]),
+        ("+guard.mod=auto", ["guard.mod: Guard has no argument 'mod'; did you mean 'mode'"]),
         ("seed=abc", ["seed: expected int"]),
         ("dry_run=3", ["dry_run: expected bool"]),
         ("launch.threads=0", ["launch.threads: expected at least 1"]),
@@ -64,18 +68,18 @@ def test_every_option_that_we_ship_fits_its_signature(group: str) -> None:
         ("launch.procs=2", ["launch.procs: there is no such key"]),
         ("launch.nodes=2", ["launch.nodes: several nodes need launch=slurm"]),
         ("launch=slurm launch.sbatch.a_b=3", ["launch.sbatch.a_b: expected a long option"]),
-        ("resume=/no/such.ckpt", ["resume: there is no checkpoint '/no/such.ckpt'"]),
+        ("resume=/no/such.ckpt", ["resume: there is no checkpoint at '/no/such.ckpt'"]),
         ("resume=https://example.com/x.ckpt", ["resume: there is no checkpoint"]),
         ("model._target_=os.system", ["model._target_: 'os.system' may not be built"]),
     ],
 )
-def test_a_mistake_is_told_with_its_key(override: str, words: list[str]) -> None:
-    told = "\n".join(problems(*override.split()))
+def test_a_mistake_is_reported_with_its_key(override: str, words: list[str]) -> None:
+    message = "\n".join(problems(*override.split()))
     for word in words:
-        assert word in told
+        assert word in message
 
 
-def test_all_mistakes_are_told_at_once_and_once() -> None:
+def test_all_mistakes_are_reported_once_and_together() -> None:
     found = problems("optimzer=x", "trainer.max_epocs=3", "seed=-1", "plugins/clip=nrom", "model.width=wide")
     assert len(found) == len(set(found)) == 5
 

@@ -1,8 +1,11 @@
-"""Amounts of memory: parsed exactly, and printed in the largest unit that fits."""
+"""Amounts of memory: parsed exactly, refused with the config key, and printed in the largest unit that fits."""
+
+from typing import Any
 
 import pytest
 
 from stabletrain.core import bytes as memory
+from stabletrain.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -16,17 +19,38 @@ from stabletrain.core import bytes as memory
         ("1KiB", 2**10),
         ("1.5gib", 1.5 * 2**30),
         ("1TIB", 2**40),
+        ("1e3KB", 1e6),
+        ("0B", 0),
     ],
 )
 def test_amounts_in_every_unit(text: str, amount: float) -> None:
-    """Bugs: a decimal unit taken for a binary one; a unit in lower case refused."""
+    """Bugs: a decimal unit taken for a binary one; "8GiB" read as "8Gi" bytes, because it also ends with "B"."""
     assert memory.parse(text) == amount
 
 
-@pytest.mark.parametrize("text", ["8", "GB", "-1GB", "1 XB", "1iB", "1e3GB", "1.GB", ".5GB", "1GB/s", "1 GB 2", ""])
-def test_other_texts_are_not_understood(text: str) -> None:
-    """Bugs: a number without a unit taken for bytes; trailing text ignored."""
-    assert memory.parse(text) is None
+WRONG: list[Any] = [
+    "8",
+    "GB",
+    "-1GB",
+    "1 XB",
+    "1iB",
+    "1GB/s",
+    "1 GB 2",
+    "",
+    "8 parsecs",
+    "nanGB",
+    "infB",
+    8,
+    None,
+    True,
+]
+
+
+@pytest.mark.parametrize("value", WRONG)
+def test_other_values_are_refused_with_the_key(value: Any) -> None:
+    """Bugs: a number without a unit taken for bytes; trailing text ignored; a limit of NaN, which nothing exceeds."""
+    with pytest.raises(UserError, match=r"^plugins\.x\.max_memory: expected an amount of memory like '8GB' .*, got "):
+        memory.parse(value, name="plugins.x.max_memory")
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ RUN = RunLength(total_steps=1000, steps_per_epoch=100, tokens_per_step=2000)
 
 
 def due_steps(every: Any, upto: int = 1000) -> list[int]:
-    intervals = SaveTriggers(every)
-    intervals.start(RUN, step=0, now=0.0)
-    return [step for step in range(1, upto + 1) if intervals.due(step, now=0.0)]
+    triggers = SaveTriggers(every)
+    triggers.start(RUN, step=0, now=0.0)
+    return [step for step in range(1, upto + 1) if triggers.due(step, now=0.0)]
 
 
 @pytest.mark.parametrize(
@@ -27,39 +27,47 @@ def test_lengths(every: Any, expected: list[int]) -> None:
 
 
 def test_multiples_stay_after_a_resume() -> None:
-    intervals = SaveTriggers(100)
-    intervals.start(RUN, step=130, now=0.0)
-    assert [step for step in range(131, 320) if intervals.due(step, 0.0)] == [200, 300]
+    triggers = SaveTriggers(100)
+    triggers.start(RUN, step=130, now=0.0)
+    assert [step for step in range(131, 320) if triggers.due(step, 0.0)] == [200, 300]
 
 
 def test_a_skipped_step_is_not_due_again() -> None:
     """The count of applied steps stands still while steps are skipped: one checkpoint, not one per attempt."""
-    intervals = SaveTriggers(2)
-    intervals.start(RUN, step=0, now=0.0)
-    assert [intervals.due(step, 0.0) for step in (1, 2, 2, 2, 3, 4)] == [False, True, False, False, False, True]
+    triggers = SaveTriggers(2)
+    triggers.start(RUN, step=0, now=0.0)
+    assert [triggers.due(step, 0.0) for step in (1, 2, 2, 2, 3, 4)] == [False, True, False, False, False, True]
 
 
 @pytest.mark.parametrize(("every", "seconds"), [("30s", 30), ("10min", 600), ("1.5h", 5400), ("2 d", 172800)])
 def test_times(every: str, seconds: float) -> None:
-    intervals = SaveTriggers(every)
-    intervals.start(RUN, step=0, now=1000.0)
-    assert not intervals.due(1, 1000.0 + seconds - 0.1)
-    assert intervals.due(2, 1000.0 + seconds)
-    intervals.saved(1000.0 + seconds)
-    assert not intervals.due(3, 1000.0 + seconds + 1)
+    triggers = SaveTriggers(every)
+    triggers.start(RUN, step=0, now=1000.0)
+    assert not triggers.due(1, 1000.0 + seconds - 0.1)
+    assert triggers.due(2, 1000.0 + seconds)
+    triggers.saved(1000.0 + seconds)
+    assert not triggers.due(3, 1000.0 + seconds + 1)
 
 
-@pytest.mark.parametrize("every", ["0s", 0, "0ep", -1, "10 parsecs", "", 1.5, [True], "10m", "nans"])
-def test_nonsense_is_refused(every: Any) -> None:
-    with pytest.raises((UserError, TypeError), match=r"every|iterable"):
+@pytest.mark.parametrize("every", [-1, "10 parsecs", "", 1.5, [True], "10m", "nans", "infs", {"ep": 1}, ["1h", "x"]])
+def test_values_that_are_no_interval_name_the_key_and_all_forms(every: Any) -> None:
+    """Bug: a message that lists lengths only, as if times did not exist; NaN seconds, which are never over."""
+    with pytest.raises(UserError, match=r"^plugins\.x\.every: expected 500 .*'10min'.*, got "):
+        SaveTriggers(every, "plugins.x.every")
+
+
+@pytest.mark.parametrize("every", [0, "0s", "0ep", "-5s", [500, "0h"]])
+def test_intervals_that_are_not_above_zero_are_refused(every: Any) -> None:
+    """Bug: a division by zero at the first step, or a checkpoint at every step."""
+    with pytest.raises(UserError, match=r"every: expected an interval above 0, got"):
         SaveTriggers(every)
 
 
-def test_the_message_says_that_times_exist() -> None:
-    with pytest.raises(UserError, match="10min"):
-        SaveTriggers("10m", "save_checkpoints.every")
+def test_the_shortest_of_several_times_counts() -> None:
+    """Bug: the last time of the list, or the longest, wins."""
+    assert SaveTriggers(["2h", "10min", "1d"]).seconds == 600
 
 
-def test_an_unknown_length_of_the_run_is_said() -> None:
+def test_a_length_that_the_run_cannot_resolve_names_the_missing_quantity() -> None:
     with pytest.raises(UserError, match="tokens_per_step"):
         SaveTriggers("1e9tok").start(RunLength(), step=0, now=0.0)

@@ -13,13 +13,13 @@ TINY = str(HERE / "tiny.yaml")
 
 
 class Cli:
-    """The real command line, in a folder of its own."""
+    """The real command line, run in its own folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.environment = {
             **{key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"},
-            "PYTHONPATH": str(HERE),
+            "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "OMP_NUM_THREADS": "1",
         }
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 
-def test_a_run_leaves_its_folder_and_says_what_to_type_next(cli) -> None:
+def test_a_run_writes_its_folder_and_prints_the_next_commands(cli) -> None:
     done = cli.tiny("optimizer=adamw", "logger=mlflow")
     assert done.returncode == 0, done.stderr
     (result,) = cli.results()
@@ -31,7 +31,7 @@ def test_a_run_leaves_its_folder_and_says_what_to_type_next(cli) -> None:
     assert "--trust=tiny_workload" in done.stdout
 
 
-def test_a_bug_in_the_users_module_keeps_its_whole_traceback(cli) -> None:
+def test_a_bug_in_the_users_module_prints_its_whole_traceback(cli) -> None:
     done = cli.tiny("model.does=raise", "model.at=2", "logger=mlflow")
     assert done.returncode == 1
     assert 'raise RuntimeError("a bug in the user\'s module")' in done.stderr
@@ -41,8 +41,8 @@ def test_a_bug_in_the_users_module_keeps_its_whole_traceback(cli) -> None:
     assert cli.runs()[0].info.status == "FAILED"
 
 
-def test_a_killed_worker_is_settled(cli) -> None:
-    # without a process in front, MLflow shows it RUNNING for ever
+def test_a_killed_worker_gets_a_final_status(cli) -> None:
+    # without the launcher, MLflow would show it as RUNNING for ever
     done = cli.tiny("model.does=sigkill", "model.at=2", "logger=mlflow")
     assert done.returncode == 1
     assert "signal 9" in done.stdout
@@ -68,7 +68,7 @@ def test_a_plugin_that_stops_the_run_exits_with_3(cli) -> None:
     ("signum", "code", "end"),
     [(signal.SIGINT, 130, "interrupted"), pytest.param(signal.SIGTERM, 143, "terminated", marks=pytest.mark.slow)],
 )
-def test_a_signal_saves_and_the_run_can_go_on(cli, signum: signal.Signals, code: int, end: str) -> None:
+def test_a_signal_saves_and_the_run_can_be_resumed(cli, signum: signal.Signals, code: int, end: str) -> None:
     process = cli.start(
         "train", str(Path(__file__).parent / "tiny.yaml"), "--trust", "tiny_workload",
         "model.pause=0.05", "model.does=tell", "model.at=1", "trainer.max_steps=2000", "logger=mlflow", "run_dir=first",
@@ -140,5 +140,5 @@ def test_several_processes_and_a_signal_in_one_of_them(cli) -> None:
 def test_dry_run_makes_nothing(cli) -> None:
     done = cli.tiny("dry_run=true", "logger=mlflow")
     assert done.returncode == 0
-    assert "composes" in done.stdout
+    assert "the config composes" in done.stdout
     assert list(cli.folder.iterdir()) == []

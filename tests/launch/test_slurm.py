@@ -1,4 +1,4 @@
-"""SLURM by stand-ins for sbatch and srun: what is handed over, and what the batch script does."""
+"""SLURM with fake sbatch and srun programs: what is submitted, and what the batch script does."""
 
 import os
 import subprocess
@@ -32,17 +32,17 @@ def program(folder: Path, name: str, text: str) -> None:
     (folder / name).chmod(0o755)
 
 
-def test_the_script_asks_for_what_the_config_says(slurm_config: dict[str, Any]) -> None:
+def test_the_script_requests_the_resources_of_the_config(slurm_config: dict[str, Any]) -> None:
     script = batch_script(slurm_config, Path("/run.yaml"), {**os.environ, "STABLETRAIN_TRUST": "a b;rm"})
     for line in ("nodes=2", "ntasks-per-node=4", "cpus-per-task=3", "partition=gpu", "exclusive\n"):
         assert f"#SBATCH --{line}" in script
     assert "export STABLETRAIN_TRUST='a b;rm'" in script
 
 
-def test_the_job_is_submitted_and_settles_itself(
+def test_the_job_is_submitted_and_sets_its_final_status(
     slurm_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # nobody waits for a batch job: its script has to settle it, whatever happened to the worker
+    # no launcher waits for a batch job: its script has to set the status, whatever happened to the worker
     program(tmp_path / "bin", "sbatch", 'echo "4711;cluster"')
     program(tmp_path / "bin", "srun", "exit 137")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
@@ -54,14 +54,16 @@ def test_the_job_is_submitted_and_settles_itself(
     assert '"killed"' in (run_yaml.parent / "result.json").read_text()
 
 
-def test_a_refusal_is_told(slurm_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rejected_job_is_an_error_with_its_reason(
+    slurm_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     program(tmp_path / "bin", "sbatch", 'echo "invalid partition" >&2; exit 1')
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     with pytest.raises(UserError, match="invalid partition"):
         submit(slurm_config, Path(slurm_config["run_dir"]) / "run.yaml", os.environ)
 
 
-def test_a_machine_without_slurm_is_told(
+def test_a_machine_without_slurm_is_an_error(
     slurm_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))

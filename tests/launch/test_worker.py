@@ -10,13 +10,14 @@ from stabletrain.cli.summary import next_commands
 from stabletrain.config.trust import TrustError
 from stabletrain.errors import UserError
 from stabletrain.launch.assemble import assemble, override_optimizer, run_callbacks, trainer_arguments
-from stabletrain.launch.launcher import Done
-from stabletrain.launch.process import AGREED, Ended, worker_command, worker_environment
-from stabletrain.launch.result import EXIT_CODES, MLFLOW, Result, read_result
+from stabletrain.launch.final_status import final_result
+from stabletrain.launch.launcher import FinishedJob
+from stabletrain.launch.process import AGREED_ENDS_EXIT_0, ProcessEnd, worker_command, worker_environment
+from stabletrain.launch.result import EXIT_CODES, MLFLOW_STATUS, Result, read_result
 from stabletrain.launch.run_folder import make_run_folder, write_run_yaml
-from stabletrain.launch.settle import conclude
-from stabletrain.launch.signals import SignalWatch
 from stabletrain.launch.worker import main
+from stabletrain.runtime.guard.options import Guard
+from stabletrain.runtime.signal_watch import SignalWatch
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +36,7 @@ def test_the_optimizer_of_any_module_can_be_replaced(config: dict[str, Any]) -> 
     assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(run.model.layer.weight)]
 
 
-def test_replacing_the_optimizer_leaves_the_class_alone(config: dict[str, Any]) -> None:
+def test_replacing_the_optimizer_does_not_change_the_class(config: dict[str, Any]) -> None:
     # a second model of the class in one process would train with the first one's optimizer
     import tiny_workload
 
@@ -68,6 +69,17 @@ def test_without_checkpointing_and_bar_there_are_none(config: dict[str, Any], tm
     assert run_callbacks(config, {"enable_checkpointing": False, "enable_progress_bar": False}, tmp_path) == []
 
 
+def test_the_guards_options_are_a_callback_only_where_they_are_changed(tmp_path: Path) -> None:
+    """Bugs: guard.mode on the command line without effect; a guard in a run that has no plugin and asked for none."""
+    quiet = {"enable_checkpointing": False, "enable_progress_bar": False}
+    given: dict[str, Any] = {"guard": {"mode": "auto", "max_attempts": None, "events": None}}
+    assert run_callbacks(given, quiet, tmp_path) == []
+    given["guard"] |= {"mode": "exact", "max_attempts": 7}
+    (guard,) = run_callbacks(given, quiet, tmp_path)
+    assert isinstance(guard, Guard)
+    assert guard.guard_options() == {"mode": "exact", "max_attempts": 7, "events": None}
+
+
 def test_precision_may_be_a_plugin_object(config: dict[str, Any]) -> None:
     from stabletrain.config.discovery import groups
 
@@ -77,24 +89,24 @@ def test_precision_may_be_a_plugin_object(config: dict[str, Any]) -> None:
     assert isinstance(made.scaler, torch.amp.GradScaler)
 
 
-def test_the_worker_does_not_believe_the_trust_in_run_yaml(
-    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # a run.yaml from somewhere else could name its own code and vouch for it
+def test_the_worker_does_not_trust_what_run_yaml_names(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    # a downloaded run.yaml could name its own code as trusted
     monkeypatch.delenv("STABLETRAIN_TRUST")
     config["trust"] = ["tiny_workload"]
     with pytest.raises(TrustError, match=r"model\._target_: 'tiny_workload\.TinyModel'"):
         assemble(config, SignalWatch())
 
 
-def test_a_model_that_is_none_is_refused(config: dict[str, Any]) -> None:
+def test_a_node_of_another_type_is_refused(config: dict[str, Any]) -> None:
     config["model"] = {"_target_": "torch.nn.Identity"}
-    with pytest.raises(UserError, match=r"model: 'torch\.nn\.Identity' made a Identity, expected a Light"):
+    with pytest.raises(UserError, match=r"model: expected a LightningModule, got a Identity from .*torch\.nn"):
         assemble(config, SignalWatch())
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "a: [", "recipe: x"])
-def test_what_is_no_run_yaml_is_a_usage_error(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_file_than_run_yaml_is_a_usage_error(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import signal
 
     before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
@@ -109,7 +121,7 @@ def test_what_is_no_run_yaml_is_a_usage_error(text: str, tmp_path: Path, capsys:
     assert "run.yaml" in capsys.readouterr().err
 
 
-def test_run_yaml_survives_its_file(config: dict[str, Any], tmp_path: Path) -> None:
+def test_run_yaml_reads_back_equal(config: dict[str, Any], tmp_path: Path) -> None:
     # YAML reads 1e-3 back as a text, and a seed as 007 as seven
     (tmp_path / "run").mkdir()
     config["optimizer"] = {
@@ -130,9 +142,9 @@ def test_run_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert one.parent == tmp_path / "runs" / "tiny"
     assert make_run_folder("tiny", "here", job=3) == tmp_path / "here" / "3"
     (tmp_path / "here" / "3" / "run.yaml").touch()
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already contains a run"):
         make_run_folder("tiny", "here", job=3)
-    with pytest.raises(UserError, match="run_dir: cannot write in /dev/null/x"):
+    with pytest.raises(UserError, match="run_dir: cannot write to /dev/null/x"):
         make_run_folder("tiny", "/dev/null/x")
 
 
@@ -141,7 +153,7 @@ def test_commands(tmp_path: Path) -> None:
     assert worker_command(one, tmp_path)[1:] == ["-m", "stabletrain.worker", str(tmp_path)]
     two = worker_command({**one, "processes": 2}, tmp_path)
     assert two[1:7] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    assert two[-1] == AGREED
+    assert two[-1] == AGREED_ENDS_EXIT_0
     assert "torch.distributed.run" in worker_command({**one, "kind": "torchrun"}, tmp_path)
 
 
@@ -155,7 +167,7 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("end", EXIT_CODES)
 def test_every_end_has_a_code_and_a_status(end: Any, tmp_path: Path) -> None:
-    assert (MLFLOW[end] == "FINISHED") == (EXIT_CODES[end] == 0)
+    assert (MLFLOW_STATUS[end] == "FINISHED") == (EXIT_CODES[end] == 0)
     result = Result(end=end, steps=3, metrics={"loss": float("nan")})
     result.write(tmp_path)
     found = read_result(tmp_path)
@@ -166,20 +178,20 @@ def test_every_end_has_a_code_and_a_status(end: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("code", "end"), [(-9, "killed"), (137, "killed"), (143, "killed"), (1, "failed"), (0, "failed")]
 )
-def test_a_worker_without_last_words(code: int, end: str, config: dict[str, Any], tmp_path: Path) -> None:
+def test_a_worker_without_a_result(code: int, end: str, config: dict[str, Any], tmp_path: Path) -> None:
     # exit code 0 without a result is no success either
     (tmp_path / "run").mkdir()
-    result = conclude(config, Ended(code=code))
+    result = final_result(config, ProcessEnd(code=code))
     assert result.end == end
     assert result.checkpoint is None
 
 
-def test_what_a_killed_worker_left_is_found(config: dict[str, Any], tmp_path: Path) -> None:
-    """Bug: after a SIGKILL the command that goes on was not among those to type next."""
+def test_the_checkpoint_of_a_killed_worker_is_found(config: dict[str, Any], tmp_path: Path) -> None:
+    """Bug: after a SIGKILL the command that resumes was not among the suggested ones."""
     folder = tmp_path / "run"
     (folder / "checkpoints" / "step-00000005").mkdir(parents=True)
     (folder / "checkpoints" / "step-00000005" / "manifest.json").touch()
-    result = conclude(config, Ended(code=-9))
+    result = final_result(config, ProcessEnd(code=-9))
     assert result.checkpoint == str(folder / "checkpoints")
-    done = Done(recipe="tiny", overrides=(), config={**config, "trust": []}, result=result)
-    assert next_commands(done)[0] == f"stabletrain train tiny resume={folder}/checkpoints"
+    job = FinishedJob(recipe="tiny", overrides=(), config={**config, "trust": []}, result=result)
+    assert next_commands(job)[0] == f"stabletrain train tiny resume={folder}/checkpoints"

@@ -1,4 +1,4 @@
-"""A workload of a user's own: small, and able to do whatever a test needs it to do at a given batch."""
+"""A small workload, as of a user, that does at a given batch what a test needs."""
 
 import logging
 import os

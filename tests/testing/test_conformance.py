@@ -52,7 +52,7 @@ FAULTS = {
     "heavy_rule": Fault("rule", "from dataclasses", "import numpy\nfrom dataclasses", "import_is_light", "got numpy"),
     "impure_rule": Fault("rule", "decay = self", "import yaml; decay = self", "rule_is_pure", "'yaml' in"),
     "uncopyable": Fault(
-        "callback", EMPTY_CALLBACK, method("__reduce_ex__ = None"), "can_be_copied", "picklable and copyable"
+        "callback", EMPTY_CALLBACK, method("__reduce_ex__ = None"), "copies_are_equal", "picklable and copyable"
     ),
     "list_in_state": Fault(
         "rule", "steps: int = 0", "steps: int = 0\n    seen: list = []", "state_is_plain", "got list"
@@ -61,23 +61,23 @@ FAULTS = {
         "rule",
         "steps: int = 0",
         "steps: int = 0\n    pair: object = (1,)",
-        "resumes_at_any_cut",
+        "resumes_from_any_state",
         "survive a checkpoint",
     ),
     "hidden_counter": Fault(
         "rule",
         "if state.steps < self.warmup_steps",
         "self.__dict__['n'] = self.__dict__.get('n', 0) + 1\n        if self.__dict__['n'] < self.warmup_steps",
-        "deterministic",
+        "is_deterministic",
         "all history belongs in the state",
     ),
-    "uses_nan": Fault("rule", ' and norm < float("inf")', "", "nothing_is_poisoned", "finite state"),
+    "uses_nan": Fault("rule", ' and norm < float("inf")', "", "state_stays_finite", "finite state"),
     "blinded_by_nan": Fault(
         "rule",
         "            return Observation(state)\n",
         "            return Observation(state if outcome.applied is False or norm == norm else self.init())\n",
-        "nothing_is_poisoned",
-        "a gross spike after loss=",
+        "state_stays_finite",
+        "a large spike after loss=",
     ),
     "divides_by_zero": Fault(
         "rule",
@@ -87,37 +87,37 @@ FAULTS = {
         "ZeroDivisionError",
     ),
     "no_number": Fault(
-        "rule", 'reason = f"grad_norm', 'reason = "too large" or f"', "events_give_reasons", "number", "skip"
+        "rule", 'reason = f"grad_norm', 'reason = "too large" or f"', "events_have_reasons", "number", "skip"
     ),
-    "wrong_step": Fault("rule", "Event(outcome.step", "Event(outcome.step + 1", "events_give_reasons", "step=", "skip"),
-    "wrong_label": Fault("rule", 'self.label, "skip"', "'me', \"skip\"", "events_give_reasons", "self.label", "skip"),
-    "learns_skipped": Fault("rule", "outcome.applied and ", "", "foreign_skips_are_not_learned", "outcome.applied"),
+    "wrong_step": Fault("rule", "Event(outcome.step", "Event(outcome.step + 1", "events_have_reasons", "step=", "skip"),
+    "wrong_label": Fault("rule", 'self.label, "skip"', "'me', \"skip\"", "events_have_reasons", "self.label", "skip"),
+    "learns_skipped": Fault("rule", "outcome.applied and ", "", "skips_by_others_are_ignored", "outcome.applied"),
     "meddles": Fault(
         "callback",
         EMPTY_CALLBACK,
         method(HOOK + "        pl_module.net[0].bias.data.mul_(0.999)"),
-        "harmless_until_triggered",
+        "untriggered_changes_no_weights",
         "bit-identical",
     ),
-    "knows_its_place": Fault(
+    "depends_on_position": Fault(
         "callback",
         EMPTY_CALLBACK,
         method(HOOK + "        if trainer.callbacks.index(self) == 2: pl_module.net[0].bias.data.mul_(0.999)"),
-        "order_is_irrelevant",
-        "other weights",
+        "callback_order_does_not_matter",
+        "different weights",
     ),
     "keeps_history": Fault(
         "callback",
         EMPTY_CALLBACK,
         method("def reset(self):\n        self.state = self.state or self.rule.init()"),
         "second_fit_equals_first",
-        "begin anew",
+        "start from scratch",
     ),
     "afraid_of_nan": Fault(
         "callback",
         EMPTY_CALLBACK,
         method("def on_before_backward(self, trainer, pl_module, loss):\n        assert loss == loss, 'NaN'"),
-        "nan_losses_do_not_break",
+        "handles_nonfinite_losses",
         "AssertionError: NaN",
     ),
     "forgets_counter": Fault(
@@ -144,7 +144,7 @@ FAULTS = {
             "def on_fit_start(self, trainer, pl_module):\n        super().on_fit_start(trainer, pl_module)\n"
             "        trainer.optimizers[0].mark = 1"
         ),
-        "everything_is_undone",
+        "fit_leaves_no_changes",
         "mark",
     ),
 }

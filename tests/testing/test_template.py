@@ -23,10 +23,10 @@ ROOT = Path(__file__).resolve().parents[2]
         ("clip cool", "verb_noun"),
         ("../clip_cool", "verb_noun"),
         ("1_clip", "verb_noun"),
-        ("class_cool", "Python language"),
-        ("clip_norm", "there is a plugin 'clip_norm' already"),
-        ("stabletrain_plugins", "belongs to another package"),
-        ("skip_outliers", "there is a plugin"),
+        ("class_cool", "Python keyword"),
+        ("clip_norm", "the plugin 'clip_norm' already exists"),
+        ("stabletrain_plugins", "is the name of another package"),
+        ("skip_outliers", "the plugin 'skip_outliers' already exists"),
     ],
 )
 def test_bad_names_are_refused(name: str, words: str, tmp_path: Path) -> None:
@@ -37,7 +37,7 @@ def test_bad_names_are_refused(name: str, words: str, tmp_path: Path) -> None:
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "clip_cool").mkdir()
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="already exists"):
         create("clip_cool", tmp_path)
     with pytest.raises(UserError, match="there is no folder"):
         create("clip_cool", tmp_path / "missing")

@@ -162,7 +162,7 @@ def test_a_failing_store_does_not_end_training(uri, client, tmp_path, caplog, mo
     assert client.get_run(logger.version).info.status == "FINISHED"
     lines = [json.loads(line) for line in (tmp_path / "metrics-unsent.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["key"] == "loss"] == list(range(5))
-    assert len([record for record in caplog.records if "does not take metrics" in record.getMessage()]) == 1
+    assert len([record for record in caplog.records if "does not accept metrics" in record.getMessage()]) == 1
 
 
 def test_failing_tags_and_status_do_not_end_training(uri, tmp_path, caplog, monkeypatch):
@@ -180,7 +180,7 @@ def test_failing_tags_and_status_do_not_end_training(uri, tmp_path, caplog, monk
     with pytest.raises(RuntimeError, match="boom"):
         fit(logger, tmp_path, Raise(RuntimeError("boom")))
     for what in ("artifact file.txt", "parameters", "final status"):
-        assert f"does not take the {what}" in caplog.text
+        assert f"does not accept the {what}" in caplog.text
 
 
 def test_unusable_store_is_said_before_training(tmp_path):

@@ -8,7 +8,7 @@ import time
 import pytest
 import yaml
 
-from stabletrain.tracking import StoreError, settle, start_run, upload_unsent
+from stabletrain.tracking import StoreError, set_final_status, start_run, upload_unsent
 
 CONFIG = {
     "recipe": "char_gpt",
@@ -83,7 +83,7 @@ def test_two_runs_under_a_parent(uri, client):
 def test_resume_with_changed_parameters(uri, client):
     """Bug: MLflow aborts a resumed run because one setting changed, or the run stays FINISHED while it trains."""
     run_id = start_run(CONFIG, uri=uri, experiment="demo")
-    settle(uri, run_id, "FAILED")
+    set_final_status(uri, run_id, "FAILED")
     changed = {**CONFIG, "optimizer": {**CONFIG["optimizer"], "lr": 0.002}, "new": {"key": 1}}
     for expected in ("1", "2"):
         assert start_run(changed, uri=uri, experiment="demo", run_id=run_id) == run_id
@@ -108,17 +108,17 @@ def test_long_parameters(uri, client):
     assert len(params) == 252
 
 
-def test_settle(uri, client):
+def test_a_final_status_is_set_once(uri, client):
     """Bug: the launcher's late FINISHED hides a failure that the run itself reported."""
     run_id = start_run({}, uri=uri, experiment="demo")
-    assert settle(uri, run_id, "FAILED") == "FAILED"
-    assert settle(uri, run_id, "FINISHED") == "FAILED"
-    assert settle(uri, run_id, "KILLED", force=True) == "KILLED"
-    assert settle(uri, run_id, "KILLED") == "KILLED"
+    assert set_final_status(uri, run_id, "FAILED") == "FAILED"
+    assert set_final_status(uri, run_id, "FINISHED") == "FAILED"
+    assert set_final_status(uri, run_id, "KILLED", force=True) == "KILLED"
+    assert set_final_status(uri, run_id, "KILLED") == "KILLED"
     assert client.get_run(run_id).info.status == "KILLED"
 
 
-def test_killed_worker_is_settled(uri, client):
+def test_the_launcher_sets_the_status_of_a_killed_worker(uri, client):
     """Bug: after SIGKILL (out of memory) a run is shown as RUNNING for ever."""
     run_id = start_run({}, uri=uri, experiment="demo")
     code = (
@@ -132,7 +132,7 @@ def test_killed_worker_is_settled(uri, client):
     worker.send_signal(signal.SIGKILL)
     worker.communicate(timeout=30)
     assert client.get_run(run_id).info.status == "RUNNING"
-    assert settle(uri, run_id, "KILLED") == "KILLED"
+    assert set_final_status(uri, run_id, "KILLED") == "KILLED"
     assert client.get_run(run_id).data.metrics["loss"] == 1.0
 
 
@@ -140,7 +140,7 @@ def test_deleted_experiment(uri, client):
     """Bug: an experiment that was deleted in the UI gives an error that does not say how to go on."""
     start_run({}, uri=uri, experiment="demo")
     client.delete_experiment(client.get_experiment_by_name("demo").experiment_id)
-    with pytest.raises(StoreError, match=r"'demo' is deleted.*experiments restore"):
+    with pytest.raises(StoreError, match=r"'demo' was deleted.*experiments restore"):
         start_run({}, uri=uri, experiment="demo")
 
 

@@ -10,7 +10,7 @@ from stabletrain.tracking.writer import BATCH, MetricWriter
 
 
 class Store:
-    """Collects batches; fails while told to."""
+    """Collects batches; can be set to fail."""
 
     def __init__(self):
         self.points = []

@@ -139,7 +139,7 @@ def test_dropout_is_off_in_evaluation() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_generate_is_deterministic_and_leaves_global_random_numbers_alone(temperature: float) -> None:
+def test_generate_is_deterministic_and_does_not_use_the_global_random_generators(temperature: float) -> None:
     """Catches sampling from the global generator, which would change a training that draws samples."""
     model, prompt = small(dropout=0.3), some_tokens(1, 3)[0]
     before = torch.random.get_rng_state()
@@ -152,7 +152,7 @@ def test_generate_is_deterministic_and_leaves_global_random_numbers_alone(temper
 
 
 def test_generate_equals_unpadded_greedy_decoding() -> None:
-    """Catches padding that leaks into the logits, and a wrong place after the context is full."""
+    """Catches padding that leaks into the logits, and a wrong position after the context is full."""
     model = small().eval()
     torch.nn.init.normal_(model.net.head.weight)
     tokens = some_tokens(1, 3)
@@ -268,7 +268,7 @@ def test_a_diverged_fit_ends_with_a_warning_instead_of_a_crash(tmp_path: Path) -
     """Catches a run that is marked as failed after its last checkpoint because no sample could be drawn."""
     model = small()
     torch.nn.init.constant_(model.net.norm.bias, math.nan)
-    with pytest.warns(UserWarning, match="no sample was drawn"):
+    with pytest.warns(UserWarning, match="no sample was written"):
         trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(model, datamodule=ShakespeareData(context=16))
     assert not (tmp_path / "sample.txt").exists()
 

@@ -36,8 +36,8 @@ def test_vocabulary_round_trip() -> None:
 
 
 @pytest.mark.parametrize("stranger", ["é", "€", "\r", "\t", "\xff", "#"])
-def test_a_foreign_character_is_named_with_its_place(stranger: str) -> None:
-    """Catches a silent replacement, and a place counted in bytes."""
+def test_a_foreign_character_is_named_with_its_position(stranger: str) -> None:
+    """Catches a silent replacement, and a position counted in bytes."""
     with pytest.raises(DataError, match="position 2 "):
         encode("ab" + stranger + "c")
 
@@ -80,8 +80,8 @@ def test_a_truncated_gzip_file(tmp_path: Path, kept: int) -> None:
 def test_a_damaged_gzip_file(tmp_path: Path) -> None:
     """Catches a flipped bit that zlib reports in its own way."""
     whole = bytearray(gzip.compress((LINE * 500).encode()))
-    for place in range(10, len(whole)):
-        damaged = bytes(whole[:place]) + bytes([whole[place] ^ 0x10]) + bytes(whole[place + 1 :])
+    for index in range(10, len(whole)):
+        damaged = bytes(whole[:index]) + bytes([whole[index] ^ 0x10]) + bytes(whole[index + 1 :])
         with pytest.raises(DataError, match=r"a\.txt\.gz"):
             ShakespeareData(path=write(tmp_path, "a.txt.gz", damaged)).setup()
 

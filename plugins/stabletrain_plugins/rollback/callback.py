@@ -17,7 +17,7 @@ from stabletrain.runtime.guard.callbacks import RuleCallback
 from stabletrain.runtime.guard.requests import dispatch
 from stabletrain.runtime.guard.step_guard import StepGuard
 from stabletrain.runtime.internals import trainer as trainer_internals
-from stabletrain.runtime.records import diagnosis
+from stabletrain.runtime.records import diagnosis, run_files
 from stabletrain.runtime.records.event_log import logger
 from stabletrain.runtime.run_length import run_length
 from stabletrain.runtime.snapshots.snapshot import Snapshot
@@ -27,7 +27,7 @@ from stabletrain_plugins.rollback import memory, restoring
 from stabletrain_plugins.rollback.decision import GiveUp
 from stabletrain_plugins.rollback.incidents import IncidentTracker, is_healthy
 from stabletrain_plugins.rollback.intervention import Intervention
-from stabletrain_plugins.rollback.intervention_log import NAME, Fingerprint, InterventionLog, read
+from stabletrain_plugins.rollback.intervention_log import Fingerprint, InterventionLog, read
 from stabletrain_plugins.rollback.intervention_replay import InterventionReplay
 from stabletrain_plugins.rollback.planning import plan_rollback
 from stabletrain_plugins.rollback.report import stop_report
@@ -93,7 +93,7 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
         self._writes_files = trainer.is_global_zero and not trainer_internals.is_fast_dev_run(trainer)
         named = list(guard.module.named_parameters())
         fingerprint = Fingerprint.of(trainer, guard.module, named)
-        self._log = InterventionLog(self._folder / NAME if self._writes_files else None, fingerprint)
+        self._log = InterventionLog(self._folder / run_files.INTERVENTIONS if self._writes_files else None, fingerprint)
         if self.replay is not None:
             planned = read(self.replay, fingerprint)
             self._replay = InterventionReplay(planned, guard.counters.attempted, self._new_snapshot)
@@ -251,7 +251,7 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
         report = stop_report(reason, guard, loader, self._incidents, default, rollbacks, (batch, batch_idx))
         message = reason
         if self._writes_files:
-            folder = self._folder / f"diagnosis-{step}"
+            folder = self._folder / f"{run_files.DIAGNOSIS_PREFIX}{step}"
             diagnosis.write_bundle(folder, report, list(self._outcomes), rollbacks)
             message = f"{reason}. Diagnosis: {folder}"
         guard.report(Event(step - 1, self.label, "stop", float(self.rollbacks), float(self.max_rollbacks), reason))

@@ -15,12 +15,12 @@ import xxhash
 from lightning.pytorch import LightningModule, Trainer
 
 from stabletrain.errors import UserError
+from stabletrain.runtime.records import run_files
 from stabletrain.runtime.records.event_log import logger
 from stabletrain.runtime.records.json_lines import JsonLines
 from stabletrain.runtime.records.recipe import recipe_hash
 from stabletrain_plugins.rollback.intervention import Intervention
 
-NAME = "interventions.jsonl"
 _KEY = "config key plugins.spike.replay"
 
 
@@ -97,13 +97,13 @@ def read(path: str | Path, fingerprint: Fingerprint) -> list[Intervention]:
         UserError: if the log cannot be read, or belongs to another run.
     """
     path = Path(path).expanduser()
-    file = path / NAME if path.is_dir() else path
+    file = path / run_files.INTERVENTIONS if path.is_dir() else path
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise UserError(
-            f"rollback: replay={str(path)!r} cannot be read: {error.strerror}; expected the {NAME} of a run that "
-            f"rolled back, or that run's folder ({_KEY})"
+            f"rollback: replay={str(path)!r} cannot be read: {error.strerror}; expected the {run_files.INTERVENTIONS} "
+            f"of a run that rolled back, or that run's folder ({_KEY})"
         ) from None
     found: list[Intervention] = []
     for number, line in enumerate(lines, 1):
@@ -121,7 +121,7 @@ def read(path: str | Path, fingerprint: Fingerprint) -> list[Intervention]:
                 logger.warning("rollback: the last line of %s is incomplete and is ignored", file)
                 continue
             raise UserError(
-                f"rollback: line {number} of {file} is no intervention; expected an {NAME} ({_KEY})"
+                f"rollback: line {number} of {file} is no intervention; expected an {run_files.INTERVENTIONS} ({_KEY})"
             ) from None
     return found
 

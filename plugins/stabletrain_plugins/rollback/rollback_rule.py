@@ -110,10 +110,8 @@ class RollbackRule(SpikeDetection):
         self.require(self.check_every >= 1, "check_every", ">= 1")
         self.require(1 < self.max_growth < math.inf, "max_growth", "> 1 and finite")
         self.require(self.where in ("host", "device"), "where", '"host" or "device"')
-        understood = self.max_memory is None or (
-            isinstance(self.max_memory, str) and parse(self.max_memory) is not None
-        )
-        self.require(understood, "max_memory", 'like "8GB" or "500MiB", or null')
+        if self.max_memory is not None:
+            parse(self.max_memory, name=f"plugins.{self.slot}.max_memory")
 
     def interval_warning(self, total_steps: int | None) -> str | None:
         """A warning if the run is shorter than ``every``; else None.

@@ -25,8 +25,8 @@ REQUEST = Request(RequestKind.ROLLBACK, "somebody", "loss 9 > 3")
 
 def plan(ring: SnapshotRing, processes: int = 1) -> Plan:
     """Of a run with 40 attempted and 38 applied steps, in an incident since applied step 35 and batch 5."""
-    trainer = SimpleNamespace(global_step=38, world_size=processes, accumulate_grad_batches=2)
-    guard: Any = SimpleNamespace(trainer=trainer, counters=SimpleNamespace(attempted=40))
+    trainer, window, ranks = SimpleNamespace(global_step=38), SimpleNamespace(size=2), SimpleNamespace(size=processes)
+    guard: Any = SimpleNamespace(trainer=trainer, counters=SimpleNamespace(attempted=40), window=window, ranks=ranks)
     loader: Any = SimpleNamespace(loaders=[None], batches_since=lambda mark: dict(enumerate(TAPE[mark:])))
     incidents = IncidentTracker()
     incidents.current = Incident(37, 35, 5)  # type: ignore[arg-type]

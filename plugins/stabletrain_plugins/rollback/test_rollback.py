@@ -485,7 +485,7 @@ def test_spilling_to_disk_is_the_same(tmp_path: Path) -> None:
         ({"max_rollbacks": 0}, "max_rollbacks must be >= 1; to detect without rollbacks, use plugins/spike=detect"),
         ({"keep": 1}, "keep must be >= 2"),
         ({"every": 10}, "trust_after must be from 1 to every=10"),
-        ({"max_memory": "much"}, 'max_memory must be like "8GB"'),
+        ({"max_memory": "much"}, r"plugins\.spike\.max_memory: expected an amount of memory like '8GB'"),
         ({"drop": "all"}, "drop must be"),
         ({"max_growth": 1.0}, "max_growth must be > 1"),
     ],

@@ -14,7 +14,9 @@ from stabletrain.core.state import from_plain, to_plain
 from stabletrain_plugins.rollback.weight_check import WeightCheck
 from stabletrain_plugins.rollback.weight_monitor import WeightHistory, WeightMonitor, WeightSample
 
-ONE_RANK: Any = SimpleNamespace(world_size=1, optimizers=[SimpleNamespace(param_groups=[{"lr": 0.1}])])
+ONE_RANK: Any = SimpleNamespace(
+    world_size=1, is_global_zero=True, strategy=None, optimizers=[SimpleNamespace(param_groups=[{"lr": 0.1}])]
+)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e38])

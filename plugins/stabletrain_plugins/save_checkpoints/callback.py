@@ -26,6 +26,7 @@ from stabletrain.runtime.checkpoints.saver import Saver
 from stabletrain.runtime.checkpoints.store import MetricMode, Retention, Store
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.ranks import Ranks
+from stabletrain.runtime.records import run_files
 from stabletrain.runtime.records.recipe import recipe_hash
 from stabletrain.runtime.run_length import run_length
 
@@ -174,7 +175,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         self._run, self._fitted = run or self._run, weakref.ref(trainer)
         root = trainer.log_dir or trainer.default_root_dir  # a collective, so it is called on every rank
         self._directory = (
-            (Path(root) / "checkpoints" if self.folder is None else Path(self.folder)).expanduser().absolute()
+            (Path(root) / run_files.CHECKPOINTS if self.folder is None else Path(self.folder)).expanduser().absolute()
         )
         self._active = not trainer_internals.is_fast_dev_run(trainer)
         self._recipe = recipe_hash(Path(trainer.default_root_dir), but=("chaos",))

@@ -23,6 +23,7 @@ from stabletrain.runtime.checkpoints.store import (
     is_checkpoint,
     size_problem,
 )
+from stabletrain.runtime.records import run_files
 
 logger = logging.getLogger("stabletrain")
 
@@ -129,7 +130,7 @@ def store_of(path: Path) -> Path | None:
     """The folder of checkpoints at a path: itself, that of a run's folder, or the parent of ``.../last``; or None."""
     if path.name == "last" and not path.exists():
         path = path.parent
-    for folder in (path, path / "checkpoints"):
+    for folder in (path, path / run_files.CHECKPOINTS):
         if checkpoint_folders(folder):
             return folder
     return None

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from stabletrain.errors import require
 from stabletrain.runtime.guard.callbacks import GuardMember
 from stabletrain.runtime.guard.support import DecisionMode
+
+DEFAULTS: dict[str, Any] = {"mode": "auto", "max_attempts": None, "events": None}
+
+
+def changed_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those options of `Guard` that are not at their default.
+
+    >>> changed_options({"mode": "exact", "max_attempts": None})
+    {'mode': 'exact'}
+    """
+    return {key: value for key, value in options.items() if value != DEFAULTS.get(key)}
 
 
 class Guard(GuardMember):

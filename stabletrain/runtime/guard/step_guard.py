@@ -43,6 +43,7 @@ from stabletrain.runtime.guard.step_control import StepControl
 from stabletrain.runtime.guard.support import DecisionMode
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.ranks import Ranks
+from stabletrain.runtime.records import run_files
 from stabletrain.runtime.records.event_log import EventLog
 
 _PROGRESS_BAR: tuple[str, ...] = ("loss", "grad_norm", "clipped", "skipped")
@@ -80,7 +81,7 @@ class StepGuard:
         self.counters = Counters()
         self.metrics = MetricsWindow()
         folder = trainer.log_dir or trainer.default_root_dir  # asks all ranks: not only on rank 0
-        path = events or Path(folder) / "events.jsonl"
+        path = events or Path(folder) / run_files.EVENTS
         quiet = not trainer.is_global_zero or trainer_internals.is_fast_dev_run(trainer)
         self.events = EventLog(None if quiet else path, speak=trainer.is_global_zero)
         self._max_attempts = max_attempts or (2 * trainer.max_steps if trainer.max_steps > 0 else None)

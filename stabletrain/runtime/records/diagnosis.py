@@ -1,4 +1,4 @@
-"""What is left behind when a run is given up: who was there, what the layers looked like, and how it came about."""
+"""The report that is written when a plugin stops a run: layer norms, first non-finite module, last outcomes."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from stabletrain.runtime import gradients, rng
 from stabletrain.runtime.records.event_log import logger
 
 LARGEST = 20
-"""So many layers are named."""
+"""Number of layers in the report."""
 
 
 def of_model(module: LightningModule, batch: Any, batch_idx: int) -> dict[str, Any]:
-    """What the model looks like: where it is not finite first, and its largest layers. A collective."""
+    """Return the first non-finite weight and output, and the layers with the largest norms. A collective."""
     return {
         "first_nonfinite_weight": first_nonfinite_weight(module),
         "first_nonfinite_output": first_nonfinite_output(module, batch, batch_idx),
@@ -34,20 +34,19 @@ def of_model(module: LightningModule, batch: Any, batch_idx: int) -> dict[str, A
 
 
 def first_nonfinite_output(module: LightningModule, batch: Any, batch_idx: int) -> str | None:
-    """The first module, in the order of execution, whose output is not finite; None if there is none, or no telling.
+    """Return the first module, in the order of execution, with a non-finite output; None if none is found.
 
-    Runs ``training_step`` once more without gradients; the model's buffers and the random numbers stay as they are. All
-    ranks must call it.
+    Runs ``training_step`` once more without gradients; buffers and random generators are restored. A collective.
 
     Args:
-        module: the module that is trained.
+        module: the trained module.
         batch: the last batch.
-        batch_idx: its number.
+        batch_idx: its index.
     """
     names = {each: name or type(module).__name__ for name, each in module.named_modules()}
     found: list[str] = []
 
-    def look(each: nn.Module, _: Any, output: Any) -> None:
+    def check_output(each: nn.Module, _: Any, output: Any) -> None:
         if not found and any(not bool(t.isfinite().all()) for t in tree_leaves(output) if _is_float(t)):
             found.append(names[each])
 
@@ -56,15 +55,15 @@ def first_nonfinite_output(module: LightningModule, batch: Any, batch_idx: int) 
         stack.enter_context(rng.preserved())
         stack.enter_context(torch.no_grad())
         logs, module.__dict__["log"] = module.__dict__.get("log"), lambda *_, **__: None
-        stack.callback(_put_back, module, "log", logs)
+        stack.callback(_restore, module, "log", logs)
         for each in module.modules():
-            stack.callback(each.register_forward_hook(look).remove)
+            stack.callback(each.register_forward_hook(check_output).remove)
         try:
             with module.trainer.precision_plugin.train_step_context():
-                # Lightning lets a module do without the number
-                numbered = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-                module.training_step(batch, *((batch_idx,) if numbered else ()))
-        except Exception:  # a model in this state may well fail: what was seen until then counts
+                # Lightning allows a training_step without batch_idx
+                takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+                module.training_step(batch, *((batch_idx,) if takes_index else ()))
+        except Exception:  # a broken model may raise; the modules before that were checked
             pass
         for buffer, before in buffers:
             buffer.copy_(before)
@@ -72,7 +71,7 @@ def first_nonfinite_output(module: LightningModule, batch: Any, batch_idx: int) 
 
 
 def first_nonfinite_weight(module: nn.Module) -> str | None:
-    """The first parameter, in the order of the model, that is not finite; of sharded ones, this rank's part."""
+    """Return the first parameter that is not finite; of sharded parameters, only this rank's shard is checked."""
     for name, p in module.named_parameters():
         local = gradients.local(p.detach())
         if _is_float(local) and local.numel() and not bool(local.isfinite().all()):
@@ -81,7 +80,7 @@ def first_nonfinite_weight(module: nn.Module) -> str | None:
 
 
 def layer_norms(module: nn.Module) -> list[dict[str, Any]]:
-    """Norms of weights and gradients, the largest gradients first, non-finite ones before all. A collective."""
+    """Return the norms of weights and gradients, non-finite ones first, then by gradient norm. A collective."""
     named = [(name, p) for name, p in module.named_parameters() if p.is_floating_point()]
     if not named:
         return []
@@ -94,19 +93,19 @@ def layer_norms(module: nn.Module) -> list[dict[str, Any]]:
     rows = [
         {"parameter": name, "weight_norm": weights[i], "grad_norm": grads.get(i)} for i, (name, _) in enumerate(named)
     ]
-    return sorted(rows, key=_size, reverse=True)[:LARGEST]
+    return sorted(rows, key=_sort_key, reverse=True)[:LARGEST]
 
 
 def write_bundle(folder: Path, report: Mapping[str, Any], outcomes: Sequence[Outcome], marks: Sequence[int]) -> None:
     """Write ``report.json``, ``outcomes.csv`` and, where matplotlib is installed, ``plot.png``.
 
-    A disk that refuses is reported, and changes nothing about how the run ends.
+    If the files cannot be written, a warning is logged and nothing is raised.
 
     Args:
         folder: made if missing.
-        report: plain values; non-finite numbers are allowed.
+        report: plain values, which may be non-finite.
         outcomes: the last steps, oldest first.
-        marks: attempted steps to mark in the plot: those of the rollbacks.
+        marks: attempted steps of rollbacks, marked in the plot.
     """
     try:
         _write(folder, report, outcomes, marks)
@@ -116,7 +115,7 @@ def write_bundle(folder: Path, report: Mapping[str, Any], outcomes: Sequence[Out
 
 def _write(folder: Path, report: Mapping[str, Any], outcomes: Sequence[Outcome], marks: Sequence[int]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(json.dumps(_strict(dict(report)), indent=1) + "\n", encoding="utf-8")
+    (folder / "report.json").write_text(json.dumps(_to_json(dict(report)), indent=1) + "\n", encoding="utf-8")
     with (folder / "outcomes.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(Outcome._fields)
@@ -125,7 +124,7 @@ def _write(folder: Path, report: Mapping[str, Any], outcomes: Sequence[Outcome],
 
 
 def plot(path: Path, outcomes: Sequence[Outcome], marks: Sequence[int]) -> bool:
-    """Draw loss and gradient norm of the last steps; returns False where matplotlib is not installed."""
+    """Plot loss and gradient norm of the last steps; return False if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -135,20 +134,20 @@ def plot(path: Path, outcomes: Sequence[Outcome], marks: Sequence[int]) -> bool:
         ("loss", lambda each: each.loss),
         ("grad_norm", lambda each: each.grad_norm),
     )
-    for place, (name, value) in enumerate(signals, 1):
-        axes = figure.add_subplot(2, 1, place, ylabel=name)
+    for row, (name, value) in enumerate(signals, 1):
+        axes = figure.add_subplot(2, 1, row, ylabel=name)
         finite = [(each.step, value(each)) for each in outcomes if math.isfinite(value(each))]
         if finite:
             axes.plot(*zip(*finite, strict=True), linewidth=0.8)
             top = max(y for _, y in finite)
-            lost = [each.step for each in outcomes if not math.isfinite(value(each))]
-            axes.plot(lost, [top] * len(lost), "rx", label="non-finite")
+            nonfinite = [each.step for each in outcomes if not math.isfinite(value(each))]
+            axes.plot(nonfinite, [top] * len(nonfinite), "rx", label="non-finite")
             skipped = [(each.step, value(each)) for each in outcomes if each.skipped and math.isfinite(value(each))]
             if skipped:
                 axes.plot(*zip(*skipped, strict=True), "k.", label="skipped")
             if min(y for _, y in finite) > 0 and name == "grad_norm":
                 axes.set_yscale("log")
-            if lost or skipped:
+            if nonfinite or skipped:
                 axes.legend()
         for step in marks:
             if outcomes and outcomes[0].step <= step <= outcomes[-1].step + 1:
@@ -159,19 +158,19 @@ def plot(path: Path, outcomes: Sequence[Outcome], marks: Sequence[int]) -> bool:
     return True
 
 
-def _size(row: Mapping[str, Any]) -> tuple[bool, float]:
+def _sort_key(row: Mapping[str, Any]) -> tuple[bool, float]:
     norms = [each for each in (row["grad_norm"], row["weight_norm"]) if each is not None]
     return any(not math.isfinite(each) for each in norms), next((each for each in norms if math.isfinite(each)), 0.0)
 
 
-def _strict(value: Any) -> Any:
-    """Non-finite numbers as strings: strict JSON has none."""
+def _to_json(value: Any) -> Any:
+    """Replace non-finite numbers by strings, since strict JSON has none."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
-        return {str(key): _strict(each) for key, each in value.items()}
+        return {str(key): _to_json(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_strict(each) for each in value]
+        return [_to_json(each) for each in value]
     return value
 
 
@@ -179,7 +178,7 @@ def _is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _put_back(module: nn.Module, name: str, before: Any) -> None:
+def _restore(module: nn.Module, name: str, before: Any) -> None:
     if before is None:
         del module.__dict__[name]
     else:

@@ -1,4 +1,4 @@
-"""The record of events: JSON lines on disk, kept in memory too, and said aloud without flooding."""
+"""The log of events: JSON lines on disk, the recent ones in memory, and warnings at a limited rate."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ logger = logging.getLogger("stabletrain")
 
 
 class EventLog:
-    """Collects events of one fit; the file appears with the first one.
+    """Records the events of one fit; the file is created with the first one.
 
     Args:
-        path: where to append JSON lines; None keeps events in memory only (as on ranks other than 0).
-        speak: log events as warnings: each plugin's first of a kind, then its 2nd, 4th, 8th ... so that a storm of
-            events cannot bury the rest.
+        path: file to append JSON lines to; None: memory only (as on ranks other than 0).
+        speak: log events as warnings: of each plugin and kind the 1st, 2nd, 4th, 8th ... so that many events of one
+            kind do not hide the others.
     """
 
     def __init__(self, path: Path | None, speak: bool = True) -> None:

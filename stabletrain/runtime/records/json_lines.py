@@ -1,4 +1,4 @@
-"""A file of JSON lines that a full disk does not end: what it refuses waits until it takes it."""
+"""A file of JSON lines that survives a full disk: lines that cannot be written wait in memory."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ from pathlib import Path
 
 logger = logging.getLogger("stabletrain")
 
-_MOST = 10_000
-"""Lines that wait; beyond it the oldest are lost."""
+_MAX_WAITING = 10_000
+"""Maximum number of waiting lines; beyond it the oldest are lost."""
 
 
 class JsonLines:
-    """Appends whole lines; the file appears with the first one.
+    """Appends whole lines; the file is created with the first one.
 
     Args:
-        path: None: write nothing (as on ranks other than 0).
-        what: the lines are, for the message.
+        path: of the file; None: write nothing (as on ranks other than 0).
+        what: name of the lines for the message, such as ``"events"``.
     """
 
     def __init__(self, path: Path | None, what: str) -> None:
         self.path, self._what = path, what
-        self._waiting: deque[str] = deque(maxlen=_MOST)
+        self._waiting: deque[str] = deque(maxlen=_MAX_WAITING)
 
     def append(self, line: str) -> None:
-        """Write a line, and before it those that wait. A disk that refuses is reported once each time it begins to."""
+        """Write the waiting lines and this one. Log a warning at the first failure after a success."""
         if self.path is None:
             return
-        told = bool(self._waiting)
+        was_failing = bool(self._waiting)
         self._waiting.append(line + "\n")
         try:
             self._write(self.path)
             self._waiting.clear()
         except OSError as error:
-            if not told:
+            if not was_failing:
                 logger.warning(
-                    "%s cannot be written to %s: %s; they are kept in memory and written with the next that can",
+                    "%s cannot be written to %s: %s; they stay in memory until a later write succeeds",
                     self._what,
                     self.path,
                     error,
@@ -51,5 +51,5 @@ class JsonLines:
                 file.write("".join(self._waiting))
         except OSError:
             if path.exists():
-                os.truncate(path, size)  # half a line would spoil the file
+                os.truncate(path, size)  # remove an incomplete line
             raise

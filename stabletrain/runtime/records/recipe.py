@@ -1,4 +1,4 @@
-"""The hash of a recipe, so that a checkpoint can say that it was made with another one."""
+"""The hash of a recipe, to detect that a checkpoint was saved with another one."""
 
 from __future__ import annotations
 
@@ -9,30 +9,35 @@ from typing import Any
 import xxhash
 import yaml
 
-_OF_ONE_RUN = ("run_dir", "resume", "logger", "launch", "trust", "callbacks", "choices", "dry_run")
-"""Where a run is, and how it is watched: not what is trained."""
+from stabletrain.runtime.records.run_files import RUN_YAML
+
+_NOT_TRAINED = ("run_dir", "resume", "logger", "launch", "trust", "callbacks", "choices", "dry_run")
+"""Keys that say where a run is and how it is logged, not what is trained."""
 
 
 def recipe_hash(folder: Path, but: tuple[str, ...] = ()) -> str | None:
-    """Hash what is trained, by the ``run.yaml`` of a run's folder; None if there is none that can be read.
+    """Return a hash of the keys in a run's ``run.yaml`` that determine the training; None if it cannot be read.
 
     Args:
         folder: the run's folder.
-        but: further keys that may differ.
+        but: further keys to exclude.
     """
     try:
-        content = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
+        content = yaml.safe_load((folder / RUN_YAML).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return None
     if not isinstance(content, dict):
         return None
-    trained = {key: value for key, value in content.items() if key not in (*_OF_ONE_RUN, *but)}
+    trained = {key: value for key, value in content.items() if key not in (*_NOT_TRAINED, *but)}
     plugins = trained.get("plugins")
     if isinstance(plugins, dict):
         trained["plugins"] = {slot: _without_replay(node) for slot, node in plugins.items()}
+    guard = trained.pop("guard", None)
+    if isinstance(guard, dict) and guard.get("mode", "auto") != "auto":  # the other options change no weight
+        trained["guard"] = guard["mode"]
     return xxhash.xxh3_128(json.dumps(trained, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _without_replay(node: Any) -> Any:
-    """A plugin's node; a run that repeats another's interventions trains the same."""
+    """A plugin's node without ``replay``: a run that replays the interventions of another trains the same."""
     return {key: value for key, value in node.items() if key != "replay"} if isinstance(node, dict) else node

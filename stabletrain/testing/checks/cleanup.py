@@ -1,4 +1,4 @@
-"""After a fit, whether it ended well or not, optimizer and module are as Lightning alone leaves them."""
+"""After a fit, optimizer and module are as after a fit with Lightning alone."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from stabletrain.testing.checks.equality import difference
-from stabletrain.testing.checks.pickling import copies
+from stabletrain.testing.checks.pickling import make_copies
 from stabletrain.testing.checks.training import SPIKES, parts
 from stabletrain.testing.failure import wrong
 from stabletrain.testing.subject import Subject, choice
 
 
-def everything_is_undone(subject: Subject) -> None:
-    """No attribute, hook or wrapper stays on optimizer and module; the plugin itself can still be copied."""
+def fit_leaves_no_changes(subject: Subject) -> None:
+    """No attribute, hook or wrapper remains on optimizer and module; the plugin itself can still be copied."""
     for option in subject.representatives():
         for raise_at in (None, 5):
-            how = "a fit" if raise_at is None else "an exception in the module"
-            bare = _traces(subject, option, [], raise_at)
+            end = "a fit" if raise_at is None else "an exception in the module"
+            bare = _attributes_after_fit(subject, option, [], raise_at)
             made = parts(subject, option).callbacks
-            found = difference(bare, _traces(subject, option, made, raise_at))
+            found = difference(bare, _attributes_after_fit(subject, option, made, raise_at))
             if found:
-                wrong(f"{choice(option)} to undo everything after {how}", f"left behind: {found}")
+                wrong(f"{choice(option)} to restore module and optimizer after {end}", f"changed: {found}")
             for callback in made:
-                copies(callback, f"{choice(option)} after {how}")
+                make_copies(callback, f"{choice(option)} after {end}")
 
 
-def _traces(subject: Subject, option: Any, callbacks: list[Any], raise_at: int | None) -> dict[str, Any]:
-    """What can be seen on module and optimizer after a fit: names of instance attributes, numbers of hooks."""
+def _attributes_after_fit(subject: Subject, option: Any, callbacks: list[Any], raise_at: int | None) -> dict[str, Any]:
+    """The names of instance attributes and the numbers of hooks of module and optimizer after a fit."""
     from stabletrain.testing.toy import ToyError, fit
 
     factory = _Factory()
@@ -48,7 +48,7 @@ def _traces(subject: Subject, option: Any, callbacks: list[Any], raise_at: int |
 
 
 class _Factory:
-    """Makes the optimizer and keeps it; a class of the module, since Lightning ties callbacks to what is trained."""
+    """Makes the optimizer and stores it; a top-level class, so that the module that refers to it can be pickled."""
 
     optimizer: Any = None
 
@@ -60,7 +60,7 @@ class _Factory:
 
 
 def _attributes(thing: Any) -> dict[str, int]:
-    """Names of the instance attributes; for hooks, how many there are."""
+    """Names of the instance attributes; for dictionaries of hooks, with the number of hooks."""
     hooks = {
         name: len(value) for name, value in vars(thing).items() if "hook" in name and isinstance(value, dict) and value
     }

@@ -1,10 +1,6 @@
-"""Config, defaults and signature agree."""
+"""The config files, their defaults and the signatures agree."""
 
 from __future__ import annotations
-
-import inspect
-from collections.abc import Mapping
-from typing import Any
 
 from stabletrain.config.discovery import Option, content
 from stabletrain.config.validate import check_node
@@ -18,7 +14,7 @@ _HYDRA_KEYS = frozenset({"_target_", "_partial_", "_convert_", "_recursive_", "_
 
 
 def options_exist(subject: Subject) -> None:
-    """A plugin offers something to choose."""
+    """The plugin has at least one option and a code file named for its kind."""
     if not subject.options:
         wrong("at least one file conf/<group>/<option>.yaml", f"none below {subject.plugin.folder / 'conf'}")
     if subject.plugin.kind == "other":
@@ -29,7 +25,7 @@ def options_exist(subject: Subject) -> None:
 
 
 def targets_are_public(subject: Subject) -> None:
-    """Every ``_target_`` resolves to a public object that a config may build."""
+    """Every ``_target_`` names a public object that a config may build."""
     for option in subject.options:
         nodes = list(subject.targets(option))
         if not nodes:
@@ -39,10 +35,10 @@ def targets_are_public(subject: Subject) -> None:
 
 
 def keys_are_parameters(subject: Subject) -> None:
-    """Every parameter of the constructor is in the YAML file, and nothing else."""
+    """The YAML file has every parameter of the constructor, and no other key."""
     for option in subject.options:
         for node in subject.targets(option):
-            given, named = set(node) - _HYDRA_KEYS, set(_parameters(subject, node))
+            given, named = set(node) - _HYDRA_KEYS, set(subject.parameters(node))
             written = _written(option)
             if missing := sorted(named - given - written):
                 wrong(f"{option.file} to set every parameter of {node['_target_']}", f"no {', '.join(missing)}")
@@ -51,7 +47,7 @@ def keys_are_parameters(subject: Subject) -> None:
 
 
 def values_are_arguments(subject: Subject) -> None:
-    """Every value has its parameter's type, and the option can be built."""
+    """Every value has the type of its parameter, and the option can be built."""
     for option in subject.options:
         for node in subject.targets(option):
             for problem in check_node(node, choice(option), subject.trust):
@@ -60,7 +56,7 @@ def values_are_arguments(subject: Subject) -> None:
             try:
                 built = subject.build(option)
             except Exception as error:
-                wrong(f"{choice(option)} to be built as it is", f"{type(error).__name__}: {error}")
+                wrong(f"{choice(option)} to be buildable as written", f"{type(error).__name__}: {error}")
             if subject.plugin.kind in CALLBACKS:
                 from lightning.pytorch import Callback
 
@@ -69,13 +65,13 @@ def values_are_arguments(subject: Subject) -> None:
 
 
 def defaults_agree(subject: Subject) -> None:
-    """For every target, one option holds the constructor's defaults and no other value."""
+    """For every target, one option has the constructor's defaults and no other values."""
     by_target: dict[str, list[Option]] = {}
     for option in subject.options:
         for node in subject.targets(option):
             by_target.setdefault(str(node["_target_"]), []).append(option)
     for target, options in by_target.items():
-        found = {choice(option): differences(subject, option) for option in options}
+        found = {choice(option): subject.differences(option) for option in options}
         if all(found.values()):
             name = min(found, key=lambda each: len(found[each]))
             wrong(
@@ -84,40 +80,6 @@ def defaults_agree(subject: Subject) -> None:
             )
 
 
-def differences(subject: Subject, option: Option) -> list[str]:
-    """The values of an option that are not the default of their parameter, each as a text."""
-    found = []
-    for node in subject.targets(option):
-        for name, parameter in _parameters(subject, node).items():
-            if name in node and parameter.default is not parameter.empty:
-                value, default = node[name], parameter.default
-                if _comparable(value) != _comparable(default):
-                    found.append(f"{name}: {value!r} in the file, {default!r} in the signature")
-    return found
-
-
-def _parameters(subject: Subject, node: Mapping[str, Any]) -> dict[str, inspect.Parameter]:
-    target = subject.resolve(node["_target_"])
-    found = {
-        name: parameter
-        for name, parameter in inspect.signature(target).parameters.items()
-        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-    }
-    if node.get("_partial_"):  # what is left open is given later: an optimizer's parameters
-        found = {name: p for name, p in found.items() if p.default is not p.empty or name in node}
-    return found
-
-
 def _written(option: Option) -> set[str]:
-    """The top-level keys of the file, interpolated ones included."""
+    """The top-level keys of the file, including those with interpolations."""
     return set(content(option))
-
-
-def _comparable(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return tuple(_comparable(item) for item in value)
-    if isinstance(value, Mapping):
-        return {str(key): _comparable(item) for key, item in value.items()}
-    if isinstance(value, bool):  # True == 1, but a file that says 1 says something else
-        return ("bool", value)
-    return value

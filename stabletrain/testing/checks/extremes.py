@@ -1,4 +1,4 @@
-"""Zero norms, huge and tiny values, negative losses, overflows: a rule answers, and its limits are usable numbers."""
+"""With zero norms, huge and tiny values, negative losses and overflows a rule's limits are valid numbers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PROBES = (0.0, 1e-300, 1.0, 1e6, 1e308)
 
 
 def extremes_do_not_crash(subject: Subject) -> None:
-    """On extreme series neither `limits` nor `observe` raises, the state stays finite, no limit is NaN."""
+    """On extreme series `limits` and `observe` do not raise, the state has no NaN, and every limit is valid."""
     for option in subject.options:
         for name, series in _series().items():
             rule = subject.build(option)
@@ -28,35 +28,35 @@ def extremes_do_not_crash(subject: Subject) -> None:
                 try:
                     limits = rule.limits(state)
                     for probe in _PROBES:
-                        held = limits.clip(probe)
-                        if not 0.0 <= held <= probe:
-                            wrong(f"{case} to hold a norm of {probe:g} to [0, {probe:g}]", f"{held:g}")
+                        clipped = limits.clip(probe)
+                        if not 0.0 <= clipped <= probe:
+                            wrong(f"{case} to bring a norm of {probe:g} into [0, {probe:g}]", f"{clipped:g}")
                     state = rule.observe(state, outcome_of(limits, step, loss, norm)).state
                     if rule.sees_overflow and step % 5 == 4:
                         state = rule.observe(state, _overflow(step)).state
                 except (ArithmeticError, ValueError, LookupError, TypeError, AttributeError) as error:
-                    wrong(f"{case} to answer", f"{type(error).__name__}: {error}")
+                    wrong(f"no exception from {case}", f"{type(error).__name__}: {error}")
                 if any(each.endswith("nan") for each in nonfinite_numbers(state)):
                     wrong(f"no NaN in the state of {case}", next(nonfinite_numbers(state)))
-            _usable(rule, state, f"{choice(option)} after {name}")
+            _check_rebase(rule, state, f"{choice(option)} after {name}")
 
 
-def _usable(rule: Rule[Any], state: Any, case: str) -> None:
+def _check_rebase(rule: Rule[Any], state: Any, case: str) -> None:
     try:
         rebased = rule.rebase(state, "rollback")
         rule.limits(rebased)
     except (ArithmeticError, ValueError, LookupError, TypeError, AttributeError) as error:
-        wrong(f"rebase and limits of {case} to answer", f"{type(error).__name__}: {error}")
+        wrong(f"no exception from rebase and limits of {case}", f"{type(error).__name__}: {error}")
 
 
 def _series() -> dict[str, Series]:
     usual = calm(80)
-    found: dict[str, Series] = {"nothing but zero norms": [(2.0, 0.0)] * 120, "one constant": [(2.0, 1.0)] * 120}
+    found: dict[str, Series] = {"zero norms": [(2.0, 0.0)] * 120, "constants": [(2.0, 1.0)] * 120}
     for value in _VALUES:
         found[f"norms of {value:g}"] = [(2.0, value)] * 100
         found[f"a norm of {value:g} after calm"] = [*usual, (2.0, value), *usual[:5]]
         found[f"losses of {value:g} and {-value:g}"] = [(value if t % 2 else -value, 1.0) for t in range(100)]
-    found["all extremes in turn"] = [
+    found["all extremes"] = [
         (loss, norm) for _ in range(8) for loss in (0.0, -1e300, 1e300) for norm in (*_VALUES, math.nan, math.inf)
     ]
     return found

@@ -1,4 +1,4 @@
-"""A rule stands on the standard library and the core alone; looking at a plugin loads nothing heavy."""
+"""A rule imports the standard library and the core alone; importing a plugin's package loads no heavy library."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ALLOWED = ("stabletrain.core", "stabletrain.errors")
 
 
 def rule_is_pure(subject: Subject) -> None:
-    """rule.py imports the standard library, ``stabletrain.core`` and ``stabletrain.errors``, anywhere in the file."""
+    """rule.py imports only the standard library, ``stabletrain.core`` and ``stabletrain.errors``, also in functions."""
     file = subject.plugin.folder / "rule.py"
     for line, module in _imports(ast.parse(file.read_text(encoding="utf-8"))):
         allowed = any(module == each or module.startswith(f"{each}.") for each in _ALLOWED)
@@ -29,7 +29,7 @@ def rule_is_pure(subject: Subject) -> None:
 
 
 def import_is_light(subject: Subject) -> None:
-    """Importing the package (and its rule) in a fresh process loads none of the heavy libraries."""
+    """Importing the package (and its rule) in a new process loads none of the heavy libraries."""
     modules = [subject.plugin.package]
     if subject.plugin.kind == "rule":
         modules.append(f"{subject.plugin.package}.rule")

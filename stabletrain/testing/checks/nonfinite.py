@@ -1,4 +1,4 @@
-"""NaN and infinity, at any position, leave no trace in a rule's history."""
+"""NaN and infinity at any position do not enter a rule's history."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ BAD: tuple[tuple[float | None, float | None], ...] = (
     (math.nan, math.nan),
     (math.inf, math.inf),
 )
-"""Loss and norm of a bad step; None leaves a signal healthy."""
+"""Loss and norm of a bad step; None: the value of the healthy series."""
 
 _STEPS = 150
 _SPIKE = (1e4, 1e4)
-"""A gross spike: factors on loss and norm."""
+"""Factors on loss and norm in a large spike."""
 
 
-def nothing_is_poisoned(subject: Subject) -> None:
-    """After bad steps the state is finite, and a gross spike is treated as it would have been without them."""
+def state_stays_finite(subject: Subject) -> None:
+    """After non-finite steps the state is finite, and a large spike is clipped or skipped as without them."""
     for option in subject.options:
         rule = subject.build(option)
         series = calm(_STEPS)
         clean = run(rule, series, rule.init())
-        expected = _verdict(rule, clean[-1].observation.state)
-        usual = _finite_part(clean[-1].observation.state)
+        expected = _decision(rule, clean[-1].observation.state)
+        expected_infinite = _infinite_paths(clean[-1].observation.state)
         for position, bad, skipped, repeats in _cases():
             healthy = series[min(position, _STEPS - 1)]
             loss, norm = (now if given is None else given for given, now in zip(bad, healthy, strict=True))
@@ -50,18 +50,18 @@ def nothing_is_poisoned(subject: Subject) -> None:
                 f"after loss={loss:.4g}, grad_norm={norm:.4g} at step {position}"
                 f"{f', {repeats} times' if repeats > 1 else ''}{', skipped by another plugin' if skipped else ''}"
             )
-            if lost := [each for each in nonfinite_numbers(state) if each.split("=")[0] not in usual]:
-                wrong(f"a finite state of {choice(option)} {case}", ", ".join(lost[:3]))
-            got = _verdict(rule, state)
+            if bad_values := [each for each in nonfinite_numbers(state) if each.split("=")[0] not in expected_infinite]:
+                wrong(f"a finite state of {choice(option)} {case}", ", ".join(bad_values[:3]))
+            got = _decision(rule, state)
             if got[0] != expected[0] or not math.isclose(got[1], expected[1], rel_tol=0.05):
                 wrong(
-                    f"a gross spike {case} to be treated as without: {_said(expected)} ({choice(option)})",
-                    _said(got),
+                    f"a large spike {case} to be treated as without: {_describe(expected)} ({choice(option)})",
+                    _describe(got),
                 )
 
 
 def _cases() -> Iterator[tuple[int, tuple[float | None, float | None], bool, int]]:
-    """Position, bad step, whether somebody else skips it, how often it comes."""
+    """Yield position, bad step, whether another plugin skips it, and how many times in a row it occurs."""
     both = (math.nan, math.nan)
     for position in range(_STEPS + 1):
         yield position, both, False, 1
@@ -73,16 +73,16 @@ def _cases() -> Iterator[tuple[int, tuple[float | None, float | None], bool, int
             yield position, bad, True, 7
 
 
-def _verdict(rule: Rule[Any], state: Any) -> tuple[bool, float]:
+def _decision(rule: Rule[Any], state: Any) -> tuple[bool, float]:
     limits = rule.limits(state)
     loss, norm = 2.0 * _SPIKE[0], _SPIKE[1]
     return limits.skips_step(loss, norm), limits.clip(norm)
 
 
-def _said(verdict: tuple[bool, float]) -> str:
-    return "step skipped" if verdict[0] else f"norm {_SPIKE[1]:.4g} held to {verdict[1]:.4g}"
+def _describe(decision: tuple[bool, float]) -> str:
+    return "step skipped" if decision[0] else f"norm {_SPIKE[1]:.4g} clipped to {decision[1]:.4g}"
 
 
-def _finite_part(state: Any) -> set[str]:
-    """Paths where a healthy history has infinities of its own, such as the minimum of nothing."""
+def _infinite_paths(state: Any) -> set[str]:
+    """Paths of infinite numbers in the state of a healthy history, such as a minimum of no values."""
     return {each.split("=")[0] for each in nonfinite_numbers(state) if not each.endswith("nan")}

@@ -1,4 +1,4 @@
-"""A plugin can be copied and sent to another process."""
+"""A plugin can be pickled and copied."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from stabletrain.testing.failure import wrong
 from stabletrain.testing.subject import Subject, choice
 
 
-def can_be_copied(subject: Subject) -> None:
-    """Pickle and deepcopy give an object of the same class with the same arguments."""
+def copies_are_equal(subject: Subject) -> None:
+    """A pickle and a deep copy have the same class and the same arguments."""
     for option in subject.options:
         if "_target_" not in subject.node(option):
             continue
         original = subject.build(option)
-        for how, copied in copies(original, choice(option)):
+        for how, copied in make_copies(original, choice(option)):
             if type(copied) is not type(original):
                 wrong(f"{how} of {choice(option)} to be a {type(original).__name__}", type(copied).__name__)
             if found := difference(_arguments(original), _arguments(copied)):
-                wrong(f"{how} of {choice(option)} to keep its arguments", found)
+                wrong(f"{how} of {choice(option)} to have the same arguments", found)
 
 
-def copies(original: Any, case: str) -> list[tuple[str, Any]]:
-    """A pickled and a deep copy.
+def make_copies(original: Any, case: str) -> list[tuple[str, Any]]:
+    """Return a pickled and a deep copy, each with its name for messages.
 
     Args:
-        original: what is copied.
-        case: how a failure calls it.
+        original: the object to copy.
+        case: its name for messages.
     """
     try:
         return [("a pickle", pickle.loads(pickle.dumps(original))), ("a deep copy", copy.deepcopy(original))]
@@ -40,7 +40,7 @@ def copies(original: Any, case: str) -> list[tuple[str, Any]]:
 
 
 def _arguments(plugin: Any) -> dict[str, Any]:
-    """The constructor's arguments, as far as the object shows them under their names."""
+    """The constructor's arguments, as far as they are attributes of the same name."""
     if dataclasses.is_dataclass(plugin):
         return {field.name: getattr(plugin, field.name) for field in dataclasses.fields(plugin)}
     plain = (bool, int, float, str, tuple, list, type(None))

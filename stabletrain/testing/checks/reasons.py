@@ -1,11 +1,11 @@
-"""Every event and every request says why, with a number."""
+"""Every event and every request has a reason with a number."""
 
 from __future__ import annotations
 
 import typing
 
 from stabletrain.core.events import Event, EventKind, Request, RequestKind
-from stabletrain.testing.checks.replaying import everywhere, run
+from stabletrain.testing.checks.replaying import all_series, run
 from stabletrain.testing.failure import wrong
 from stabletrain.testing.series import Series, burst, calm, nonfinite
 from stabletrain.testing.subject import Subject, choice
@@ -13,11 +13,11 @@ from stabletrain.testing.subject import Subject, choice
 _KINDS = typing.get_args(EventKind)
 
 
-def events_give_reasons(subject: Subject) -> None:
-    """Events carry their step, the rule's label, a known kind and a reason with a digit; requests the same."""
+def events_have_reasons(subject: Subject) -> None:
+    """Events have the step, the rule's label, a known kind and a reason with a digit; requests likewise."""
     for option in subject.options:
         rule = subject.build(option)
-        for name, series in {**everywhere(), **_long_faults()}.items():
+        for name, series in {**all_series(), **_long_faults()}.items():
             for _, outcome, observation in run(rule, series, rule.init()):
                 case = f"at step {outcome.step} of the series {name!r} ({choice(option)})"
                 for event in observation.events:
@@ -56,6 +56,6 @@ def _check_reason(reason: str, case: str) -> None:
 
 def _long_faults() -> dict[str, Series]:
     return {
-        "NaN without end": nonfinite(calm(150), at=range(90, 150)),
-        "a raised loss without end": burst(calm(200), at=120, length=80, norm=10.0, loss=10.0),
+        "NaN to the end": nonfinite(calm(150), at=range(90, 150)),
+        "a raised loss to the end": burst(calm(200), at=120, length=80, norm=10.0, loss=10.0),
     }

@@ -1,4 +1,4 @@
-"""A rule is a function of what it was given: the same twice, and the same after its state went through a file."""
+"""A rule is deterministic, and resumes from a state that was written to JSON and read back."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from stabletrain.core.rule import Observation, Rule
 from stabletrain.core.state import from_plain, to_plain
 from stabletrain.testing.checks.equality import same
 from stabletrain.testing.failure import wrong
-from stabletrain.testing.series import HEALTHY, TROUBLED, Series
+from stabletrain.testing.series import FAULTY, HEALTHY, Series
 from stabletrain.testing.subject import Subject, choice
 
 
 class Step(NamedTuple):
-    """What a rule did at one step, the state after it included."""
+    """A rule's limits, outcome and observation at one step; the observation has the new state."""
 
     limits: Limits
     outcome: Outcome
@@ -25,12 +25,12 @@ class Step(NamedTuple):
 
 
 def run(rule: Rule[Any], series: Iterable[tuple[float, float]], state: Any, start: int = 0) -> list[Step]:
-    """Replay with the states kept.
+    """Replay a series, and return every step with its state.
 
     Args:
         rule: the rule.
         series: pairs of loss and raw gradient norm.
-        state: where to begin.
+        state: the state before the first step.
         start: number of the first attempted step.
     """
     steps = []
@@ -44,39 +44,39 @@ def run(rule: Rule[Any], series: Iterable[tuple[float, float]], state: Any, star
 
 
 def outcome_of(limits: Limits, step: int, loss: float, norm: float, *, skipped: bool = False) -> Outcome:
-    """The outcome of a step that is held to these limits alone, or that somebody else skips."""
+    """Return the outcome of a step under these limits alone; with ``skipped``, of one that another plugin skips."""
     skipped = skipped or limits.skips_step(loss, norm)
     return Outcome(step, loss, norm, norm, float("nan") if skipped else limits.clip(norm), skipped=skipped)
 
 
-def everywhere() -> dict[str, Series]:
-    """All series that rules are tried on."""
-    return {**HEALTHY, **TROUBLED}
+def all_series() -> dict[str, Series]:
+    """Return all series that rules are tested on, by name."""
+    return {**HEALTHY, **FAULTY}
 
 
-def deterministic(subject: Subject) -> None:
-    """Replaying twice, with the same rule and with another one, says the same; asking for limits changes nothing."""
+def is_deterministic(subject: Subject) -> None:
+    """Two replays, with the same rule object and with a new one, are equal; calling `limits` changes nothing."""
     for option in subject.options:
         rule, other = subject.build(option), subject.build(option)
-        for name, series in everywhere().items():
+        for name, series in all_series().items():
             first, again, fresh = (run(each, series, each.init()) for each in (rule, rule, other))
             for which, second in (("the same rule", again), ("a new rule", fresh)):
                 if (step := _first_difference(first, second)) is not None:
                     wrong(
-                        f"{choice(option)} to decide alike on every replay",
-                        f"{which} differs at step {step} of the series {name!r}: a rule may keep nothing in itself, "
-                        f"all history belongs in the state",
+                        f"{choice(option)} to give the same results on every replay",
+                        f"{which} differs at step {step} of the series {name!r}: a rule must not change itself, all "
+                        f"history belongs in the state",
                     )
             state = first[-1].observation.state
             if not same(rule.limits(state), rule.limits(state)):
-                wrong(f"{choice(option)}.limits to depend on the state alone", f"two answers at the end of {name!r}")
+                wrong(f"{choice(option)}.limits to depend on the state alone", f"two results at the end of {name!r}")
 
 
-def resumes_at_any_cut(subject: Subject) -> None:
-    """State -> plain -> JSON -> state is lossless, and a new rule goes on from it as the old one did."""
+def resumes_from_any_state(subject: Subject) -> None:
+    """State -> plain -> JSON -> state is lossless, and a new rule object continues from it like the old one."""
     for option in subject.options:
         rule = subject.build(option)
-        for name, series in everywhere().items():
+        for name, series in all_series().items():
             steps = run(rule, series, rule.init())
             where = f"of the series {name!r} with {choice(option)}"
             for cut in range(0, len(steps), 1 if name == "rough" else 23):
@@ -88,17 +88,17 @@ def resumes_at_any_cut(subject: Subject) -> None:
                     rest = run(subject.build(option), series[cut + 1 :], restored, cut + 1)
                     if (step := _first_difference(steps[cut + 1 :], rest)) is not None:
                         wrong(
-                            "a resumed rule to go on as the uninterrupted one",
-                            f"another decision at step {cut + 1 + step} after a resume behind step {cut} {where}: "
-                            f"something that matters is not in the state",
+                            "a resumed rule to decide like the uninterrupted one",
+                            f"another decision at step {cut + 1 + step} after a resume after step {cut} {where}: "
+                            f"the state is incomplete",
                         )
 
 
 def state_is_plain(subject: Subject) -> None:
-    """The state holds named tuples, tuples, numbers, strings and None, and agrees with its annotations."""
+    """The state consists of named tuples, tuples, numbers, strings and None, as annotated."""
     for option in subject.options:
         rule = subject.build(option)
-        steps = run(rule, TROUBLED["rough"], rule.init())
+        steps = run(rule, FAULTY["rough"], rule.init())
         for state in (rule.init(), *(step.observation.state for step in steps)):
             try:
                 to_plain(state)
@@ -114,12 +114,12 @@ def state_is_plain(subject: Subject) -> None:
 
 
 def through_json(rule: Rule[Any], state: Any) -> Any:
-    """A state as a checkpoint returns it."""
+    """Return a state after a round trip through JSON, as in a checkpoint."""
     return from_plain(rule.state_type(), json.loads(json.dumps(to_plain(state))))
 
 
 def _first_difference(first: list[Step], second: list[Step]) -> int | None:
     for index, (one, other) in enumerate(zip(first, second, strict=True)):
-        if one != other and not same(one, other):  # plain comparison first: it is fast, but NaN is not NaN
+        if one != other and not same(one, other):  # == first, which is fast but finds NaN != NaN
             return index
     return None

@@ -1,4 +1,4 @@
-"""Run, checkpoint, resume: nothing differs from a run that was never cut."""
+"""A run that was resumed from a checkpoint equals an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from stabletrain.testing.toy import Fitted
 
 CUTS = (4, 72, 88)
-"""Batches done at a cut: in the warm-up of a rule, just behind a fault, late."""
+"""Batches done at the checkpoints: in the warm-up of a rule, just after a fault, late."""
 
 
 def resumed_equals_uninterrupted(subject: Subject) -> None:
-    """Weights, optimizer state, plugin state and learning rates after a resume are those without one, bit for bit."""
+    """After a resume, weights, optimizer state, plugin state and learning rates are bit-identical to those without."""
     import torch
 
     with TemporaryDirectory() as name:
@@ -39,7 +39,7 @@ def resumed_equals_uninterrupted(subject: Subject) -> None:
                         f"Python types)",
                         str(error).strip().splitlines()[0],
                     )
-                # the data go on behind the cut; a callback may instead find its place in all of them by itself
+                # the data start at the checkpoint's batch; a callback may also restore the position in all data itself
                 starts = (cut, 0) if subject.plugin.kind == "callback" else (cut,)
                 found = []
                 for start in starts:
@@ -65,5 +65,5 @@ def _difference(whole: Fitted, rest: Fitted, cut: int) -> str | None:
         ("learning rates", whole.rates[cut:], rest.rates),
     ):
         if found := difference(one, other):
-            return f"other {what}: {found}"
+            return f"different {what}: {found}"
     return None

@@ -1,4 +1,4 @@
-"""A step that somebody else skipped never happened: it enters no statistic."""
+"""A step that another plugin skipped does not enter a rule's statistics."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from stabletrain.testing.series import calm
 from stabletrain.testing.subject import Subject, choice
 
 
-def foreign_skips_are_not_learned(subject: Subject) -> None:
-    """Limits do not move by a step that the rule itself would have applied and another plugin dropped.
+def skips_by_others_are_ignored(subject: Subject) -> None:
+    """A step that the rule would have applied and another plugin skipped does not change the rule's limits.
 
-    What a rule does about steps that it skips itself, such as learning a new level from them, is its own business.
+    A rule may use the steps that it skips itself, for example to learn a new level from them.
     """
     series = calm(150)
     for option in subject.options:

@@ -1,4 +1,4 @@
-"""A plugin in a real training, on the CPU: alone, beside others in any order, a second time, and with NaN losses."""
+"""A plugin in real trainings on the CPU: alone, with others in any order, in a second fit, and with NaN losses."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from stabletrain.testing.toy import Fitted
 
 SPIKES = {7: 1e3, 70: 1e3, 71: 50.0, 90: 1e4}
-"""Factors on the loss of single batches: gross faults, also in the warm-up of a rule."""
+"""Factors on the loss of single batches: large faults, also in the warm-up of a rule."""
 
 
 class Parts(NamedTuple):
-    """What one option contributes to a training."""
+    """The callbacks, optimizer and Trainer arguments of an option."""
 
     callbacks: list[Callback]
     make_optimizer: Any
@@ -32,7 +32,7 @@ class Parts(NamedTuple):
 
 
 def parts(subject: Subject, option: Option) -> Parts:
-    """Fresh parts of an option, by the kind of its plugin."""
+    """Build new parts of an option, by the kind of its plugin."""
     kind = subject.plugin.kind
     if kind == "optimizer":
         return Parts([], subject.build(option), {})
@@ -49,15 +49,21 @@ def parts(subject: Subject, option: Option) -> Parts:
 
 
 def train(folder: Path, made: Parts, **arguments: Any) -> Fitted:
-    """Train the toy with these parts; further callbacks come behind them."""
+    """Train `ToyModule` with these parts.
+
+    Args:
+        folder: the Trainer's ``default_root_dir``.
+        made: the parts.
+        arguments: of `stabletrain.testing.toy.fit`; ``callbacks`` replaces those of the parts.
+    """
     from stabletrain.testing.toy import fit
 
     arguments.setdefault("callbacks", made.callbacks)
     return fit(folder, make_optimizer=made.make_optimizer, trainer=made.trainer, **arguments)
 
 
-def harmless_until_triggered(subject: Subject) -> None:
-    """Where a plugin changed no gradient, step or rate, weights are as without it, bit for bit."""
+def untriggered_changes_no_weights(subject: Subject) -> None:
+    """If a plugin changed no gradient, step or rate, the weights are bit-identical to those without it."""
     from stabletrain.testing.toy import fit
 
     with TemporaryDirectory() as folder:
@@ -66,46 +72,46 @@ def harmless_until_triggered(subject: Subject) -> None:
         for option in subject.options:
             done = train(Path(folder), parts(subject, option))
             if done.stopped:
-                wrong(f"{choice(option)} to let a healthy training go on", f"it was stopped: {done.stopped}")
-            if _did_something(done) or done.rates != watched.rates or len(done.outcomes) != len(watched.outcomes):
+                wrong(f"{choice(option)} not to stop a healthy training", f"it was stopped: {done.stopped}")
+            if _changed_something(done) or done.rates != watched.rates or len(done.outcomes) != len(watched.outcomes):
                 continue
             if found := difference(bare.weights, done.weights):
                 wrong(f"{choice(option)}, which never triggered, to leave the weights bit-identical", found)
 
 
-def order_is_irrelevant(subject: Subject) -> None:
-    """First, in the middle or last beside two other plugins, with faults: the same weights and states."""
+def callback_order_does_not_matter(subject: Subject) -> None:
+    """With two other plugins and faults, the first, middle and last position give the same weights and states."""
     from stabletrain import ClipNorm, SkipNonFinite
 
     faults = {**SPIKES, 20: math.nan, 80: math.inf}
     with TemporaryDirectory() as folder:
         results = []
-        for place in range(3):
+        for position in range(3):
             made = parts(subject, subject.plain_option())
             others = [SkipNonFinite(name="beside_skip"), ClipNorm(name="beside_clip")]
-            callbacks: list[Any] = [*others[:place], *made.callbacks, *others[place:]]
+            callbacks: list[Any] = [*others[:position], *made.callbacks, *others[position:]]
             done = train(Path(folder), made, callbacks=callbacks, faults=faults)
             states = dict(zip([_key(each, others) for each in callbacks], done.states, strict=True))
             results.append(
                 {
                     "weights": done.weights,
                     "optimizer state": done.optimizer,
-                    "plugin states": states if _repeats(subject) else None,
+                    "plugin states": states if _has_repeatable_state(subject) else None,
                     "outcomes": done.outcomes,
                     "end": done.stopped,
                 }
             )
-        for place, result in enumerate(results[1:], 1):
+        for position, result in enumerate(results[1:], 1):
             for what, expected in results[0].items():
                 if found := difference(expected, result[what]):
                     wrong(
-                        "the place in the list of callbacks to be irrelevant",
-                        f"other {what} at place {place} than in front: {found}",
+                        "the position in the list of callbacks not to matter",
+                        f"different {what} at position {position} than at position 0: {found}",
                     )
 
 
 def second_fit_equals_first(subject: Subject) -> None:
-    """The same object in a new Trainer begins anew."""
+    """A second fit with the same object and a new Trainer equals the first."""
     with TemporaryDirectory() as folder:
         for option in subject.representatives():
             made = parts(subject, option)
@@ -113,15 +119,15 @@ def second_fit_equals_first(subject: Subject) -> None:
             second = train(Path(folder), made, faults=SPIKES)
             for one, other, what in (
                 (first.weights, second.weights, "weights"),
-                (first.states, second.states, "state") if _repeats(subject) else (None, None, "state"),
+                (first.states, second.states, "state") if _has_repeatable_state(subject) else (None, None, "state"),
                 (first.outcomes, second.outcomes, "outcomes"),
             ):
                 if found := difference(one, other):
-                    wrong(f"{choice(option)} to begin anew with a new Trainer", f"other {what}: {found}")
+                    wrong(f"{choice(option)} to start from scratch in a new Trainer", f"different {what}: {found}")
 
 
-def nan_losses_do_not_break(subject: Subject) -> None:
-    """A NaN or infinite loss raises nothing; beside `SkipNonFinite`, weights and states stay finite."""
+def handles_nonfinite_losses(subject: Subject) -> None:
+    """A NaN or infinite loss raises no exception; with `SkipNonFinite`, weights and states stay finite."""
     from stabletrain import SkipNonFinite
 
     with TemporaryDirectory() as folder:
@@ -135,20 +141,20 @@ def nan_losses_do_not_break(subject: Subject) -> None:
                 train(Path(folder), alone, faults=at)
                 done = train(Path(folder), made, callbacks=[*made.callbacks, skip], faults=at)
             except Exception as error:
-                wrong(f"training to go on {case}", f"{type(error).__name__}: {error}")
+                wrong(f"no exception {case}", f"{type(error).__name__}: {error}")
             if done.stopped:
-                wrong(f"training to go on {case}, beside SkipNonFinite", f"it was stopped: {done.stopped}")
+                wrong(f"training to continue {case}, with SkipNonFinite", f"it was stopped: {done.stopped}")
             for what, value in (("weights", done.weights), ("plugin states", done.states)):
-                if lost := [each for each in nonfinite_numbers(value) if not each.endswith("inf")]:
-                    wrong(f"finite {what} {case}, beside SkipNonFinite", lost[0])
+                if bad_values := [each for each in nonfinite_numbers(value) if not each.endswith("inf")]:
+                    wrong(f"finite {what} {case}, with SkipNonFinite", bad_values[0])
 
 
-def _repeats(subject: Subject) -> bool:
-    """Whether two equal runs must leave equal states: those of a callback may name the run, or the time."""
+def _has_repeatable_state(subject: Subject) -> bool:
+    """Whether two equal runs must end with equal states; a callback's state may contain the run's id or the time."""
     return subject.plugin.kind != "callback"
 
 
-def _did_something(done: Fitted) -> bool:
+def _changed_something(done: Fitted) -> bool:
     return any(
         each.clipped or each.skipped or each.overflow or each.transformed_norm != each.grad_norm
         for each in done.outcomes

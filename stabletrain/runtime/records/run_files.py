@@ -1,0 +1,53 @@
+"""The names of the files in a run's folder: one table for everyone who writes or reads them. Standard library only.
+
+| name                   | written by                         | holds                                             |
+|------------------------|------------------------------------|---------------------------------------------------|
+| `run.yaml`             | the launcher                       | the resolved config, input of the worker          |
+| `worker.log`           | the worker                         | log records and warnings                          |
+| `result.json`          | the worker, or else the launcher   | how the run ended                                 |
+| `job.sbatch`           | the launcher, with SLURM           | the batch script; its output is `slurm-<job>.out` |
+| `checkpoints/`         | checkpoint callbacks               | checkpoints; `interrupted.ckpt` after a signal    |
+| `events.jsonl`         | the guard                          | what rules and transforms reported                |
+| `interventions.jsonl`  | plugins that restore earlier state | what they did, to repeat it                       |
+| `diagnosis-<step>/`    | plugins that stop a run            | a report of the model's state                     |
+| `metrics-unsent.jsonl` | the MLflow logger                  | metrics that the store did not accept             |
+| `sample.txt`           | the text workload                  | a sample of the trained model                     |
+| `chaos/`               | faults of `stabletrain.chaos`      | the steps at which they were applied              |
+"""
+
+from pathlib import Path
+
+RUN_YAML = "run.yaml"
+WORKER_LOG = "worker.log"
+RESULT = "result.json"
+SLURM_SCRIPT = "job.sbatch"
+CHECKPOINTS = "checkpoints"
+INTERRUPTED_CHECKPOINT = "interrupted.ckpt"
+EVENTS = "events.jsonl"
+INTERVENTIONS = "interventions.jsonl"
+DIAGNOSIS_PREFIX = "diagnosis-"
+UNSENT_METRICS = "metrics-unsent.jsonl"
+SAMPLE = "sample.txt"
+CHAOS = "chaos"
+
+
+def slurm_output(job: str) -> str:
+    """Return the name of the file with a SLURM job's output.
+
+    Args:
+        job: the job's number, or ``"%j"``, which sbatch replaces by it.
+
+    >>> slurm_output("4711")
+    'slurm-4711.out'
+    """
+    return f"slurm-{job}.out"
+
+
+def artifacts(folder: Path) -> list[Path]:
+    """Return the files and folders that are copied to the tracking store when a run has ended; some may be missing.
+
+    Args:
+        folder: the run's folder.
+    """
+    files = [folder / name for name in (EVENTS, INTERVENTIONS, RESULT, SAMPLE)]
+    return [*files, *sorted(folder.glob(f"{DIAGNOSIS_PREFIX}*"))]

@@ -1,0 +1,41 @@
+"""The table of a run folder's files, and the modules that must not import torch to use it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stabletrain.config.resume import checkpoint_of_run
+from stabletrain.runtime.records import run_files
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "stabletrain.runtime.records.run_files",
+        "stabletrain.runtime.signal_watch",
+        "stabletrain.config.resume",
+        "stabletrain.launch.final_status",
+        "stabletrain.launch.worker",
+    ],
+)
+def test_importing_loads_neither_torch_nor_lightning(module: str) -> None:
+    """Bug: seconds of imports before the launcher or a batch script can do anything, or before signals are handled."""
+    code = f"import sys, {module}; print([name for name in ('torch', 'lightning', 'mlflow') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_diagnoses_are_artifacts(tmp_path: Path) -> None:
+    """Bug: the report of why a run was stopped is not in MLflow."""
+    (tmp_path / "diagnosis-42").mkdir()
+    names = [path.name for path in run_files.artifacts(tmp_path)]
+    assert names == ["events.jsonl", "interventions.jsonl", "result.json", "sample.txt", "diagnosis-42"]
+
+
+def test_no_checkpoint_of_a_run_that_saved_none(tmp_path: Path) -> None:
+    """Bug: the run's folder itself is offered as a checkpoint to resume from."""
+    assert checkpoint_of_run(tmp_path) is None
+    (tmp_path / "checkpoints").mkdir()
+    assert checkpoint_of_run(tmp_path) is None
