@@ -89,6 +89,13 @@ def test_non_finite_signals(bad: float) -> None:
     assert not SkipAbove("grad_norm", 0.0).hits(1.0, bad)
 
 
+def test_a_signal_at_the_limit_does_not_drop_the_step() -> None:
+    """Bug: >= for >, by which a constant signal without a spread is dropped for ever."""
+    assert not SkipAbove("loss", 2.0).hits(2.0, 9.0)
+    assert SkipAbove("loss", 2.0).hits(math.nextafter(2.0, 3.0), 0.0)
+    assert not SkipAbove("grad_norm", 2.0).hits(9.0, 2.0)
+
+
 def test_reciprocal_pull_matches_its_formula() -> None:
     """Bug: the z-score's reciprocal clip, mean + (z * std)**2 / (norm - mean), with a wrong pole or weight."""
     mean, z, std, norm = 2.0, 2.5, 0.4, 9.0

@@ -415,6 +415,38 @@ def test_the_event_of_a_rule_for_the_norm_alone_does_not_name_the_loss() -> None
     assert (event.value, event.reason) == (9.0, "grad_norm 9 > 3.32 (median 1 of 8 steps): step skipped (1 in a row)")
 
 
+def test_a_rule_for_the_loss_alone_has_no_baseline_of_the_norm() -> None:
+    """Bug: norms, which have no limit, stored in every checkpoint."""
+    rule = dataclasses.replace(SHORT, signals="loss")
+    state = rule.init()
+    for step in run(rule, [(2.0, 1.0)] * 8 + [(2.0, 9.0)]):
+        state = rule.observe(state, step.outcome).state
+    assert state.norm == OutlierState().norm
+    assert state.loss.limit is not None
+
+
+def test_the_preset_names_the_mean() -> None:
+    """Bug: a reason that gives the mean as the median."""
+    series = [(2.0 + 0.1 * (t % 2), 1.0 + 0.1 * (t % 2)) for t in range(64)]
+    (event,) = run(SkipOutliersRule.olmo(), [*series, (9.0, 1.0)])[-1].events
+    assert "(mean 2.05 of 64 steps)" in event.reason
+
+
+def test_a_raised_loss_and_a_request_discard_the_candidates() -> None:
+    """Bug: norms of a divergence, or of before a rollback, that become a new level later."""
+    rule = dataclasses.replace(SHORT, max_in_a_row=6)
+    state = rule.init()
+    series = [(2.0, 1.0)] * 8 + [(2.0, 9.0)] * 2
+    for step in run(rule, series):
+        state = rule.observe(state, step.outcome).state
+    assert (state.candidates, state.dropped) == ((9.0, 9.0), 2)
+    raised = rule.observe(state, Outcome(10, 9.0, 9.0, 9.0, math.nan, skipped=True)).state
+    assert (raised.candidates, raised.dropped, raised.in_a_row) == ((), 0, 3)
+    last = rule.observe(state._replace(in_a_row=5), Outcome(10, 2.0, 9.0, 9.0, math.nan, skipped=True))
+    assert (last.state.candidates, last.state.dropped, last.state.in_a_row) == ((), 0, 0)
+    assert len(last.requests) == 1
+
+
 def test_a_norm_near_the_limit_keeps_the_candidates_and_one_below_does_not() -> None:
     """Bug: a shift of the level as far as the limit, of which half of the steps are dropped for a whole window."""
     state = SHORT.init()
