@@ -171,7 +171,7 @@ def test_labels_are_found_by_name_or_index():
         assert torch.equal(values, x)
         assert not torch.equal(labels, y)
         assert torch.equal(labels.sort().values, y)
-    with pytest.raises(UserError, match=r"cannot find the labels of a batch.*chaos\.labels"):
+    with pytest.raises(UserError, match=r"cannot find the labels of the batch.*chaos\.labels"):
         content("shuffled_labels", {"x": x, "z": y})
 
 
