@@ -76,11 +76,12 @@ class ResumeExactly(Callback):
         self._loader.keep_position(self.fast_forward, _NAME, _OPT_OUT)
         self._undo = [
             self._loader.close,
+            loader_internals.after_train_start(trainer, self._loader.on_loop_start),
             loader_internals.around_validation(trainer, self._stash_rng, self._restore_rng),
         ]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the loaders against the checkpoint; from here on, random numbers drawn are the run's."""
+        """Check the loaders against the checkpoint."""
         if self._loader is None:
             return
         for loader in self._loader.loaders:
@@ -94,12 +95,6 @@ class ResumeExactly(Callback):
                 f"{_NAME}: the checkpoint holds no state of ResumeExactly, so the epoch's data restart at the first "
                 "batch, with other random numbers. Checkpoints saved from now on resume exactly."
             )
-        self._loader.on_train_start()
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restore the run's random numbers for the hooks of an epoch's start."""
-        if self._loader is not None:
-            self._loader.on_train_epoch_start()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the state: the run may be saved, and resumed, after its end."""

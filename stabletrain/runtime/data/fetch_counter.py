@@ -33,6 +33,10 @@ class FetchCounter:
     soon as they are known to follow. Without one the fetcher prefetches a batch, and the excluded batches before it are
     counted when the loop takes it.
 
+    Batches excluded after an epoch's last batch are counted together with it, because Lightning compares batch_idx
+    with `val_check_interval` to validate at the end of an epoch: batch_idx of that last batch is that of the last
+    excluded one.
+
     Args:
         trainer: whose fetcher it is.
     """
@@ -70,6 +74,15 @@ class FetchCounter:
         else:
             self._count(excluded, excluded_next, current=1)
 
+    def on_epoch_ended(self, excluded: int) -> None:
+        """Called when the loader is exhausted: if the fetcher prefetches, the loop now takes the epoch's last batch.
+
+        Args:
+            excluded: number of batches excluded after that batch.
+        """
+        if self.prefetches:
+            loader_internals.count_excluded(self._trainer, excluded)
+
     def state(self) -> FetcherState:
         """The counts now."""
         fetcher = loader_internals.data_fetcher(self._trainer)
@@ -95,7 +108,7 @@ class FetchCounter:
                 batches.append(next(fetcher.iterator))
         except StopIteration:
             fetcher.done = not batches
-        if fetcher.length is not None and excluded_next is not None:
+        if fetcher.length is not None and excluded_next is not None and not state.done:
             self._count(0, excluded_next(), current=0)
             fetcher.done = fetcher.fetched >= fetcher.length
         if fetcher.done and not state.done:
@@ -104,9 +117,13 @@ class FetchCounter:
     def _count(self, excluded: int, excluded_next: int, current: int) -> None:
         # current: 1 if the fetcher is about to count the batch that it gets, else 0
         fetcher = loader_internals.data_fetcher(self._trainer)
-        fetcher.fetched += excluded - self._counted_ahead + excluded_next
+        fetcher.fetched += excluded - self._counted_ahead
+        excluded_next = min(
+            excluded_next, fetcher.length - fetcher.fetched - current
+        )  # not those after a limited epoch
+        fetcher.fetched += excluded_next
         self._counted_ahead = excluded_next
         if fetcher.fetched + current >= fetcher.length:
-            excluded += excluded_next  # no batch follows that would count them: this batch is the epoch's last
+            excluded += excluded_next  # this batch is the epoch's last: no later one would count them
         if excluded:
             loader_internals.count_excluded(self._trainer, excluded)

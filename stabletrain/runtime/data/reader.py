@@ -71,7 +71,6 @@ class LoaderReader:
         """
         last = -1
         if position is None or position.start.rng is None:
-            self._resume.before_rng_use()
             epoch = loader_internals.epoch_number(self._trainer)
             if position is not None:
                 self._start_workers(position.start)
@@ -104,7 +103,6 @@ class LoaderReader:
             with rng.preserved():
                 rng.restore(state)
                 return self._fetch(record_rng)
-        self._resume.before_rng_use()
         event = self._fetch(record_rng)
         self._resume.after_fetch()
         return event

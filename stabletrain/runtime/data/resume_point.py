@@ -17,9 +17,8 @@ from stabletrain.runtime.internals import loader as loader_internals
 class ResumePoint:
     """The positions and random generators of a loaded checkpoint, which the loaders and the run start from, once.
 
-    Lightning creates iterators, prefetches and draws random numbers before the training loop starts. These draws do
-    not count: until the loop has fetched its first batch, the resume point stays, and the run's generators are set
-    before each use and captured after it.
+    Lightning creates iterators, prefetches and calls hooks before the training loop starts. The random numbers drawn
+    there are not part of the run: the generators are restored when the loop starts.
 
     Args:
         trainer: whose train loaders they are.
@@ -31,10 +30,9 @@ class ResumePoint:
         self._fast_forward = "auto"
         self._name = "train loader"
         self._opt_out = "start a new run"
-        self._point: tuple[list[LoaderState], rng.RngState | None] | None = None  # until training has fetched a batch
+        self._positions: list[LoaderState] | None = None  # until training has fetched a batch
         self._pending: list[LoaderState | None] = []  # by loader; None once taken
-        self._rng: rng.RngState | None = None  # the run's generators until training has fetched a batch
-        self._rng_in_use = False  # they were restored for the fetch that is under way
+        self._rng: rng.RngState | None = None  # the run's generators until the loop starts
         self._loop_started = False
 
     # ---- called for the checkpoint ----------------------------------------------------------------------------------
@@ -46,25 +44,24 @@ class ResumePoint:
 
     def set(self, positions: Sequence[LoaderState], state: rng.RngState | None) -> None:
         """See `TrainLoader.resume_at`."""
-        self._point = list(positions), state
-        self._pending = list(positions)
+        self._positions, self._pending = list(positions), list(positions)
         self._rng = state
 
     @property
     def positions(self) -> list[LoaderState] | None:
         """The positions until training has fetched a batch, then None."""
-        return self._point[0] if self._point is not None else None
+        return self._positions
 
     @property
     def run_rng(self) -> rng.RngState | None:
-        """The run's generators until an epoch has started or training has fetched a batch, then None."""
-        return self._point[1] if self._point is not None else None
+        """The run's generators until the training loop starts, then None."""
+        return self._rng
 
     def check(self) -> None:
         """See `TrainLoader.check_positions`."""
-        if self._point is None:
+        if self._positions is None:
             return
-        positions, loaders = self._point[0], loader_internals.train_loaders(self._trainer)
+        positions, loaders = self._positions, loader_internals.train_loaders(self._trainer)
         if len(positions) != len(loaders):
             raise UserError(
                 f"{self._name}: the checkpoint was saved with {len(positions)} train loaders, got {len(loaders)}. "
@@ -80,24 +77,19 @@ class ResumePoint:
                     "present data"
                 )
 
-    # ---- called by the hooks of training ----------------------------------------------------------------------------
+    # ---- called when the training loop starts -----------------------------------------------------------------------
 
-    def on_train_start(self) -> None:
-        """The training loop starts: the next batch that it fetches uses up the resume point."""
+    def on_loop_start(self) -> None:
+        """Restore the run's generators; the next batch that is fetched uses up the positions."""
         self._loop_started = True
-
-    def on_train_epoch_start(self) -> None:
-        """Restore the run's generators for the epoch's hooks, unless a loader has already fetched with them."""
-        if self._point is not None and self._rng is not None and None not in self._pending:
+        if self._rng is not None:
             rng.restore(self._rng)
-            self._point, self._rng = (self._point[0], None), None
+            self._rng = None
+        for index, position in enumerate(self._positions or []):
+            if position.start.rng is None:  # its iterator is created again in the next epoch, after the epoch's hooks
+                self._pending[index] = position
 
     # ---- called by the loaders --------------------------------------------------------------------------------------
-
-    def on_iter(self) -> None:
-        """Called by iter(); on resume possibly twice, only the last counts."""
-        if self._point is not None:
-            self.set(*self._point)
 
     def take(self, loader: Any) -> LoaderState | None:
         """Return the position at which a new iterator of this loader starts, once; else None.
@@ -112,19 +104,10 @@ class ResumePoint:
         position, self._pending[index] = self._pending[index], None
         return position
 
-    def before_rng_use(self) -> None:
-        """Called before a loader may draw random numbers: undo those drawn while the run was being set up."""
-        if self._rng is not None and not self._rng_in_use:
-            rng.restore(self._rng)
-            self._rng_in_use = True
-
     def after_fetch(self) -> None:
-        """Called after a loader has fetched a batch. Before the loop starts, keep the resume point."""
-        self._rng_in_use = False
+        """Called after a loader has fetched a batch: the positions are used up, unless it was prefetched too early."""
         if self._loop_started:
-            self._point = None
-        if self._rng is not None:
-            self._rng = None if self._loop_started else rng.capture()
+            self._positions = None
 
     def skips_fetching(self, in_process: bool) -> bool:
         """Whether a map-style loader skips the batches before its position without fetching them.

@@ -87,7 +87,6 @@ class TapedLoader(Iterator[Any]):
 
     def __iter__(self) -> TapedLoader:
         self._counter.reset()
-        self._resume.on_iter()
         self.cursor = self.cursor._replace(starts_epoch=True)
         return self
 
@@ -99,6 +98,7 @@ class TapedLoader(Iterator[Any]):
             if isinstance(event, EpochStarted):
                 self.cursor = LoaderCursor(following, event.position, False, event.start)
             elif isinstance(event, EpochEnded):
+                self._counter.on_epoch_ended(event.position - self.cursor.position - 1)
                 self.cursor = self.cursor._replace(event=following)
                 raise StopIteration
             elif self._exclusions.cover(following - 1, event):

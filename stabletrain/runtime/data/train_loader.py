@@ -199,7 +199,7 @@ class TrainLoader:
 
     @property
     def run_rng(self) -> rng.RngState:
-        """The global generators of the run: those of the checkpoint until training uses them."""
+        """The global generators of the run: those of the checkpoint until the training loop starts."""
         state = self._resume.run_rng
         return state if state is not None else rng.capture()
 
@@ -220,13 +220,9 @@ class TrainLoader:
         """
         self._resume.check()
 
-    def on_train_start(self) -> None:
-        """Call it in ``on_train_start``: batches fetched from here on are trained on."""
-        self._resume.on_train_start()
-
-    def on_train_epoch_start(self) -> None:
-        """Call it in ``on_train_epoch_start``: hooks of an epoch's start draw from the run's generators."""
-        self._resume.on_train_epoch_start()
+    def on_loop_start(self) -> None:
+        """Call it after all ``on_train_start`` hooks: from here on the run's random numbers are drawn."""
+        self._resume.on_loop_start()
 
 
 def _cursor(loader: TapedLoader, prefetched: int) -> LoaderCursor:

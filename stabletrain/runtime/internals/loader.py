@@ -25,13 +25,7 @@ def wrap_train_loaders(trainer: Trainer, wrap: Callable[[Any], Any]) -> Callable
         return wrap(loader) if trainer.training else loader
 
     processed.__dict__["wrap"] = wrap
-    strategy.process_dataloader = processed  # type: ignore[method-assign,assignment]
-
-    def undo() -> None:
-        if strategy.__dict__.get("process_dataloader") is processed:
-            del strategy.__dict__["process_dataloader"]
-
-    return undo
+    return _override(strategy, "process_dataloader", processed)
 
 
 def train_loader_wrapper(trainer: Trainer) -> Any:
@@ -86,55 +80,82 @@ def count_excluded(trainer: Trainer, batches: int) -> None:
 
 
 def end_epoch_here(trainer: Trainer) -> None:
-    """Make the current batch the epoch's last; call it in ``on_train_batch_end``."""
+    """Make the current batch, which was not the epoch's last, the last one; call it in ``on_train_batch_end``.
+
+    Lightning steps the per-epoch schedulers of an epoch's last batch before that hook, so this steps them instead.
+    """
     loop = trainer.fit_loop.epoch_loop
-    if not loop._num_ready_batches_reached():
-        loop.batch_progress.is_last_batch = True
-        loop.update_lr_schedulers("epoch", update_plateau_schedulers=False)
+    loop.batch_progress.is_last_batch = True
+    loop.update_lr_schedulers("epoch", update_plateau_schedulers=False)
 
 
 def begin_next_epoch(trainer: Trainer) -> None:
-    """Start the next epoch if the checkpoint was saved after an epoch's last batch; call it in ``on_train_start``.
+    """Start an epoch as an uninterrupted run does, if the checkpoint was saved between two epochs.
 
-    Lightning would continue within the old epoch: it calls no ``on_train_epoch_start``, continues the old batch count
-    if the loader has no length, and with ``max_steps`` trains on a single batch or counts the epoch twice.
+    Call it in ``on_train_start``. A checkpoint saved by a validation after the epoch's last batch still belongs to that
+    epoch, and Lightning then ends it.
+
+    Otherwise Lightning would continue within the old epoch: it calls no ``on_train_epoch_start``, continues the old
+    batch count if the loader has no length, and with ``max_steps`` trains on a single batch or counts the epoch twice.
+    It also would not call ``iter()`` again, and use a batch that was prefetched before ``on_train_epoch_start``.
     """
     fit_loop = trainer.fit_loop
     loop = fit_loop.epoch_loop
     progress: Any = fit_loop.epoch_progress
-    after_batch = loop.restarted_on_train_batch_end and loop.batch_progress.is_last_batch
-    if not (after_batch or fit_loop.restarted_on_epoch_end):
+    in_validation = fit_loop.restarted_mid_epoch and not loop.restarted_on_train_batch_end
+    before_first_batch = fit_loop.restarted_on_epoch_start and loop.batch_idx < 0
+    if in_validation or not (epoch_is_over(trainer) or before_first_batch):
         return
     if loop.restarted_on_train_batch_end:
         loop.batch_progress.increment_completed()
         loop._batches_that_stepped += 1
     for counts in (progress.total, progress.current):
-        counts.processed = counts.completed = counts.ready
+        counts.ready = counts.processed = counts.completed = counts.started
     _Loop.restarting.fset(fit_loop, False)  # type: ignore[attr-defined]
+    fit_loop._resuming_from_checkpoint = False
     fit_loop.reset_restart_stage()
     loop.reset_restart_stage()
+
+
+def after_train_start(trainer: Trainer, call: Callable[[], None]) -> Callable[[], None]:
+    """Call ``call`` once the ``on_train_start`` hooks of all callbacks and the module have run.
+
+    Returns a function that undoes this. The ``on_train_start`` of one callback is too early: others may run after it.
+    """
+    loop = trainer.fit_loop
+    on_run_start = loop.on_run_start
+
+    def wrapped() -> None:
+        on_run_start()
+        call()
+
+    return _override(loop, "on_run_start", wrapped)
 
 
 def around_validation(trainer: Trainer, before: Callable[[], None], after: Callable[[], None]) -> Callable[[], None]:
     """Call ``before`` and ``after`` around each validation of a fit; returns a function that undoes this.
 
-    ``on_validation_start`` is too late: by then the validation loader's iterator has drawn a random number.
+    ``on_validation_start`` is too late: by then the validation loader's iterator has drawn a random number. A resumed
+    fit also creates that iterator if the checkpoint was saved just before a validation, which it then does not run.
     """
     loop = trainer.fit_loop.epoch_loop.val_loop
-    run = loop.run
 
-    def wrapped() -> Any:
-        before()
-        try:
-            return run()
-        finally:
-            after()
+    def around(method: Callable[[], Any]) -> Callable[[], Any]:
+        def wrapped() -> Any:
+            before()
+            try:
+                return method()
+            finally:
+                after()
 
-    loop.run = wrapped  # type: ignore[method-assign]
+        return wrapped
+
+    names = ("run", "increment_progress_to_evaluation_end")
+    undos = [_override(loop, name, around(getattr(loop, name))) for name in names]
 
     def undo() -> None:
-        if loop.__dict__.get("run") is wrapped:
-            del loop.__dict__["run"]
+        for each in undos:
+            each()
 
     return undo
 
@@ -153,12 +174,7 @@ def silence_resume_warning(trainer: Trainer) -> Callable[[], None]:
             warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
             reset()
 
-    loop.reset = silenced  # type: ignore[method-assign]
-
-    def undo() -> None:
-        if loop.__dict__.get("reset") is silenced:
-            del loop.__dict__["reset"]
-
+    undo = _override(loop, "reset", silenced)
     return undo
 
 
@@ -192,3 +208,14 @@ def iterate_with(loader: DataLoader[Any], sampler: Any) -> Any:
         return iter(loader)
     finally:
         loader.__dict__[name] = own
+
+
+def _override(owner: Any, name: str, method: Callable[..., Any]) -> Callable[[], None]:
+    # sets the method on the instance; the returned function restores that of the class
+    setattr(owner, name, method)
+
+    def undo() -> None:
+        if owner.__dict__.get(name) is method:
+            del owner.__dict__[name]
+
+    return undo

@@ -172,13 +172,9 @@ def test_a_rewound_run_ends_like_one_that_never_rewound(loader, at):
     ("at", "count", "missing"),
     [(5, 1, [4]), (5, 2, [3, 4]), (8, 1, [7]), (8, 2, [6, 7]), (7, 1, [6]), (8, 5, [3, 4, 5, 6, 7])],
 )
-def test_a_rewind_that_excludes_batches_ends_like_a_loader_without_them(at, count, missing, kind, epochs, request):
+def test_a_rewind_that_excludes_batches_ends_like_a_loader_without_them(at, count, missing, kind, epochs):
     """Bug: no validation or learning-rate step at the end of an epoch whose last batches, or all batches after the
-    mark, are excluded."""
-
-    if count == 5 and kind != "stream":
-        reason = "the learning-rate schedule by the epoch is not stepped if the rewind itself ends the epoch"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+    mark, are excluded; or these batches are not counted as completed."""
 
     def loader(without=()):
         if kind == "stream":
@@ -194,6 +190,7 @@ def test_a_rewind_that_excludes_batches_ends_like_a_loader_without_them(at, coun
     callback = GoBack(at, exclude=count)
     result = fit(loader(), callback, epochs=epochs)
     assert [name[0] for name in callback.excluded] == ["batch" if kind == "stream" else "samples"] * count
+    assert result[1].fit_loop.epoch_loop.batch_progress.total.completed == BATCHES * epochs
     if epochs == 2 and kind == "stream":
         return  # Lightning calls iter() twice on the reloaded stream, which draws one more random number
     assert_same(reference, result)
@@ -278,6 +275,23 @@ def test_excluded_batches_count_for_batch_idx_validation_and_progress(missing, k
     assert trainer.fit_loop.epoch_loop.batch_progress.total.completed == 2 * limit
     steps = [step for step, number in enumerate(numbers.numbers, 1) if number in (2, 5)]
     assert model.validated_after == steps
+
+
+@pytest.mark.parametrize("kind", ["in order", "stream"])
+@pytest.mark.parametrize(("missing", "limit"), [([7], BATCHES), ([6, 7], BATCHES), ([5, 6, 7], 6)], ids=str)
+def test_batches_excluded_at_the_end_of_an_epoch_count_for_its_validation(missing, limit, kind):
+    """Bug: no validation at the end of the epoch, because they are not counted if the loader has no length, or because
+    batches beyond `limit_train_batches` are counted too."""
+    numbers, kwargs = BatchNumbers(), {"val_check_interval": limit}
+    if limit != BATCHES:
+        kwargs["limit_train_batches"] = limit
+    names = [("batch", epoch, position) for epoch in (0, 1) for position in missing]
+    model, trainer = fit(LOADERS[kind](), GoBack(names=names, every=99), numbers, **kwargs)
+    last = missing[0] - 1
+    assert numbers.positions == [*range(last), last] * 2
+    assert numbers.numbers == [*range(last), limit - 1] * 2
+    assert model.validated_after == [last + 1, 2 * (last + 1)]
+    assert trainer.fit_loop.epoch_loop.batch_progress.total.completed == 2 * limit
 
 
 def test_an_epoch_that_stops_before_an_excluded_batch_does_not_count_it_in_the_next_one():

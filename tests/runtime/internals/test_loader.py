@@ -26,7 +26,15 @@ def test_the_private_attributes_that_the_train_loader_uses_exist():
     loader_internals.begin_next_epoch(trainer)  # nothing was restored: nothing to do
     assert trainer.fit_loop.epoch_loop.batch_idx == 1
     loop = trainer.fit_loop.epoch_loop
+    assert not trainer.fit_loop.is_resuming
+    assert "_resuming_from_checkpoint" in vars(trainer.fit_loop)
     for undo, name, owner in [
+        (loader_internals.after_train_start(trainer, print), "on_run_start", trainer.fit_loop),
+        (
+            loader_internals.around_validation(trainer, print, print),
+            "increment_progress_to_evaluation_end",
+            loop.val_loop,
+        ),
         (loader_internals.around_validation(trainer, print, print), "run", loop.val_loop),
         (loader_internals.silence_resume_warning(trainer), "reset", loop),
         (loader_internals.wrap_train_loaders(trainer, iter), "process_dataloader", trainer.strategy),
