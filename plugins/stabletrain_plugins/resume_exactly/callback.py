@@ -73,7 +73,7 @@ class ResumeExactly(Callback):
         self._close()
         self._trainer, self._final, self._loaded = trainer, None, False
         self._loader = TrainLoader.of(trainer)
-        self._loader.keep_position(self.fast_forward, _NAME, _OPT_OUT)
+        self._loader.record_positions(self.fast_forward, _NAME, _OPT_OUT)
         self._undo = [
             self._loader.close,
             loader_internals.after_train_start(trainer, self._loader.on_loop_start),

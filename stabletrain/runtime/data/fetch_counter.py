@@ -11,11 +11,11 @@ from stabletrain.runtime.internals import loader as loader_internals
 
 
 class FetcherState(NamedTuple):
-    """What Lightning's fetcher has counted at some moment.
+    """The counts of Lightning's fetcher.
 
     Args:
-        fetched: its number of batches fetched in this epoch.
-        done: whether it knows that there are no more.
+        fetched: batches of this epoch that it has fetched, or counted as excluded.
+        done: whether it knows that no batch is left.
         counted_ahead: excluded batches after the current one that are included in ``fetched``.
         prefetched: batches that were fetched and that the loop had not taken.
     """
@@ -33,9 +33,9 @@ class FetchCounter:
     soon as they are known to follow. Without one the fetcher prefetches a batch, and the excluded batches before it are
     counted when the loop takes it.
 
-    Batches excluded after an epoch's last batch are counted together with it, because Lightning compares batch_idx
-    with `val_check_interval` to validate at the end of an epoch: batch_idx of that last batch is that of the last
-    excluded one.
+    Batches excluded at the end of an epoch are counted together with the last batch before them, whose batch_idx jumps
+    ahead to that of the epoch's last batch. Otherwise Lightning would not validate at the end of the epoch, for which
+    it compares batch_idx with ``val_check_interval``, and would later resume within an epoch that is over.
 
     Args:
         trainer: whose fetcher it is.
@@ -96,10 +96,7 @@ class FetchCounter:
             state: from `state`.
             excluded_next: number of batches excluded directly after the current one; None: no batch is excluded.
         """
-        fetcher, batches = (
-            loader_internals.data_fetcher(self._trainer),
-            loader_internals.prefetched(self._trainer),
-        )
+        fetcher, batches = loader_internals.data_fetcher(self._trainer), loader_internals.prefetched(self._trainer)
         fetcher.fetched, fetcher.done = state.fetched, state.done
         self._counted_ahead, self._uncounted = state.counted_ahead, 0
         batches.clear()
@@ -118,12 +115,11 @@ class FetchCounter:
         # current: 1 if the fetcher is about to count the batch that it gets, else 0
         fetcher = loader_internals.data_fetcher(self._trainer)
         fetcher.fetched += excluded - self._counted_ahead
-        excluded_next = min(
-            excluded_next, fetcher.length - fetcher.fetched - current
-        )  # not those after a limited epoch
+        left = fetcher.length - fetcher.fetched - current
+        excluded_next = min(excluded_next, left)  # with limit_train_batches, some may come after the end of the epoch
         fetcher.fetched += excluded_next
         self._counted_ahead = excluded_next
         if fetcher.fetched + current >= fetcher.length:
-            excluded += excluded_next  # this batch is the epoch's last: no later one would count them
+            excluded += excluded_next  # this batch becomes the epoch's last: no later batch would count them
         if excluded:
             loader_internals.count_excluded(self._trainer, excluded)

@@ -1,4 +1,4 @@
-"""A stand-in for a DataLoader's batch sampler that knows which samples each batch holds."""
+"""Wraps a DataLoader's batch sampler, to know the samples of each batch and to omit batches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Indices(NamedTuple):
 
     Args:
         position: of the batch within the epoch, from 0; excluded batches are counted.
-        samples: the indices, as the sampler gave them.
+        samples: the indices, as returned by the sampler.
     """
 
     position: int
@@ -34,7 +34,7 @@ class IndexSampler(Iterator[Any]):
         self.excludes = excludes
         self._start_at = self._first = self._drawn = 0
         self._source: Iterator[Any] = iter(())
-        self._passed: Any = None
+        self._last_skipped: Any = None
         self._ahead: Indices | None = None
         self._in_flight: deque[Indices] = deque()
 
@@ -71,7 +71,7 @@ class IndexSampler(Iterator[Any]):
         """Draw from the sampler up to the first batch to be fetched; returns the samples of the batch before it."""
         if self._ahead is None and not self._in_flight:
             self._ahead = self._find()
-        return self._passed
+        return self._last_skipped
 
     def take(self) -> Indices:
         """Return the indices of the batch that the loader has just returned; call it once for each batch."""
@@ -89,7 +89,7 @@ class IndexSampler(Iterator[Any]):
     def _restart(self, source: Iterator[Any]) -> None:
         self._source = source
         self._drawn = 0
-        self._passed = self._ahead = None
+        self._last_skipped = self._ahead = None
         self._in_flight.clear()
         self._first, self._start_at = self._start_at, 0
 
@@ -98,7 +98,7 @@ class IndexSampler(Iterator[Any]):
             found = Indices(self._drawn, samples)
             self._drawn += 1
             if found.position < self._first:
-                self._passed = samples
+                self._last_skipped = samples
             elif not self._is_excluded(found):
                 return found
         return None

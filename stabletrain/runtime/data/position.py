@@ -1,4 +1,4 @@
-"""The position of a run in a train loader, in a form that a checkpoint can hold and another process can check."""
+"""The position of a run in a train loader, which is saved in checkpoints and checked by the process that resumes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class LoaderState(NamedTuple):
     """A position in a loader.
 
     Args:
-        items: batches of the current epoch that were trained on.
+        batches: of the current epoch before the position; excluded batches are counted.
         start: how the epoch's iterator was created; its ``rng`` is None if it was not created yet.
         rng_before: the global generators before the fetch of the next batch, if that was prefetched.
         length: batches in an epoch, if known.
@@ -25,7 +25,7 @@ class LoaderState(NamedTuple):
         last: identity of the last batch, if its samples are known.
     """
 
-    items: int
+    batches: int
     start: IteratorStart
     rng_before: RngState | None = None
     length: int | None = None
@@ -45,10 +45,10 @@ class LoaderState(NamedTuple):
 
 
 def position_in(
-    loader: Any, items: int, start: IteratorStart, rng_before: RngState | None = None, last: Identity | None = None
+    loader: Any, batches: int, start: IteratorStart, rng_before: RngState | None = None, last: Identity | None = None
 ) -> LoaderState:
     """A position in this loader, with the loader's present sizes."""
-    return LoaderState(items, start, rng_before, _size(loader), _size(getattr(loader, "dataset", None)), last)
+    return LoaderState(batches, start, rng_before, _size(loader), _size(getattr(loader, "dataset", None)), last)
 
 
 def capture_start(loader: Any, epoch: int, state: RngState | None) -> IteratorStart:
@@ -78,7 +78,7 @@ def restore_start(start: IteratorStart, loader: Any) -> None:
 
 
 def size_mismatch(position: LoaderState, loader: Any) -> str:
-    """In words, how the sizes of loader and dataset differ from those of the position; empty if they do not."""
+    """Describe how the sizes of loader and dataset differ from those of the position; empty if they do not."""
     now = position_in(loader, 0, position.start)
     found = []
     if position.samples is not None and now.samples != position.samples:
@@ -89,7 +89,7 @@ def size_mismatch(position: LoaderState, loader: Any) -> str:
 
 
 def order_mismatch(position: LoaderState, samples: Any) -> str:
-    """In words, how the batch before the position differs from the checkpoint's; empty if equal or unknown.
+    """Describe how the batch before the position differs from the checkpoint's; empty if equal or unknown.
 
     Args:
         position: from the checkpoint.
@@ -97,19 +97,19 @@ def order_mismatch(position: LoaderState, samples: Any) -> str:
     """
     if position.last is None or samples is None:
         return ""
-    found = identity(position.start.epoch, position.items - 1, samples)
+    found = identity(position.start.epoch, position.batches - 1, samples)
     if found == position.last:
         return ""
     return (
-        f"the order of the train loader has changed: batch {position.items - 1} of epoch {position.start.epoch} held "
+        f"the order of the train loader has changed: batch {position.batches - 1} of epoch {position.start.epoch} held "
         f"the samples {_shown(position.last)} when the checkpoint was saved, and now holds {_shown(found)}"
     )
 
 
 def length_mismatch(position: LoaderState, batches: int) -> str:
-    """In words, that the loader ends after this number of batches, before the position."""
+    """Describe that the loader ends after this number of batches, before the position."""
     return (
-        f"the checkpoint was saved after batch {position.items} of an epoch, and the train loader now ends after "
+        f"the checkpoint was saved after batch {position.batches} of an epoch, and the train loader now ends after "
         f"{batches}"
     )
 

@@ -30,9 +30,9 @@ class LoaderReader:
     Args:
         loader: the loader, as Lightning has set it up.
         trainer: the trainer that reads from it.
-        exclusions: the batches that an index sampler shall not ask for.
-        resume: the random generators and options of a resumed run.
-        counter: knows whether batches are prefetched.
+        exclusions: the batches that are not fetched, if the loader takes an index sampler.
+        resume: options of a resumed run.
+        counter: of the fetcher that reads from the loader.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class LoaderReader:
 
         Args:
             position: where it starts; None: at the first batch of the trainer's epoch.
-            record_rng: whether the event shall hold the state of the generators after it.
+            record_rng: whether the event records the state of the generators after it.
 
         Raises:
             UserError: if the loader does not reach the position, or has other samples before it.
@@ -79,7 +79,7 @@ class LoaderReader:
             self._start = capture_start(self._loader, epoch, rng.capture())
             self._open(0)
         else:
-            self._start, last = position.start, position.items - 1
+            self._start, last = position.start, position.batches - 1
             with rng.preserved():
                 self._start_workers(position.start)
                 restore_start(position.start, self._loader)
@@ -91,7 +91,7 @@ class LoaderReader:
         """Fetch the next batch from the iterator.
 
         Args:
-            record_rng: whether the event shall hold the state of the generators after it, if it drew from them.
+            record_rng: whether the event records the state of the generators after it, if it drew from them.
 
         Raises:
             StopIteration: if the iterator was exhausted before.
@@ -108,14 +108,14 @@ class LoaderReader:
         return event
 
     def next_position(self) -> int | None:
-        """The position of the next batch that is not excluded, if the loader's sampler tells; else None."""
+        """The position of the next batch that is not excluded; None if the loader takes no index sampler."""
         if self.index_sampler is None or self.iterator is None:
             return None
         self.index_sampler.excludes = self._excludes
         return self.index_sampler.next_position()
 
     def _start_workers(self, start: IteratorStart) -> None:
-        if start.kept_workers and not loader_internals.reuses_workers(self._loader):
+        if start.reuses_workers and not loader_internals.reuses_workers(self._loader):
             self._resume.warn(
                 "the loader's persistent workers are new processes: if the dataset draws random numbers in them, these "
                 "differ from here on. Set persistent_workers=False to resume exactly."
@@ -134,22 +134,22 @@ class LoaderReader:
 
     def _skip_to(self, position: LoaderState) -> None:
         if self.index_sampler is not None and self._resume.skips_fetching(self._in_process):
-            self._open(position.items)
+            self._open(position.batches)
             last = self.index_sampler.seek()
-            if self.index_sampler.drawn < position.items:
+            if self.index_sampler.drawn < position.batches:
                 raise self._resume.mismatch(length_mismatch(position, self.index_sampler.drawn))
         else:
             last = None
             self._open(0)
             if self.index_sampler is not None:
                 self.index_sampler.excludes = None
-            for count in range(position.items):
+            for count in range(position.batches):
                 try:
                     next(self.iterator)  # type: ignore[arg-type]
                 except StopIteration:
                     raise self._resume.mismatch(length_mismatch(position, count)) from None
                 last = self.index_sampler.take().samples if self.index_sampler is not None else None
-            self._fetched = position.items
+            self._fetched = position.batches
         problem = order_mismatch(position, last)
         if problem:
             raise self._resume.mismatch(problem)

@@ -38,7 +38,7 @@ class ResumePoint:
     # ---- called for the checkpoint ----------------------------------------------------------------------------------
 
     def enable(self, fast_forward: str, name: str, opt_out: str) -> None:
-        """See `TrainLoader.keep_position`."""
+        """See `TrainLoader.record_positions`."""
         self.enabled = True
         self._fast_forward, self._name, self._opt_out = fast_forward, name, opt_out
 
@@ -69,24 +69,26 @@ class ResumePoint:
             )
         for position, loader in zip(positions, loaders, strict=True):
             problem = size_mismatch(position, loader)
-            if problem and position.items:
-                raise self.mismatch(f"the checkpoint was saved after batch {position.items} of an epoch, and {problem}")
+            if problem and position.batches:
+                raise self.mismatch(
+                    f"the checkpoint was saved after batch {position.batches} of an epoch, and {problem}"
+                )
             if problem:
                 self.warn(
-                    f"{problem}; the checkpoint was saved at the end of an epoch, so training continues with the "
-                    "present data"
+                    f"{problem}; the checkpoint was saved between two epochs, so training continues with the present "
+                    "data"
                 )
 
     # ---- called when the training loop starts -----------------------------------------------------------------------
 
     def on_loop_start(self) -> None:
-        """Restore the run's generators; the next batch that is fetched uses up the positions."""
+        """Restore the run's generators; the positions are dropped at the next fetch."""
         self._loop_started = True
         if self._rng is not None:
             rng.restore(self._rng)
             self._rng = None
         for index, position in enumerate(self._positions or []):
-            if position.start.rng is None:  # its iterator is created again in the next epoch, after the epoch's hooks
+            if position.start.rng is None:  # Lightning calls iter() again for the new epoch, after the epoch's hooks
                 self._pending[index] = position
 
     # ---- called by the loaders --------------------------------------------------------------------------------------
@@ -105,7 +107,7 @@ class ResumePoint:
         return position
 
     def after_fetch(self) -> None:
-        """Called after a loader has fetched a batch: the positions are used up, unless it was prefetched too early."""
+        """Called after a loader has fetched a batch: drop the positions, if the training loop has started."""
         if self._loop_started:
             self._positions = None
 

@@ -1,4 +1,4 @@
-"""A record of what a train loader did, in order, from which its batches can be replayed for any iterable."""
+"""A record of the events of a train loader, from which its batches can be replayed, whatever iterable it is."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class IteratorStart(NamedTuple):
         generators: states of the loader's and its samplers' own generators.
         sampler_epoch: argument of the sampler's last ``set_epoch``, if it has that method.
         sampler_seed: the seed of a sampler whose order is a function of seed and epoch.
-        kept_workers: whether it reuses the worker processes of an earlier iterator.
+        reuses_workers: whether it uses the (persistent) worker processes of an earlier iterator.
     """
 
     epoch: int
@@ -30,7 +30,7 @@ class IteratorStart(NamedTuple):
     generators: list[Tensor]
     sampler_epoch: int | None = None
     sampler_seed: int | None = None
-    kept_workers: bool = False
+    reuses_workers: bool = False
 
 
 class EpochStarted(NamedTuple):
@@ -38,7 +38,7 @@ class EpochStarted(NamedTuple):
 
     Args:
         start: how it was created.
-        position: of the last batch that was passed over on resume, -1 for none.
+        position: of the last batch that was skipped on resume, -1 for none.
         rng_after: the global generators after that; None if the tape is off.
     """
 

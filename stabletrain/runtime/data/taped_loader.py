@@ -55,7 +55,7 @@ class TapedLoader(Iterator[Any]):
         self._tape = Tape()
         self._excluded_in_replay = False  # whether a batch was excluded since the rewind, so that later epochs differ
         self.cursor = self.cursor_before = LoaderCursor(0, -1, True, None)
-        self.last: TapedBatch | None = None
+        self.last_batch: TapedBatch | None = None
 
     # ---- the loader's own attributes --------------------------------------------------------------------------------
 
@@ -80,7 +80,7 @@ class TapedLoader(Iterator[Any]):
 
     @property
     def tape(self) -> Tape:
-        """What the loader did, as far as it is stored."""
+        """The loader's events, as far as they are stored."""
         return self._tape
 
     # ---- iteration --------------------------------------------------------------------------------------------------
@@ -94,20 +94,20 @@ class TapedLoader(Iterator[Any]):
         self._counter.on_next()
         while True:
             event = self._next_event()
-            following = self._tape.next_number
+            next_number = self._tape.next_number
             if isinstance(event, EpochStarted):
-                self.cursor = LoaderCursor(following, event.position, False, event.start)
+                self.cursor = LoaderCursor(next_number, event.position, False, event.start)
             elif isinstance(event, EpochEnded):
                 self._counter.on_epoch_ended(event.position - self.cursor.position - 1)
-                self.cursor = self.cursor._replace(event=following)
+                self.cursor = self.cursor._replace(event=next_number)
                 raise StopIteration
-            elif self._exclusions.cover(following - 1, event):
+            elif self._exclusions.cover(next_number - 1, event):
                 self._excluded_in_replay = True
             else:
                 excluded = event.position - self.cursor.position - 1
                 self.cursor_before = self.cursor
-                self.cursor = LoaderCursor(following, event.position, False, self.cursor.start)
-                self.last = event
+                self.cursor = LoaderCursor(next_number, event.position, False, self.cursor.start)
+                self.last_batch = event
                 self._counter.on_batch_returned(excluded, self.excluded_next())
                 return event.batch
 
@@ -129,9 +129,9 @@ class TapedLoader(Iterator[Any]):
             if isinstance(event, EpochEnded) or not self._exclusions.cover(number, event):
                 return event.position - current - 1
             last = event.position
-        following = self._reader.next_position()
-        if following is not None:
-            return following - current - 1
+        next_position = self._reader.next_position()
+        if next_position is not None:
+            return next_position - current - 1
         while self._exclusions.cover_identity(identity(self._epoch, last + 1, None)):
             last += 1
         return last - current
@@ -148,11 +148,13 @@ class TapedLoader(Iterator[Any]):
         if epoch_over or cursor.starts_epoch or cursor.start is None:
             epoch = self._reader.epoch if cursor.start is None else cursor.start.epoch + 1
             return position_in(self._loader, 0, capture_start(self._loader, epoch, None))
-        items = cursor.position + 1 - unfinished
-        before = self.last.rng_before if prefetched and self.last is not None else None
-        known = self.last is not None and self.last.samples is not None and not prefetched and not unfinished
-        last = self.last.identity if known and self.last is not None else None
-        return position_in(self._loader, items, cursor.start, before, last)
+        batches = cursor.position + 1 - unfinished
+        last, rng_before, identity_before = self.last_batch, None, None
+        if last is not None and prefetched:
+            rng_before = last.rng_before
+        elif last is not None and last.samples is not None and not unfinished:
+            identity_before = last.identity
+        return position_in(self._loader, batches, cursor.start, rng_before, identity_before)
 
     @property
     def _epoch(self) -> int:

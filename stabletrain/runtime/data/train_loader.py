@@ -27,7 +27,7 @@ from stabletrain.runtime.internals import loader as loader_internals
 
 
 class DataMark(NamedTuple):
-    """A moment between two training steps that the train loaders can be rewound to; see `TrainLoader.mark`."""
+    """A position between two training steps that the train loaders can be rewound to; see `TrainLoader.mark`."""
 
     loaders: tuple[TapedLoader, ...]
     cursors: tuple[LoaderCursor, ...]
@@ -50,7 +50,10 @@ class TrainLoader:
 
     @classmethod
     def of(cls, trainer: Trainer) -> TrainLoader:
-        """The one of this trainer; call it in ``setup`` of a fit, and `close` in ``teardown`` and ``on_exception``."""
+        """The train loader of this trainer, shared by all callers.
+
+        Call it in ``setup`` of a fit, and `close` in ``teardown`` and ``on_exception``.
+        """
         found = getattr(loader_internals.train_loader_wrapper(trainer), "__self__", None)
         if not isinstance(found, TrainLoader):
             found = cls(trainer)
@@ -59,7 +62,7 @@ class TrainLoader:
         return found
 
     def close(self) -> None:
-        """End one user's use; the last one's call restores the strategy and drops all stored batches."""
+        """Release it for one caller of `of`; the last call restores the strategy and drops all stored batches."""
         self._users -= 1
         if self._users == 0 and self._uninstall is not None:
             self._uninstall()
@@ -90,7 +93,7 @@ class TrainLoader:
         self._set_tape(True)
 
     def mark(self) -> DataMark:
-        """The present moment; call it in ``on_train_batch_end``, between two optimizer steps."""
+        """Mark the current position; call it in ``on_train_batch_end``, between two optimizer steps."""
         fetcher, loaders = self._counter.state(), tuple(self.loaders)
         return DataMark(loaders, tuple(_cursor(each, fetcher.prefetched) for each in loaders), fetcher)
 
@@ -103,14 +106,16 @@ class TrainLoader:
         )
 
     def forget_before(self, mark: DataMark) -> None:
-        """Drop the batches before this mark: nobody will rewind to an earlier one."""
+        """Drop the batches before this mark; earlier marks can no longer be rewound to."""
         for loader, cursor in zip(mark.loaders, mark.cursors, strict=True):
             loader.tape.forget_before(cursor.event)
         if mark.cursors:
             self._exclusions.forget_events_before(mark.cursors[0].event)
 
     def batches_since(self, mark: DataMark) -> dict[int, TapedBatch]:
-        """The batches trained on since the mark, by item id, oldest first; of the first loader, if there are several.
+        """The batches trained on since the mark, by their numbers on the tape, oldest first.
+
+        If there are several loaders, those of the first.
 
         Prefetched and excluded batches are omitted.
         """
@@ -135,7 +140,7 @@ class TrainLoader:
 
         Args:
             mark: a mark that `can_rewind` accepts.
-            exclude: item ids of `batches_since`, the same on all ranks; with gradient accumulation, whole windows.
+            exclude: numbers of `batches_since`, the same on all ranks; with gradient accumulation, whole windows.
 
         Raises:
             UserError: if batches are excluded and there are several train loaders.
@@ -177,7 +182,7 @@ class TrainLoader:
 
     # ---- resuming from a checkpoint ---------------------------------------------------------------------------------
 
-    def keep_position(self, fast_forward: str, name: str, opt_out: str) -> None:
+    def record_positions(self, fast_forward: str, name: str, opt_out: str) -> None:
         """Record what `positions` needs, from now on.
 
         Args:

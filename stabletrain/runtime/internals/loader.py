@@ -70,7 +70,7 @@ def epoch_is_over(trainer: Trainer) -> bool:
 
 
 def count_excluded(trainer: Trainer, batches: int) -> None:
-    """Count excluded batches as completed, so that batch_idx and the end of the epoch stay right."""
+    """Count excluded batches as completed: Lightning takes batch_idx and the end of an epoch from these counts."""
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress
     for counts in (progress.total, progress.current):
         counts.ready += batches

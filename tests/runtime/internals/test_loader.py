@@ -30,18 +30,19 @@ def test_the_private_attributes_that_the_train_loader_uses_exist():
     assert "_resuming_from_checkpoint" in vars(trainer.fit_loop)
     for undo, name, owner in [
         (loader_internals.after_train_start(trainer, print), "on_run_start", trainer.fit_loop),
-        (
-            loader_internals.around_validation(trainer, print, print),
-            "increment_progress_to_evaluation_end",
-            loop.val_loop,
-        ),
-        (loader_internals.around_validation(trainer, print, print), "run", loop.val_loop),
         (loader_internals.silence_resume_warning(trainer), "reset", loop),
         (loader_internals.wrap_train_loaders(trainer, iter), "process_dataloader", trainer.strategy),
     ]:
         assert name in vars(owner)
         undo()
         assert name not in vars(owner)
+    undo, names = (
+        loader_internals.around_validation(trainer, print, print),
+        {"run", "increment_progress_to_evaluation_end"},
+    )
+    assert names <= set(vars(loop.val_loop))
+    undo()
+    assert not names & set(vars(loop.val_loop))
     loader = DataLoader(TensorDataset(torch.arange(12)), 4)
     assert loader_internals.takes_index_sampler(loader)
     assert not loader_internals.takes_index_sampler(DataLoader(Stream(), 4))
