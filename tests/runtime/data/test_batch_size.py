@@ -75,6 +75,6 @@ class Pair(NamedTuple):
     ids=lambda value: type(value).__name__,
 )
 def test_every_kind_of_batch(batch: Any, expected: int) -> None:
-    """Bugs: a batch with a class of its own taken for 0 bytes; one tensor counted twice; a cycle that never ends; a file read,
-    or a model counted, only because a batch refers to it."""
+    """Bugs: a batch with a class of its own taken for 0 bytes; one tensor counted twice; a cycle that never ends; a
+    file read, or a model counted, only because a batch refers to it."""
     assert batch_bytes(batch) == expected
