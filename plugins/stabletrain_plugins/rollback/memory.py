@@ -7,15 +7,14 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Trainer
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from stabletrain.core.bytes import parse, shown
 from stabletrain.errors import UserError
+from stabletrain.runtime.data.batch_size import batch_bytes
 from stabletrain.runtime.guard.step_guard import StepGuard
 from stabletrain.runtime.internals.free_memory import device_memory, host_memory
 from stabletrain.runtime.records.event_log import logger
-from stabletrain.runtime.snapshots.buffers import SnapshotBuffers, bytes_of
+from stabletrain.runtime.snapshots.buffers import SnapshotBuffers
 from stabletrain.runtime.snapshots.disk_buffers import DiskBuffers
 from stabletrain.runtime.snapshots.snapshot import Snapshot
 from stabletrain_plugins.rollback.rollback_rule import RollbackRule
@@ -42,8 +41,7 @@ class MemoryPlan(NamedTuple):
     @classmethod
     def of(cls, copies: int, keep: int, batch: Any, batches: int, spill: str | None) -> MemoryPlan:
         """The plan for batches of the size of ``batch``."""
-        size = bytes_of([leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)])
-        return cls(copies, keep, size * batches, batches, spill)
+        return cls(copies, keep, batch_bytes(batch) * batches, batches, spill)
 
     def __str__(self) -> str:
         snapshots = f"{self.keep} snapshots of {shown(self.copies / self.keep)}"

@@ -20,6 +20,7 @@ from stabletrain.runtime.data.position import (
     restore_start,
 )
 from stabletrain.runtime.data.resume_point import ResumePoint
+from stabletrain.runtime.data.shared_memory import copy_shared_tensors
 from stabletrain.runtime.data.tape import EpochEnded, EpochStarted, IteratorStart, TapedBatch, identity
 from stabletrain.runtime.internals import loader as loader_internals
 
@@ -47,6 +48,7 @@ class LoaderReader:
             else None
         )
         self._in_process = not (isinstance(loader, DataLoader) and loader.num_workers > 0)
+        self._may_share = not (isinstance(loader, DataLoader) and loader.num_workers == 0)
         self.iterator: Iterator[Any] | None = None
         self._start: IteratorStart | None = None
         self._fetched = 0
@@ -171,6 +173,8 @@ class LoaderReader:
             return EpochEnded(self.index_sampler.drawn if self.index_sampler is not None else self._fetched, after)
         position, samples = self.index_sampler.take() if self.index_sampler is not None else (self._fetched, None)
         self._fetched = position + 1
+        if record_rng and self._may_share:  # the batch is stored
+            batch = copy_shared_tensors(batch)
         return TapedBatch(batch, self.epoch, position, samples, before, after)
 
     def _excludes(self, indices: Indices) -> bool:

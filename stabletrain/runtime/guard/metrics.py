@@ -56,24 +56,34 @@ class MetricsWindow:
         """Add one step."""
         self._steps += 1
         self._clipped += outcome.clipped
-        if math.isfinite(outcome.loss):
+        # a dropped step is a batch never seen: what was wrong with it is an event, and no part of a mean
+        if outcome.applied or math.isfinite(outcome.loss):
             self._losses.append(outcome.loss)
-        if math.isfinite(outcome.grad_norm):
+        if outcome.applied or math.isfinite(outcome.grad_norm):
             self._norms.append(outcome.grad_norm)
 
     def take(self, counters: Counters) -> dict[str, float]:
         """The metrics since the last call; empty if there was no step.
 
-        ``loss`` and ``grad_norm`` are means over the finite steps, ``clipped`` is a share of the steps, ``skipped``
-        counts since the start of the run.
+        ``loss`` and ``grad_norm`` are means over the steps that were applied, or finite: a step with a NaN or infinity
+        that was applied makes them non-finite, one that was dropped does not. ``clipped`` is a share of the steps,
+        ``skipped`` counts since the start of the run.
         """
         if not self._steps:
             return {}
         metrics = {"clipped": self._clipped / self._steps, "skipped": float(counters.skipped)}
         if self._losses:
-            metrics["loss"] = math.fsum(self._losses) / len(self._losses)
+            metrics["loss"] = _mean(self._losses)
         if self._norms:
-            metrics["grad_norm"] = math.fsum(self._norms) / len(self._norms)
-            metrics["grad_norm_max"] = max(self._norms)
+            metrics["grad_norm"] = _mean(self._norms)
+            metrics["grad_norm_max"] = math.nan if math.isnan(metrics["grad_norm"]) else max(self._norms)
         self._clear()
         return metrics
+
+
+def _mean(values: list[float]) -> float:
+    """The mean; non-finite if a value is."""
+    try:
+        return math.fsum(values) / len(values)
+    except (ValueError, OverflowError):  # infinities of both signs; a sum beyond the largest float
+        return sum(value / len(values) for value in values)

@@ -9,7 +9,9 @@ Not part of a snapshot: the count of attempted steps and the steps of loggers (t
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -27,6 +29,22 @@ from stabletrain.runtime.snapshots.buffers import SnapshotBuffers, bytes_of
 from stabletrain.runtime.snapshots.state_tree import Flattener, Restorer, SnapshotError
 
 _SCALARS = (bool, int, float, type(None), Tensor)
+
+
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    """Delay Python's garbage collection of cycles.
+
+    Flattening the state of thousands of tensors makes so many small objects that it would run again and again, each
+    time over everything that is alive: with 3,000 small tensors a capture takes 60 ms without it and 165 to 330 with.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class _Part(NamedTuple):
@@ -75,10 +93,12 @@ class Snapshot:
         """Drop the state, but not the memory, which the next capture uses."""
         self.step, self.mark = -1, None
 
+    @_without_collection()
     def prepare(self, guard: StepGuard) -> None:
         """Allocate and touch the memory for the state, so that `capture` costs only the copy."""
         self._buffers.prepare(_tensors(guard))
 
+    @_without_collection()
     def capture(self, guard: StepGuard, loader: TrainLoader | None) -> None:
         """Copy the state; call it in ``on_train_batch_end``, when no accumulation window is open.
 
@@ -107,6 +127,7 @@ class Snapshot:
         self.applied = trainer.global_step
         self.step = guard.counters.attempted
 
+    @_without_collection()
     def restore(
         self,
         guard: StepGuard,
