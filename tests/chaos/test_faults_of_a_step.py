@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from fits import Recorder
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
 
@@ -19,19 +20,7 @@ from stabletrain.chaos import (
     SlowRank,
 )
 from stabletrain.errors import UserError
-from stabletrain.runtime.guard.callbacks import GuardMember
-
-
-class Outcomes(GuardMember):
-    def __init__(self):
-        self.seen = []
-
-    def on_outcome(self, outcome):
-        self.seen.append(outcome)
-
-
-def equal(first, second):
-    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+from stabletrain.testing.checks.equality import same
 
 
 def clean(module):
@@ -46,57 +35,57 @@ def clean(module):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_one_element_of_one_gradient(train, value):
     run = train(BadGradient(at_step=3, value=value), batches=5)
-    bad = [[int((~g.isfinite()).sum()) for g in grads] for grads in run.watch.grads[:4]]
+    bad = [[int((~g.isfinite()).sum()) for g in grads] for grads in run.record.grads[:4]]
     assert bad == [[0, 0, 0, 0]] * 3 + [[1, 0, 0, 0]]
     assert clean(run.module)
 
 
 def test_the_parameter_and_the_element_can_be_chosen(train):
     first, second, other = (
-        train(BadGradient(at_step=0, parameter="body.2.weight", seed=seed), batches=1) for seed in (0, 0, 5)
+        train(BadGradient(at_step=0, parameter="net.4.weight", seed=seed), batches=1) for seed in (0, 0, 5)
     )
-    where = [run.watch.grads[0][2].isnan().nonzero().tolist() for run in (first, second, other)]
+    where = [run.record.grads[0][2].isnan().nonzero().tolist() for run in (first, second, other)]
     assert where[0] == where[1] != where[2]
 
 
 @pytest.mark.parametrize("mode", ["exact", "device"])
 def test_the_guard_sees_the_bad_gradient_and_drops_the_step(train, mode):
-    outcomes = Outcomes()
+    outcomes = Recorder()
     # the fault stands last in the list, and still comes first
     run = train(Guard(mode=mode), SkipNonFinite(), outcomes, BadGradient(at_step=3), fused=True)
-    assert [each.step for each in outcomes.seen if each.skipped] == [3]
+    assert [each.step for each in outcomes.state if each.skipped] == [3]
     assert all(w.isfinite().all() for w in run.weights)
 
 
 def test_a_scaled_gradient(train):
     plain, run = train(), train(ScaledGradient(at_step=2, factor=100.0, steps=2))
-    assert equal(run.watch.grads[2], [g * 100.0 for g in plain.watch.grads[2]])
+    assert same(run.record.grads[2], [g * 100.0 for g in plain.record.grads[2]])
     assert [t for t in plain.grads_differ(run) if t < 3] == [2]
-    assert float(run.watch.grads[3][0].norm()) > 20 * float(run.watch.grads[4][0].norm())
+    assert float(run.record.grads[3][0].norm()) > 20 * float(run.record.grads[4][0].norm())
     assert clean(run.module)
 
 
 def test_with_accumulation_every_micro_batch_of_the_step_is_struck(train):
     plain = train(accumulate_grad_batches=4)
     run = train(ScaledGradient(at_step=1, factor=4.0), accumulate_grad_batches=4)
-    assert len(run.watch.grads) == 2
-    assert equal(run.watch.grads[0], plain.watch.grads[0])
-    assert equal(run.watch.grads[1], [g * 4.0 for g in plain.watch.grads[1]])
+    assert len(run.record.grads) == 2
+    assert same(run.record.grads[0], plain.record.grads[0])
+    assert same(run.record.grads[1], [g * 4.0 for g in plain.record.grads[1]])
 
 
 def test_a_nan_loss(train):
-    outcomes = Outcomes()
+    outcomes = Recorder()
     run = train(SkipNonFinite(), outcomes, ScaledLoss(at_step=2))
-    assert [math.isnan(each.loss) for each in outcomes.seen] == [False, False, True] + [False] * 5
+    assert [math.isnan(each.loss) for each in outcomes.state] == [False, False, True] + [False] * 5
     assert clean(run.module)
 
 
 def test_a_large_loss_overflows_in_half_precision(train):
-    outcomes = Outcomes()
+    outcomes = Recorder()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     train(outcomes, ScaledLoss(at_step=4, factor=1e7), plugins=[MixedPrecision("16-mixed", "cpu", scaler=scaler)])
-    assert [each.step for each in outcomes.seen if each.overflow] == [4]
-    assert math.isfinite(outcomes.seen[4].loss)
+    assert [each.step for each in outcomes.state if each.overflow] == [4]
+    assert math.isfinite(outcomes.state[4].loss)
 
 
 # ---- batches --------------------------------------------------------------------------------------------------------
@@ -107,7 +96,7 @@ def test_a_bad_batch_changes_what_the_module_gets_and_nothing_else(train, kind):
     plain = train()
     x, y = (each.clone() for each in plain.data)
     run = train(BadBatch(at_step=2, steps=2, kind=kind))
-    assert equal(run.data, (x, y))
+    assert same(run.data, (x, y))
     changed = [
         [not torch.equal(a, b) for a, b in zip(new, old, strict=True)]
         for new, old in zip(run.module.batches, plain.module.batches, strict=True)
@@ -123,8 +112,8 @@ def test_bad_batches_are_the_same_for_the_same_seed_and_do_not_use_the_global_ra
     for seed in (0, 0, 1):
         torch.manual_seed(3)
         runs.append((train(BadBatch(at_step=2, seed=seed)).module.batches[2], torch.rand(())))
-    assert equal(runs[0][0], runs[1][0])
-    assert not equal(runs[0][0], runs[2][0])
+    assert same(runs[0][0], runs[1][0])
+    assert not same(runs[0][0], runs[2][0])
     assert runs[0][1] == runs[1][1] == runs[2][1]
 
 
@@ -179,7 +168,7 @@ def test_labels_are_found_by_name_or_index():
 
 
 def step_lengths(run):
-    weights = [*run.watch.weights, run.weights]
+    weights = [*run.record.weights, run.weights]
     return [max(float((a - b).abs().max()) for a, b in zip(*pair, strict=True)) for pair in itertools.pairwise(weights)]
 
 
@@ -198,7 +187,7 @@ def test_a_surge_of_the_learning_rate_wins_over_the_schedule_and_leaves_no_trace
     assert ratios[3] == pytest.approx(30.0, rel=0.05)
     assert ratios[4] > 10
     assert max(ratios[5:]) < 3
-    assert run.watch.rates == plain.watch.rates
+    assert run.record.rates == plain.record.rates
     optimizer = run.trainer.optimizers[0]
     assert not optimizer._optimizer_step_pre_hooks
     assert not optimizer._optimizer_step_post_hooks
@@ -211,14 +200,14 @@ def test_a_surge_under_a_loss_scaler(train):
     plain = train(SkipNonFinite(), plugins=precision())
     run = train(SkipNonFinite(), LearningRateSurge(at_step=3, steps=1), plugins=precision())
     assert step_lengths(run)[3] / step_lengths(plain)[3] == pytest.approx(30.0, rel=0.05)
-    assert run.watch.rates == plain.watch.rates
+    assert run.record.rates == plain.record.rates
 
 
 def test_one_bit_of_one_weight(train):
     plain = train()
-    run = train(FlipWeightBit(at_step=4, parameter="body.0.bias", element=2, bit=31), Probe(probe := []))
-    assert equal(run.watch.weights[3], plain.watch.weights[3])
-    before, after = plain.watch.weights[4][1], probe[4][1]
+    run = train(FlipWeightBit(at_step=4, parameter="net.0.bias", element=2, bit=31), Probe(probe := []))
+    assert same(run.record.weights[3], plain.record.weights[3])
+    before, after = plain.record.weights[4][1], probe[4][1]
     assert after[2] == -before[2]
     assert torch.equal(after[:2], before[:2])
 
@@ -250,8 +239,8 @@ def test_the_default_bit_is_the_highest_of_the_exponent(dtype, caplog):
 
 
 def test_a_flipped_bit_must_exist(train):
-    with pytest.raises(UserError, match=r"element must be < 8.*chaos\.element"):
-        train(FlipWeightBit(at_step=0, parameter="body.0.bias", element=8))
+    with pytest.raises(UserError, match=r"element must be < 16.*chaos\.element"):
+        train(FlipWeightBit(at_step=0, parameter="net.0.bias", element=16))
     with pytest.raises(UserError, match="bit must be < 32"):
         train(FlipWeightBit(at_step=0, bit=32))
     with pytest.raises(UserError, match="there is no trained parameter 'head'"):
@@ -275,7 +264,7 @@ def test_a_fault_that_never_comes_changes_nothing(train):
         each(at_step=100)
         for each in (BadGradient, ScaledGradient, ScaledLoss, BadBatch, LearningRateSurge, FlipWeightBit)
     ]
-    assert equal(plain.weights, train(*faults).weights)
+    assert same(plain.weights, train(*faults).weights)
 
 
 def test_a_step_that_comes_again_is_not_struck_again(train, monkeypatch):
@@ -291,7 +280,7 @@ def test_a_step_that_comes_again_is_not_struck_again(train, monkeypatch):
     def struck(fault):
         nonlocal attempted
         attempted = iter([0, 1, 2, 3, 1, 2, 3, 4])
-        norms = [float(g[0].norm()) for g in train(Rewind(), fault).watch.grads]
+        norms = [float(g[0].norm()) for g in train(Rewind(), fault).record.grads]
         return [t for t, norm in enumerate(norms) if norm > 1e3]
 
     assert struck(ScaledGradient(at_step=2, factor=1e6)) == [2]
@@ -304,7 +293,7 @@ def test_a_step_that_comes_again_is_not_struck_again(train, monkeypatch):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             now[0] = next(attempted)
 
-    norms = [float(g[0].norm()) for g in train(Again(), ScaledGradient(at_step=2, factor=1e6)).watch.grads]
+    norms = [float(g[0].norm()) for g in train(Again(), ScaledGradient(at_step=2, factor=1e6)).record.grads]
     assert [t for t, norm in enumerate(norms) if norm > 1e3] == [2]
 
 
