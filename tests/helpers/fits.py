@@ -171,14 +171,30 @@ def trainer(*callbacks: Callback, fp16: bool = False, **options: Any) -> Trainer
     return quiet_trainer(*callbacks, **{**defaults, **options})
 
 
-def fit(module: LightningModule, items: Any, *callbacks: Callback, ckpt_path: Any = None, **options: Any) -> Trainer:
-    """Train, by default for one epoch over the items; the trainer afterwards."""
+def fit(
+    module: LightningModule,
+    items: Any,
+    *callbacks: Callback,
+    ckpt_path: Any = None,
+    val_items: Any = None,
+    **options: Any,
+) -> Trainer:
+    """Train with `trainer` and `run`, by default for one epoch over the items; return the trainer."""
     mine = trainer(*callbacks, **options)
-    run(mine, module, items, ckpt_path=ckpt_path)
+    run(mine, module, items, val_items, ckpt_path=ckpt_path)
     return mine
 
 
-def run(mine: Trainer, module: LightningModule, items: Any, **options: Any) -> None:
+def run(mine: Trainer, module: LightningModule, items: Any, val_items: Any = None, **options: Any) -> None:
+    """Call ``Trainer.fit``, without Lightning's warnings about such small fits.
+
+    Args:
+        mine: the trainer.
+        module: the module.
+        items: the batches, or a loader.
+        val_items: the batches of the validation, or a loader; None: no validation.
+        options: further arguments of ``Trainer.fit``.
+    """
     with warnings.catch_warnings():
         for text in (
             "returned `None`",
@@ -188,7 +204,7 @@ def run(mine: Trainer, module: LightningModule, items: Any, **options: Any) -> N
             "is not resumable",
         ):
             warnings.filterwarnings("ignore", f".*{text}")
-        mine.fit(module, loader(items) if isinstance(items, list) else items, **options)
+        mine.fit(module, *(loader(each) if isinstance(each, list) else each for each in (items, val_items)), **options)
 
 
 def everything(mine: Trainer) -> dict[str, Tensor]:

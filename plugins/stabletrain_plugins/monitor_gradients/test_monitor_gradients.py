@@ -3,30 +3,29 @@ import math
 from pathlib import Path
 from typing import Any
 
+import fits
 import pytest
 import torch
 import torch.distributed as dist
 import yaml
+from fits import HEALTHY, NAN_LOSS, assert_same, batches
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
-from torch.utils.data import DataLoader
 
 from stabletrain.core.events import Event
 from stabletrain.errors import UserError
 from stabletrain.runtime import gradients
 from stabletrain.runtime.guard.callbacks import as_callback
 from stabletrain.runtime.guard.options import Guard
-from stabletrain.testing.trainer import quiet_trainer
 from stabletrain_plugins.clip_norm.rule import ClipNormRule
 from stabletrain_plugins.monitor_gradients import callback
 from stabletrain_plugins.monitor_gradients.callback import MonitorGradients, layer_names
 from stabletrain_plugins.skip_nonfinite.rule import SkipNonFiniteRule
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")
 CONF = Path(__file__).parent / "conf" / "plugins" / "gradients" / "monitor.yaml"
 LAYERS = ("net.inp", "net.blocks.0", "net.blocks.1", "net.out", "net.scale")
 ClipNorm, SkipNonFinite = as_callback(ClipNormRule), as_callback(SkipNonFiniteRule)
@@ -35,7 +34,7 @@ ClipNorm, SkipNonFinite = as_callback(ClipNormRule), as_callback(SkipNonFiniteRu
 class Stack(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.inp = nn.Linear(4, 8)
+        self.inp = nn.Linear(6, 8)
         self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2)])
         self.out = nn.Linear(8, 1)
         self.scale = nn.Parameter(torch.ones(()))
@@ -49,27 +48,19 @@ class Stack(nn.Module):
         return out
 
 
-class Net(LightningModule):
+class Net(fits.Net):
     """Records the true gradient norms; at some steps a block's gradient becomes non-finite on its way back."""
 
     def __init__(self, poison: dict[int, float] | None = None, fused: bool = False) -> None:
-        super().__init__()
-        torch.manual_seed(0)
+        super().__init__("adamw-fused" if fused else "adamw-foreach")
         self.net = Stack()
-        self.poison, self.fused = poison or {}, fused
+        self.poison = poison or {}
         self.true: list[dict[str, float]] = []
         self.net.blocks[1][0].bias.register_hook(self._poisoned)
 
     def _poisoned(self, grad: Tensor) -> Tensor | None:
         value = self.poison.get(len(self.true))
         return None if value is None else torch.full_like(grad, value)
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        loss = (self.net(batch[:, :4]) - batch[:, 4:]).square().mean()
-        return loss * self.poison[-1] if -1 in self.poison and batch_idx == 5 else loss
-
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        pass
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         prefixes = {layer: f"{layer}." for layer in LAYERS[:-1]} | {"net.scale": "net.scale"}
@@ -85,9 +76,6 @@ class Net(LightningModule):
                 for layer, prefix in prefixes.items()
             }
         )
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-2, fused=self.fused)
 
 
 class Record(Logger):
@@ -113,15 +101,14 @@ class Listen(Callback):
         self.events.append(event)
 
 
-def fit(module: Net, folder: Path, *callbacks: Callback, steps: int = 20, **options: Any) -> tuple[Trainer, Record]:
-    generator = torch.Generator().manual_seed(1)
-    batches = [torch.randn(16, 5, generator=generator) for _ in range(steps)]
+def fit(
+    module: Net, folder: Path, *callbacks: Callback, steps: int = 20, nan_at: int | None = None, **options: Any
+) -> tuple[Trainer, Record]:
     record = Record()
-    arguments: dict[str, Any] = {"max_epochs": 1, "logger": record, "log_every_n_steps": 10, "limit_val_batches": 0}
-    trainer = quiet_trainer(*callbacks, **{**arguments, "default_root_dir": folder, **options})
-    loader = DataLoader(batches, batch_size=None)
-    trainer.fit(module, loader, loader)
-    return trainer, record
+    items = batches(*(NAN_LOSS if step == nan_at else HEALTHY for step in range(steps)))
+    arguments: dict[str, Any] = {"logger": record, "log_every_n_steps": 10, "limit_val_batches": 0}
+    arguments |= {"default_root_dir": folder, **options}
+    return fits.fit(module, items, *callbacks, val_items=items, **arguments), record
 
 
 def mean(values: list[float]) -> Any:
@@ -168,8 +155,7 @@ def test_training_is_bit_identical_with_it(tmp_path: Path, plugins: list[Callbac
     with_it, without = Net(), Net()
     fit(with_it, tmp_path, *plugins, MonitorGradients(every=1, depth=None), log_every_n_steps=1)
     fit(without, tmp_path, *plugins)
-    for (name, a), b in zip(with_it.state_dict().items(), without.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
+    assert_same(dict(with_it.state_dict()), dict(without.state_dict()))
 
 
 def test_steps_between_looks_cost_nothing_and_the_device_is_read_once_a_flush(
@@ -201,9 +187,7 @@ def test_steps_between_looks_cost_nothing_and_the_device_is_read_once_a_flush(
 def test_other_callbacks_can_monitor_a_layer(tmp_path: Path) -> None:
     # self.log would not reach ModelCheckpoint from a callback that logs at a flush
     best = ModelCheckpoint(tmp_path, monitor="grad_norm/net.out", save_on_train_epoch_end=False)
-    trainer, _ = fit(
-        Net(), tmp_path, MonitorGradients(every=5), best, enable_checkpointing=True, limit_val_batches=1, steps=10
-    )
+    trainer, _ = fit(Net(), tmp_path, MonitorGradients(every=5), best, limit_val_batches=1, steps=10)
     assert {"grad_norm/net.blocks.0", "weight_norm/net.out", "nonfinite_layers"} <= set(trainer.callback_metrics)
     assert best.best_model_score == trainer.callback_metrics["grad_norm/net.out"]
     checkpoint = torch.load(best.best_model_path, weights_only=True)
@@ -224,7 +208,7 @@ def test_the_parameter_whose_gradient_became_nonfinite_is_named(tmp_path: Path, 
 
 def test_a_nonfinite_loss_makes_all_gradients_nonfinite_and_names_the_first(tmp_path: Path) -> None:
     listen = Listen()
-    fit(Net(poison={-1: math.nan}), tmp_path, MonitorGradients(), SkipNonFinite(), listen)
+    fit(Net(), tmp_path, MonitorGradients(), SkipNonFinite(), listen, nan_at=5)
     (event,) = [event for event in listen.events if event.plugin == "monitor_gradients"]
     assert "loss nan, gradient non-finite in 9 of 9 parameters, from net.scale to net.out.bias" in event.reason
 

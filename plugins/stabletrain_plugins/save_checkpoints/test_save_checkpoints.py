@@ -11,58 +11,49 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import fits
 import pytest
 import torch
+from fits import HEALTHY, Batch, Net, batches
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor
-from torch.utils.data import DataLoader
+from processes import HELPERS, environment
 
 from stabletrain import ResumeExactly, SaveCheckpoints, SkipNonFinite, UserError
 from stabletrain.runtime.checkpoints import CheckpointError, Store, load
-from stabletrain.testing.trainer import quiet_trainer
+from stabletrain.testing.checks.equality import same
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*smaller than the logging interval:UserWarning"),
-    pytest.mark.filterwarnings("ignore:You defined a `validation_step`:UserWarning"),
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*exists and is not empty:UserWarning"),
 ]
 
-ITEMS = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+ITEMS = batches(*[HEALTHY] * 16)
 
 
-class Model(LightningModule):
+class Model(Net):
+    """Logs the numbers of ``val`` as its validation loss, one in each validation."""
+
     def __init__(self, val: tuple[float, ...] = ()) -> None:
         super().__init__()
-        self.net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1))
         self.val = list(val)
 
-    def training_step(self, batch: Tensor, _: int) -> Tensor:
-        return self.net(batch).pow(2).mean()
-
-    def validation_step(self, batch: Tensor, index: int) -> None:
-        if index == 0 and not self.trainer.sanity_checking:
-            self.log("val_loss", self.val.pop(0))
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), 0.01)
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        if batch_idx == 0:
+            self.log("val_loss", self.val.pop(0), batch_size=1)
 
 
 def fit(
     *callbacks: Callback,
     steps: int = 10,
-    resume: object = None,
+    resume: Any = None,
     model: Model | None = None,
     val: bool = False,
     **options: Any,
 ) -> Model:
-    torch.manual_seed(1)
     model = model or Model()
-    trainer = quiet_trainer(*callbacks, **{"max_steps": steps, **options})
-    loader = DataLoader(ITEMS, batch_size=4)
-    trainer.fit(model, loader, loader if val else None, ckpt_path=resume)  # type: ignore[arg-type]
+    options = {"max_steps": steps, "max_epochs": -1, **options}
+    fits.fit(model, ITEMS, *callbacks, ckpt_path=resume, val_items=ITEMS if val else None, **options)
     return model
 
 
@@ -74,9 +65,8 @@ def steps_of(folder: Path) -> list[int]:
     return [entry.manifest.info.step for entry in Store(folder).entries()]
 
 
-def equal(one: LightningModule, other: LightningModule) -> bool:
-    mine, theirs = one.state_dict(), other.state_dict()
-    return all(torch.equal(mine[name], theirs[name]) for name in mine)
+def same_weights(one: Model, other: Model) -> bool:
+    return same(dict(one.state_dict()), dict(other.state_dict()))
 
 
 @pytest.mark.parametrize("background", [True, False])
@@ -87,7 +77,7 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, background: bool) -> None:
     fit(SkipNonFinite(), SaveCheckpoints(tmp_path, every=None, background=background), steps=16)
     assert steps_of(tmp_path) == [16]
     counts = SkipNonFinite()
-    assert equal(fit(counts, SaveCheckpoints(tmp_path, every=None), steps=32, resume=tmp_path), whole)
+    assert same_weights(fit(counts, SaveCheckpoints(tmp_path, every=None), steps=32, resume=tmp_path), whole)
     assert counts._guard is not None
     assert counts._guard.counters.attempted == 32
 
@@ -147,7 +137,6 @@ def test_a_run_goes_on_from_a_checkpoint_that_has_all_gradients(tmp_path: Path) 
                 raise KeyboardInterrupt
 
     def train(folder: Path, *others: Callback, resume: object = None) -> tuple[Model, SaveCheckpoints]:
-        torch.manual_seed(0)
         model = Model(val=tuple(range(9, 0, -1)))
         saver = SaveCheckpoints(folder, every=4, keep_last=1, monitor="val_loss")
         options: dict[str, Any] = {"accumulate_grad_batches": 3, "val_check_interval": 14, "max_epochs": 4}
@@ -162,7 +151,7 @@ def test_a_run_goes_on_from_a_checkpoint_that_has_all_gradients(tmp_path: Path) 
     assert saver.last == str(tmp_path / "cut" / "step-00000004")
     assert Path(saver.best_model_path).name == "step-00000004-2"
     resumed, _ = train(tmp_path / "cut", resume=tmp_path / "cut")
-    assert equal(resumed, whole)
+    assert same_weights(resumed, whole)
 
 
 def test_a_missing_metric_is_an_error_that_names_those_there_are(tmp_path: Path) -> None:
@@ -175,11 +164,11 @@ def test_ckpt_path_falls_back_to_the_previous_good_one(tmp_path: Path, caplog: p
     (tmp_path / "step-00000008" / "tensors.safetensors").write_bytes(b"")
     seen = []
 
-    class WeightSample(Callback):
+    class ReadStep(Callback):
         def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
             seen.append(trainer.global_step)
 
-    fit(WeightSample(), SaveCheckpoints(tmp_path, every=None), steps=9, resume=tmp_path / "step-00000008")
+    fit(ReadStep(), SaveCheckpoints(tmp_path, every=None), steps=9, resume=tmp_path / "step-00000008")
     assert seen == [4]
     assert "step-00000008 is damaged: tensors.safetensors has 0 bytes" in caplog.text
 
@@ -215,11 +204,11 @@ def test_a_new_run_in_a_used_folder_deletes_nothing_and_warns(tmp_path: Path, ca
 def test_a_second_fit_of_one_trainer_is_the_same_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Else nothing of the first would ever be deleted."""
     saver = SaveCheckpoints(tmp_path, every=2)
-    trainer = quiet_trainer(saver, max_steps=4)
+    trainer = fits.trainer(saver, max_steps=4, max_epochs=-1)
     model = Model()
-    trainer.fit(model, DataLoader(ITEMS, batch_size=4))
+    fits.run(trainer, model, ITEMS)
     trainer.fit_loop.epoch_loop.max_steps = 8
-    trainer.fit(model, DataLoader(ITEMS, batch_size=4))
+    fits.run(trainer, model, ITEMS)
     assert steps_of(tmp_path) == [6, 8]
     assert "another run" not in caplog.text
 
@@ -306,7 +295,7 @@ def run_script(tmp_path: Path, options: dict[str, Any] | None = None, extra: str
     script.write_text(text)
     return subprocess.Popen(
         [sys.executable, "-W", "ignore", str(script)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(HELPERS),
     )  # fmt: skip
 
 
