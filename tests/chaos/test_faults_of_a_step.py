@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from fits import Recorder
+from fits import Recorder, assert_same
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
 
@@ -59,7 +59,7 @@ def test_the_guard_sees_the_bad_gradient_and_drops_the_step(train, mode):
 
 def test_a_scaled_gradient(train):
     plain, run = train(), train(ScaledGradient(at_step=2, factor=100.0, steps=2))
-    assert same(run.record.grads[2], [g * 100.0 for g in plain.record.grads[2]])
+    assert_same(run.record.grads[2], [g * 100.0 for g in plain.record.grads[2]])
     assert [t for t in plain.grads_differ(run) if t < 3] == [2]
     assert float(run.record.grads[3][0].norm()) > 20 * float(run.record.grads[4][0].norm())
     assert clean(run.module)
@@ -69,8 +69,8 @@ def test_with_accumulation_every_micro_batch_of_the_step_is_struck(train):
     plain = train(accumulate_grad_batches=4)
     run = train(ScaledGradient(at_step=1, factor=4.0), accumulate_grad_batches=4)
     assert len(run.record.grads) == 2
-    assert same(run.record.grads[0], plain.record.grads[0])
-    assert same(run.record.grads[1], [g * 4.0 for g in plain.record.grads[1]])
+    assert_same(run.record.grads[0], plain.record.grads[0])
+    assert_same(run.record.grads[1], [g * 4.0 for g in plain.record.grads[1]])
 
 
 def test_a_nan_loss(train):
@@ -96,7 +96,7 @@ def test_a_bad_batch_changes_what_the_module_gets_and_nothing_else(train, kind):
     plain = train()
     x, y = (each.clone() for each in plain.data)
     run = train(BadBatch(at_step=2, steps=2, kind=kind))
-    assert same(run.data, (x, y))
+    assert_same(run.data, (x, y))
     changed = [
         [not torch.equal(a, b) for a, b in zip(new, old, strict=True)]
         for new, old in zip(run.module.batches, plain.module.batches, strict=True)
@@ -112,7 +112,7 @@ def test_bad_batches_are_the_same_for_the_same_seed_and_do_not_use_the_global_ra
     for seed in (0, 0, 1):
         torch.manual_seed(3)
         runs.append((train(BadBatch(at_step=2, seed=seed)).module.batches[2], torch.rand(())))
-    assert same(runs[0][0], runs[1][0])
+    assert_same(runs[0][0], runs[1][0])
     assert not same(runs[0][0], runs[2][0])
     assert runs[0][1] == runs[1][1] == runs[2][1]
 
@@ -206,7 +206,7 @@ def test_a_surge_under_a_loss_scaler(train):
 def test_one_bit_of_one_weight(train):
     plain = train()
     run = train(FlipWeightBit(at_step=4, parameter="net.0.bias", element=2, bit=31), Probe(probe := []))
-    assert same(run.record.weights[3], plain.record.weights[3])
+    assert_same(run.record.weights[3], plain.record.weights[3])
     before, after = plain.record.weights[4][1], probe[4][1]
     assert after[2] == -before[2]
     assert torch.equal(after[:2], before[:2])
@@ -264,7 +264,7 @@ def test_a_fault_that_never_comes_changes_nothing(train):
         each(at_step=100)
         for each in (BadGradient, ScaledGradient, ScaledLoss, BadBatch, LearningRateSurge, FlipWeightBit)
     ]
-    assert same(plain.weights, train(*faults).weights)
+    assert_same(plain.weights, train(*faults).weights)
 
 
 def test_a_step_that_comes_again_is_not_struck_again(train, monkeypatch):

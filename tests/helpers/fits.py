@@ -20,6 +20,7 @@ from stabletrain.core.limits import Limits, SkipAbove
 from stabletrain.core.outcome import Outcome
 from stabletrain.core.rule import Observation, Rule
 from stabletrain.runtime.guard.callbacks import as_callback
+from stabletrain.testing.checks.equality import differences, nonfinite_numbers
 from stabletrain.testing.trainer import quiet_trainer
 
 HEALTHY, NAN_LOSS, NAN_GRAD, INF_GRAD, HIGH_LOSS, LARGE_GRAD = range(6)
@@ -225,8 +226,9 @@ def everything(mine: Trainer) -> dict[str, Tensor]:
     return copy.deepcopy({key: value.detach() for key, value in found.items()})
 
 
-def assert_same(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    """Bit for bit."""
-    assert mine.keys() == theirs.keys()
-    different = [key for key in mine if not torch.equal(mine[key], theirs[key])]
-    assert not different, f"differ: {different}"
+def assert_same(mine: Any, theirs: Any) -> None:
+    """Both are equal, bit for bit, and finite."""
+    different = list(differences(mine, theirs, "end"))
+    assert not different, different
+    nonfinite = list(nonfinite_numbers(mine, "end"))
+    assert not nonfinite, nonfinite

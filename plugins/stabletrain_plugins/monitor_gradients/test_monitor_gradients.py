@@ -155,7 +155,7 @@ def test_training_is_bit_identical_with_it(tmp_path: Path, plugins: list[Callbac
     with_it, without = Net(), Net()
     fit(with_it, tmp_path, *plugins, MonitorGradients(every=1, depth=None), log_every_n_steps=1)
     fit(without, tmp_path, *plugins)
-    assert_same(dict(with_it.state_dict()), dict(without.state_dict()))
+    assert_same(with_it.state_dict(), without.state_dict())
 
 
 def test_steps_between_looks_cost_nothing_and_the_device_is_read_once_a_flush(

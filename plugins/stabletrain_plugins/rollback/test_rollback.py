@@ -11,6 +11,7 @@ from typing import Any
 import going_back
 import pytest
 import torch
+from fits import assert_same
 from going_back import Sample, Samples
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -21,7 +22,6 @@ import stabletrain as st
 from stabletrain.chaos import BadGradient, LearningRateSurge
 from stabletrain.errors import UserError
 from stabletrain.runtime.stop import TrainingStopped
-from stabletrain.testing.checks.equality import same
 from stabletrain.testing.toy import quiet
 from stabletrain.testing.trainer import quiet_trainer
 from stabletrain_plugins.rollback import callback, memory
@@ -95,8 +95,8 @@ def train(
     return model, trainer
 
 
-def same_weights(one: Model, other: Model) -> bool:
-    return same(dict(one.state_dict()), dict(other.state_dict()))
+def assert_same_weights(one: Model, other: Model) -> None:
+    assert_same(one.state_dict(), other.state_dict())
 
 
 def interventions(folder: Path) -> list[dict[str, Any]]:
@@ -137,7 +137,7 @@ def test_poisoned_batches_are_excluded(tmp_path: Path) -> None:
     reference, _ = train(tmp_path / "reference", order=clean)
     assert trainer.global_step == len(clean) // 4
     # the undone steps drew random numbers; the generators were restored, so dropout is the same too
-    assert same_weights(model, reference)
+    assert_same_weights(model, reference)
 
 
 def test_a_rollback_that_excludes_nothing_changes_nothing(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_a_rollback_that_excludes_nothing_changes_nothing(tmp_path: Path) -> Non
     callbacks = Requests().at(30, 35, 70, 120), st.Rollback(**{**QUICK, "drop": "none"})
     model, trainer = train(tmp_path / "b", *callbacks, max_epochs=2, shuffle=True)
     assert len(interventions(tmp_path / "b")) == 4
-    assert same_weights(model, reference)
+    assert_same_weights(model, reference)
     assert trainer.global_step == 128
 
 
@@ -158,7 +158,7 @@ def test_an_outcome_in_flight_is_of_the_undone_steps(tmp_path: Path, first: bool
     members = (rollback, requests) if first else (requests, rollback)
     model, trainer = train(tmp_path / "b", st.Guard(mode="device"), *members, optimizer="fused")
     assert [each["step"] for each in interventions(tmp_path / "b")] == [31, 51]
-    assert same_weights(model, reference)
+    assert_same_weights(model, reference)
     assert trainer.global_step == 64
 
 
@@ -173,7 +173,7 @@ def test_excluded_batches_are_as_if_never_in_the_data(tmp_path: Path, accumulate
     reference, _ = train(tmp_path / "reference", order=[i for i in range(256) if i not in excluded], **options)
     assert excluded
     assert len(excluded) % (4 * accumulate) == 0
-    assert same_weights(model, reference)
+    assert_same_weights(model, reference)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
@@ -183,7 +183,7 @@ def test_damaged_weights_are_detected_and_restored(tmp_path: Path, value: float)
     quick = {**QUICK, "drop": "none"}
     model, _ = train(tmp_path / "b", st.SkipNonFinite(), st.Rollback(**quick), damage={37: value})
     assert len(interventions(tmp_path / "b")) == 1
-    assert same_weights(model, reference)
+    assert_same_weights(model, reference)
 
 
 def test_many_skips_in_a_row_lead_to_a_rollback(tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_many_skips_in_a_row_lead_to_a_rollback(tmp_path: Path) -> None:
     (made,) = interventions(tmp_path / "b")
     assert made["plugin"] == "skip_nonfinite"
     reference, _ = train(tmp_path / "a")
-    assert same_weights(model, reference)
+    assert_same_weights(model, reference)
 
 
 def test_after_an_unhealthy_step_the_weights_are_checked_at_once(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_a_surge_of_the_learning_rate_is_undone_at_its_first_step(tmp_path: Path
     assert "the weights have moved " in made["cause"]
     assert made["step"] <= 55
     reference, _ = train(tmp_path / "a")
-    assert same_weights(model, reference)
+    assert_same_weights(model, reference)
 
 
 @pytest.mark.parametrize("second", [50, 56])
@@ -299,7 +299,7 @@ def test_replay_ends_in_the_same_weights(tmp_path: Path) -> None:
     # other snapshots and no requests: only the log decides
     again = st.Rollback(**{**QUICK, "every": 5}, replay=str(tmp_path / "a"))
     second, _ = train(tmp_path / "b", again, poisoned=POISON, max_epochs=2)
-    assert same_weights(first, second)
+    assert_same_weights(first, second)
     assert first.samples == second.samples
     mine, theirs = interventions(tmp_path / "b"), interventions(tmp_path / "a")
     assert [each["step"] for each in mine] == [each["step"] for each in theirs]
@@ -348,7 +348,7 @@ def test_a_run_with_a_rollback_resumes_exactly(tmp_path: Path) -> None:
     again = st.ResumeExactly(), st.Rollback(**QUICK)
     checkpoint = max((tmp_path / "ckpt").glob("step=50*.ckpt"), key=lambda path: path.stat().st_mtime)
     resumed, _ = train(tmp_path / "c", *again, poisoned=POISON, max_epochs=2, resume=checkpoint)
-    assert same_weights(whole, resumed)
+    assert_same_weights(whole, resumed)
 
 
 def test_no_snapshot_of_a_replaced_loader_is_restored(tmp_path: Path) -> None:
@@ -375,7 +375,7 @@ def test_the_log_of_a_resumed_run_is_complete(tmp_path: Path) -> None:
     ]
     log = st.Rollback(**QUICK, replay=str(tmp_path / "b"))
     replayed, _ = train(tmp_path / "c", st.ResumeExactly(), log, poisoned=POISON, max_epochs=2)
-    assert same_weights(resumed, replayed)
+    assert_same_weights(resumed, replayed)
 
 
 def test_the_newest_checkpoint_is_used_after_a_restart(tmp_path: Path) -> None:
@@ -449,7 +449,7 @@ def test_spilling_to_disk_is_the_same(tmp_path: Path) -> None:
     quick = {**QUICK, "drop": "none"}
     reference, _ = train(tmp_path / "a")
     model, _ = train(tmp_path / "b", Requests().at(30, 50), st.Rollback(**quick, spill=str(tmp_path / "spill")))
-    assert same_weights(model, reference)
+    assert_same_weights(model, reference)
     assert not list((tmp_path / "spill").glob("*")) if (tmp_path / "spill").exists() else True
 
 

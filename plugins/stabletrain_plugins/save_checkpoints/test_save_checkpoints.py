@@ -14,14 +14,13 @@ from typing import Any
 import fits
 import pytest
 import torch
-from fits import HEALTHY, Batch, Net, batches
+from fits import HEALTHY, Batch, Net, assert_same, batches
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from processes import HELPERS, environment
 
 from stabletrain import ResumeExactly, SaveCheckpoints, SkipNonFinite, UserError
 from stabletrain.runtime.checkpoints import CheckpointError, Store, load
-from stabletrain.testing.checks.equality import same
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch:UserWarning"),
@@ -65,8 +64,8 @@ def steps_of(folder: Path) -> list[int]:
     return [entry.manifest.info.step for entry in Store(folder).entries()]
 
 
-def same_weights(one: Model, other: Model) -> bool:
-    return same(dict(one.state_dict()), dict(other.state_dict()))
+def assert_same_weights(one: Model, other: Model) -> None:
+    assert_same(one.state_dict(), other.state_dict())
 
 
 @pytest.mark.parametrize("background", [True, False])
@@ -77,7 +76,7 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, background: bool) -> None:
     fit(SkipNonFinite(), SaveCheckpoints(tmp_path, every=None, background=background), steps=16)
     assert steps_of(tmp_path) == [16]
     counts = SkipNonFinite()
-    assert same_weights(fit(counts, SaveCheckpoints(tmp_path, every=None), steps=32, resume=tmp_path), whole)
+    assert_same_weights(fit(counts, SaveCheckpoints(tmp_path, every=None), steps=32, resume=tmp_path), whole)
     assert counts._guard is not None
     assert counts._guard.counters.attempted == 32
 
@@ -151,7 +150,7 @@ def test_a_run_goes_on_from_a_checkpoint_that_has_all_gradients(tmp_path: Path) 
     assert saver.last == str(tmp_path / "cut" / "step-00000004")
     assert Path(saver.best_model_path).name == "step-00000004-2"
     resumed, _ = train(tmp_path / "cut", resume=tmp_path / "cut")
-    assert same_weights(resumed, whole)
+    assert_same_weights(resumed, whole)
 
 
 def test_a_missing_metric_is_an_error_that_names_those_there_are(tmp_path: Path) -> None:
