@@ -7,7 +7,6 @@ import pytest
 import torch
 from fits import Recorder, assert_same
 from lightning.pytorch import Callback
-from lightning.pytorch.plugins.precision import MixedPrecision
 
 from stabletrain import Guard, ScheduleLR, SkipNonFinite
 from stabletrain.chaos import (
@@ -82,8 +81,7 @@ def test_a_nan_loss(train):
 
 def test_a_large_loss_overflows_in_half_precision(train):
     outcomes = Recorder()
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    train(outcomes, ScaledLoss(at_step=4, factor=1e7), plugins=[MixedPrecision("16-mixed", "cpu", scaler=scaler)])
+    train(outcomes, ScaledLoss(at_step=4, factor=1e7), fp16=True)
     assert [each.step for each in outcomes.state if each.overflow] == [4]
     assert math.isfinite(outcomes.state[4].loss)
 
@@ -194,11 +192,8 @@ def test_a_surge_of_the_learning_rate_wins_over_the_schedule_and_leaves_no_trace
 
 
 def test_a_surge_under_a_loss_scaler(train):
-    def precision():
-        return [MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**10))]
-
-    plain = train(SkipNonFinite(), plugins=precision())
-    run = train(SkipNonFinite(), LearningRateSurge(at_step=3, steps=1), plugins=precision())
+    plain = train(SkipNonFinite(), fp16=True)
+    run = train(SkipNonFinite(), LearningRateSurge(at_step=3, steps=1), fp16=True)
     assert step_lengths(run)[3] / step_lengths(plain)[3] == pytest.approx(30.0, rel=0.05)
     assert run.record.rates == plain.record.rates
 

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -209,21 +210,22 @@ def run(mine: Trainer, module: LightningModule, items: Any, val_items: Any = Non
 
 
 def everything(mine: Trainer) -> dict[str, Tensor]:
-    """All that a step may change, by name."""
-    module, optimizer = mine.lightning_module, mine.optimizers[0]
-    found = {f"module.{name}": value for name, value in module.state_dict().items()}
-    for i, state in enumerate(optimizer.state.values()):
-        found |= {f"optimizer.{i}.{key}": torch.as_tensor(value) for key, value in state.items() if value is not None}
-    found |= {f"lr.{i}": torch.tensor(group["lr"]) for i, group in enumerate(optimizer.param_groups)}
-    found["global_step"] = torch.tensor(mine.global_step)
-    found |= {
-        f"scheduler.{i}": torch.tensor(config.scheduler.last_epoch)
-        for i, config in enumerate(mine.lr_scheduler_configs)
-    }
+    """All that a step may change, by name; of sharded tensors the local parts."""
+    module, outer = mine.lightning_module, mine.optimizers[0]
+    optimizer = getattr(outer, "optim", outer)  # of a ZeroRedundancyOptimizer
+    found: dict[str, Any] = {f"module.{name}": value for name, value in module.state_dict().items()}
+    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        for key, value in optimizer.state.get(p, {}).items():
+            for j, each in enumerate(value if isinstance(value, list) else [value]):
+                found[f"optimizer.{i}.{key}.{j}"] = each
+    found |= {f"lr.{i}": group["lr"] for i, group in enumerate(optimizer.param_groups)}
+    found["global_step"] = mine.global_step
+    found |= {f"scheduler.{i}": config.scheduler.last_epoch for i, config in enumerate(mine.lr_scheduler_configs)}
     grad_scaler = getattr(mine.precision_plugin, "scaler", None)
     if grad_scaler is not None:
-        found |= {f"scaler.{key}": torch.tensor(float(value)) for key, value in grad_scaler.state_dict().items()}
-    return copy.deepcopy({key: value.detach() for key, value in found.items()})
+        found |= {f"scaler.{key}": float(value) for key, value in grad_scaler.state_dict().items()}
+    tensors = {key: torch.as_tensor(value).detach() for key, value in found.items() if value is not None}
+    return {key: copy.deepcopy(each.to_local() if isinstance(each, DTensor) else each) for key, each in tensors.items()}
 
 
 def assert_same(mine: Any, theirs: Any) -> None:
