@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
-from stabletrain.core.events import Event
+from stabletrain.core.events import Event, Request, RequestKind
 from stabletrain.core.limits import Limits, SkipAbove
 from stabletrain.core.outcome import Outcome
 from stabletrain.core.rule import Observation, Rule
@@ -84,6 +84,31 @@ class ShyRecorderRule(RecorderRule):
 SkipHighLoss = as_callback(SkipHighLossRule)
 Recorder = as_callback(RecorderRule)
 ShyRecorder = as_callback(ShyRecorderRule)
+
+
+class EventRecorder(Callback):
+    """Records all events."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def on_stability_event(self, trainer: Trainer, module: LightningModule, event: Event) -> None:
+        self.events.append(event)
+
+
+class RequestHandler(Callback):
+    """Takes requests over and records them.
+
+    Args:
+        handles: the kinds of requests.
+    """
+
+    def __init__(self, *handles: RequestKind) -> None:
+        self.handles = frozenset(handles)
+        self.got: list[Request] = []
+
+    def handle_request(self, trainer: Trainer, module: LightningModule, request: Request) -> None:
+        self.got.append(request)
 
 
 class _Spoil(torch.autograd.Function):

@@ -8,15 +8,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from fits import HEALTHY, NAN_LOSS, assert_same, batches
-from lightning.pytorch import Callback, LightningModule, Trainer
+from fits import HEALTHY, NAN_LOSS, EventRecorder, assert_same, batches
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from stabletrain.core.events import Event
 from stabletrain.errors import UserError
 from stabletrain.runtime import gradients
 from stabletrain.runtime.guard.callbacks import as_callback
@@ -91,14 +90,6 @@ class Record(Logger):
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         pass
-
-
-class Listen(Callback):
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-
-    def on_stability_event(self, trainer: Trainer, module: LightningModule, event: Event) -> None:
-        self.events.append(event)
 
 
 def fit(
@@ -197,19 +188,19 @@ def test_other_callbacks_can_monitor_a_layer(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_the_parameter_whose_gradient_became_nonfinite_is_named(tmp_path: Path, value: float) -> None:
     # between two looks: a step in 50 would miss it
-    listen = Listen()
+    recorder = EventRecorder()
     module = Net(poison={7: value})
-    _, record = fit(module, tmp_path, MonitorGradients(every=50), SkipNonFinite(), listen)
-    (event,) = [event for event in listen.events if event.plugin == "monitor_gradients"]
+    _, record = fit(module, tmp_path, MonitorGradients(every=50), SkipNonFinite(), recorder)
+    (event,) = [event for event in recorder.events if event.plugin == "monitor_gradients"]
     assert (event.step, event.kind, event.value) == (7, "nonfinite", 1.0)
     assert event.reason.endswith("non-finite in 1 of 9 parameters: net.blocks.1.0.bias")
     assert [row["nonfinite_layers"] for _, row in record.rows if "nonfinite_layers" in row] == [1.0]
 
 
 def test_a_nonfinite_loss_makes_all_gradients_nonfinite_and_names_the_first(tmp_path: Path) -> None:
-    listen = Listen()
-    fit(Net(), tmp_path, MonitorGradients(), SkipNonFinite(), listen, nan_at=5)
-    (event,) = [event for event in listen.events if event.plugin == "monitor_gradients"]
+    recorder = EventRecorder()
+    fit(Net(), tmp_path, MonitorGradients(), SkipNonFinite(), recorder, nan_at=5)
+    (event,) = [event for event in recorder.events if event.plugin == "monitor_gradients"]
     assert "loss nan, gradient non-finite in 9 of 9 parameters, from net.scale to net.out.bias" in event.reason
 
 

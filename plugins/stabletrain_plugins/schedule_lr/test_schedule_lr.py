@@ -7,12 +7,12 @@ import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, get_args
 
 import fits
 import pytest
 import torch
-from fits import HEALTHY, NAN_LOSS, Batch, batches, loader
+from fits import HEALTHY, NAN_LOSS, Batch, EventRecorder, batches, loader
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from stabletrain import default_callbacks
 from stabletrain.config.discovery import content, groups
-from stabletrain.core.events import Event, Request, RequestKind
+from stabletrain.core.events import Request, RequestKind
 from stabletrain.core.lengths import RunLength
 from stabletrain.core.schedule import Kind, Schedule
 from stabletrain.errors import UserError
@@ -432,22 +432,18 @@ def test_pickles_and_copies_keep_the_arguments(tmp_path: Path) -> None:
 
 
 def test_an_event_and_a_request_reach_the_guard(tmp_path: Path) -> None:
-    class Listener(Callback):
-        events: ClassVar[list[Event]] = []
-
-        def on_stability_event(self, trainer: Trainer, module: LightningModule, event: Event) -> None:
-            self.events.append(event)
-
+    class RequestsRewarm(EventRecorder):
         def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
             if trainer.global_step == 6:
                 asked = Request(RequestKind.REWARM, "test", "loss 9.0 > 3.0")
                 execute([asked], trainer, pl_module, self.events.append, step=5)
 
+    recorder = RequestsRewarm()
     schedule, net = ScheduleLR(lr_warmup=0, lr_rewarm=4), Net()
-    trainer(tmp_path, as_callback(ClipNormRule)(), schedule, Listener()).fit(net, data())
+    trainer(tmp_path, as_callback(ClipNormRule)(), schedule, recorder).fit(net, data())
     assert [round(rate / BASE, 9) for rate, _ in net.used[5:10]] == [1, 0.25, 0.5, 0.75, 1]
-    assert [(event.step, event.kind, event.value) for event in Listener.events] == [(5, "rewarm", 4.0)]
-    assert "loss 9.0 > 3.0" in Listener.events[0].reason
+    assert [(event.step, event.kind, event.value) for event in recorder.events] == [(5, "rewarm", 4.0)]
+    assert "loss 9.0 > 3.0" in recorder.events[0].reason
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------

@@ -1,16 +1,14 @@
 """How a run ends that cannot be saved: with an exception, weights and checkpoints as they were."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from fits import HEALTHY, NAN_LOSS, Net, Recorder, batches, fit, run, trainer
-from lightning.pytorch import Callback
+from fits import HEALTHY, NAN_LOSS, Net, Recorder, RequestHandler, batches, fit, run, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from stabletrain import ClipNorm, Guard, SkipNonFinite, TrainingStopped
-from stabletrain.core.events import Request, RequestKind
+from stabletrain.core.events import RequestKind
 
 POISON = batches(*[NAN_LOSS] * 12)
 
@@ -75,18 +73,8 @@ def test_max_attempts_is_exact() -> None:
     assert len(recorder.state) == 5
 
 
-class Handler(Callback):
-    handles = frozenset({RequestKind.ROLLBACK})
-
-    def __init__(self) -> None:
-        self.got: list[Request] = []
-
-    def handle_request(self, trainer: Any, module: Any, request: Request) -> None:
-        self.got.append(request)
-
-
 def test_a_callback_that_can_roll_back_takes_the_request_over() -> None:
     """Bug: a stop where somebody could have helped; or a request handed on at every later step."""
-    handler = Handler()
+    handler = RequestHandler(RequestKind.ROLLBACK)
     fit(Net(), batches(HEALTHY, NAN_LOSS, NAN_LOSS, HEALTHY), SkipNonFinite(max_in_a_row=2), ClipNorm(), handler)
     assert [(r.kind, r.plugin) for r in handler.got] == [(RequestKind.ROLLBACK, "skip_nonfinite")]

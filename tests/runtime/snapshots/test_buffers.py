@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from torch import Tensor
 
 from stabletrain.runtime.snapshots.buffers import SnapshotBuffers, bytes_of
 from stabletrain.runtime.snapshots.tensor_kinds import plain_tensors
+from stabletrain.testing.checks.equality import same
 
 LAYOUTS = {
     "bf16": torch.randn(5).bfloat16(),
@@ -24,20 +24,12 @@ LAYOUTS = {
 }
 
 
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(bits(one), bits(other))
-
-
-def bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
-
-
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_copy_is_exact(name: str) -> None:
     source = LAYOUTS[name]
     snapshot = SnapshotBuffers()
     snapshot.copy_in([source])
-    assert same_bits(snapshot.tensors[0], source)
+    assert same(snapshot.tensors[0], source)
 
 
 def test_copying_back_is_in_place_and_undoes_a_change() -> None:
@@ -49,7 +41,7 @@ def test_copying_back_is_in_place_and_undoes_a_change() -> None:
     for each in tensors:
         each.zero_()
     snapshot.copy_back(tensors)
-    assert all(same_bits(now, then) for now, then in zip(tensors, before, strict=True))
+    assert all(same(now, then) for now, then in zip(tensors, before, strict=True))
     assert [each.data_ptr() for each in tensors] == addresses
 
 
