@@ -89,6 +89,7 @@ def option(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", get_args(Kind))
 def test_every_option_trains_on_exactly_its_curve(tmp_path: Path, kind: str) -> None:
+    """Bug: the rate is one step late or early, or rounded; a second parameter group has the first one's rate."""
     schedule, net = ScheduleLR(**option(kind)), Net()
     trainer(tmp_path, schedule, max_steps=16).fit(net, data())
     assert net.used == wanted(schedule, 16)
@@ -109,6 +110,7 @@ def test_every_option_trains_on_exactly_its_curve(tmp_path: Path, kind: str) -> 
     ],
 )
 def test_the_total_is_that_of_the_run(tmp_path: Path, arguments: dict[str, Any], total: int) -> None:
+    """Bug: a total that forgets max_steps, limits on batches, or a shorter last accumulation window."""
     schedule, net = ScheduleLR("cosine"), Net()
     trainer(tmp_path, schedule, **arguments).fit(net, data())
     assert len(net.used) == total
@@ -123,6 +125,7 @@ def test_the_total_follows_an_accumulation_that_changes_between_epochs(tmp_path:
 
 
 def test_lengths_in_epochs_and_tokens(tmp_path: Path) -> None:
+    """Bug: epochs or tokens are turned into a wrong number of steps."""
     schedule = ScheduleLR("wsd", lr_warmup="0.5ep", decay="600tok", tokens_per_step=100)
     net = Net()
     trainer(tmp_path, schedule).fit(net, data())
@@ -135,6 +138,7 @@ class Endless(IterableDataset[Batch]):
 
 
 def test_data_without_a_length_need_a_total_only_where_the_curve_has_an_end(tmp_path: Path) -> None:
+    """Bug: an endless stream is refused for every curve, or accepted for one that needs the total."""
     endless = DataLoader(Endless(), batch_size=None)
     net = Net()
     trainer(tmp_path, ScheduleLR(lr_warmup=4), max_epochs=1, max_steps=6).fit(net, endless)
@@ -146,6 +150,7 @@ def test_data_without_a_length_need_a_total_only_where_the_curve_has_an_end(tmp_
 
 
 def test_the_final_value_is_held_after_an_explicit_total(tmp_path: Path) -> None:
+    """Bug: after ``total`` the rate rises again, or falls below min_factor."""
     net = Net()
     trainer(tmp_path, ScheduleLR("linear", lr_warmup=0, total=8, min_factor=0.5)).fit(net, data())
     assert [rate for rate, _ in net.used[8:]] == [BASE / 2] * 8
@@ -206,6 +211,8 @@ def test_a_step_skipped_on_the_device_does_not_advance_it_either(tmp_path: Path,
 
 @pytest.mark.parametrize("guarded", [False, True])
 def test_resumed_equals_uninterrupted(tmp_path: Path, guarded: bool) -> None:
+    """Bug: the position is not saved; or the decayed rate of the checkpoint becomes the base rate."""
+
     def parts() -> list[Callback]:
         return [ScheduleLR("wsd", lr_warmup=3), *([as_callback(ClipNormRule)(max_norm=0.5)] if guarded else [])]
 
@@ -228,6 +235,7 @@ def test_a_checkpoint_made_without_it_resumes_at_the_position_of_its_step(tmp_pa
 
 
 def test_a_jump_of_the_rate_at_a_resume_gets_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Bug: another total at a resume changes the rate, and nobody notices; or a warning without a change."""
     save = ModelCheckpoint(dirpath=tmp_path, filename="half")
     trainer(tmp_path, ScheduleLR("linear", total=16), save, max_epochs=1).fit(Net(), data())
     trainer(tmp_path, ScheduleLR("linear", total=16)).fit(Net(), data(), ckpt_path=tmp_path / "half.ckpt")
@@ -278,6 +286,7 @@ def test_replaces_the_modules_scheduler_and_restores_it(
 
 
 def test_keep_leaves_the_modules_scheduler_in_charge(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Bug: with ``keep``, our schedule changes the rate of the module's scheduler."""
     alone, net = Net(SCHEDULERS["StepLR"]), Net(SCHEDULERS["StepLR"])
     trainer(tmp_path).fit(alone, data())
     run = trainer(tmp_path, ScheduleLR("cosine", module_scheduler="keep"), log_every_n_steps=1)
@@ -314,6 +323,7 @@ def test_the_default_stack_keeps_the_modules_scheduler(tmp_path: Path) -> None:
 
 
 def test_keep_on_a_module_without_a_scheduler_is_an_ordinary_schedule(tmp_path: Path) -> None:
+    """Bug: with ``keep`` and no scheduler to keep, the rate stays constant."""
     schedule, net = ScheduleLR("linear", module_scheduler="keep"), Net()
     trainer(tmp_path, schedule).fit(net, data())
     assert net.used == wanted(schedule, 16)
@@ -324,6 +334,7 @@ def test_keep_on_a_module_without_a_scheduler_is_an_ordinary_schedule(tmp_path: 
 def test_learning_rate_monitor_and_our_own_log_see_the_rate_that_is_used(
     tmp_path: Path, order: int, guarded: bool
 ) -> None:
+    """Bug: the logged rate is that of the step before or after."""
     logger = CSVLogger(tmp_path)
     parts = [LearningRateMonitor(), ScheduleLR("cosine"), *([as_callback(ClipNormRule)()] if guarded else [])][::order]
     net = Net()
@@ -337,6 +348,7 @@ def test_learning_rate_monitor_and_our_own_log_see_the_rate_that_is_used(
 
 
 def test_our_log_keeps_the_trainers_interval(tmp_path: Path) -> None:
+    """Bug: the rate is logged at every step, whatever ``log_every_n_steps`` is."""
     logger = CSVLogger(tmp_path)
     net = Net()
     trainer(tmp_path, ScheduleLR("linear"), logger=logger, log_every_n_steps=4).fit(net, data())
@@ -391,6 +403,7 @@ def test_two_fits_in_a_row_start_from_the_base_rate(tmp_path: Path) -> None:
 
 
 def test_after_an_exception_scheduler_and_rate_are_restored(tmp_path: Path) -> None:
+    """Bug: after a failed fit, the module's scheduler is missing, and the optimizer has our rate."""
     net = Net(SCHEDULERS["StepLR"])
     net.raise_at = 5
     run = trainer(tmp_path, ScheduleLR("cosine"))
@@ -404,12 +417,14 @@ def test_after_an_exception_scheduler_and_rate_are_restored(tmp_path: Path) -> N
     "arguments", [{"kind": "cosine", "lr_warmup": 100}, {"kind": "wsd", "lr_warmup": 9, "decay": 9}]
 )
 def test_fast_dev_run_takes_lengths_that_its_few_batches_cannot_hold(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    """Bug: a trial run of two batches is refused, because the warm-up is longer."""
     net = Net()
     trainer(tmp_path, ScheduleLR(**arguments), fast_dev_run=2).fit(net, data())
     assert [rate for rate, _ in net.used] == pytest.approx([BASE * s / arguments["lr_warmup"] for s in (1, 2)])
 
 
 def test_validate_and_test_do_not_change_the_schedule(tmp_path: Path) -> None:
+    """Bug: validation outside of a fit sets rates, advances or resets the schedule."""
     schedule, net = ScheduleLR("cosine"), Net()
     run = trainer(tmp_path, schedule)
     run.validate(net, data(), verbose=False)
@@ -423,6 +438,7 @@ def test_validate_and_test_do_not_change_the_schedule(tmp_path: Path) -> None:
 
 
 def test_pickles_and_copies_keep_the_arguments(tmp_path: Path) -> None:
+    """Bug: a copy has the defaults, or shares state with the original."""
     schedule = ScheduleLR("step", milestones=[3, "1ep"])
     trainer(tmp_path, schedule).fit(Net(), data())
     for other in (pickle.loads(pickle.dumps(schedule)), copy.deepcopy(schedule)):
@@ -432,6 +448,8 @@ def test_pickles_and_copies_keep_the_arguments(tmp_path: Path) -> None:
 
 
 def test_an_event_and_a_request_reach_the_guard(tmp_path: Path) -> None:
+    """Bug: a rewarm request that a rule made is not executed, or makes no event."""
+
     class RequestsRewarm(EventRecorder):
         def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
             if trainer.global_step == 6:
@@ -451,6 +469,7 @@ def test_an_event_and_a_request_reach_the_guard(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", get_args(Kind))
 def test_options_list_every_argument_and_change_only_what_the_kind_needs(name: str) -> None:
+    """Bug: an option file lacks an argument, or has other defaults than the code."""
     given = option(name)
     defaults = {field.name: field.default for field in fields(Schedule)}
     assert list(given) == list(defaults)
@@ -479,12 +498,14 @@ def test_options_list_every_argument_and_change_only_what_the_kind_needs(name: s
     ],
 )
 def test_a_mistake_is_reported_at_once_with_its_key(arguments: dict[str, Any], message: str) -> None:
+    """Bug: a wrong argument is found only when the run starts, or by a message without its key."""
     with pytest.raises(UserError, match=message) as error:
         ScheduleLR(**arguments)
     assert "schedule." in str(error.value)
 
 
 def test_a_warm_up_longer_than_the_run_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    """Bug: a run that never reaches its rate is accepted."""
     net = Net()
     with pytest.raises(UserError, match=r"lr_warmup must be no longer than the total of 16 steps, got 100"):
         trainer(tmp_path, ScheduleLR("cosine", lr_warmup=100)).fit(net, data())
@@ -493,6 +514,7 @@ def test_a_warm_up_longer_than_the_run_is_refused_before_the_first_step(tmp_path
 
 @pytest.mark.parametrize("milestones", [[10, "1ep"], [1, 10]])
 def test_milestones_out_of_order_or_inside_the_warm_up_are_refused(milestones: list[int | str]) -> None:
+    """Bug: milestones in epochs and steps are not compared, and the rate falls at unexpected steps."""
     with pytest.raises(UserError, match="milestones must be ascending and after the warm-up of 2 steps"):
         ScheduleLR("step", milestones=milestones).curve(RunLength(total_steps=100, steps_per_epoch=5))
 
@@ -504,12 +526,14 @@ def test_lengths_in_several_units_are_compared_when_the_run_is_known() -> None:
 
 
 def test_a_run_that_is_all_warm_up_is_one() -> None:
+    """Bug: a decay of length 0 divides by zero, or ends below the full rate."""
     curve = ScheduleLR("cosine", lr_warmup=4, total=4).curve(RunLength())
     assert [curve.factor(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
 
 
 @pytest.mark.parametrize("kind", get_args(Kind))
 def test_plot_draws_the_curve(tmp_path: Path, kind: str) -> None:
+    """Bug: the plot shows another curve than training uses."""
     schedule = ScheduleLR(**option(kind))
     figure = schedule.plot(tmp_path / "curve.png", steps=100)
     line = figure.axes[0].lines[0]
@@ -519,6 +543,7 @@ def test_plot_draws_the_curve(tmp_path: Path, kind: str) -> None:
 
 
 def test_plot_needs_a_length_and_knows_it_after_a_run(tmp_path: Path) -> None:
+    """Bug: a traceback where the length is unknown; the length of the run is forgotten."""
     schedule = ScheduleLR("linear")
     with pytest.raises(UserError, match=r"trainer.max_steps|plot\(steps=...\)"):
         schedule.plot()
@@ -527,6 +552,7 @@ def test_plot_needs_a_length_and_knows_it_after_a_run(tmp_path: Path) -> None:
 
 
 def test_no_warnings_without_a_cause(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Bug: a warning in an ordinary run."""
     with caplog.at_level(logging.WARNING, logger="stabletrain"):
         trainer(tmp_path, ScheduleLR("cosine")).fit(Net(), data())
     assert not caplog.records
