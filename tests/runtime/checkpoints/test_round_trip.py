@@ -114,10 +114,12 @@ def same_values(one: Any, other: Any) -> bool:
 
 
 def test_nan_stays_nan(tmp_path: Path) -> None:
+    """Bug: JSON without NaN, so that a NaN in a counter becomes null or an error."""
     assert math.isnan(through_a_file(tmp_path, {"x": math.nan})["x"])
 
 
 def test_tied_weights_are_stored_once_and_are_one_tensor_again(tmp_path: Path) -> None:
+    """Bug: tied weights become two tensors, which train apart after a resume."""
     weight = torch.randn(100, 10)
     found = through_a_file(tmp_path, {"head": weight, "embedding": weight.detach(), "part": weight[:1]})
     assert found["head"] is found["embedding"]
@@ -134,6 +136,7 @@ def test_loaded_tensors_have_memory_of_their_own(tmp_path: Path) -> None:
 
 
 def test_names_that_collide(tmp_path: Path) -> None:
+    """Bug: two keys with one path in the file, of which one is lost."""
     one, two, three = torch.ones(1), torch.zeros(1), torch.full((1,), 2.0)
     found = through_a_file(tmp_path, {"a.b": one, "a": {"b": two}, "__metadata__": three})
     assert (found["a.b"].item(), found["a"]["b"].item(), found["__metadata__"].item()) == (1.0, 0.0, 2.0)
@@ -258,6 +261,7 @@ def test_a_file_of_the_first_release_is_read() -> None:
 
 
 def test_a_container_in_itself_is_refused() -> None:
+    """Bug: endless recursion."""
     loop: list[Any] = []
     loop.append(loop)
     with pytest.raises(CheckpointError, match="itself"):
@@ -265,6 +269,7 @@ def test_a_container_in_itself_is_refused() -> None:
 
 
 def test_objects_among_hyper_parameters_are_omitted_by_name() -> None:
+    """Bug: one object among the hyper-parameters makes saving impossible, or disappears without a message."""
     given = {
         "hyper_parameters": {"lr": 0.1, "loss": len, "net": {"act": torch.nn.ReLU(), "width": 3}},
         "hparams_type": dict,
@@ -284,6 +289,7 @@ def test_a_config_of_omegaconf_among_hyper_parameters_becomes_plain() -> None:
 
 
 def test_other_tools_can_read_the_tensors(tmp_path: Path) -> None:
+    """Bug: a file that is not of the safetensors format, or with other names."""
     safetensors = pytest.importorskip("safetensors.torch")
     saver = Saver(Store(tmp_path))
     saver.save(
@@ -297,4 +303,5 @@ def test_other_tools_can_read_the_tensors(tmp_path: Path) -> None:
 
 
 def test_a_dtype_that_the_format_lacks_is_stored_as_bytes(tmp_path: Path) -> None:
+    """Bug: complex128, which safetensors lacks, is refused or loses precision."""
     assert torch.equal(through_a_file(tmp_path, {"x": TENSORS["complex128"]})["x"], TENSORS["complex128"])

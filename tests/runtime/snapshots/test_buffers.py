@@ -26,6 +26,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_copy_is_exact(name: str) -> None:
+    """Bug: a dtype or layout whose copy has other bits, or shape."""
     source = LAYOUTS[name]
     snapshot = SnapshotBuffers()
     snapshot.copy_in([source])
@@ -60,6 +61,7 @@ def test_buffers_are_used_again_also_when_the_list_changes() -> None:
 
 
 def test_a_wrong_layout_is_refused_and_changes_nothing() -> None:
+    """Bug: copying back into other shapes changes some tensors before it fails."""
     snapshot = SnapshotBuffers()
     snapshot.copy_in([torch.ones(3)])
     target = torch.zeros(4)
@@ -69,6 +71,7 @@ def test_a_wrong_layout_is_refused_and_changes_nothing() -> None:
 
 
 def test_parameters_that_need_gradients_are_copied_outside_of_autograd() -> None:
+    """Bug: an in-place change of a leaf that requires a gradient raises, or enters the graph."""
     parameter = torch.nn.Parameter(torch.ones(3))
     snapshot = SnapshotBuffers()
     snapshot.copy_in([parameter])
@@ -89,6 +92,7 @@ def test_a_wrapper_gives_its_inner_tensors() -> None:
 
 
 def test_an_empty_list() -> None:
+    """Bug: a call of torch's foreach functions without tensors, which raises."""
     snapshot = SnapshotBuffers()
     snapshot.copy_in([])
     snapshot.copy_back([])
