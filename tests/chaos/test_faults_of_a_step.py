@@ -320,6 +320,8 @@ def test_a_second_run_in_the_same_folder_has_the_fault_again(train):
 
 
 def test_a_resumed_run_does_not_repeat_the_fault(train, tmp_path):
+    """Bug: a run that the fault has ended meets it again at every resume; or ``once=False`` has no effect."""
+
     class Save(Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             if batch_idx == 2:

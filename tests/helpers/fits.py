@@ -1,4 +1,4 @@
-"""Small trainings whose faults are part of the data, so that a faulty batch can be put in, left out or moved."""
+"""Small trainings whose faults are part of the data, so that a test can insert, omit or move a faulty batch."""
 
 import copy
 import math
@@ -56,7 +56,7 @@ class SkipHighLossRule(Rule[None]):
 
 @dataclass(frozen=True)
 class RecorderRule(Rule[tuple[Outcome, ...]]):
-    """Remember every outcome, overflows too, and say something about each."""
+    """Record every outcome, overflows too, and emit an event for each."""
 
     plugin = "recorder"
     slot = "recorder"
@@ -75,7 +75,7 @@ class RecorderRule(Rule[tuple[Outcome, ...]]):
 
 @dataclass(frozen=True)
 class ShyRecorderRule(RecorderRule):
-    """As the recorder, without the overflows: what an ordinary rule gets to see."""
+    """As the recorder, without the overflows, which ordinary rules do not observe."""
 
     plugin = "shy_recorder"
     sees_overflow = False

@@ -269,7 +269,7 @@ def test_the_process_ends_without_finalize(uri, client, monkeypatch, last, statu
 
 
 def test_a_script_without_a_trainer(uri, client):
-    """Bug: without a Trainer nobody calls finalize, so the last metrics are lost and the run is RUNNING for ever."""
+    """Bug: without a Trainer finalize is never called, so the last metrics are lost and the run is RUNNING for ever."""
     code = (
         "import sys; from stabletrain.tracking import MLflowLogger\n"
         "logger = MLflowLogger(sys.argv[1]); logger.log_metrics({'a': 1.0}, step=0); print(logger.run_id)\n"

@@ -1,4 +1,4 @@
-"""Of several requests in one step the most severe is executed, whoever asked first."""
+"""Of several requests in one step the most severe is executed, whatever the order of plugins."""
 
 import itertools
 import math
@@ -58,7 +58,7 @@ def test_a_stop_is_never_outranked(order: tuple[int, ...]) -> None:
 
 
 def test_a_rewarm_without_a_schedule_is_only_reported(caplog: pytest.LogCaptureFixture) -> None:
-    """Bug: a run stopped because nobody can raise its learning rate again."""
+    """Bug: a run is stopped because no schedule can raise its learning rate again."""
     events: list[Any] = []
     trainer = fit(Net(), batches(HEALTHY))
     with caplog.at_level("WARNING", "stabletrain"):
