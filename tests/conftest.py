@@ -1,12 +1,12 @@
-"""What tests of several folders share."""
+"""Fixtures for tests of several folders."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from processes import HELPERS, environment
 
 OnTwoRanks = Callable[[Path | str], Path]
 
@@ -18,14 +18,8 @@ def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> OnTwoRanks:
     def run(script: Path | str) -> Path:
         folder = tmp_path_factory.mktemp("two_ranks")
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-        helpers = str(Path(__file__).parent / "helpers")
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([helpers, os.environ.get("PYTHONPATH", "")]),
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-        }
-        done = subprocess.run([*command, str(folder)], env=environment, capture_output=True, text=True, timeout=300)
+        variables = environment(HELPERS, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+        done = subprocess.run([*command, str(folder)], env=variables, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-4000:]
         return folder
 

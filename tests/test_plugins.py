@@ -16,4 +16,5 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "check"), CASES)
 def test_plugin(name: str, check: Check) -> None:
+    """Bug: an installed plugin that breaks a part of the contract; each check names its own."""
     run_check(check, SUBJECTS[name])

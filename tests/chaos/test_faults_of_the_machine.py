@@ -59,6 +59,7 @@ def script(folder, **arguments):
 
 
 def test_sigkill_at_a_step_and_not_again_in_the_same_folder(train, tmp_path, monkeypatch):
+    """Bug: a resumed run is killed at the same step for ever; or the signal comes at another step."""
     assert script(tmp_path, at_step=3) == (-signal.SIGKILL, ["step 0", "step 1", "step 2"])
     killed = []
     monkeypatch.setattr("stabletrain.chaos.processes.os.kill", lambda *arguments: killed.append(arguments))
@@ -78,14 +79,16 @@ class Elapsed(Callback):
 
 
 def test_sigstop_stops_for_a_while(train):
+    """Bug: the process is never continued, or not stopped."""
     elapsed = Elapsed()
     train(SendSignal(at_step=3, signal="SIGSTOP", seconds=0.3), elapsed, batches=5)
     assert elapsed.starts[3] - elapsed.starts[2] >= 0.3
 
 
 def test_sigterm_reaches_the_process(train):
+    """Bug: the signal goes to a rank that was not chosen."""
     train(SendSignal(at_step=1, signal="SIGTERM", rank=1), batches=4)
-    with pytest.raises(SIGTERMException):  # that is how Lightning ends a run on it
+    with pytest.raises(SIGTERMException):  # Lightning's way to end a run
         train(SendSignal(at_step=1, signal="SIGTERM"), batches=4)
 
 
@@ -93,6 +96,7 @@ def test_sigterm_reaches_the_process(train):
 
 
 def test_one_bit_of_the_newest_checkpoint(train, tmp_path):
+    """Bug: an older file, more than one bit, or a file that is still written."""
     folder, written = tmp_path / "kept", {}
 
     class Read(Callback):
@@ -110,8 +114,8 @@ def test_one_bit_of_the_newest_checkpoint(train, tmp_path):
     assert flipped == {"step=2.ckpt": 0, "step=4.ckpt": 1, "step=6.ckpt": 0}
 
 
-def test_checkpoints_of_our_own_are_struck_too(train, tmp_path):
-    """In the recipes they are folders, and the fault did nothing, without a word."""
+def test_checkpoints_of_our_own_are_damaged_too(train, tmp_path):
+    """Bug: our checkpoints are folders, in which the fault finds no file, and does nothing without a message."""
     keep = SaveCheckpoints(tmp_path / "kept", every=2, keep_last=None, background=False)
     fault = FlipCheckpointBit(at_step=5)
     train(fault, keep, enable_checkpointing=True)
@@ -122,6 +126,7 @@ def test_checkpoints_of_our_own_are_struck_too(train, tmp_path):
 
 
 def test_it_is_one_bit_and_bit_rot_has_no_time_of_change(tmp_path):
+    """Bug: the changed time makes a damaged file the newest one; a fault due before step 0."""
     file = tmp_path / "last.ckpt"
     file.write_bytes(bytes(1000))
     os.utime(file, ns=(10**18, 10**18))
@@ -140,6 +145,7 @@ def test_it_is_one_bit_and_bit_rot_has_no_time_of_change(tmp_path):
 
 
 def test_without_a_checkpoint_it_waits(train, tmp_path):
+    """Bug: without a file at its step, the fault never comes, or raises."""
     keep = ModelCheckpoint(tmp_path / "late", every_n_train_steps=6, filename="{step}")
     fault = FlipCheckpointBit(at_step=2)
     train(fault, keep, enable_checkpointing=True)
@@ -150,6 +156,7 @@ def test_without_a_checkpoint_it_waits(train, tmp_path):
 
 
 def test_a_checkpoint_meets_a_full_disk_and_the_disk_is_free_again_later(train, tmp_path):
+    """Bug: saving succeeds on the full disk; the replaced functions of Python and torch stay."""
     functions = (open, io.open, os.write, torch.save, os.pwrite, os.sendfile)
     keep = ModelCheckpoint(tmp_path / "kept", every_n_train_steps=2, save_top_k=-1, filename="{step}")
     with pytest.raises(OSError, match="No space left") as error:
@@ -160,6 +167,7 @@ def test_a_checkpoint_meets_a_full_disk_and_the_disk_is_free_again_later(train, 
 
 
 def test_between_checkpoints_it_does_no_harm(train, tmp_path):
+    """Bug: a run that writes nothing at these steps fails."""
     keep = ModelCheckpoint(tmp_path / "kept", every_n_train_steps=4, save_top_k=-1, filename="{step}")
     train(FullDisk(at_step=4, steps=3), keep, enable_checkpointing=True)
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["step=4.ckpt", "step=8.ckpt"]
@@ -197,6 +205,7 @@ def ways_to_write(path: Path):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("way", ways_to_write(Path()))
 def test_every_way_to_write_is_refused_below_the_folder_only(tmp_path, way):
+    """Bug: one of the ways to write a file is not simulated, or writes elsewhere fail too."""
     (tmp_path / "full").mkdir()
     (tmp_path / "free").mkdir()
     undo = NoSpace(tmp_path / "full", free=0).install()
@@ -211,6 +220,7 @@ def test_every_way_to_write_is_refused_below_the_folder_only(tmp_path, way):
 
 
 def test_what_is_left_can_be_used_up(tmp_path):
+    """Bug: the free bytes are not counted over several files; a second fault that cannot be undone."""
     undo = NoSpace(tmp_path, free=10).install()
     try:
         (tmp_path / "a").write_bytes(b"x" * 6)
@@ -229,6 +239,7 @@ def test_what_is_left_can_be_used_up(tmp_path):
 
 @pytest.mark.parametrize("file", OPTIONS, ids=lambda file: file.stem)
 def test_an_option_names_every_argument_and_can_be_built(file):
+    """Bug: an option file lacks an argument or its explanation, or cannot be built."""
     import inspect
 
     text = file.read_text("utf-8")
@@ -242,6 +253,7 @@ def test_an_option_names_every_argument_and_can_be_built(file):
 
 
 def test_every_fault_has_an_option():
+    """Bug: a fault that no config can select."""
     named = {yaml.safe_load(file.read_text("utf-8"))["_target_"].rsplit(".", 1)[1] for file in OPTIONS}
     assert named == set(stabletrain.chaos.__all__) - {"Fault"}
 
@@ -256,5 +268,6 @@ def test_every_fault_has_an_option():
     ],
 )
 def test_impossible_arguments_are_refused(make, message):
+    """Bug: accepted arguments of a fault that never comes, or does nothing."""
     with pytest.raises(UserError, match=message):
         make()

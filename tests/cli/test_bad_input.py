@@ -56,6 +56,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(("command", "code", "words"), TABLE, ids=[row[0].replace(str(TINY), "tiny") for row in TABLE])
 def test_bad_input(cli, folder: Path, command: str, code: int, words: list[str]) -> None:
+    """Bug: a traceback, another exit code, or a message without the key or the advice."""
     done = cli(*shlex.split(command))
     assert done.returncode == code, done.stdout + done.stderr
     for word in words:
@@ -64,6 +65,7 @@ def test_bad_input(cli, folder: Path, command: str, code: int, words: list[str])
 
 
 def test_all_mistakes_at_once(cli) -> None:
+    """Bug: the user learns of one mistake per attempt."""
     words = ["optimizer.lr=fast", "trainer.max_epocs=3", "plugins/clip=nrom", "sede=3"]
     done = cli("validate", str(TINY), "--trust", "tiny_workload", "optimizer=adamw", *words)
     assert done.returncode == 2
@@ -78,6 +80,7 @@ def test_a_run_that_cannot_start_leaves_no_folder(cli, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_a_locked_database(cli, folder: Path) -> None:
+    """Bug: a locked database hangs the start, or ends in a traceback."""
     holder = sqlite3.connect(folder / "mlflow.db", isolation_level=None)
     holder.execute("CREATE TABLE t (x)")
     holder.execute("BEGIN EXCLUSIVE")

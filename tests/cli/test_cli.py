@@ -25,6 +25,7 @@ def test_help_ls_and_show_import_nothing_heavy(words: list[str]) -> None:
 
 
 def test_completion_of_recipes_and_groups_imports_nothing_heavy() -> None:
+    """Bug: each press of the tab key waits for torch; or choices after a comma are not completed."""
     code = (
         "import sys\n"
         "from stabletrain.cli.completion import complete\n"
@@ -38,6 +39,7 @@ def test_completion_of_recipes_and_groups_imports_nothing_heavy() -> None:
 
 
 def test_completion_of_keys() -> None:
+    """Bug: keys of groups that are not selected are offered, or none."""
     from stabletrain.cli.completion import complete
 
     found = complete(["digits_cnn", "schedule=none"], "optimizer.l")
@@ -45,6 +47,7 @@ def test_completion_of_keys() -> None:
 
 
 def test_the_shell_asks_the_program_for_completions() -> None:
+    """Bug: the entry point does not answer the shell's request."""
     script = Path(sys.executable).with_name("stabletrain")
     asked = {"_STABLETRAIN_COMPLETE": "complete_bash", "COMP_WORDS": "stabletrain train char", "COMP_CWORD": "2"}
     done = subprocess.run([script], env={**os.environ, **asked}, capture_output=True, text=True, check=False)
@@ -52,12 +55,14 @@ def test_the_shell_asks_the_program_for_completions() -> None:
 
 
 def test_ls_lists_everything(cli) -> None:
+    """Bug: a kind of item is not listed."""
     out = cli("ls").stdout
     for word in ("char_gpt", "digits_cnn", "clip_norm", "plugins/clip=norm", "How large may the gradient be"):
         assert word in out
 
 
 def test_show_a_plugin(cli) -> None:
+    """Bug: a plugin is found only by one of its names, or shown without its arguments."""
     out = cli("show", "clip_norm").stdout
     for word in ("clip_norm: a rule of stabletrain", "plugins/clip=norm", "max_norm", "Arguments"):
         assert word in out
@@ -65,11 +70,13 @@ def test_show_a_plugin(cli) -> None:
 
 
 def test_show_a_slot_and_a_group(cli) -> None:
+    """Bug: the options of a slot or group cannot be shown."""
     assert "How large may the gradient be" in cli("show", "clip").stdout
     assert "bf16_mixed" in cli("show", "precision").stdout
 
 
 def test_show_a_recipe_is_its_composed_config(cli) -> None:
+    """Bug: overrides are ignored, or the output is not YAML."""
     done = cli("show", "digits_cnn", "trainer.max_epochs=3")
     assert done.returncode == 0, done.stderr
     content = yaml.safe_load(done.stdout)
@@ -78,6 +85,7 @@ def test_show_a_recipe_is_its_composed_config(cli) -> None:
 
 
 def test_cp_makes_a_recipe_that_runs(cli) -> None:
+    """Bug: an existing file is overwritten; or the copy has paths that are wrong in its new folder."""
     assert cli("cp", "digits_cnn", "mine.yaml").returncode == 0
     again = cli("cp", "digits_cnn", "mine.yaml")
     assert again.returncode == 2
@@ -94,6 +102,7 @@ def series(tmp_path: Path) -> Path:
 
 
 def test_replay_clips_and_skips(cli, series: Path) -> None:
+    """Bug: a wrong count, or non-finite rows that are dropped."""
     clip = cli("replay", "clip_norm", str(series), "max_norm=1")
     assert clip.returncode == 0, clip.stderr
     assert "5 steps, 1 clipped (20.00%), 0 skipped" in clip.stdout
@@ -113,6 +122,7 @@ def test_replay_clips_and_skips(cli, series: Path) -> None:
     ],
 )
 def test_replay_of_a_broken_file(cli, tmp_path: Path, text: str, words: list[str]) -> None:
+    """Bug: a traceback, or a message without the file and line."""
     (tmp_path / "bad.csv").write_text(text)
     done = cli("replay", "norm", "bad.csv")
     assert done.returncode == 2
@@ -133,6 +143,7 @@ def test_replay_of_a_broken_file(cli, tmp_path: Path, text: str, words: list[str
     ],
 )
 def test_replay_of_a_wrong_rule(cli, series: Path, arguments: list[str], words: list[str]) -> None:
+    """Bug: a traceback, or a misspelt argument that is ignored."""
     done = cli("replay", *arguments)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr

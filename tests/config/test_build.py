@@ -9,6 +9,7 @@ from stabletrain.errors import UserError
 
 
 def test_omegaconf_and_plain_nodes_mean_the_same() -> None:
+    """Bug: interpolations are not resolved, or empty slots are not skipped."""
     node = {"clip": {"_target_": "stabletrain.ClipNorm", "max_norm": "${limit}"}, "spike": None, "nonfinite": {}}
     config = OmegaConf.create({"plugins": node, "limit": 0.5})
     (made,) = stabletrain.callbacks(config.plugins)
@@ -17,6 +18,7 @@ def test_omegaconf_and_plain_nodes_mean_the_same() -> None:
 
 
 def test_what_is_no_callback_is_refused() -> None:
+    """Bug: any class can be built in a slot."""
     with pytest.raises(UserError, match=r"plugins\.clip: expected a Lightning callback, got a Identity"):
         stabletrain.callbacks({"clip": {"_target_": "torch.nn.Identity"}})
 
@@ -29,7 +31,8 @@ def test_arguments_without_a_choice_are_refused() -> None:
         stabletrain.callbacks([1])
 
 
-def test_any_lightning_callback_may_stand_in_a_slot() -> None:
+def test_any_lightning_callback_can_be_in_a_slot() -> None:
+    """Bug: callbacks that are not plugins are refused."""
     (made,) = stabletrain.callbacks({"x": {"_target_": "lightning.pytorch.callbacks.EarlyStopping", "monitor": "loss"}})
     assert isinstance(made, EarlyStopping)
 

@@ -12,6 +12,7 @@ TINY = str(Path(__file__).parents[1] / "launch" / "tiny.yaml")
 
 
 def test_a_recipe_is_a_delta_on_train_yaml() -> None:
+    """Bug: a default of train.yaml is lost, or Hydra's own groups are among the choices."""
     composed = compose(TINY)
     assert composed.recipe == "tiny"
     assert not composed.problems
@@ -25,6 +26,7 @@ def test_a_recipe_is_a_delta_on_train_yaml() -> None:
 
 
 def test_an_option_and_its_arguments() -> None:
+    """Bug: an argument is set before its option, which then overwrites it."""
     composed = compose(TINY, ["plugins/clip=norm", "plugins.clip.max_norm=0.25"])
     assert composed.config["plugins"]["clip"]["_target_"] == "stabletrain.ClipNorm"
     assert composed.config["plugins"]["clip"]["max_norm"] == 0.25
@@ -50,11 +52,13 @@ def test_a_plus_before_a_group_makes_no_difference(override: str) -> None:
 
 
 def test_a_slot_of_a_third_party_needs_no_plus(install: Callable[..., Path]) -> None:
+    """Bug: only our own slots can be selected without a plus."""
     install("cool_train", {"a/conf/plugins/mood/good.yaml": "_target_: cool_train.Mood\n"})
     assert compose(TINY, ["plugins/mood=good"]).config["plugins"]["mood"] == {"_target_": "cool_train.Mood"}
 
 
 def test_a_slot_can_be_removed() -> None:
+    """Bug: a removed slot keeps its default option."""
     assert compose(TINY, ["~plugins/clip"]).config["plugins"].get("clip") is None
 
 
@@ -71,6 +75,7 @@ def test_none_on_the_command_line_drops_what_the_recipe_says_of_it(tmp_path: Pat
 
 
 def test_configs_beside_an_own_recipe_are_options(tmp_path: Path) -> None:
+    """Bug: options in the folder of the user's recipe are not found."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine.yaml").write_text("_target_: my.Model\n")
     (tmp_path / "run.yaml").write_text("defaults:\n  - train\n  - override model: mine\n  - _self_\n")
@@ -79,6 +84,7 @@ def test_configs_beside_an_own_recipe_are_options(tmp_path: Path) -> None:
 
 
 def test_a_folder_with_spaces_and_quotes(tmp_path: Path) -> None:
+    """Bug: a path with special characters is read as Hydra's syntax."""
     folder = tmp_path / "it's a folder, is=n't it"
     folder.mkdir()
     (folder / "tiny.yaml").write_text(Path(TINY).read_text())
@@ -98,18 +104,21 @@ def test_a_folder_with_spaces_and_quotes(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_choice_is_one_clear_problem(override: str, words: list[str]) -> None:
+    """Bug: a misspelt choice in Hydra's words, without the near one."""
     (problem,) = compose(TINY, [override]).problems
     for word in words:
         assert word in str(problem)
 
 
 def test_all_unknown_options_are_reported_at_once() -> None:
+    """Bug: the user learns of one unknown option per attempt."""
     composed = compose(TINY, ["plugins/clip=nrom", "plugins.clip.max_norm=3", "precision=b", "plugins/spike=null"])
     assert [problem.key for problem in composed.problems] == ["plugins/clip", "precision", "plugins/spike"]
 
 
 @pytest.mark.parametrize("text", ["a=[", "=3", "a.b", "a=}"])
 def test_what_is_no_override_is_quoted(text: str) -> None:
+    """Bug: a parser's error without the text that it is about."""
     with pytest.raises(ConfigError) as caught:
         compose(TINY, [text])
     assert caught.value.problems[0].key == text
@@ -117,6 +126,7 @@ def test_what_is_no_override_is_quoted(text: str) -> None:
 
 
 def test_an_unknown_recipe_has_a_near_one() -> None:
+    """Bug: a misspelt recipe without a suggestion, or a missing file reported as a recipe."""
     with pytest.raises(ConfigError, match="did you mean 'char_gpt'"):
         compose("chargpt")
     with pytest.raises(ConfigError, match="there is no file"):
@@ -134,6 +144,7 @@ def test_an_unknown_recipe_has_a_near_one() -> None:
     ],
 )
 def test_a_broken_recipe_is_a_message_that_names_the_file_or_key(tmp_path: Path, text: str, words: list[str]) -> None:
+    """Bug: a traceback of OmegaConf's or of the YAML parser's."""
     file = tmp_path / "mine.yaml"
     file.write_text(text)
     try:
@@ -145,11 +156,13 @@ def test_a_broken_recipe_is_a_message_that_names_the_file_or_key(tmp_path: Path,
 
 
 def test_expand_without_sweep_is_one_job() -> None:
+    """Bug: ``recipe=`` among the overrides is not the recipe."""
     assert expand(TINY, ["seed=3"], multirun=False) == [(TINY, ["seed=3"])]
     assert expand(None, ["recipe=char_gpt", "seed=3"], multirun=False) == [("char_gpt", ["seed=3"])]
 
 
 def test_expand_multiplies_recipes_groups_and_values() -> None:
+    """Bug: combinations are missing or come in another order."""
     jobs = expand(None, ["recipe=a,b", "plugins/clip=none,norm", "optimizer.lr=1e-3", "seed=range(0,2)"], multirun=True)
     assert len(jobs) == 8
     assert jobs[0] == ("a", ["plugins/clip=none", "optimizer.lr=1e-3", "seed=0"])
@@ -157,12 +170,14 @@ def test_expand_multiplies_recipes_groups_and_values() -> None:
 
 
 def test_expand_knows_glob() -> None:
+    """Bug: a pattern is taken for the name of an option."""
     found = [overrides for _, overrides in expand(TINY, ["plugins/clip=glob(no*)"], multirun=True)]
     assert ["plugins/clip=none"] in found
     assert ["plugins/clip=norm"] in found
 
 
 def test_a_list_is_not_a_sweep() -> None:
+    """Bug: a list as a value becomes several runs."""
     assert len(expand(TINY, ["optimizer.betas=[0.9,0.95]"], multirun=True)) == 1
 
 
@@ -172,6 +187,7 @@ def test_a_sweep_needs_the_flag() -> None:
         expand(TINY, ["seed=1,2"], multirun=False)
 
 
-def test_no_recipe_is_said() -> None:
+def test_a_missing_recipe_is_an_error_that_lists_them() -> None:
+    """Bug: without a recipe an error from within Hydra."""
     with pytest.raises(ConfigError, match=r"recipe: none is named.*char_gpt"):
         expand(None, ["seed=1"], multirun=False)

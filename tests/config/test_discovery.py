@@ -34,11 +34,13 @@ def test_a_third_partys_folder_is_a_plugin_and_is_not_imported(install: Callable
 
 
 def test_a_package_that_is_itself_a_plugin(install: Callable[..., Path]) -> None:
+    """Bug: a distribution of one plugin needs a subfolder."""
     install("warm_train", {"conf/plugins/clip/warm.yaml": "_target_: warm_train.Warm\n", "callback.py": ""})
     assert discovery.plugins()["warm_train"].kind == "callback"
 
 
-def test_a_third_party_can_ask_a_new_question(install: Callable[..., Path]) -> None:
+def test_a_third_party_can_add_a_slot(install: Callable[..., Path]) -> None:
+    """Bug: only our own slots exist; or an option of a third party in our slot is not found."""
     install("cool_train", COOL)
     slot = discovery.slots()["mood"]
     assert slot.question == "How do you feel?"
@@ -55,12 +57,14 @@ def test_two_files_for_one_option_are_an_error_that_names_both(install: Callable
 
 
 def test_a_plugin_cannot_replace_an_option_of_conf(install: Callable[..., Path]) -> None:
+    """Bug: an installed package changes what ``optimizer=adamw`` means."""
     install("one_train", {"a/conf/optimizer/adamw.yaml": ""})
     with pytest.raises(DiscoveryError, match=r"optimizer=adamw is both"):
         discovery.plugins()
 
 
 def test_two_plugins_of_one_name_are_an_error_that_names_both(install: Callable[..., Path]) -> None:
+    """Bug: the plugin that was installed last replaces the other."""
     install("one_train", {"same/conf/plugins/clip/x.yaml": ""})
     install("two_train", {"same/conf/plugins/clip/y.yaml": ""})
     with pytest.raises(DiscoveryError, match=r"'same' is both .*one_train.* and .*two_train"):
@@ -78,19 +82,22 @@ def test_an_entry_point_without_its_package_is_named(install: Callable[..., Path
 
 
 def test_every_slot_of_ours_asks_a_question() -> None:
+    """Bug: a slot without a question in its none.yaml, or without ``none`` as its first option."""
     for name, slot in discovery.slots().items():
         assert slot.question.endswith("?"), name
         assert slot.options[0].name == "none", name
 
 
 def test_every_plugin_folder_of_ours_is_found() -> None:
+    """Bug: a plugin folder that discovery does not recognise."""
     import stabletrain_plugins
 
     home = Path(stabletrain_plugins.__file__ or "").parent
     assert {path.parent.name for path in home.glob("*/conf")} <= set(discovery.plugins())
 
 
-def test_recipes_are_short_and_say_what_they_are() -> None:
+def test_recipes_are_short_and_have_a_summary() -> None:
+    """Bug: a recipe without a summary, or one that repeats the defaults."""
     recipes = discovery.recipes()
     assert {"char_gpt", "digits_cnn"} <= set(recipes)
     for recipe in recipes.values():

@@ -60,6 +60,7 @@ REFUSED = [
 
 @pytest.mark.parametrize("target", ALLOWED)
 def test_allowed(target: str) -> None:
+    """Bug: a class that recipes need is refused."""
     assert callable(resolve(target))
 
 
@@ -72,6 +73,7 @@ def test_refused(target: str) -> None:
 
 @pytest.mark.parametrize("target", [None, 3, "", "a b", "torch..load", "torch.nn.", ["torch"], {"x": 1}])
 def test_what_is_no_name_is_refused(target: object) -> None:
+    """Bug: a traceback for a value that is no dotted name."""
     with pytest.raises(TargetError, match="dotted name"):
         resolve(target)
 
@@ -86,6 +88,7 @@ def test_an_untrusted_package_is_not_even_imported(install: Callable[..., Path])
 
 
 def test_an_owner_of_an_entry_point_is_trusted(install: Callable[..., Path]) -> None:
+    """Bug: plugins of third parties are refused; or everything that their modules import is trusted too."""
     install("cool_train", {"__init__.py": "class Cool: ...\nfrom os import system\nimport os\n"})
     assert resolve("cool_train.Cool").__name__ == "Cool"
     for smuggled in ("cool_train.system", "cool_train.os.system"):
@@ -96,6 +99,7 @@ def test_an_owner_of_an_entry_point_is_trusted(install: Callable[..., Path]) -> 
 def test_trust_comes_from_argument_or_environment(
     install: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Bug: one of the two has no effect, or spaces in the list."""
     site = install("innocent", {})
     (site / "my_models.py").write_text("class Model: ...\n")
     with pytest.raises(TrustError, match="add --trust my_models"):
@@ -106,6 +110,7 @@ def test_trust_comes_from_argument_or_environment(
 
 
 def test_a_prefix_is_a_package_and_not_a_spelling(install: Callable[..., Path]) -> None:
+    """Bug: a package whose name begins as a trusted one is trusted."""
     site = install("innocent", {})
     (site / "torchevil.py").write_text("class Model: ...\n")
     with pytest.raises(TrustError):
@@ -113,6 +118,7 @@ def test_a_prefix_is_a_package_and_not_a_spelling(install: Callable[..., Path]) 
 
 
 def test_a_near_name_is_offered() -> None:
+    """Bug: a misspelt class without a suggestion."""
     with pytest.raises(TargetError, match=r"did you mean 'torch.optim.AdamW'"):
         resolve("torch.optim.AdmaW")
 

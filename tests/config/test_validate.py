@@ -19,13 +19,14 @@ def problems(*overrides: str) -> list[str]:
     return [str(problem) for problem in check(compose(TINY, [*OURS, *overrides]))]
 
 
-def test_a_right_config_has_no_problem() -> None:
+def test_a_correct_config_has_no_problem() -> None:
+    """Bug: a correct config is refused."""
     assert problems("plugins/clip=norm", "plugins/nonfinite=skip", "optimizer=adamw") == []
 
 
 @pytest.mark.parametrize("group", ["optimizer", "precision", "strategy", "launch", "logger", "schedule", "trainer"])
 def test_every_option_that_we_ship_fits_its_signature(group: str) -> None:
-    # an option file whose key is not an argument would crash for whoever chooses it first
+    # an option file whose key is not an argument would crash the first run that selects it
     from stabletrain.config.discovery import groups
 
     for name in groups()[group]:
@@ -74,22 +75,26 @@ def test_every_option_that_we_ship_fits_its_signature(group: str) -> None:
     ],
 )
 def test_a_mistake_is_reported_with_its_key(override: str, words: list[str]) -> None:
+    """Bug: a mistake that is found only when the worker builds it, or without its key or advice."""
     message = "\n".join(problems(*override.split()))
     for word in words:
         assert word in message
 
 
 def test_all_mistakes_are_reported_once_and_together() -> None:
+    """Bug: the user learns of one mistake per attempt, or of one twice."""
     found = problems("optimzer=x", "trainer.max_epocs=3", "seed=-1", "plugins/clip=nrom", "model.width=wide")
     assert len(found) == len(set(found)) == 5
 
 
 def test_a_truncated_checkpoint_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    """Bug: a damaged checkpoint is found after the run is opened in MLflow."""
     (tmp_path / "cut.ckpt").write_bytes(b"PK\x03\x04" + bytes(100))
     assert "truncated" in "".join(problems(f"resume={tmp_path}/cut.ckpt"))
 
 
 def test_a_runs_folder_means_its_newest_checkpoint(tmp_path: Path) -> None:
+    """Bug: the folder of a run is refused, or means a missing file."""
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     assert checkpoint_of(str(tmp_path)) is None
@@ -98,6 +103,7 @@ def test_a_runs_folder_means_its_newest_checkpoint(tmp_path: Path) -> None:
 
 
 def test_inner_nodes_are_checked_with_their_full_key() -> None:
+    """Bug: arguments of inner nodes are not checked, or named by a part of their key."""
     node: dict[str, Any] = {
         "_target_": "torch.nn.Sequential",
         "_args_": [{"_target_": "torch.nn.Linear", "in_features": 3, "out": 4}],
@@ -120,6 +126,7 @@ def test_inner_nodes_are_checked_with_their_full_key() -> None:
     ],
 )
 def test_yaml_values_that_fit(value: object, hint: object) -> None:
+    """Bug: a value that YAML writes differently, as 3 for 3.0, is refused."""
     assert mismatch(value, hint) is None
 
 

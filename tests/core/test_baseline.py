@@ -28,6 +28,7 @@ def normal(n=200, centre=2.0, sigma=0.1):
 
 
 def test_nothing_is_judged_before_the_window_has_enough_delayed_values():
+    """Bug: limits from too few values, or from values that are not old enough."""
     values = normal(24)
     assert learned(LOSS, values[:23]).limit is None
     assert learned(LOSS, values).limit is not None
@@ -35,22 +36,26 @@ def test_nothing_is_judged_before_the_window_has_enough_delayed_values():
 
 
 def test_the_limit_lies_z_robust_sigmas_above_the_median():
+    """Bug: a factor of MAD or of z that is missing."""
     baseline = learned(LOSS._replace(window=256), normal(2000))
     assert 2.0 + 5.8 * 0.1 < LOSS.limit(baseline) < 2.0 + 7.5 * 0.1
     assert NORM.limit(learned(NORM, [math.exp(x) for x in normal()])) == pytest.approx(math.exp(2.6), rel=0.2)
 
 
 def test_a_signal_without_noise_has_the_floor_as_its_scale():
+    """Bug: a scale of 0, so that every change is an outlier."""
     assert LOSS.limit(learned(LOSS, [2.0] * 50)) == pytest.approx(2.0 * 1.12)
     assert NORM.limit(learned(NORM, [2.0] * 50)) == pytest.approx(2.0 * math.exp(0.3))
 
 
 def test_zeros_have_no_scale():
+    """Bug: a limit of 0 from a loss of zeros, above which every step is an outlier."""
     assert learned(LOSS, [0.0] * 50).limit is None
     assert learned(NORM, [0.0] * 50) == Baseline()
 
 
 def test_a_negative_loss_is_judged_upwards_too():
+    """Bug: a floor relative to a negative median puts the limit below it."""
     baseline = learned(LOSS, [x - 5.0 for x in normal()])
     assert LOSS.is_outlier(baseline, 0.0)
     assert not LOSS.is_outlier(baseline, -3.0)
@@ -58,6 +63,7 @@ def test_a_negative_loss_is_judged_upwards_too():
 
 
 def test_a_log_normal_loss_has_the_limit_of_its_logarithm():
+    """Bug: a limit in linear space flags the long tail of a healthy loss."""
     draw = random.Random(1)
     values = [0.1 * math.exp(0.6 * draw.gauss(0, 1)) for _ in range(2000)]
     baseline = learned(LOSS._replace(window=512), values)
@@ -81,6 +87,7 @@ def test_a_loss_with_a_long_tail_has_a_limit_beyond_it():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_no_number_is_not_learned(value):
+    """Bug: a non-finite value enters the window."""
     baseline = learned(LOSS, normal())
     assert LOSS.learn(baseline, value) == baseline
     norms = learned(NORM, normal())
@@ -88,6 +95,7 @@ def test_what_is_no_number_is_not_learned(value):
 
 
 def test_a_new_level_has_at_least_the_old_spread_until_it_has_enough_values():
+    """Bug: the spread of a few values of a new level makes ordinary steps outliers."""
     old = learned(NORM, [math.exp(x) for x in normal(sigma=0.3)])
     new = NORM.relearn(old, [20.0] * 5)
     assert NORM.centre(new) == pytest.approx(20.0)
@@ -99,6 +107,7 @@ def test_a_new_level_has_at_least_the_old_spread_until_it_has_enough_values():
 
 
 def test_the_largest_numbers_break_nothing():
+    """Bug: a difference or sum of large values becomes infinite."""
     baseline = learned(NORM, [1e300, 1e-300] * 40)
     assert math.isfinite(NORM.limit(baseline))
     assert learned(LOSS, [1e308, -1e308] * 40).limit is None

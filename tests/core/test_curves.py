@@ -69,6 +69,7 @@ def test_matches_the_reference_implementation(key: tuple[str, str]) -> None:
 
 @pytest.mark.parametrize("name", ["constant_with_warmup", "cosine", "wsd_cosine"])
 def test_differs_from_transformers_on_purpose_no_batch_is_spent_on_a_rate_of_zero(name: str) -> None:
+    """Bug: a first step at rate 0, or a warm-up that reaches 1 a step late."""
     reference, same = REFERENCE["transformers", name], SAME["transformers", name]
     assert isinstance(same, Warmup)
     ours = Warmup(same.steps, same.body)
@@ -79,6 +80,7 @@ def test_differs_from_transformers_on_purpose_no_batch_is_spent_on_a_rate_of_zer
 
 
 def test_differs_from_torch_on_purpose_one_cycle_ends_with_the_run_not_before_it() -> None:
+    """Bug: the last step of the run has the final rate already."""
     torchs = REFERENCE["torch", "OneCycleLR"]
     ours = OneCycle(101, rise=30, start_factor=1 / 25, min_factor=1 / 25e4)
     assert ours.factor(30) == 1.0
@@ -125,6 +127,7 @@ steps = st.integers(0, 12000)
 
 @given(curves, steps)
 def test_factors_stay_in_bounds_and_are_the_same_every_time(curve: Curve, step: int) -> None:
+    """Bug: a factor below 0 or above 1 at some length; a curve with hidden state."""
     factor = curve.factor(step)
     assert type(factor) is float
     assert -1e-15 <= factor <= 1 + 1e-12
@@ -133,6 +136,7 @@ def test_factors_stay_in_bounds_and_are_the_same_every_time(curve: Curve, step: 
 
 @given(st.integers(1, 300), bodies)
 def test_warmup_begins_at_one_part_and_joins_the_body_without_a_jump(warmup: int, body: Curve) -> None:
+    """Bug: the climb ends one step early or late, or falls in between."""
     curve = Warmup(warmup, body)
     assert curve.factor(0) == pytest.approx(body.factor(0) / warmup)
     assert curve.factor(0) > 0
@@ -144,6 +148,7 @@ def test_warmup_begins_at_one_part_and_joins_the_body_without_a_jump(warmup: int
 
 @given(descents, steps, steps)
 def test_descents_never_rise(body: Curve, one: int, other: int) -> None:
+    """Bug: a wrong sign, or a tail that starts above the body."""
     first, second = sorted((one, other))
     assert body.factor(first) >= body.factor(second) - 1e-12
 
@@ -161,6 +166,7 @@ def test_continuous_but_for_milestones_and_restarts(body: Curve) -> None:
 
 @given(bodies, st.integers(0, 10**9))
 def test_the_final_value_is_held_beyond_the_horizon(body: Curve, later: int) -> None:
+    """Bug: after the end of a curve the rate rises again or becomes negative."""
     assume(hasattr(body, "steps") and getattr(body, "decay", 1))
     end = body.factor(body.steps)  # type: ignore[attr-defined]
     assert body.factor(body.steps + later) == end  # type: ignore[attr-defined]
@@ -180,10 +186,12 @@ def test_the_final_value_is_held_beyond_the_horizon(body: Curve, later: int) -> 
 )
 @pytest.mark.parametrize("warmup", [0, 1])
 def test_a_run_of_one_step_takes_it_at_the_full_rate(warmup: int, body: Curve) -> None:
+    """Bug: a division by zero, or a single step at rate 0."""
     assert Warmup(warmup, body).factor(0) == 1.0
 
 
 def test_restarts_begin_at_the_top_and_grow() -> None:
+    """Bug: cycles of equal length, or restarts one step off."""
     curve = CosineRestarts(140, cycles=3, growth=2, min_factor=0.1)
     assert [curve.factor(step) for step in (0, 20, 60)] == [1.0, 1.0, 1.0]
     assert [curve.factor(step) for step in (10, 40, 100)] == pytest.approx([0.55] * 3)
@@ -191,18 +199,21 @@ def test_restarts_begin_at_the_top_and_grow() -> None:
 
 
 def test_the_inverse_square_root_is_the_one_of_the_transformer() -> None:
+    """Bug: another timescale or exponent than in the Transformer paper."""
     curve = Warmup(4000, Power(4000, exponent=-0.5))
     for step in (4000, 16000, 123456):
         assert curve.factor(step) == pytest.approx(math.sqrt(4000 / step))
 
 
 def test_a_tail_keeps_a_body_that_is_already_below_the_final_factor() -> None:
+    """Bug: a tail that raises the rate to its final factor."""
     curve = Tail(Power(1, exponent=-1), 100, 50, "linear", min_factor=0.5)
     assert curve.factor(100) == curve.factor(50) == pytest.approx(1 / 51)
 
 
 @given(st.integers(0, 1000), st.integers(0, 100), st.integers(0, 2000))
 def test_rewarm_is_a_climb_between_ones(start: int, length: int, step: int) -> None:
+    """Bug: a rate of 0 in the first step, or a climb that is one step longer."""
     factor = rewarm_factor(step, start, length)
     assert 0 < factor <= 1
     if step < start or step >= start + length - 1:
@@ -213,6 +224,7 @@ def test_rewarm_is_a_climb_between_ones(start: int, length: int, step: int) -> N
 
 @given(st.floats(), shapes)
 def test_descent_is_cut_to_its_ends(progress: float, shape: Any) -> None:
+    """Bug: a factor below 0 or above 1 outside of the descent."""
     assume(not math.isnan(progress))
     assert 0.0 <= descent(progress, shape) <= 1.0
 
@@ -263,6 +275,7 @@ CYCLES = [1, 2], [0, 1.5, math.nan]
     ],
 )
 def test_ranges_of_the_arguments(make: Any, argument: str, expected: str, values: tuple[list[Any], list[Any]]) -> None:
+    """Bug: a range off by one, or a message with another name, range or key."""
     accepted, refused = ([{argument: value} for value in each] for each in values)
     check_range(lambda **given: make(given[argument]), "schedule", "schedule", argument, expected, accepted, refused)
 

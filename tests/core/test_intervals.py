@@ -23,10 +23,12 @@ def due_steps(every: Any, upto: int = 1000) -> list[int]:
      ("1e6tok", [500, 1000]), ([400, "500"], [400, 500, 800, 1000]), (None, []), ([], [])],
 )  # fmt: skip
 def test_lengths(every: Any, expected: list[int]) -> None:
+    """Bug: a length in another unit, or several lengths of which only one counts."""
     assert due_steps(every) == expected
 
 
 def test_multiples_stay_after_a_resume() -> None:
+    """Bug: after a resume, checkpoints at other steps than before."""
     triggers = SaveTriggers(100)
     triggers.start(RUN, step=130, now=0.0)
     assert [step for step in range(131, 320) if triggers.due(step, 0.0)] == [200, 300]
@@ -41,6 +43,7 @@ def test_a_skipped_step_is_not_due_again() -> None:
 
 @pytest.mark.parametrize(("every", "seconds"), [("30s", 30), ("10min", 600), ("1.5h", 5400), ("2 d", 172800)])
 def test_times(every: str, seconds: float) -> None:
+    """Bug: a wrong unit of time, or a time that is not counted from the last save."""
     triggers = SaveTriggers(every)
     triggers.start(RUN, step=0, now=1000.0)
     assert not triggers.due(1, 1000.0 + seconds - 0.1)
@@ -69,5 +72,6 @@ def test_the_shortest_of_several_times_counts() -> None:
 
 
 def test_a_length_that_the_run_cannot_resolve_names_the_missing_quantity() -> None:
+    """Bug: an interval in tokens that is never due."""
     with pytest.raises(UserError, match="tokens_per_step"):
         SaveTriggers("1e9tok").start(RunLength(), step=0, now=0.0)

@@ -33,6 +33,7 @@ amounts = st.one_of(
     ],
 )
 def test_each_form_means_what_it_says(written: int | float | str, steps: int) -> None:
+    """Bug: a form that is refused, or a wrong unit."""
     assert Length.parse(written).resolve(RUN) == steps
 
 
@@ -45,6 +46,7 @@ def test_text_reads_back_as_the_same_length(length: Length) -> None:
 
 @given(amounts, st.integers(1, 10**7))
 def test_a_share_is_never_more_than_half_a_step_off_and_never_vanishes(percent: float, total: int) -> None:
+    """Bug: a warm-up of 1 % that is 0 steps in a short run; rounding down."""
     steps = Length(percent, "percent").resolve(RunLength(total_steps=total))
     if percent:
         assert steps >= 1
@@ -64,6 +66,7 @@ def test_rounds_from_the_decimal_digits_not_from_the_binary_fraction() -> None:
     "written", ["", "ep", "three", "10ba", "2 %%", "1e9 tokens", "nan", "inf", "inf%", "nanep", -1, "-3ep", 2.5, "1.5"]
 )
 def test_what_is_not_a_length_is_refused_with_the_forms_and_the_key(written: int | float | str) -> None:
+    """Bug: a fraction of a step, a negative or non-finite length is accepted."""
     with pytest.raises(UserError, match=r"^schedule.lr_warmup: .*(2%)") as error:
         Length.parse(written, name="schedule.lr_warmup")
     assert f"got {written!r}" in str(error.value)
@@ -85,12 +88,14 @@ def test_other_types_are_refused(written: object) -> None:
     ],
 )
 def test_an_unknown_quantity_is_named_with_the_way_out(written: str, missing: str, way_out: str) -> None:
+    """Bug: a message that does not say which setting is missing."""
     with pytest.raises(UserError, match=f"total: {written} cannot be turned into steps without {missing}") as error:
         Length.parse(written).resolve(RunLength(), name="total")
     assert way_out in str(error.value)
 
 
 def test_a_senseless_quantity_is_refused() -> None:
+    """Bug: a length of the run that is 0 or NaN makes every length 0 or NaN."""
     for bad in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(UserError, match="tokens_per_step must be finite and above 0"):
             Length.parse("1tok").resolve(RunLength(tokens_per_step=bad))

@@ -212,6 +212,7 @@ def test_a_length_that_cannot_be_read_is_refused_by_its_key(argument: str) -> No
 
 
 def test_a_milestone_that_cannot_be_read_is_refused_by_its_key() -> None:
+    """Bug: a message that does not name the milestone."""
     with pytest.raises(UserError, match=r"^schedule\.milestones: expected .*, got '5 parsecs'$"):
         Schedule("step", milestones=[5, "5 parsecs"])
 

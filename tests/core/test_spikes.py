@@ -278,11 +278,13 @@ def test_it_sets_no_limits_and_requests_only_where_asked() -> None:
     ],
 )
 def test_ranges_of_the_arguments(argument: str, expected: str, accepted: list[Any], refused: list[Any]) -> None:
+    """Bug: a range off by one, or a message with another name, range or key."""
     given, beyond = ([{argument: value} for value in values] for values in (accepted, refused))
     check_range(Detector, "detector", "plugins.spike", argument, expected, given, beyond)
 
 
 def test_the_smallest_window() -> None:
+    """Bug: a window without room for its delay or samples is accepted."""
     small = {"min_samples": 2, "patience": 2, "regime_after": 2}
     check_range(
         Detector, "detector", "plugins.spike", "window", ">= 2", [{**small, "window": 2}], [{**small, "window": 1}]

@@ -1,21 +1,17 @@
-"""Run by torchrun for test_faults_distributed.py: faults on rank 1 only, and what both ranks make of them."""
+"""Run by torchrun for test_faults_distributed.py: fits with faults on rank 1 only; each rank saves its results."""
 
 import sys
-import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import DDPStrategy
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+import two_ranks
+from fits import Recorder
+from going_back import Case
 
 from stabletrain import SkipNonFinite
 from stabletrain.chaos import BadBatch, BadGradient, Fault, ScaledLoss, SlowRank
-from stabletrain.runtime.guard.callbacks import GuardMember
-from stabletrain.testing.trainer import quiet_trainer
 
-warnings.filterwarnings("ignore")
 FAULTS = {
     "nan_grad": lambda: BadGradient(at_step=2, rank=1),
     "nan_loss": lambda: ScaledLoss(at_step=2, rank=1),
@@ -24,38 +20,13 @@ FAULTS = {
 }
 
 
-class Net(LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = nn.Linear(3, 1)
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        return (self.net(batch) - batch.sum(1, keepdim=True)).square().mean()
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=0.1)
-
-
-class Outcomes(GuardMember):
-    def __init__(self) -> None:
-        self.skipped: list[int] = []
-
-    def on_outcome(self, outcome: object) -> None:
-        if outcome.skipped:  # type: ignore[attr-defined]
-            self.skipped.append(outcome.step)  # type: ignore[attr-defined]
-
-
-def train(folder: Path, *faults: Fault) -> dict[str, object]:
-    module, outcomes = Net(), Outcomes()
-    ddp = DDPStrategy(process_group_backend="gloo")
-    trainer = quiet_trainer(
-        SkipNonFinite(), outcomes, *faults, max_epochs=1, devices=2, strategy=ddp, default_root_dir=folder
-    )
-    data = torch.randn(40, 3, generator=torch.Generator().manual_seed(1))
-    trainer.fit(module, DataLoader(data, batch_size=4))
+def train(folder: Path, *faults: Fault) -> dict[str, Any]:
+    """This rank's number, its weights at the end, and the steps that it skipped."""
+    recorder = Recorder()
+    options = {"strategy": two_ranks.strategy("ddp"), "devices": 2, "max_epochs": 1, "default_root_dir": folder}
+    module, trainer, _ = Case(trainer=options).fit(SkipNonFinite(), recorder, *faults)
     weights = {name: p.detach() for name, p in module.named_parameters()}
-    return {"rank": trainer.global_rank, "weights": weights, "skipped": outcomes.skipped}
+    return {"rank": trainer.global_rank, "weights": weights, "skipped": [o.step for o in recorder.state if o.skipped]}
 
 
 if __name__ == "__main__":

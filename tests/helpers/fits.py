@@ -1,4 +1,4 @@
-"""Small trainings whose faults are part of the data, so that a faulty batch can be put in, left out or moved."""
+"""Small trainings whose faults are part of the data, so that a test can insert, omit or move a faulty batch."""
 
 import copy
 import math
@@ -12,14 +12,16 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
-from stabletrain.core.events import Event
+from stabletrain.core.events import Event, Request, RequestKind
 from stabletrain.core.limits import Limits, SkipAbove
 from stabletrain.core.outcome import Outcome
 from stabletrain.core.rule import Observation, Rule
 from stabletrain.runtime.guard.callbacks import as_callback
+from stabletrain.testing.checks.equality import differences, nonfinite_numbers
 from stabletrain.testing.trainer import quiet_trainer
 
 HEALTHY, NAN_LOSS, NAN_GRAD, INF_GRAD, HIGH_LOSS, LARGE_GRAD = range(6)
@@ -54,7 +56,7 @@ class SkipHighLossRule(Rule[None]):
 
 @dataclass(frozen=True)
 class RecorderRule(Rule[tuple[Outcome, ...]]):
-    """Remember every outcome, overflows too, and say something about each."""
+    """Record every outcome, overflows too, and emit an event for each."""
 
     plugin = "recorder"
     slot = "recorder"
@@ -73,7 +75,7 @@ class RecorderRule(Rule[tuple[Outcome, ...]]):
 
 @dataclass(frozen=True)
 class ShyRecorderRule(RecorderRule):
-    """As the recorder, without the overflows: what an ordinary rule gets to see."""
+    """As the recorder, without the overflows, which ordinary rules do not observe."""
 
     plugin = "shy_recorder"
     sees_overflow = False
@@ -82,6 +84,31 @@ class ShyRecorderRule(RecorderRule):
 SkipHighLoss = as_callback(SkipHighLossRule)
 Recorder = as_callback(RecorderRule)
 ShyRecorder = as_callback(ShyRecorderRule)
+
+
+class EventRecorder(Callback):
+    """Records all events."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def on_stability_event(self, trainer: Trainer, module: LightningModule, event: Event) -> None:
+        self.events.append(event)
+
+
+class RequestHandler(Callback):
+    """Takes requests over and records them.
+
+    Args:
+        handles: the kinds of requests.
+    """
+
+    def __init__(self, *handles: RequestKind) -> None:
+        self.handles = frozenset(handles)
+        self.got: list[Request] = []
+
+    def handle_request(self, trainer: Trainer, module: LightningModule, request: Request) -> None:
+        self.got.append(request)
 
 
 class _Spoil(torch.autograd.Function):
@@ -171,14 +198,30 @@ def trainer(*callbacks: Callback, fp16: bool = False, **options: Any) -> Trainer
     return quiet_trainer(*callbacks, **{**defaults, **options})
 
 
-def fit(module: LightningModule, items: Any, *callbacks: Callback, ckpt_path: Any = None, **options: Any) -> Trainer:
-    """Train, by default for one epoch over the items; the trainer afterwards."""
+def fit(
+    module: LightningModule,
+    items: Any,
+    *callbacks: Callback,
+    ckpt_path: Any = None,
+    val_items: Any = None,
+    **options: Any,
+) -> Trainer:
+    """Train with `trainer` and `run`, by default for one epoch over the items; return the trainer."""
     mine = trainer(*callbacks, **options)
-    run(mine, module, items, ckpt_path=ckpt_path)
+    run(mine, module, items, val_items, ckpt_path=ckpt_path)
     return mine
 
 
-def run(mine: Trainer, module: LightningModule, items: Any, **options: Any) -> None:
+def run(mine: Trainer, module: LightningModule, items: Any, val_items: Any = None, **options: Any) -> None:
+    """Call ``Trainer.fit``, without Lightning's warnings about such small fits.
+
+    Args:
+        mine: the trainer.
+        module: the module.
+        items: the batches, or a loader.
+        val_items: the batches of the validation, or a loader; None: no validation.
+        options: further arguments of ``Trainer.fit``.
+    """
     with warnings.catch_warnings():
         for text in (
             "returned `None`",
@@ -188,29 +231,31 @@ def run(mine: Trainer, module: LightningModule, items: Any, **options: Any) -> N
             "is not resumable",
         ):
             warnings.filterwarnings("ignore", f".*{text}")
-        mine.fit(module, loader(items) if isinstance(items, list) else items, **options)
+        mine.fit(module, *(loader(each) if isinstance(each, list) else each for each in (items, val_items)), **options)
 
 
 def everything(mine: Trainer) -> dict[str, Tensor]:
-    """All that a step may change, by name."""
-    module, optimizer = mine.lightning_module, mine.optimizers[0]
-    found = {f"module.{name}": value for name, value in module.state_dict().items()}
-    for i, state in enumerate(optimizer.state.values()):
-        found |= {f"optimizer.{i}.{key}": torch.as_tensor(value) for key, value in state.items() if value is not None}
-    found |= {f"lr.{i}": torch.tensor(group["lr"]) for i, group in enumerate(optimizer.param_groups)}
-    found["global_step"] = torch.tensor(mine.global_step)
-    found |= {
-        f"scheduler.{i}": torch.tensor(config.scheduler.last_epoch)
-        for i, config in enumerate(mine.lr_scheduler_configs)
-    }
+    """All that a step may change, by name; of sharded tensors the local parts."""
+    module, outer = mine.lightning_module, mine.optimizers[0]
+    optimizer = getattr(outer, "optim", outer)  # of a ZeroRedundancyOptimizer
+    found: dict[str, Any] = {f"module.{name}": value for name, value in module.state_dict().items()}
+    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        for key, value in optimizer.state.get(p, {}).items():
+            for j, each in enumerate(value if isinstance(value, list) else [value]):
+                found[f"optimizer.{i}.{key}.{j}"] = each
+    found |= {f"lr.{i}": group["lr"] for i, group in enumerate(optimizer.param_groups)}
+    found["global_step"] = mine.global_step
+    found |= {f"scheduler.{i}": config.scheduler.last_epoch for i, config in enumerate(mine.lr_scheduler_configs)}
     grad_scaler = getattr(mine.precision_plugin, "scaler", None)
     if grad_scaler is not None:
-        found |= {f"scaler.{key}": torch.tensor(float(value)) for key, value in grad_scaler.state_dict().items()}
-    return copy.deepcopy({key: value.detach() for key, value in found.items()})
+        found |= {f"scaler.{key}": float(value) for key, value in grad_scaler.state_dict().items()}
+    tensors = {key: torch.as_tensor(value).detach() for key, value in found.items() if value is not None}
+    return {key: copy.deepcopy(each.to_local() if isinstance(each, DTensor) else each) for key, each in tensors.items()}
 
 
-def assert_same(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    """Bit for bit."""
-    assert mine.keys() == theirs.keys()
-    different = [key for key in mine if not torch.equal(mine[key], theirs[key])]
-    assert not different, f"differ: {different}"
+def assert_same(mine: Any, theirs: Any) -> None:
+    """Both are equal, bit for bit, and finite."""
+    different = list(differences(mine, theirs, "end"))
+    assert not different, different
+    nonfinite = list(nonfinite_numbers(mine, "end"))
+    assert not nonfinite, nonfinite

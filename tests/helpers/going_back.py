@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,9 +12,9 @@ import bitsandbytes
 import numpy as np
 import torch
 import torchmetrics
+from fits import assert_same, everything, scaler
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -23,7 +22,6 @@ from stabletrain.runtime.data.train_loader import TrainLoader
 from stabletrain.runtime.guard.callbacks import GuardMember
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.snapshots.snapshot import Snapshot
-from stabletrain.testing.checks.equality import differences
 from stabletrain.testing.trainer import quiet_trainer
 
 SAMPLES, BATCH = 64, 4
@@ -198,8 +196,7 @@ class Case:
         model, logger = Model(self.optimizer, self.dropout), Steps()
         options: dict[str, Any] = {"max_epochs": 2, **self.trainer}
         if self.fp16:
-            scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=3)
-            options["plugins"] = [MixedPrecision("16-mixed", "cpu", scaler=scaler)]
+            options["plugins"] = [scaler(init_scale=2.0**16)]
         if not self.validation:
             options["limit_val_batches"] = 0
         trainer = quiet_trainer(*callbacks, logger=logger, log_every_n_steps=1, **options)
@@ -220,21 +217,8 @@ class Case:
 
 
 def state_of(model: Model, trainer: Trainer) -> dict[str, Tensor]:
-    """Everything that training changes, by name; of sharded tensors the local parts."""
-    found = {f"model.{name}": each for name, each in model.state_dict().items()}
-    found["metric"] = model.seen_mean.mean_value
-    optimizer = getattr(trainer.optimizers[0], "optim", trainer.optimizers[0])
-    for i, p in enumerate(model.parameters()):
-        for key, value in optimizer.state.get(p, {}).items():
-            for j, each in enumerate(value if isinstance(value, list) else [value]):
-                found[f"optimizer.{i}.{key}.{j}"] = torch.as_tensor(each)
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is not None:
-        found |= {f"scaler.{key}": torch.tensor(float(value)) for key, value in scaler.state_dict().items()}
-    found["global_step"] = torch.tensor(trainer.global_step)
-    found["rng"] = torch.get_rng_state()
-    local = {name: each.to_local() if hasattr(each, "to_local") else each for name, each in found.items()}
-    return {name: copy.deepcopy(each.detach()) for name, each in local.items()}
+    """`everything` of the trainer, the metric and torch's random generator."""
+    return everything(trainer) | {"metric": model.seen_mean.mean_value.clone(), "rng": torch.get_rng_state()}
 
 
 def compare(reference: tuple[Model, Trainer, Steps], other: tuple[Model, Trainer, Steps], rng: bool = True) -> None:
@@ -242,7 +226,7 @@ def compare(reference: tuple[Model, Trainer, Steps], other: tuple[Model, Trainer
     mine, theirs = state_of(*reference[:2]), state_of(*other[:2])
     if not rng:
         del mine["rng"], theirs["rng"]
-    assert not list(differences(mine, theirs, "the end"))
+    assert_same(mine, theirs)
     last: dict[Any, Any] = {}  # of batches that came twice, the second
     for row in other[0].rows:
         last[row[0], row[1]] = row

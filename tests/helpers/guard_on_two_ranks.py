@@ -1,4 +1,4 @@
-"""Run by two processes: fits under DDP and FSDP2 with a NaN on one rank only; each rank saves what it ended with."""
+"""Run by two processes: fits under DDP and FSDP2 with a NaN on one rank only; each rank saves its results."""
 
 import sys
 from pathlib import Path

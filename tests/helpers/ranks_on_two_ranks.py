@@ -1,4 +1,4 @@
-"""Run by two processes: what the ranks agree on when only one of them has a loss, and who keeps parameters equal."""
+"""Run by two processes: what the ranks agree on when only one of them has a loss, and how each parameter is placed."""
 
 import json
 import logging
@@ -18,7 +18,7 @@ from stabletrain.runtime.ranks import Ranks
 
 
 class HalfSharded(two_ranks.Net):
-    """The first layer is sharded, the rest is forgotten."""
+    """Only the first layer is sharded."""
 
     def configure_model(self) -> None:
         if self.device_mesh is not None and not isinstance(next(self.net[0].parameters()), DTensor):
@@ -26,7 +26,7 @@ class HalfSharded(two_ranks.Net):
 
 
 class Placements(Callback):
-    """Asks within the fit: afterwards the strategy has let go of the model."""
+    """Records the placements at the end of the fit; after it the strategy has no model."""
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         ranks = Ranks(trainer)

@@ -28,7 +28,7 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
 
 
 def train(name: str, folder: Path, kind: str | None) -> dict[str, Tensor]:
-    """The weights, and what the transform remembers, after a fit: on two ranks, or on one for None."""
+    """The weights and the transform's state after a fit: on two ranks, or on one for None."""
     clip = TRANSFORMS[name]()
     found, _ = two_ranks.train(folder, kind, SkipNonFinite(), clip, make_optimizer=sgd)
     if isinstance(clip, ClipTensorwise):

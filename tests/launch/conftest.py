@@ -1,44 +1,19 @@
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 
-HERE = Path(__file__).parent
-TINY = str(HERE / "tiny.yaml")
+TINY = str(Path(__file__).parent / "tiny.yaml")
 
 
-class Cli:
-    """The real command line, run in its own folder."""
+class Cli(processes.Cli):
+    """The command line, with the recipe ``tiny`` and what its runs have left in the folder and in MLflow."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.environment = {
-            **{key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"},
-            "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]),
-            "OMP_NUM_THREADS": "1",
-        }
-
-    def start(self, *words: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "stabletrain", *words],
-            cwd=self.folder,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def __call__(self, *words: str) -> subprocess.CompletedProcess[str]:
-        process = self.start(*words)
-        out, err = process.communicate(timeout=300)
-        return subprocess.CompletedProcess(words, process.returncode, out, err)
-
-    def tiny(self, *words: str) -> subprocess.CompletedProcess[str]:
+    def tiny(self, *words: str) -> "subprocess.CompletedProcess[str]":
         return self("train", TINY, "--trust", "tiny_workload", *words)
 
     def results(self, recipe: str = "tiny") -> list[dict[str, Any]]:

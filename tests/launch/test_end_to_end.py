@@ -9,6 +9,7 @@ import yaml
 
 
 def test_a_run_writes_its_folder_and_prints_the_next_commands(cli) -> None:
+    """Bugs: a file is missing in the run folder; MLflow has another run; a printed command lacks ``--trust``."""
     done = cli.tiny("optimizer=adamw", "logger=mlflow")
     assert done.returncode == 0, done.stderr
     (result,) = cli.results()
@@ -32,6 +33,7 @@ def test_a_run_writes_its_folder_and_prints_the_next_commands(cli) -> None:
 
 
 def test_a_bug_in_the_users_module_prints_its_whole_traceback(cli) -> None:
+    """Bug: an error in the user's code is shortened to one line, or the run stays RUNNING."""
     done = cli.tiny("model.does=raise", "model.at=2", "logger=mlflow")
     assert done.returncode == 1
     assert 'raise RuntimeError("a bug in the user\'s module")' in done.stderr
@@ -98,6 +100,7 @@ def test_a_signal_saves_and_the_run_can_be_resumed(cli, signum: signal.Signals, 
 
 
 def test_a_sweep_is_one_parent_and_a_process_for_each_job(cli) -> None:
+    """Bug: jobs share a process, a folder or a run in MLflow."""
     done = cli.tiny("-m", "seed=7", "plugins/clip=none,norm", "logger=mlflow", "run_dir=sweep")
     assert done.returncode == 0, done.stderr
     runs = {run.info.run_name: run for run in cli.runs()}
@@ -110,6 +113,7 @@ def test_a_sweep_is_one_parent_and_a_process_for_each_job(cli) -> None:
 
 @pytest.mark.slow
 def test_a_failing_job_does_not_end_the_sweep(cli) -> None:
+    """Bug: one failure cancels the other jobs, or the sweep exits with 0."""
     done = cli.tiny("-m", "model.does=raise,nothing", "model.at=1", "run_dir=sweep")
     assert done.returncode == 1
     assert "failed after 1 steps" in done.stdout
@@ -118,6 +122,7 @@ def test_a_failing_job_does_not_end_the_sweep(cli) -> None:
 
 @pytest.mark.slow
 def test_a_users_mistake_before_and_after_the_first_step(cli) -> None:
+    """Bug: a traceback for a mistake in the data; the same exit code before and during training."""
     before = cli.tiny("data.broken=true", "run_dir=before")
     assert before.returncode == 2
     assert "error: data.path: /no/such/file is missing" in before.stderr
@@ -129,6 +134,7 @@ def test_a_users_mistake_before_and_after_the_first_step(cli) -> None:
 
 @pytest.mark.slow
 def test_several_processes_and_a_signal_in_one_of_them(cli) -> None:
+    """Bug: one process stops and the others wait for it; torchrun's own error hides the cause."""
     done = cli.tiny("launch.processes=2", "launch.threads=1", "run_dir=whole")
     assert done.returncode == 0, done.stderr
     cut = cli.tiny("launch.processes=2", "launch.threads=1", "model.does=sigint", "model.at=2", "run_dir=cut")
@@ -138,6 +144,7 @@ def test_several_processes_and_a_signal_in_one_of_them(cli) -> None:
 
 
 def test_dry_run_makes_nothing(cli) -> None:
+    """Bug: a dry run makes a folder or a run in MLflow."""
     done = cli.tiny("dry_run=true", "logger=mlflow")
     assert done.returncode == 0
     assert "the config composes" in done.stdout

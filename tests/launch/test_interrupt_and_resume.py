@@ -80,6 +80,7 @@ def test_state_without_a_step_count_does_not_fit_adam(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_fits_is_resumed(checkpoint: str) -> None:
+    """Bug: the check for mismatches refuses a checkpoint that fits."""
     trainer = quiet_trainer(max_epochs=2)
     explain_mismatch(trainer.strategy, checkpoint)
     trainer.fit(ToyModule(), data(), ckpt_path=checkpoint)

@@ -33,6 +33,7 @@ def program(folder: Path, name: str, text: str) -> None:
 
 
 def test_the_script_requests_the_resources_of_the_config(slurm_config: dict[str, Any]) -> None:
+    """Bug: resources other than configured; an environment variable that runs as a command."""
     script = batch_script(slurm_config, Path("/run.yaml"), {**os.environ, "STABLETRAIN_TRUST": "a b;rm"})
     for line in ("nodes=2", "ntasks-per-node=4", "cpus-per-task=3", "partition=gpu", "exclusive\n"):
         assert f"#SBATCH --{line}" in script
@@ -57,6 +58,7 @@ def test_the_job_is_submitted_and_sets_its_final_status(
 def test_a_rejected_job_is_an_error_with_its_reason(
     slurm_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Bug: a rejected job counts as submitted."""
     program(tmp_path / "bin", "sbatch", 'echo "invalid partition" >&2; exit 1')
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     with pytest.raises(UserError, match="invalid partition"):
@@ -66,12 +68,14 @@ def test_a_rejected_job_is_an_error_with_its_reason(
 def test_a_machine_without_slurm_is_an_error(
     slurm_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Bug: a FileNotFoundError."""
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="no sbatch on this machine"):
         submit(slurm_config, Path(slurm_config["run_dir"]) / "run.yaml", os.environ)
 
 
 def test_a_line_break_cannot_add_a_line_to_the_script() -> None:
+    """Bug: a value in the config adds commands to the batch script."""
     from stabletrain.config.compose import compose
     from stabletrain.config.validate import check
 

@@ -27,6 +27,7 @@ def own_workload(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_optimizer_of_any_module_can_be_replaced(config: dict[str, Any]) -> None:
+    """Bug: the module's own optimizer is used; or frozen parameters are given to the optimizer."""
     config["optimizer"] = {"_target_": "torch.optim.AdamW", "_partial_": True, "lr": 0.5, "betas": [0.9, 0.95]}
     run = assemble(config, SignalWatch())
     run.model.layer.bias.requires_grad_(False)
@@ -46,6 +47,7 @@ def test_replacing_the_optimizer_does_not_change_the_class(config: dict[str, Any
 
 
 def test_callbacks_come_in_the_configs_order(config: dict[str, Any], tmp_path: Path) -> None:
+    """Bug: the order of callbacks depends on the kind of node."""
     config["plugins"] = {
         "nonfinite": {"_target_": "stabletrain.SkipNonFinite"},
         "clip": {"_target_": "stabletrain.ClipNorm"},
@@ -58,6 +60,7 @@ def test_callbacks_come_in_the_configs_order(config: dict[str, Any], tmp_path: P
 def test_an_own_model_checkpoint_replaces_ours_and_saves_in_the_run_folder(
     config: dict[str, Any], tmp_path: Path
 ) -> None:
+    """Bug: two checkpoint callbacks write the same files; or the user's writes into the current folder."""
     config["callbacks"] = {"best": {"_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "monitor": "val_loss"}}
     (found,) = (c for c in run_callbacks(config, {}, tmp_path) if isinstance(c, ModelCheckpoint))
     assert found.monitor == "val_loss"
@@ -81,6 +84,7 @@ def test_the_guards_options_are_a_callback_only_where_they_are_changed(tmp_path:
 
 
 def test_precision_may_be_a_plugin_object(config: dict[str, Any]) -> None:
+    """Bug: only names of precisions are accepted."""
     from stabletrain.config.discovery import groups
 
     config["precision"] = yaml.safe_load(groups()["precision"]["fp16_mixed_cpu"].file.read_text())
@@ -98,6 +102,7 @@ def test_the_worker_does_not_trust_what_run_yaml_names(config: dict[str, Any], m
 
 
 def test_a_node_of_another_type_is_refused(config: dict[str, Any]) -> None:
+    """Bug: an error far from its cause, when the Trainer calls a method that is missing."""
     config["model"] = {"_target_": "torch.nn.Identity"}
     with pytest.raises(UserError, match=r"model: expected a LightningModule, got a Identity from .*torch\.nn"):
         assemble(config, SignalWatch())
@@ -107,6 +112,7 @@ def test_a_node_of_another_type_is_refused(config: dict[str, Any]) -> None:
 def test_another_file_than_run_yaml_is_a_usage_error(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Bug: a traceback for an empty, broken or missing file."""
     import signal
 
     before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
@@ -136,6 +142,7 @@ def test_run_yaml_reads_back_equal(config: dict[str, Any], tmp_path: Path) -> No
 
 
 def test_run_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: two runs in one second share a folder; or a run overwrites another."""
     monkeypatch.chdir(tmp_path)
     one, two = make_run_folder("tiny", None), make_run_folder("tiny", None)
     assert one != two
@@ -149,6 +156,7 @@ def test_run_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_commands(tmp_path: Path) -> None:
+    """Bug: one process goes through torchrun, or several do not."""
     one = {"kind": "local", "processes": 1, "nodes": 1, "threads": 3}
     assert worker_command(one, tmp_path)[1:] == ["-m", "stabletrain.worker", str(tmp_path)]
     two = worker_command({**one, "processes": 2}, tmp_path)
@@ -158,6 +166,7 @@ def test_commands(tmp_path: Path) -> None:
 
 
 def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: a setting that the worker needs is not in its environment, or overwrites the user's."""
     monkeypatch.setenv("STABLETRAIN_TRUST", "a")
     made = worker_environment({"threads": 3}, ["b"])
     assert made["OMP_NUM_THREADS"] == "3"
@@ -167,6 +176,7 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("end", EXIT_CODES)
 def test_every_end_has_a_code_and_a_status(end: Any, tmp_path: Path) -> None:
+    """Bug: an end without exit code or status; a NaN that makes result.json invalid."""
     assert (MLFLOW_STATUS[end] == "FINISHED") == (EXIT_CODES[end] == 0)
     result = Result(end=end, steps=3, metrics={"loss": float("nan")})
     result.write(tmp_path)

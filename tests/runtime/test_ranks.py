@@ -12,7 +12,7 @@ from fits import HEALTHY, Net, batches, fit
 from stabletrain.runtime.ranks import Ranks
 
 
-def test_one_process_asks_nobody() -> None:
+def test_one_process_makes_no_collective_call() -> None:
     """Bugs: a mean that is not the only loss itself; an empty window taken for a NaN; a warning of drifting copies."""
     ranks = Ranks(fit(Net(), batches(HEALTHY)))
     loss = torch.tensor(0.1)

@@ -47,6 +47,7 @@ def test_the_generator_of_this_interpreter_is_read_from_memory():
 
 
 def test_the_state_loads_with_weights_only(tmp_path):
+    """Bug: a state of the generators with types that a checkpoint may not contain."""
     torch.save(rng.capture(), tmp_path / "rng.pt")
     state = torch.load(tmp_path / "rng.pt", weights_only=True)
     expected = (random.random(), np.random.rand(), torch.rand(1).item())

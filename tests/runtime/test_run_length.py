@@ -48,6 +48,7 @@ def measured(tmp_path: Path, data: Any, *callbacks: Callback, **arguments: Any) 
     ],
 )
 def test_sized_data(tmp_path: Path, arguments: dict[str, Any], total: int, per_epoch: float) -> None:
+    """Bug: a total that ignores max_steps, limits on batches or accumulation."""
     rows = DataLoader(list(torch.ones(20, 32)), batch_size=2)
     assert measured(tmp_path, rows, **arguments) == RunLength(
         total_steps=total, steps_per_epoch=per_epoch, tokens_per_step=64
@@ -55,6 +56,7 @@ def test_sized_data(tmp_path: Path, arguments: dict[str, Any], total: int, per_e
 
 
 def test_an_accumulation_that_changes_is_summed_over_the_epochs(tmp_path: Path) -> None:
+    """Bug: the window of the first epoch is used for all epochs."""
     rows = DataLoader(list(torch.ones(20, 32)), batch_size=2)
     length = measured(tmp_path, rows, GradientAccumulationScheduler({0: 1, 2: 4}), max_epochs=4)
     assert length.total_steps == 10 + 10 + 3 + 3

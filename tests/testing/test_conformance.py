@@ -196,6 +196,7 @@ def test_every_check_of_a_rule_has_a_fault_that_only_it_must_find() -> None:
 
 
 def test_a_folder_without_options_is_named(tmp_path: Path) -> None:
+    """Bug: a plugin that no config can select passes."""
     plugin = PluginInfo(name="p", package="p", folder=tmp_path, distribution="d", kind="rule", options=())
     with pytest.raises(CheckFailed, match=r"'options_exist': expected at least one file conf/<group>/<option>\.yaml"):
         check(plugin)
@@ -203,9 +204,11 @@ def test_a_folder_without_options_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["clip_as_made", "skip_as_made"])
 def test_the_template_passes_as_it_is(name: str, make_subject: MakeSubject) -> None:
+    """Bug: the template makes a plugin that fails our own checks."""
     check(make_subject(name).plugin)
 
 
 def test_an_unknown_plugin_is_the_callers_mistake() -> None:
+    """Bug: a misspelt name is reported as a failed check."""
     with pytest.raises(UserError, match="did you mean 'clip_norm'"):
         check_plugin("clip_nrom")

@@ -37,6 +37,7 @@ from stabletrain.testing.checks.equality import difference, differences, nonfini
     ],
 )
 def test_differences_are_found(one: object, other: object) -> None:
+    """Bug: a kind of difference, as of types, layouts or lengths, that counts as equal."""
     assert not same(one, other)
 
 
@@ -55,6 +56,7 @@ def test_differences_are_found(one: object, other: object) -> None:
     ],
 )
 def test_equal_nan_is_equal(one: object, other: object) -> None:
+    """Bug: NaN makes every comparison of states fail; or layout counts as a difference."""
     assert same(one, other)
 
 
@@ -85,5 +87,6 @@ def test_all_differences_are_named() -> None:
 
 
 def test_the_path_is_named() -> None:
+    """Bug: a difference deep in a state without its position."""
     assert difference({"a": [1, 2]}, {"a": [1, 3]}) == ".a[1]: 2 and 3"
     assert list(nonfinite_numbers({"a": Ema(1.0, math.inf)})) == [".a.var=inf"]

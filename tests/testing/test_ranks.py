@@ -46,7 +46,7 @@ Path(f"rank{rank}.json").write_text(json.dumps({
 
 @pytest.mark.slow
 def test_both_ranks_decide_alike(tmp_path: Path) -> None:
-    # catches a plugin that looks at this rank's loss or gradient, and a NaN that only its own rank skips
+    # catches a plugin that reads this rank's own loss or gradient, and a NaN that only its own rank skips
     names = [name for name, plugin in plugins().items() if plugin.kind in CALLBACKS]
     script = tmp_path / "ranks.py"
     script.write_text(SCRIPT)

@@ -11,6 +11,7 @@ def test_series_are_seeded() -> None:
 
 
 def test_faults_change_their_steps_only() -> None:
+    """Bug: a fault changes other steps, or has another size than asked for."""
     calm = series.calm(50)
     spiked = series.spike(calm, at=7, norm=10.0)
     assert [t for t in range(50) if spiked[t] != calm[t]] == [7]

@@ -30,12 +30,14 @@ ROOT = Path(__file__).resolve().parents[2]
     ],
 )
 def test_bad_names_are_refused(name: str, words: str, tmp_path: Path) -> None:
+    """Bug: a plugin whose name is no identifier, or exists already; files left after a refusal."""
     with pytest.raises(UserError, match=words):
         create(name, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    """Bug: an existing folder is overwritten."""
     (tmp_path / "clip_cool").mkdir()
     with pytest.raises(UserError, match="already exists"):
         create("clip_cool", tmp_path)

@@ -7,9 +7,11 @@ import subprocess
 import sys
 from argparse import Namespace
 
+import fits
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from fits import HEALTHY, Net, batches
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -17,19 +19,17 @@ from stabletrain.tracking import MLflowLogger, StoreError
 from stabletrain.tracking.runs import create_run
 
 
-class Line(LightningModule):
+class Logged(Net):
+    """Logs a loss and a hyper-parameter."""
+
     def __init__(self, width=1):
         super().__init__()
         self.save_hyperparameters()
-        self.layer = torch.nn.Linear(1, width)
 
     def training_step(self, batch, batch_idx):
-        loss = self.layer(batch).square().mean()
+        loss = super().training_step(batch, batch_idx)
         self.log("loss", loss)
         return loss
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
 class Raise(Callback):
@@ -41,20 +41,9 @@ class Raise(Callback):
             raise self.error
 
 
-def fit(logger, folder, *callbacks, steps=5, **arguments):
-    trainer = Trainer(
-        max_steps=steps,
-        logger=logger,
-        callbacks=list(callbacks),
-        default_root_dir=folder,
-        log_every_n_steps=1,
-        accelerator="cpu",
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **{"enable_checkpointing": False, **arguments},
-    )
-    trainer.fit(Line(), torch.utils.data.DataLoader(torch.ones(64, 1)))
-    return trainer
+def fit(logger, folder, *callbacks, steps=5):
+    """Train for a number of steps; returns the trainer."""
+    return fits.fit(Logged(), batches(*[HEALTHY] * steps), *callbacks, logger=logger, default_root_dir=folder)
 
 
 @pytest.fixture(autouse=True)
@@ -63,15 +52,11 @@ def quiet(monkeypatch):
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 
-# Lightning's advice about DataLoader workers and val loops; here the data are 64 numbers.
-pytestmark = pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
-
-
 def test_a_plain_script(uri, client, tmp_path):
     """Bug: with defaults the logger raises, blocks, or leaves metrics, parameters or checkpoints out."""
     logger = MLflowLogger(tags={"note": "x"})
     assert logger.version is None
-    trainer = fit(logger, tmp_path, ModelCheckpoint(every_n_train_steps=2), enable_checkpointing=True)
+    trainer = fit(logger, tmp_path, ModelCheckpoint(every_n_train_steps=2))
     run = client.get_run(logger.version)
     assert run.info.status == "FINISHED"
     assert run.info.end_time is not None
@@ -109,12 +94,12 @@ def test_resume_is_running_then_finished(uri, client, tmp_path):
     client.set_terminated(run_id, "FAILED")
     seen = []
 
-    class WeightSample(Callback):
+    class ReadStatus(Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
             seen.append(client.get_run(run_id).info.status)
 
     logger = MLflowLogger(uri, run_id=run_id)
-    fit(logger, tmp_path, WeightSample(), steps=2)
+    fit(logger, tmp_path, ReadStatus(), steps=2)
     run = client.get_run(run_id)
     assert seen == ["RUNNING"] * 2
     assert run.info.status == "FINISHED"
@@ -157,7 +142,7 @@ def test_a_failing_store_does_not_end_training(uri, client, tmp_path, caplog, mo
 
     monkeypatch.setattr(logger.experiment, "log_batch", log_batch)
     with caplog.at_level(logging.WARNING, logger="stabletrain"):
-        trainer = fit(logger, tmp_path, ModelCheckpoint(every_n_train_steps=1), enable_checkpointing=True)
+        trainer = fit(logger, tmp_path, ModelCheckpoint(every_n_train_steps=1))
     assert trainer.global_step == 5
     assert client.get_run(logger.version).info.status == "FINISHED"
     lines = [json.loads(line) for line in (tmp_path / "metrics-unsent.jsonl").read_text().splitlines()]
@@ -284,7 +269,7 @@ def test_the_process_ends_without_finalize(uri, client, monkeypatch, last, statu
 
 
 def test_a_script_without_a_trainer(uri, client):
-    """Bug: without a Trainer nobody calls finalize, so the last metrics are lost and the run is RUNNING for ever."""
+    """Bug: without a Trainer finalize is never called, so the last metrics are lost and the run is RUNNING for ever."""
     code = (
         "import sys; from stabletrain.tracking import MLflowLogger\n"
         "logger = MLflowLogger(sys.argv[1]); logger.log_metrics({'a': 1.0}, step=0); print(logger.run_id)\n"

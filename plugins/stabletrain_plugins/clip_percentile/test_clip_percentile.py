@@ -44,6 +44,7 @@ def threshold(rule: ClipPercentileRule, state: PercentileState) -> float:
 
 @pytest.mark.parametrize("case", SMOOTH, ids=name)
 def test_our_limit_for_the_next_step_is_the_references_limit_for_this_one(case):
+    """Bug: another percentile or interpolation than the reference's."""
     # the reference counts the current norm in its own percentile; our limits come from history alone
     rule = ClipPercentileRule(percentile=case["params"]["clip_percentile"], regime_after=None)
     norms = SEQUENCES[case["sequence"]]
@@ -54,6 +55,7 @@ def test_our_limit_for_the_next_step_is_the_references_limit_for_this_one(case):
 
 @pytest.mark.parametrize(("percentile", "largest"), [(10, 0.002), (50, 0.005)])
 def test_on_a_steady_run_both_clip_to_nearly_the_same_norm(percentile, largest):
+    """Bug: without the current norm in the history, a limit far from the reference's."""
     (case,) = (c for c in SMOOTH if c["params"]["clip_percentile"] == percentile and c["sequence"] == "steady")
     ours = applied(ClipPercentileRule(percentile=percentile), SEQUENCES["steady"])
     apart = [abs(mine / theirs - 1.0) for mine, theirs in zip(ours, case["post_norm"], strict=True)]
@@ -61,6 +63,7 @@ def test_on_a_steady_run_both_clip_to_nearly_the_same_norm(percentile, largest):
 
 
 def test_a_new_maximum_is_clipped_here_and_passes_there():
+    """Bug: the current norm counts in its own limit."""
     # at percentile 100 the reference cannot clip at all: every norm is at most the maximum that includes it
     (case,) = (c for c in SMOOTH if name(c) == "p100-single_spike_at_60")
     norms = SEQUENCES["single_spike_at_60"]
@@ -70,6 +73,7 @@ def test_a_new_maximum_is_clipped_here_and_passes_there():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0])
 def test_a_zero_or_nonfinite_norm_never_enters(bad):
+    """Bug: a zero or non-finite norm changes later limits, or is itself changed."""
     # the reference stores NaN in its history: every later gradient is NaN
     rule, norms = ClipPercentileRule(), [3.0, 1.0, 2.0, 5.0]
     for position in range(len(norms) + 1):
@@ -82,6 +86,7 @@ def test_a_zero_or_nonfinite_norm_never_enters(bad):
 
 @pytest.mark.parametrize("sequence", ["nan_once_at_60", "inf_first_3_fp16_start"])
 def test_the_references_lost_runs_go_on(sequence):
+    """Bug: one NaN in the history makes every later gradient NaN."""
     (case,) = (c for c in VECTORS["cases"] if name(c) == f"p10-{sequence}")
     norms = SEQUENCES[sequence]
     ours = applied(ClipPercentileRule(), norms)
@@ -91,6 +96,7 @@ def test_the_references_lost_runs_go_on(sequence):
 
 
 def test_with_the_papers_percentile_nine_steps_in_ten_are_clipped():
+    """Bug: the percentile is counted from the wrong end."""
     draw = random.Random(0)
     norms = [math.exp(0.3 * draw.gauss(0.0, 1.0)) for _ in range(2000)]
     steps = list(replay(ClipPercentileRule(), [(2.0, norm) for norm in norms]))
@@ -100,6 +106,7 @@ def test_with_the_papers_percentile_nine_steps_in_ten_are_clipped():
 @pytest.mark.parametrize("factor", [1.5, 3.0])
 @pytest.mark.parametrize("percentile", [10.0, 95.0])
 def test_a_higher_level_is_learned_and_reported(factor, percentile):
+    """Bug: after a change of level every step is clipped to the old one; or the change is not reported."""
     draw = random.Random(0)
     norms = [math.exp(0.06 * draw.gauss(0.0, 1.0)) for _ in range(1200)]
     norms = norms[:1000] + [factor * norm for norm in norms[1000:]]
@@ -114,6 +121,7 @@ def test_a_higher_level_is_learned_and_reported(factor, percentile):
 
 
 def test_the_window_is_bounded():
+    """Bug: the history grows without end, or the newest norms are the ones dropped."""
     rule = ClipPercentileRule(percentile=50, window=3, regime_after=None)
     state = learn(rule, [100.0, 1.0, 2.0, 3.0])[-1]
     assert state.window.values == (1.0, 2.0, 3.0)
@@ -121,6 +129,7 @@ def test_the_window_is_bounded():
 
 
 def test_nothing_is_clipped_during_the_warmup():
+    """Bug: the warm-up is one step too long or too short."""
     rule = ClipPercentileRule(warmup_steps=3)
     states = learn(rule, [1.0, 2.0, 3.0])
     assert [rule.limits(state) == NO_LIMITS for state in states] == [True, True, True, False]
@@ -128,12 +137,14 @@ def test_nothing_is_clipped_during_the_warmup():
 
 @pytest.mark.parametrize("change", [{"skipped": True}, {"overflow": True}])
 def test_a_step_that_was_not_applied_is_not_learned(change):
+    """Bug: norms of skipped steps or overflows change the limit."""
     rule = ClipPercentileRule()
     state = learn(rule, [1.0, 2.0])[-1]
     assert rule.observe(state, Outcome(2, 2.0, 50.0, 50.0, math.nan, **change)).state == state
 
 
 def test_resumed_from_json_at_any_cut_equals_uninterrupted():
+    """Bug: a part of the state, as the run of high norms, is lost in the checkpoint."""
     draw = random.Random(0)
     rule = ClipPercentileRule(percentile=90, window=40)
     norms = [math.exp(0.1 * draw.gauss(0.0, 1.0)) * (3.0 if t >= 60 else 1.0) for t in range(100)]
@@ -193,11 +204,13 @@ def test_a_history_as_long_as_regime_after_is_enough() -> None:
     ],
 )
 def test_ranges_of_the_arguments(argument: str, expected: str, accepted: list[Any], refused: list[Any]) -> None:
+    """Bug: a range off by one, or a message with another name, range or key."""
     given, beyond = ([{argument: value} for value in values] for values in (accepted, refused))
     check_range(ClipPercentileRule, "clip_percentile", "plugins.clip", argument, expected, given, beyond)
 
 
 def test_the_smallest_window() -> None:
+    """Bug: a window of one norm, which has no percentiles, is accepted."""
     small = {"regime_after": None}
     check_range(
         ClipPercentileRule,

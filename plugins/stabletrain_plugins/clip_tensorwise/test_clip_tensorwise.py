@@ -40,6 +40,7 @@ def step(clip: ClipTensorwise, norms: Sequence[float], applied: bool = True) -> 
 
 @pytest.mark.parametrize("case", SOUND, ids=lambda case: f"{case['sequence']}-{case['params']}")
 def test_matches_the_reference_where_it_is_right(case: dict[str, Any]) -> None:
+    """Bug: another decay, warm-up or ratio than in AdaGC's reference."""
     clip, output = made_for(case), case["output"]
     # where the global norm is clipped, the reference divides by norm + 1e-6
     tolerance = 3e-7 if case["sequence"].startswith("exp_decay") else 1e-11
@@ -51,6 +52,7 @@ def test_matches_the_reference_where_it_is_right(case: dict[str, Any]) -> None:
 
 
 def test_one_nan_does_not_end_the_reference_norm() -> None:
+    """Bug: a NaN enters the reference norm, as in AdaGC's code, and the tensor is never clipped again."""
     case = case_of("nan_once_at_60")
     assert case["output"]["gamma_A"][-1] == "nan"
     clip = made_for(case)
@@ -62,7 +64,8 @@ def test_one_nan_does_not_end_the_reference_norm() -> None:
     assert 0.7 < clip.gamma("A") < 0.9
 
 
-def test_an_fp16_start_teaches_nothing_but_its_finite_steps() -> None:
+def test_of_an_fp16_start_only_finite_steps_are_learned() -> None:
+    """Bug: overflows at the start of an fp16 run make reference norms of 0 or infinity."""
     case = case_of("inf_first_3_fp16_start")
     assert case["output"]["gamma_B"][0] == 0.0
     clip, alone = made_for(case), made_for(case)
@@ -77,6 +80,7 @@ def test_an_fp16_start_teaches_nothing_but_its_finite_steps() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("at", range(8))
 def test_a_bad_gradient_at_any_step_leaves_the_state_finite(at: int, bad: float) -> None:
+    """Bug: a non-finite gradient changes the reference norm, or is itself changed."""
     clip = ClipTensorwise(warmup_steps=4)
     for t in range(8):
         before = clip.gamma("A")
@@ -103,6 +107,7 @@ def test_a_tensor_whose_gradient_begins_at_zero_is_not_frozen(warmup_steps: int)
 
 
 def test_a_step_that_is_not_applied_leaves_no_trace() -> None:
+    """Bug: a skipped step changes the reference norms or the count of steps."""
     clip = ClipTensorwise(warmup_steps=3)
     for t in range(6):
         step(clip, [0.5, 0.2])
@@ -114,6 +119,7 @@ def test_a_step_that_is_not_applied_leaves_no_trace() -> None:
 
 
 def test_a_parameter_without_a_gradient_keeps_its_reference_norm() -> None:
+    """Bug: the norms of the others are assigned to the wrong parameters, or decay."""
     clip = ClipTensorwise(warmup_steps=0)
     step(clip, [0.5, 0.2])
     gradient = gradient_of(0.2)
@@ -123,6 +129,7 @@ def test_a_parameter_without_a_gradient_keeps_its_reference_norm() -> None:
 
 
 def test_a_parameter_that_joins_late_is_clipped_from_its_second_step_on() -> None:
+    """Bug: a parameter that was unfrozen later is never clipped, or already at its first gradient."""
     clip = ClipTensorwise(max_ratio=1.5, warmup_steps=2)
     for _ in range(4):
         step(clip, [0.5])
@@ -130,13 +137,15 @@ def test_a_parameter_that_joins_late_is_clipped_from_its_second_step_on() -> Non
     assert step(clip, [0.5, 80.0])[1] == pytest.approx(12.0)
 
 
-def test_warmup_holds_the_global_norm() -> None:
+def test_warmup_clips_to_the_global_norm() -> None:
+    """Bug: gradients are not clipped in the warm-up, or also below max_norm."""
     clip = ClipTensorwise(max_norm=1.0)
     assert step(clip, [3.0, 4.0]) == pytest.approx([0.6, 0.8])
     assert step(clip, [0.3, 0.4]) == pytest.approx([0.3, 0.4])
 
 
 def test_state_goes_by_name_and_loads_as_weights_only(tmp_path: Path) -> None:
+    """Bug: after a resume with another order of parameters, reference norms are exchanged."""
     clip = ClipTensorwise(warmup_steps=2)
     for _ in range(4):
         step(clip, [0.5, 0.2])
@@ -149,6 +158,7 @@ def test_state_goes_by_name_and_loads_as_weights_only(tmp_path: Path) -> None:
 
 
 def test_other_arguments_than_those_of_the_checkpoint_are_logged() -> None:
+    """Bug: a changed argument is not noticed."""
     saved = ClipTensorwise().state_dict()
     with pytest.warns(
         UserWarning, match=r"clip_tensorwise: the checkpoint was made with other arguments: max_ratio=1.5 \(was 1.05\)"
@@ -177,5 +187,6 @@ def test_how_often_it_clips_a_healthy_steady_sequence() -> None:
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], message: str) -> None:
+    """Bug: an argument that clips everything or nothing is accepted; a message without the config key."""
     with pytest.raises(UserError, match=message):
         ClipTensorwise(**arguments)

@@ -108,12 +108,14 @@ def test_an_outlier_in_the_warmup_does_not_spoil_zclip():
 
 
 def test_zclip_keeps_its_fixed_maximum_during_the_warmup_and_out_of_the_history():
+    """Bugs: nothing is clipped in the warm-up; clipped norms are learned, so that the mean is at most the maximum."""
     steps = run(ClipZScoreRule.zclip(warmup_steps=4), [2.0, 2.2, 1.8, 2.0, 2.1])
     assert [step.clipped_norm for step in steps] == [1.0] * 5
     assert steps[3].state.ema.mean == 2.0
 
 
 def test_the_preset_makes_the_callback_too():
+    """Bug: the preset of the callback makes a rule, or drops arguments."""
     preset = stabletrain.ClipZScore.zclip(max_grad_norm=None, name="zclip")
     assert isinstance(preset, stabletrain.ClipZScore)
     assert (preset.space, preset.target, preset.max_norm, preset.label) == ("linear", "reciprocal", None, "zclip")
@@ -185,6 +187,7 @@ HEALTHY = {
 
 @pytest.mark.parametrize("shape", HEALTHY)
 def test_the_default_clips_few_healthy_steps(shape):
+    """Bug: a threshold that cuts the gradients of healthy training."""
     touched = []
     for seed in range(5):
         draw, n = random.Random(seed), 4000
@@ -197,6 +200,7 @@ def test_the_default_clips_few_healthy_steps(shape):
 @pytest.mark.parametrize("factor", [1.5, 3.0, 10.0])
 @pytest.mark.parametrize("sigma", [0.02, 0.06, 0.1, 0.3])
 def test_the_default_adapts_to_a_higher_level(factor, sigma):
+    """Bug: every step after a rise is clipped to the old level."""
     for seed in range(5):
         norms = lognormal(seed, sigma)
         norms = norms[:500] + [factor * norm for norm in norms[500:]]
@@ -205,6 +209,7 @@ def test_the_default_adapts_to_a_higher_level(factor, sigma):
 
 
 def test_the_default_guards_a_lower_level_soon_after_a_fall():
+    """Bug: after a fall, faults as high as the old level pass."""
     for seed in range(5):
         norms = lognormal(seed, 0.06)
         norms = norms[:500] + [norm / 10 for norm in norms[500:]]
@@ -215,6 +220,7 @@ def test_the_default_guards_a_lower_level_soon_after_a_fall():
 @pytest.mark.parametrize("sigma", [0.06, 0.1, 0.2, 0.3])
 @pytest.mark.parametrize("factor", [10.0, 100.0])
 def test_faults_are_clipped(sigma, factor):
+    """Bug: one fault raises the threshold so far that the next one passes."""
     faults = range(100, 2000, 100)
     for seed in range(5):
         norms = lognormal(seed, sigma)
@@ -224,6 +230,7 @@ def test_faults_are_clipped(sigma, factor):
 
 
 def test_a_burst_shorter_than_a_regime_is_clipped_to_its_end():
+    """Bug: a burst is learned as a new level before ``regime_after`` steps."""
     norms = lognormal(0, 0.06)
     norms[500:515] = [20 * norm for norm in norms[500:515]]
     assert set(range(500, 515)) <= set(clipped(ClipZScoreRule(), norms))
@@ -238,6 +245,7 @@ def test_levels_that_alternate_do_not_lock_in():
 
 @pytest.mark.parametrize("share", [0.11, 0.3])
 def test_outliers_that_are_no_exception_are_not_clipped_for_ever(share):
+    """Bug: norms that come regularly never enter the statistics."""
     draw = random.Random(0)
     norms = [100 * norm if draw.random() < share else norm for norm in lognormal(0, 0.06, 5000)]
     assert len(clipped(ClipZScoreRule(), norms)) / len(norms) < 1 / 3.0**2
@@ -251,6 +259,7 @@ def test_one_tiny_norm_does_not_blind_the_log_statistics():
 
 
 def test_zero_norms_are_no_history():
+    """Bug: the logarithm of 0, or a mean that zeros pull down."""
     norms = lognormal(0, 0.06, 200)
     rule = ClipZScoreRule(warmup_steps=10)
     with_zeros = [0.0, *norms[:100], 0.0, *norms[100:]]
@@ -262,6 +271,7 @@ def test_zero_norms_are_no_history():
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 0.0, 1e200])
 @pytest.mark.parametrize("rule", [ClipZScoreRule(warmup_steps=4), ClipZScoreRule.zclip(warmup_steps=4)], ids=str)
 def test_a_bad_norm_at_any_position_leaves_no_trace(bad, rule):
+    """Bug: a non-finite, zero or huge norm enters the statistics, in the warm-up or within a run of high norms."""
     norms = [1.0, 1.1, 0.9, 1.0, 1.2, 9.0, 9.0, 1.0, 1.05]
     expected = run(rule, norms)[-1].state
     for position in range(len(norms) + 1):
@@ -270,12 +280,14 @@ def test_a_bad_norm_at_any_position_leaves_no_trace(bad, rule):
 
 @pytest.mark.parametrize("change", [{"skipped": True}, {"overflow": True}])
 def test_a_step_that_was_not_applied_is_not_learned(change):
+    """Bug: norms of skipped steps or overflows enter the statistics."""
     rule = ClipZScoreRule()
     state = run(rule, lognormal(0, 0.06, 60))[-1].state
     assert rule.observe(state, Outcome(60, 2.0, 50.0, 50.0, math.nan, **change)).state == state
 
 
 def test_the_history_does_not_depend_on_tighter_bounds_of_others():
+    """Bug: the joined result is learned instead of this rule's own bound."""
     rule, norms = ClipZScoreRule(), lognormal(0, 0.3, 200)
     state = rule.init()
     for t, norm in enumerate(norms):
@@ -284,6 +296,7 @@ def test_the_history_does_not_depend_on_tighter_bounds_of_others():
 
 
 def test_a_new_regime_is_reported_with_its_numbers():
+    """Bug: a new level without an event, or one with a wrong step or value."""
     norms = [1.0, 1.02, 0.98] * 30
     steps = run(ClipZScoreRule(), [*norms, *(5.0 * norm for norm in norms[:30])])
     ((t, event),) = [(t, event) for t, step in enumerate(steps) for event in step.events]
@@ -299,6 +312,7 @@ def test_a_new_regime_is_reported_with_its_numbers():
 )
 @pytest.mark.parametrize("clip_factor", [1.0, 0.5])
 def test_targets_in_log_space(target, expected, clip_factor):
+    """Bug: a target computed in linear space, or a clip factor that is a difference."""
     rule = ClipZScoreRule(target=target, clip_factor=clip_factor, min_sigma=0.2, warmup_steps=2)
     state = run(rule, [1.0, 1.0])[-1].state
     assert rule.limits(state).clip(math.exp(3.0)) == pytest.approx(clip_factor * expected)
@@ -307,6 +321,7 @@ def test_targets_in_log_space(target, expected, clip_factor):
 
 @pytest.mark.parametrize("rule", [ClipZScoreRule(), ClipZScoreRule.zclip(), ClipZScoreRule(regime_after=None)], ids=str)
 def test_resumed_from_json_at_any_cut_equals_uninterrupted(rule: Rule):
+    """Bug: a part of the state is lost in a checkpoint, as the samples of the warm-up or of a new level."""
     norms = lognormal(0, 0.1, 60) + lognormal(1, 0.1, 30, level=4.0)
     whole = run(rule, norms)
     for cut in range(len(norms)):
@@ -449,5 +464,6 @@ def test_the_largest_norm_that_is_learned() -> None:
     ],
 )
 def test_ranges_of_the_arguments(argument: str, expected: str, accepted: list[Any], refused: list[Any]) -> None:
+    """Bug: a range off by one, or a message with another name, range or key."""
     given, beyond = ([{argument: value} for value in values] for values in (accepted, refused))
     check_range(ClipZScoreRule, "clip_zscore", "plugins.clip", argument, expected, given, beyond)

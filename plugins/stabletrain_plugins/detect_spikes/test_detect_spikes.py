@@ -57,6 +57,7 @@ def losses_of(case):
 
 @pytest.mark.parametrize("sequence", ["decaying_loss", "single_spike_at_300"])
 def test_agrees_with_the_stability_monitor_where_it_is_right(sequence):
+    """Bug: other spikes or another score than OLMo-core's monitor on its own cases."""
     case = OLMO[sequence]
     series = losses_of(case)
     assert kinds(series) == ({"spike": case["spike_steps"]} if case["spike_steps"] else {})
@@ -67,6 +68,7 @@ def test_agrees_with_the_stability_monitor_where_it_is_right(sequence):
 
 @pytest.mark.parametrize("sequence", ["decaying_loss", "single_spike_at_300", "spike_with_recovery_300_320"])
 def test_agrees_with_lightnings_spike_detection_where_it_is_right(sequence):
+    """Bug: a spike is seen later than by Lightning's detector, or a healthy run flagged."""
     case = LIGHTNING[sequence]
     found = kinds(losses_of(case))
     assert set(found) <= {"spike"}
@@ -123,10 +125,12 @@ def test_a_plateau_below_three_times_the_level_is_seen():
 
 @pytest.mark.parametrize(("norm", "loss"), [(1.0, 3.0), (100.0, 1.0), (100.0, 3.0)])
 def test_every_step_of_a_burst_is_flagged(norm, loss):
+    """Bug: the first outliers widen the limits, and the rest of the burst passes."""
     assert kinds(burst(calm(400), at=200, length=10, norm=norm, loss=loss)) == {"spike": [*range(200, 210)]}
 
 
 def test_a_burst_leaves_the_limits_as_they_were():
+    """Bug: outliers enter the history."""
     rule = DetectSpikesRule()
     quiet = calm(260)
     without = quiet[:200] + quiet[210:]
@@ -135,6 +139,7 @@ def test_a_burst_leaves_the_limits_as_they_were():
 
 
 def test_steps_skipped_by_another_plugin_are_judged_but_not_learned():
+    """Bug: skipped steps enter the history, or are not reported."""
     rule = DetectSpikesRule()
     state = final_state(rule, calm(200))
     for loss, norm, expected in ((2.0, 1.0, []), (9.0, 1.0, ["spike"]), (2.0, 90.0, ["spike"])):
@@ -144,6 +149,7 @@ def test_steps_skipped_by_another_plugin_are_judged_but_not_learned():
 
 
 def test_falling_signals_are_no_outliers():
+    """Bug: limits on both sides, so that progress is flagged."""
     series = [
         (loss * (0.2 if t >= 200 else 1.0), norm * (0.01 if t >= 200 else 1.0))
         for t, (loss, norm) in enumerate(calm(400))
@@ -152,6 +158,7 @@ def test_falling_signals_are_no_outliers():
 
 
 def test_a_zero_norm_is_neither_judged_nor_learned():
+    """Bug: the logarithm of 0, or an event about it."""
     rule = DetectSpikesRule()
     state = final_state(rule, calm(200))
     after = rule.observe(state, Outcome(200, 2.0, 0.0, 0.0, 0.0))
@@ -163,6 +170,7 @@ def test_a_zero_norm_is_neither_judged_nor_learned():
 
 
 def test_a_raised_loss_is_a_divergence_after_patience():
+    """Bug: a divergence one step early or late, or a rollback that nobody asked for."""
     series = burst(calm(400), at=200, length=30, norm=1.0, loss=2.0)
     assert kinds(series) == {"spike": [*range(200, 219)], "divergence": [219]}
     assert requests(series) == []
@@ -183,7 +191,8 @@ def test_a_loss_that_touches_the_limit_from_below_is_not_back():
     assert found == ["spike"] * 10 + ["divergence"]
 
 
-def test_whoever_only_watches_learns_a_loss_level_that_stays():
+def test_without_rollbacks_a_loss_level_that_stays_is_learned():
+    """Bug: without rollbacks, a loss that stays high is reported for ever, and spikes above it are not."""
     series = [(loss * (2.0 if t >= 200 else 1.0), norm) for t, (loss, norm) in enumerate(calm(700))]
     found = kinds(spike(series, at=600, loss=2.0, norm=1.0))
     assert found["regime"] == [327]
@@ -194,6 +203,7 @@ def test_whoever_only_watches_learns_a_loss_level_that_stays():
 @pytest.mark.parametrize("factor", [1.5, 3.0])
 @pytest.mark.parametrize("seed", range(5))
 def test_a_new_level_of_the_norm_is_learned_without_a_rollback(factor, seed):
+    """Bug: a rise of the norm beside a normal loss counts as a divergence."""
     series = level_shift(calm(600, sigma=0.06, seed=seed), at=300, factor=factor)
     assert requests(series, on_divergence="rollback") == []
     found = kinds(series)
@@ -205,17 +215,20 @@ def test_a_new_level_of_the_norm_is_learned_without_a_rollback(factor, seed):
 
 
 def test_the_new_level_is_guarded_at_once():
+    """Bug: after a new level is learned, faults pass until the history is full again."""
     series = spike(level_shift(calm(600), at=300), at=325, norm=20.0)
     assert kinds(series)["spike"][-1] == 325
 
 
 def test_nan_without_end_asks_for_a_rollback():
+    """Bug: NaN never counts as a divergence; or an event for each step of it, for ever."""
     series = nonfinite(calm(300), at=range(100, 300))
     assert requests(series, on_divergence="rollback")[0] == (119, RequestKind.ROLLBACK)
     assert kinds(series)["nonfinite"] == [*range(100, 120), *range(139, 300, 20)]
 
 
-def test_after_a_rollback_nothing_is_going_on_any_more():
+def test_after_a_rollback_counts_start_from_zero():
+    """Bug: steps of before a rollback count towards the next divergence; or the rollback deletes the history."""
     rule = DetectSpikesRule()
     state = final_state(rule, burst(calm(210), at=200, loss=3.0))
     assert state.loss_excursion.steps == 10
@@ -249,12 +262,14 @@ def healthy(shape, seed, n=2000):
 
 @pytest.mark.parametrize("shape", HEALTHY)
 def test_nothing_is_flagged_in_healthy_training(shape):
+    """Bug: limits too narrow for ordinary noise, drifts or the start of training."""
     assert kinds(healthy(shape, seed=0)) == {}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", HEALTHY)
 def test_nothing_is_flagged_in_healthy_training_of_twenty_seeds(shape):
+    """Bug: as above, in rarer draws."""
     assert [kinds(healthy(shape, seed)) for seed in range(1, 20)] == [{}] * 19
 
 
@@ -262,6 +277,7 @@ def test_nothing_is_flagged_in_healthy_training_of_twenty_seeds(shape):
 
 
 def test_the_score_looks_back_a_window_and_stores_flagged_steps_only():
+    """Bug: spikes count in the score for ever, or the state stores every step."""
     rule = DetectSpikesRule(score_window=100)
     series = spike(calm(400), at=200, loss=3.0)
     assert rule.readings(final_state(rule, series[:201])) == {"spike_score": 0.01}
@@ -272,6 +288,7 @@ def test_the_score_looks_back_a_window_and_stores_flagged_steps_only():
 
 
 def test_the_score_is_a_metric_of_the_callback():
+    """Bug: two detectors overwrite each other's metric."""
     plugin, named = DetectSpikes(), DetectSpikes(name="second")
     for each in (plugin, named):
         each.state = final_state(each.rule, spike(calm(200), at=150, loss=3.0))
@@ -280,6 +297,7 @@ def test_the_score_is_a_metric_of_the_callback():
 
 
 def test_it_limits_nothing_and_survives_a_checkpoint_in_the_middle_of_a_burst():
+    """Bug: a detector that changes training; a burst that starts again after a resume."""
     rule = DetectSpikesRule()
     state = final_state(rule, burst(calm(205), at=200, loss=3.0))
     assert rule.limits(state) == NO_LIMITS
@@ -287,6 +305,7 @@ def test_it_limits_nothing_and_survives_a_checkpoint_in_the_middle_of_a_burst():
 
 
 def test_on_divergence_is_one_of_two():
+    """Bug: a misspelt reaction means none."""
     accepted = [{"on_divergence": "report"}, {"on_divergence": "rollback"}]
     refused = [{"on_divergence": "stop"}]
     expected = '"report" or "rollback"'

@@ -3,30 +3,28 @@ import math
 from pathlib import Path
 from typing import Any
 
+import fits
 import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from lightning.pytorch import Callback, LightningModule, Trainer
+from fits import HEALTHY, NAN_LOSS, EventRecorder, assert_same, batches
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
-from torch.utils.data import DataLoader
 
-from stabletrain.core.events import Event
 from stabletrain.errors import UserError
 from stabletrain.runtime import gradients
 from stabletrain.runtime.guard.callbacks import as_callback
 from stabletrain.runtime.guard.options import Guard
-from stabletrain.testing.trainer import quiet_trainer
 from stabletrain_plugins.clip_norm.rule import ClipNormRule
 from stabletrain_plugins.monitor_gradients import callback
 from stabletrain_plugins.monitor_gradients.callback import MonitorGradients, layer_names
 from stabletrain_plugins.skip_nonfinite.rule import SkipNonFiniteRule
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")
 CONF = Path(__file__).parent / "conf" / "plugins" / "gradients" / "monitor.yaml"
 LAYERS = ("net.inp", "net.blocks.0", "net.blocks.1", "net.out", "net.scale")
 ClipNorm, SkipNonFinite = as_callback(ClipNormRule), as_callback(SkipNonFiniteRule)
@@ -35,7 +33,7 @@ ClipNorm, SkipNonFinite = as_callback(ClipNormRule), as_callback(SkipNonFiniteRu
 class Stack(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.inp = nn.Linear(4, 8)
+        self.inp = nn.Linear(6, 8)
         self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2)])
         self.out = nn.Linear(8, 1)
         self.scale = nn.Parameter(torch.ones(()))
@@ -49,27 +47,19 @@ class Stack(nn.Module):
         return out
 
 
-class Net(LightningModule):
+class Net(fits.Net):
     """Records the true gradient norms; at some steps a block's gradient becomes non-finite on its way back."""
 
     def __init__(self, poison: dict[int, float] | None = None, fused: bool = False) -> None:
-        super().__init__()
-        torch.manual_seed(0)
+        super().__init__("adamw-fused" if fused else "adamw-foreach")
         self.net = Stack()
-        self.poison, self.fused = poison or {}, fused
+        self.poison = poison or {}
         self.true: list[dict[str, float]] = []
         self.net.blocks[1][0].bias.register_hook(self._poisoned)
 
     def _poisoned(self, grad: Tensor) -> Tensor | None:
         value = self.poison.get(len(self.true))
         return None if value is None else torch.full_like(grad, value)
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        loss = (self.net(batch[:, :4]) - batch[:, 4:]).square().mean()
-        return loss * self.poison[-1] if -1 in self.poison and batch_idx == 5 else loss
-
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        pass
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         prefixes = {layer: f"{layer}." for layer in LAYERS[:-1]} | {"net.scale": "net.scale"}
@@ -85,9 +75,6 @@ class Net(LightningModule):
                 for layer, prefix in prefixes.items()
             }
         )
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-2, fused=self.fused)
 
 
 class Record(Logger):
@@ -105,23 +92,14 @@ class Record(Logger):
         pass
 
 
-class Listen(Callback):
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-
-    def on_stability_event(self, trainer: Trainer, module: LightningModule, event: Event) -> None:
-        self.events.append(event)
-
-
-def fit(module: Net, folder: Path, *callbacks: Callback, steps: int = 20, **options: Any) -> tuple[Trainer, Record]:
-    generator = torch.Generator().manual_seed(1)
-    batches = [torch.randn(16, 5, generator=generator) for _ in range(steps)]
+def fit(
+    module: Net, folder: Path, *callbacks: Callback, steps: int = 20, nan_at: int | None = None, **options: Any
+) -> tuple[Trainer, Record]:
     record = Record()
-    arguments: dict[str, Any] = {"max_epochs": 1, "logger": record, "log_every_n_steps": 10, "limit_val_batches": 0}
-    trainer = quiet_trainer(*callbacks, **{**arguments, "default_root_dir": folder, **options})
-    loader = DataLoader(batches, batch_size=None)
-    trainer.fit(module, loader, loader)
-    return trainer, record
+    items = batches(*(NAN_LOSS if step == nan_at else HEALTHY for step in range(steps)))
+    arguments: dict[str, Any] = {"logger": record, "log_every_n_steps": 10, "limit_val_batches": 0}
+    arguments |= {"default_root_dir": folder, **options}
+    return fits.fit(module, items, *callbacks, val_items=items, **arguments), record
 
 
 def mean(values: list[float]) -> Any:
@@ -129,7 +107,8 @@ def mean(values: list[float]) -> Any:
 
 
 @pytest.mark.parametrize("mode", ["exact", "device"])
-def test_norms_of_layers_are_those_of_the_looks_since_the_last_flush(tmp_path: Path, mode: Any) -> None:
+def test_norms_of_layers_are_means_since_the_last_flush(tmp_path: Path, mode: Any) -> None:
+    """Bugs: means over other steps; gradients of after the step; a parameter counted in a layer with a similar name."""
     module = Net(fused=True)
     _, record = fit(module, tmp_path, Guard(mode=mode), MonitorGradients(every=5))
     rows = [row for _, row in record.rows if "grad_norm" in row]
@@ -145,6 +124,7 @@ def test_norms_of_layers_are_those_of_the_looks_since_the_last_flush(tmp_path: P
 
 
 def test_weights_are_those_that_the_step_began_with(tmp_path: Path) -> None:
+    """Bug: weights measured after the step; norms of weights logged although ``weights=False``."""
     module = Net()
     before = module.net.out.weight.detach().norm().hypot(module.net.out.bias.detach().norm()).item()
     _, record = fit(module, tmp_path, MonitorGradients(), steps=1, log_every_n_steps=1)
@@ -154,6 +134,7 @@ def test_weights_are_those_that_the_step_began_with(tmp_path: Path) -> None:
 
 
 def test_gradients_are_seen_before_clipping_and_make_up_the_global_norm(tmp_path: Path) -> None:
+    """Bug: norms of clipped gradients, or a parameter that belongs to no layer."""
     monitor = MonitorGradients(every=1)
     _, record = fit(Net(), tmp_path, ClipNorm(max_norm=1e-3), monitor, steps=1, log_every_n_steps=1)
     row = record.rows[0][1]
@@ -165,16 +146,17 @@ def test_gradients_are_seen_before_clipping_and_make_up_the_global_norm(tmp_path
 
 @pytest.mark.parametrize("plugins", [[], [ClipNorm(0.5), SkipNonFinite()]], ids=["alone", "beside rules"])
 def test_training_is_bit_identical_with_it(tmp_path: Path, plugins: list[Callback]) -> None:
+    """Bug: measuring changes a gradient or draws random numbers."""
     with_it, without = Net(), Net()
     fit(with_it, tmp_path, *plugins, MonitorGradients(every=1, depth=None), log_every_n_steps=1)
     fit(without, tmp_path, *plugins)
-    for (name, a), b in zip(with_it.state_dict().items(), without.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
+    assert_same(with_it.state_dict(), without.state_dict())
 
 
-def test_steps_between_looks_cost_nothing_and_the_device_is_read_once_a_flush(
+def test_steps_without_measurement_cost_nothing_and_the_device_is_read_once_a_flush(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Bug: norms computed at every step, or the host waits for the device at every measurement."""
     measured, read = [], []
     tensor_norms, to_list = gradients.tensor_norms, Tensor.tolist
 
@@ -201,9 +183,7 @@ def test_steps_between_looks_cost_nothing_and_the_device_is_read_once_a_flush(
 def test_other_callbacks_can_monitor_a_layer(tmp_path: Path) -> None:
     # self.log would not reach ModelCheckpoint from a callback that logs at a flush
     best = ModelCheckpoint(tmp_path, monitor="grad_norm/net.out", save_on_train_epoch_end=False)
-    trainer, _ = fit(
-        Net(), tmp_path, MonitorGradients(every=5), best, enable_checkpointing=True, limit_val_batches=1, steps=10
-    )
+    trainer, _ = fit(Net(), tmp_path, MonitorGradients(every=5), best, limit_val_batches=1, steps=10)
     assert {"grad_norm/net.blocks.0", "weight_norm/net.out", "nonfinite_layers"} <= set(trainer.callback_metrics)
     assert best.best_model_score == trainer.callback_metrics["grad_norm/net.out"]
     checkpoint = torch.load(best.best_model_path, weights_only=True)
@@ -212,25 +192,27 @@ def test_other_callbacks_can_monitor_a_layer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_the_parameter_whose_gradient_became_nonfinite_is_named(tmp_path: Path, value: float) -> None:
-    # between two looks: a step in 50 would miss it
-    listen = Listen()
+    """Bug: an event names the wrong parameter, or none, since step 7 is not among the measured ones."""
+    recorder = EventRecorder()
     module = Net(poison={7: value})
-    _, record = fit(module, tmp_path, MonitorGradients(every=50), SkipNonFinite(), listen)
-    (event,) = [event for event in listen.events if event.plugin == "monitor_gradients"]
+    _, record = fit(module, tmp_path, MonitorGradients(every=50), SkipNonFinite(), recorder)
+    (event,) = [event for event in recorder.events if event.plugin == "monitor_gradients"]
     assert (event.step, event.kind, event.value) == (7, "nonfinite", 1.0)
     assert event.reason.endswith("non-finite in 1 of 9 parameters: net.blocks.1.0.bias")
     assert [row["nonfinite_layers"] for _, row in record.rows if "nonfinite_layers" in row] == [1.0]
 
 
 def test_a_nonfinite_loss_makes_all_gradients_nonfinite_and_names_the_first(tmp_path: Path) -> None:
-    listen = Listen()
-    fit(Net(poison={-1: math.nan}), tmp_path, MonitorGradients(), SkipNonFinite(), listen)
-    (event,) = [event for event in listen.events if event.plugin == "monitor_gradients"]
+    """Bug: an event with all names of a large model, or with the wrong first one."""
+    recorder = EventRecorder()
+    fit(Net(), tmp_path, MonitorGradients(), SkipNonFinite(), recorder, nan_at=5)
+    (event,) = [event for event in recorder.events if event.plugin == "monitor_gradients"]
     assert "loss nan, gradient non-finite in 9 of 9 parameters, from net.scale to net.out.bias" in event.reason
 
 
 @pytest.mark.parametrize("mode", ["exact", "device"])
 def test_a_nonfinite_layer_is_counted_and_enters_no_mean(tmp_path: Path, mode: Any) -> None:
+    """Bug: one infinite norm makes a layer's mean infinite, or one step without it is lost for all layers."""
     module = Net(poison={14: math.inf}, fused=True)
     _, record = fit(module, tmp_path, Guard(mode=mode), MonitorGradients(every=5), SkipNonFinite())
     first, second = (row for _, row in record.rows if "grad_norm" in row)
@@ -239,7 +221,8 @@ def test_a_nonfinite_layer_is_counted_and_enters_no_mean(tmp_path: Path, mode: A
     assert second["grad_norm/net.blocks.0"] == mean([module.true[step]["net.blocks.0"] for step in (14, 19)])
 
 
-def test_a_layer_that_is_never_finite_is_left_out_and_counted(tmp_path: Path) -> None:
+def test_a_layer_that_is_never_finite_is_omitted_and_counted(tmp_path: Path) -> None:
+    """Bug: a mean of nothing is logged as NaN or 0."""
     module = Net(poison=dict.fromkeys(range(4), math.nan))
     skip = SkipNonFinite(max_in_a_row=100)
     _, record = fit(module, tmp_path, MonitorGradients(every=1), skip, steps=4, log_every_n_steps=4)
@@ -250,6 +233,7 @@ def test_a_layer_that_is_never_finite_is_left_out_and_counted(tmp_path: Path) ->
 
 
 def test_a_second_fit_starts_without_measurements(tmp_path: Path) -> None:
+    """Bug: norms of the first fit in the means of the second."""
     monitor = MonitorGradients(every=5)
     fit(Net(), tmp_path, monitor, steps=7, log_every_n_steps=7)
     module = Net()
@@ -266,6 +250,7 @@ def test_a_second_fit_starts_without_measurements(tmp_path: Path) -> None:
     ],
 )
 def test_layers_are_modules_at_a_depth(depth: int | None, layers: list[str]) -> None:
+    """Bug: names with the prefixes of wrappers; blocks joined into one layer or split too far."""
     names = ["wte.weight", "blocks.0.mlp.0.bias", "blocks.0._orig_mod.attn.weight", "blocks.1.mlp.up.bias", "scale"]
     assert layer_names([f"m.{name}" for name in names], depth) == layers
 
@@ -281,10 +266,12 @@ def test_layers_are_modules_at_a_depth(depth: int | None, layers: list[str]) -> 
     ],
 )
 def test_layers_of_small_models(names: list[str], layers: list[str]) -> None:
+    """Bug: an empty name, or one layer for the whole model."""
     assert layer_names(names, 1) == layers
 
 
 def test_a_large_norm_is_no_overflow() -> None:
+    """Bug: the squares of norms overflow in float32, and a finite layer counts as non-finite."""
     monitor = MonitorGradients()
     monitor._layers = ["a"]
     norms = monitor._norms(0, [torch.full((2,), 1e19), torch.full((2,), 1e19)], [0, 0], torch.device("cpu"))
@@ -292,6 +279,7 @@ def test_a_large_norm_is_no_overflow() -> None:
 
 
 def test_sharded_and_sparse_gradients_have_the_norm_of_the_whole(tmp_path: Path) -> None:
+    """Bug: the norm of the local shard, or of the entries of a sparse gradient before they are added."""
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
@@ -308,11 +296,13 @@ def test_sharded_and_sparse_gradients_have_the_norm_of_the_whole(tmp_path: Path)
 
 @pytest.mark.parametrize("arguments", [{"every": 0}, {"depth": 0}])
 def test_a_wrong_argument_is_named(arguments: dict[str, Any]) -> None:
+    """Bug: ``every=0`` divides by zero in the middle of a run."""
     with pytest.raises(UserError, match=rf"plugins\.gradients\.{next(iter(arguments))}"):
         MonitorGradients(**arguments)
 
 
 def test_the_option_file_says_the_defaults() -> None:
+    """Bug: the config has other defaults than the callback."""
     node = yaml.safe_load(CONF.read_text())
     assert node.pop("_target_") == "stabletrain.MonitorGradients"
     assert node == {key: p.default for key, p in inspect.signature(MonitorGradients).parameters.items()}

@@ -8,21 +8,24 @@ import math
 from pathlib import Path
 from typing import Any
 
+import going_back
 import pytest
 import torch
+from fits import assert_same
+from going_back import Sample, Samples
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 import stabletrain as st
 from stabletrain.chaos import BadGradient, LearningRateSurge
 from stabletrain.errors import UserError
 from stabletrain.runtime.stop import TrainingStopped
 from stabletrain.testing.toy import quiet
+from stabletrain.testing.trainer import quiet_trainer
 from stabletrain_plugins.rollback import callback, memory
 
-Sample = tuple[Tensor, Tensor, int]
 QUICK: dict[str, Any] = {
     "every": 8,
     "trust_after": 4,
@@ -37,31 +40,28 @@ QUICK: dict[str, Any] = {
 }
 
 
-class Data(Dataset[Sample]):
-    """A regression problem; the targets of some samples, the poisoned ones, are far off."""
+class Data(Samples):
+    """The targets of some samples, the poisoned ones, are far off."""
 
     def __init__(self, poisoned: range = range(0), size: int = 256) -> None:
-        self.x = torch.randn(size, 8, generator=torch.Generator().manual_seed(1))
+        super().__init__(size=size)
         self.poisoned = poisoned
 
-    def __len__(self) -> int:
-        return len(self.x)
-
     def __getitem__(self, index: int) -> Sample:
-        y = self.x[index].sum().reshape(1)
-        return self.x[index], y + 300.0 if index in self.poisoned else y, index
+        x, y, _ = super().__getitem__(index)
+        return x, y + 300.0 if index in self.poisoned else y, index
 
 
-class Model(LightningModule):
-    """A small network that records the samples it was trained on, and damages itself at given steps."""
+class Model(going_back.Model):
+    """Records the samples of each attempted step, and sets a weight to a given value at given steps, once each.
 
-    def __init__(self, damage: dict[int, float] | None = None) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Dropout(0.1), nn.Linear(16, 1))
+    Without the metrics and logs of its base class, which would take longer than the training.
+    """
+
+    def __init__(self, damage: dict[int, float] | None = None, optimizer: str = "adamw") -> None:
+        super().__init__(optimizer, dropout=0.1, scheduler=None)
+        self.damage = dict(damage or {})
         self.samples: list[tuple[int, ...]] = []
-        self.losses: list[float] = []
-        self.damage = dict(damage or {})  # attempted step -> new value of a weight, once
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y, index = batch
@@ -70,12 +70,7 @@ class Model(LightningModule):
             with torch.no_grad():
                 self.net[0].weight[0, 0] = value
         self.samples.append(tuple(index.tolist()))
-        loss: Tensor = (self.net(x) - y).abs().mean()
-        self.losses.append(loss.item())
-        return loss
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), 3e-2)
+        return (self.net(x) - y).square().mean()
 
 
 def train(
@@ -86,35 +81,22 @@ def train(
     damage: dict[int, float] | None = None,
     resume: Path | None = None,
     shuffle: bool = False,
-    make: type[Model] | None = None,
+    optimizer: str = "adamw",
     **options: Any,
 ) -> tuple[Model, Trainer]:
     torch.manual_seed(0)
-    model = (make or Model)(damage)
+    model = Model(damage, optimizer)
     loader: DataLoader[Sample] = DataLoader(Data(poisoned), 4, sampler=order, shuffle=shuffle)
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=any(isinstance(each, ModelCheckpoint) for each in callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        callbacks=list(callbacks),
-        log_every_n_steps=1,
-        **{"max_epochs": 1, **options},
+    trainer = quiet_trainer(
+        *callbacks, default_root_dir=folder, log_every_n_steps=1, limit_val_batches=0, **{"max_epochs": 1, **options}
     )
     with quiet():
         trainer.fit(model, loader, ckpt_path=resume)
     return model, trainer
 
 
-def weights(model: Model) -> list[Tensor]:
-    return [each.detach().clone() for each in model.state_dict().values()]
-
-
-def same(one: Model, other: Model) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(weights(one), weights(other), strict=True))
+def assert_same_weights(one: Model, other: Model) -> None:
+    assert_same(one.state_dict(), other.state_dict())
 
 
 def interventions(folder: Path) -> list[dict[str, Any]]:
@@ -155,7 +137,7 @@ def test_poisoned_batches_are_excluded(tmp_path: Path) -> None:
     reference, _ = train(tmp_path / "reference", order=clean)
     assert trainer.global_step == len(clean) // 4
     # the undone steps drew random numbers; the generators were restored, so dropout is the same too
-    assert same(model, reference)
+    assert_same_weights(model, reference)
 
 
 def test_a_rollback_that_excludes_nothing_changes_nothing(tmp_path: Path) -> None:
@@ -164,24 +146,19 @@ def test_a_rollback_that_excludes_nothing_changes_nothing(tmp_path: Path) -> Non
     callbacks = Requests().at(30, 35, 70, 120), st.Rollback(**{**QUICK, "drop": "none"})
     model, trainer = train(tmp_path / "b", *callbacks, max_epochs=2, shuffle=True)
     assert len(interventions(tmp_path / "b")) == 4
-    assert same(model, reference)
+    assert_same_weights(model, reference)
     assert trainer.global_step == 128
 
 
 @pytest.mark.parametrize("first", [True, False])
 def test_an_outcome_in_flight_is_of_the_undone_steps(tmp_path: Path, first: bool) -> None:
     """Bug: in device mode, the outcome of an undone step is observed after the snapshot was restored."""
-
-    class Fused(Model):
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.AdamW(self.parameters(), 3e-2, fused=True)
-
-    reference, _ = train(tmp_path / "a", make=Fused)
+    reference, _ = train(tmp_path / "a", optimizer="fused")
     requests, rollback = Requests().at(30, 50), st.Rollback(**{**QUICK, "drop": "none"})
     members = (rollback, requests) if first else (requests, rollback)
-    model, trainer = train(tmp_path / "b", st.Guard(mode="device"), *members, make=Fused)
+    model, trainer = train(tmp_path / "b", st.Guard(mode="device"), *members, optimizer="fused")
     assert [each["step"] for each in interventions(tmp_path / "b")] == [31, 51]
-    assert same(model, reference)
+    assert_same_weights(model, reference)
     assert trainer.global_step == 64
 
 
@@ -196,7 +173,7 @@ def test_excluded_batches_are_as_if_never_in_the_data(tmp_path: Path, accumulate
     reference, _ = train(tmp_path / "reference", order=[i for i in range(256) if i not in excluded], **options)
     assert excluded
     assert len(excluded) % (4 * accumulate) == 0
-    assert same(model, reference)
+    assert_same_weights(model, reference)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
@@ -206,7 +183,7 @@ def test_damaged_weights_are_detected_and_restored(tmp_path: Path, value: float)
     quick = {**QUICK, "drop": "none"}
     model, _ = train(tmp_path / "b", st.SkipNonFinite(), st.Rollback(**quick), damage={37: value})
     assert len(interventions(tmp_path / "b")) == 1
-    assert same(model, reference)
+    assert_same_weights(model, reference)
 
 
 def test_many_skips_in_a_row_lead_to_a_rollback(tmp_path: Path) -> None:
@@ -217,7 +194,7 @@ def test_many_skips_in_a_row_lead_to_a_rollback(tmp_path: Path) -> None:
     (made,) = interventions(tmp_path / "b")
     assert made["plugin"] == "skip_nonfinite"
     reference, _ = train(tmp_path / "a")
-    assert same(model, reference)
+    assert_same_weights(model, reference)
 
 
 def test_after_an_unhealthy_step_the_weights_are_checked_at_once(tmp_path: Path) -> None:
@@ -237,7 +214,7 @@ def test_a_surge_of_the_learning_rate_is_undone_at_its_first_step(tmp_path: Path
     assert "the weights have moved " in made["cause"]
     assert made["step"] <= 55
     reference, _ = train(tmp_path / "a")
-    assert same(model, reference)
+    assert_same_weights(model, reference)
 
 
 @pytest.mark.parametrize("second", [50, 56])
@@ -294,10 +271,7 @@ def test_the_budget_ends_in_a_clean_stop_with_a_diagnosis(tmp_path: Path) -> Non
     report = json.loads((folder / "report.json").read_text())
     assert report["rollbacks_at"] == [40, 41]
     assert {row["parameter"] for row in report["largest_layers"]} == {
-        "net.0.weight",
-        "net.0.bias",
-        "net.3.weight",
-        "net.3.bias",
+        f"net.{layer}.{kind}" for layer in (0, 1, 4) for kind in ("weight", "bias")
     }
     assert report["first_nonfinite_weight"] is None
     rows = list(csv.DictReader((folder / "outcomes.csv").read_text().splitlines()))
@@ -325,7 +299,7 @@ def test_replay_ends_in_the_same_weights(tmp_path: Path) -> None:
     # other snapshots and no requests: only the log decides
     again = st.Rollback(**{**QUICK, "every": 5}, replay=str(tmp_path / "a"))
     second, _ = train(tmp_path / "b", again, poisoned=POISON, max_epochs=2)
-    assert same(first, second)
+    assert_same_weights(first, second)
     assert first.samples == second.samples
     mine, theirs = interventions(tmp_path / "b"), interventions(tmp_path / "a")
     assert [each["step"] for each in mine] == [each["step"] for each in theirs]
@@ -374,7 +348,7 @@ def test_a_run_with_a_rollback_resumes_exactly(tmp_path: Path) -> None:
     again = st.ResumeExactly(), st.Rollback(**QUICK)
     checkpoint = max((tmp_path / "ckpt").glob("step=50*.ckpt"), key=lambda path: path.stat().st_mtime)
     resumed, _ = train(tmp_path / "c", *again, poisoned=POISON, max_epochs=2, resume=checkpoint)
-    assert same(whole, resumed)
+    assert_same_weights(whole, resumed)
 
 
 def test_no_snapshot_of_a_replaced_loader_is_restored(tmp_path: Path) -> None:
@@ -401,7 +375,7 @@ def test_the_log_of_a_resumed_run_is_complete(tmp_path: Path) -> None:
     ]
     log = st.Rollback(**QUICK, replay=str(tmp_path / "b"))
     replayed, _ = train(tmp_path / "c", st.ResumeExactly(), log, poisoned=POISON, max_epochs=2)
-    assert same(resumed, replayed)
+    assert_same_weights(resumed, replayed)
 
 
 def test_the_newest_checkpoint_is_used_after_a_restart(tmp_path: Path) -> None:
@@ -450,9 +424,9 @@ def test_rewarming(tmp_path: Path) -> None:
     rates = Rates()
     quick = {**QUICK, "rewarm": 4}
     train(tmp_path, Requests().at(40), st.Rollback(**quick), st.ScheduleLR(kind="constant"), rates)
-    assert rates.seen[39] == 3e-2
-    assert rates.seen[40] < rates.seen[41] < rates.seen[42] < 3e-2
-    assert rates.seen[46] == 3e-2
+    assert rates.seen[39] == 1e-2
+    assert rates.seen[40] < rates.seen[41] < rates.seen[42] < 1e-2
+    assert rates.seen[46] == 1e-2
 
 
 def test_memory_is_refused_before_it_is_taken(tmp_path: Path) -> None:
@@ -475,7 +449,7 @@ def test_spilling_to_disk_is_the_same(tmp_path: Path) -> None:
     quick = {**QUICK, "drop": "none"}
     reference, _ = train(tmp_path / "a")
     model, _ = train(tmp_path / "b", Requests().at(30, 50), st.Rollback(**quick, spill=str(tmp_path / "spill")))
-    assert same(model, reference)
+    assert_same_weights(model, reference)
     assert not list((tmp_path / "spill").glob("*")) if (tmp_path / "spill").exists() else True
 
 

@@ -11,58 +11,48 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import fits
 import pytest
 import torch
+from fits import HEALTHY, Batch, Net, assert_same, batches
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor
-from torch.utils.data import DataLoader
+from processes import HELPERS, environment
 
 from stabletrain import ResumeExactly, SaveCheckpoints, SkipNonFinite, UserError
 from stabletrain.runtime.checkpoints import CheckpointError, Store, load
-from stabletrain.testing.trainer import quiet_trainer
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*smaller than the logging interval:UserWarning"),
-    pytest.mark.filterwarnings("ignore:You defined a `validation_step`:UserWarning"),
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*exists and is not empty:UserWarning"),
 ]
 
-ITEMS = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+ITEMS = batches(*[HEALTHY] * 16)
 
 
-class Model(LightningModule):
+class Model(Net):
+    """Logs the numbers of ``val`` as its validation loss, one in each validation."""
+
     def __init__(self, val: tuple[float, ...] = ()) -> None:
         super().__init__()
-        self.net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1))
         self.val = list(val)
 
-    def training_step(self, batch: Tensor, _: int) -> Tensor:
-        return self.net(batch).pow(2).mean()
-
-    def validation_step(self, batch: Tensor, index: int) -> None:
-        if index == 0 and not self.trainer.sanity_checking:
-            self.log("val_loss", self.val.pop(0))
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), 0.01)
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        if batch_idx == 0:
+            self.log("val_loss", self.val.pop(0), batch_size=1)
 
 
 def fit(
     *callbacks: Callback,
     steps: int = 10,
-    resume: object = None,
+    resume: Any = None,
     model: Model | None = None,
     val: bool = False,
     **options: Any,
 ) -> Model:
-    torch.manual_seed(1)
     model = model or Model()
-    trainer = quiet_trainer(*callbacks, **{"max_steps": steps, **options})
-    loader = DataLoader(ITEMS, batch_size=4)
-    trainer.fit(model, loader, loader if val else None, ckpt_path=resume)  # type: ignore[arg-type]
+    options = {"max_steps": steps, "max_epochs": -1, **options}
+    fits.fit(model, ITEMS, *callbacks, ckpt_path=resume, val_items=ITEMS if val else None, **options)
     return model
 
 
@@ -74,9 +64,8 @@ def steps_of(folder: Path) -> list[int]:
     return [entry.manifest.info.step for entry in Store(folder).entries()]
 
 
-def equal(one: LightningModule, other: LightningModule) -> bool:
-    mine, theirs = one.state_dict(), other.state_dict()
-    return all(torch.equal(mine[name], theirs[name]) for name in mine)
+def assert_same_weights(one: Model, other: Model) -> None:
+    assert_same(one.state_dict(), other.state_dict())
 
 
 @pytest.mark.parametrize("background", [True, False])
@@ -87,12 +76,13 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, background: bool) -> None:
     fit(SkipNonFinite(), SaveCheckpoints(tmp_path, every=None, background=background), steps=16)
     assert steps_of(tmp_path) == [16]
     counts = SkipNonFinite()
-    assert equal(fit(counts, SaveCheckpoints(tmp_path, every=None), steps=32, resume=tmp_path), whole)
+    assert_same_weights(fit(counts, SaveCheckpoints(tmp_path, every=None), steps=32, resume=tmp_path), whole)
     assert counts._guard is not None
     assert counts._guard.counters.attempted == 32
 
 
 def test_it_holds_all_that_lightnings_own_holds(tmp_path: Path) -> None:
+    """Bug: a part of the state that Lightning saves is missing, or is of another step."""
     peer = ModelCheckpoint(tmp_path / "peer", every_n_train_steps=5)
     fit(SaveCheckpoints(tmp_path / "ours", every=5, keep_last=None), peer, steps=5)
     ours = load(tmp_path / "ours")
@@ -105,16 +95,19 @@ def test_it_holds_all_that_lightnings_own_holds(tmp_path: Path) -> None:
 
 
 def test_steps_and_the_end_of_the_run(tmp_path: Path) -> None:
+    """Bug: checkpoints at other steps than multiples of ``every``, or none at the end."""
     fit(SaveCheckpoints(tmp_path, every=[4, "10min"], keep_last=None), steps=10)
     assert steps_of(tmp_path) == [4, 8, 10]
 
 
 def test_an_end_that_is_saved_already_is_not_saved_twice(tmp_path: Path) -> None:
+    """Bug: a second checkpoint of the last step, which displaces an older one."""
     fit(SaveCheckpoints(tmp_path, every=5, keep_last=None), steps=10)
     assert steps_of(tmp_path) == [5, 10]
 
 
-def test_a_time(tmp_path: Path) -> None:
+def test_an_interval_of_time(tmp_path: Path) -> None:
+    """Bug: an interval of time has no effect."""
     fit(SaveCheckpoints(tmp_path, every="0.000001s", keep_last=None), steps=3)
     assert steps_of(tmp_path) == [1, 2, 3]
 
@@ -128,6 +121,7 @@ def test_with_accumulation_it_waits_for_the_window(tmp_path: Path) -> None:
 
 
 def test_the_best_is_kept_and_is_of_the_weights_that_were_validated(tmp_path: Path) -> None:
+    """Bug: a NaN counts as the best value; the best one is deleted, or has weights of later steps."""
     saver = SaveCheckpoints(tmp_path, every=None, keep_last=1, monitor="val_loss")
     model = Model(val=(3.0, float("nan"), 1.0, 2.0))
     fit(saver, model=model, steps=16, val=True, val_check_interval=4)
@@ -147,7 +141,6 @@ def test_a_run_goes_on_from_a_checkpoint_that_has_all_gradients(tmp_path: Path) 
                 raise KeyboardInterrupt
 
     def train(folder: Path, *others: Callback, resume: object = None) -> tuple[Model, SaveCheckpoints]:
-        torch.manual_seed(0)
         model = Model(val=tuple(range(9, 0, -1)))
         saver = SaveCheckpoints(folder, every=4, keep_last=1, monitor="val_loss")
         options: dict[str, Any] = {"accumulate_grad_batches": 3, "val_check_interval": 14, "max_epochs": 4}
@@ -162,29 +155,32 @@ def test_a_run_goes_on_from_a_checkpoint_that_has_all_gradients(tmp_path: Path) 
     assert saver.last == str(tmp_path / "cut" / "step-00000004")
     assert Path(saver.best_model_path).name == "step-00000004-2"
     resumed, _ = train(tmp_path / "cut", resume=tmp_path / "cut")
-    assert equal(resumed, whole)
+    assert_same_weights(resumed, whole)
 
 
 def test_a_missing_metric_is_an_error_that_names_those_there_are(tmp_path: Path) -> None:
+    """Bug: a misspelt metric goes unnoticed, and there is no best checkpoint at the end."""
     with pytest.raises(UserError, match=r"got 'acc'; there are: .*val_loss"):
         fit(SaveCheckpoints(tmp_path, monitor="acc"), model=Model(val=(1.0,)), steps=16, val=True)
 
 
 def test_ckpt_path_falls_back_to_the_previous_good_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Bug: a damaged checkpoint ends the resume, although the one before it is good."""
     fit(SaveCheckpoints(tmp_path, every=4), steps=8)
     (tmp_path / "step-00000008" / "tensors.safetensors").write_bytes(b"")
     seen = []
 
-    class WeightSample(Callback):
+    class ReadStep(Callback):
         def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
             seen.append(trainer.global_step)
 
-    fit(WeightSample(), SaveCheckpoints(tmp_path, every=None), steps=9, resume=tmp_path / "step-00000008")
+    fit(ReadStep(), SaveCheckpoints(tmp_path, every=None), steps=9, resume=tmp_path / "step-00000008")
     assert seen == [4]
     assert "step-00000008 is damaged: tensors.safetensors has 0 bytes" in caplog.text
 
 
 def test_ckpt_path_without_any_good_one_is_an_error(tmp_path: Path) -> None:
+    """Bug: training starts from the beginning instead of an error."""
     fit(SaveCheckpoints(tmp_path, every=None), steps=2)
     (tmp_path / "step-00000002" / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match=r"manifest\.json is missing"):
@@ -192,6 +188,7 @@ def test_ckpt_path_without_any_good_one_is_an_error(tmp_path: Path) -> None:
 
 
 def test_files_of_lightnings_are_read_as_before(tmp_path: Path) -> None:
+    """Bug: with this callback, ``ckpt_path`` no longer accepts a file of Lightning's."""
     peer = ModelCheckpoint(tmp_path / "peer", every_n_train_steps=2, filename="x")
     fit(peer, steps=2)
     fit(peer, SaveCheckpoints(tmp_path / "ours", every=None), steps=4, resume=tmp_path / "peer" / "x.ckpt")
@@ -199,6 +196,7 @@ def test_files_of_lightnings_are_read_as_before(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_keeps_its_identity_and_its_number_of_checkpoints(tmp_path: Path) -> None:
+    """Bug: the checkpoints of before the resume are never deleted, as if they were another run's."""
     fit(SaveCheckpoints(tmp_path, every=2), steps=4)
     fit(SaveCheckpoints(tmp_path, every=2), steps=8, resume=tmp_path)
     assert steps_of(tmp_path) == [6, 8]
@@ -206,6 +204,7 @@ def test_a_resumed_run_keeps_its_identity_and_its_number_of_checkpoints(tmp_path
 
 
 def test_a_new_run_in_a_used_folder_deletes_nothing_and_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Bug: a new run deletes another run's checkpoints."""
     fit(SaveCheckpoints(tmp_path, every=2), steps=4)
     fit(SaveCheckpoints(tmp_path, every=2), steps=6)
     assert steps_of(tmp_path) == [2, 4, 4, 6]
@@ -215,16 +214,18 @@ def test_a_new_run_in_a_used_folder_deletes_nothing_and_warns(tmp_path: Path, ca
 def test_a_second_fit_of_one_trainer_is_the_same_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Else nothing of the first would ever be deleted."""
     saver = SaveCheckpoints(tmp_path, every=2)
-    trainer = quiet_trainer(saver, max_steps=4)
+    trainer = fits.trainer(saver, max_steps=4, max_epochs=-1)
     model = Model()
-    trainer.fit(model, DataLoader(ITEMS, batch_size=4))
+    fits.run(trainer, model, ITEMS)
     trainer.fit_loop.epoch_loop.max_steps = 8
-    trainer.fit(model, DataLoader(ITEMS, batch_size=4))
+    fits.run(trainer, model, ITEMS)
     assert steps_of(tmp_path) == [6, 8]
     assert "another run" not in caplog.text
 
 
 def test_a_failed_run_is_not_saved_but_what_was_being_written_is(tmp_path: Path) -> None:
+    """Bug: state after an error is saved as good, or a write in the background is lost."""
+
     class Fail(Callback):
         def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
             if trainer.global_step == 5:
@@ -236,6 +237,8 @@ def test_a_failed_run_is_not_saved_but_what_was_being_written_is(tmp_path: Path)
 
 
 def test_a_state_that_is_no_data_is_refused_after_the_first_step(tmp_path: Path) -> None:
+    """Bug: found only at the first checkpoint, hours later."""
+
     class Mine(Callback):
         def state_dict(self) -> dict[str, Any]:
             return {"made": object()}
@@ -244,7 +247,8 @@ def test_a_state_that_is_no_data_is_refused_after_the_first_step(tmp_path: Path)
         fit(Mine(), SaveCheckpoints(tmp_path, every=None))
 
 
-def test_trying_out_writes_nothing(tmp_path: Path) -> None:
+def test_fast_dev_run_writes_nothing(tmp_path: Path) -> None:
+    """Bug: ``fast_dev_run`` writes checkpoints."""
     fit(SaveCheckpoints(tmp_path / "x", every=1), fast_dev_run=2)
     assert not (tmp_path / "x").exists()
 
@@ -259,12 +263,14 @@ def test_trying_out_writes_nothing(tmp_path: Path) -> None:
         ({"every": 0}, "every"),
     ],
 )
-def test_nonsense_is_refused(options: dict[str, Any], word: str) -> None:
+def test_arguments_without_effect_are_refused(options: dict[str, Any], word: str) -> None:
+    """Bug: accepted arguments with which nothing is ever saved or kept."""
     with pytest.raises(UserError, match=word):
         SaveCheckpoints(**options)
 
 
 def test_copies_and_pickles(tmp_path: Path) -> None:
+    """Bug: a thread or lock within the callback cannot be copied; a copy shares the original's state."""
     saver = SaveCheckpoints(tmp_path, every=2)
     fit(saver, steps=2)
     for twin in (copy.deepcopy(saver), pickle.loads(pickle.dumps(saver))):
@@ -273,6 +279,7 @@ def test_copies_and_pickles(tmp_path: Path) -> None:
 
 
 def test_last_is_none_before_the_first(tmp_path: Path) -> None:
+    """Bug: ``ckpt_path=saver.last`` is a path that does not exist yet."""
     saver = SaveCheckpoints(tmp_path / "none yet")
     assert saver.last is None
     fit(saver, steps=2, resume=saver.last)
@@ -306,7 +313,7 @@ def run_script(tmp_path: Path, options: dict[str, Any] | None = None, extra: str
     script.write_text(text)
     return subprocess.Popen(
         [sys.executable, "-W", "ignore", str(script)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(HELPERS),
     )  # fmt: skip
 
 
@@ -330,6 +337,7 @@ def test_sigterm_saves_and_ends_with_143(tmp_path: Path) -> None:
 
 
 def test_a_handler_of_the_scripts_own_stays_in_charge(tmp_path: Path) -> None:
+    """Bug: the script's own handler of SIGTERM is replaced."""
     process = run_script(tmp_path, extra="signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))")
     wait_until_ready(process)
     process.send_signal(signal.SIGTERM)

@@ -7,19 +7,21 @@ import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, get_args
 
+import fits
 import pytest
 import torch
+from fits import HEALTHY, NAN_LOSS, Batch, EventRecorder, batches, loader
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from stabletrain import default_callbacks
 from stabletrain.config.discovery import content, groups
-from stabletrain.core.events import Event, Request, RequestKind
+from stabletrain.core.events import Request, RequestKind
 from stabletrain.core.lengths import RunLength
 from stabletrain.core.schedule import Kind, Schedule
 from stabletrain.errors import UserError
@@ -35,58 +37,36 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*smaller than the logging interval:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`:UserWarning"),
 ]
-BASE = 0.1
+BASE = 0.01
 CONF = Path(__file__).parent / "conf" / "schedule"
 
 
-class Net(LightningModule):
+class Net(fits.Net):
     """Two parameter groups; records the learning rates that each step used."""
 
     def __init__(
-        self,
-        scheduler: Callable[[Any], Any] | None = None,
-        make: Callable[..., Any] = torch.optim.SGD,
-        nan_at: frozenset[int] = frozenset(),
-        stop_at: int | None = None,
+        self, scheduler: Callable[[Any], Any] | None = None, make: Callable[..., Any] = torch.optim.SGD
     ) -> None:
         super().__init__()
-        self.body, self.head = nn.Linear(3, 3), nn.Linear(3, 1)
-        self.scheduler, self.make, self.nan_at, self.stop_at = scheduler, make, nan_at, stop_at
+        self.make_scheduler, self.make_optimizer = scheduler, make
         self.used: list[tuple[float, ...]] = []
-        self.seen = 0
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        if self.seen == self.stop_at:
-            raise RuntimeError("stopped by the test")
-        loss = self.head(torch.tanh(self.body(batch))).square().mean()
-        if self.seen in self.nan_at:
-            loss = loss * torch.nan
-        self.seen += 1
-        return loss
 
     def configure_optimizers(self) -> Any:
-        groups = [{"params": self.body.parameters()}, {"params": self.head.parameters(), "lr": BASE * 10}]
-        optimizer = self.make(groups, lr=BASE)
+        groups = [{"params": self.net[:4].parameters()}, {"params": self.net[4].parameters(), "lr": BASE * 10}]
+        optimizer = self.make_optimizer(groups, lr=BASE)
         optimizer.register_step_post_hook(
             lambda opt, *_: self.used.append(tuple(float(group["lr"]) for group in opt.param_groups))
         )
-        if self.scheduler is None:
+        if self.make_scheduler is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
+        return [optimizer], [{"scheduler": self.make_scheduler(optimizer), "interval": "step"}]
 
 
-class Evaluated(Net):
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        pass
-
-    def test_step(self, batch: Tensor, batch_idx: int) -> None:
-        pass
-
-
-def data(batches: int = 8) -> DataLoader[Tensor]:
-    rows = torch.randn(batches * 2, 3, generator=torch.Generator().manual_seed(0))
-    return DataLoader(list(rows), batch_size=2)
+def data(*faults: int) -> Any:
+    """A loader with a batch for each fault, by default 8 healthy ones."""
+    return loader(batches(*(faults or [HEALTHY] * 8)))
 
 
 def trainer(tmp_path: Path, *callbacks: Callback, **arguments: Any) -> Trainer:
@@ -96,11 +76,6 @@ def trainer(tmp_path: Path, *callbacks: Callback, **arguments: Any) -> Trainer:
 def wanted(schedule: Schedule, total: int, steps: range | None = None, **known: Any) -> list[tuple[float, ...]]:
     curve = schedule.curve(RunLength(total_steps=total, **known))
     return [(BASE * curve.factor(step), BASE * 10 * curve.factor(step)) for step in steps or range(total)]
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
 
 
 def option(name: str) -> dict[str, Any]:
@@ -114,6 +89,7 @@ def option(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", get_args(Kind))
 def test_every_option_trains_on_exactly_its_curve(tmp_path: Path, kind: str) -> None:
+    """Bug: the rate is one step late or early, or rounded; a second parameter group has the first one's rate."""
     schedule, net = ScheduleLR(**option(kind)), Net()
     trainer(tmp_path, schedule, max_steps=16).fit(net, data())
     assert net.used == wanted(schedule, 16)
@@ -134,6 +110,7 @@ def test_every_option_trains_on_exactly_its_curve(tmp_path: Path, kind: str) -> 
     ],
 )
 def test_the_total_is_that_of_the_run(tmp_path: Path, arguments: dict[str, Any], total: int) -> None:
+    """Bug: a total that forgets max_steps, limits on batches, or a shorter last accumulation window."""
     schedule, net = ScheduleLR("cosine"), Net()
     trainer(tmp_path, schedule, **arguments).fit(net, data())
     assert len(net.used) == total
@@ -148,19 +125,21 @@ def test_the_total_follows_an_accumulation_that_changes_between_epochs(tmp_path:
 
 
 def test_lengths_in_epochs_and_tokens(tmp_path: Path) -> None:
+    """Bug: epochs or tokens are turned into a wrong number of steps."""
     schedule = ScheduleLR("wsd", lr_warmup="0.5ep", decay="600tok", tokens_per_step=100)
     net = Net()
     trainer(tmp_path, schedule).fit(net, data())
     assert net.used == wanted(ScheduleLR("wsd", lr_warmup=4, decay=6), 16)
 
 
-class Endless(IterableDataset[Tensor]):
-    def __iter__(self) -> Iterator[Tensor]:
-        return itertools.repeat(torch.ones(3))
+class Endless(IterableDataset[Batch]):
+    def __iter__(self) -> Iterator[Batch]:
+        return itertools.repeat(batches(HEALTHY)[0])
 
 
 def test_data_without_a_length_need_a_total_only_where_the_curve_has_an_end(tmp_path: Path) -> None:
-    endless = DataLoader(Endless(), batch_size=2)
+    """Bug: an endless stream is refused for every curve, or accepted for one that needs the total."""
+    endless = DataLoader(Endless(), batch_size=None)
     net = Net()
     trainer(tmp_path, ScheduleLR(lr_warmup=4), max_epochs=1, max_steps=6).fit(net, endless)
     assert [rate for rate, _ in net.used] == pytest.approx([BASE * f for f in (0.25, 0.5, 0.75, 1, 1, 1)])
@@ -171,6 +150,7 @@ def test_data_without_a_length_need_a_total_only_where_the_curve_has_an_end(tmp_
 
 
 def test_the_final_value_is_held_after_an_explicit_total(tmp_path: Path) -> None:
+    """Bug: after ``total`` the rate rises again, or falls below min_factor."""
     net = Net()
     trainer(tmp_path, ScheduleLR("linear", lr_warmup=0, total=8, min_factor=0.5)).fit(net, data())
     assert [rate for rate, _ in net.used[8:]] == [BASE / 2] * 8
@@ -196,27 +176,32 @@ def test_a_tensor_rate_is_filled_not_replaced(tmp_path: Path) -> None:
 # ---- the applied step is what counts --------------------------------------------------------------------------------
 
 
+FOUR_SKIPPED = [NAN_LOSS if i in (0, 3, 4, 15) else HEALTHY for i in range(16)]
+
+
 @pytest.mark.parametrize("order", [1, -1])
-def test_a_skipped_step_holds_the_position(tmp_path: Path, order: int) -> None:
+def test_a_skipped_step_does_not_advance_the_schedule(tmp_path: Path, order: int) -> None:
+    """Bug: the schedule counts attempted steps, or its own position in the list decides what it counts."""
     skip, schedule = as_callback(SkipNonFiniteRule)(), ScheduleLR("linear", lr_warmup=0, total=16)
-    net = Net(nan_at=frozenset({0, 3, 4, 15}))
-    run = trainer(tmp_path, *[skip, schedule][::order])
-    run.fit(net, data())
+    net = Net()
+    run = trainer(tmp_path, *[skip, schedule][::order], max_epochs=1)
+    run.fit(net, data(*FOUR_SKIPPED))
     assert run.global_step == 12
     assert net.used == wanted(schedule, 16, range(12))
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_a_step_skipped_on_the_device_holds_the_position_too(tmp_path: Path, order: int) -> None:
+def test_a_step_skipped_on_the_device_does_not_advance_it_either(tmp_path: Path, order: int) -> None:
     """Bug: the position advances, because the host knows of the skip only when the next backward is queued."""
 
     def fused(groups: Any, lr: float) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, lr=lr, fused=True)
 
     schedule = ScheduleLR("linear", lr_warmup=0, total=16)
-    net = Net(make=fused, nan_at=frozenset({0, 3, 4, 15}))
-    run = trainer(tmp_path, *[as_callback(SkipNonFiniteRule)(), schedule, Guard(mode="device")][::order])
-    run.fit(net, data())
+    net = Net(make=fused)
+    members = [as_callback(SkipNonFiniteRule)(), schedule, Guard(mode="device")]
+    run = trainer(tmp_path, *members[::order], max_epochs=1)
+    run.fit(net, data(*FOUR_SKIPPED))
     skipped_calls = {0, 3, 4, 15}  # the kernel is called for these as well, and does nothing
     assert run.global_step == 12
     assert [rates for call, rates in enumerate(net.used) if call not in skipped_calls] == wanted(
@@ -226,19 +211,18 @@ def test_a_step_skipped_on_the_device_holds_the_position_too(tmp_path: Path, ord
 
 @pytest.mark.parametrize("guarded", [False, True])
 def test_resumed_equals_uninterrupted(tmp_path: Path, guarded: bool) -> None:
+    """Bug: the position is not saved; or the decayed rate of the checkpoint becomes the base rate."""
+
     def parts() -> list[Callback]:
         return [ScheduleLR("wsd", lr_warmup=3), *([as_callback(ClipNormRule)(max_norm=0.5)] if guarded else [])]
 
-    whole, first, second = Net(), Net(), Net()
+    whole, saved, resumed = Net(), Net(), Net()
     trainer(tmp_path, *parts(), max_epochs=4).fit(whole, data())
-    torch.manual_seed(0)
     save = ModelCheckpoint(dirpath=tmp_path, every_n_epochs=1, save_top_k=-1, filename="{epoch}")
-    first.stop_at = 20
-    with pytest.raises(RuntimeError, match="stopped by the test"):
-        trainer(tmp_path, *parts(), save, max_epochs=4).fit(first, data())
-    trainer(tmp_path, *parts(), max_epochs=4).fit(second, data(), ckpt_path=tmp_path / "epoch=1.ckpt")
-    assert first.used == whole.used[:20]
-    assert second.used == whole.used[16:]
+    trainer(tmp_path, *parts(), save, max_epochs=4).fit(saved, data())
+    trainer(tmp_path, *parts(), max_epochs=4).fit(resumed, data(), ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert saved.used == whole.used
+    assert resumed.used == whole.used[16:]
 
 
 def test_a_checkpoint_made_without_it_resumes_at_the_position_of_its_step(tmp_path: Path) -> None:
@@ -251,6 +235,7 @@ def test_a_checkpoint_made_without_it_resumes_at_the_position_of_its_step(tmp_pa
 
 
 def test_a_jump_of_the_rate_at_a_resume_gets_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Bug: another total at a resume changes the rate, and nobody notices; or a warning without a change."""
     save = ModelCheckpoint(dirpath=tmp_path, filename="half")
     trainer(tmp_path, ScheduleLR("linear", total=16), save, max_epochs=1).fit(Net(), data())
     trainer(tmp_path, ScheduleLR("linear", total=16)).fit(Net(), data(), ckpt_path=tmp_path / "half.ckpt")
@@ -301,6 +286,7 @@ def test_replaces_the_modules_scheduler_and_restores_it(
 
 
 def test_keep_leaves_the_modules_scheduler_in_charge(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Bug: with ``keep``, our schedule changes the rate of the module's scheduler."""
     alone, net = Net(SCHEDULERS["StepLR"]), Net(SCHEDULERS["StepLR"])
     trainer(tmp_path).fit(alone, data())
     run = trainer(tmp_path, ScheduleLR("cosine", module_scheduler="keep"), log_every_n_steps=1)
@@ -337,6 +323,7 @@ def test_the_default_stack_keeps_the_modules_scheduler(tmp_path: Path) -> None:
 
 
 def test_keep_on_a_module_without_a_scheduler_is_an_ordinary_schedule(tmp_path: Path) -> None:
+    """Bug: with ``keep`` and no scheduler to keep, the rate stays constant."""
     schedule, net = ScheduleLR("linear", module_scheduler="keep"), Net()
     trainer(tmp_path, schedule).fit(net, data())
     assert net.used == wanted(schedule, 16)
@@ -347,6 +334,7 @@ def test_keep_on_a_module_without_a_scheduler_is_an_ordinary_schedule(tmp_path: 
 def test_learning_rate_monitor_and_our_own_log_see_the_rate_that_is_used(
     tmp_path: Path, order: int, guarded: bool
 ) -> None:
+    """Bug: the logged rate is that of the step before or after."""
     logger = CSVLogger(tmp_path)
     parts = [LearningRateMonitor(), ScheduleLR("cosine"), *([as_callback(ClipNormRule)()] if guarded else [])][::order]
     net = Net()
@@ -360,6 +348,7 @@ def test_learning_rate_monitor_and_our_own_log_see_the_rate_that_is_used(
 
 
 def test_our_log_keeps_the_trainers_interval(tmp_path: Path) -> None:
+    """Bug: the rate is logged at every step, whatever ``log_every_n_steps`` is."""
     logger = CSVLogger(tmp_path)
     net = Net()
     trainer(tmp_path, ScheduleLR("linear"), logger=logger, log_every_n_steps=4).fit(net, data())
@@ -368,25 +357,24 @@ def test_our_log_keeps_the_trainers_interval(tmp_path: Path) -> None:
 
 
 def test_several_optimizers_in_manual_optimization(tmp_path: Path) -> None:
-    class Manual(Net):
-        automatic_optimization = False
+    """Bug: only the first optimizer follows the schedule, or all of them get the first one's rate."""
 
+    class Manual(Net):
         def __init__(self) -> None:
             super().__init__()
             self.automatic_optimization = False
             self.rates: list[list[float]] = []
 
-        def training_step(self, batch: Tensor, batch_idx: int) -> None:  # type: ignore[override]
+        def training_step(self, batch: Batch, batch_idx: int) -> None:  # type: ignore[override]
             optimizers = self.optimizers()
             self.rates.append([optimizer.param_groups[0]["lr"] for optimizer in optimizers])  # type: ignore[union-attr]
-            loss = self.head(self.body(batch)).square().mean()
-            self.manual_backward(loss)
+            self.manual_backward(self.net(batch[0]).square().mean())
             for optimizer in optimizers:  # type: ignore[union-attr]
                 optimizer.step()
                 optimizer.zero_grad()
 
         def configure_optimizers(self) -> Any:
-            return [torch.optim.SGD(self.body.parameters(), lr=1.0), torch.optim.SGD(self.head.parameters(), lr=0.5)]
+            return [torch.optim.SGD(self.net[:4].parameters(), 1.0), torch.optim.SGD(self.net[4].parameters(), 0.5)]
 
     net = Manual()
     trainer(tmp_path, ScheduleLR("linear", lr_warmup=0, total=32)).fit(net, data())
@@ -415,9 +403,11 @@ def test_two_fits_in_a_row_start_from_the_base_rate(tmp_path: Path) -> None:
 
 
 def test_after_an_exception_scheduler_and_rate_are_restored(tmp_path: Path) -> None:
-    net = Net(SCHEDULERS["StepLR"], stop_at=5)
+    """Bug: after a failed fit, the module's scheduler is missing, and the optimizer has our rate."""
+    net = Net(SCHEDULERS["StepLR"])
+    net.raise_at = 5
     run = trainer(tmp_path, ScheduleLR("cosine"))
-    with pytest.raises(RuntimeError, match="stopped by the test"):
+    with pytest.raises(RuntimeError, match="own bug"):
         run.fit(net, data())
     assert len(run.lr_scheduler_configs) == 1
     assert run.optimizers[0].param_groups[0]["lr"] == BASE
@@ -427,13 +417,15 @@ def test_after_an_exception_scheduler_and_rate_are_restored(tmp_path: Path) -> N
     "arguments", [{"kind": "cosine", "lr_warmup": 100}, {"kind": "wsd", "lr_warmup": 9, "decay": 9}]
 )
 def test_fast_dev_run_takes_lengths_that_its_few_batches_cannot_hold(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    """Bug: a trial run of two batches is refused, because the warm-up is longer."""
     net = Net()
     trainer(tmp_path, ScheduleLR(**arguments), fast_dev_run=2).fit(net, data())
     assert [rate for rate, _ in net.used] == pytest.approx([BASE * s / arguments["lr_warmup"] for s in (1, 2)])
 
 
 def test_validate_and_test_do_not_change_the_schedule(tmp_path: Path) -> None:
-    schedule, net = ScheduleLR("cosine"), Evaluated()
+    """Bug: validation outside of a fit sets rates, advances or resets the schedule."""
+    schedule, net = ScheduleLR("cosine"), Net()
     run = trainer(tmp_path, schedule)
     run.validate(net, data(), verbose=False)
     run.fit(net, data(), data())
@@ -446,6 +438,7 @@ def test_validate_and_test_do_not_change_the_schedule(tmp_path: Path) -> None:
 
 
 def test_pickles_and_copies_keep_the_arguments(tmp_path: Path) -> None:
+    """Bug: a copy has the defaults, or shares state with the original."""
     schedule = ScheduleLR("step", milestones=[3, "1ep"])
     trainer(tmp_path, schedule).fit(Net(), data())
     for other in (pickle.loads(pickle.dumps(schedule)), copy.deepcopy(schedule)):
@@ -455,22 +448,20 @@ def test_pickles_and_copies_keep_the_arguments(tmp_path: Path) -> None:
 
 
 def test_an_event_and_a_request_reach_the_guard(tmp_path: Path) -> None:
-    class Listener(Callback):
-        events: ClassVar[list[Event]] = []
+    """Bug: a rewarm request that a rule made is not executed, or makes no event."""
 
-        def on_stability_event(self, trainer: Trainer, module: LightningModule, event: Event) -> None:
-            self.events.append(event)
-
+    class RequestsRewarm(EventRecorder):
         def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
             if trainer.global_step == 6:
                 asked = Request(RequestKind.REWARM, "test", "loss 9.0 > 3.0")
                 execute([asked], trainer, pl_module, self.events.append, step=5)
 
+    recorder = RequestsRewarm()
     schedule, net = ScheduleLR(lr_warmup=0, lr_rewarm=4), Net()
-    trainer(tmp_path, as_callback(ClipNormRule)(), schedule, Listener()).fit(net, data())
+    trainer(tmp_path, as_callback(ClipNormRule)(), schedule, recorder).fit(net, data())
     assert [round(rate / BASE, 9) for rate, _ in net.used[5:10]] == [1, 0.25, 0.5, 0.75, 1]
-    assert [(event.step, event.kind, event.value) for event in Listener.events] == [(5, "rewarm", 4.0)]
-    assert "loss 9.0 > 3.0" in Listener.events[0].reason
+    assert [(event.step, event.kind, event.value) for event in recorder.events] == [(5, "rewarm", 4.0)]
+    assert "loss 9.0 > 3.0" in recorder.events[0].reason
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------
@@ -478,6 +469,7 @@ def test_an_event_and_a_request_reach_the_guard(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", get_args(Kind))
 def test_options_list_every_argument_and_change_only_what_the_kind_needs(name: str) -> None:
+    """Bug: an option file lacks an argument, or has other defaults than the code."""
     given = option(name)
     defaults = {field.name: field.default for field in fields(Schedule)}
     assert list(given) == list(defaults)
@@ -506,12 +498,14 @@ def test_options_list_every_argument_and_change_only_what_the_kind_needs(name: s
     ],
 )
 def test_a_mistake_is_reported_at_once_with_its_key(arguments: dict[str, Any], message: str) -> None:
+    """Bug: a wrong argument is found only when the run starts, or by a message without its key."""
     with pytest.raises(UserError, match=message) as error:
         ScheduleLR(**arguments)
     assert "schedule." in str(error.value)
 
 
 def test_a_warm_up_longer_than_the_run_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    """Bug: a run that never reaches its rate is accepted."""
     net = Net()
     with pytest.raises(UserError, match=r"lr_warmup must be no longer than the total of 16 steps, got 100"):
         trainer(tmp_path, ScheduleLR("cosine", lr_warmup=100)).fit(net, data())
@@ -520,6 +514,7 @@ def test_a_warm_up_longer_than_the_run_is_refused_before_the_first_step(tmp_path
 
 @pytest.mark.parametrize("milestones", [[10, "1ep"], [1, 10]])
 def test_milestones_out_of_order_or_inside_the_warm_up_are_refused(milestones: list[int | str]) -> None:
+    """Bug: milestones in epochs and steps are not compared, and the rate falls at unexpected steps."""
     with pytest.raises(UserError, match="milestones must be ascending and after the warm-up of 2 steps"):
         ScheduleLR("step", milestones=milestones).curve(RunLength(total_steps=100, steps_per_epoch=5))
 
@@ -531,12 +526,14 @@ def test_lengths_in_several_units_are_compared_when_the_run_is_known() -> None:
 
 
 def test_a_run_that_is_all_warm_up_is_one() -> None:
+    """Bug: a decay of length 0 divides by zero, or ends below the full rate."""
     curve = ScheduleLR("cosine", lr_warmup=4, total=4).curve(RunLength())
     assert [curve.factor(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
 
 
 @pytest.mark.parametrize("kind", get_args(Kind))
 def test_plot_draws_the_curve(tmp_path: Path, kind: str) -> None:
+    """Bug: the plot shows another curve than training uses."""
     schedule = ScheduleLR(**option(kind))
     figure = schedule.plot(tmp_path / "curve.png", steps=100)
     line = figure.axes[0].lines[0]
@@ -546,6 +543,7 @@ def test_plot_draws_the_curve(tmp_path: Path, kind: str) -> None:
 
 
 def test_plot_needs_a_length_and_knows_it_after_a_run(tmp_path: Path) -> None:
+    """Bug: a traceback where the length is unknown; the length of the run is forgotten."""
     schedule = ScheduleLR("linear")
     with pytest.raises(UserError, match=r"trainer.max_steps|plot\(steps=...\)"):
         schedule.plot()
@@ -554,6 +552,7 @@ def test_plot_needs_a_length_and_knows_it_after_a_run(tmp_path: Path) -> None:
 
 
 def test_no_warnings_without_a_cause(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Bug: a warning in an ordinary run."""
     with caplog.at_level(logging.WARNING, logger="stabletrain"):
         trainer(tmp_path, ScheduleLR("cosine")).fit(Net(), data())
     assert not caplog.records

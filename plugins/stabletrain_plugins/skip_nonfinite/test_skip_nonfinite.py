@@ -88,6 +88,7 @@ def test_overflows_that_do_not_end_count(in_a_row: int, scale: float, value: flo
 
 
 def test_ranges_of_the_arguments() -> None:
+    """Bug: a range off by one, or a message with another name, range or key."""
     for argument in ("max_in_a_row", "max_overflows_in_a_row"):
         check_range(
             SkipNonFiniteRule, "skip_nonfinite", "plugins.nonfinite", argument, ">= 1", [{argument: 1}], [{argument: 0}]

@@ -86,6 +86,7 @@ def test_no_healthy_step_is_dropped(kind: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", HEALTHY)
 def test_no_healthy_step_is_dropped_with_20_seeds(kind: str) -> None:
+    """Bug: as above, in rarer draws."""
     assert sum(len(skipped(run(DEFAULT, list(healthy(kind, seed))))) for seed in range(20)) == 0
 
 
@@ -96,6 +97,7 @@ def test_only_zeros_are_no_scale_to_judge_by() -> None:
 
 
 def test_a_zero_norm_is_neither_history_nor_outlier() -> None:
+    """Bug: the logarithm of 0; or zeros halve the level, so that ordinary norms are outliers."""
     series = [pair for each in steady(0, 200) for pair in (each, (2.5, 0.0))]
     steps = run(DEFAULT, series)
     assert skipped(steps) == []
@@ -119,6 +121,7 @@ def test_a_gradient_of_wrong_scale_is_dropped(sigma: float, factor: float) -> No
 
 
 def test_a_loss_spike_is_dropped_though_the_norm_is_normal() -> None:
+    """Bug: a step is dropped only if both signals are outliers."""
     series = steady(1, 300)
     series[200] = (4.5, series[200][1])
     assert skipped(run(DEFAULT, series)) == [200]
@@ -133,7 +136,8 @@ def test_every_step_of_a_burst_is_dropped() -> None:
     assert skipped(run(SkipOutliersRule.olmo(keep_outliers=False), series)) == list(range(200, 210))
 
 
-def test_spikes_while_it_only_learns_do_no_harm() -> None:
+def test_spikes_in_the_warmup_do_not_widen_the_limits() -> None:
+    """Bug: outliers of the warm-up widen the limits, and later faults pass."""
     series = steady(3, 200)
     series[10], series[30], series[150] = (50.0, 400.0), (50.0, 400.0), (7.0, 20.0)
     assert skipped(run(DEFAULT, series)) == [150]
@@ -142,6 +146,7 @@ def test_spikes_while_it_only_learns_do_no_harm() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("rule", [SHORT, SkipOutliersRule.olmo(window=20, max_in_a_row=6)], ids=["default", "olmo"])
 def test_a_nonfinite_step_at_any_position_is_as_if_it_had_not_been(rule: SkipOutliersRule, bad: float) -> None:
+    """Bug: a non-finite loss or norm enters the history or the counts."""
     series = steady(4, 80)
     series[50:53] = [(7.0, 30.0)] * 3
     without = [step.outcome.skipped for step in run(rule, series)]
@@ -154,6 +159,7 @@ def test_a_nonfinite_step_at_any_position_is_as_if_it_had_not_been(rule: SkipOut
 
 
 def test_the_largest_floats_overflow_nowhere() -> None:
+    """Bug: a sum or square of large values becomes infinite, and no limit is left."""
     for rule in (SHORT, SkipOutliersRule.olmo(window=20), dataclasses.replace(SHORT, log_norm=False)):
         for value in (1.7e308, 5e-324, 1e200):
             state = rule.init()
@@ -184,6 +190,7 @@ def test_a_new_level_of_the_norm_is_learned(sigma: float, factor: float) -> None
 
 
 def test_it_protects_at_once_after_learning_a_level() -> None:
+    """Bug: after a new level is learned, faults pass until the history is full again."""
     series = steady(5, 300) + steady(6, 60, level=8.0)
     at = 300 + DEFAULT.regime_after
     for fault in ((2.5, 80.0), (7.0, 8.0)):
@@ -199,12 +206,14 @@ def test_a_raised_loss_is_no_new_level() -> None:
 
 
 def test_one_raised_loss_among_the_candidates_resets_the_count() -> None:
+    """Bug: norms of a divergence count as candidates for a new level."""
     shift = [(2.5, 8.0)] * 15
     steps = run(dataclasses.replace(DEFAULT, max_in_a_row=100), steady(7, 300) + shift + [(7.0, 8.0)] + shift * 2)
     assert kinds(steps, "regime") == [300 + 16 + 19]
 
 
 def test_without_regime_after_a_new_level_is_a_reason_to_give_up() -> None:
+    """Bug: with ``regime_after=None`` a new level is learned, or skipped for ever."""
     rule = SkipOutliersRule(regime_after=None)
     steps = run(rule, steady(8, 300) + steady(9, 50, level=8.0))
     assert kinds(steps, "regime") == []
@@ -212,6 +221,7 @@ def test_without_regime_after_a_new_level_is_a_reason_to_give_up() -> None:
 
 
 def test_the_loss_decides_about_a_new_level_also_where_only_the_norm_is_watched() -> None:
+    """Bug: with ``signals='grad_norm'`` a divergence is learned as a new level."""
     rule = SkipOutliersRule(signals="grad_norm")
     assert requests(run(rule, steady(10, 300) + [(7.0, 8.0)] * 40)) == [329]
     assert kinds(run(rule, steady(10, 300) + [(2.5, 8.0)] * 40), "regime") == [319]
@@ -221,6 +231,7 @@ def test_the_loss_decides_about_a_new_level_also_where_only_the_norm_is_watched(
 
 
 def test_too_many_in_a_row_ask_for_a_rollback_with_the_number() -> None:
+    """Bug: a request one step early or late, at every further step, or without numbers."""
     steps = run(DEFAULT, steady(11, 100) + [(9.0, 0.8)] * 70)
     assert requests(steps) == [129, 159]
     (request,) = steps[129].requests
@@ -230,6 +241,7 @@ def test_too_many_in_a_row_ask_for_a_rollback_with_the_number() -> None:
 
 
 def test_an_applied_step_ends_the_row_and_a_nonfinite_one_does_not() -> None:
+    """Bug: steps that are not in a row are counted together; or a NaN among outliers starts the count again."""
     bad = (9.0, 0.8)
     base = steady(11, 100)
     assert requests(run(DEFAULT, base + [bad] * 29 + [base[0]] + [bad] * 29)) == []
@@ -237,6 +249,7 @@ def test_an_applied_step_ends_the_row_and_a_nonfinite_one_does_not() -> None:
 
 
 def test_a_step_dropped_by_another_rule_is_no_history() -> None:
+    """Bug: values of skipped steps or overflows enter the history or the counts."""
     state = DEFAULT.init()
     for step in run(DEFAULT, steady(12, 100)):
         state = DEFAULT.observe(state, step.outcome).state
@@ -247,6 +260,7 @@ def test_a_step_dropped_by_another_rule_is_no_history() -> None:
 
 
 def test_events_name_the_values_and_limits() -> None:
+    """Bug: an event without the values that it is about."""
     steps = run(DEFAULT, [*steady(13, 100), (9.0, 33.0)])
     (event,) = steps[-1].events
     assert (event.kind, event.value, event.plugin, event.step) == ("skip", 9.0, "skip_outliers", 100)
@@ -257,6 +271,7 @@ def test_events_name_the_values_and_limits() -> None:
 
 
 def test_a_rollback_ends_the_row_and_keeps_the_history() -> None:
+    """Bug: outliers of before a rollback count towards the next request; or the rollback deletes the history."""
     state = DEFAULT.init()
     for step in run(DEFAULT, steady(13, 100) + [(2.5, 33.0)] * 5):
         state = DEFAULT.observe(state, step.outcome).state
@@ -269,6 +284,7 @@ def test_a_rollback_ends_the_row_and_keeps_the_history() -> None:
     ("signals", "watched"), [("both", {"loss", "grad_norm"}), ("loss", {"loss"}), ("grad_norm", {"grad_norm"})]
 )
 def test_only_the_chosen_signals_are_limited(signals: Any, watched: set[str]) -> None:
+    """Bug: ``signals`` has no effect, or limits come before ``min_samples`` steps."""
     rule = SkipOutliersRule(signals=signals)
     state = rule.init()
     for step in run(rule, steady(14, 63)):
@@ -304,12 +320,14 @@ NAN = [case for case in VECTORS["cases"] if case["sequence"].startswith("nan")]
 
 @pytest.mark.parametrize("case", FINITE, ids=named)
 def test_olmo_decides_as_the_reference(case: dict[str, Any]) -> None:
+    """Bug: other steps are dropped than by OLMo-core."""
     rule, series = olmo(case)
     assert skipped(run(rule, series)) == case["skipped_steps"]
 
 
 @pytest.mark.parametrize("case", NAN, ids=named)
 def test_olmo_is_not_blocked_by_one_nan_as_the_reference_is(case: dict[str, Any]) -> None:
+    """Bug: a NaN in the history makes every limit NaN, and each step of half a window is dropped."""
     rule, series = olmo(case)
     at = next(t for t, (loss, _) in enumerate(series) if math.isnan(loss))
     assert len(case["skipped_steps"]) > rule.window // 2
@@ -319,6 +337,7 @@ def test_olmo_is_not_blocked_by_one_nan_as_the_reference_is(case: dict[str, Any]
 
 
 def test_the_default_drops_the_whole_plateau_that_the_reference_accepts() -> None:
+    """Bug: dropped losses enter the history, and a divergence is accepted."""
     case = next(c for c in FINITE if c["sequence"].startswith("divergence") and c["with_grad_norms"])
     assert case["skipped_steps"][:5] == [300, 301, 302, 303, 350]
     _, series = olmo(case)
@@ -352,6 +371,7 @@ def test_resumed_at_any_cut_equals_uninterrupted(rule: SkipOutliersRule) -> None
 
 @pytest.mark.parametrize(("option", "rule"), [("skip", DEFAULT), ("olmo", SkipOutliersRule.olmo())])
 def test_an_option_file_says_what_the_rule_does(option: str, rule: SkipOutliersRule) -> None:
+    """Bug: an option file with other defaults than the code."""
     node = yaml.safe_load((CONF / f"{option}.yaml").read_text())
     assert node.pop("_target_") == "stabletrain.SkipOutliers"
     assert node == {**rule.arguments(), "name": None}
@@ -483,6 +503,7 @@ def test_a_norm_near_the_limit_keeps_the_candidates_and_one_below_does_not() -> 
 def test_ranges_of_the_arguments(
     arguments: dict[str, Any], expected: str, accepted: list[Any], refused: list[Any]
 ) -> None:
+    """Bug: a range off by one, or a message with another name, range or key."""
     argument = next(iter(arguments))
     given, beyond = ([{**arguments, argument: value} for value in values] for values in (accepted, refused))
     check_range(SkipOutliersRule, "skip_outliers", "plugins.outliers", argument, expected, given, beyond)

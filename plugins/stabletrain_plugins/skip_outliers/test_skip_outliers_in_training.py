@@ -1,74 +1,40 @@
-from pathlib import Path
-from typing import Any
+"""SkipOutliers in a fit: garbage batches leave no trace, and garbage that lasts stops the run."""
 
 import pytest
-import torch
-from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from fits import HEALTHY, Batch, Net, assert_same, batches, everything, fit
 
-from stabletrain.runtime.guard.callbacks import as_callback
+from stabletrain import SkipOutliers
 from stabletrain.runtime.stop import TrainingStopped
-from stabletrain_plugins.skip_outliers.rule import SkipOutliersRule
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")
-SkipOutliers: Any = as_callback(SkipOutliersRule)
+HEALTHY_RUN = batches(*[HEALTHY] * 60)
 
 
-class Net(LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1))
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        return (self.net(batch[:, :4]) - batch[:, 4:]).square().mean() + 1.0
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+def garbage(steps: int) -> list[Batch]:
+    """Batches a hundred times as large as the healthy ones."""
+    return [(100 * x, fault) for x, fault in batches(*[HEALTHY] * steps, seed=1000)]
 
 
-def fit(batches: list[Tensor], folder: Path, *callbacks: Any) -> dict[str, Tensor]:
-    module = Net()
-    trainer = Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        callbacks=list(callbacks),
-    )
-    trainer.fit(module, DataLoader(batches, batch_size=None))
-    return module.state_dict()
+def test_a_garbage_batch_is_as_if_it_had_not_been_seen() -> None:
+    """Bugs: a healthy step is dropped; a dropped step changes weights, statistics of the norms, or the optimizer."""
+    plain = everything(fit(Net(), HEALTHY_RUN))
+    options = {"window": 32, "min_samples": 16}
+    assert_same(plain, everything(fit(Net(), HEALTHY_RUN, SkipOutliers(**options))))
+    mixed = [*HEALTHY_RUN[:40], *garbage(2), *HEALTHY_RUN[40:]]
+    assert_same(plain, everything(fit(Net(), mixed, SkipOutliers(**options))))
 
 
-def make_batches(steps: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(16, 5, generator=generator) for _ in range(steps)]
-
-
-def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
-def test_a_garbage_batch_is_as_if_it_had_not_been_seen(tmp_path: Path) -> None:
-    batches = make_batches(60)
-    plain = fit(batches, tmp_path)
-    rule = {"window": 32, "min_samples": 16}
-    assert equal(plain, fit(batches, tmp_path, SkipOutliers(**rule)))
-    garbage = torch.randn(16, 5, generator=torch.Generator().manual_seed(2)) * 100
-    assert equal(plain, fit([*batches[:40], garbage, garbage, *batches[40:]], tmp_path, SkipOutliers(**rule)))
-
-
-def test_lasting_garbage_is_a_clean_stop(tmp_path: Path) -> None:
-    batches = make_batches(40) + [100 * batch for batch in make_batches(20)]
+def test_lasting_garbage_is_a_clean_stop() -> None:
+    """Bug: garbage is dropped for ever, or learned as the new level before ``max_in_a_row`` is reached."""
     with pytest.raises(TrainingStopped, match="8 outliers in a row"):
-        fit(batches, tmp_path, SkipOutliers(window=32, min_samples=16, regime_after=4, max_in_a_row=8))
+        fit(
+            Net(),
+            HEALTHY_RUN[:40] + garbage(20),
+            SkipOutliers(window=32, min_samples=16, regime_after=4, max_in_a_row=8),
+        )
 
 
 def test_the_preset_is_a_callback_too() -> None:
+    """Bug: a preset defined on the rule is missing on the callback, makes a rule, or ignores its arguments."""
     callback = SkipOutliers.olmo(name="mine")
     assert isinstance(callback, SkipOutliers)
     assert (callback.state_key, callback.robust) == ("mine", False)

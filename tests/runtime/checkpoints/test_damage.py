@@ -35,6 +35,7 @@ def check_fallback(tmp_path: Path, damaged: Path, caplog: pytest.LogCaptureFixtu
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "longer", "missing"])
 def test_a_damaged_file(write: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, damage: str) -> None:
+    """Bug: damage of some kind, in some file, is loaded; or it ends the resume although an older one is good."""
     write(1)
     file = write(2) / name
     size = file.stat().st_size
@@ -56,6 +57,7 @@ def test_a_damaged_file(write: Write, tmp_path: Path, caplog: pytest.LogCaptureF
 def test_random_flips_and_cuts(
     write: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
+    """Bug: a byte that no checksum covers."""
     write(1)
     file = write(2) / name
     good = file.read_bytes()
@@ -85,6 +87,7 @@ def test_bits_all_over_a_manifest(write: Write) -> None:
 
 
 def test_nothing_good_is_an_error_that_names_everything(write: Write, tmp_path: Path) -> None:
+    """Bug: training starts from the beginning, or the message names one of the damaged checkpoints only."""
     for step in (1, 2):
         (write(step) / "state.json").unlink()
     with pytest.raises(CheckpointError, match=r"step-00000002 is damaged: state.json is missing.*step-00000001"):
@@ -94,6 +97,7 @@ def test_nothing_good_is_an_error_that_names_everything(write: Write, tmp_path: 
 
 
 def test_an_older_one_asked_for_is_never_replaced_by_a_later_one(write: Write, tmp_path: Path) -> None:
+    """Bug: instead of a damaged checkpoint that the user named, a later one is loaded."""
     first, second, third = write(1), write(2), write(3)
     (second / "state.json").unlink()
     assert load(second)["step"] == 1
@@ -104,6 +108,7 @@ def test_an_older_one_asked_for_is_never_replaced_by_a_later_one(write: Write, t
 
 
 def test_another_runs_checkpoint_is_never_read_instead(write: Write, tmp_path: Path) -> None:
+    """Bug: the fallback loads the weights of another run."""
     write(1, run="other")
     path = write(2, run="mine")
     (path / "tensors.safetensors").unlink()
@@ -123,6 +128,7 @@ def test_newest_is_the_one_written_last_not_the_highest_step(write: Write, tmp_p
 
 
 def test_a_half_written_one_is_never_seen(write: Write, tmp_path: Path) -> None:
+    """Bug: a folder that is still written, or is being deleted, counts as a checkpoint."""
     path = write(1)
     shutil.copytree(path, tmp_path / ".writing-step-00000002-host-1")
     shutil.copytree(path, tmp_path / ".deleted-step-00000000-host-1")
@@ -131,11 +137,13 @@ def test_a_half_written_one_is_never_seen(write: Write, tmp_path: Path) -> None:
 
 
 def test_a_moved_or_copied_checkpoint_can_be_read(write: Write, tmp_path: Path) -> None:
+    """Bug: a checkpoint depends on its path or name."""
     copy = shutil.copytree(write(7), tmp_path / "elsewhere" / "the-good-one")
     assert load(copy)["step"] == 7
 
 
 def test_a_format_of_the_future_is_named(write: Write) -> None:
+    """Bug: a checkpoint of a newer version counts as damaged."""
     from stabletrain.runtime.checkpoints.manifest import _signed
 
     file = write(1) / "manifest.json"
@@ -146,12 +154,16 @@ def test_a_format_of_the_future_is_named(write: Write) -> None:
         verify(file.parent)
 
 
-def test_a_runs_folder_stands_for_its_checkpoints(tmp_path: Path) -> None:
+def test_the_folder_of_a_run_is_as_good_as_that_of_its_checkpoints(tmp_path: Path) -> None:
+    """Bug: ``resume=RUN_FOLDER`` finds nothing."""
     save(tmp_path / "checkpoints", 3, retention=Retention())
     assert load(tmp_path)["step"] == 3
 
 
-def test_no_good_one_is_silent_when_all_is_well(write: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_good_checkpoints_are_loaded_without_warnings(
+    write: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Bug: a warning about damage where there is none."""
     write(1)
     write(2)
     with caplog.at_level(logging.DEBUG):

@@ -17,7 +17,7 @@ from torch import Tensor
 from stabletrain.runtime.checkpoints import CheckpointError, CheckpointInfo, Saver, Store, load
 from stabletrain.runtime.checkpoints.decoding import decode
 from stabletrain.runtime.checkpoints.encoding import Encoded
-from stabletrain.testing.checks.equality import differences
+from stabletrain.testing.checks.equality import differences, same
 
 TENSORS = {
     "fp64": torch.randn(3, dtype=torch.float64),
@@ -85,18 +85,12 @@ def through_a_file(tmp_path: Path, checkpoint: dict[str, Any], background: bool 
     return load(saver.newest)
 
 
-def bits(tensor: Tensor) -> Tensor:
-    return tensor.resolve_conj().contiguous().reshape(-1).view(torch.uint8)
-
-
 @pytest.mark.parametrize("background", [True, False])
 def test_every_kind_of_tensor(tmp_path: Path, background: bool) -> None:
     """A dtype or stride that the copy, the format or the reader treats wrongly."""
     found = through_a_file(tmp_path, TENSORS, background)
     for name, tensor in TENSORS.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert found[name].shape == tensor.shape, name
-        assert torch.equal(bits(found[name]), bits(tensor)), name
+        assert same(found[name], tensor), name
         assert type(found[name]) is Tensor, name
 
 
@@ -104,25 +98,28 @@ def test_every_kind_of_tensor(tmp_path: Path, background: bool) -> None:
 def test_every_kind_of_value(tmp_path: Path, name: str) -> None:
     """Keys that become text, tuples that become lists, True that becomes 1: all break load_state_dict."""
     found = through_a_file(tmp_path, {"x": PLAIN[name]})["x"]
-    assert same(found, PLAIN[name])
+    assert same_values(found, PLAIN[name])
 
 
-def same(one: Any, other: Any) -> bool:
+def same_values(one: Any, other: Any) -> bool:
+    """As `same`, and with the same types and order of keys, which PyTorch's ``load_state_dict`` depends on."""
     if type(one) is not type(other):
         return isinstance(one, Path) and isinstance(other, Path) and one == other
     if isinstance(one, dict):
         keys = zip(one, other, strict=True)
-        return all(type(a) is type(b) and a == b and same(one[a], other[b]) for a, b in keys)
+        return all(type(a) is type(b) and a == b and same_values(one[a], other[b]) for a, b in keys)
     if isinstance(one, list | tuple | collections.deque):
-        return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
+        return len(one) == len(other) and all(same_values(a, b) for a, b in zip(one, other, strict=True))
     return repr(one) == repr(other) if isinstance(one, float | complex) else one == other
 
 
 def test_nan_stays_nan(tmp_path: Path) -> None:
+    """Bug: JSON without NaN, so that a NaN in a counter becomes null or an error."""
     assert math.isnan(through_a_file(tmp_path, {"x": math.nan})["x"])
 
 
 def test_tied_weights_are_stored_once_and_are_one_tensor_again(tmp_path: Path) -> None:
+    """Bug: tied weights become two tensors, which train apart after a resume."""
     weight = torch.randn(100, 10)
     found = through_a_file(tmp_path, {"head": weight, "embedding": weight.detach(), "part": weight[:1]})
     assert found["head"] is found["embedding"]
@@ -139,6 +136,7 @@ def test_loaded_tensors_have_memory_of_their_own(tmp_path: Path) -> None:
 
 
 def test_names_that_collide(tmp_path: Path) -> None:
+    """Bug: two keys with one path in the file, of which one is lost."""
     one, two, three = torch.ones(1), torch.zeros(1), torch.full((1,), 2.0)
     found = through_a_file(tmp_path, {"a.b": one, "a": {"b": two}, "__metadata__": three})
     assert (found["a.b"].item(), found["a"]["b"].item(), found["__metadata__"].item()) == (1.0, 0.0, 2.0)
@@ -220,8 +218,7 @@ def test_a_declared_wrapper_is_read_back_exactly(tmp_path: Path) -> None:
         found = through_a_file(tmp_path, {"state": {"x": given, "tied": given.a, "nested": nested}})["state"]
     assert type(found["x"]) is type(given)
     for mine, theirs in ((found["x"], given), (found["nested"].a, nested.a), (found["nested"].b, nested.b)):
-        assert torch.equal(bits(mine.a), bits(theirs.a))
-        assert torch.equal(bits(mine.b), bits(theirs.b))
+        assert same([mine.a, mine.b], [theirs.a, theirs.b])
     assert found["tied"] is found["x"].a
 
 
@@ -264,6 +261,7 @@ def test_a_file_of_the_first_release_is_read() -> None:
 
 
 def test_a_container_in_itself_is_refused() -> None:
+    """Bug: endless recursion."""
     loop: list[Any] = []
     loop.append(loop)
     with pytest.raises(CheckpointError, match="itself"):
@@ -271,6 +269,7 @@ def test_a_container_in_itself_is_refused() -> None:
 
 
 def test_objects_among_hyper_parameters_are_omitted_by_name() -> None:
+    """Bug: one object among the hyper-parameters makes saving impossible, or disappears without a message."""
     given = {
         "hyper_parameters": {"lr": 0.1, "loss": len, "net": {"act": torch.nn.ReLU(), "width": 3}},
         "hparams_type": dict,
@@ -290,6 +289,7 @@ def test_a_config_of_omegaconf_among_hyper_parameters_becomes_plain() -> None:
 
 
 def test_other_tools_can_read_the_tensors(tmp_path: Path) -> None:
+    """Bug: a file that is not of the safetensors format, or with other names."""
     safetensors = pytest.importorskip("safetensors.torch")
     saver = Saver(Store(tmp_path))
     saver.save(
@@ -303,4 +303,5 @@ def test_other_tools_can_read_the_tensors(tmp_path: Path) -> None:
 
 
 def test_a_dtype_that_the_format_lacks_is_stored_as_bytes(tmp_path: Path) -> None:
+    """Bug: complex128, which safetensors lacks, is refused or loses precision."""
     assert torch.equal(through_a_file(tmp_path, {"x": TENSORS["complex128"]})["x"], TENSORS["complex128"])

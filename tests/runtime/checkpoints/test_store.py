@@ -26,6 +26,7 @@ def steps(folder: Path) -> list[int]:
 
 
 def test_the_newest_are_retained(tmp_path: Path) -> None:
+    """Bug: older checkpoints fill the disk, or the newest are the ones deleted."""
     for step in range(1, 6):
         save(tmp_path, step, retention=Retention(last=2))
     assert steps(tmp_path) == [4, 5]
@@ -34,6 +35,7 @@ def test_the_newest_are_retained(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("mode", "best"), [("min", 2), ("max", 3)])
 def test_the_best_is_retained_too(tmp_path: Path, mode: Any, best: int) -> None:
+    """Bug: the best one is deleted, or ``mode`` is exchanged."""
     retention = Retention(last=1, metric="val_loss", mode=mode)
     for step, value in ((1, 1.0), (2, 0.5), (3, 2.0), (4, 1.5)):
         save(tmp_path, step, retention=Retention(last=None), metric="val_loss", value=value)
@@ -42,6 +44,7 @@ def test_the_best_is_retained_too(tmp_path: Path, mode: Any, best: int) -> None:
 
 
 def test_a_nan_is_never_the_best(tmp_path: Path) -> None:
+    """Bug: a NaN counts as better than every number, or an equal value replaces the best."""
     saver = Saver(Store(tmp_path, Retention(metric="m")))
     assert not saver.is_best("a", float("nan"))
     assert saver.is_best("a", 1.0)
@@ -73,6 +76,7 @@ def test_other_runs_checkpoints_are_not_deleted(tmp_path: Path) -> None:
 
 
 def test_a_damaged_one_does_not_count_as_retained(tmp_path: Path) -> None:
+    """Bug: a good checkpoint is deleted in favour of a damaged one."""
     first = save(tmp_path, 1, retention=Retention(last=2))
     (save(tmp_path, 2, retention=Retention(last=2)) / "manifest.json").unlink()
     save(tmp_path, 3, retention=Retention(last=2))
@@ -108,6 +112,7 @@ def test_nothing_is_deleted_before_the_new_one_is_durable(tmp_path: Path, monkey
 
 
 def test_every_file_and_folder_is_synced_before_it_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: after a power failure, a published checkpoint has empty files."""
     synced: list[str] = []
     real = os.fsync
     monkeypatch.setattr(
@@ -125,6 +130,7 @@ def test_every_file_and_folder_is_synced_before_it_counts(tmp_path: Path, monkey
 def test_a_failed_write_is_reported_each_time_and_training_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int, wait: bool
 ) -> None:
+    """Bug: a full disk ends the run, deletes the older checkpoint, or is reported once only."""
     saver = Saver(Store(tmp_path, Retention(last=1)))
     saver.save(content(1), CheckpointInfo(step=1, run="a"), wait=True)
     real = durable_module.write_file
@@ -180,6 +186,7 @@ def test_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: p
 
 
 def test_a_folder_that_may_not_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Bug: a folder that cannot be made ends the run."""
     file = tmp_path / "file"
     file.write_text("")
     saver = Saver(Store(file / "checkpoints"))
@@ -189,6 +196,7 @@ def test_a_folder_that_may_not_be_written(tmp_path: Path, caplog: pytest.LogCapt
 
 
 def test_at_most_one_write_at_a_time_and_every_one_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: two writes at once take twice the memory; or a save during a write is dropped."""
     busy, most = 0, 0
     lock = threading.Lock()
     real = Store.write
@@ -234,6 +242,7 @@ def test_incomplete_folders_of_dead_processes_are_removed(tmp_path: Path) -> Non
 
 
 def test_a_write_in_flight_survives_the_end_of_the_process(tmp_path: Path) -> None:
+    """Bug: the last checkpoint is lost, because the process ends before the background write."""
     code = (
         "import sys, torch; from pathlib import Path; from stabletrain.runtime.checkpoints import *\n"
         "Saver(Store(Path(sys.argv[1]))).save({'w': torch.ones(5_000_000)}, CheckpointInfo(step=1, run='a'))"

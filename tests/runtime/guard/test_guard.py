@@ -1,4 +1,4 @@
-"""While nothing triggers a run is untouched; what is clipped is clipped once; an overflow is the scaler's business."""
+"""A guard that never triggers changes nothing; gradients are clipped once; overflows are left to the scaler."""
 
 import itertools
 import math
@@ -132,7 +132,7 @@ def test_the_loss_is_the_windows_mean(fp16: bool, accumulate: int) -> None:
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_an_overflow_is_the_scalers_business(optimizer: str) -> None:
+def test_an_overflow_is_left_to_the_scaler(optimizer: str) -> None:
     """Bugs: a schedule that goes on, a global step that counts, rules fed with it, a scale that does not back off."""
     items = batches(HEALTHY, HEALTHY, INF_GRAD, HEALTHY, HEALTHY)
     everyone, shy, guard, skip = Recorder(), ShyRecorder(), Guard(), SkipNonFinite(max_in_a_row=1)
@@ -148,7 +148,7 @@ def test_an_overflow_is_the_scalers_business(optimizer: str) -> None:
 
 
 def test_overflows_that_do_not_end_become_events() -> None:
-    """Bug: a run that backs off for ever without a word."""
+    """Bug: the scale falls for ever without an event."""
     items = batches(HEALTHY, INF_GRAD, INF_GRAD, INF_GRAD, HEALTHY)
     skip, leader = SkipNonFinite(max_overflows_in_a_row=2, max_in_a_row=9), Guard()
     fit(Net("sgd-momentum"), items, leader, skip, fp16=True)
@@ -206,7 +206,7 @@ def test_a_loss_of_one_element(mode: str, shape: tuple[int, ...]) -> None:
 
 
 def test_a_training_step_that_returns_none() -> None:
-    """Bug: a batch that the module itself leaves out is taken for a step."""
+    """Bug: a batch that the module itself skips counts as a step."""
 
     class Choosy(Net):
         def training_step(self, batch: Any, batch_idx: int) -> Any:

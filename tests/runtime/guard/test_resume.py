@@ -1,4 +1,4 @@
-"""Resumed equals uninterrupted, and what a checkpoint lacks is said aloud."""
+"""A resumed run equals an uninterrupted one, and a checkpoint that lacks state gives a warning."""
 
 import copy
 import pickle
@@ -94,7 +94,7 @@ def test_a_checkpoint_saved_after_the_fit_has_everything(tmp_path: Path) -> None
 
 
 def test_a_checkpoint_without_our_state_warns(tmp_path: Path) -> None:
-    """Bug: a baseline that begins anew without a word, or a run that cannot be resumed."""
+    """Bug: a baseline starts empty without a warning, or the run cannot be resumed."""
     path = checkpoint(tmp_path)
     with pytest.warns(UserWarning, match="no state of clip_norm: its history starts empty"):
         fit(Net("adamw-loop"), ITEMS, ClipNorm(), ckpt_path=path, max_epochs=2)

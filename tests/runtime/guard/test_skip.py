@@ -1,4 +1,4 @@
-"""A skipped step is a batch never seen, bit for bit: held to runs over the other batches, without any plugin."""
+"""A skipped step is a batch never seen: equal bit for bit to runs over the other batches, without any plugin."""
 
 import pytest
 import torch

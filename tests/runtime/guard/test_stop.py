@@ -1,16 +1,14 @@
-"""How a run ends that cannot be saved: with an exception, weights and checkpoints as they were."""
+"""A run without a remedy ends with an exception; weights and checkpoints are as they were."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from fits import HEALTHY, NAN_LOSS, Net, Recorder, batches, fit, run, trainer
-from lightning.pytorch import Callback
+from fits import HEALTHY, NAN_LOSS, Net, Recorder, RequestHandler, batches, fit, run, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from stabletrain import ClipNorm, Guard, SkipNonFinite, TrainingStopped
-from stabletrain.core.events import Request, RequestKind
+from stabletrain.core.events import RequestKind
 
 POISON = batches(*[NAN_LOSS] * 12)
 
@@ -38,7 +36,7 @@ def test_a_run_that_ends_in_poison_is_stopped_too(mode: str) -> None:
         fit(Net("adamw-fused"), items, SkipNonFinite(max_in_a_row=2), Guard(mode=mode))
 
 
-def test_checkpoints_are_left_alone(tmp_path: Path) -> None:
+def test_checkpoints_are_unchanged(tmp_path: Path) -> None:
     """Bug: the last good checkpoint overwritten by the one of a run that was given up."""
     keep = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_last=True, enable_version_counter=False)
     items = batches(HEALTHY, HEALTHY, HEALTHY, *[NAN_LOSS] * 5)
@@ -75,18 +73,8 @@ def test_max_attempts_is_exact() -> None:
     assert len(recorder.state) == 5
 
 
-class Handler(Callback):
-    handles = frozenset({RequestKind.ROLLBACK})
-
-    def __init__(self) -> None:
-        self.got: list[Request] = []
-
-    def handle_request(self, trainer: Any, module: Any, request: Request) -> None:
-        self.got.append(request)
-
-
 def test_a_callback_that_can_roll_back_takes_the_request_over() -> None:
-    """Bug: a stop where somebody could have helped; or a request handed on at every later step."""
-    handler = Handler()
+    """Bug: a stop although a callback handles rollbacks; or the request is repeated at every later step."""
+    handler = RequestHandler(RequestKind.ROLLBACK)
     fit(Net(), batches(HEALTHY, NAN_LOSS, NAN_LOSS, HEALTHY), SkipNonFinite(max_in_a_row=2), ClipNorm(), handler)
     assert [(r.kind, r.plugin) for r in handler.got] == [(RequestKind.ROLLBACK, "skip_nonfinite")]

@@ -78,7 +78,7 @@ def test_the_trainers_own_clipping_is_allowed_beside_a_skip() -> None:
     ],
 )
 def test_device_mode_where_it_is_impossible(module: Net, options: dict[str, Any], word: str) -> None:
-    """Bug: a decision that nobody executes."""
+    """Bug: a decision that is never executed."""
     with pytest.raises(UserError, match='mode="auto"') as refused:
         fit(module, ITEMS, SkipNonFinite(), Guard(mode="device"), **options)
     assert word in str(refused.value)

@@ -1,4 +1,4 @@
-"""A fit leaves no trace: not on the optimizer, the module, the trainer, nor in what comes after it."""
+"""After a fit, optimizer, module and trainer have their own methods and attributes again; later fits start fresh."""
 
 import warnings
 from pathlib import Path
@@ -29,7 +29,7 @@ ITEMS = batches(HEALTHY, HEALTHY, NAN_LOSS, HEALTHY)
 
 
 class Traces(Callback):
-    """What the objects that a guard touches held when its fit began."""
+    """Records the attributes of all objects that a guard changes, when its fit begins."""
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         self.before = self.now(trainer, pl_module)
@@ -81,7 +81,7 @@ def test_a_module_with_a_scheduler_hook_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("what", ["validate", "test", "predict"])
-def test_validate_test_and_predict_know_nothing_of_us(what: str, tmp_path: Path) -> None:
+def test_validate_test_and_predict_are_unchanged(what: str, tmp_path: Path) -> None:
     """Bug: a guard of an earlier fit that wakes up and logs; hooks installed where there is no training."""
     fresh = members()
     before = [of(c) for c in fresh]
@@ -121,7 +121,7 @@ def test_fit_twice_with_the_same_trainer_goes_on() -> None:
     assert [o.step for o in callbacks[2].state] == list(range(8))
 
 
-def test_a_new_trainer_begins_anew() -> None:
+def test_a_new_trainer_starts_fresh() -> None:
     """Bug: the history of one run in the baseline of the next."""
     callbacks = members()
     first = everything(fit(Net("adamw-fused"), ITEMS, *callbacks))

@@ -31,6 +31,7 @@ def probed(function: Any, batch: int = 1, **options: Any) -> Any:
 
 
 def test_hooks_exist_and_silenced_ones_are_not_called() -> None:
+    """Bug: a hook that Lightning has renamed, or one that stays silenced."""
     for hook in trainer_internals.STEP_HOOKS:
         assert inspect.isfunction(getattr(Callback, hook))
 
@@ -47,20 +48,25 @@ def test_hooks_exist_and_silenced_ones_are_not_called() -> None:
     assert callable(quiet.on_train_batch_end)
 
 
-def test_hold_global_step() -> None:
-    def hold(mine: Any) -> tuple[int, int]:
+def test_undo_global_step() -> None:
+    """Bug: the global step is read from elsewhere, and a skipped step counts."""
+
+    def undo(mine: Any) -> tuple[int, int]:
         before = mine.global_step
         trainer_internals.undo_global_step(mine)
         return before, mine.global_step
 
-    assert probed(hold) == (2, 1)
+    assert probed(undo) == (2, 1)
 
 
 def test_logger_step() -> None:
+    """Bug: metrics are logged at micro-batches instead of steps."""
     assert probed(trainer_internals.logger_step, batch=3, accumulate_grad_batches=2) == 1
 
 
 def test_publish_metrics() -> None:
+    """Bug: metrics that callbacks, loggers or the progress bar do not see."""
+
     def publish(mine: Any) -> Any:
         trainer_internals.publish_metrics(mine, {"a": 1.0}, {"b": 2.0})
         return mine.callback_metrics["a"], mine.logged_metrics["a"], mine.progress_bar_metrics["b"]
@@ -69,6 +75,7 @@ def test_publish_metrics() -> None:
 
 
 def test_before_checkpoint(tmp_path: Any) -> None:
+    """Bug: a checkpoint is saved before outcomes in flight are read, or the wrapper stays."""
     calls: list[str] = []
     mine = fit(Net(), ITEMS)
     undo = trainer_internals.before_checkpoint(mine, lambda: calls.append("prepared"))
@@ -80,6 +87,7 @@ def test_before_checkpoint(tmp_path: Any) -> None:
 
 
 def test_grad_scaler_and_its_state() -> None:
+    """Bug: an overflow is not seen, or gradients are unscaled twice."""
     assert trainer_internals.grad_scaler(trainer()) is None
     assert trainer_internals.grad_scaler(trainer(plugins=[scaler(enabled=False)])) is None
     mine = trainer_internals.grad_scaler(trainer(fp16=True))
@@ -99,15 +107,19 @@ def test_grad_scaler_and_its_state() -> None:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_supports_device_decisions(name: str) -> None:
+    """Bug: a skip by ``found_inf`` with an optimizer that ignores it."""
     optimizer = OPTIMIZERS[name]([torch.nn.Parameter(torch.ones(64))])
     assert trainer_internals.supports_device_decisions(optimizer) == (name in FUSED)
 
 
 def test_handles_own_steps() -> None:
+    """Bug: an ordinary trainer is taken for one with DeepSpeed."""
     assert trainer_internals.handles_own_steps(trainer()) is False
 
 
 def test_scheduler_interval() -> None:
+    """Bug: a scheduler by epochs is treated as one by steps."""
+
     def intervals(mine: Any) -> Any:
         return trainer_internals.scheduler_interval(
             mine, mine.lr_scheduler_configs[0].scheduler
@@ -116,7 +128,8 @@ def test_scheduler_interval() -> None:
     assert probed(intervals, scheduler="epoch") == ("epoch", None)
 
 
-def test_small_questions_to_the_trainer() -> None:
+def test_small_queries_of_the_trainer() -> None:
+    """Bug: an attribute with another meaning in a new version of Lightning."""
     assert trainer_internals.is_fast_dev_run(trainer(fast_dev_run=1))
     assert not trainer_internals.is_fast_dev_run(trainer())
     assert trainer_internals.log_interval(trainer(log_every_n_steps=7)) == 7
@@ -128,6 +141,7 @@ def test_small_questions_to_the_trainer() -> None:
 
 
 def test_resumes_from_checkpoint(tmp_path: Any) -> None:
+    """Bug: a resumed fit is taken for a new one, and histories start empty."""
     assert probed(trainer_internals.resumes_from_checkpoint) is False
     path = tmp_path / "a.ckpt"
     fit(Net("adamw-fused"), ITEMS).save_checkpoint(path)
@@ -136,6 +150,7 @@ def test_resumes_from_checkpoint(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize(("batch", "options", "last"), [(1, {}, False), (3, {}, True), (1, {"max_steps": 2}, True)])
 def test_may_be_last_batch(batch: int, options: dict[str, Any], last: bool) -> None:
+    """Bug: a run ends with metrics that were never flushed."""
     assert probed(trainer_internals.may_be_last_batch, batch, **options) is last
 
 

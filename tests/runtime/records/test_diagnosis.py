@@ -1,10 +1,7 @@
-"""What is found out about a run that is given up."""
-
-from typing import Any
+"""The search for the first module whose output is not finite."""
 
 import pytest
-import torch
-from lightning.pytorch import LightningModule
+from fits import HEALTHY, Batch, Net, batches
 from torch import Tensor, nn
 
 from stabletrain.runtime.records.diagnosis import first_nonfinite_output
@@ -16,24 +13,17 @@ class Broken(nn.Module):
         return x / 0.0
 
 
-class Numbered(LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(2, 2), Broken(), nn.Linear(2, 1))
+class WithoutIndex(Net):
+    """Its `training_step` takes the batch alone, which Lightning allows."""
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss: Tensor = self.net(batch).mean()
-        return loss
-
-
-class WithoutNumber(Numbered):
-    def training_step(self, batch: Any) -> Tensor:  # type: ignore[override]
+    def training_step(self, batch: Batch) -> Tensor:  # type: ignore[override]
         return super().training_step(batch, 0)
 
 
-@pytest.mark.parametrize("make", [Numbered, WithoutNumber])
-def test_the_first_module_that_is_not_finite(make: type[Numbered]) -> None:
-    # catches a probe that fails on modules which do without the batch's number, and then says nothing
+@pytest.mark.parametrize("make", [Net, WithoutIndex])
+def test_the_first_module_with_a_nonfinite_output_is_named(make: type[Net]) -> None:
+    """Bug: a module whose `training_step` takes no ``batch_idx`` makes the search fail, and the report lacks a name."""
     module = make()
+    module.net[1] = Broken()
     module.trainer = quiet_trainer()
-    assert first_nonfinite_output(module, torch.ones(3, 2), 0) == "net.1"
+    assert first_nonfinite_output(module, batches(HEALTHY)[0], 0) == "net.1"

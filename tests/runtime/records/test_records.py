@@ -4,10 +4,9 @@ import csv
 import json
 import logging
 from pathlib import Path
-from typing import Any
 
 import pytest
-from fits import HEALTHY, NAN_LOSS, Net, Recorder, batches, fit
+from fits import HEALTHY, NAN_LOSS, EventRecorder, Net, Recorder, batches, fit
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
@@ -93,19 +92,11 @@ def test_early_stopping_can_monitor_our_loss(mode: str, first: bool) -> None:
     assert mine.current_epoch == 2
 
 
-class Listener(Callback):
-    def __init__(self) -> None:
-        self.heard: list[Event] = []
-
-    def on_stability_event(self, trainer: Any, module: Any, event: Event) -> None:
-        self.heard.append(event)
-
-
 def test_any_callback_can_listen_to_events() -> None:
     """Bug: events that only the file gets to see."""
-    listener = Listener()
-    fit(Net(), ITEMS, SkipNonFinite(), listener)
-    assert [(e.step, e.kind) for e in listener.heard] == [(2, "nonfinite")]
+    recorder = EventRecorder()
+    fit(Net(), ITEMS, SkipNonFinite(), recorder)
+    assert [(e.step, e.kind) for e in recorder.events] == [(2, "nonfinite")]
 
 
 def test_an_interval_without_finite_steps() -> None:

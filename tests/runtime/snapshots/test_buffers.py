@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from torch import Tensor
 
 from stabletrain.runtime.snapshots.buffers import SnapshotBuffers, bytes_of
 from stabletrain.runtime.snapshots.tensor_kinds import plain_tensors
+from stabletrain.testing.checks.equality import same
 
 LAYOUTS = {
     "bf16": torch.randn(5).bfloat16(),
@@ -24,20 +24,13 @@ LAYOUTS = {
 }
 
 
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(bits(one), bits(other))
-
-
-def bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
-
-
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_copy_is_exact(name: str) -> None:
+    """Bug: a dtype or layout whose copy has other bits, or shape."""
     source = LAYOUTS[name]
     snapshot = SnapshotBuffers()
     snapshot.copy_in([source])
-    assert same_bits(snapshot.tensors[0], source)
+    assert same(snapshot.tensors[0], source)
 
 
 def test_copying_back_is_in_place_and_undoes_a_change() -> None:
@@ -49,7 +42,7 @@ def test_copying_back_is_in_place_and_undoes_a_change() -> None:
     for each in tensors:
         each.zero_()
     snapshot.copy_back(tensors)
-    assert all(same_bits(now, then) for now, then in zip(tensors, before, strict=True))
+    assert all(same(now, then) for now, then in zip(tensors, before, strict=True))
     assert [each.data_ptr() for each in tensors] == addresses
 
 
@@ -68,6 +61,7 @@ def test_buffers_are_used_again_also_when_the_list_changes() -> None:
 
 
 def test_a_wrong_layout_is_refused_and_changes_nothing() -> None:
+    """Bug: copying back into other shapes changes some tensors before it fails."""
     snapshot = SnapshotBuffers()
     snapshot.copy_in([torch.ones(3)])
     target = torch.zeros(4)
@@ -77,6 +71,7 @@ def test_a_wrong_layout_is_refused_and_changes_nothing() -> None:
 
 
 def test_parameters_that_need_gradients_are_copied_outside_of_autograd() -> None:
+    """Bug: an in-place change of a leaf that requires a gradient raises, or enters the graph."""
     parameter = torch.nn.Parameter(torch.ones(3))
     snapshot = SnapshotBuffers()
     snapshot.copy_in([parameter])
@@ -97,6 +92,7 @@ def test_a_wrapper_gives_its_inner_tensors() -> None:
 
 
 def test_an_empty_list() -> None:
+    """Bug: a call of torch's foreach functions without tensors, which raises."""
     snapshot = SnapshotBuffers()
     snapshot.copy_in([])
     snapshot.copy_back([])
