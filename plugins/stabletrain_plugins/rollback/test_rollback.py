@@ -307,7 +307,7 @@ def test_the_budget_ends_in_a_clean_stop_with_a_diagnosis(tmp_path: Path) -> Non
 
 def test_the_diagnosis_names_where_it_is_not_finite(tmp_path: Path) -> None:
     """Bug: the diagnosis names the last non-finite module instead of the first, or leaves hooks on the modules."""
-    with pytest.raises(TrainingStopped, match=r"no snapshot to go back to.*no checkpoint on disk"):
+    with pytest.raises(TrainingStopped, match=r"no snapshot to restore.*no checkpoint on disk"):
         train(tmp_path, st.Rollback(**QUICK), damage={0: math.nan})
     (folder,) = tmp_path.glob("diagnosis-*")
     report = json.loads((folder / "report.json").read_text())
@@ -383,7 +383,7 @@ def test_no_snapshot_of_a_replaced_loader_is_restored(tmp_path: Path) -> None:
     options = {"reload_dataloaders_every_n_epochs": 1, "limit_train_batches": 60, "max_epochs": 3}
     train(tmp_path, requests, rollback, **options)
     assert interventions(tmp_path)[0]["to"] > 60
-    with pytest.raises(TrainingStopped, match="no snapshot to go back to"):
+    with pytest.raises(TrainingStopped, match="no snapshot to restore"):
         train(tmp_path / "b", Requests().at(63), st.Rollback(**QUICK), **options)
 
 
