@@ -1,4 +1,4 @@
-"""The global random generators of Python, numpy, torch and CUDA: capture, restore, and detect draws."""
+"""Capture and restore the global random generators of Python, numpy, torch and CUDA, and detect draws from them."""
 
 from __future__ import annotations
 

@@ -234,7 +234,7 @@ def test_a_surge_of_the_learning_rate_is_undone_at_its_first_step(tmp_path: Path
     surge = LearningRateSurge(at_step=50, factor=3000.0, steps=1)
     model, _ = train(tmp_path / "b", st.Rollback(**{**quick, "drop": "none"}), surge)
     (made,) = interventions(tmp_path / "b")
-    assert "the weights have moved " in made["cause"]
+    assert "the weights have changed " in made["cause"]
     assert made["step"] <= 55
     reference, _ = train(tmp_path / "a")
     assert same(model, reference)

@@ -16,10 +16,10 @@ from stabletrain.core.limits import Limits, SkipAbove, SkipNonFinite
 
 
 class DeviceDecision(NamedTuple):
-    """What to hand to a fused optimizer kernel.
+    """Arguments of a fused optimizer kernel.
 
     Args:
-        grad_scale: 0-d float32, what to divide the gradient by; at least 1.
+        grad_scale: 0-d float32, the kernel divides the gradient by it; at least 1.
         dropped: 0-d float32, 1 to drop the step, else 0.
     """
 
