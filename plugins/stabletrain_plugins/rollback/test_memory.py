@@ -24,8 +24,6 @@ def test_snapshots_on_disk_leave_no_files(tmp_path: Path) -> None:
     buffers.copy_back(tensors)
     assert all(torch.equal(a, b) for a, b in zip(tensors, expected, strict=True))
     (tmp_path / "file").write_text("")
-    message = (
-        r"^rollback: a snapshot cannot be kept in .* \(\d+ MiB wanted\); .*plugins\.spike\.spill.*plugins\.spike\.keep"
-    )
+    message = r"^rollback: a snapshot cannot be stored in .* \(\d+ MiB needed\); .*plugins\.spike\.spill.*spike\.keep"
     with pytest.raises(UserError, match=message):
         new_snapshot(RollbackRule(spill=str(tmp_path / "file")))._buffers.copy_in(tensors)

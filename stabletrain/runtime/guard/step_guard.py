@@ -83,7 +83,7 @@ class StepGuard:
         folder = trainer.log_dir or trainer.default_root_dir  # log_dir is a collective: called on every rank
         path = events or Path(folder) / run_files.EVENTS
         quiet = not trainer.is_global_zero or trainer_internals.is_fast_dev_run(trainer)
-        self.events = EventLog(None if quiet else path, speak=trainer.is_global_zero)
+        self.events = EventLog(None if quiet else path, log_warnings=trainer.is_global_zero)
         self._max_attempts = max_attempts or (2 * trainer.max_steps if trainer.max_steps > 0 else None)
         self._rules = [cast(RuleMember, m) for m in members if m.sets_limits]
         # transforms do not commute: they run in the order of their names, whatever the order of the list
@@ -143,7 +143,7 @@ class StepGuard:
         if self.window.is_empty and self.ranks.size == 1:
             return  # training_step returned None: there was no backward pass, so there is no step
         self.control.start_decision()
-        loss = self._window_loss()  # a collective: before any return
+        loss = self._window_loss()  # a collective: also called by ranks without a loss
         if loss is None or not self._scaling.unscale(optimizer):
             return
         grads = gradients.of(self._parameters)

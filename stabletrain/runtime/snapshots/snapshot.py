@@ -72,7 +72,7 @@ class Snapshot:
         return self.step < 0
 
     def clear(self) -> None:
-        """Drop the state, but not the memory, which the next capture uses."""
+        """Drop the state; its memory is reused by the next capture."""
         self.step, self.mark = -1, None
 
     def prepare(self, guard: StepGuard) -> None:
@@ -131,7 +131,7 @@ class Snapshot:
         trainer = guard.trainer
         live = list(_parts(guard))
         names = [part.name for part in live]
-        if names != self._names:  # refused before anything is changed
+        if names != self._names:  # checked before anything is changed
             changed = sorted(name for name in {*names, *self._names} if names.count(name) != self._names.count(name))
             raise SnapshotError(
                 f"the snapshot of step {self.applied} cannot be restored: parts of the run were added or removed since "

@@ -30,7 +30,7 @@ _SEQUENCES = frozenset({list, tuple, deque, set, frozenset})
 
 
 class SnapshotError(UserError):
-    """A state that cannot be restored: the live objects are no longer what they were."""
+    """A state cannot be restored, because the live objects have been replaced."""
 
 
 class TensorNode(NamedTuple):
@@ -191,7 +191,7 @@ class Restorer:
 
         Args:
             node: skeleton of the value.
-            live: what is there now; anything.
+            live: the current value; anything.
             where: names it in an error.
 
         Raises:
