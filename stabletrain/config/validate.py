@@ -296,5 +296,5 @@ def _resume(config: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem("resume", f"there is no checkpoint at {resume!r}; expected a .ckpt file, or the folder of a run")
     elif path.is_file() and not zipfile.is_zipfile(path):
         yield Problem(
-            "resume", f"expected a checkpoint, got {path}, which is another file or is truncated; use an earlier one"
+            "resume", f"expected a checkpoint, got {path}, which is not a checkpoint, or is truncated; use another"
         )
