@@ -19,7 +19,7 @@ RngState: TypeAlias = dict[str, Any]
 
 
 def capture(cuda: bool = True) -> RngState:
-    """Return the state of all global generators of this process (about 70 microseconds, most of it for numpy's).
+    """Return the state of all global generators of this process (about 50 microseconds, most of it for numpy's).
 
     Args:
         cuda: include the generators of the CUDA devices, if CUDA is in use.

@@ -260,7 +260,7 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
             self._undo = None
 
     def _long_enough(self, trainer: Trainer, run: RunLength) -> RunLength:
-        """The length of the run; for `fast_dev_run` at least so many steps that ``lr_warmup`` and ``decay`` fit."""
+        """The length of the run; for `fast_dev_run` long enough for ``lr_warmup`` and ``decay``."""
         if not trainer_internals.is_fast_dev_run(trainer) or run.total_steps is None:
             return run
         return replace(run, total_steps=max(run.total_steps, self.steps("lr_warmup", run) + self.steps("decay", run)))

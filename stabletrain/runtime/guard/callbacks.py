@@ -190,7 +190,7 @@ class PluginMember(GuardMember, Plugin):
 
     @property
     def state_key(self) -> str:
-        """The key of this plugin's state in a checkpoint; Lightning asks for it at every hook."""
+        """The key of this plugin's state in a checkpoint; Lightning reads it at every hook."""
         return self.name or self.plugin
 
     def state_dict(self) -> dict[str, Any]:

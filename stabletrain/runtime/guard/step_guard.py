@@ -53,7 +53,7 @@ class StepGuard:
     """The shared guard of one Trainer, for one fit.
 
     Args:
-        trainer: the trainer whose callbacks hold the members.
+        trainer: the trainer whose callbacks contain the members.
         module: the module that is trained.
         members: all callbacks that share this guard, in the order of the list.
         mode: where decisions are made; ``"auto"`` chooses by device, optimizer and loss scaler.

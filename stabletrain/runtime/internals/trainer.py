@@ -57,7 +57,7 @@ def undo_global_step(trainer: Trainer) -> None:
 
 
 def logger_step(trainer: Trainer) -> int:
-    """The step that Lightning gives to loggers: attempted optimizer steps."""
+    """The step that Lightning passes to loggers: attempted optimizer steps."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 

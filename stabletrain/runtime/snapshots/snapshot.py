@@ -44,7 +44,7 @@ class _Part(NamedTuple):
 
 
 class Snapshot:
-    """Holds one state at a time and is used again for the next one: its memory is allocated and touched once.
+    """Holds one state at a time and is reused for the next one: its memory is allocated and touched once.
 
     Callbacks, the module and the data module can add state of their own: see `HasOwnState`.
 
