@@ -1,13 +1,13 @@
-"""What a durable checkpoint of 600 MB costs training: the stall for the copy, and what it slows down meanwhile.
+"""Cost of a durable checkpoint of 600 MB in training: the stall for the copy, and the slow-down during the write.
 
     python benchmarks/checkpoint.py            print the table (about 3 minutes on 2 quiet cores)
     python benchmarks/checkpoint.py --write    also write benchmarks/results/checkpoint.md
 
-A transformer of 50 M parameters under AdamW trains in Lightning. Windows of steps with and without a save at their
-beginning alternate, as long as a save takes to reach the disk; *exposed* is the difference between the two, stall and
-slow-down of the concurrent steps together, paired window by window. The memcpy is measured in the same process,
-between windows. The machine may be shared and noisy: medians over pairs are reported, with their quartiles, and beside
-the wall clock the processor time of the training thread, which other processes disturb less.
+A transformer of 50 M parameters is trained with AdamW in Lightning. Windows of steps with and without a save at their
+beginning alternate; a window is as long as a save takes to reach the disk. *Exposed* is the difference of the durations
+of two paired windows: the stall and the slow-down of the concurrent steps together. The memcpy is measured in the same
+process, between windows. The machine may be shared, so medians over pairs are reported, with quartiles, and in addition
+to the wall-clock time the processor time of the training thread, which depends less on other processes.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Batches(IterableDataset[Tensor]):
 
 
 class Transformer(L.LightningModule):
-    """50 M parameters at the full size."""
+    """A transformer of 50 M parameters with 12 layers."""
 
     def __init__(self, layers: int) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class Transformer(L.LightningModule):
 
 
 class Bench(L.Callback):
-    """Drives the windows from the end of each step, and measures between two of them."""
+    """Starts and ends the windows at the ends of steps, and measures between two windows."""
 
     def __init__(self, pairs: int, saves: dict[str, tuple[Save, Save]]) -> None:
         self.pairs, self.saves = pairs, saves
@@ -104,7 +104,10 @@ class Bench(L.Callback):
         buffers = SnapshotBuffers()
         buffers.prepare(tensors)
         steps = dict.fromkeys(self.saves, 0)
-        for name, (save, wait) in self.saves.items():  # the first save allocates, and says how long a window must be
+        for name, (
+            save,
+            wait,
+        ) in self.saves.items():  # the first save allocates; the second determines the length of a window
             save(trainer)
             wait(trainer)
             save(trainer)
@@ -130,7 +133,7 @@ class Bench(L.Callback):
                     spent[with_save] = (time.perf_counter() - began) * 1e3
                     busy[with_save] += time.thread_time()
                     rest = timed(lambda wait=wait: wait(trainer))
-                    if with_save and rest > 5.0:  # the window was too short: the write goes on in the rest
+                    if with_save and rest > 5.0:  # the window was too short: the write continues after it
                         self.durable[name].append(rest)
                 self.exposed[name].append(spent[True] - spent[False])
                 self.busy[name].append((busy[True] - busy[False]) * 1e3)
@@ -213,7 +216,7 @@ def table(bench: Bench) -> str:
     lines = [
         f"{bench.nbytes / 1e6:.0f} MB in one checkpoint; step {bench.step_ms:.0f} ms; {bench.pairs} pairs of windows",
         "",
-        "| what | ms: median (quartiles) | ratio to memcpy | reach |",
+        "| what | ms: median (quartiles) | ratio to memcpy | required |",
         "|---|---|---|---|",
         f"| memcpy of the same bytes, 1 thread | {quartiles(bench.memcpy)} | 1 | |",
         f"| copy into the snapshot's buffers | {quartiles(bench.copy)} "
@@ -233,7 +236,7 @@ def table(bench: Bench) -> str:
         )
     for name, rests in bench.durable.items():
         if rests:
-            lines.append(f"\n{name}: in {len(rests)} of {bench.pairs} windows the write outlived the window.")
+            lines.append(f"\n{name}: in {len(rests)} of {bench.pairs} windows the write took longer than the window.")
     return "\n".join(lines)
 
 

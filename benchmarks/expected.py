@@ -1,4 +1,4 @@
-"""Runs recipes as they are, and writes what they reached to recipes/expected/<recipe>.json.
+"""Run recipes unchanged, and write their final metrics to recipes/expected/<recipe>.json.
 
 python benchmarks/expected.py char_gpt digits_cnn
 """
@@ -28,7 +28,7 @@ def run(recipe: str, folder: Path) -> dict[str, Any]:
 
 
 def surroundings() -> dict[str, Any]:
-    """What the bits of a result depend on, besides the code."""
+    """Return the hardware and versions on which the bits of a result depend."""
     cpu = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine())
     return {"cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version()} | {
         name: version(name) for name in PACKAGES

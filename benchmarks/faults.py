@@ -1,12 +1,12 @@
-"""What protection is worth when something goes wrong: many faults, many ways to protect, one table.
+"""Compare protections against faults: the damage by each fault with each protection, in one table.
 
-    python benchmarks/faults.py                        everything that is not in the record yet, then the table
+    python benchmarks/faults.py                        run what is not in the record yet, then write the table
     python benchmarks/faults.py --only 'default stack' one contender; may be repeated
     python benchmarks/faults.py --healthy              also the default stack in four healthy runs of 2,000 steps
-    python benchmarks/faults.py --table                no training: the table of what is in the record
+    python benchmarks/faults.py --table                no training: write the table from the record
 
-Every run is a line in benchmarks/results/faults.jsonl, so an interrupted benchmark goes on where it was; `--fresh`
-makes the chosen runs again. The table and a plot are written beside it when all seeds are there.
+Every run is a line in benchmarks/results/faults.jsonl (the record), so an interrupted benchmark can be continued;
+`--fresh` repeats the selected runs. The table and a plot are written to the same folder.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ SEEDS = (0, 1, 2)
 
 
 def train(contender: Contender, condition: Condition, seed: int, only: set[str], record: Path, folder: Path) -> None:
-    """Make the runs of one contender, condition and seed that are not in the record."""
+    """Run what the record lacks for one contender, condition and seed."""
     done = {key(each) for each in harness.load(record)}
     wanted = [
-        s for s in SCENARIOS if s.condition is condition and s.strike is not None and (not only or s.name in only)
+        s for s in SCENARIOS if s.condition is condition and s.make_fault is not None and (not only or s.name in only)
     ]
     forks = [s for s in wanted if (contender.name, condition.name, s.name, seed) not in done]
     if not forks and (contender.name, condition.name, FAULT_FREE, seed) in done:
@@ -46,7 +46,7 @@ def train(contender: Contender, condition: Condition, seed: int, only: set[str],
 
 
 def train_healthy(contender: Contender, record: Path, folder: Path) -> None:
-    """Make the long runs without a fault that are not in the record."""
+    """Run the long runs without a fault that the record lacks."""
     done = {key(each) for each in harness.load(record)}
     for condition, seed, planned in HEALTHY_RUNS:
         if (contender.name, condition.name, FAULT_FREE, seed) not in done:
@@ -56,7 +56,7 @@ def train_healthy(contender: Contender, record: Path, folder: Path) -> None:
 
 
 def forget(record: Path, contenders: set[str], seeds: set[int], scenarios: set[str]) -> None:
-    """Take the chosen runs out of the record."""
+    """Delete the selected runs from the record."""
     kept = [
         each
         for each in harness.load(record)
@@ -78,10 +78,10 @@ def main() -> None:
     parser.add_argument("--scenario", action="append", choices=[s.name for s in SCENARIOS], help="default: all")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help=f"default: {SEEDS}")
     parser.add_argument("--healthy", action="store_true", help="also healthy runs of 2,000 steps of the default stack")
-    parser.add_argument("--fresh", action="store_true", help="make the chosen runs again")
-    parser.add_argument("--table", action="store_true", help="no training, only the table")
+    parser.add_argument("--fresh", action="store_true", help="repeat the selected runs")
+    parser.add_argument("--table", action="store_true", help="no training, only write the table")
     parser.add_argument("--record", type=Path, default=RESULTS / "faults.jsonl", help="the file of JSON lines")
-    parser.add_argument("--page", type=Path, help="where to write the page; default: beside the record")
+    parser.add_argument("--page", type=Path, help="file of the result page; default: beside the record")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")

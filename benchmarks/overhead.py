@@ -1,10 +1,10 @@
-"""What stabletrain costs: a table of ratios and microseconds, each against its baseline in the same run.
+"""Overhead of stabletrain: ratios and microseconds, each relative to a baseline in the same run.
 
     python benchmarks/overhead.py            print the table (about 6 minutes on 2 cores)
     python benchmarks/overhead.py --write    also write benchmarks/results/overhead.md
 
 Cases are interleaved: every round runs each case once, differences are taken within a round, and the median over
-rounds is reported. The machine may be shared and noisy; a ratio within a round is what survives that.
+rounds is reported. The machine may be shared; ratios within a round depend least on that.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Row:
 
 
 class Batches(IterableDataset[tuple[Tensor, Tensor]]):
-    """Ready batches, so that data cost nothing."""
+    """Batches made beforehand, so that loading takes no time."""
 
     def __init__(self, steps: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -73,7 +73,7 @@ class Batches(IterableDataset[tuple[Tensor, Tensor]]):
 
 
 class TinyMLP(L.LightningModule):
-    """The smallest module worth training: everything measured beside it is overhead."""
+    """A minimal module, so that the overhead dominates the step."""
 
     def __init__(self, log: bool = False, fused: bool = False) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class TinyMLP(L.LightningModule):
 
 
 class Clock(L.Callback):
-    """Time stamps at the end of each batch."""
+    """Records the time at the end of each batch."""
 
     def __init__(self) -> None:
         self.stamps: list[float] = []
@@ -105,7 +105,7 @@ class Clock(L.Callback):
 
 
 class ItemNaNCheck(L.Callback):
-    """Peer: what most scripts do about NaN."""
+    """Comparison: a common check for NaN in scripts."""
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         for p in pl_module.parameters():
@@ -114,14 +114,14 @@ class ItemNaNCheck(L.Callback):
 
 
 class ClipGradNorm(L.Callback):
-    """Peer: torch's clipping."""
+    """Comparison: torch's clipping."""
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         torch.nn.utils.clip_grad_norm_(pl_module.parameters(), 1e9)
 
 
 class ZClipRestated(L.Callback):
-    """Peer: ZClip as its paper states it (arXiv 2504.02507), restated here: z-score on an EMA, reciprocal clipping."""
+    """Comparison: ZClip, reimplemented from its paper (arXiv 2504.02507): z-score on an EMA, reciprocal clipping."""
 
     def __init__(self) -> None:
         self.mean = self.var = 0.0
@@ -136,12 +136,12 @@ class ZClipRestated(L.Callback):
             self.var = statistics.pvariance(self.warmup)
             return
         std = math.sqrt(self.var)
-        held = self.mean + 2.5**2 * self.var / (norm - self.mean) if norm > self.mean + 2.5 * std else norm
-        if held < norm:
+        clipped = self.mean + 2.5**2 * self.var / (norm - self.mean) if norm > self.mean + 2.5 * std else norm
+        if clipped < norm:
             for g in grads:
-                g.mul_(held / norm)
-        self.mean = 0.97 * self.mean + 0.03 * held
-        self.var = 0.97 * self.var + 0.03 * (held - self.mean) ** 2
+                g.mul_(clipped / norm)
+        self.mean = 0.97 * self.mean + 0.03 * clipped
+        self.var = 0.97 * self.var + 0.03 * (clipped - self.mean) ** 2
 
 
 def fit(module: L.LightningModule, data: Any, callbacks: list[L.Callback], **trainer: Any) -> Clock:
@@ -200,7 +200,7 @@ def char_gpt(rounds: int, steps: int = 40, skip: int = 10) -> list[Row]:
 
 
 def optimizer_step(rounds: int) -> list[Row]:
-    """Norm, clip and fused AdamW over 12 M parameters in 60 tensors."""
+    """Measure norm, clip and fused AdamW over 12 M parameters in 60 tensors."""
     torch.manual_seed(0)
     parameters = [nn.Parameter(torch.randn(200_000)) for _ in range(60)]
     for p in parameters:
@@ -216,9 +216,9 @@ def optimizer_step(rounds: int) -> list[Row]:
     def exact() -> None:
         grads = gradients.of(parameters)
         norm = gradients.global_norm(grads).item()
-        held = math.nan if loose.skips_step(loss.item(), norm) else loose.clip(norm)
-        if held < norm:
-            gradients.scale_(grads, held / norm)
+        clipped = math.nan if loose.skips_step(loss.item(), norm) else loose.clip(norm)
+        if clipped < norm:
+            gradients.scale_(grads, clipped / norm)
         optimizer.step()
 
     def device() -> None:
@@ -251,11 +251,11 @@ def optimizer_step(rounds: int) -> list[Row]:
     return rows
 
 
-# ---- reads back from the device --------------------------------------------------------------------------------------
+# ---- reads from the device -------------------------------------------------------------------------------------------
 
 
 class CountReads(TorchDispatchMode):
-    """Counts the operations by which the host reads a device tensor."""
+    """Counts the operations with which the host reads a device tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -277,7 +277,7 @@ def host_reads(steps: int = 100) -> list[Row]:
             fit(TinyMLP(fused=True), data, callbacks, log_every_n_steps=10**6)
         counts[name] = (sum(counter.reads.values()), SignalCopy.waits - waits)
     ours = (counts["stack"][0] - counts["bare"][0]) / steps
-    what = f"reads back from the device per step, device mode forced on the CPU, {steps} steps, without rollback"
+    what = f"reads of the device by the host per step, device mode forced on the CPU, {steps} steps, without rollback"
     return [
         Row(what, f"{ours:g}", "0"),
         Row(
@@ -322,7 +322,7 @@ def quartiles(values: list[float], form: str) -> str:
 
 
 def table(rows: list[Row]) -> str:
-    lines = ["| what | measured | to reach | quartiles |", "|---|---|---|---|"]
+    lines = ["| what | measured | required | quartiles |", "|---|---|---|---|"]
     return "\n".join(lines + ["| " + " | ".join(row.cells) + " |" for row in rows])
 
 

@@ -1,4 +1,4 @@
-"""Draws docs/spike.png: one run twice, with the same faults, without protection and with the default callbacks.
+"""Draw docs/spike.png: the same run with the same faults, without protection and with the default callbacks.
 
 python benchmarks/picture.py       (about two minutes on 2 cores)
 """
@@ -22,7 +22,7 @@ STEPS, BURST, NAN = 600, range(250, 260), 400
 
 
 class Faulty(CharGPT):
-    """The recipe's model, fed ten batches of random characters, and later one batch whose loss is NaN."""
+    """The recipe's model, with ten batches of random characters, and later one batch whose loss is NaN."""
 
     def on_train_start(self) -> None:
         self.losses: list[float] = []

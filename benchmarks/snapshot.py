@@ -1,14 +1,14 @@
-"""What going back in time costs: a snapshot and a restore against a plain memcpy, and a run with `Rollback`.
+"""Cost of rollbacks: a snapshot and a restore compared with a plain memcpy, and a run with `Rollback`.
 
     python benchmarks/snapshot.py            print the table (about 4 minutes on 2 cores)
     python benchmarks/snapshot.py --write    also write benchmarks/results/snapshot.md
 
-Every round measures the memcpy (one ``memmove`` of the same bytes between buffers that were written before) right
-beside what is compared with it; the median of the ratios within rounds is reported. Large copies are shared by two or
-more threads: on a busy machine the ratio says how busy it is, which is why the memcpy is also made tensor by tensor.
-What `Rollback` costs a run of ``char_gpt`` is measured twice, in processor time of the training thread: its own methods
-against all the rest; and blocks of steps of one run, with it and without it by turns. (Two processes that took turns
-showed the places of their memory, not the plugin: two equal ones differed by up to 5 %.)
+Every round measures the memcpy (one ``memmove`` of the same number of bytes between buffers that were written before),
+the snapshot and the restore; the median of the ratios within rounds is reported. Large snapshots are copied by several
+threads, so on a busy machine the ratio depends on the load; therefore a memcpy of each tensor is measured, too. The
+cost of `Rollback` in a run of ``char_gpt`` is measured in two ways, in processor time of the training thread: its own
+methods compared with the rest of the run; and alternating blocks of steps of one run with and without it. (Alternating
+processes cannot be compared: two equal ones differed by up to 5 %, depending on the addresses of their memory.)
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Large(L.LightningModule):
 
 
 class Measure(GuardMember):
-    """In the middle of a fit, where snapshots are taken: time a copy, a snapshot and a restore, round by round."""
+    """Measures a copy, a snapshot and a restore in each round, within a fit, at the hook where snapshots are taken."""
 
     def __init__(self, rounds: int) -> None:
         self.rounds = rounds
@@ -103,25 +103,25 @@ class Measure(GuardMember):
 
 
 def timed(work: Callable[[], Any]) -> float:
-    """Seconds."""
+    """Return the duration of a call in seconds."""
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
 
 
 def memcpy(targets: list[Tensor], sources: list[Tensor]) -> None:
-    """One ``memmove`` for each tensor."""
+    """Copy each tensor with one ``memmove``."""
     for target, source in zip(targets, sources, strict=True):
         ctypes.memmove(target.data_ptr(), source.data_ptr(), source.nbytes)
 
 
 def moments(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Every tensor of the optimizer's state."""
+    """Return all tensors of the optimizer's state."""
     return [each for state in optimizer.state.values() for each in state.values()]
 
 
 def quiet_trainer(folder: str, *callbacks: L.Callback, **options: Any) -> L.Trainer:
-    """On the CPU, with nothing but these callbacks."""
+    """Return a Trainer for the CPU without output, with these callbacks only."""
     return L.Trainer(
         accelerator="cpu",
         devices=1,
@@ -137,7 +137,7 @@ def quiet_trainer(folder: str, *callbacks: L.Callback, **options: Any) -> L.Trai
 
 
 def copies(rounds: int) -> list[str]:
-    """Snapshot and restore against the memcpy."""
+    """Return the rows that compare snapshot and restore with the memcpy."""
     measure = Measure(rounds)
     with tempfile.TemporaryDirectory() as folder:
         data = DataLoader([torch.zeros(1)] * 8)  # type: ignore[arg-type]
@@ -156,13 +156,13 @@ def copies(rounds: int) -> list[str]:
 
 
 class Share:
-    """Processor time spent in given methods, as a share of the whole training thread's."""
+    """Sums the processor time that the training thread spends in given methods."""
 
     def __init__(self) -> None:
         self.spent = 0.0
 
     def count(self, owner: Any, name: str, sign: float = 1.0) -> Callable[[], None]:
-        """Count a method's time from now on, or take it off; returns the function that undoes this."""
+        """Add a method's time from now on (subtract it with ``sign=-1``); return a function that undoes this."""
         method = getattr(owner, name)
 
         def timed_method(*args: Any, **kwargs: Any) -> Any:
@@ -177,18 +177,18 @@ class Share:
 
 
 def share_of_a_run(steps: int) -> str:
-    """What `Rollback(every=100)` itself does in a run of char_gpt, all snapshots included."""
+    """Return the row with the time in methods of `Rollback(every=100)` in a run of char_gpt, snapshots included."""
     share = Share()
     undo = [share.count(st.Rollback, name) for name in ("on_train_batch_end", "on_outcome", "observe", "limits")]
     undo.append(share.count(TapedLoader, "__next__"))
-    undo.append(share.count(_BaseDataLoaderIter, "__next__", -1.0))  # the loader's own work is not ours
+    undo.append(share.count(_BaseDataLoaderIter, "__next__", -1.0))  # without the time in torch's loader
 
     class Clock(L.Callback):
         began = ended = 0.0
 
         def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
             self.ended = time.thread_time()
-            if trainer.global_step == 1:  # the first step gets the memory, once
+            if trainer.global_step == 1:  # the first step allocates the memory
                 self.began, share.spent = self.ended, 0.0
 
     clock = Clock()
@@ -202,17 +202,18 @@ def share_of_a_run(steps: int) -> str:
     per_step = (steps - 1) / 1e3
     mine, rest = share.spent / per_step, (clock.ended - clock.began - share.spent) / per_step
     return (
-        f"| {steps} steps of char_gpt: all of Rollback(every=100), against all the rest | {mine:.3f} ms/step | "
+        f"| {steps} steps of char_gpt: all methods of Rollback(every=100), against the rest of the run "
+        f"| {mine:.3f} ms/step | "
         f"{rest:.3f} ms/step | {1 + mine / rest:.4f} | at most 1.005 |"
     )
 
 
-class InTurns(L.Callback):
-    """Takes a `Rollback` out of the running fit and puts it back, block by block, and times the steps.
+class AlternatingBlocks(L.Callback):
+    """Removes a `Rollback` from the running fit and adds it again, in alternating blocks, and measures the steps.
 
     Args:
-        rollback: the plugin; another plugin leads the guard.
-        pairs: of blocks.
+        rollback: the plugin; it must not be the first plugin in the list, which leads the guard.
+        pairs: number of pairs of blocks.
         block: steps in a block; the first two are not counted.
     """
 
@@ -231,7 +232,7 @@ class InTurns(L.Callback):
         newest = self.rollback._ring.newest
         took = newest is not None and newest.snapshot.applied != self._newest
         self._newest = newest.snapshot.applied if newest is not None else -1
-        if trainer.global_step > self.block:  # the first block gets the memory, once
+        if trainer.global_step > self.block:  # the first block allocates the memory
             if took:
                 self.snapshots.append(spent)
             elif self._count >= 2:
@@ -240,7 +241,7 @@ class InTurns(L.Callback):
         if self._count >= self.block:
             self._count = 0
             if self._undo is None:
-                self._undo = take_out(trainer, self.rollback)
+                self._undo = remove_plugin(trainer, self.rollback)
             else:
                 self._undo()
                 self._undo = None
@@ -249,35 +250,35 @@ class InTurns(L.Callback):
         self._began = time.thread_time()
 
 
-def take_out(trainer: L.Trainer, rollback: st.Rollback) -> Callable[[], None]:
-    """Leave a plugin, and the loader between the loop and its data, out of a running fit; returns what undoes it."""
+def remove_plugin(trainer: L.Trainer, rollback: st.Rollback) -> Callable[[], None]:
+    """Remove a plugin from a running fit, and bypass its train loader; return a function that undoes this."""
     guard, (loader,) = rollback._guard, rollback._loader.loaders
     lists = [trainer.callbacks, guard.members, guard._rules, guard._outcome_observers]  # type: ignore[attr-defined]
-    places = [each.index(rollback) for each in lists]
+    positions = [each.index(rollback) for each in lists]
     for each in lists:
         each.remove(rollback)
-    through = TapedLoader.__next__
+    original = TapedLoader.__next__
 
-    def straight(self: TapedLoader) -> Any:
+    def bypass(self: TapedLoader) -> Any:
         batch = next(self._reader.iterator)  # type: ignore[arg-type]
         self._reader.index_sampler.take()  # type: ignore[union-attr]
         return batch
 
-    TapedLoader.__next__ = straight  # type: ignore[method-assign]
+    TapedLoader.__next__ = bypass  # type: ignore[method-assign]
 
     def undo() -> None:
-        TapedLoader.__next__ = through  # type: ignore[method-assign]
-        for each, place in zip(lists, places, strict=True):
-            each.insert(place, rollback)
+        TapedLoader.__next__ = original  # type: ignore[method-assign]
+        for each, position in zip(lists, positions, strict=True):
+            each.insert(position, rollback)
 
     assert loader._reader.index_sampler is not None
     return undo
 
 
-def in_turns(pairs: int, block: int = 20) -> str:
-    """One run, with and without `Rollback(every=100)` by turns."""
+def alternating_blocks(pairs: int, block: int = 20) -> str:
+    """Return the row of one run, in alternating blocks with and without `Rollback(every=100)`."""
     rollback = st.Rollback(every=100)
-    clock = InTurns(rollback, pairs, block)
+    clock = AlternatingBlocks(rollback, pairs, block)
     with tempfile.TemporaryDirectory() as folder:
         trainer = quiet_trainer(folder, st.SkipNonFinite(), rollback, clock, max_steps=10**6)
         trainer.fit(CharGPT(), datamodule=ShakespeareData())
@@ -288,14 +289,14 @@ def in_turns(pairs: int, block: int = 20) -> str:
     low, middle, high = statistics.quantiles(ratios, n=4)
     with_it, without = usual + snapshot, statistics.median(step for steps in outside for step in steps)
     return (
-        f"| median step of char_gpt, blocks of {block} with Rollback(every=100) and its share of a snapshot, against "
-        f"blocks without, {len(ratios)} pairs | {with_it * 1e3:.2f} ms | {without * 1e3:.2f} ms | {middle:.4f} "
+        f"| median step of char_gpt, blocks of {block} with Rollback(every=100), including 1/100 of a snapshot, "
+        f"against blocks without, {len(ratios)} pairs | {with_it * 1e3:.2f} ms | {without * 1e3:.2f} ms | {middle:.4f} "
         f"({low:.4f} to {high:.4f}) | at most 1.005 |"
     )
 
 
-def settle() -> None:
-    """No chatter, one thread."""
+def set_up_process() -> None:
+    """Silence log messages and warnings, and use one thread."""
     warnings.simplefilter("ignore")
     for name in ("lightning.pytorch", "lightning.fabric", "stabletrain"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -303,17 +304,17 @@ def settle() -> None:
 
 
 def main() -> None:
-    """Measure, print, and on request write."""
+    """Measure, and print or write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="also write benchmarks/results/snapshot.md")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=410)
     parser.add_argument("--pairs", type=int, default=40)
     arguments = parser.parse_args()
-    settle()
-    lines = ["| what | measured | beside it | ratio | reach |", "|---|---|---|---|---|", *copies(arguments.rounds)]
+    set_up_process()
+    lines = ["| what | measured | reference | ratio | required |", "|---|---|---|---|---|", *copies(arguments.rounds)]
     lines.append(share_of_a_run(arguments.steps))
-    lines.append(in_turns(arguments.pairs))
+    lines.append(alternating_blocks(arguments.pairs))
     print("\n".join(lines))
     if arguments.write:
         page = Path(__file__).parent / "results" / "snapshot.md"
@@ -321,8 +322,10 @@ def main() -> None:
         versions = f"torch {torch.__version__}, lightning {L.__version__}, Python {platform.python_version()}"
         page.write_text(
             f"# Snapshots, {date.today().isoformat()}\n\n`python benchmarks/snapshot.py --write` on {os.cpu_count()} "
-            f"CPU cores, one torch thread; {versions}.\nBeside it: a memcpy of the same bytes; the rest of "
-            "the run. Ratio: median over rounds, or steps.\n\n" + "\n".join(lines) + "\n"
+            f"CPU cores, one torch thread; {versions}.\nReference: a memcpy of as many bytes; the rest of the "
+            "run; blocks without the plugin. Ratio: median over rounds or pairs of blocks.\n\n"
+            + "\n".join(lines)
+            + "\n"
         )
 
 

@@ -88,7 +88,7 @@ def __getattr__(name: str) -> Any:
     if module.endswith(".rule"):
         from stabletrain.runtime.guard.callbacks import as_callback
 
-        # kept by as_callback, not in this module: doctest would run the rule's examples here, without its names
+        # cached by as_callback, not in this module, where doctest would run the rule's examples without their imports
         return as_callback(value)
     globals()[name] = value
     return value

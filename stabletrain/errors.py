@@ -1,18 +1,18 @@
-"""The one class of errors that are a user's mistake: shown as one message, without a traceback."""
+"""The base class of errors that the user can correct: shown as one message, without a traceback."""
 
 
 class UserError(ValueError):
-    """Something the user can put right: the message says what, what was expected, what was got, and what to do."""
+    """A mistake of the user: the message says what is wrong, what was expected, what was given, and what to do."""
 
 
 def require(ok: bool, owner: str, argument: str, expected: str, got: object, key: str) -> None:
-    """Refuse an argument with one message that names it and its config key.
+    """Raise an error that names an argument and its config key, unless the argument is valid.
 
     Args:
-        ok: whether the argument is accepted.
-        owner: who has the argument: a plugin's name, or a class.
+        ok: whether the argument is valid.
+        owner: name of the plugin or class with the argument.
         argument: its name.
-        expected: what is accepted, after "must be".
+        expected: the valid values; follows "must be" in the message.
         got: the value.
         key: the config node that holds the argument, such as ``plugins.clip``.
 

@@ -1,1 +1,1 @@
-"""The parts of benchmarks/faults.py: what goes wrong, who protects, how it is run, how it is judged and shown."""
+"""The parts of benchmarks/faults.py: scenarios, contenders, training runs, figures, and the result page."""

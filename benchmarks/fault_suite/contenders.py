@@ -1,4 +1,4 @@
-"""Who protects the run: nothing, what others published, our single plugins, our stacks."""
+"""The compared protections: none, published methods, single plugins of stabletrain, and stacks of plugins."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ Callbacks = list[L.Callback]
 
 
 class ZClipRestated(L.Callback):
-    """ZClip by its paper's rule and published defaults (arXiv 2504.02507), written anew for this comparison.
+    """ZClip, reimplemented from the rule and the defaults in its paper (arXiv 2504.02507).
 
-    A norm more than ``z`` standard deviations above an exponential mean is brought to ``mean + (z std)^2 / (norm -
-    mean)``; what was clipped enters the statistics as clipped. A fixed maximum of 1 comes on top, and from the start.
+    A norm more than ``z`` standard deviations above an exponential moving mean is clipped to ``mean + (z std)^2 / (norm
+    - mean)``; clipped norms enter the statistics. In addition, all norms are clipped to a fixed maximum of 1, also in
+    the warm-up.
     """
 
     z, alpha, warmup_steps, max_norm = 2.5, 0.97, 25, 1.0
@@ -34,31 +35,31 @@ class ZClipRestated(L.Callback):
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
         norm = math.sqrt(sum(g.pow(2).sum().item() for g in grads))
-        held = norm
+        clipped = norm
         if len(self.first) < self.warmup_steps:
             self.first.append(norm)
             if len(self.first) == self.warmup_steps:
                 self.mean, self.variance = statistics.fmean(self.first), statistics.pvariance(self.first)
         else:
             if norm - self.mean > self.z * math.sqrt(self.variance):
-                held = self.mean + self.z**2 * self.variance / (norm - self.mean)
-            self.mean += (1 - self.alpha) * (held - self.mean)
-            self.variance += (1 - self.alpha) * ((held - self.mean) ** 2 - self.variance)
-        held = min(held, self.max_norm)
-        if held < norm:
+                clipped = self.mean + self.z**2 * self.variance / (norm - self.mean)
+            self.mean += (1 - self.alpha) * (clipped - self.mean)
+            self.variance += (1 - self.alpha) * ((clipped - self.mean) ** 2 - self.variance)
+        clipped = min(clipped, self.max_norm)
+        if clipped < norm:
             for g in grads:
-                g.mul_(held / norm)
+                g.mul_(clipped / norm)
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to protect a run.
+    """A method of protection in the comparison.
 
     Args:
-        name: as the table has it.
-        build: fresh callbacks.
-        clip: gradient_clip_val of the Trainer; None: none.
-        note: what the name does not say.
+        name: name in the table.
+        build: makes new callbacks.
+        clip: gradient_clip_val of the Trainer; None: no clipping.
+        note: explanation for the result page.
     """
 
     name: str
@@ -68,12 +69,12 @@ class Contender:
 
 
 def default_stack(**choices: str) -> Callbacks:
-    """The default callbacks, without their schedule: every contender trains with the same one."""
+    """Return the default callbacks without a schedule, since all contenders train with the same schedule."""
     return st.default_callbacks(schedule="none", **choices)
 
 
 def lightning_spikes() -> Callbacks:
-    """Lightning's own detector; its list of batches goes to a folder that nobody reads."""
+    """Return Lightning's own detector; its list of excluded batches is written to a temporary file and not used."""
     folder = Path(tempfile.gettempdir()) / "fault_suite_skip_batches.json"
     return [SpikeDetection(exclude_batches_path=str(folder))]
 

@@ -1,8 +1,8 @@
-"""Trains one contender in one condition, and lets every scenario strike a copy of that run.
+"""Train one contender in one condition, and apply the fault of each scenario to a copy of that run.
 
-The copy is a fork of the process at the end of the step before the fault: exact, whatever a plugin remembers, and the
-healthy first half is trained once. The process itself goes on without a fault and is the twin that damage is
-measured against.
+The copy is a fork of the process at the end of the step before the fault. So it is exact, including all state of the
+plugins, and the healthy first part is trained only once. The process itself continues without a fault; this fault-free
+twin is the reference for the damage.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from stabletrain.workloads.base import decay_groups
 
 RATE, LR_WARMUP = 1e-2, 20
 EVERY = 5
-"""Attempted steps between two measurements of the held-out loss, from the fault on."""
+"""Attempted steps between two measurements of the held-out loss, from the step of the fault."""
 LOST = 12
-"""Measurements in a row without a number after which a run is given up: nothing will bring it back."""
+"""Number of consecutive non-finite measurements after which a run is ended: it cannot recover."""
 Record = dict[str, Any]
 
 
 class Trainee(CharGPT):
-    """The recipe's model, small, reading as much of each batch as the scenario says."""
+    """A small version of the recipe's model, which uses as many rows and characters of a batch as are set."""
 
     def __init__(self, long_tailed: bool, seed: int) -> None:
         super().__init__(layers=2, width=64, context=4 * LENGTH, lr=RATE, sample_length=0)
@@ -53,20 +53,22 @@ class Trainee(CharGPT):
         return self.loss(self(seen[:, :-1]), seen[:, 1:])
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """No statistics of its own."""
+        """Do not compute the mean training loss."""
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """As the recipe's, with fewer kernels to start."""
+        """The recipe's AdamW, with ``foreach=True``, which launches fewer kernels."""
         return torch.optim.AdamW(decay_groups(self, self.weight_decay), lr=self.lr, betas=(0.9, 0.95), foreach=True)
 
 
 class Trial(L.Callback):
-    """Last in the list: notes every attempted step, forks at the fault, measures afterwards, ends the run.
+    """Records every attempted step, forks before the fault, measures the held-out loss from then on, and ends the run.
+
+    It must be the last callback in the list.
 
     Args:
-        condition: the run.
+        condition: the condition of the run.
         seed: of the faults.
-        forks: scenarios that are to strike a copy of it.
+        forks: scenarios whose faults are applied to copies of the run.
         held_out: windows on which the loss is measured.
     """
 
@@ -87,7 +89,7 @@ class Trial(L.Callback):
         self.events.append((self.attempts, event.plugin, event.kind))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        self._note_step(trainer)
+        self._record_step(trainer)
         step, self.attempts = self.attempts, self.attempts + 1
         if step >= self.condition.fault and (step - self.condition.fault) % EVERY == EVERY - 1:
             self.losses.append(held_out_loss(pl_module, self.held_out))
@@ -97,8 +99,8 @@ class Trial(L.Callback):
         if lost or self.attempts >= self.condition.steps:
             trainer.should_stop = True
 
-    def _note_step(self, trainer: L.Trainer) -> None:
-        """By the global step, so that every contender is judged alike."""
+    def _record_step(self, trainer: L.Trainer) -> None:
+        """Detect skips and rollbacks from the global step, in the same way for every contender."""
         applied, scaler = trainer.global_step, getattr(trainer.precision_plugin, "scaler", None)
         scale = scaler.get_scale() if scaler is not None else 0.0
         gained, overflow = applied - self._applied, scale < self._scale
@@ -116,8 +118,8 @@ class Trial(L.Callback):
             if not child:
                 self.scenario, self.is_copy = scenario.name, True
                 self._start = time.perf_counter()
-                assert scenario.strike is not None
-                fault = scenario.strike(self.condition.fault, self.seed)
+                assert scenario.make_fault is not None
+                fault = scenario.make_fault(self.condition.fault, self.seed)
                 fault.on_fit_start(trainer, module)
                 trainer.callbacks = [fault, *trainer.callbacks]  # type: ignore[attr-defined]
                 return
@@ -126,7 +128,7 @@ class Trial(L.Callback):
                 raise RuntimeError(f"the copy for {scenario.name!r} ended with status {status}")
 
     def record(self, module: L.LightningModule, ended: str) -> Record:
-        """Everything that judging needs."""
+        """Return the record of the run, from which the figures are computed."""
         final = self.losses[-1] if self.losses else math.nan
         finite = (math.isfinite(final) or not self.losses) and all(
             bool(p.isfinite().all()) for p in module.parameters()
@@ -145,7 +147,7 @@ class Trial(L.Callback):
 
 
 def clean_text(folder: Path) -> str:
-    """A file with the shipped text, where no character follows itself more than twice."""
+    """Return the path of the shipped text, with runs of one character shortened to three."""
     path = folder / "clean.txt"
     if not path.exists():
         shipped = Path(workloads.__file__).parent / "data" / "shakespeare.txt.gz"
@@ -156,7 +158,7 @@ def clean_text(folder: Path) -> str:
 
 @torch.no_grad()
 def held_out_loss(module: Any, windows: Tensor) -> float:
-    """Nats per character; no random number is drawn."""
+    """Return the loss in nats per character; draws no random numbers."""
     logits = module.net(windows[:, :-1])
     return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()))
 
@@ -170,16 +172,16 @@ def run(
     folder: Path,
     planned: Scenario | None = None,
 ) -> None:
-    """Train once, with a copy struck by each scenario; records go to ``save`` as they are made.
+    """Train once, and apply the fault of each scenario to a copy of the run.
 
     Args:
-        contender: who protects.
+        contender: the protection.
         condition: the healthy run.
         seed: of weights, data and faults.
         forks: scenarios of this condition.
-        save: takes each record.
+        save: called with each record when its run has ended.
         folder: for event logs.
-        planned: what happens to the run itself.
+        planned: scenario that is applied to the run itself; None: no fault.
     """
     L.seed_everything(seed, verbose=False)
     module = Trainee(condition.long_tailed, seed)
@@ -192,7 +194,9 @@ def run(
     data.setup()
     held_out = next(iter(data.val_dataloader()))[:BATCH, : LENGTH + 1]
     trial = Trial(condition, seed, forks, held_out)
-    faults = [planned.strike(condition.fault, seed)] if planned is not None and planned.strike is not None else []
+    faults = (
+        [planned.make_fault(condition.fault, seed)] if planned is not None and planned.make_fault is not None else []
+    )
     schedule = st.ScheduleLR(kind="constant", lr_warmup=LR_WARMUP)
     trainer = L.Trainer(
         max_steps=condition.steps,
@@ -227,20 +231,20 @@ def run(
 
 
 def setup(condition: Condition) -> str:
-    """What a run depends on besides its contender: records of another setup do not count."""
+    """Return the settings of a run, without its contender; records of other settings are ignored."""
     sizes = f"{BATCH} x {LENGTH}" + ", long-tailed" * condition.long_tailed + ", clean" * condition.clean
     return f"fault at {condition.fault} of {condition.steps}, {sizes}, rate {RATE:g} after {LR_WARMUP}, every {EVERY}"
 
 
 def append(path: Path, record: Record) -> None:
-    """Add one line to a file of JSON lines."""
+    """Append one record to a file of JSON lines."""
     path.parent.mkdir(exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 
 
 def load(path: Path) -> list[Record]:
-    """The records of a file that are of this setup; a line cut short by an interruption is left out."""
+    """Return the records of a file with the present settings; incomplete lines are ignored."""
     setups = {each.name: setup(each) for each in (*CONDITIONS, *(condition for condition, _, _ in HEALTHY_RUNS))}
     records = []
     for line in path.read_text("utf-8").splitlines() if path.exists() else []:

@@ -1,4 +1,4 @@
-"""From records to figures: survival, damage, recovery, false positives, waste, and the rule that must hold."""
+"""Figures from records: survival, damage, recovery, false positives, wasted steps, and the acceptance rule."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from fault_suite.harness import EVERY, Record
 from fault_suite.scenarios import FAULT_FREE, PLAIN, Scenario
 
 CEILING = 10.0
-"""A held-out loss above this, or none at all, counts as this; a uniform guess has ln 84 = 4.43 nats."""
+"""Larger and non-finite held-out losses are replaced by this, in nats; a uniform guess has ln 84 = 4.43 nats."""
 NEAR = 0.1
-"""Nats above the twin within which a run has recovered, and an intervention is unasked for."""
+"""Difference of the held-out loss from the twin's, in nats, below which a run counts as recovered, and an intervention
+as a false positive."""
 Key = tuple[str, str, str, int]
 
 
 class Figures(NamedTuple):
-    """One contender in one scenario with one seed.
+    """Figures of one contender in one scenario with one seed.
 
     Args:
-        ended: why it did not survive; "" if it did.
-        damage: nats x steps above the reference; NaN unless it survived.
-        recovered: steps from the fault until it stays near the reference; None: never.
-        false_positives: skips and rollbacks with nothing wrong.
-        wasted: attempted steps that left no trace in the weights.
+        ended: the reason why the run did not survive; "" if it did.
+        damage: loss above the reference, summed over the steps, in nats x steps; NaN if the run did not survive.
+        recovered: steps from the fault until the loss stays near the reference; None: never.
+        false_positives: number of skips and rollbacks without a fault.
+        wasted: number of attempted steps that were skipped or undone.
     """
 
     ended: str
@@ -38,7 +39,7 @@ class Figures(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """One contender in one scenario, over the seeds."""
+    """Figures of one contender in one scenario, over all seeds."""
 
     seeds: int
     survived: int
@@ -50,46 +51,48 @@ class Cell(NamedTuple):
 
     @property
     def has_survived(self) -> bool:
-        """With every seed."""
+        """Whether the run survived with every seed."""
         return self.survived == self.seeds
 
 
 @dataclass
 class Results:
-    """All records, by what they are of."""
+    """All records, by contender, condition, scenario and seed."""
 
     records: dict[Key, Record]
     seeds: tuple[int, ...]
 
     @classmethod
     def of(cls, records: Iterable[Record], seeds: Sequence[int]) -> Results:
-        """The last record of each run counts."""
+        """Make the results of some records; of several records of a run the last one is used."""
         return cls({key(r): r for r in records}, tuple(seeds))
 
     def figures(self, contender: str, scenario: Scenario, seed: int) -> Figures | None:
-        """Of one run; None if it, or what it is held against, was not made."""
+        """Return the figures of one run; None if its record or that of its reference is missing."""
         condition = scenario.condition
-        name = scenario.name if scenario.strike is not None else FAULT_FREE
+        name = scenario.name if scenario.make_fault is not None else FAULT_FREE
         record = self.records.get((contender, condition.name, name, seed))
-        twin = condition.name if scenario.strike is not None else PLAIN.name
+        twin = condition.name if scenario.make_fault is not None else PLAIN.name
         reference = self.records.get((contender, twin, FAULT_FREE, seed))
         if record is None or reference is None:
             return None
-        excess = [_held(a) - _held(b) for a, b in zip(record["losses"], reference["losses"], strict=False)]
+        excess = [_capped(a) - _capped(b) for a, b in zip(record["losses"], reference["losses"], strict=False)]
         ended = record["ended"]
         after = condition.fault if scenario.legitimate else condition.fault + scenario.window
-        unasked = [step for step in (*record["skips"], *record["rollbacks"]) if step >= after]
+        unneeded = [step for step in (*record["skips"], *record["rollbacks"]) if step >= after]
         if not scenario.legitimate:
-            unasked = [step for step in unasked if _last(excess, step - condition.fault) < NEAR]
-        earlier = 0 if scenario.strike is not None else sum(step < condition.fault for step in _interventions(record))
+            unneeded = [step for step in unneeded if _last(excess, step - condition.fault) < NEAR]
+        earlier = (
+            0 if scenario.make_fault is not None else sum(step < condition.fault for step in _interventions(record))
+        )
         damage = math.nan if ended else EVERY * sum(excess)
         before = self.records[contender, condition.name, FAULT_FREE, seed]
         healthy = sum(step < condition.fault for step in before["skips"])
-        wasted = record["wasted"] - (healthy if scenario.strike is not None else 0)
-        return Figures(ended, damage, _recovered(excess), len(unasked) + earlier, wasted)
+        wasted = record["wasted"] - (healthy if scenario.make_fault is not None else 0)
+        return Figures(ended, damage, _recovered(excess), len(unneeded) + earlier, wasted)
 
     def cell(self, contender: str, scenario: Scenario) -> Cell | None:
-        """Over the seeds; None if one is missing."""
+        """Return the figures over all seeds; None if one is missing."""
         found = [self.figures(contender, scenario, seed) for seed in self.seeds]
         each = [figures for figures in found if figures is not None]
         if len(each) < len(self.seeds):
@@ -113,12 +116,12 @@ class Results:
         for seed in self.seeds:
             record = self.records.get((DEFAULT, scenario.condition.name, FAULT_FREE, seed))
             if record is not None:
-                sums.append(EVERY * sum(map(_held, record["losses"])))
+                sums.append(EVERY * sum(map(_capped, record["losses"])))
         return statistics.stdev(sums) if len(sums) > 1 else math.nan
 
 
 class Verdict(NamedTuple):
-    """Whether the default stack keeps the rule in one scenario; strictly: without the spread of the seeds."""
+    """Whether the default stack satisfies the rule in one scenario; ``holds_strictly``: without the seeds' spread."""
 
     best: str
     best_damage: float
@@ -136,7 +139,7 @@ def verdict(results: Results, scenario: Scenario, contenders: Sequence[str]) -> 
     Args:
         results: all records.
         scenario: the row.
-        contenders: whom the default stack is held against, itself included.
+        contenders: the contenders to compare the default stack with, including itself.
     """
     cells = {name: results.cell(name, scenario) for name in contenders}
     alive = {name: cell.damage for name, cell in cells.items() if cell is not None and cell.has_survived}
@@ -155,12 +158,12 @@ def verdict(results: Results, scenario: Scenario, contenders: Sequence[str]) -> 
 
 
 def slack(damage: float, spread: float) -> float:
-    """What may stand against a damage: the largest of 1.15 times it, 2 above it, and two standard deviations."""
+    """Return the damage that the rule allows: the largest of 1.15 x damage, damage + 2, and 2 standard deviations."""
     return max(1.15 * damage, damage + 2.0, 0.0 if math.isnan(spread) else 2.0 * spread)
 
 
 def key(record: Record) -> Key:
-    """What a record is of."""
+    """Return the key of a record."""
     return record["contender"], record["condition"], record["scenario"], record["seed"]
 
 
@@ -168,17 +171,17 @@ def _interventions(record: Record) -> list[int]:
     return [*record["skips"], *record["rollbacks"]]
 
 
-def _held(loss: float | None) -> float:
+def _capped(loss: float | None) -> float:
     return CEILING if loss is None else min(loss, CEILING)
 
 
 def _last(excess: Sequence[float], steps: int) -> float:
-    place = min(steps // EVERY - 1, len(excess) - 1)
-    return excess[place] if place >= 0 else math.inf
+    index = min(steps // EVERY - 1, len(excess) - 1)
+    return excess[index] if index >= 0 else math.inf
 
 
 def _recovered(excess: Sequence[float]) -> int | None:
-    """First measurement of three in a row near the reference, in steps from the fault."""
+    """Return the step, from the fault, of the first of three consecutive measurements near the reference."""
     for i in range(len(excess) - 2):
         if all(x < NEAR for x in excess[i : i + 3]):
             return EVERY * i

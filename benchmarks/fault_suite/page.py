@@ -19,29 +19,30 @@ from fault_suite.scenarios import BATCH, CONDITIONS, HEALTHY_RUNS, LENGTH, PLAIN
 
 
 def page(results: Results, healthy: Sequence[Record], command: str) -> str:
-    """The whole page in Markdown."""
+    """Return the whole page in Markdown."""
     names, absent = present(results)
     parts = [
-        "# Faults: what protection is worth",
+        "# Faults: effect of each protection",
         _how(results, command),
         "## Damage",
-        f"Nats x steps above the fault-free twin, mean of {len(results.seeds)} seeds; in brackets the steps until "
-        f"the run stays within {NEAR} nats of it (the slowest seed). **Bold**: not every seed survived.",
+        f"Loss above that of the fault-free twin, in nats x steps, mean of {len(results.seeds)} seeds; in brackets the "
+        f"number of steps until the loss stays within {NEAR} nats of the twin's (of the slowest seed). **Bold**: not "
+        "every seed survived.",
         _table(results, names, _damage),
     ]
     if absent:
-        parts.append(f"Left out, because they were not run: {', '.join(absent)}.")
+        parts.append(f"Not run: {', '.join(absent)}.")
     parts += [
         "![damage](faults.png)",
         "## The rule",
-        "The default stack must survive every row, with a damage of at most the largest of 1.15 times the best "
-        "contender's, the best + 2, and two standard deviations of the fault-free seeds; and, with the same slack, "
-        "never more than without protection.",
+        "The default stack must survive every fault. Its damage must be at most the largest of 1.15 times the damage "
+        "of the best contender, that damage + 2, and two standard deviations over the fault-free seeds; by the same "
+        "rule it must not exceed the damage without protection.",
         _rule(results, names),
         "## Batches wasted, and false positives",
-        "Attempted steps that left no trace in the weights, mean of the seeds; after the slash skips and rollbacks "
-        f"that came with nothing wrong (outside the struck steps, less than {NEAR} nats above the twin), sum of "
-        "the seeds.",
+        "Before the slash, attempted steps that were skipped or undone, mean of the seeds; after it, false positives "
+        f"(skips and rollbacks outside the steps with the fault, at a loss less than {NEAR} nats above the twin's), "
+        "sum of the seeds.",
         _table(results, names, _waste),
         "## Healthy runs of 2,000 steps",
         _healthy(healthy) if healthy else "Not run: add `--healthy`.",
@@ -52,13 +53,13 @@ def page(results: Results, healthy: Sequence[Record], command: str) -> str:
 
 
 def present(results: Results) -> tuple[list[str], list[str]]:
-    """Contenders with all their records, and the others."""
+    """Return the names of contenders with records of all seeds in a scenario, and of the others."""
     there = [each.name for each in CONTENDERS if any(results.cell(each.name, s) is not None for s in SCENARIOS)]
     return there, [each.name for each in CONTENDERS if each.name not in there]
 
 
 def verdict_lines(results: Results) -> str:
-    """The rule, for the terminal."""
+    """Return the table of the rule, for the terminal."""
     names, _ = present(results)
     return _rule(results, names)
 
@@ -71,13 +72,13 @@ def _how(results: Results, command: str) -> str:
     return (
         f"Measured {date.today().isoformat()} on {machine}, 1 thread, Lightning {L.__version__}; seeds "
         f"{', '.join(map(str, results.seeds))}.\n\n    {command}\n\n"
-        f"A GPT of 2 layers and width 64 learns Shakespeare's characters in batches of {BATCH} x {LENGTH}, by AdamW at "
-        f"{RATE:g} after {LR_WARMUP} steps of warm-up ({spans}). Copies of one healthy run are struck by each fault, "
-        f"by `stabletrain.chaos`. The held-out loss is measured every {EVERY} attempted steps, skipped and repeated "
-        "ones included, from the fault on. Damage is its sum above that of the fault-free twin with the same "
-        "protection and seed; of the long-tailed run, above the same run with batches of one size. A loss above "
-        f"{CEILING:g} nats counts as {CEILING:g}. A run that has no finite loss for "
-        f"{LOST * EVERY} steps is given up."
+        f"A character GPT of 2 layers and width 64 is trained on Shakespeare in batches of {BATCH} x {LENGTH}, with "
+        f"AdamW at a learning rate of {RATE:g} after {LR_WARMUP} steps of warm-up ({spans}). Each fault is applied to "
+        "a copy of one healthy run, by `stabletrain.chaos`. From the fault on, the held-out loss is measured every "
+        f"{EVERY} attempted steps (skipped and repeated steps included). The damage is the sum of the differences "
+        f"from the loss of the fault-free twin with the same protection and seed, times {EVERY} steps; for the "
+        "long-tailed run, from the same run with batches of one size. A loss above "
+        f"{CEILING:g} nats counts as {CEILING:g}. A run without a finite loss for {LOST * EVERY} steps is ended."
     )
 
 
@@ -112,7 +113,7 @@ def _rule(results: Results, names: Sequence[str]) -> str:
     for scenario in SCENARIOS:
         found = verdict(results, scenario, names)
         if found is None:
-            lines.append(f"| {scenario.name} | nobody survives | | | | | | **no** | **no** |")
+            lines.append(f"| {scenario.name} | none survives | | | | | | **no** | **no** |")
             continue
         cell = results.cell(DEFAULT, scenario)
         damage = "did not survive" if cell is None or not cell.has_survived else f"{found.damage:.1f}"
@@ -125,8 +126,8 @@ def _rule(results: Results, names: Sequence[str]) -> str:
 
 def _healthy(records: Sequence[Record]) -> str:
     lines = [
-        "On the text without its rows of underscores: a window within one has a loss of 15 to 20 nats, so that its "
-        "batch is rightly dropped, about once in 2,000 steps. The batches of the long-tailed run hold 1 to 64 "
+        "On the text without its rows of underscores: a window within such a row has a loss of 15 to 20 nats, so that "
+        "its batch is correctly dropped, about once in 2,000 steps. The batches of the long-tailed run contain 1 to 64 "
         "windows.\n",
         "| contender | run | seed | skips | rollbacks | ended |",
         "|---|---|---|---|---|---|",
@@ -142,7 +143,7 @@ def _healthy(records: Sequence[Record]) -> str:
 
 
 def plot(results: Results, target: Path) -> None:
-    """Damage of every contender in every scenario, those who died at the right edge."""
+    """Plot the damage of every contender in every scenario; runs that did not survive are at the right edge."""
     import matplotlib
 
     matplotlib.use("Agg")

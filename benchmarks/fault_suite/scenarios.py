@@ -1,4 +1,4 @@
-"""What goes wrong, and when. A condition is a healthy run; a scenario strikes it at a known step."""
+"""Conditions (healthy runs) and scenarios (a fault at a known step of a condition)."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from stabletrain import chaos
 
 LENGTH = 32
-"""Characters in a training sequence; a level shift makes them four times as many."""
+"""Number of characters in a training sequence; in one of the level shifts it increases fourfold."""
 BATCH = 16
 
 
 @dataclass(frozen=True)
 class Condition:
-    """A healthy run, and where in it scenarios begin.
+    """A healthy run, and the step at which faults are applied.
 
     Args:
         name: of the condition.
-        fault: attempted step at which scenarios strike.
-        steps: attempted steps in all.
+        fault: attempted step at which faults are applied, from 0.
+        steps: length of the run, in attempted steps.
         fp16: half precision with a loss scaler.
-        long_tailed: the batch size of each step is log-normal, as where samples are packed by length.
-        clean: the text without its rows of underscores: a window in one has a loss of 15 to 20 nats, and is no
-            healthy data.
+        long_tailed: the batch size of each step is log-normal, as if samples were packed by length.
+        clean: use the text without its rows of underscores: a window within such a row has a loss of 15 to 20 nats, so
+            it is not healthy data.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Condition:
         """Trainer arguments of this condition."""
         if not self.fp16:
             return {}
-        # Lightning would silently take bfloat16 on the CPU
+        # with precision="16-mixed" Lightning silently uses bfloat16 on the CPU
         return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))]}
 
 
@@ -53,7 +53,7 @@ LONG_TAILED = Condition("long-tailed", long_tailed=True)
 
 
 class SetWeight(chaos.Fault):
-    """One weight takes another value before a step; nothing puts it back."""
+    """Sets one weight to another value before a step; it is not restored."""
 
     def __init__(self, at_step: int, parameter: str, value: float) -> None:
         super().__init__(at_step)
@@ -65,7 +65,7 @@ class SetWeight(chaos.Fault):
 
 
 class SetAttribute(chaos.Fault):
-    """From a step on the module reads its batches differently: a change of the data that is legitimate."""
+    """Sets an attribute of the module from a step on, so that it uses more or less of a batch: a legitimate change."""
 
     def __init__(self, at_step: int, name: str, value: Any) -> None:
         super().__init__(at_step)
@@ -77,19 +77,19 @@ class SetAttribute(chaos.Fault):
 
 @dataclass(frozen=True)
 class Scenario:
-    """Something that happens to a run of a condition.
+    """A fault or change in a run of a condition.
 
     Args:
-        name: as the table has it.
-        window: attempted steps that are struck.
-        strike: makes the fault from its first step and the seed; None: nothing happens.
-        condition: the healthy run it happens to.
-        legitimate: nothing is wrong, so any intervention is a false positive.
+        name: name in the table.
+        window: number of attempted steps with the fault.
+        make_fault: makes the fault from its first step and the seed; None: no fault.
+        condition: the healthy run.
+        legitimate: the change is not a fault, so any intervention is a false positive.
     """
 
     name: str
     window: int
-    strike: Callable[[int, int], chaos.Fault] | None
+    make_fault: Callable[[int, int], chaos.Fault] | None
     condition: Condition = PLAIN
     legitimate: bool = False
 
@@ -116,7 +116,7 @@ SCENARIOS = (
 )
 CONDITIONS = (PLAIN, HALF, LONG_TAILED)
 FAULT_FREE = "fault-free"
-"""Name under which a condition's own run is kept: the twin of all its scenarios."""
+"""Scenario name of a condition's own run, which is the twin of its scenarios."""
 
 HEALTHY_STEPS = 2000
 _LONG = Condition("2,000 steps", fault=HEALTHY_STEPS, steps=HEALTHY_STEPS, clean=True)
@@ -134,4 +134,4 @@ HEALTHY_RUNS: tuple[tuple[Condition, int, Scenario | None], ...] = (
         _SHIFT,
     ),
 )
-"""Runs without a fault: condition, seed, and the planned change of one of them."""
+"""Runs without a fault: condition, seed, and a planned legitimate change or None."""

@@ -1,1 +1,1 @@
-"""Trainings that are killed and started again, for benchmarks/kills.py."""
+"""Training runs that are killed and restarted, for benchmarks/kills.py."""

@@ -1,4 +1,4 @@
-"""Trials of what users type: `stabletrain train ...`, killed, then the same with `resume=<run folder>`."""
+"""Trials of the command line: `stabletrain train ...` is killed, then run again with `resume=<run folder>`."""
 
 from __future__ import annotations
 
@@ -16,40 +16,40 @@ from kill_suite.result import Result
 from stabletrain.testing.checks.equality import differences
 
 EPOCHS, WRITES = 4, 20
-"""With one process; with two an epoch has half as many steps."""
+"""For one process; with two processes an epoch has half as many steps."""
 RECIPE = ("digits_cnn", "plugins.checkpoints.every=4", "logger=none")
 KILLED = ("the worker", "everything")
-"""Only the process that trains (one of them, if there are several), or the launcher and all that it has started."""
+"""The processes to kill: only one that trains, or the launcher and all processes that it has started."""
 
 
 def run_whole(processes: int, folder: Path) -> None:
-    """Train without a kill."""
+    """Run the training to its end."""
     _finish(_start(processes, folder))
 
 
 def run_killed(processes: int, folder: Path, killed: str, generator: random.Random, whole: Path) -> Result:
-    """Kill a training, go on with its run's folder, and compare the last checkpoints.
+    """Kill a training, resume it from its run's folder, and compare the last checkpoints.
 
     Args:
         processes: ranks.
-        folder: the run's folder; the run that goes on gets one beside it.
+        folder: the run's folder; the resumed run has the folder ``<folder>-resumed``.
         killed: one of `KILLED`.
-        generator: draws the moment.
-        whole: folder of the same training without a kill.
+        generator: for drawing the time of the kill.
+        whole: folder of the same training, not interrupted.
     """
     result = Result()
     training = _start(processes, folder)
     moment = Moment(generator.uniform(0, 0.02), generator.randint(2, WRITES // 2))
     moment.wait(folder / "checkpoints", lambda: training.poll() is not None)
     started = psutil.Process(training.pid).children(recursive=True)
-    # of several workers the last; torchrun, which has the same word in its command line, comes before them
+    # the last one: torchrun, whose command line contains the same word, comes before the workers
     workers = [each for each in started if "stabletrain.worker" in each.cmdline()]
     for each in [psutil.Process(training.pid), *started] if killed == "everything" else workers[-1:]:
         each.kill()
     training.communicate()
-    assert training.returncode != 0, "the launcher took a killed training for a finished one"
+    assert training.returncode != 0, "the launcher reported a killed training as finished"
     psutil.wait_procs(started, 60)
-    found = result.look_at(folder / "checkpoints", set())
+    found = result.check(folder / "checkpoints", set())
     assert found is not None
     resumed = folder.with_name(f"{folder.name}-resumed")
     try:
@@ -75,11 +75,11 @@ def _start(processes: int, folder: Path, *words: str) -> subprocess.Popen[str]:
 
 
 def _finish(training: subprocess.Popen[str]) -> None:
-    """Let a training end.
+    """Wait for a training to end.
 
     Raises:
-        RuntimeError: if it fails; with what it said.
+        RuntimeError: if it fails; the message contains its output.
     """
-    said, _ = training.communicate(timeout=300)
+    output, _ = training.communicate(timeout=300)
     if training.returncode:
-        raise RuntimeError(f"exit code {training.returncode}\n{said[-3000:]}")
+        raise RuntimeError(f"exit code {training.returncode}\n{output[-3000:]}")

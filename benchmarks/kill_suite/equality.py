@@ -1,4 +1,4 @@
-"""What two runs must have in common at the end, to be compared bit for bit."""
+"""The final state of a run, for a comparison bit for bit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from stabletrain.runtime.checkpoints import load
 
 
 def final_checkpoint(folder: Path) -> dict[str, Any]:
-    """The newest checkpoint of a folder, without the identity of the run, which is drawn at random at each start."""
+    """Return the newest checkpoint of a folder, without the run's identity, which is random."""
     checkpoint = load(folder)
     del checkpoint["callbacks"]["save_checkpoints"]
     return checkpoint

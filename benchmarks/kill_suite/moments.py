@@ -1,4 +1,4 @@
-"""When a training is killed, and how one waits for that moment."""
+"""Times at which a training is killed, and waiting for them."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from typing import TypeVar
 T = TypeVar("T")
 
 LONGEST_DELAY = 0.03
-"""Seconds from the beginning of a write to the kill, at most: about as long as a write takes."""
+"""Maximum time from the beginning of a write to the kill, in seconds: about as long as a write takes."""
 
 
 class TooLate(Exception):
-    """The training was over before its moment came."""
+    """The training ended before the time of the kill."""
 
 
 @dataclass(frozen=True)
 class Moment:
-    """When to kill: so long after the start, or so long after a write has begun.
+    """The time of a kill, relative to the start of the processes or to the beginning of a write.
 
     Args:
-        after: seconds.
-        write: number of the write, from 1; 0: count from the start of the processes.
+        after: time after that, in seconds.
+        write: number of the write, from 1; 0: relative to the start of the processes.
     """
 
     after: float
     write: int = 0
 
     def earlier(self) -> Moment:
-        """For a training that was over too soon."""
+        """Return an earlier time, for a training that ended before this one."""
         return Moment(self.after, max(1, self.write // 2)) if self.write else Moment(self.after * 0.7)
 
     def wait(self, checkpoints: Path, is_over: Callable[[], bool]) -> None:
-        """Return when it has come.
+        """Wait until this time.
 
         Raises:
-            TooLate: if the training has ended before.
+            TooLate: if the training ends before.
         """
         began = time.monotonic()
         left_before = writing(checkpoints)
@@ -58,28 +58,28 @@ class Moment:
 
 
 def writing(checkpoints: Path) -> set[str]:
-    """Names of the folders that are being written, or whose writer was killed."""
+    """Return the names of folders of incomplete writes: in progress, or of a killed process."""
     if not checkpoints.is_dir():
         return set()
     return {name for name in os.listdir(checkpoints) if name.startswith(".writing-")}
 
 
 def random_moment(generator: random.Random, seconds: float, writes: int, within_write: bool) -> Moment:
-    """Any moment of a training.
+    """Draw the time of a kill during a training.
 
     Args:
-        generator: draws it.
-        seconds: that the training takes.
-        writes: that it makes.
-        within_write: wait for a write, and kill a little later.
+        generator: for drawing it.
+        seconds: duration of the training.
+        writes: number of checkpoints that it writes.
+        within_write: choose a time shortly after a write has begun.
     """
     if within_write:
         return Moment(generator.uniform(0, LONGEST_DELAY), generator.randint(1, max(1, writes * 3 // 4)))
     return Moment(generator.uniform(0.0, 0.95) * seconds)
 
 
-def dealt(choices: Sequence[T], number: int, generator: random.Random) -> list[T]:
-    """So many of the choices, each equally often as far as possible, shuffled."""
-    hand = [choices[index % len(choices)] for index in range(number)]
-    generator.shuffle(hand)
-    return hand
+def evenly_drawn(choices: Sequence[T], number: int, generator: random.Random) -> list[T]:
+    """Return ``number`` choices in random order, each equally often as far as possible."""
+    drawn = [choices[index % len(choices)] for index in range(number)]
+    generator.shuffle(drawn)
+    return drawn

@@ -1,4 +1,4 @@
-"""The training that is killed: everything that a resume can get wrong is in it, and its checkpoints are large."""
+"""The training that is killed: it has every kind of state that a resume must restore, and large checkpoints."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch._dynamo  # torch imports it at the first optimizer step: here once, instead of in every process
+import torch._dynamo  # otherwise torch imports it in every process, at the first optimizer step
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from stabletrain import (  # all of them here: what a forked process imports by itself may have changed meanwhile
+from stabletrain import (  # imported before the fork, since the source files may change during the benchmark
     ClipZScore,
     MonitorGradients,
     ResumeExactly,
@@ -36,26 +36,27 @@ from stabletrain.runtime import rng
 
 BATCHES, BATCH, EPOCHS = 25, 4, 3
 ROWS, WIDTH = 1 << 15, 64
-"""Of the embedding: with both moments of AdamW, which decays every row at every step, a checkpoint has 25 MB."""
+"""Size of the embedding, whose rows all change at every step by weight decay; a checkpoint has 25 MB."""
 WRITES = 12
-"""Checkpoints of a whole training, those for the best metric not counted."""
+"""Number of checkpoints of a whole training, without those for the best metric."""
 BROKEN = 7
-"""This sample's target is NaN: in every epoch there is one step to skip."""
+"""Index of the sample whose target is NaN, so that one step is skipped in every epoch."""
 PATIENCE = timedelta(seconds=20)
-"""A rank waits so long for one that has gone."""
+"""Timeout of collectives, after which a rank whose peer was killed ends."""
 FORK = get_context("fork")
-"""Importing torch and Lightning takes longer than a whole training; nobody has used a thread pool before the fork."""
+"""Processes are forked, because importing torch and Lightning takes longer than a training. No thread pool is used
+before the fork."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What differs between trainings.
+    """The settings in which trainings differ.
 
     Args:
-        processes: ranks.
-        accumulate: micro-batches of a step; with 3 the last window of an epoch is a short one.
-        workers: of the DataLoader.
-        monitor: the metric of which the best checkpoint is kept besides; these are saved at the end of a validation.
+        processes: number of ranks.
+        accumulate: micro-batches per step; with 3 the last window of an epoch is shorter.
+        workers: worker processes of the DataLoader.
+        monitor: metric whose best checkpoint is retained, too; it is saved at the end of a validation. None: no metric.
     """
 
     processes: int
@@ -65,7 +66,7 @@ class Setup:
 
 
 class Samples(Dataset[tuple[Tensor, Tensor, Tensor]]):
-    """Each sample has noise from the global generators of all three kinds."""
+    """Each sample contains noise from the global generators of torch, Python and numpy."""
 
     def __init__(self, size: int) -> None:
         generator = torch.Generator().manual_seed(3)
@@ -110,7 +111,7 @@ class Model(LightningModule):
 
 
 def stack(setup: Setup, folder: Path) -> list[Any]:
-    """The plugins of a recipe, quick to act: histories are short, snapshots and checkpoints many."""
+    """Return the plugins of a recipe, with short histories and frequent snapshots and checkpoints."""
     return [
         ScheduleLR(kind="cosine"),
         ResumeExactly(),
@@ -124,17 +125,17 @@ def stack(setup: Setup, folder: Path) -> list[Any]:
 
 
 def train(setup: Setup, folder: Path, rank: int, port: int, seed: int, ckpt_path: Path | None) -> None:
-    """One rank, in a process of its own; leaves all that it has at the end in ``end-<rank>.pt``."""
+    """Train one rank, in its own process; saves its final state as ``end-<rank>.pt``."""
     with (folder / f"log-{rank}.txt").open("a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    several: dict[str, Any] = {}
+    distributed: dict[str, Any] = {}
     if setup.processes > 1:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
-        several = {"strategy": DDPStrategy(process_group_backend="gloo", timeout=PATIENCE)}
+        distributed = {"strategy": DDPStrategy(process_group_backend="gloo", timeout=PATIENCE)}
     seed_everything(seed, workers=True, verbose=False)
     model, plugins = Model(setup), stack(setup, folder)
     trainer = Trainer(
@@ -142,13 +143,13 @@ def train(setup: Setup, folder: Path, rank: int, port: int, seed: int, ckpt_path
         devices=setup.processes,
         max_epochs=EPOCHS,
         accumulate_grad_batches=setup.accumulate,
-        val_check_interval=10,  # within epochs; with accumulation within a window, whose gradients no checkpoint has
+        val_check_interval=10,  # within epochs; with accumulation also within a window, whose gradients are not saved
         callbacks=plugins,
         default_root_dir=folder,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        **several,
+        **distributed,
     )
     trainer.fit(model, ckpt_path=ckpt_path)
     end = {
@@ -165,7 +166,7 @@ def train(setup: Setup, folder: Path, rank: int, port: int, seed: int, ckpt_path
 
 
 def start(setup: Setup, folder: Path, seed: int, ckpt_path: Path | None = None) -> list[Any]:
-    """Start all ranks of a training; the processes."""
+    """Start all ranks of a training; return their processes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""One trial: a training is killed once or several times, started again each time, and compared at its end."""
+"""One trial: a training is killed once or several times, restarted each time, and its final state is compared."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from stabletrain.runtime.checkpoints import CheckpointError
 from stabletrain.testing.checks.equality import differences
 
 LONGEST = 120.0
-"""Seconds after which a training is believed to hang."""
+"""Timeout of a training in seconds."""
 
 
 def run_whole(setup: Setup, folder: Path) -> float:
-    """Train without a kill; the seconds that it took."""
+    """Run the training to its end; return its duration in seconds."""
     began = time.monotonic()
     folder.mkdir()
     _finish(start(setup, folder, seed=0), folder)
@@ -32,14 +32,14 @@ def run_whole(setup: Setup, folder: Path) -> float:
 
 
 def run_killed(setup: Setup, folder: Path, moments: Sequence[Moment], victims: Sequence[int], whole: Path) -> Result:
-    """Kill a training at each of these moments, let it end after the last, and compare.
+    """Kill and restart a training at each of some times, let it finish, and compare its final state.
 
     Args:
-        setup: of the training.
-        folder: for it; removed if it ended as it should.
-        moments: each counts from the start after the kill before. Where the training was over too soon, earlier ones.
-        victims: the ranks that are killed; the others get the time to notice.
-        whole: folder of the same training without a kill.
+        setup: settings of the training.
+        folder: folder of the training; removed if there is no difference.
+        moments: times of the kills, each relative to the last restart; if the training ends before, earlier times.
+        victims: the ranks that are killed; the others must end by themselves.
+        whole: folder of the same training, not interrupted.
     """
     for _ in range(8):
         folder.mkdir()
@@ -52,7 +52,7 @@ def run_killed(setup: Setup, folder: Path, moments: Sequence[Moment], victims: S
         if not result.different:
             shutil.rmtree(folder)
         return result
-    raise TooLate("no moment was early enough: are checkpoints written at all?")
+    raise TooLate("the training ended before every time of a kill: are checkpoints written at all?")
 
 
 def _run(setup: Setup, folder: Path, moments: Sequence[Moment], victims: Sequence[int], whole: Path) -> Result:
@@ -70,7 +70,7 @@ def _run(setup: Setup, folder: Path, moments: Sequence[Moment], victims: Sequenc
 
 
 def _start(setup: Setup, folder: Path, found: Path | None, number: int) -> list[Any]:
-    """Begin, with the seed of the whole training; or go on, where no seed may matter."""
+    """Start with seed 0, or resume with another seed, which must not change the result."""
     if found is None:
         return start(setup, folder, seed=0)
     return start(setup, folder, seed=1000 + number, ckpt_path=found.parent)
@@ -82,7 +82,7 @@ def _kill(processes: list[Any], moment: Moment, victims: Sequence[int], folder: 
     try:
         moment.wait(checkpoints, lambda: not all(each.is_alive() for each in processes))
     except TooLate:
-        _finish(processes, folder)  # over, or broken?
+        _finish(processes, folder)  # raises if the training failed
         raise
     for rank in victims:
         os.kill(processes[rank].pid, signal.SIGKILL)
@@ -91,11 +91,11 @@ def _kill(processes: list[Any], moment: Moment, victims: Sequence[int], folder: 
     survivors = [each for rank, each in enumerate(processes) if rank not in victims]
     result.survivors += len(survivors)
     result.ended_themselves += _end(survivors, PATIENCE.total_seconds() + 10.0)
-    return result.look_at(checkpoints, left_before)
+    return result.check(checkpoints, left_before)
 
 
 def _end(processes: Sequence[Any], seconds: float) -> int:
-    """Wait for processes to end, and kill those that do not; how many did."""
+    """Wait for processes to end, kill the others at the timeout, and return how many ended by themselves."""
     deadline = time.monotonic() + seconds
     for each in processes:
         each.join(max(0.0, deadline - time.monotonic()))
@@ -107,19 +107,19 @@ def _end(processes: Sequence[Any], seconds: float) -> int:
 
 
 def _finish(processes: Sequence[Any], folder: Path) -> None:
-    """Let a training end.
+    """Wait for a training to end.
 
     Raises:
-        RuntimeError: if it fails or hangs; with what it said.
+        RuntimeError: if it fails or hangs; the message contains its output.
     """
     ended = _end(processes, LONGEST)
     if ended < len(processes) or any(each.exitcode for each in processes):
-        said = "\n".join(log.read_text()[-3000:] for log in sorted(folder.glob("log-*.txt")))
-        raise RuntimeError(f"{ended} of {len(processes)} processes ended by themselves\n{said}")
+        output = "\n".join(log.read_text()[-3000:] for log in sorted(folder.glob("log-*.txt")))
+        raise RuntimeError(f"{ended} of {len(processes)} processes ended by themselves\n{output}")
 
 
 def _compare(setup: Setup, folder: Path, whole: Path) -> list[str]:
-    """What each rank had at the end, and what is in the last checkpoint."""
+    """Return the differences in the final state of each rank and in the last checkpoint."""
     found = []
     for rank in range(setup.processes):
         mine, theirs = (torch.load(each / f"end-{rank}.pt", weights_only=True) for each in (folder, whole))

@@ -74,7 +74,7 @@ class FlipWeightBit(Fault):
 
 
 class FlipCheckpointBit(Fault):
-    """Flips one bit of the newest checkpoint on disk, without changing the file's time, as bit rot would.
+    """Flips one bit of the newest checkpoint on disk, without changing the file's time, as a disk error would.
 
     This happens before the first batch at or after ``at_step`` at which there is a checkpoint.
 

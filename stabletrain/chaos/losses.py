@@ -12,7 +12,7 @@ from stabletrain.chaos.fault import Fault, wrap_training_step
 
 
 class ScaledLoss(Fault):
-    """Multiplies the loss that ``training_step`` returns by a factor; if that is NaN, the gradients are NaN, too.
+    """Multiplies the loss that ``training_step`` returns by a factor; if the factor is NaN, the gradients are NaN, too.
 
     Args:
         at_step: first attempted optimizer step with the fault, from 0.

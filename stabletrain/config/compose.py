@@ -37,7 +37,7 @@ class Composed:
         config: the resolved config, plain mappings, lists and values.
         choices: config group -> chosen option.
         overrides: as typed.
-        problems: mistakes found while composing; the overrides that they are about are not in the config.
+        problems: mistakes found while composing; the config does not contain the overrides with mistakes.
     """
 
     recipe: str

@@ -1,4 +1,4 @@
-"""Find plugins, slots and recipes by their files; no plugin is imported, so this is fast and cannot fail in one."""
+"""Find plugins, slots and recipes by their files: fast, and no plugin can make it fail, since none is imported."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ def first_comment(file: Path) -> str:
 
 
 def clear_cache() -> None:
-    """Search again at the next call: for a process in which a distribution was installed or removed."""
+    """Search again at the next call; needed after a distribution was installed or removed."""
     _points.cache_clear()
     _all_plugins.cache_clear()
 

@@ -1,4 +1,4 @@
-"""Which checkpoint a path means, found by file names alone: no checkpoint is read, and torch is not imported."""
+"""Find the checkpoint of a path by file names: no checkpoint is read, and torch is not imported."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def checkpoint_of_run(folder: Path) -> Path | None:
         folder: the run's folder.
 
     Returns:
-        The newest ``.ckpt`` file, symbolic links resolved. If the folder holds verified checkpoints, the folder of all
-        of them: the newest that is undamaged is chosen while it is loaded.
+        The newest ``.ckpt`` file, symbolic links resolved. If the folder holds verified checkpoints, the
+        folder that contains them: the newest undamaged one is chosen when it is loaded.
     """
     checkpoints = folder / CHECKPOINTS
     if any(checkpoints.glob("step-*/manifest.json")):

@@ -1,7 +1,7 @@
 """Which classes and functions a config may build: those of trusted packages that do not run other code.
 
 A config may come from a tracking store or a download, and building it calls the objects that its ``_target_`` keys
-name. So every name is resolved and the object itself is checked, not its spelling: ``torch.os.system`` is
+name. So every name is resolved, and the module of the object is checked, not only its name: ``torch.os.system`` is
 ``posix.system``.
 """
 
@@ -50,7 +50,7 @@ class TargetError(UserError):
 
 
 def trusted_packages(extra: Iterable[str] = ()) -> frozenset[str]:
-    """Return the packages a config may build things from.
+    """Return the packages from which a config may build objects.
 
     They are stabletrain, torch, lightning, torchmetrics and bitsandbytes; packages with an entry point of the group
     ``stabletrain.plugins``; and those in the environment variable ``STABLETRAIN_TRUST``, separated by commas.
@@ -188,7 +188,7 @@ def _import(name: str, target: str, *, optional: bool = False) -> Any:
 
 
 def _check_object(target: str, found: Any, packages: frozenset[str]) -> None:
-    """Check the type of an object and the module that defines it, whatever name led to it."""
+    """Check the type of an object and the module that defines it."""
     bound_to = found.__self__ if inspect.ismethod(found) else None
     is_class = inspect.isclass(found)
     if not (is_class or inspect.isfunction(found) or inspect.isclass(bound_to)):

@@ -295,4 +295,6 @@ def _resume(config: Mapping[str, Any]) -> Iterator[Problem]:
     if path is None:
         yield Problem("resume", f"there is no checkpoint at {resume!r}; expected a .ckpt file, or the folder of a run")
     elif path.is_file() and not zipfile.is_zipfile(path):
-        yield Problem("resume", f"expected a checkpoint, got {path}, which is none or is truncated; use an earlier one")
+        yield Problem(
+            "resume", f"expected a checkpoint, got {path}, which is not a checkpoint, or is truncated; use another"
+        )

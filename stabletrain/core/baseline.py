@@ -16,9 +16,9 @@ from stabletrain.core.statistics import MAD_TO_SIGMA, DelayedWindow, Window
 _LARGEST_EXPONENT = 700.0
 """exp() of more than about 709 overflows."""
 _TAIL, _TAIL_SIGMAS = 0.98, 1.7
-"""A quantile of the loss, and the number of standard deviations above the centre that it is taken for. In a normal
-distribution it lies 2.05 above; 1.7 allows for the error of a quantile of 128 values: a limit that is too low drops
-healthy steps."""
+"""A quantile of the loss, and its assumed distance above the centre in standard deviations. In a normal distribution
+the distance is 2.05; 1.7 allows for the error of a quantile of 128 values: a limit that is too low drops healthy
+steps."""
 
 
 class Baseline(NamedTuple):

@@ -17,7 +17,7 @@ the first index after a run of `total` steps, so that the last step does not hav
 | torchtitan                         | (t + 1) / W | 1/W          | index W to `total`   | default                 |
 | transformers, OLMo-core, Composer, | t / W       | 0            | index W to `total`   | `from_zero=True`        |
 | Megatron-LM                        |             |              |                      |                         |
-| torch OneCycleLR                   | own rise    | 1/div_factor | to index `total` - 1 | `OneCycle(total - 1, )` |
+| torch OneCycleLR                   | cosine rise | 1/div_factor | to index `total` - 1 | `OneCycle(total - 1, )` |
 """
 
 import bisect
@@ -214,7 +214,7 @@ class Exponential:
     """gamma ** (step / every), without an end.
 
     Args:
-        gamma: the factor that each `every` steps bring; above 0, at most 1.
+        gamma: factor per `every` steps; above 0, at most 1.
         every: in steps; > 0.
         min_factor: the curve goes no lower; 0 to 1.
 
@@ -329,7 +329,7 @@ class Triangular:
 class OneCycle:
     """A cosine rise from `start_factor` to 1, then a cosine descent to `min_factor` (https://arxiv.org/abs/1708.07120).
 
-    The learning rate only; momentum stays as the optimizer has it.
+    Only the learning rate is set; the momentum does not change.
 
     Args:
         steps: length of rise and descent together, in steps; >= 1.

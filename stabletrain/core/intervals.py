@@ -80,7 +80,7 @@ class SaveTriggers:
         self._saved_at = 0.0
 
     def start(self, run: RunLength, step: int, now: float) -> None:
-        """Begin to count, at the start of a run or at a resume.
+        """Start the intervals, at the start of a run or at a resume.
 
         Args:
             run: what is known of the run's length.
@@ -105,7 +105,7 @@ class SaveTriggers:
         return by_step or (self.seconds is not None and now - self._saved_at >= self.seconds)
 
     def saved(self, now: float) -> None:
-        """Restart the clock: a checkpoint was saved, or saving one was tried.
+        """Restart the clock, after a checkpoint was saved or could not be written.
 
         Args:
             now: the clock of `start`.

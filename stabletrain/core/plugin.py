@@ -1,4 +1,4 @@
-"""What a plugin with arguments knows about itself: who it is, where its arguments are configured, and what they are."""
+"""Base class of plugins with arguments: name, slot and arguments."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Plugin:
     plugin: ClassVar[str]
     """Name of the plugin, such as ``clip_norm``."""
     slot: ClassVar[str]
-    """The slot of the configuration that it fills, such as ``clip``."""
+    """The plugin's slot in the config, such as ``clip``."""
     clips: ClassVar[bool] = False
-    """It may change the gradient, and so excludes the Trainer's own ``gradient_clip_val``."""
+    """Whether it clips gradients; then the Trainer's own ``gradient_clip_val`` is an error."""
 
     name: str | None
-    """What checkpoints and events call it, where one run has two of a kind; a field of the subclass."""
+    """Name in events and checkpoints, needed if a run has two instances of a plugin; a field of the subclass."""
 
     @property
     def label(self) -> str:
@@ -34,7 +34,7 @@ class Plugin:
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "name"}  # type: ignore[arg-type]
 
     def require(self, ok: bool, argument: str, expected: str) -> None:
-        """Refuse a hyper-parameter with one message that names it.
+        """Raise an error that names a hyper-parameter, unless it is valid.
 
         Raises:
             UserError: unless ``ok``.

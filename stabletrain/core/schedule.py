@@ -51,9 +51,8 @@ class Schedule:
     """Set the learning rate before every step: base rate x curve(applied steps).
 
     The base rate of a parameter group is the one that the optimizer was created with. The rate depends on the number of
-    applied steps only, so it is right after a resume or a rollback, and a skipped step does not advance it. Lengths
-    are applied steps (``500``), epochs (``"3ep"``), tokens (``"1e9tok"``) or a
-    share of ``total`` (``"2%"``).
+    applied steps only, so it is correct after a resume or a rollback, and a skipped step does not advance it. Lengths
+    are applied steps (``500``), epochs (``"3ep"``), tokens (``"1e9tok"``) or a share of ``total`` (``"2%"``).
 
     Args:
         kind: shape of the curve.

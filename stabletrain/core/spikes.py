@@ -1,6 +1,6 @@
 """Detection of spikes, divergences, level shifts and non-finite steps from loss and gradient norm.
 
-It is part of the core because several plugins use it: those that report and those that roll back decide alike.
+It is part of the core because several plugins use it, so that a detector and a rollback make the same decisions.
 """
 
 from __future__ import annotations

@@ -162,7 +162,7 @@ class Window(NamedTuple):
 
 
 class DelayedWindow(NamedTuple):
-    """A window that gets each sample ``delay`` samples late, so that a burst is not judged against itself.
+    """A window that samples enter ``delay`` samples late, so that a burst is not compared with itself.
 
     >>> w = DelayedWindow()
     >>> for x in (1.0, 2.0, 3.0):

@@ -1,4 +1,4 @@
-"""How a run ended, also when its worker died without writing a result.
+"""Determine how a run ended, also if its worker died without writing a result.
 
 ``python -m stabletrain.launch.final_status run.yaml CODE`` is what a batch script runs after its worker has ended.
 """
@@ -42,7 +42,7 @@ def _ended_by_signal(ended: ProcessEnd) -> bool:
 def _describe(ended: ProcessEnd) -> str:
     signum = -ended.code if ended.code < 0 else ended.code - 128 if ended.code > 128 else None
     if signum == 9:
-        return "the worker was killed by signal 9 (SIGKILL): it ran out of memory, or somebody killed it"
+        return "the worker was killed by signal 9 (SIGKILL), for example because it ran out of memory"
     if signum is not None:
         return f"the worker was ended by signal {signum} before it wrote a result"
     return f"the worker ended with exit code {ended.code} before it wrote a result; see its output above"

@@ -17,7 +17,7 @@ from stabletrain.runtime.signal_watch import Interrupted, SignalWatch
 
 
 class SavesOnRequest(Protocol):
-    """A checkpoint callback (Lightning's ``Checkpoint``) that can be asked to save.
+    """A checkpoint callback (Lightning's ``Checkpoint``) with a method that saves at once.
 
     A run that is interrupted saves through it, so that the checkpoint has the callback's own format and counts in its
     retention. Without such a callback, the run saves an ordinary Lightning checkpoint.
@@ -54,7 +54,7 @@ class SaveAndStop(StopBetweenBatches):
         self._watch.patient = True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Remember that training has begun."""
+        """Note that training has begun."""
         self.started = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -91,7 +91,7 @@ class SaveAndStop(StopBetweenBatches):
 
 
 def find_saver(callbacks: Iterable[Checkpoint]) -> SavesOnRequest | None:
-    """Return the first callback that can be asked to save; None if there is none.
+    """Return the first callback with the method of `SavesOnRequest`; None if there is none.
 
     Args:
         callbacks: of a Trainer.

@@ -17,7 +17,7 @@ from stabletrain.runtime.records.run_files import SLURM_SCRIPT, slurm_output
 def batch_script(config: Mapping[str, Any], run_yaml: Path, environment: Mapping[str, str]) -> str:
     """Return the batch script of a run.
 
-    srun starts one worker per device. When it has ended, in whatever way, the script sets the run's final status.
+    srun starts one worker per device. After it has ended, the script sets the run's final status, also after a failure.
 
     Args:
         config: the resolved config.

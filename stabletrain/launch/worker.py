@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
 
     Args:
         argv: the path of a run.yaml; with ``--agreed-ends-exit-0`` the exit code is 0 at an end on which all processes
-            agree (by a plugin or a signal), and result.json alone holds how the run ended.
+            agree (by a plugin or a signal), and only result.json records how the run ended.
     """
     watch = SignalWatch()
     watch.install()

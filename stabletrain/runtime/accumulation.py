@@ -1,6 +1,6 @@
 """Gradient accumulation: where a window of micro-batches begins and ends, how many there are, and their losses.
 
-Everything that depends on the size of a window asks `AccumulationWindow`; nothing else reads the Trainer's
+All code that depends on the size of a window uses `AccumulationWindow`; only this module reads the Trainer's
 ``accumulate_grad_batches``.
 """
 
@@ -19,7 +19,7 @@ class AccumulationWindow:
     """The window of micro-batches that share one optimizer step.
 
     Lightning divides the loss of each micro-batch by the size of the window, also in a shorter last window of an
-    epoch, so all micro-batches weigh the same.
+    epoch, so all micro-batches have the same weight.
 
     Args:
         trainer: in a fit.
@@ -33,23 +33,23 @@ class AccumulationWindow:
 
     @property
     def size(self) -> int:
-        """Micro-batches in a window now."""
+        """Number of micro-batches in a window, in the current epoch."""
         return self._trainer.accumulate_grad_batches
 
     def size_in(self, epoch: int) -> int:
-        """Micro-batches in a window of an epoch: a GradientAccumulationScheduler may change it between epochs."""
+        """Number of micro-batches in a window of an epoch; a GradientAccumulationScheduler may change it."""
         for callback in self._trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, GradientAccumulationScheduler):
                 return int(callback.get_accumulate_grad_batches(epoch))
         return self.size
 
     def steps_in(self, epoch: int, batches: float) -> int:
-        """Optimizer steps in an epoch of so many batches; its last batch always steps."""
+        """Number of optimizer steps in an epoch of ``batches`` batches; the optimizer also steps after the last one."""
         return math.ceil(batches / self.size_in(epoch))
 
     @property
     def is_open(self) -> bool:
-        """Between batches: gradients of the batches before wait for more before the optimizer steps."""
+        """Between two batches: whether gradients are accumulated for which the optimizer has not stepped yet."""
         return trainer_internals.window_is_open(self._trainer)
 
     # ---- the losses of the window in progress -----------------------------------------------------------------------
@@ -60,14 +60,14 @@ class AccumulationWindow:
         return not self._losses
 
     def add(self, loss: Tensor) -> None:
-        """Take a micro-batch's loss as Lightning differentiates it: one element, divided by the size of the window."""
+        """Add a micro-batch's loss, as passed to backward: one element, divided by the size of the window."""
         self._losses.append(loss.detach().reshape(()) if loss.ndim else loss.detach())
 
     def take(self) -> list[Tensor]:
-        """The losses of the window, 0-d tensors divided by its size; the next window starts empty."""
+        """Return the losses of the window, 0-d tensors divided by its size, and remove them."""
         losses, self._losses = self._losses, []
         return losses
 
     def clear(self) -> None:
-        """Forget the losses of the window in progress."""
+        """Remove the losses of the window in progress."""
         self._losses.clear()

@@ -1,7 +1,7 @@
-"""Reading and scaling gradients: the only code that touches ``.grad``.
+"""Functions that read, scale and clamp gradients of all kinds of tensors.
 
 Gradients may be plain tensors, DTensors (FSDP2, tensor parallelism; also mixed, also on several meshes) or sparse.
-The plain case is the fast path; for the others a norm is a norm of the *whole* tensor, on every rank.
+Plain tensors take a fast path; for all kinds, a norm is that of the *whole* tensor, on every rank.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 _SMALL = 2**14
-"""Elements up to which one copy of all gradients costs less than one kernel for each tensor."""
+"""Number of elements up to which copying all gradients into one tensor is faster than one kernel per tensor."""
 
 
 def of(parameters: Iterable[Tensor]) -> list[Tensor]:
@@ -34,8 +34,8 @@ def local(gradient: Tensor) -> Tensor:
 def global_norm(gradients: Sequence[Tensor]) -> Tensor:
     """The L2 norm of all gradients together, in float32 (float64 for float64 gradients), as a 0-d tensor.
 
-    Costs one read of the gradients; nothing waits for a device. All ranks must call it when gradients are sharded,
-    also a rank whose shards are empty.
+    Reads the gradients once, without a device synchronization. If gradients are sharded, all ranks must call it, also
+    those whose shards are empty.
     """
     if not gradients:
         return torch.zeros(())
@@ -62,7 +62,7 @@ def unit_norms(tensors: Sequence[Tensor]) -> Tensor:
 
     The units of a tensor with two dimensions or more are its rows (one index of the first dimension); any other
     tensor is one unit. Of a sharded tensor these are the units of which this rank holds a part, each with the norm of
-    the whole unit. All ranks must call it when tensors are sharded, also a rank whose shards are empty.
+    the whole unit. If tensors are sharded, all ranks must call it, also those whose shards are empty.
     """
     with torch.no_grad():
         whole = [_without_partial(t) for t in tensors]
@@ -139,7 +139,7 @@ def _mixed_norms(gradients: Sequence[Tensor]) -> Tensor:
     for g in gradients:
         if isinstance(g, DTensor):
             norm = torch.linalg.vector_norm(g, dtype=_accumulate(g.dtype))
-            # a norm of shards is a pending reduction: only the full tensor is the number
+            # the norm of a DTensor may be a pending reduction; full_tensor() completes it
             norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         else:
             values = g.coalesce().values() if g.is_sparse else g
@@ -163,12 +163,12 @@ def _without_partial(tensor: Tensor) -> Tensor:
 
 
 def _units_split_over(tensors: Sequence[Tensor]) -> dict[dist.ProcessGroup, list[int]]:
-    """Process groups whose ranks hold parts of one unit, and for which tensors: rows cut across, vectors cut at all."""
+    """Process groups whose ranks hold parts of the same unit, with the indices of the tensors that are split so."""
     groups: dict[dist.ProcessGroup, list[int]] = {}
     for i, t in enumerate(tensors):
         if isinstance(t, DTensor):
             for mesh_dim, placement in enumerate(t.placements):
-                cut = getattr(placement, "dim", None)  # of all kinds of shards; a replica has none
+                cut = getattr(placement, "dim", None)  # every kind of shard has it, a replica does not
                 if cut is not None and (t.ndim == 1 or cut != 0):
                     groups.setdefault(t.device_mesh.get_group(mesh_dim), []).append(i)
     return groups

@@ -1,4 +1,4 @@
-"""The processes that train together: what they agree on, and who keeps their parameters equal."""
+"""The processes that train together: collectives for common decisions, and which parameters are equal on all."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 Placement: TypeAlias = Literal["sharded", "replicated", "local"]
-"""How a parameter lies on the ranks: in parts, as equal copies, or as copies that nothing keeps equal."""
+"""Distribution of a parameter over the ranks: in parts, as equal copies, or as copies that may differ."""
 
 
 class Ranks:
-    """The processes of a fit, of which every one makes the same decision at every step.
+    """The processes of a fit, all of which make the same decision at every step.
 
     Args:
         trainer: in a fit; its strategy has set up the model.
@@ -28,14 +28,14 @@ class Ranks:
         self.size: int = trainer.world_size
         """Number of processes."""
         self.is_first: bool = trainer.is_global_zero
-        """Whether this is the process that speaks for all."""
+        """Whether this is rank 0, which logs and writes files."""
 
     def mean_loss(self, losses: list[Tensor]) -> Tensor | None:
         """The mean loss over the micro-batches of the window and over all ranks, as a 0-d tensor. A collective.
 
-        Sum and count travel in one all-reduce over all ranks, so that all get the same bits: where several ranks see
-        the same data (tensor parallelism), their copies change neither. A NaN or infinity on any rank makes the result
-        non-finite on all.
+        Sum and count are added over all ranks in one all-reduce, so that all ranks get the same bits. Ranks that see
+        the same data (tensor parallelism) do not change the mean. A NaN or infinity on any rank makes the result
+        non-finite on all ranks.
 
         Args:
             losses: 0-d tensors, one for each micro-batch of this rank; may be empty.
@@ -51,7 +51,7 @@ class Ranks:
         total = torch.stack(losses).sum(dtype=torch.float32) if losses else torch.zeros((), device=device)
         packed = torch.stack([total, torch.full((), float(len(losses)), device=device)])
         dist.all_reduce(packed)
-        if not losses and not packed[1]:  # a rank that had a loss knows the answer, and does not wait for the device
+        if not losses and not packed[1]:  # only a rank without a loss has to read the device
             return None
         return packed[0] / packed[1]
 
@@ -60,17 +60,17 @@ class Ranks:
         return bool(self._strategy.reduce_boolean_decision(flag, all=False)) if self.size > 1 else flag
 
     def placement(self, parameter: Tensor) -> Placement:
-        """How a parameter lies on the ranks.
+        """The distribution of a parameter over the ranks.
 
-        A DTensor says so itself. A plain tensor is a replica where DistributedDataParallel averages its gradients, and
-        a local copy under strategies that shard some modules and average nothing else.
+        A DTensor has it as an attribute. A plain tensor is ``"replicated"`` if DistributedDataParallel averages its
+        gradients, and ``"local"`` under strategies that shard some modules and do not average the other gradients.
         """
         if isinstance(parameter, DTensor):
             return "replicated" if all(each.is_replicate() for each in parameter.placements) else "sharded"
         return "replicated" if self.size == 1 or self._averages_all else "local"
 
     def local_parameters(self, named: Iterable[tuple[str, Tensor]]) -> list[str]:
-        """The names of those trained parameters that nothing keeps equal on the ranks."""
+        """The names of the trained parameters whose copies may differ between the ranks."""
         return [name for name, p in named if p.requires_grad and self.placement(p) == "local"]
 
     @property

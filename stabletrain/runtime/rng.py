@@ -1,4 +1,4 @@
-"""The global random generators of Python, numpy, torch and CUDA: capture, restore, and detect draws."""
+"""Capture and restore the global random generators of Python, numpy, torch and CUDA, and detect draws from them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RngState: TypeAlias = dict[str, Any]
 
 
 def capture(cuda: bool = True) -> RngState:
-    """Return the state of all global generators of this process (about 70 microseconds, most of it for numpy's).
+    """Return the state of all global generators of this process (about 50 microseconds, most of it for numpy's).
 
     Args:
         cuda: include the generators of the CUDA devices, if CUDA is in use.

@@ -13,16 +13,16 @@ from stabletrain.runtime.accumulation import AccumulationWindow
 def run_length(trainer: Trainer, tokens_per_step: float | None = None) -> RunLength:
     """What is known about the run once its training data is loaded; call it in ``on_train_start`` or later.
 
-    It counts the loader that the fit loop has anyway. ``Trainer.estimated_stepping_batches`` would load the data where
-    it is not loaded yet, and a stateful loader then loses the position that its checkpoint holds.
+    It reads the length of the loader that the fit loop has set up. ``Trainer.estimated_stepping_batches`` would load
+    the data if it is not loaded yet, and a stateful loader would then lose the position from the checkpoint.
 
     Args:
         trainer: in a fit.
         tokens_per_step: tokens in one optimizer step over all ranks, which only the user knows.
 
     Returns:
-        Unknown quantities are None: the total of an endless run, and the steps per epoch of unsized data. Skipped steps
-        are not foreseen: a run limited by ``max_epochs`` ends that much before ``total_steps``.
+        Unknown quantities are None: the total of an endless run, and the steps per epoch of unsized data. Steps that
+        will be skipped are included: a run limited by ``max_epochs`` ends that many steps before ``total_steps``.
     """
     batches, epochs = trainer.num_training_batches, trainer.max_epochs
     total: int | None = None

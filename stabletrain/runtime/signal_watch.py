@@ -1,4 +1,4 @@
-"""Handling of Ctrl-C and SIGTERM that leaves time to finish a batch and save. Standard library only."""
+"""Handlers of Ctrl-C and SIGTERM that let the process finish a batch and save. Standard library only."""
 
 from __future__ import annotations
 

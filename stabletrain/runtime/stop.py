@@ -2,14 +2,14 @@
 
 
 class TrainingStopped(Exception):
-    """A plugin ended the run on purpose; checkpoints written so far are left alone.
+    """Raised when a plugin stops the run; existing checkpoints are not changed.
 
-    It is an exception, not ``trainer.should_stop``: a script must not go on to save or test a model that was given
-    up. The command line turns it into exit code 3.
+    It is an exception and not ``trainer.should_stop``, because after ``should_stop`` a script would continue, and save
+    or test the failed model. The exit code of the command line is then 3.
 
     Args:
-        plugin: name of the plugin that asked for the stop.
-        reason: one sentence with the number in it.
+        plugin: name of the plugin that requested the stop.
+        reason: one sentence that contains the number.
     """
 
     def __init__(self, plugin: str, reason: str) -> None:

@@ -101,7 +101,7 @@ def write_environment(folder: str | Path, *, code: str | Path | None = None) -> 
 
 
 def _git(path: str | Path, *arguments: str) -> str | None:
-    # Optional locks off: looking must never get in the way of the user's own git commands.
+    # without optional locks, so that reading never blocks the user's own git commands
     try:
         done = subprocess.run(
             ["git", "-C", str(path), *arguments],

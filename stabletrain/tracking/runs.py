@@ -16,7 +16,7 @@ from stabletrain.tracking.store import StoreError, ensure_store, open_client, sq
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
-# they say where a run is stored, not what it computes, and would make equal runs look different
+# these keys say where a run is stored, not what it computes; logging them would make equal runs differ
 _NOT_PARAMS = ("run_dir", "resume", "logger", "trust")
 
 _OPEN = ("RUNNING", "SCHEDULED")

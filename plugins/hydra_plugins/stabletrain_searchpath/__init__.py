@@ -1,4 +1,4 @@
-"""Hydra finds this by itself: every Hydra app sees the config groups of the installed stabletrain plugins."""
+"""Hydra discovers this plugin; it adds the config groups of installed stabletrain plugins to every Hydra app."""
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
@@ -11,7 +11,7 @@ class StabletrainSearchPath(SearchPathPlugin):
     """Append every plugin's conf/ and the none option of every slot, and nothing else, to the search path."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Append our folders behind the app's own, so that the app's files win.
+        """Append the folders after the app's own, so that the app's files take precedence.
 
         Args:
             search_path: Hydra's search path.
@@ -19,5 +19,5 @@ class StabletrainSearchPath(SearchPathPlugin):
         for folder in discovery.plugin_conf_dirs():
             search_path.append("stabletrain", folder.as_uri())
         for slot in discovery.slots():
-            # Stored, not appended as a folder: our conf/ would bring model, trainer and more into the app.
+            # not appended as a folder: conf/ would also add the groups model, trainer and others to the app
             ConfigStore.instance().store(group=f"plugins/{slot}", name="none", node={}, provider="stabletrain")

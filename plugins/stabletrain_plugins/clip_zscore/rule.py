@@ -124,7 +124,7 @@ class ClipZScoreRule(Rule[ZScoreState]):
         """ZClip with its published argument names and defaults, and with three corrections.
 
         Unlike in the reference, non-finite norms do not enter the statistics, outliers in the warm-up are excluded, and
-        a new level is learned instead of being clipped for ever (``regime_after=None`` restores that).
+        a new level is learned. With ``regime_after=None`` every step at a higher level is clipped, as in the reference.
 
         Args:
             alpha: `decay`, in (0, 1).

@@ -1,4 +1,4 @@
-"""The callback: what it adds to a checkpoint, and how a fit resumes from it."""
+"""The callback `ResumeExactly`: what it saves in a checkpoint, and how a fit resumes from it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class ResumeExactly(Callback):
         self._trainer: Trainer | None = None
         self._loader: TrainLoader | None = None
         self._undo: list[Callable[[], None]] = []
-        self._training_rng: rng.RngState | None = None  # the training's generators while validation runs
+        self._training_rng: rng.RngState | None = None  # state of the training's generators while validation runs
         self._final: dict[str, Any] | None = None  # the state of a fit that has ended, which may still be saved
         self._loaded = False
         self._warned_of_window = False
@@ -97,7 +97,7 @@ class ResumeExactly(Callback):
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the state: the run may be saved, and resumed, after its end."""
+        """Store the state, because a checkpoint may be saved after the end of the run."""
         self._finish()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -109,11 +109,11 @@ class ResumeExactly(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Unwrap; after an exception Lightning calls no teardown, and may still save a checkpoint."""
         if self._loader is not None and self._final is None:
-            self._final = self._here()
+            self._final = self._current_state()
         self._close()
 
     def _finish(self) -> None:
-        self._final = self._here()
+        self._final = self._current_state()
         rng.restore(self._final["rng"])  # if no batch was left, they were not restored yet
 
     def _close(self) -> None:
@@ -134,7 +134,7 @@ class ResumeExactly(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Data positions and random generators of all ranks. A collective: call it on all ranks."""
-        here = self._here() if self._loader is not None else self._final
+        here = self._current_state() if self._loader is not None else self._final
         if here is None:
             return {}
         everyone: list[Any] = [here]
@@ -153,8 +153,8 @@ class ResumeExactly(Callback):
         if len(everyone) != size:
             rank_zero_warn(
                 f"{_NAME}: the checkpoint was saved by {len(everyone)} processes, and training resumes with {size}. "
-                "Each resumes at the same batch number of its own data, so samples of this epoch may come twice or not "
-                "at all, and random numbers differ. To resume exactly, use the same number of processes, or a "
+                "Each resumes at the same batch number of its own data, so samples of this epoch may be used twice or "
+                "not at all, and random numbers differ. To resume exactly, use the same number of processes, or a "
                 "checkpoint saved at the end of an epoch."
             )
         mine = everyone[rank % len(everyone)]
@@ -164,7 +164,7 @@ class ResumeExactly(Callback):
         self._loader.resume_at(positions, mine["rng"] if rank < len(everyone) else None)
         self._loaded = True
 
-    def _here(self) -> dict[str, Any]:
+    def _current_state(self) -> dict[str, Any]:
         assert self._loader is not None
         assert self._trainer is not None
         if AccumulationWindow(self._trainer).is_open and not self._warned_of_window:

@@ -37,7 +37,7 @@ from stabletrain_plugins.rollback.weight_check import WeightCheck
 from stabletrain_plugins.rollback.weight_monitor import WeightHistory, WeightMonitor
 
 _DIAGNOSIS_STEPS = 500
-"""Outcomes in a diagnosis, at most."""
+"""Maximum number of outcomes in a diagnosis."""
 
 
 class Rollback(RuleCallback, RollbackRule):  # noqa: D101
@@ -111,7 +111,7 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
         self._ring.drop_unreachable(self._guard_and_loader()[1])
 
     def on_outcome(self, outcome: Outcome) -> None:
-        """Record an outcome for the diagnosis, and update incident and trust. fp16 overflows are not judged."""
+        """Record an outcome for the diagnosis, and update incident and trust. fp16 overflows are ignored."""
         self._metrics_due = True
         self._outcomes.append(outcome)
         if outcome.overflow:
@@ -176,7 +176,7 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
         plain = state_dict.get("weights")
         self._weight_history = WeightHistory() if plain is None else from_plain(WeightHistory, plain)
         if self._loader is not None and (excluded := self.excluded):
-            self._loader.exclude(excluded)  # now: data without a length are fetched ahead of on_train_start
+            self._loader.exclude(excluded)  # data without a length is fetched before on_train_start
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles and copies do not include the running fit."""
@@ -191,7 +191,7 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
             return
         guard.settle()
         if not self._incidents.last_step_was_healthy:
-            return  # a snapshot of an incident is not worth restoring
+            return  # a state within an incident must not be restored later
         if not self._memory_reserved:
             memory.reserve(self, self._ring, guard, batch)
             self._memory_reserved = True

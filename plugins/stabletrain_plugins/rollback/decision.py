@@ -92,7 +92,7 @@ Decision: TypeAlias = ToSnapshot | ToCheckpoint | GiveUp
 
 
 def decide(rule: RollbackRule, situation: Situation, cause: str) -> Decision:
-    """Decide how to answer a request for a rollback.
+    """Decide how to execute a request for a rollback.
 
     The newest trusted snapshot is restored. If the incident repeats the last one (`repeats_last`), only snapshots and
     checkpoints older than the state restored last time qualify. Without such a snapshot, a checkpoint from before the
@@ -149,4 +149,4 @@ def _nothing_to_restore(rule: RollbackRule, situation: Situation, cause: str) ->
     if situation.untrusted:
         untrusted = f"{situation.untrusted} in memory had not stayed healthy for {rule.trust_after} steps"
     keys = "plugins.spike.every, plugins.spike.trust_after"
-    return f"there is no snapshot to go back to ({untrusted}; {keys}), and no checkpoint on disk from before; {cause}"
+    return f"there is no snapshot to restore ({untrusted}; {keys}), and no checkpoint on disk from before; {cause}"

@@ -14,7 +14,7 @@ class Intervention(NamedTuple):
         checkpoint: path of that checkpoint; None: a snapshot was restored.
         applied: applied steps before and after.
         excluded: identities of the excluded batches, as for `TrainLoader.exclude`.
-        samples: the same batches by their samples on rank 0, for a reader of the log; empty with one process.
+        samples: the same batches by their samples on rank 0, as information in the log; empty with one process.
         rewarm: length of the second warm-up, in applied steps; None: the schedule's own; 0: none.
         baselines: the rules' histories after it: ``"restore"`` (as restored) or ``"reset"`` (empty).
         plugin: the plugin that requested it.

@@ -1,7 +1,7 @@
 """Writes and reads ``interventions.jsonl``, from which a replay makes the same interventions again.
 
-One JSON object a line. ``"action": "rollback"`` is an intervention. ``"action": "resume"`` says at which step the run
-was started again: earlier lines about later steps describe steps that the restart discarded.
+One JSON object per line. ``"action": "rollback"`` is an intervention. ``"action": "resume"`` records the step at which
+the run was resumed: earlier lines with later steps describe steps that the resume discarded.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class InterventionReplay:
         return self._planned.get(step)
 
     def capture_if_needed(self, guard: StepGuard, loader: TrainLoader) -> None:
-        """Take a snapshot if a later intervention goes back to this step."""
+        """Take a snapshot if a later intervention restores this step."""
         step = guard.decided
         if step not in self._snapshots and any(each.to == step for each in self._planned.values()):
             self._snapshots[step] = self._make()
@@ -68,7 +68,7 @@ class InterventionReplay:
             return None
         if intervention.to not in self._snapshots:
             raise UserError(
-                f"rollback: at step {intervention.step} the log goes back to step {intervention.to}, of which this run "
+                f"rollback: at step {intervention.step} the log restores step {intervention.to}, of which this run "
                 "has no snapshot: it was resumed in between. Replay the log from the start, or from an earlier "
                 "checkpoint (config key plugins.spike.replay)"
             )

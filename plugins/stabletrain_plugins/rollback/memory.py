@@ -1,4 +1,4 @@
-"""Where snapshots are kept, and their memory: reserved before the first one is taken, or refused."""
+"""Where snapshots are stored, and the check and allocation of their memory before the first one is taken."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def restore(guard: StepGuard, path: str, cause: str) -> None:
 
     Args:
         guard: of the run.
-        path: of `find`.
+        path: found by `find`.
         cause: passed to the rules (`Rule.rebase`).
 
     Raises:

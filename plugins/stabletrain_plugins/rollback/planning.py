@@ -44,7 +44,7 @@ def plan_rollback(
 
     Args:
         rule: the plugin's arguments.
-        request: what asks for the rollback.
+        request: the request for the rollback.
         made: all rollbacks of the run, oldest first.
         guard: of the run, settled.
         loader: of the run.

@@ -11,9 +11,9 @@ from stabletrain.runtime.records import diagnosis
 from stabletrain_plugins.rollback.incidents import IncidentTracker
 
 _MAX_BATCHES = 500
-"""Batches in the report, at most."""
+"""Maximum number of batches in the report."""
 _MAX_EVENTS = 100
-"""Events in the report, at most."""
+"""Maximum number of events in the report."""
 
 
 def stop_report(

@@ -1,4 +1,4 @@
-"""Carries out an intervention: excludes its batches, restores its state, resets the baselines if it says so."""
+"""Carries out an intervention: excludes its batches, restores its state, and resets the baselines if requested."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ class RollbackRule(SpikeDetection):
     """Restore a healthy snapshot when training diverges, exclude the offending batches, and continue.
 
     A ring of snapshots in memory has everything that training changes, the data position included. A snapshot is
-    trusted after ``trust_after`` healthy steps in a row. Three things lead to a rollback: the loss is away from its
-    baseline for ``patience`` steps (the detector of `DetectSpikes`), another plugin requests one (too many skipped
+    trusted after ``trust_after`` healthy steps in a row. Three things lead to a rollback: the loss is raised for
+    ``patience`` steps (the detector of `DetectSpikes`), another plugin requests one (too many skipped
     steps in a row), or the weights are damaged. Then the newest trusted snapshot is restored, the batches since the
     incident began are excluded, also from later epochs and after a restart, the learning rate is warmed up again over
     ``rewarm`` steps, and training continues in the same process. If an incident repeats at the same position, an older
@@ -28,7 +28,7 @@ class RollbackRule(SpikeDetection):
     diagnosis in its folder.
 
     Each rollback is a line in ``interventions.jsonl``; with ``replay``, another run makes the same rollbacks and ends
-    in bit-identical weights.
+    with bit-identical weights.
 
     Args:
         every: applied steps from one snapshot to the next, >= 1; the first is taken after the first step.
@@ -50,13 +50,13 @@ class RollbackRule(SpikeDetection):
         spill: folder on a local disk for the snapshots, instead of memory; each snapshot then costs a write to it.
         replay: an ``interventions.jsonl``, or the folder of its run: make these interventions, and decide nothing until
             the last of them is made.
-        z_threshold: robust standard deviations above the centre at which outliers begin, > 0.
+        z_threshold: distance of the limit from the median, in robust standard deviations, > 0.
         window: steps of history, >= 2.
-        delay: steps before an accepted step is added to the history, >= 0.
-        min_samples: steps in the window before anything is judged, 2 to ``window``.
-        patience: steps outside after which a raised loss is a divergence, 1 to ``window``; also non-finite steps in a
-            row.
-        regime_after: steps outside after which the gradient norm has a new level, 2 to ``window``.
+        delay: steps after which an accepted step enters the history, >= 0.
+        min_samples: steps of history from which on there is a limit, 2 to ``window``.
+        patience: steps after which a raised loss is a divergence, 1 to ``window``; also the number of consecutive
+            non-finite steps after which a rollback is requested.
+        regime_after: steps after which a raised gradient norm is a new level, 2 to ``window``.
         min_sigma_norm: floor of the norm's standard deviation, in nats of its logarithm, > 0.
         min_sigma_loss: floor of the loss's standard deviation, as a share of its median, >= 0.
         score_window: steps over which the metric ``spike_score`` is computed, >= 1.
@@ -96,7 +96,7 @@ class RollbackRule(SpikeDetection):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(self.every >= 1, "every", ">= 1")
-        self.require(self.keep >= 2, "keep", ">= 2: one snapshot not trusted yet, and one to go back to")
+        self.require(self.keep >= 2, "keep", ">= 2: one snapshot not trusted yet, and one to restore")
         self.require(1 <= self.trust_after <= self.every, "trust_after", f"from 1 to every={self.every}")
         self.require(
             self.drop in ("offending", "since_snapshot", "none"), "drop", '"offending", "since_snapshot", "none"'

@@ -64,7 +64,8 @@ class SnapshotRing:
 
         Args:
             applied: applied steps so far.
-            every: applied steps from one snapshot to the next; a multiple that was missed is made up for later.
+            every: applied steps from one snapshot to the next; if no snapshot was taken
+                at a multiple, one is due at the next call.
         """
         newest = self.newest
         return applied > 0 and (newest is None or applied // every != newest.snapshot.applied // every)

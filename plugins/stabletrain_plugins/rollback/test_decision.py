@@ -136,6 +136,6 @@ def test_the_reason_to_give_up(untrusted: int, message: str) -> None:
     found = decision(untrusted=untrusted)
     assert isinstance(found, ToCheckpoint)
     assert found.otherwise == GiveUp(
-        f"there is no snapshot to go back to ({message}; plugins.spike.every, plugins.spike.trust_after), and no "
+        f"there is no snapshot to restore ({message}; plugins.spike.every, plugins.spike.trust_after), and no "
         "checkpoint on disk from before; loss 9 > 3"
     )

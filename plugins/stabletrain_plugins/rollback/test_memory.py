@@ -18,8 +18,6 @@ def test_spill_is_the_folder_of_the_snapshots(tmp_path: Path) -> None:
     buffers.copy_in([torch.zeros(600_000)])
     assert list((tmp_path / "spill").iterdir()) == []
     (tmp_path / "file").write_text("")
-    message = (
-        r"^rollback: a snapshot cannot be kept in .* \(\d+ MiB wanted\); .*plugins\.spike\.spill.*plugins\.spike\.keep"
-    )
+    message = r"^rollback: a snapshot cannot be stored in .* \(\d+ MiB needed\); .*plugins\.spike\.spill.*spike\.keep"
     with pytest.raises(UserError, match=message):
         new_snapshot(RollbackRule(spill=str(tmp_path / "file")))._buffers.copy_in([torch.zeros(600_000)])

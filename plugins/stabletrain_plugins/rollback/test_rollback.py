@@ -211,7 +211,7 @@ def test_a_surge_of_the_learning_rate_is_undone_at_its_first_step(tmp_path: Path
     surge = LearningRateSurge(at_step=50, factor=3000.0, steps=1)
     model, _ = train(tmp_path / "b", st.Rollback(**{**quick, "drop": "none"}), surge)
     (made,) = interventions(tmp_path / "b")
-    assert "the weights have moved " in made["cause"]
+    assert "the weights have changed " in made["cause"]
     assert made["step"] <= 55
     reference, _ = train(tmp_path / "a")
     assert_same_weights(model, reference)
@@ -281,7 +281,7 @@ def test_the_budget_ends_in_a_clean_stop_with_a_diagnosis(tmp_path: Path) -> Non
 
 def test_the_diagnosis_names_where_it_is_not_finite(tmp_path: Path) -> None:
     """Bug: the diagnosis names the last non-finite module instead of the first, or leaves hooks on the modules."""
-    with pytest.raises(TrainingStopped, match=r"no snapshot to go back to.*no checkpoint on disk"):
+    with pytest.raises(TrainingStopped, match=r"no snapshot to restore.*no checkpoint on disk"):
         train(tmp_path, st.Rollback(**QUICK), damage={0: math.nan})
     (folder,) = tmp_path.glob("diagnosis-*")
     report = json.loads((folder / "report.json").read_text())
@@ -357,7 +357,7 @@ def test_no_snapshot_of_a_replaced_loader_is_restored(tmp_path: Path) -> None:
     options = {"reload_dataloaders_every_n_epochs": 1, "limit_train_batches": 60, "max_epochs": 3}
     train(tmp_path, requests, rollback, **options)
     assert interventions(tmp_path)[0]["to"] > 60
-    with pytest.raises(TrainingStopped, match="no snapshot to go back to"):
+    with pytest.raises(TrainingStopped, match="no snapshot to restore"):
         train(tmp_path / "b", Requests().at(63), st.Rollback(**QUICK), **options)
 
 

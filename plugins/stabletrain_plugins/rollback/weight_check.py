@@ -41,7 +41,7 @@ class WeightCheck:
         self._max_growth = max_growth
 
     def can_compare(self, norms: Sequence[float]) -> bool:
-        """Whether norms from a checkpoint are of the same tensors; never with shards, of which it has rank 0's only."""
+        """Whether norms from a checkpoint can be compared: never with shards, since it contains rank 0's norms only."""
         return len(norms) == len(self._sizes) and not any(isinstance(p, DTensor) for p in self._parameters)
 
     def norms(self) -> tuple[float, ...]:
@@ -57,8 +57,8 @@ class WeightCheck:
         """The damage, in one sentence; None if there is none.
 
         Args:
-            now: of `norms`.
-            then: of `norms`, at an earlier healthy step; empty: only check that ``now`` is finite.
+            now: the result of `norms`.
+            then: as `now`, at an earlier healthy step; empty: only check that ``now`` is finite.
         """
         for name, norm in zip(self._names, now, strict=True):
             if not math.isfinite(norm):

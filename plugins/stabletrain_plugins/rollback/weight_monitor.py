@@ -41,16 +41,16 @@ class WeightHistory(NamedTuple):
 
 
 _MAX_SPEEDS, _MIN_SPEEDS = 16, 8
-"""Speeds in the history, and how many of them are needed to judge a new one."""
+"""Maximum number of speeds in the history, and the number needed before a new one is compared with them."""
 
 
 class WeightMonitor:
     """Checks the weights every few attempted steps, and after each unhealthy step; all ranks get the same answer.
 
-    At a given learning rate, the weights of a run move at a speed that changes slowly. If the last step was not healthy
-    and they have moved more than six times the median speed, and more than twice the largest of the last speeds, then
-    earlier updates have damaged the weights; the batch is not the cause. Speed without an unhealthy step is not damage:
-    a new phase of the training has it too.
+    The speed of the weights, relative to the learning rate, usually changes slowly. If the last step was unhealthy and
+    the speed is more than six times the median and more than twice the largest of the last speeds, then earlier updates
+    have damaged the weights; the batch is not the cause. A high speed without an unhealthy step is not damage: it also
+    occurs in a new phase of the training, such as a warm restart.
 
     Args:
         check: compares norms.
@@ -101,15 +101,15 @@ class WeightMonitor:
         if not fastest > limit > 0.0:
             return None
         return (
-            f"the weights have moved {fastest / usual:.3g} times as fast as usual (limit {limit / usual:.3g}), and the "
-            "last step was not healthy"
+            f"the weights have changed {fastest / usual:.3g} times as fast as usual (limit {limit / usual:.3g}), and "
+            "the last step was not healthy"
         )
 
 
 def speed(now: WeightSample, then: WeightSample) -> float | None:
     """The speed of the weights between two samples, relative to their size and to the learning rate; None if unknown.
 
-    The movement is the change of the norms; it is taken to grow with the square root of the number of steps.
+    It is the change of the norms, divided by the square root of the number of steps, by which it is assumed to grow.
 
     >>> speed(WeightSample(14, (3.0, 4.5), 0.1), WeightSample(10, (3.0, 4.0), 0.05))
     0.5

@@ -1,1 +1,1 @@
-"""Checkpoints that survive a kill, a full disk and a flipped bit, written while training goes on."""
+"""Save checkpoints that survive a kill, a full disk and a flipped bit, while training continues."""

@@ -33,7 +33,7 @@ from stabletrain.runtime.run_length import run_length
 logger = logging.getLogger("stabletrain")
 
 _EVERY = "save_checkpoints.every"
-"""What messages call the argument."""
+"""Name of the argument ``every`` in messages."""
 
 
 class SaveCheckpoints(StopBetweenBatches, Checkpoint):
@@ -87,7 +87,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         self._reset()
 
     def _reset(self) -> None:
-        self._active = self._rehearsed = self._watching = False
+        self._active = self._checked = self._watching = False
         self._triggers = SaveTriggers(self.every, _EVERY)
         self._watch = PreemptionWatch()
         self._saver: Saver | None = None
@@ -184,7 +184,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
             self._saver = Saver(Store(self._directory, retention), self.background, f"the interval ({_EVERY})")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the intervals and watch SIGTERM: the run's length is known, and Lightning's handlers are installed."""
+        """Start the intervals and handle SIGTERM: the run's length is known, and Lightning's handlers are installed."""
         if not self._active:
             return
         run = run_length(trainer, self.tokens_per_step)
@@ -206,16 +206,16 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         """Save if a checkpoint is due; with accumulation, only after the optimizer step."""
         if not self._active or AccumulationWindow(trainer).is_open:
             return
-        if not self._rehearsed:
-            self._rehearse(trainer)
+        if not self._checked:
+            self._check_and_allocate(trainer)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._is_due(trainer) or 0 < trainer.max_steps <= trainer.global_step:
             self.save(trainer)
 
     @property
     def may_stop(self) -> bool:
-        """From the first step on, if SIGTERM is watched."""
-        return self._active and self._watching and self._rehearsed
+        """True from the first step on, if this plugin handles SIGTERM."""
+        return self._active and self._watching and self._checked
 
     @property
     def asked_to_stop(self) -> bool:
@@ -225,7 +225,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
     def save_and_stop(self, trainer: Trainer) -> NoReturn:
         """Save a checkpoint, and end the process with the exit code of a SIGTERM."""
         path = self.save(trainer, wait=True)
-        logger.warning("SIGTERM: ending with exit code %d; go on from %s", EXIT_CODE, path or self.last)
+        logger.warning("SIGTERM: ending with exit code %d; resume from %s", EXIT_CODE, path or self.last)
         raise SystemExit(EXIT_CODE)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -257,7 +257,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         self.wait()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Finish an unfinished write, and give the strategy its CheckpointIO back."""
+        """Finish an unfinished write, and restore the strategy's own CheckpointIO."""
         self.wait()
         if isinstance(trainer.strategy.checkpoint_io, VerifiedIO):
             trainer.strategy.checkpoint_io = trainer.strategy.checkpoint_io.inner
@@ -278,16 +278,16 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         self.__dict__.update(state)
         self._reset()
 
-    # ---- inside -----------------------------------------------------------------------------------------------------
+    # ---- helpers ----------------------------------------------------------------------------------------------------
 
     def _is_due(self, trainer: Trainer) -> bool:
         """Whether a checkpoint is due, by the clock of any rank; the same on all ranks."""
         due = self._triggers.due(trainer.global_step, time.monotonic())
         return due if self._triggers.seconds is None else Ranks(trainer).any(due)
 
-    def _rehearse(self, trainer: Trainer) -> None:
-        """After the first step: refuse what cannot be saved, and allocate the memory for the copy."""
-        self._rehearsed = True
+    def _check_and_allocate(self, trainer: Trainer) -> None:
+        """After the first step: raise an error for state that cannot be saved, and allocate the memory for the copy."""
+        self._checked = True
         checkpoint = trainer_internals.dump_checkpoint(trainer)
         if self._saver is not None:
             self._saver.prepare(checkpoint)

@@ -1,4 +1,4 @@
-"""The picture of a learning-rate curve."""
+"""Plot of a learning-rate curve."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def draw(curve: Curve, steps: int, base: float | None, title: str, path: str | P
     """Draw a curve, at about 2000 steps or fewer.
 
     Args:
-        curve: shares of the base rate.
+        curve: the learning rate as a share of the base rate.
         steps: length of the run in applied steps.
         base: the base rate; None: draw the shares.
         title: of the figure.

@@ -61,7 +61,7 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
             UserError: before the first training has started.
         """
         if self._curve is None:
-            raise UserError("schedule: the curve is known once training has started; before, use curve(RunLength(...))")
+            raise UserError("schedule: the curve is unknown before training has started; use curve(RunLength(...))")
         rewarm = curves.rewarm_factor(step, *self._rewarm) if self._rewarm else 1.0
         return self._curve.factor(step) * rewarm
 
@@ -157,8 +157,8 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
             if not math.isclose(self.factor(step), factor, rel_tol=1e-9):
                 self._warn(
                     trainer,
-                    f"the schedule is not the checkpoint's (another total, or other arguments): at step {step} the "
-                    f"learning rate was {factor:.4g} of the base rate, now it is {self.factor(step):.4g}",
+                    f"the schedule differs from the checkpoint's (another total, or other arguments): at step {step} "
+                    f"the learning rate was {factor:.4g} of the base rate, now it is {self.factor(step):.4g}",
                 )
         self._set(trainer)
 
@@ -260,7 +260,7 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
             self._undo = None
 
     def _long_enough(self, trainer: Trainer, run: RunLength) -> RunLength:
-        """The length of the run; for `fast_dev_run` at least so many steps that ``lr_warmup`` and ``decay`` fit."""
+        """The length of the run; for `fast_dev_run` long enough for ``lr_warmup`` and ``decay``."""
         if not trainer_internals.is_fast_dev_run(trainer) or run.total_steps is None:
             return run
         return replace(run, total_steps=max(run.total_steps, self.steps("lr_warmup", run) + self.steps("decay", run)))

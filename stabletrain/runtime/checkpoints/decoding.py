@@ -1,4 +1,4 @@
-"""Reads what `encoding` wrote: JSON and tensors become plain Python again, and nothing in them can run code."""
+"""Decode what `encoding` wrote: plain Python objects from JSON and tensors; nothing in them can run code."""
 
 from __future__ import annotations
 

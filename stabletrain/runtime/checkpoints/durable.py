@@ -14,7 +14,7 @@ import psutil
 import xxhash
 
 _CHUNK = 4 << 20
-"""Bytes hashed and then written at a time: few enough to stay in the processor's cache between the two."""
+"""Number of bytes that are hashed and written at a time; they stay in the processor's cache in between."""
 _HOST = os.uname().nodename if hasattr(os, "uname") else "host"
 _WRITING = ".writing-"
 _DELETED = ".deleted-"
@@ -68,10 +68,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def new_folder(parent: Path, name: str) -> Path:
-    """Make a folder to write in; its name marks it as incomplete, with the host and process that write it.
+    """Make a folder to write to; its name marks it as incomplete and contains the host and the process id.
 
     Args:
-        parent: where it will be published; made if missing.
+        parent: the folder in which it will be published; made if missing.
         name: its name after `publish`.
     """
     parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""A checkpoint as data: its tensors in a list, everything else as JSON that can only become plain Python again.
+"""Encode a checkpoint as data: its tensors in a list, everything else as JSON.
 
-There is no pickle: reading a file cannot run code from the file. JSON objects are tagged containers, so that integer
-keys, tuples, sets and non-finite numbers come back as what they were:
+No pickle is used, so reading a file cannot run code from it. JSON objects are tagged containers, so that integer keys,
+tuples, sets and non-finite numbers are restored with their types:
 
 | Python | JSON |
 |---|---|
@@ -15,9 +15,9 @@ keys, tuples, sets and non-finite numbers come back as what they were:
 | path | `{"path": "..."}` |
 
 A tensor that appears in several positions (tied weights) is stored once, and is one tensor again when it is read.
-Subclasses come back as their base: an enum member as its value, a defaultdict as a dict, a parameter as a tensor. The
-exception are wrapper subclasses that are declared safe with ``torch.serialization.add_safe_globals``, when they are
-written and when they are read.
+Subclasses are restored as their base class: an enum member as its value, a defaultdict as a dict, a parameter as a
+tensor. The exception are wrapper subclasses that are declared safe with ``torch.serialization.add_safe_globals``, both
+when they are written and when they are read.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from stabletrain.runtime.snapshots.state_tree import DictNode, Flattener, Object
 from stabletrain.runtime.snapshots.tensor_kinds import WrapperLayout, class_name, not_dense, registered_wrappers
 
 _OPTIONAL = ("hyper_parameters", "datamodule_hyper_parameters", "hparams_type", "datamodule_hparams_type")
-"""Entries that only ``load_from_checkpoint`` needs: values in them that are no data are omitted."""
+"""Entries that only ``load_from_checkpoint`` needs: objects in them are omitted."""
 _TAGS = {list: None, tuple: "t", set: "s", frozenset: "fs", deque: "q"}
 
 
@@ -72,7 +72,7 @@ class Encoded:
                 node = encoder.without_objects(value, key) if key in _OPTIONAL else encoder.value(value, str(key))
             except RecursionError:
                 raise CheckpointError(
-                    f"checkpoint: {key} holds a container that is in itself, or is too deep"
+                    f"checkpoint: {key} holds a container that contains itself, or is nested too deeply"
                 ) from None
             if node is not _OMITTED:
                 pairs.append([encoder.value(key, "key"), node])
@@ -80,7 +80,7 @@ class Encoded:
 
 
 class _Encoder:
-    """Adds values to an `Encoded`: flattened as snapshots do it, and then the skeleton as JSON."""
+    """Adds values to an `Encoded`: flattens them as snapshots do, and converts the skeleton to JSON."""
 
     def __init__(self, encoded: Encoded) -> None:
         self._encoded = encoded
@@ -102,7 +102,7 @@ class _Encoder:
         return self._node(self._flattener.flatten(value), path)
 
     def without_objects(self, value: Any, path: str) -> Any:
-        """Hyper-parameters as JSON; values that are no data are omitted one by one, and listed in ``omitted``."""
+        """Hyper-parameters as JSON; values that cannot be stored as data are omitted and listed in ``omitted``."""
         omegaconf = sys.modules.get("omegaconf")
         if omegaconf is not None and omegaconf.OmegaConf.is_config(value):
             value = omegaconf.OmegaConf.to_container(value, resolve=True, throw_on_missing=False)

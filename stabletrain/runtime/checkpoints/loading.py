@@ -1,4 +1,4 @@
-"""Reads checkpoints and verifies them in the same pass; instead of a damaged one, the previous good one is read."""
+"""Read checkpoints and verify them in the same pass; instead of a damaged one, the previous good one is read."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def load_good(path: str | Path) -> Loaded:
 
 
 def read(path: Path) -> Loaded:
-    """Read this checkpoint, or fail.
+    """Read one checkpoint, without falling back to another.
 
     Raises:
         CheckpointError: if it is damaged; the message names the damage.
@@ -164,7 +164,7 @@ def _candidates(path: Path) -> Iterator[Path]:
         entries = [entry for entry in entries if _same_run(entry.manifest, entries[-1].manifest)]
     else:
         newest_step = -1
-    # one without a manifest may have been the newest: reading it fails, and the warning names it
+    # one without a manifest may have been the newest: reading it fails, so that the warning names it
     yield from (each for each in checkpoint_folders(folder) if each not in known and _step(each) >= newest_step)
     yield from (entry.path for entry in _best_first(entries))
 

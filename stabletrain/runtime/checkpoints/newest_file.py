@@ -1,4 +1,4 @@
-"""Checkpoints that are single files: found without importing torch, so that validation stays quick."""
+"""Find checkpoints that are single files, without importing torch, so that validation of a config is fast."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class PreemptionWatch(SignalWatch):
         super().__init__(patient=True)
 
     def take_over(self, trainer: Trainer) -> bool:
-        """Become the handler of SIGTERM if Lightning's is installed, and nobody else's.
+        """Become the handler of SIGTERM if Lightning's own is installed, and no other one.
 
         Lightning's own handler saves nothing, ends a script with exit code 0, and with several processes calls a
         collective on the one that received the signal. Lightning restores the previous handler when the fit ends.

@@ -1,4 +1,4 @@
-"""Saves while training continues: tensors are copied in memory, and a thread writes the copy to the disk."""
+"""Save checkpoints while training continues: tensors are copied in memory, and a thread writes them to disk."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Saver:
     The writing thread is not a daemon: at its end the process waits for an unfinished write.
 
     Args:
-        store: where they go.
+        store: the folder of the checkpoints.
         background: copy the tensors and write the copy in a thread; False: training waits for every write.
-        setting: what the user sets the time between saves with; named in the warning that a write takes longer.
+        setting: name of the setting for the time between saves, for the warning that a write takes longer.
     """
 
     def __init__(self, store: Store, background: bool = True, setting: str = "the interval between saves") -> None:

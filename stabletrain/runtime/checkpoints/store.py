@@ -56,7 +56,7 @@ class Retention:
     """Which checkpoints of a run are not deleted.
 
     Args:
-        last: number of the newest to retain, >= 1; None: all. One that is not whole does not count.
+        last: number of the newest to retain, >= 1; None: all. Those that are not ``whole`` do not count.
         metric: the best by this metric is retained too; None: no other.
         mode: whether the smallest or the largest value is best.
     """

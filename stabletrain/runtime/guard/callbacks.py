@@ -1,4 +1,4 @@
-"""The Lightning side of a plugin: what all callbacks that share the guard have in common.
+"""Base classes of the plugins' Lightning callbacks, which share one guard.
 
 `RuleCallback` wraps a rule, `stabletrain.runtime.guard.transform.TransformCallback` a per-tensor transform; a schedule
 or a monitor derives from `GuardMember` itself and overrides only what it needs.
@@ -29,9 +29,9 @@ from stabletrain.runtime.internals import trainer as trainer_internals
 class GuardMember(Callback):
     """A callback that shares one guard with all others of its Trainer: the base class of every plugin.
 
-    There is no registry besides ``trainer.callbacks``. In ``setup`` the first member of the list makes the guard and
-    leads: it alone passes Lightning's hooks on to the guard. Subclasses override `on_gradients`, `on_outcome`,
-    `metrics` and the state hooks as needed.
+    The members are found in ``trainer.callbacks``; there is no other registry. In ``setup`` the first member of the
+    list, the leader, creates the guard; only the leader forwards Lightning's hooks to it. Subclasses override
+    `on_gradients`, `on_outcome`, `metrics` and the state hooks as needed.
     """
 
     sets_limits: ClassVar[bool] = False
@@ -45,10 +45,10 @@ class GuardMember(Callback):
     # ---- what subclasses override -----------------------------------------------------------------------------------
 
     def reset(self) -> None:
-        """Forget the history: a fit starts with another Trainer than the last one."""
+        """Clear the history; called when a fit starts with another Trainer than the last one."""
 
     def on_optimizer_ready(self, trainer: Trainer) -> None:
-        """The optimizer exists and the guard has not read it yet: a schedule takes over here."""
+        """Called once per fit, when the optimizer exists and before the guard reads it; a schedule takes over here."""
 
     def on_gradients(self, step: int, parameters: Sequence[Tensor]) -> None:
         """Read the complete, unscaled gradients of attempted step ``step``, before any is changed; do not change them.
@@ -59,10 +59,10 @@ class GuardMember(Callback):
         """
 
     def on_outcome(self, outcome: Outcome) -> None:
-        """The rules have observed an outcome. The learning rate of the next step may be set here."""
+        """Called after the rules have observed an outcome. The learning rate of the next step may be set here."""
 
     def metrics(self) -> dict[str, float]:
-        """Metrics for the loggers at a flush, besides the guard's own."""
+        """Metrics for the loggers, in addition to the guard's; called at each flush."""
         return {}
 
     def guard_options(self) -> dict[str, Any]:
@@ -82,7 +82,7 @@ class GuardMember(Callback):
     # ---- Lightning's hooks ------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Join the guard of this Trainer; the first member makes it."""
+        """Register with the guard of this Trainer; the first member creates it."""
         if stage != "fit":
             return
         if self._fitted is None or self._fitted() is not trainer:
@@ -101,7 +101,7 @@ class GuardMember(Callback):
         trainer_internals.silence_step_hooks(self, among=Callback if self._leads else GuardMember)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The optimizer exists: the guard takes control of its steps."""
+        """The optimizer exists: open the guard, which wraps the optimizer's step."""
         if self._leads and self._guard is not None:
             self._guard.open()
             if not self._guard.control.has_buffers:
@@ -113,24 +113,24 @@ class GuardMember(Callback):
             rank_zero_warn(f"the checkpoint holds no state of {self.state_key}: its history starts empty")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """A micro-batch starts."""
+        """Start a micro-batch."""
         if self._leads and self._guard is not None:
             self._guard.start_batch()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """The loss of a micro-batch is known."""
+        """Pass the loss of a micro-batch to the guard."""
         if self._leads and self._guard is not None:
             self._guard.take_loss(loss)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Gradients are complete and unscaled."""
+        """Decide the step: the gradients are complete."""
         if self._leads and self._guard is not None:
             self._guard.decide(optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """A micro-batch is over, and with the last one of its window the step."""
+        """End a micro-batch; with the last one of its window, also the step."""
         if self._leads and self._guard is not None:
             self._guard.end_batch()
 
@@ -147,17 +147,17 @@ class GuardMember(Callback):
         self._settle_and_flush()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Undo everything that was installed."""
+        """Restore everything that the guard replaced."""
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Undo everything that was installed: Lightning calls no teardown after an exception."""
+        """Restore everything that the guard replaced: Lightning calls no teardown after an exception."""
         if self._leads and self._guard is not None and not isinstance(exception, Exception):
             self._guard.settle()
         self._close()
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts of the run; subclasses add their own."""
+        """The run's step counters; subclasses add their own state."""
         if self._guard is None:
             return {}
         self._guard.settle()
@@ -190,7 +190,7 @@ class PluginMember(GuardMember, Plugin):
 
     @property
     def state_key(self) -> str:
-        """The key of this plugin's state in a checkpoint; Lightning asks for it at every hook."""
+        """The key of this plugin's state in a checkpoint; Lightning reads it at every hook."""
         return self.name or self.plugin
 
     def state_dict(self) -> dict[str, Any]:
@@ -208,7 +208,7 @@ class PluginMember(GuardMember, Plugin):
 
 
 class RuleCallback(PluginMember):
-    """The Lightning callback of a rule: ``class ClipNorm(RuleCallback, ClipNormRule)``, nothing more.
+    """The Lightning callback of a rule: ``class ClipNorm(RuleCallback, ClipNormRule): ...``, with an empty body.
 
     The constructor, its defaults and its documentation are the rule's. `as_callback` derives such a class.
     """
@@ -229,7 +229,7 @@ class RuleCallback(PluginMember):
         self.state = self.rule.init()
 
     def metrics(self) -> dict[str, float]:
-        """The rule's readings; of an instance with a name of its own, below that name."""
+        """The rule's readings; prefixed by ``name/`` if the instance has a name."""
         readings = self.rule.readings(self.state)
         return {f"{self.rule.name}/{key}": value for key, value in readings.items()} if self.rule.name else readings
 
@@ -243,11 +243,11 @@ class RuleCallback(PluginMember):
         try:
             self.state = from_plain(self.rule.state_type(), state_dict["state"])
         except (ValueError, KeyError):
-            rank_zero_warn(f"{self.state_key}: the checkpoint is of another version: its history starts empty")
+            rank_zero_warn(f"{self.state_key}: the checkpoint was written by another version: its history starts empty")
             self.state = self.rule.init()
 
     def __eq__(self, other: object) -> bool:
-        """Compare by identity: two callbacks with equal arguments are two."""
+        """Compare by identity: two callbacks with equal arguments are not equal."""
         return self is other
 
     def __hash__(self) -> int:

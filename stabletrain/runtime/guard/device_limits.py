@@ -16,10 +16,10 @@ from stabletrain.core.limits import Limits, SkipAbove, SkipNonFinite
 
 
 class DeviceDecision(NamedTuple):
-    """What to hand to a fused optimizer kernel.
+    """Arguments of a fused optimizer kernel.
 
     Args:
-        grad_scale: 0-d float32, what to divide the gradient by; at least 1.
+        grad_scale: 0-d float32, the kernel divides the gradient by it; at least 1.
         dropped: 0-d float32, 1 to drop the step, else 0.
     """
 
@@ -40,10 +40,10 @@ def _grad_scale(limits: Limits, norm: Tensor) -> Tensor:
     threshold, target, pull, centre, log = _upload(rows, norm.device).unbind(1)
     in_log = log > 0
     s = torch.where(in_log, norm.log(), norm)
-    held = target + torch.where(pull > 0, pull / (s - centre).clamp_min(0.0), 0.0)
-    held = torch.where(in_log, held.exp(), held).clamp_min(0.0)
-    held = torch.where((norm > threshold) & norm.isfinite(), held, norm).min()
-    return torch.where(held < norm, norm / held, 1.0)
+    clipped = target + torch.where(pull > 0, pull / (s - centre).clamp_min(0.0), 0.0)
+    clipped = torch.where(in_log, clipped.exp(), clipped).clamp_min(0.0)
+    clipped = torch.where((norm > threshold) & norm.isfinite(), clipped, norm).min()
+    return torch.where(clipped < norm, norm / clipped, 1.0)
 
 
 def _dropped(limits: Limits, loss: Tensor, grad_norm: Tensor) -> Tensor:

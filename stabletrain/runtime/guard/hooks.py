@@ -1,7 +1,7 @@
-"""Hooks that any callback, module or data module may have, without deriving from anything of stabletrain's.
+"""Hooks that any callback, module or data module may define, without a base class of stabletrain.
 
-They are found by name, so a misspelt one would never be called. `check_hooks` finds, before training starts, what
-cannot work: a hook with other arguments, one half of a pair, and a name that is nearly a hook's.
+They are found by name, so a misspelt one would never be called. Before training starts, `check_hooks` reports hooks
+with other arguments, one hook of a pair without the other, and names that are similar to a hook's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from stabletrain.runtime.records.event_log import logger
 
 @runtime_checkable
 class EventListener(Protocol):
-    """A callback that is told of every event, in the process and at the step that it happened."""
+    """A callback that receives every event, at the step at which it happened."""
 
     def on_stability_event(self, trainer: Trainer, module: LightningModule, event: Event) -> None:
         """Called on every rank for each event, after it was written to the event log."""
@@ -28,7 +28,7 @@ class EventListener(Protocol):
 
 @runtime_checkable
 class RequestHandler(Protocol):
-    """A callback that executes requests of rules: the first of the list that handles the request's kind gets it."""
+    """A callback that executes requests of rules; the first in the list that handles the request's kind is called."""
 
     handles: frozenset[RequestKind]
 
@@ -65,7 +65,7 @@ class HasOwnState(Protocol):
         """Return the state. It is deep-copied, so the live object may be returned."""
 
     def restore_state(self, state: Any) -> None:
-        """Take a state back.
+        """Restore a state.
 
         Args:
             state: a deep copy of what ``snapshot_state`` returned; a snapshot may be restored several times.
@@ -79,20 +79,20 @@ _ARGUMENTS = {
     "restore_state": ("state",),
 }
 _NEARLY = 0.9
-"""Similarity of names (`difflib`) from which on one is taken for a misspelling of the other."""
+"""Similarity of names (ratio of `difflib`) from which on one is reported as a misspelling of the other."""
 
 
 def check_hooks(owners: Iterable[Any]) -> None:
-    """Refuse hooks that would fail when they are called, or would never be called.
+    """Raise an error for hooks that would fail when they are called, or would never be called.
 
-    In a class that is no plugin only ``on_stability_event`` is surely meant for stabletrain, so the other hooks are
-    reported there and not refused, and names that are nearly a hook's mean something else.
+    In a class that is not a plugin, only ``on_stability_event`` is certainly meant for stabletrain. For the other hooks
+    a warning is logged there, and similar names are ignored.
 
     Args:
         owners: callbacks, module and data module of a Trainer; None is skipped.
 
     Raises:
-        UserError: naming the class, what it has, and what is expected.
+        UserError: names the class, the hook, and its expected arguments.
 
     >>> from lightning.pytorch import Callback
     >>> class Listener(Callback):
@@ -120,15 +120,15 @@ def has_own_state(owner: Any) -> TypeGuard[HasOwnState]:
 
 
 def _problem(owner: Any, hook: str) -> str | None:
-    """What is wrong with a hook of an object; None if it has no such hook, or nothing is."""
+    """What is wrong with a hook of an object; None if the hook is correct or missing."""
     method = getattr(owner, hook, None)
     if not callable(method):
         return None
     name = type(owner).__name__
     if hook == "handle_request" and not isinstance(owner, RequestHandler):
-        return f"{name} has handle_request and no handles, the set of RequestKind that it executes"
+        return f"{name} has handle_request but no attribute handles: expected the set of RequestKind that it executes"
     if hook == "snapshot_state" and not isinstance(owner, HasOwnState):
-        return f"{name} has snapshot_state and no restore_state"
+        return f"{name} has snapshot_state but no restore_state"
     try:
         signature = inspect.signature(method)
         signature.bind(*_ARGUMENTS[hook])

@@ -1,4 +1,4 @@
-"""The fp16 loss scaler of a fit: everything that the guard reads from it or does to it."""
+"""The fp16 loss scaler of a fit: all access of the guard to it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stabletrain.runtime.internals import trainer as trainer_internals
 
 
 class LossScaling:
-    """The active GradScaler of the precision plugin; without one, the scale is 1 and nothing is ever done.
+    """The active GradScaler of the precision plugin; without one, the scale is 1 and all methods do nothing.
 
     Args:
         trainer: in a fit, with its precision plugin set up.
@@ -56,16 +56,16 @@ class LossScaling:
         return self._scaler is not None and trainer_internals.scaler_found_overflow(self._scaler, optimizer)
 
     def freeze(self) -> None:
-        """A step is dropped for its content: scale and growth count of now are put back by `put_back`."""
+        """Store scale and growth count, because the step is dropped for its content; `put_back` restores them."""
         if self._scaler is not None:
             self._frozen = self._scaler.state_dict()
 
     def put_back(self) -> None:
-        """After the scaler's update: undo it if the step was dropped for its content."""
+        """Restore scale and growth count after the scaler's update, if the step was dropped for its content."""
         if self._frozen is not None and self._scaler is not None:
             self._scaler.load_state_dict(self._frozen)
             self._frozen = None
 
     def metrics(self, counters: Counters) -> dict[str, float]:
-        """``overflows``: steps dropped by the scaler since the start of the run; nothing before the first."""
+        """``overflows``: steps dropped by the scaler since the start of the run; empty before the first."""
         return {"overflows": float(counters.overflows)} if counters.overflows else {}

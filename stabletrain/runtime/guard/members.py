@@ -1,4 +1,4 @@
-"""What the guard asks of the callbacks that share it, so that it depends on what they can do and not on their classes.
+"""Protocols of the callbacks that share a guard; the guard depends on these and not on the callbacks' classes.
 
 `stabletrain.runtime.guard.callbacks.GuardMember` is the base class that implements `Member`; a plugin author derives
 from it, or from `RuleCallback` or `TransformCallback`.
@@ -21,23 +21,23 @@ class Member(Protocol):
 
     @property
     def state_key(self) -> str:
-        """Its key in a checkpoint."""
+        """The callback's key in a checkpoint."""
 
     @property
     def sets_limits(self) -> bool:
-        """It is a `RuleMember`."""
+        """Whether it is a `RuleMember`."""
 
     @property
     def transforms_gradients(self) -> bool:
-        """It is a `TransformMember`."""
+        """Whether it is a `TransformMember`."""
 
     @property
     def observes_gradients(self) -> bool:
-        """`on_gradients` does something."""
+        """Whether the guard has to call `on_gradients`."""
 
     @property
     def observes_outcomes(self) -> bool:
-        """`on_outcome` does something."""
+        """Whether the guard has to call `on_outcome`."""
 
     def on_optimizer_ready(self, trainer: Trainer) -> None:
         """Called once per fit, when the optimizer exists and before the guard reads it."""
@@ -46,13 +46,13 @@ class Member(Protocol):
         """Called at every attempted step with complete, unscaled gradients, before any of them is changed."""
 
     def on_outcome(self, outcome: Outcome) -> None:
-        """Called when the outcome of a step is known and the rules have taken it into their history."""
+        """Called when the outcome of a step is known and all rules have observed it."""
 
     def metrics(self) -> dict[str, float]:
-        """Called at every flush: its own metrics since the last one."""
+        """Called at every flush: return the callback's metrics since the last one."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Its state for a checkpoint, the guard's counters included."""
+        """Return the state for a checkpoint, including the guard's counters."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
@@ -69,7 +69,7 @@ class RuleMember(Member, Protocol):
 
 
 class TransformMember(Member, Protocol):
-    """A member that changes single gradients."""
+    """A member that changes each tensor's gradient."""
 
     plugin: str
 
@@ -77,4 +77,4 @@ class TransformMember(Member, Protocol):
         """Change gradients in place."""
 
     def commit(self, applied: bool) -> None:
-        """Keep or drop the state that the last `transform` prepared."""
+        """Store the state that the last `transform` prepared if the step was applied; else discard it."""

@@ -1,4 +1,4 @@
-"""Counts of a run, and the metrics that they make."""
+"""Step counters of a run, and the metrics computed from outcomes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ class Counters(NamedTuple):
     """Steps of the run so far, restored with a checkpoint.
 
     Args:
-        attempted: calls for an optimizer step.
+        attempted: attempted optimizer steps.
         skipped: dropped by a rule.
         overflows: dropped by the fp16 loss scaler.
-        clipped: applied with a gradient made smaller by a bound.
-        overflows_in_a_row: overflows since the last step that was none.
+        clipped: applied with a gradient that a transform or a bound made smaller.
+        overflows_in_a_row: consecutive overflows up to the last step.
     """
 
     attempted: int = 0

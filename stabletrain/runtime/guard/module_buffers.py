@@ -1,4 +1,4 @@
-"""Copies of a module's buffers, to undo what a forward pass did to them; unchanged ones are not copied again."""
+"""Copies of a module's buffers, to undo changes by a forward pass; unchanged buffers are not copied again."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _RUNNING_STATISTICS = ("running_mean", "running_var")
 class ModuleBuffers:
     """Copies of a module's buffers, refreshed only for those that may have changed.
 
-    A buffer has changed when it is another tensor than before, or when its version counter moved (an in-place change;
-    one made through ``.data`` is invisible here). The kernels of batch and instance normalisation do not move the
-    counter, so running statistics always count as changed.
+    A buffer has changed if it is another tensor than before, or if its version counter has increased (an in-place
+    change; changes through ``.data`` are not detected). The kernels of batch and instance normalisation do not increase
+    the counter, so running statistics are always treated as changed.
 
     Args:
-        module: the module whose buffers are watched, non-persistent ones included.
+        module: the module with the buffers, non-persistent ones included.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -54,7 +54,8 @@ class ModuleBuffers:
         for i, _ in self._changed():
             child, name = self._owners[i]
             tensor, copy = self._tensors[i], self._copies[i]
-            if tensor is not None and copy is not None and not tensor.is_inference():  # those cannot have changed
+            # inference tensors cannot be changed in place
+            if tensor is not None and copy is not None and not tensor.is_inference():
                 with torch.no_grad():
                     tensor.copy_(copy)
             child._buffers[name] = tensor

@@ -14,7 +14,7 @@ DEFAULTS: dict[str, Any] = {"mode": "auto", "max_attempts": None, "events": None
 
 
 def changed_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those options of `Guard` that are not at their default.
+    """The options of `Guard` that differ from their defaults.
 
     >>> changed_options({"mode": "exact", "max_attempts": None})
     {'mode': 'exact'}
@@ -26,11 +26,12 @@ class Guard(GuardMember):
     """Options of the guard that all plugins of a Trainer share; needed only to change a default.
 
     Args:
-        mode: where decisions are made. ``"exact"``: the host reads loss and norm before each step. ``"device"``: clip
-            and skip ride on a fused optimizer's kernel, and the host never waits for the step in progress. ``"auto"``
-            (default): device on CUDA with a fused optimizer, else exact.
+        mode: where decisions are made. ``"exact"``: the host reads loss and norm before each step. ``"device"``: a
+            fused optimizer's kernel clips or skips, and the host never waits for the step in progress. ``"auto"``
+            (default): ``"device"`` on CUDA with a fused optimizer, without a loss scaler and without a per-step
+            scheduler of the module; else ``"exact"``.
         max_attempts: attempted steps after which the run is stopped, at least 1; None: twice ``max_steps`` if that is
-            set. It ends a run that would skip for ever.
+            set. It ends a run in which all steps are skipped.
         events: file for the event log, one JSON object per line; None: ``events.jsonl`` in the logger's folder.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Executing what rules asked for, at the end of the batch."""
+"""Execution of the rules' requests, at the end of the batch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stabletrain.runtime.stop import TrainingStopped
 
 
 def dispatch(request: Request, trainer: Trainer, module: LightningModule) -> bool:
-    """Give a request to the first callback that handles its kind; returns whether there is one."""
+    """Pass a request to the first callback that handles its kind; return whether there is one."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, RequestHandler) and request.kind in callback.handles:
             callback.handle_request(trainer, module, request)
@@ -37,7 +37,7 @@ def execute(
         requests: at least one.
         trainer: in a fit.
         module: the module that is trained.
-        report: records an event.
+        report: called with the event of a stop.
         step: the last attempted step, for the event.
 
     Raises:
@@ -47,7 +47,8 @@ def execute(
     if dispatch(request, trainer, module):
         return
     if request.kind is RequestKind.REWARM:
-        logger.warning("%s asks to re-warm the learning rate (%s), but no schedule can", request.plugin, request.reason)
+        text = "%s requests a second warm-up of the learning rate (%s), but no callback can execute it"
+        logger.warning(text, request.plugin, request.reason)
         return
     report(Event(step, request.plugin, "stop", math.nan, math.nan, request.reason))
     raise TrainingStopped(request.plugin, request.reason)

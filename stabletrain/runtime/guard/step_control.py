@@ -1,9 +1,9 @@
-"""Making a dropped step a batch never seen, bit for bit.
+"""Restores the state before a dropped step, bit for bit, as if its batches had never been seen.
 
-Parameters and optimizer state: ``optimizer.step`` of this one optimizer is wrapped; a dropped step runs forward and
-backward (the closure) and not the update. On the device, the fused kernel itself does nothing where ``found_inf`` is
-set. Buffers that forward changed (BatchNorm statistics) are restored to their values before the accumulation window.
-The module's own per-step scheduler and the global step do not move; nor does the loss scaler (see `LossScaling`).
+Parameters and optimizer state: ``optimizer.step`` of this one instance is wrapped; a dropped step runs forward and
+backward (the closure) but not the update. In device mode, the fused kernel does nothing if ``found_inf`` is set.
+Buffers that forward changed (BatchNorm statistics) are restored to their values before the accumulation window. The
+module's own per-step scheduler and the global step do not advance. For the loss scaler see `LossScaling`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from stabletrain.runtime.internals import trainer as trainer_internals
 
 
 class StepControl:
-    """Undoes what a dropped step has changed, and stops what it would change, for one fit.
+    """Undoes the changes of dropped steps, and prevents further ones, in one fit.
 
     Args:
         trainer: in a fit, with its optimizer set up.
@@ -43,31 +43,31 @@ class StepControl:
 
     @property
     def has_buffers(self) -> bool:
-        """Whether `start_window` has anything to do: the module has buffers."""
+        """Whether the module has buffers; without buffers `start_window` does nothing."""
         return len(self._buffers) > 0
 
     def start_window(self) -> None:
-        """An accumulation window starts: a dropped step puts the buffers back to what they are now."""
+        """Copy the buffers at the start of an accumulation window; a dropped step restores them."""
         self._buffers.stash()
 
     def start_decision(self) -> None:
-        """A decision is about to be made: the step is neither dropped nor frozen yet."""
-        # after an overflow the loss scaler does not call optimizer.step, so that a drop would be left over
+        """Reset the marks of the last step, before the next decision."""
+        # after an overflow the loss scaler does not call optimizer.step, which would reset the mark of a drop
         self._drop = self._frozen = False
 
     def drop(self) -> None:
-        """Decided on the host: do not apply the step in progress."""
+        """Do not apply the step in progress (decided on the host)."""
         self._drop = True
         self.freeze_step()
         self._buffers.restore()
 
     def freeze_step(self) -> None:
-        """The step in progress is not applied: global step and the module's own per-step scheduler do not move."""
+        """Keep the global step and the module's own per-step scheduler from advancing at the step in progress."""
         self._frozen = True
         trainer_internals.undo_global_step(self.trainer)
 
     def decide_on_device(self, grad_scale: Tensor, dropped: Tensor) -> None:
-        """Let the fused kernel divide the gradient by ``grad_scale``, or do nothing where ``dropped`` is 1."""
+        """Make the fused kernel divide the gradient by ``grad_scale``, or do nothing if ``dropped`` is 1."""
         self.optimizer.grad_scale = grad_scale  # type: ignore[attr-defined]
         self.optimizer.found_inf = dropped  # type: ignore[attr-defined]
         self._buffers.restore_where(dropped)
@@ -84,14 +84,14 @@ class StepControl:
         self.optimizer.__dict__.pop("found_inf", None)
 
     def _replace(self, owner: object, name: str, method: Callable[..., Any]) -> None:
-        # torch's schedulers leave a method of their own on the optimizer: undo must put that one back
+        # torch's schedulers may have set an instance method on the optimizer, which undo must restore
         self._replaced.append((owner, name, owner.__dict__.get(name)))
         owner.__dict__[name] = method
 
     def _wrap_optimizer_step(self) -> None:
         inner = self.optimizer.step
 
-        @functools.wraps(inner)  # keeps the mark that torch's schedulers look for
+        @functools.wraps(inner)  # keeps the attributes that torch's schedulers check
         def step(optimizer: Optimizer, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
             result = None
             if closure is not None:

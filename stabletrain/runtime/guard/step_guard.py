@@ -1,4 +1,4 @@
-"""The guard: measures a step, asks every rule for its limits, acts once, and gives the outcome to the rules.
+"""The guard: measures a step, gets the limits of every rule, acts once, and passes the outcome to the rules.
 
      history --limits()-->  Limits --+
                                      +-->  ACT once:  skip? clip by?  -->  optimizer.step  -->  Outcome
@@ -6,12 +6,12 @@
         ^                                                                                         |
         +------------ history <--observe()--> events, requests (rewarm < rollback < stop) <-------+
 
-One guard serves all plugins of a Trainer; the first plugin in ``trainer.callbacks`` passes Lightning's hooks on to it.
-limits(t + 1) use outcomes up to t, always, in two modes of one path:
+All plugins of a Trainer share one guard; the first plugin in ``trainer.callbacks`` forwards Lightning's hooks to it.
+The limits of step t + 1 always use the outcomes up to step t, in both modes:
 
-* *exact*: the host reads loss and norm before the step. Nothing is multiplied when nothing is to be clipped.
-* *device*: the decision rides on the fused kernel's ``grad_scale`` and ``found_inf``; the host reads the outcome just
-  before the next step, when the next backward is already queued.
+* *exact*: the host reads loss and norm before the step. The gradient is multiplied only if it is clipped.
+* *device*: the decision is passed to the fused kernel as ``grad_scale`` and ``found_inf``; the host reads the outcome
+  just before the next step, when the next backward is already queued.
 
 docs/architecture.md shows where in Lightning's loop each method is called.
 """
@@ -53,7 +53,7 @@ class StepGuard:
     """The shared guard of one Trainer, for one fit.
 
     Args:
-        trainer: the trainer whose callbacks hold the members.
+        trainer: the trainer whose callbacks contain the members.
         module: the module that is trained.
         members: all callbacks that share this guard, in the order of the list.
         mode: where decisions are made; ``"auto"`` chooses by device, optimizer and loss scaler.
@@ -80,10 +80,10 @@ class StepGuard:
         self.mode = mode
         self.counters = Counters()
         self.metrics = MetricsWindow()
-        folder = trainer.log_dir or trainer.default_root_dir  # asks all ranks: not only on rank 0
+        folder = trainer.log_dir or trainer.default_root_dir  # log_dir is a collective: called on every rank
         path = events or Path(folder) / run_files.EVENTS
         quiet = not trainer.is_global_zero or trainer_internals.is_fast_dev_run(trainer)
-        self.events = EventLog(None if quiet else path, speak=trainer.is_global_zero)
+        self.events = EventLog(None if quiet else path, log_warnings=trainer.is_global_zero)
         self._max_attempts = max_attempts or (2 * trainer.max_steps if trainer.max_steps > 0 else None)
         self._rules = [cast(RuleMember, m) for m in members if m.sets_limits]
         # transforms do not commute: they run in the order of their names, whatever the order of the list
@@ -102,7 +102,7 @@ class StepGuard:
     # ---- the fit ----------------------------------------------------------------------------------------------------
 
     def open(self) -> None:
-        """``on_fit_start``: the optimizer exists. Choose the mode, take control of its steps, set the first rate."""
+        """``on_fit_start``: the optimizer exists. Choose the mode, and wrap the optimizer's step."""
         for member in self.members:
             member.on_optimizer_ready(self.trainer)
         support.check_optimizer(self.trainer)
@@ -119,7 +119,7 @@ class StepGuard:
         self.is_open = True
 
     def close(self) -> None:
-        """``teardown`` and ``on_exception``: undo everything; calling it again does nothing."""
+        """``teardown`` and ``on_exception``: restore everything that was replaced; a second call does nothing."""
         self.is_open = False
         while self._undo:
             self._undo.pop()()
@@ -129,21 +129,21 @@ class StepGuard:
     # ---- one step ---------------------------------------------------------------------------------------------------
 
     def start_batch(self) -> None:
-        """``on_train_batch_start``: the first micro-batch of a window fixes what a dropped step goes back to."""
+        """``on_train_batch_start``: copy the buffers before the first micro-batch of a window."""
         if self.window.is_empty and self._control is not None:
             self._control.start_window()
 
     def take_loss(self, loss: Tensor) -> None:
-        """``on_before_backward``: the loss of a micro-batch, divided by the window's size, times the loss scale."""
+        """``on_before_backward``: store a micro-batch's loss, divided by the window's size, times the loss scale."""
         self.window.add(loss)
 
     def decide(self, optimizer: Optimizer) -> None:
-        """``on_before_optimizer_step``: gradients are complete. Measure, ask the rules, act."""
+        """``on_before_optimizer_step``: gradients are complete. Measure, get the limits, act."""
         self.settle()
         if self.window.is_empty and self.ranks.size == 1:
-            return  # training_step returned None: there was no backward pass, so there is no step to judge
+            return  # training_step returned None: there was no backward pass, so there is no step
         self.control.start_decision()
-        loss = self._window_loss()  # first: the other ranks wait for it
+        loss = self._window_loss()  # a collective: also called by ranks without a loss
         if loss is None or not self._scaling.unscale(optimizer):
             return
         grads = gradients.of(self._parameters)
@@ -157,7 +157,7 @@ class StepGuard:
 
     def end_batch(self) -> None:
         """``on_train_batch_end``: rules observe the outcome, requests are executed, metrics are sent."""
-        # in device mode the host does not wait, unless this may be the last batch: no later hook would settle the step
+        # in device mode the next step settles this one, unless this may be the last batch
         if not self.on_device or trainer_internals.may_be_last_batch(self.trainer):
             self.settle()
         if self._attempted:
@@ -173,7 +173,7 @@ class StepGuard:
             execute(requests, self.trainer, self.module, self.report, self.counters.attempted - 1)
 
     def settle(self) -> None:
-        """Turn the outcome in flight into history; does nothing if there is none."""
+        """Read the pending outcome and pass it to all members; does nothing if there is none."""
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
@@ -197,13 +197,13 @@ class StepGuard:
 
     @property
     def decided(self) -> int:
-        """Attempted steps, the one in flight included."""
+        """Attempted steps, including one whose outcome is pending."""
         return self.counters.attempted + (self._pending is not None)
 
     def after_restore(self, overflows_in_a_row: int) -> None:
         """After the state of an earlier step was restored, drop pending losses and requests.
 
-        Attempted steps are counted on.
+        The count of attempted steps is not restored.
 
         Args:
             overflows_in_a_row: as it was at that step.
@@ -233,7 +233,7 @@ class StepGuard:
     ) -> Callable[[], Outcome]:
         loss_value, norm = _read(loss, grad_norm)
         scale, overflow = self._scaling.scale, self._scaling.found_nonfinite(self.control.optimizer)
-        # at a finite loss a non-finite gradient is the loss scaler's business: it lowers the scale
+        # a non-finite gradient at a finite loss is an overflow: the loss scaler drops the step and lowers the scale
         skipped = limits.skips_step(loss_value, norm) and not (overflow and math.isfinite(loss_value))
         overflow = overflow and not skipped
         transformed = norm
@@ -309,5 +309,6 @@ class StepGuard:
 def _read(loss: Tensor, grad_norm: Tensor) -> tuple[float, float]:
     if loss.device.type == "cpu" or loss.device != grad_norm.device:
         return loss.item(), grad_norm.item()
-    loss_value, norm = torch.stack([loss.double(), grad_norm.double()]).tolist()  # one wait, not two
+    # one device synchronization instead of two
+    loss_value, norm = torch.stack([loss.double(), grad_norm.double()]).tolist()
     return loss_value, norm

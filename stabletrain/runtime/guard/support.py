@@ -1,4 +1,4 @@
-"""What the guard does not support, refused before the first step with the reason and what to do instead."""
+"""Errors for setups that the guard does not support, raised before the first step, with what to do instead."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DecisionMode: TypeAlias = Literal["auto", "exact", "device"]
 
 
 def check_setup(trainer: Trainer, module: LightningModule, members: Sequence[Callback]) -> None:
-    """Refuse what is known before the optimizer exists.
+    """Raise errors for unsupported setups that are known before the optimizer exists.
 
     Args:
         trainer: in ``setup`` of a fit.
@@ -28,8 +28,8 @@ def check_setup(trainer: Trainer, module: LightningModule, members: Sequence[Cal
         members: the callbacks that share the guard.
 
     Raises:
-        UserError: for manual optimization, a strategy that steps by itself, a second clipper, or a hook that cannot be
-            called.
+        UserError: for manual optimization, a strategy that steps by itself, a second clipper, or a wrong hook
+            (see `check_hooks`).
     """
     if not module.automatic_optimization:
         raise UserError(
@@ -51,25 +51,25 @@ def check_setup(trainer: Trainer, module: LightningModule, members: Sequence[Cal
 
 
 def check_optimizer(trainer: Trainer) -> None:
-    """Refuse optimizers that the guard cannot guard. Several of them exist only with manual optimization.
+    """Raise an error for unsupported optimizers. Several optimizers exist only with manual optimization.
 
     Raises:
         UserError: for no optimizer, and for LBFGS.
     """
     if not any(group["params"] for group in trainer.optimizers[0].param_groups):
         raise UserError(
-            "stabletrain plugins guard an optimizer, and configure_optimizers returned none. Return one, or remove the "
+            "stabletrain plugins need an optimizer, but configure_optimizers returned none. Return one, or remove the "
             "plugins."
         )
     if isinstance(trainer.optimizers[0], torch.optim.LBFGS):
         raise UserError(
-            "stabletrain plugins cannot guard LBFGS: it evaluates the loss several times within one step, so there is "
-            "no single gradient to judge. Use a first-order optimizer, or remove the plugins."
+            "stabletrain plugins do not support LBFGS: it evaluates the loss several times within one step, so there "
+            "is no single gradient to measure. Use a first-order optimizer, or remove the plugins."
         )
 
 
 def warn_of_local_parameters(ranks: Ranks, module: LightningModule) -> None:
-    """Warn on every rank alike of trained parameters that nothing keeps equal on the ranks."""
+    """Log a warning if there are trained parameters whose copies may differ between the ranks."""
     names = ranks.local_parameters(module.named_parameters())
     if names and ranks.is_first:
         logger.warning(
@@ -81,7 +81,7 @@ def warn_of_local_parameters(ranks: Ranks, module: LightningModule) -> None:
 
 
 def decides_on_device(trainer: Trainer, mode: DecisionMode, device: torch.device) -> bool:
-    """Whether decisions ride on the optimizer's kernel (device mode), or the host reads first (exact mode).
+    """Whether the optimizer's kernel executes decisions (device mode), or the host reads first (exact mode).
 
     Args:
         trainer: in a fit, with its optimizer.
@@ -106,7 +106,7 @@ def _obstacle_to_device_mode(trainer: Trainer) -> str | None:
     if LossScaling(trainer).is_active:
         return "the GradScaler uses the same kernel arguments"
     if any(config.interval == "step" for config in trainer.lr_scheduler_configs):
-        return "the module's own per-step scheduler could not be held in time; ScheduleLR can"
+        return "the module's own per-step scheduler advances before the outcome is known; use ScheduleLR instead"
     return None
 
 

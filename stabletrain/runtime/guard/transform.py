@@ -1,4 +1,4 @@
-"""The Lightning side of a per-tensor transform of the gradients."""
+"""Base class of per-tensor transforms of the gradients."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from stabletrain.runtime.guard.callbacks import PluginMember
 
 @dataclass(eq=False)
 class TransformCallback(PluginMember, ABC):
-    """A per-tensor change of the gradients, made between the raw norm and the bounds.
+    """A per-tensor change of the gradients, after the raw norm is computed and before the bounds are applied.
 
     A subclass is a ``@dataclass(eq=False)`` of its arguments. Transforms do not commute, so they run in the order of
     their plugins' names. State that depends on past steps lives in device tensors: `transform` prepares the next
-    state, `commit` takes it over if the step is applied. In both modes of the guard, `commit` is called before the next
+    state, `commit` stores it if the step is applied. In both modes of the guard, `commit` is called before the next
     `transform` and before any checkpoint.
 
     Args:
@@ -32,7 +32,7 @@ class TransformCallback(PluginMember, ABC):
 
     @abstractmethod
     def transform(self, names: Sequence[str], parameters: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-        """Change gradients in place, through `stabletrain.runtime.gradients`; never wait for the device.
+        """Change gradients in place, with `stabletrain.runtime.gradients`, without a device synchronization.
 
         Args:
             names: of the parameters that have a gradient, at least one, in the optimizer's order.

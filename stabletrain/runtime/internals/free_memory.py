@@ -1,4 +1,4 @@
-"""How much memory there is to take: of the machine, of a container's share of it, of a CUDA device."""
+"""Free memory of the machine, of its container, and of a CUDA device."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def host_memory(cgroup: Path = _CGROUP) -> int:
-    """Main memory that processes here may still take together, bytes.
+    """Free main memory of this machine or container, in bytes.
 
     Args:
-        cgroup: where a container's limits are.
+        cgroup: folder with the container's limits.
     """
     free = int(psutil.virtual_memory().available)
     left = _left_in_container(cgroup)
@@ -22,13 +22,13 @@ def host_memory(cgroup: Path = _CGROUP) -> int:
 
 
 def device_memory(device: torch.device) -> int:
-    """Memory that this process may still take on a CUDA device, bytes; what torch keeps for itself is free."""
+    """Free memory of a CUDA device, in bytes, including memory that torch's allocator has reserved and not used."""
     free, _ = torch.cuda.mem_get_info(device)
     return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def _left_in_container(cgroup: Path) -> int | None:
-    """What a container's limit leaves; None if there is no limit. The kernel gives cached files back when asked."""
+    """Bytes left within a container's limit, with cached files counted as free; None if there is no limit."""
     version_2 = "memory.max", "memory.current", "memory.stat", "inactive_file"
     version_1 = "memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"
     for limit, usage, statistics, cached in (version_2, (*version_1, "total_inactive_file")):
@@ -36,6 +36,6 @@ def _left_in_container(cgroup: Path) -> int | None:
             most, used = int((cgroup / limit).read_text()), int((cgroup / usage).read_text())
             pairs = (line.split() for line in (cgroup / statistics).read_text().splitlines())
             return most - used + next((int(value) for key, value in pairs if key == cached), 0)
-        except (OSError, ValueError):  # not there, or "max"
+        except (OSError, ValueError):  # the file is missing, or contains "max"
             continue
     return None

@@ -47,13 +47,13 @@ def set_global_step(trainer: Trainer, step: int) -> None:
 
 
 def epoch_averages(trainer: Trainer) -> dict[str, dict[str, Any]]:
-    """What ``self.log(on_epoch=True)`` has accumulated in this epoch; its tensors are replaced, never written to."""
+    """The averages of ``self.log(on_epoch=True)`` in this epoch; Lightning replaces their tensors at each update."""
     results = trainer.fit_loop.epoch_loop._results
     return {key: dict(metric_fields(metric)) for key, metric in results.items()}
 
 
 def set_epoch_averages(trainer: Trainer, saved: dict[str, dict[str, Any]]) -> None:
-    """Restore the averages; those that were logged for the first time since then are removed.
+    """Restore the averages; those that were first logged after they were saved are removed.
 
     Args:
         trainer: in a fit.
@@ -96,6 +96,6 @@ def averages_in(callback: Callback, module: LightningModule) -> list[nn.Module]:
 
 
 def state_holders(optimizer: Optimizer) -> list[Optimizer]:
-    """The optimizer and those that it wraps; ZeroRedundancyOptimizer has its state in ``.optim``."""
+    """The optimizer and the optimizers that it wraps: ZeroRedundancyOptimizer has its state in ``.optim``."""
     inner = [each for each in vars(optimizer).values() if isinstance(each, Optimizer)]
     return [optimizer, *(holder for each in inner for holder in state_holders(each))]

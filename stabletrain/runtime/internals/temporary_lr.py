@@ -31,7 +31,7 @@ class TemporaryLR:
         """Multiply the learning rates; an earlier `scale` is undone first.
 
         Args:
-            optimizer: its step is next.
+            optimizer: the optimizer whose step is called next.
             factor: for every learning rate.
         """
         self.put_back()

@@ -1,7 +1,8 @@
-"""Every private attribute of Lightning's Trainer and of torch that stabletrain touches, each with a test.
+"""Every use of private attributes of Lightning's Trainer and of torch, each with a test.
 
-`loader` and `state` hold those of the train loaders and of the state of a run. No other module uses private attributes,
-so a new version of Lightning that moves one breaks one function and its test in tests/runtime/internals.
+The modules `loader` and `state` contain those of the train loaders and of the state of a run. No other module uses
+private attributes, so if a new version of Lightning changes one, a single function and its test in
+tests/runtime/internals fail.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def undo_global_step(trainer: Trainer) -> None:
 
 
 def logger_step(trainer: Trainer) -> int:
-    """The step that Lightning gives to loggers: attempted optimizer steps."""
+    """The step that Lightning passes to loggers: attempted optimizer steps."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
@@ -114,7 +115,7 @@ def handles_own_steps(trainer: Trainer) -> bool:
 
 
 def scheduler_interval(trainer: Trainer, scheduler: Any) -> str | None:
-    """``"step"`` or ``"epoch"``: when Lightning steps this scheduler of the module; None if it does not know it."""
+    """``"step"`` or ``"epoch"``: when Lightning steps a scheduler of the module; None if Lightning does not step it."""
     for config in trainer.lr_scheduler_configs:
         if config.scheduler is scheduler:
             return str(config.interval)
@@ -142,15 +143,15 @@ def unwrapped(module: LightningModule) -> LightningModule:
 
 
 def dump_checkpoint(trainer: Trainer) -> dict[str, Any]:
-    """The content of a checkpoint; its tensors are the live ones. Must be called on all ranks.
+    """The content of a checkpoint; its tensors are not copied. A collective.
 
-    Calls what `before_checkpoint` was given first.
+    The functions registered with `before_checkpoint` are called first.
     """
     return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
 
 
 def window_is_open(trainer: Trainer) -> bool:
-    """Whether gradients of the batches so far wait for more before the optimizer steps (accumulation).
+    """Whether gradients are accumulated for which the optimizer has not stepped yet.
 
     False before the first batch of an epoch.
     """
@@ -171,7 +172,7 @@ def reads_own_checkpoints(trainer: Trainer) -> bool:
 
 
 def sigterm_is_lightnings(trainer: Trainer) -> bool:
-    """Whether Lightning's fit alone handles SIGTERM: no other handler was installed before or since."""
+    """Whether Lightning's handler of SIGTERM is installed, and no other handler was installed before or after it."""
     connector = trainer._signal_connector
     before = connector._original_handlers.get(signal.SIGTERM)
     lightnings = type(signal.getsignal(signal.SIGTERM)).__module__ == type(connector).__module__

@@ -17,15 +17,15 @@ class EventLog:
 
     Args:
         path: file to append JSON lines to; None: memory only (as on ranks other than 0).
-        speak: log events as warnings: of each plugin and kind the 1st, 2nd, 4th, 8th ... so that many events of one
-            kind do not hide the others.
+        log_warnings: log events as warnings: of each plugin and kind the 1st, 2nd, 4th, 8th ... so that many events of
+            one kind do not hide the others.
     """
 
-    def __init__(self, path: Path | None, speak: bool = True) -> None:
+    def __init__(self, path: Path | None, log_warnings: bool = True) -> None:
         self._file = JsonLines(path, "events")
         self.recent: deque[Event] = deque(maxlen=10_000)
         self.counts: Counter[tuple[str, str]] = Counter()
-        self._speak = speak
+        self._log_warnings = log_warnings
 
     def append(self, event: Event) -> None:
         """Record an event."""
@@ -33,7 +33,7 @@ class EventLog:
         key = (event.plugin, event.kind)
         self.counts[key] += 1
         count = self.counts[key]
-        if self._speak and count & (count - 1) == 0:
+        if self._log_warnings and count & (count - 1) == 0:
             times = "" if count == 1 else f" (number {count} of its kind)"
             logger.warning("step %d: %s: %s%s", event.step, event.plugin, event.reason, times)
         self._file.append(event.to_json())

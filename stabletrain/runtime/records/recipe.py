@@ -12,7 +12,7 @@ import yaml
 from stabletrain.runtime.records.run_files import RUN_YAML
 
 _NOT_TRAINED = ("run_dir", "resume", "logger", "launch", "trust", "callbacks", "choices", "dry_run")
-"""Keys that say where a run is and how it is logged, not what is trained."""
+"""Keys that are excluded from the hash: they say where and how a run is executed and logged."""
 
 
 def recipe_hash(folder: Path, but: tuple[str, ...] = ()) -> str | None:
@@ -39,5 +39,5 @@ def recipe_hash(folder: Path, but: tuple[str, ...] = ()) -> str | None:
 
 
 def _without_replay(node: Any) -> Any:
-    """A plugin's node without ``replay``: a run that replays the interventions of another trains the same."""
+    """A plugin's node without ``replay``, so that a run may replay the interventions of another run."""
     return {key: value for key, value in node.items() if key != "replay"} if isinstance(node, dict) else node

@@ -1,4 +1,4 @@
-"""The names of the files in a run's folder: one table for everyone who writes or reads them. Standard library only.
+"""The names of the files in a run's folder, for all modules that write or read them. Standard library only.
 
 | name                   | written by                         | holds                                             |
 |------------------------|------------------------------------|---------------------------------------------------|
@@ -7,8 +7,8 @@
 | `result.json`          | the worker, or else the launcher   | how the run ended                                 |
 | `job.sbatch`           | the launcher, with SLURM           | the batch script; its output is `slurm-<job>.out` |
 | `checkpoints/`         | checkpoint callbacks               | checkpoints; `interrupted.ckpt` after a signal    |
-| `events.jsonl`         | the guard                          | what rules and transforms reported                |
-| `interventions.jsonl`  | plugins that restore earlier state | what they did, to repeat it                       |
+| `events.jsonl`         | the guard                          | the events of all plugins                         |
+| `interventions.jsonl`  | plugins that restore earlier state | the rollbacks, to replay them                     |
 | `diagnosis-<step>/`    | plugins that stop a run            | a report of the model's state                     |
 | `metrics-unsent.jsonl` | the MLflow logger                  | metrics that the store did not accept             |
 | `sample.txt`           | the text workload                  | a sample of the trained model                     |

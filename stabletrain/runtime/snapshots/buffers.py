@@ -1,9 +1,9 @@
 """Copies of tensors in memory at the speed of a plain memcpy, into buffers allocated and written beforehand.
 
 The first write to a fresh page of memory costs a page fault, which makes a copy into new tensors 3 to 60 times slower
-than one into buffers that have been written before. So buffers are used again while the layout stays the same. One
-thread does not reach the memory's bandwidth, so a large copy is divided among up to four: training waits for the copy,
-and the processor's cores are idle.
+than one into buffers that have been written before. So buffers are reused while the layout stays the same. One thread
+cannot use the full memory bandwidth, so a large copy is divided among up to four threads; the cores are idle then,
+because training waits for the copy.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from stabletrain.runtime.snapshots.tensor_kinds import plain_tensors as plain_te
 
 _THREADS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 _THREADS_FROM = 32 << 20
-"""Size of a copy, bytes, from which more than one thread is started; a start costs 0.1 ms."""
+"""Size of a copy in bytes from which on several threads are used; starting a thread costs 0.1 ms."""
 
 Where: TypeAlias = Literal["host", "device"]
 _Layout: TypeAlias = tuple[torch.dtype, torch.Size, tuple[int, ...], torch.device]

@@ -21,7 +21,7 @@ class DiskBuffers(SnapshotBuffers):
 
     Args:
         folder: on a local disk with space for the snapshot; made if missing.
-        owner: who takes the snapshots; errors begin with it.
+        owner: name of the plugin that takes the snapshots; errors begin with it.
         remedy: what the user can do when the folder cannot hold them; errors end with it.
 
     Raises:
@@ -48,7 +48,7 @@ class DiskBuffers(SnapshotBuffers):
                 os.unlink(name)
         except OSError as error:
             raise UserError(
-                f"{self._owner}: a snapshot cannot be kept in {self._folder}: {error.strerror} "
-                f"({size / 2**20:.0f} MiB wanted); {self._remedy}"
+                f"{self._owner}: a snapshot cannot be stored in {self._folder}: {error.strerror} "
+                f"({size / 2**20:.0f} MiB needed); {self._remedy}"
             ) from error
         return memory.view(source.dtype).view(source.shape)

@@ -62,7 +62,7 @@ class _Part(NamedTuple):
 
 
 class Snapshot:
-    """Holds one state at a time and is used again for the next one: its memory is allocated and touched once.
+    """Holds one state at a time and is reused for the next one: its memory is allocated and touched once.
 
     Callbacks, the module and the data module can add state of their own: see `HasOwnState`.
 
@@ -90,7 +90,7 @@ class Snapshot:
         return self.step < 0
 
     def clear(self) -> None:
-        """Drop the state, but not the memory, which the next capture uses."""
+        """Drop the state; its memory is reused by the next capture."""
         self.step, self.mark = -1, None
 
     @_without_collection()
@@ -152,7 +152,7 @@ class Snapshot:
         trainer = guard.trainer
         live = list(_parts(guard))
         names = [part.name for part in live]
-        if names != self._names:  # refused before anything is changed
+        if names != self._names:  # checked before anything is changed
             changed = sorted(name for name in {*names, *self._names} if names.count(name) != self._names.count(name))
             raise SnapshotError(
                 f"the snapshot of step {self.applied} cannot be restored: parts of the run were added or removed since "

@@ -30,11 +30,11 @@ _SEQUENCES = frozenset({list, tuple, deque, set, frozenset})
 
 
 class SnapshotError(UserError):
-    """A state that cannot be restored: the live objects are no longer what they were."""
+    """A state cannot be restored, because the live objects have been replaced."""
 
 
 class TensorNode(NamedTuple):
-    """Stands for a tensor.
+    """Placeholder for a tensor.
 
     Args:
         first: index of its first plain tensor in the list.
@@ -58,7 +58,7 @@ class TensorNode(NamedTuple):
 
 
 class DictNode(NamedTuple):
-    """Stands for a dictionary.
+    """Placeholder for a dictionary.
 
     Args:
         kind: its class.
@@ -72,7 +72,7 @@ class DictNode(NamedTuple):
 
 
 class SequenceNode(NamedTuple):
-    """Stands for a list, tuple, named tuple, deque, set or frozenset.
+    """Placeholder for a list, tuple, named tuple, deque, set or frozenset.
 
     Args:
         kind: its class.
@@ -92,7 +92,7 @@ class SequenceNode(NamedTuple):
 
 
 class ObjectNode(NamedTuple):
-    """Stands for a value of any other kind.
+    """Placeholder for a value of any other kind.
 
     Args:
         value: the value, or a copy of it.
@@ -191,7 +191,7 @@ class Restorer:
 
         Args:
             node: skeleton of the value.
-            live: what is there now; anything.
+            live: the current value; anything.
             where: names it in an error.
 
         Raises:

@@ -23,7 +23,7 @@ def differences(one: Any, other: Any, where: str = "") -> Iterator[str]:
     """Yield every position at which two values differ, as a path with both values.
 
     Tensors and arrays are compared by dtype, shape and bits: a NaN equals only a NaN of the same bits. Of Python floats
-    all NaN are equal, since text and JSON know only one. Sets are compared in the order of their items' ``repr``.
+    all NaN are equal, since text and JSON have only one. Sets are compared in the order of their items' ``repr``.
 
     Args:
         one: numbers, texts, containers, tensors, arrays.

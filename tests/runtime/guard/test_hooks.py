@@ -41,8 +41,8 @@ class HalfAPair(Plugin):
     [
         (Misspelt, ["Misspelt has 'handle_requests'", "did you mean 'handle_request'?"]),
         (OtherArguments, ["OtherArguments.on_stability_event", "(trainer, event)", "(trainer, module, event)"]),
-        (NoKinds, ["NoKinds has handle_request and no handles"]),
-        (HalfAPair, ["HalfAPair has snapshot_state and no restore_state"]),
+        (NoKinds, ["NoKinds has handle_request but no attribute handles"]),
+        (HalfAPair, ["HalfAPair has snapshot_state but no restore_state"]),
     ],
 )
 def test_a_hook_that_would_fail_or_never_be_called_is_refused(made: Any, words: list[str]) -> None:

@@ -63,7 +63,7 @@ def test_a_rewarm_without_a_schedule_is_only_reported(caplog: pytest.LogCaptureF
     trainer = fit(Net(), batches(HEALTHY))
     with caplog.at_level("WARNING", "stabletrain"):
         execute([Request(RequestKind.REWARM, "ask", "because")], trainer, Net(), events.append, 0)
-    assert "but no schedule can" in caplog.text
+    assert "but no callback can execute it" in caplog.text
     with pytest.raises(TrainingStopped):
         execute([Request(RequestKind.ROLLBACK, "ask", "because")], trainer, Net(), events.append, 7)
     (event,) = events

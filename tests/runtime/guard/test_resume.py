@@ -107,7 +107,7 @@ def test_state_of_another_version_warns(tmp_path: Path) -> None:
     saved["callbacks"]["skip_outliers"]["state"].pop("norm")
     torch.save(saved, path)
     again = SkipOutliers()
-    with pytest.warns(UserWarning, match="skip_outliers: the checkpoint is of another version"):
+    with pytest.warns(UserWarning, match="skip_outliers: the checkpoint was written by another version"):
         fit(Net("adamw-loop"), ITEMS, SkipNonFinite(), again, ckpt_path=path, max_epochs=2)
     assert len(again.state.loss.past.window) == 6, "of the second epoch, which has two NaN"
 

@@ -74,7 +74,7 @@ def test_the_trainers_own_clipping_is_allowed_beside_a_skip() -> None:
     [
         (Net("adamw-loop"), {}, "AdamW has no kernel that can drop a step"),
         (Net("adamw-fused"), {"fp16": True}, "GradScaler"),
-        (Net("adamw-fused", "step"), {}, "ScheduleLR can"),
+        (Net("adamw-fused", "step"), {}, "use ScheduleLR instead"),
     ],
 )
 def test_device_mode_where_it_is_impossible(module: Net, options: dict[str, Any], word: str) -> None:

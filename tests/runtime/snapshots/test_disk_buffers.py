@@ -21,5 +21,5 @@ def test_buffers_on_disk_leave_nothing_behind(tmp_path: Path) -> None:
     buffers.copy_back(tensors)
     assert all(torch.equal(a, b) for a, b in zip(tensors, wanted, strict=True))
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"^mine: a snapshot cannot be kept in .*file.*; choose another$"):
+    with pytest.raises(UserError, match=r"^mine: a snapshot cannot be stored in .*file.*; choose another$"):
         DiskBuffers(tmp_path / "file", "mine", "choose another").copy_in(tensors)
