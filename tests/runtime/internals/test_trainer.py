@@ -7,6 +7,7 @@ import pytest
 import torch
 from fits import FUSED, HEALTHY, OPTIMIZERS, Net, batches, fit, scaler, trainer
 from lightning.pytorch import Callback
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from stabletrain.runtime.internals import trainer as trainer_internals
 
@@ -113,8 +114,13 @@ def test_supports_device_decisions(name: str) -> None:
 
 
 def test_handles_own_steps() -> None:
-    """Bug: an ordinary trainer is taken for one with DeepSpeed."""
+    """Bugs: an ordinary trainer is taken for one with DeepSpeed; one with DeepSpeed is guarded, and never skips."""
+
+    class Engine(SingleDeviceStrategy):
+        handles_gradient_accumulation = True
+
     assert trainer_internals.handles_own_steps(trainer()) is False
+    assert trainer_internals.handles_own_steps(trainer(strategy=Engine("cpu"))) is True
 
 
 def test_scheduler_interval() -> None:
