@@ -5,8 +5,9 @@ Importing this package is cheap: every name is loaded on first use.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from stabletrain.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from stabletrain.tracking.comparison import Comparison, RunSummary, compare, comparison_url, side_by_side
@@ -51,13 +52,7 @@ __all__ = [
     "write_environment",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy_exports(__name__, _MODULES)
 
 
 def __dir__() -> list[str]:

@@ -1,7 +1,8 @@
 """The small LightningModules and LightningDataModules that the recipes train. Loaded on first use."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from stabletrain.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from stabletrain.workloads.char_gpt import CharGPT
@@ -20,11 +21,7 @@ _MODULES = {
     "ShakespeareData": "shakespeare_data",
 }
 
-
-def __getattr__(name: str) -> object:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; expected one of {', '.join(__all__)}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+__getattr__ = lazy_exports(__name__, _MODULES)
 
 
 def __dir__() -> list[str]:

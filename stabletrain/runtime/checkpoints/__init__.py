@@ -5,8 +5,9 @@ Every name is loaded on first use, so that `newest_file` can be imported without
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from stabletrain.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from stabletrain.runtime.checkpoints.loading import load, newest, verify
@@ -28,8 +29,4 @@ _MODULES = {
     "verify": "loading",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+__getattr__ = lazy_exports(__name__, _MODULES)
