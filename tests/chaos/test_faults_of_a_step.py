@@ -37,6 +37,9 @@ def test_one_element_of_one_gradient(train, value):
     run = train(BadGradient(at_step=3, value=value), batches=5)
     bad = [[int((~g.isfinite()).sum()) for g in grads] for grads in run.record.grads[:4]]
     assert bad == [[0, 0, 0, 0]] * 3 + [[1, 0, 0, 0]]
+    faulty, plain = run.record.grads[3], train(batches=5).record.grads[3]
+    others = faulty[0].isfinite()
+    assert_same([faulty[0][others], *faulty[1:]], [plain[0][others], *plain[1:]])
     assert clean(run.module)
 
 

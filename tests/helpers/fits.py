@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import bitsandbytes
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
@@ -28,6 +27,15 @@ HEALTHY, NAN_LOSS, NAN_GRAD, INF_GRAD, HIGH_LOSS, LARGE_GRAD = range(6)
 LOST = (NAN_LOSS, NAN_GRAD, INF_GRAD, HIGH_LOSS)
 """The faults for which `SkipNonFinite` or `SkipHighLoss` drop a step."""
 
+
+def adamw_8bit(parameters: Any, lr: float, **options: Any) -> Optimizer:
+    """With 8-bit state for small parameters too; imported here, since that takes longer than most fits."""
+    import bitsandbytes
+
+    optimizer: Optimizer = bitsandbytes.optim.AdamW8bit(parameters, lr, min_8bit_size=16, **options)
+    return optimizer
+
+
 MakeOptimizer = Callable[[Any], Optimizer]
 OPTIMIZERS: dict[str, MakeOptimizer] = {
     "adamw-loop": lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.1, foreach=False),
@@ -35,7 +43,7 @@ OPTIMIZERS: dict[str, MakeOptimizer] = {
     "adamw-fused": lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.1, fused=True),
     "sgd-momentum": lambda p: torch.optim.SGD(p, 0.01, momentum=0.9, weight_decay=0.1),
     "sgd-fused": lambda p: torch.optim.SGD(p, 0.01, momentum=0.9, weight_decay=0.1, fused=True),
-    "adamw-8bit": lambda p: bitsandbytes.optim.AdamW8bit(p, 0.01, weight_decay=0.1, min_8bit_size=16),
+    "adamw-8bit": lambda p: adamw_8bit(p, 0.01, weight_decay=0.1),
 }
 FUSED = ("adamw-fused", "sgd-fused")
 

@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import bitsandbytes
 import numpy as np
 import torch
 import torchmetrics
-from fits import assert_same, everything, scaler
+from fits import adamw_8bit, assert_same, everything, scaler
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
@@ -60,7 +59,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "fused": lambda p: torch.optim.AdamW(p, 1e-2, fused=True),
     "tensor-lr": lambda p: torch.optim.AdamW(p, torch.tensor(1e-2), capturable=False, foreach=False),
     "sgd": lambda p: torch.optim.SGD(p, 1e-2, momentum=0.9),
-    "adamw-8bit": lambda p: bitsandbytes.optim.AdamW8bit(p, 1e-2, min_8bit_size=16),
+    "adamw-8bit": lambda p: adamw_8bit(p, 1e-2),
     "lbfgs-like": lambda p: Moving(p),
 }
 
