@@ -158,7 +158,13 @@ class ResumeExactly(Callback):
                 "checkpoint saved at the end of an epoch."
             )
         mine = everyone[rank % len(everyone)]
-        positions = [LoaderState.from_plain(plain) for plain in mine["loaders"]]
+        try:
+            positions = [LoaderState.from_plain(plain) for plain in mine["loaders"]]
+        except (KeyError, TypeError):
+            rank_zero_warn(
+                f"{_NAME}: the checkpoint is of another version of stabletrain: its data position is not read"
+            )
+            return
         if len(everyone) != size:
             positions = [position._replace(length=None, last=None) for position in positions]
         self._loader.resume_at(positions, mine["rng"] if rank < len(everyone) else None)

@@ -397,6 +397,20 @@ def test_a_checkpoint_without_our_state_gives_a_warning_and_resumes_as_lightning
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+@pytest.mark.filterwarnings("ignore:resume_exactly. the checkpoint holds no state")
+def test_a_checkpoint_of_another_version_gives_a_warning(tmp_path):
+    """Bug: a TypeError from inside, where every other plugin warns and starts with an empty history."""
+    path = checkpoint_within_an_epoch(tmp_path)
+    checkpoint = torch.load(path, weights_only=True)
+    state = checkpoint["callbacks"]["resume_exactly"]["ranks"][0]["loaders"][0]
+    state["renamed"] = state.pop("batches")
+    torch.save(checkpoint, path)
+    with pytest.warns(UserWarning, match="resume_exactly: the checkpoint is of another version"):
+        model, _ = fit(tmp_path, LOADERS["in order"], ckpt_path=path, max_epochs=1)
+    assert len(model.seen) == BATCHES - 5
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
 def test_a_checkpoint_with_our_state_loads_without_us(tmp_path):
     path = checkpoint_within_an_epoch(tmp_path)
     model, _ = fit(tmp_path, LOADERS["in order"], ckpt_path=path, callbacks=[], max_epochs=1)

@@ -141,7 +141,8 @@ class Snapshot:
             guard: of the run.
             loader: as for `capture`; it is rewound to the snapshot's position.
             cause: passed to ``Rule.rebase`` of every rule, such as ``"rollback"``.
-            exclude: item ids of batches that the loader does not return again (`TrainLoader.batches_since`).
+            exclude: numbers on the tape of batches that the loader does not return again
+                (`TrainLoader.batches_since`).
 
         Raises:
             SnapshotError: if the snapshot is empty, or model or optimizer are no longer those of the snapshot.
