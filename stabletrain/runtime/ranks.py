@@ -8,9 +8,9 @@ from typing import Literal, TypeAlias
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 Placement: TypeAlias = Literal["sharded", "replicated", "local"]
 """Distribution of a parameter over the ranks: in parts, as equal copies, or as copies that may differ."""
@@ -62,17 +62,22 @@ class Ranks:
     def placement(self, parameter: Tensor) -> Placement:
         """The distribution of a parameter over the ranks.
 
-        A DTensor has it as an attribute. A plain tensor is ``"replicated"`` if DistributedDataParallel averages its
-        gradients, and ``"local"`` under strategies that shard some modules and do not average the other gradients.
+        A DTensor has it as an attribute. A plain tensor is ``"sharded"`` under FSDP's first version, ``"local"`` under
+        a ModelParallelStrategy that trains on different data and averages the gradients of sharded modules only, and
+        otherwise ``"replicated"``: DistributedDataParallel averages all gradients, and so is assumed of other
+        strategies.
         """
         if isinstance(parameter, DTensor):
             return "replicated" if all(each.is_replicate() for each in parameter.placements) else "sharded"
-        return "replicated" if self.size == 1 or self._averages_all else "local"
+        if isinstance(self._strategy, FSDPStrategy):
+            return "sharded"
+        return "local" if self._averages_sharded_modules_only else "replicated"
 
     def local_parameters(self, named: Iterable[tuple[str, Tensor]]) -> list[str]:
         """The names of the trained parameters whose copies may differ between the ranks."""
         return [name for name, p in named if p.requires_grad and self.placement(p) == "local"]
 
     @property
-    def _averages_all(self) -> bool:
-        return isinstance(self._strategy.model, DistributedDataParallel)
+    def _averages_sharded_modules_only(self) -> bool:
+        strategy = self._strategy
+        return isinstance(strategy, ModelParallelStrategy) and strategy.device_mesh["data_parallel"].size() > 1

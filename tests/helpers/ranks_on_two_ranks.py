@@ -25,6 +25,13 @@ class HalfSharded(two_ranks.Net):
             fully_shard(self.net[0], mesh=self.device_mesh["data_parallel"])
 
 
+class Plain(two_ranks.Net):
+    """Nothing is sharded."""
+
+    def configure_model(self) -> None:
+        return
+
+
 class Placements(Callback):
     """Records the placements at the end of the fit; after it the strategy has no model."""
 
@@ -70,6 +77,9 @@ def train(folder: Path, kind: str, module: Any) -> dict[str, Any]:
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     whole = two_ranks.Net
-    for name, kind, module in (("ddp", "ddp", whole), ("fsdp2", "fsdp2", whole), ("half", "fsdp2", HalfSharded)):
+    cases = [("ddp", "ddp", whole), ("fsdp2", "fsdp2", whole), ("half", "fsdp2", HalfSharded), ("tp", "tp", Plain)]
+    for name, kind, module in cases:
         result = train(folder, kind, module)
         (folder / f"{name}-{dist.get_rank()}.json").write_text(json.dumps(result))
+    dist.barrier()
+    dist.destroy_process_group()  # the groups of several meshes abort the process when it ends with them

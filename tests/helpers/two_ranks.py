@@ -20,7 +20,9 @@ NAN_AT = 5
 
 
 def strategy(kind: str) -> Strategy:
-    """``"ddp"`` or ``"fsdp2"``, for two ranks on the CPU."""
+    """``"ddp"``, ``"fsdp2"`` or ``"tp"`` (tensor parallel: both ranks see the same data), for two ranks on the CPU."""
+    if kind == "tp":
+        return ModelParallelStrategy(1, tensor_parallel_size=2, process_group_backend="gloo")
     if kind == "fsdp2":
         return ModelParallelStrategy(2, tensor_parallel_size=1, process_group_backend="gloo")
     return DDPStrategy(process_group_backend="gloo")

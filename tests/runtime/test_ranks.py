@@ -3,11 +3,14 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ranks_on_two_ranks as script
 import torch
 from fits import HEALTHY, Net, batches, fit
+from lightning.pytorch.strategies import FSDPStrategy
 
 from stabletrain.runtime.ranks import Ranks
 
@@ -23,12 +26,20 @@ def test_one_process_makes_no_collective_call() -> None:
     assert ranks.local_parameters(Net().named_parameters()) == []
 
 
+@pytest.mark.parametrize(("strategy", "placement"), [(FSDPStrategy(), "sharded"), (SimpleNamespace(), "replicated")])
+def test_other_strategies_give_no_false_alarm(strategy: Any, placement: str) -> None:
+    """Bug: a warning that copies drift apart, where the first FSDP shards them or a strategy averages them itself."""
+    ranks = Ranks(SimpleNamespace(strategy=strategy, world_size=2, is_global_zero=True))  # type: ignore[arg-type]
+    assert ranks.placement(torch.nn.Parameter(torch.ones(2))) == placement
+
+
 @pytest.mark.slow
 def test_two_processes(on_two_ranks: Callable[[str], Path]) -> None:
     """Bugs: a rank without a loss that the others wait for for ever; its silence counted as a loss of 0; a NaN that one
-    rank alone sees; plain parameters beside sharded ones, which nobody averages, taken for replicas."""
+    rank alone sees; plain parameters beside sharded ones, which nobody averages, taken for replicas; equal copies of
+    tensor parallel ranks, which see the same data, warned of."""
     folder = on_two_ranks(script.__file__)
-    for name in ("ddp", "fsdp2", "half"):
+    for name in ("ddp", "fsdp2", "half", "tp"):
         results = [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in (0, 1)]
         for result in results:
             assert result["one_has_none"] == 4.0
@@ -36,8 +47,9 @@ def test_two_processes(on_two_ranks: Callable[[str], Path]) -> None:
             assert result["nan_on_one"] == "nan"
             assert result["any"] == [True, False]
             kinds = result["placements"]
-            assert kinds["net.0.weight"] == ("replicated" if name == "ddp" else "sharded")
-            assert kinds["net.3.bias"] == {"ddp": "replicated", "fsdp2": "sharded", "half": "local"}[name]
+            assert kinds["net.0.weight"] == ("replicated" if name in ("ddp", "tp") else "sharded")
+            last = {"ddp": "replicated", "fsdp2": "sharded", "half": "local", "tp": "replicated"}
+            assert kinds["net.3.bias"] == last[name]
         warned = [len(result["warned"]) for result in results]
         assert warned == ([1, 0] if name == "half" else [0, 0])
         if name == "half":
