@@ -34,3 +34,4 @@ if __name__ == "__main__":
     for name, make in {"none": None, **FAULTS}.items():
         result = train(folder / name, *([make()] if make else []))
         torch.save(result, folder / f"{name}-{result['rank']}.pt")
+    two_ranks.leave()

@@ -32,3 +32,4 @@ if __name__ == "__main__":
     for case in CASES:
         result = train(folder, *case)
         torch.save(result, folder / f"{'-'.join(map(str, case))}-{dist.get_rank()}.pt")
+    two_ranks.leave()

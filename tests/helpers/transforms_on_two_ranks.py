@@ -70,7 +70,7 @@ def main(folder: Path) -> None:
         for kind in ("ddp", "fsdp2"):
             torch.save(train(name, folder, kind), folder / f"{kind}-{name}-{os.environ['RANK']}.pt")
     unit_norms_of_shards()
-    dist.destroy_process_group()
+    two_ranks.leave()
 
 
 if __name__ == "__main__":

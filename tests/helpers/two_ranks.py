@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from fits import MakeOptimizer, trainer
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
@@ -72,3 +73,9 @@ def train(
         mine.fit(module, DataLoader(torch.zeros(BATCHES, 1)))
     whole = {key: p.full_tensor() if isinstance(p, DTensor) else p for key, p in module.named_parameters()}
     return {key: weight.detach().clone() for key, weight in whole.items()}, mine
+
+
+def leave() -> None:
+    """End the process group, on both ranks at once: a process that ends with the groups of a mesh may be aborted."""
+    dist.barrier()
+    dist.destroy_process_group()
