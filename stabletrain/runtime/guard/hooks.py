@@ -18,7 +18,6 @@ from stabletrain.errors import UserError
 from stabletrain.runtime.records.event_log import logger
 
 
-@runtime_checkable
 class EventListener(Protocol):
     """A callback that receives every event, at the step at which it happened."""
 
@@ -73,11 +72,12 @@ class HasOwnState(Protocol):
 
 
 _ARGUMENTS = {
-    "on_stability_event": ("trainer", "module", "event"),
-    "handle_request": ("trainer", "module", "request"),
-    "snapshot_state": (),
-    "restore_state": ("state",),
+    hook: tuple(inspect.signature(method).parameters)[1:]  # without self
+    for protocol in (EventListener, RequestHandler, HasOwnState)
+    for hook, method in vars(protocol).items()
+    if inspect.isfunction(method) and not hook.startswith("_")
 }
+"""The hooks, and the names of their arguments."""
 _NEARLY = 0.9
 """Similarity of names (ratio of `difflib`) from which on one is reported as a misspelling of the other."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,6 @@ from typing import Any
 from stabletrain.errors import require
 from stabletrain.runtime.guard.callbacks import GuardMember
 from stabletrain.runtime.guard.support import DecisionMode
-
-DEFAULTS: dict[str, Any] = {"mode": "auto", "max_attempts": None, "events": None}
-
-
-def changed_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of `Guard` that differ from their defaults.
-
-    >>> changed_options({"mode": "exact", "max_attempts": None})
-    {'mode': 'exact'}
-    """
-    return {key: value for key, value in options.items() if value != DEFAULTS.get(key)}
 
 
 class Guard(GuardMember):
@@ -56,3 +46,13 @@ class Guard(GuardMember):
         """The options as keyword arguments of `StepGuard`."""
         events = None if self.events is None else Path(self.events)
         return {"mode": self.mode, "max_attempts": self.max_attempts, "events": events}
+
+
+def changed_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of `Guard` that differ from their defaults.
+
+    >>> changed_options({"mode": "exact", "max_attempts": None})
+    {'mode': 'exact'}
+    """
+    defaults = {name: parameter.default for name, parameter in inspect.signature(Guard).parameters.items()}
+    return {key: value for key, value in options.items() if value != defaults.get(key)}
