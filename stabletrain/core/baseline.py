@@ -2,12 +2,15 @@
 
 The window of values may be delayed, so that the first steps of a slow rise do not raise the limit. Centre and spread
 are median and scaled MAD, which a few undetected outliers hardly change. The spread has a floor, so that a small change
-after a nearly constant signal is not an outlier. For a loss with a long tail the limit lies beyond the tail.
+after a nearly constant signal is not an outlier; for a loss it is also a share of the range that its level has covered
+in the run, so that near zero the loss is not judged by the size of its rounding errors. For a loss with a long tail the limit
+lies beyond the tail.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -19,6 +22,11 @@ _TAIL, _TAIL_SIGMAS = 0.98, 1.7
 """A quantile of the loss, and its assumed distance above the centre in standard deviations. In a normal distribution
 the distance is 2.05; 1.7 allows for the error of a quantile of 128 values: a limit that is too low drops healthy
 steps."""
+ROUNDING = 1e-5
+"""A loss smaller than this share of the gradient norm is rounding noise about zero, such as a policy-gradient loss of
+normalized advantages: the gradient of a loss L of curvature c is at most sqrt(2 c L), so a real loss is larger."""
+_RANGE_SHARE = 0.001
+"""Floor of the loss's spread, as a share of the range that its centre has covered since the start of the run."""
 
 
 class Baseline(NamedTuple):
@@ -29,12 +37,20 @@ class Baseline(NamedTuple):
         centre: their median, or their mean where the test is not robust.
         limit: a value above it is an outlier; None while there are too few values.
         least_sigma: floor of the spread after `OutlierTest.relearn`, until there are ``min_samples`` values; else 0.
+        ceiling: the highest limit of an accepted level; values up to it are never outliers.
+        size: typical distance of the values from zero: the larger of centre and spread; 0 while there is no limit.
+        lowest: lowest centre since the start of the run; of a robust test in linear space only.
+        highest: highest such centre.
     """
 
     past: DelayedWindow = DelayedWindow()
     centre: float = 0.0
     limit: float | None = None
     least_sigma: float = 0.0
+    ceiling: float = -math.inf
+    size: float = 0.0
+    lowest: float = math.inf
+    highest: float = -math.inf
 
 
 class OutlierTest(NamedTuple):
@@ -76,8 +92,8 @@ class OutlierTest(NamedTuple):
             return baseline
         past = baseline.past.add(math.log(value) if self.log else value, self.window, self.delay)
         if past.window is baseline.past.window:  # the value is delayed: the statistics do not change
-            return Baseline(past, baseline.centre, baseline.limit, baseline.least_sigma)
-        return self._with_limit(past, baseline.least_sigma)
+            return baseline._replace(past=past)
+        return self._with_limit(baseline, past, baseline.least_sigma)
 
     def relearn(self, baseline: Baseline, values: Iterable[float]) -> Baseline:
         """A baseline of a new level, with a limit at once.
@@ -90,7 +106,19 @@ class OutlierTest(NamedTuple):
         """
         new = [self._to_space(value) for value in values if value > 0.0 or not self.log]
         least = max(self._centre_and_sigma(baseline.past.window)[1], baseline.least_sigma)
-        return self._with_limit(DelayedWindow(window=Window().extend(new[-self.window :])), least)
+        return self._with_limit(baseline, DelayedWindow(window=Window().extend(new[-self.window :])), least)
+
+    def accept(self, baseline: Baseline, values: Iterable[float]) -> Baseline:
+        """A baseline of a new level that was reached by design: up to its limit, values are never outliers again.
+
+        So a level that is left and reached again, as by tasks that alternate, is accepted once. Without values the
+        baseline does not change.
+        """
+        values = [value for value in values if math.isfinite(value) and (value > 0.0 or not self.log)]
+        if not values:
+            return baseline
+        new = self.relearn(baseline, values)
+        return new if new.limit is None else new._replace(ceiling=max(new.ceiling, new.limit))
 
     def is_outlier(self, baseline: Baseline, value: float) -> bool:
         """Whether a value lies above the limit."""
@@ -103,24 +131,42 @@ class OutlierTest(NamedTuple):
         """
         return baseline.limit is not None and self._to_space(value) > 0.5 * (baseline.centre + baseline.limit)
 
-    def limit(self, baseline: Baseline) -> float:
-        """The limit in the unit of the signal; infinite while there is none."""
-        return math.inf if baseline.limit is None else self._from_space(baseline.limit)
+    def limit(self, baseline: Baseline, least_size: float = 0.0) -> float:
+        """The limit in the unit of the signal; infinite while there is none.
+
+        Args:
+            baseline: of the signal.
+            least_size: there is no limit for values that are typically smaller than this.
+        """
+        if baseline.limit is None or baseline.size < least_size:
+            return math.inf
+        return self._from_space(baseline.limit)
+
+    def share_above(self, baseline: Baseline) -> float:
+        """Share of the values in the history that lie above the limit, 0 to 1; 0 while there is none."""
+        ordered = baseline.past.window.ordered
+        if baseline.limit is None or not ordered:
+            return 0.0
+        return 1.0 - bisect_right(ordered, baseline.limit) / len(ordered)
 
     def centre(self, baseline: Baseline) -> float:
         """The centre in the unit of the signal."""
         return self._from_space(baseline.centre)
 
-    def _with_limit(self, past: DelayedWindow, least_sigma: float) -> Baseline:
-        window = past.window
+    def _with_limit(self, old: Baseline, past: DelayedWindow, least_sigma: float) -> Baseline:
+        window, lowest, highest = past.window, old.lowest, old.highest
         if len(window) >= self.min_samples:
             least_sigma = 0.0
         elif not least_sigma:
-            return Baseline(past)
+            return Baseline(past, ceiling=old.ceiling, lowest=lowest, highest=highest)
         centre, sigma = self._centre_and_sigma(window)
-        sigma = max(sigma, least_sigma)
+        size, sigma = max(abs(centre), sigma), max(sigma, least_sigma)
+        if self.robust and not self.log and not least_sigma:
+            lowest, highest = min(lowest, centre), max(highest, centre)
+            sigma = max(sigma, _RANGE_SHARE * (highest - lowest))
+        rest = (old.ceiling, size, lowest, highest)
         if sigma == 0.0 and (self.robust or centre == 0.0):
-            return Baseline(past, centre)  # without a spread there is no limit
+            return Baseline(past, centre, None, 0.0, *rest)  # without a spread there is no limit
         limit = centre + self.z_threshold * sigma
         if self.robust and not self.log:
             ordered, last = window.ordered, len(window) - 1  # quantiles without interpolation, which could overflow
@@ -129,8 +175,8 @@ class OutlierTest(NamedTuple):
                 above = self.z_threshold * MAD_TO_SIGMA * math.log(ordered[math.ceil(0.75 * last)] / centre)
                 limit = max(limit, math.exp(min(math.log(centre) + above, _LARGEST_EXPONENT)))
         if not math.isfinite(limit):  # overflow: values near the largest float
-            return Baseline(past, least_sigma=least_sigma)
-        return Baseline(past, centre, limit, least_sigma)
+            return Baseline(past, 0.0, None, least_sigma, old.ceiling, 0.0, old.lowest, old.highest)
+        return Baseline(past, centre, max(limit, old.ceiling), least_sigma, *rest)
 
     def _centre_and_sigma(self, window: Window) -> tuple[float, float]:
         if self.robust:

@@ -79,6 +79,20 @@ class SkipAbove(NamedTuple):
         return self.above < value < math.inf
 
 
+class SkipBelow(NamedTuple):
+    """Drop the step when the loss is finite and below a limit.
+
+    Args:
+        below: the limit, in the loss's unit.
+    """
+
+    below: float
+
+    def hits(self, loss: float, grad_norm: float) -> bool:
+        """Whether this step is dropped."""
+        return -math.inf < loss < self.below
+
+
 class SkipNonFinite(NamedTuple):
     """Drop the step when its loss or its gradient norm is NaN or infinite."""
 
@@ -87,7 +101,7 @@ class SkipNonFinite(NamedTuple):
         return not (math.isfinite(loss) and math.isfinite(grad_norm))
 
 
-SkipCondition: TypeAlias = SkipAbove | SkipNonFinite
+SkipCondition: TypeAlias = SkipAbove | SkipBelow | SkipNonFinite
 
 
 class Limits(NamedTuple):
@@ -104,6 +118,8 @@ class Limits(NamedTuple):
 
     bounds: frozenset[Bound] = frozenset()
     skips: frozenset[SkipCondition] = frozenset()
+    fallback: frozenset[Bound] = frozenset()
+    """Bounds that apply only if no rule gives any other: a rule that leaves clipping to others is safe alone."""
 
     @classmethod
     def of(cls, *parts: Bound | SkipCondition) -> Limits:
@@ -114,11 +130,16 @@ class Limits(NamedTuple):
         )
 
     def __or__(self, other: Limits) -> Limits:
-        return Limits(self.bounds | other.bounds, self.skips | other.skips)
+        return Limits(self.bounds | other.bounds, self.skips | other.skips, self.fallback | other.fallback)
+
+    @property
+    def applied_bounds(self) -> frozenset[Bound]:
+        """The bounds that apply, after all limits have been joined."""
+        return self.bounds or self.fallback
 
     def clip(self, norm: float) -> float:
-        """The norm after all bounds: their minimum, and never more than the norm itself."""
-        return min((bound.clip(norm) for bound in self.bounds), default=norm)
+        """The norm after all bounds that apply: their minimum, and never more than the norm itself."""
+        return min((bound.clip(norm) for bound in self.applied_bounds), default=norm)
 
     def skips_step(self, loss: float, grad_norm: float) -> bool:
         """Whether any condition drops a step with this loss and raw gradient norm."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
@@ -69,6 +69,18 @@ class Rule(Plugin, ABC, Generic[S]):
         Args:
             state: the state at the snapshot.
             cause: reason of the rollback.
+        """
+        return state
+
+    def accept_level(self, state: S, losses: Sequence[float], norms: Sequence[float]) -> S:
+        """The state after a new level of the loss turned out to be meant, because going back did not change it.
+
+        Default: the state does not change.
+
+        Args:
+            state: the present state.
+            losses: of the last steps, at the new level; at least one, all finite.
+            norms: gradient norms of the same steps, finite.
         """
         return state
 

@@ -6,11 +6,12 @@ It is part of the core because several plugins use it, so that a detector and a 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from stabletrain.core.baseline import Baseline, OutlierTest
+from stabletrain.core.baseline import ROUNDING, Baseline, OutlierTest
 from stabletrain.core.events import Event, EventKind, Request, RequestKind
 from stabletrain.core.limits import NO_LIMITS, Limits
 from stabletrain.core.outcome import Outcome
@@ -119,9 +120,10 @@ class SpikeDetection(Rule[SpikeState]):
         loss, norm = outcome.loss, outcome.grad_norm
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return self._nonfinite(state, outcome)
-        by_loss, by_norm = self._loss.is_outlier(state.loss, loss), self._norm.is_outlier(state.norm, norm)
+        limit = self._loss_limit(state)
+        by_loss, by_norm = loss > limit, self._norm.is_outlier(state.norm, norm)
         state = self._count(state, by_loss or by_norm, nonfinite=0)
-        if by_loss or (state.loss_excursion.steps and self._loss.is_raised(state.loss, loss)):
+        if by_loss or (state.loss_excursion.steps and limit < math.inf and self._loss.is_raised(state.loss, loss)):
             return self._loss_away(state, outcome, by_loss, by_norm)
         if by_norm or (state.norm_excursion.steps and self._norm.is_raised(state.norm, norm)):
             return self._norm_away(state, outcome, by_norm)
@@ -134,6 +136,11 @@ class SpikeDetection(Rule[SpikeState]):
         """The baselines at the snapshot, without an excursion."""
         return state._replace(loss_excursion=_NO_EXCURSION, norm_excursion=_NO_EXCURSION, nonfinite=0)
 
+    def accept_level(self, state: SpikeState, losses: Sequence[float], norms: Sequence[float]) -> SpikeState:
+        """Learn the level of these steps; up to its limits, later steps are no excursion."""
+        loss, norm = self._loss.accept(state.loss, losses), self._norm.accept(state.norm, norms)
+        return state._replace(loss=loss, norm=norm, loss_excursion=_NO_EXCURSION, norm_excursion=_NO_EXCURSION)
+
     def requests_rollback(self) -> bool:
         """Whether a divergence requests a rollback."""
         return True
@@ -144,7 +151,7 @@ class SpikeDetection(Rule[SpikeState]):
         """Excursion of the loss: a spike if it ends within ``patience`` steps, else a divergence."""
         excursion = self._extend(state.loss_excursion, outcome.loss)
         state = state._replace(loss_excursion=excursion, norm_excursion=_NO_EXCURSION)
-        loss, limit = outcome.loss, self._loss.limit(state.loss)
+        loss, limit = outcome.loss, self._loss_limit(state)
         reason = self._comparison("loss", loss, self._loss, state.loss, by_loss)
         events: tuple[Event, ...] = ()
         requests: tuple[Request, ...] = ()
@@ -210,6 +217,9 @@ class SpikeDetection(Rule[SpikeState]):
     @cached_property
     def _norm(self) -> OutlierTest:
         return OutlierTest(self.z_threshold, self.window, self.delay, self.min_samples, self.min_sigma_norm, log=True)
+
+    def _loss_limit(self, state: SpikeState) -> float:
+        return self._loss.limit(state.loss, ROUNDING * self._norm.centre(state.norm))
 
     def _count(self, state: SpikeState, flagged: bool, nonfinite: int) -> SpikeState:
         loss, norm, loss_excursion, norm_excursion, _, seen, numbers = state

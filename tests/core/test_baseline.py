@@ -210,7 +210,8 @@ def test_equal_values_have_no_spread_but_the_floor() -> None:
     baseline = learned(test, [0.1] * 7)
     assert (baseline.centre, baseline.limit) == (0.1, 0.1)
     assert learned(test, [0.0] * 7).limit is None
-    assert learned(test._replace(robust=True), [0.1] * 7) == baseline._replace(limit=None)
+    robust = learned(test._replace(robust=True), [0.1] * 7)
+    assert robust == baseline._replace(limit=None, lowest=0.1, highest=0.1)
 
 
 def test_values_near_the_largest_float_give_no_limit() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Self
 
@@ -18,6 +20,10 @@ _OUTLIER = 5.0
 baseline."""
 _OUTLIER_SIGMA = 0.05
 """Floor of that standard deviation: a norm within 28 % of the median always enters the baseline."""
+_RISE = 0.5
+"""Nats by which one high norm raises the threshold; see `ClipZScoreRule`."""
+_WARMUP_MEDIAN_OF = 5
+"""Norms from which on the warm-up has a limit."""
 _LARGEST = 1e150
 """Norms up to this value have finite squares; larger ones are not learned."""
 
@@ -30,11 +36,13 @@ class ZScoreState(NamedTuple):
         samples: norms of the warm-up; after it, norms of the consecutive steps, up to the last one, that were beyond
             the same limit.
         side: the limit that these steps were beyond: 1 the upper, -1 the lower, 0 none.
+        raised: nats by which the threshold is raised, because single norms exceeded it.
     """
 
     ema: Ema | None = None
     samples: tuple[float, ...] = ()
     side: int = 0
+    raised: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -48,13 +56,24 @@ class ClipZScoreRule(Rule[ZScoreState]):
     After ``regime_after`` steps in a row above the limit, mean and std are learned from those steps alone. In log space
     the same is done below ``mean - z_threshold * std``, where nothing is clipped.
 
+    A single high norm that comes back now and then may be a rare class or domain; it is never learned if it is always
+    clipped to the norm of the common ones. Therefore the threshold follows the ``1 - recurrent`` quantile of
+    single norms: each step above it, whose previous step was within the limit, raises the threshold by half a nat (to
+    that norm at most), each other step lowers it by ``recurrent`` times that, down to ``mean + z_threshold * std``. In
+    the long run a share ``recurrent`` of the steps is clipped, whatever the distribution is; mean and std learn what
+    would be clipped without the rise. In the warm-up a norm is clipped to ``warmup_factor`` times the median of those
+    before it, from the sixth on.
+
     Zero and non-finite norms never enter the statistics, and are never clipped.
 
     Args:
         z_threshold: standard deviations above the mean at which clipping begins, > 0.
         decay: weight of the past in mean and variance, per step, in (0, 1).
-        warmup_steps: first steps, in which only ``max_norm`` clips, >= 2; outliers among them do not enter the first
-            statistics.
+        warmup_steps: first steps, in which only ``warmup_factor`` and ``max_norm`` clip, >= 2; outliers among them do
+            not enter the first statistics.
+        warmup_factor: in the warm-up, factor on the median norm to which higher norms are clipped, > 1; None: none.
+        recurrent: share of steps with a single high norm that is clipped in the long run, in [0, 1), in log space; 0:
+            the threshold is never raised.
         space: space of the statistics: ``"log"`` or ``"linear"``.
         target: what a norm is clipped to: the ``"threshold"``; the ``"mean"``; or ``"reciprocal"``,
             ``mean + (z_threshold * std)**2 / (s - mean)``: the threshold for a small excess, near the mean for a large.
@@ -85,6 +104,8 @@ class ClipZScoreRule(Rule[ZScoreState]):
     z_threshold: float = 3.0
     decay: float = 0.98
     warmup_steps: int = 50
+    warmup_factor: float | None = 5.0
+    recurrent: float = 0.002
     space: Literal["log", "linear"] = "log"
     target: Literal["threshold", "mean", "reciprocal"] = "threshold"
     clip_factor: float = 1.0
@@ -97,6 +118,10 @@ class ClipZScoreRule(Rule[ZScoreState]):
         self.require(0 < self.z_threshold < math.inf, "z_threshold", "> 0 and finite")
         self.require(0 < self.decay < 1, "decay", "in (0, 1)")
         self.require(self.warmup_steps >= 2, "warmup_steps", ">= 2")
+        self.require(
+            self.warmup_factor is None or 1 < self.warmup_factor < math.inf, "warmup_factor", "> 1 and finite, or None"
+        )
+        self.require(0 <= self.recurrent < 1, "recurrent", "in [0, 1)")
         self.require(self.space in ("log", "linear"), "space", '"log" or "linear"')
         self.require(
             self.target in ("threshold", "mean", "reciprocal"), "target", '"threshold", "mean" or "reciprocal"'
@@ -158,6 +183,8 @@ class ClipZScoreRule(Rule[ZScoreState]):
             z_threshold=z_thresh,
             decay=alpha,
             warmup_steps=warmup_steps,
+            warmup_factor=None,
+            recurrent=0.0,
             space="linear",
             target="reciprocal" if adaptive else ("mean" if mode == "zscore" else "threshold"),
             clip_factor=clip_factor,
@@ -173,8 +200,13 @@ class ClipZScoreRule(Rule[ZScoreState]):
         return ZScoreState()
 
     def limits(self, state: ZScoreState) -> Limits:
-        """The z-score bound (after the warm-up) and the fixed maximum (if set)."""
-        bounds: tuple[Bound, ...] = () if state.ema is None else (self._bound(state.ema),)
+        """The z-score bound, in the warm-up the bound by the median, and the fixed maximum (if set)."""
+        bounds: tuple[Bound, ...] = ()
+        if state.ema is not None:
+            bounds = (self._raised_bound(state.ema, state.raised),)
+        elif self.warmup_factor is not None and len(state.samples) >= _WARMUP_MEDIAN_OF:
+            largest = self.warmup_factor * statistics.median_low(state.samples)
+            bounds = (Bound(largest, largest),)
         if self.max_norm is not None:
             bounds += (Bound(self.max_norm, self.max_norm),)
         return Limits(frozenset(bounds))
@@ -191,6 +223,7 @@ class ClipZScoreRule(Rule[ZScoreState]):
             return Observation(ZScoreState(self._baseline(samples)) if full else ZScoreState(None, samples))
         bound = self._bound(ema)
         s = self._to_space(norm)
+        raised = self._raise(state, norm, bound)
         if norm > bound.threshold:
             side = 1
             learned = self._to_space(bound.clip(norm)) if self.learn_from_clipped else math.nan
@@ -198,12 +231,28 @@ class ClipZScoreRule(Rule[ZScoreState]):
             side = -1
             learned = ema.mean - self._margin(ema)
         else:
-            return Observation(ZScoreState(ema.add(s, self.decay)))
+            return Observation(ZScoreState(ema.add(s, self.decay), raised=raised))
         run = (*state.samples, norm) if side == state.side else (norm,)
         if self.regime_after is not None and len(run) >= self.regime_after:
             return self._relearn(ema, run, side, outcome.step)
         samples = run if self.regime_after is not None else ()
-        return Observation(ZScoreState(ema.add(learned, self.decay), samples, side))
+        return Observation(ZScoreState(ema.add(learned, self.decay), samples, side, raised))
+
+    def accept_level(self, state: ZScoreState, losses: Sequence[float], norms: Sequence[float]) -> ZScoreState:
+        """Learn these norms if they are higher: while steps were dropped, this rule learned nothing."""
+        known = tuple(norm for norm in norms if 0.0 < norm < _LARGEST)
+        if state.ema is None or not known:
+            return state
+        new = self._baseline(known)
+        return ZScoreState(new) if new.mean > state.ema.mean else state
+
+    def _raise(self, state: ZScoreState, norm: float, bound: Bound) -> float:
+        """The rise of the threshold after a step with this norm; ``bound`` is without a rise."""
+        if not self.recurrent or self.space != "log" or state.ema is None:
+            return 0.0
+        if norm > self._raised_bound(state.ema, state.raised).threshold and state.side != 1:
+            return min(state.raised + _RISE, math.log(norm) - bound.above)
+        return max(0.0, state.raised - _RISE * self.recurrent)
 
     def _relearn(self, old: Ema, run: tuple[float, ...], side: int, step: int) -> Observation[ZScoreState]:
         new = self._baseline(run)
@@ -219,6 +268,12 @@ class ClipZScoreRule(Rule[ZScoreState]):
         logs = Window().extend(math.log(norm) for norm in norms)
         farthest = _OUTLIER * max(MAD_TO_SIGMA * logs.mad, _OUTLIER_SIGMA)
         return Ema.from_moments(self._to_space(norm) for norm in norms if abs(math.log(norm) - logs.median) <= farthest)
+
+    def _raised_bound(self, ema: Ema, raised: float) -> Bound:
+        bound = self._bound(ema)
+        if not raised:
+            return bound
+        return bound._replace(above=bound.above + raised, target=bound.target + raised)
 
     def _bound(self, ema: Ema) -> Bound:
         mean, margin = ema.mean, self._margin(ema)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import deque
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,10 +24,11 @@ from stabletrain.runtime.run_length import run_length
 from stabletrain.runtime.snapshots.snapshot import Snapshot
 from stabletrain.runtime.snapshots.state_tree import SnapshotError
 from stabletrain.runtime.stop import TrainingStopped
-from stabletrain_plugins.rollback import memory, restoring
+from stabletrain_plugins.rollback import acceptance, memory, restoring
+from stabletrain_plugins.rollback.acceptance import Accepting, LastRollback, Trouble, Verdict
 from stabletrain_plugins.rollback.decision import GiveUp
-from stabletrain_plugins.rollback.incidents import IncidentTracker, is_healthy
-from stabletrain_plugins.rollback.intervention import Intervention
+from stabletrain_plugins.rollback.incidents import IncidentState, IncidentTracker, is_healthy
+from stabletrain_plugins.rollback.intervention import AcceptedLevel, Identity, Intervention, excluded_batches
 from stabletrain_plugins.rollback.intervention_log import Fingerprint, InterventionLog, read
 from stabletrain_plugins.rollback.intervention_replay import InterventionReplay
 from stabletrain_plugins.rollback.planning import plan_rollback
@@ -34,8 +36,11 @@ from stabletrain_plugins.rollback.report import stop_report
 from stabletrain_plugins.rollback.rollback_rule import RollbackRule
 from stabletrain_plugins.rollback.snapshot_ring import SnapshotRing
 from stabletrain_plugins.rollback.weight_check import WeightCheck
-from stabletrain_plugins.rollback.weight_monitor import WeightHistory, WeightMonitor
+from stabletrain_plugins.rollback.weight_monitor import WeightHistory, WeightMonitor, WeightProblem
 
+_SUSPICIOUS_STEPS = 2
+"""Unhealthy steps in a row after which the weights are checked out of turn. A single one may be a rare batch, which
+rightly moves the weights fast."""
 _DIAGNOSIS_STEPS = 500
 """Maximum number of outcomes in a diagnosis."""
 
@@ -50,13 +55,17 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
     _weights: WeightMonitor | None = None
     _replay: InterventionReplay | None = None
     _interventions: tuple[Intervention, ...] = ()
+    _levels: tuple[AcceptedLevel, ...] = ()
+    _accepting = Accepting()
+    _incident_state = IncidentState()
     _weight_history = WeightHistory()
     _metrics_due = False
 
     def reset(self) -> None:
         """Forget the rollbacks and the weights of an earlier run."""
         super().reset()
-        self._interventions, self._weight_history = (), WeightHistory()
+        self._interventions, self._levels, self._weight_history = (), (), WeightHistory()
+        self._accepting, self._incident_state = Accepting(), IncidentState()
 
     @property
     def rollbacks(self) -> int:
@@ -64,9 +73,9 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
         return len(self._interventions)
 
     @property
-    def excluded(self) -> frozenset[tuple[Any, ...]]:
+    def excluded(self) -> frozenset[Identity]:
         """Identities of the excluded batches: their samples, else (or with several processes) epoch and position."""
-        return frozenset(identity for each in self._interventions for identity in each.excluded)
+        return excluded_batches((*self._interventions, *self._levels))
 
     # ---- Lightning's hooks ------------------------------------------------------------------------------------------
 
@@ -80,7 +89,8 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
         self._loader.keep_tape()
         self._ring = SnapshotRing(self.keep, self.trust_after, self._new_snapshot)
         self._outcomes: deque[Outcome] = deque(maxlen=_DIAGNOSIS_STEPS)
-        self._incidents = IncidentTracker()
+        self._incidents = IncidentTracker(self.patience)
+        self._incidents.load(self._incident_state)
         self._requested: Request | None = None
         self._memory_reserved = False
         self._replay = self._weights = None
@@ -98,7 +108,7 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
             planned = read(self.replay, fingerprint)
             self._replay = InterventionReplay(planned, guard.counters.attempted, self._new_snapshot)
         if trainer_internals.resumes_from_checkpoint(trainer):
-            self._log.record_resume(guard.counters.attempted, self._interventions)
+            self._log.record_resume(guard.counters.attempted, (*self._interventions, *self._levels))
         if excluded := self.excluded:
             loader.exclude(excluded)
         self._weights = WeightMonitor(WeightCheck(named, self.max_growth), self.check_every, self._weight_history)
@@ -118,7 +128,7 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
             return
         healthy = is_healthy(self.state, outcome)
         self._ring.on_outcome(healthy)
-        self._incidents.on_outcome(healthy, outcome.step, self._guard_and_loader()[0].trainer.global_step)
+        self._incidents.on_outcome(healthy, outcome, self._guard_and_loader()[0].trainer.global_step)
 
     def handle_request(self, trainer: Trainer, module: LightningModule, request: Request) -> None:
         """Remember a rollback request; it is executed in this callback's ``on_train_batch_end``.
@@ -137,7 +147,9 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
         if request is not None or not guard.window.is_open:
             if self._replay is not None:
                 self._replay_step(self._replay, request)
-            elif request := request or self._check_weights():
+            elif problem := None if request else self._check_weights():
+                self._roll_back(Request(RequestKind.ROLLBACK, self.label, problem.reason), batch, batch_idx, problem)
+            elif request is not None:
                 self._roll_back(request, batch, batch_idx)
             else:
                 self._snapshot_if_due(batch)
@@ -165,16 +177,29 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
         return {**super().metrics(), **{key: float(value) for key, value in counts.items()}}
 
     def state_dict(self) -> dict[str, Any]:
-        """The detector's state, the rollbacks made, and the history of the weights."""
+        """The detector's state, the rollbacks made, accepted levels, the open incident, and the weights' history."""
         history = self._weights.history if self._weights is not None else self._weight_history
-        return {**super().state_dict(), "made": to_plain(self._interventions), "weights": to_plain(history)}
+        incident = self._incidents.state() if self._loader is not None else self._incident_state
+        return {
+            **super().state_dict(),
+            "made": to_plain(self._interventions),
+            "levels": to_plain(self._levels),
+            "accepting": to_plain(self._accepting),
+            "incident": to_plain(incident),
+            "weights": to_plain(history),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint; the ring starts empty."""
         super().load_state_dict(state_dict)
         self._interventions = from_plain(tuple[Intervention, ...], state_dict.get("made", []))
+        self._levels = from_plain(tuple[AcceptedLevel, ...], state_dict.get("levels", []))
+        self._accepting = from_plain(Accepting, state_dict.get("accepting", to_plain(Accepting())))
+        self._incident_state = from_plain(IncidentState, state_dict.get("incident", to_plain(IncidentState())))
         plain = state_dict.get("weights")
         self._weight_history = WeightHistory() if plain is None else from_plain(WeightHistory, plain)
+        if self._loader is not None:
+            self._incidents.load(self._incident_state)
         if self._loader is not None and (excluded := self.excluded):
             self._loader.exclude(excluded)  # data without a length is fetched before on_train_start
 
@@ -202,25 +227,102 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
     def _new_snapshot(self) -> Snapshot:
         return memory.new_snapshot(self)
 
-    def _check_weights(self) -> Request | None:
+    def _check_weights(self) -> WeightProblem | None:
         guard, _ = self._guard_and_loader()
-        unhealthy = not self._incidents.last_step_was_healthy
-        problem = self._weights.check(guard.trainer, guard.decided, unhealthy) if self._weights else None
-        return None if problem is None else Request(RequestKind.ROLLBACK, self.label, problem)
+        suspicious = self._incidents.unhealthy_in_a_row >= _SUSPICIOUS_STEPS
+        return self._weights.check(guard.trainer, guard.decided, suspicious) if self._weights else None
 
-    def _roll_back(self, request: Request, batch: Any, batch_idx: int) -> None:
-        """Make a rollback, or stop the run if it cannot be made."""
+    def _roll_back(self, request: Request, batch: Any, batch_idx: int, weights: WeightProblem | None = None) -> None:
+        """Accept a new level, or make a rollback, or stop the run if none can be made."""
         guard, loader = self._guard_and_loader()
         guard.settle()
-        plan = plan_rollback(self, request, self._interventions, guard, loader, self._ring, self._incidents)
+        trouble = self._trouble(weights)
+        if trouble is not None and self.accept is not None:
+            verdict = acceptance.judge(
+                trouble,
+                self._accepting,
+                self._last_rollback,
+                accept_after=self.accept,
+                patience=self.patience,
+                cool_down=self.cool_down,
+            )
+            if verdict is Verdict.ACCEPT:
+                self._accept(self._accepted_level(trouble, request))
+            if verdict is not Verdict.ROLL_BACK:
+                return
+        damaged_after = weights.good_at if weights is not None and weights.damaged else None
+        plan = plan_rollback(
+            self, request, self._interventions, guard, loader, self._ring, self._incidents, damaged_after
+        )
         if isinstance(plan, GiveUp):
             self._stop(plan.reason, batch, batch_idx)
         if plan.snapshot is not None:
             self._ring.drop_after(plan.snapshot)
+        if trouble is not None:
+            self._accepting = acceptance.remember(trouble, self._accepting, self.rollbacks, self.patience)
+        accepting, levels = self._accepting, self._levels
         try:
             self._apply(plan.intervention, plan.snapshot)
         except SnapshotError as error:
             self._stop(f"{error}; {request.reason}", batch, batch_idx)
+        self._accepting, self._levels = accepting, levels  # a restored checkpoint has older ones
+
+    def _trouble(self, weights: WeightProblem | None) -> Trouble | None:
+        """The present incident, if it can be a change that is meant; None if it is certainly an error."""
+        incident = self._incidents.current
+        if incident is None or self.state.nonfinite or (weights is not None and weights.damaged):
+            return None
+        guard, _ = self._guard_and_loader()
+        return Trouble(
+            since=incident.step,
+            applied=incident.applied,
+            attempted=guard.counters.attempted,
+            losses=self._incidents.losses,
+            centre=self.state.loss.centre,
+            by_speed=weights is not None,
+        )
+
+    @property
+    def _last_rollback(self) -> LastRollback | None:
+        if not self._interventions:
+            return None
+        return LastRollback(self._interventions[-1].step, self._interventions[-1].applied[1])
+
+    def _accepted_level(self, trouble: Trouble, request: Request) -> AcceptedLevel:
+        guard, _ = self._guard_and_loader()
+        refuted = acceptance.repeated(trouble, self._accepting, self._last_rollback, self.patience)
+        given_back = [identity for place in refuted for identity in self._interventions[place.rollback].excluded]
+        return AcceptedLevel(
+            step=guard.counters.attempted,
+            applied=guard.trainer.global_step,
+            given_back=tuple(dict.fromkeys(given_back)),
+            losses=trouble.losses,
+            norms=self._incidents.norms,
+            rewarm=self.rewarm,
+            level=statistics.median(trouble.losses),
+            was=trouble.centre,
+            cause=f"{request.plugin}: {request.reason}",
+        )
+
+    def _accept(self, level: AcceptedLevel) -> None:
+        """Let all rules learn a new level, decided now or in the run that is replayed, and record it."""
+        guard, loader = self._guard_and_loader()
+        incident = self._incidents.current
+        for member in guard.members:
+            if isinstance(member, RuleCallback):
+                member.state = member.rule.accept_level(member.state, level.losses, level.norms)
+        if level.given_back:
+            loader.include(level.given_back)
+        self._levels = (*self._levels, level)
+        self._accepting = Accepting(accepted=level.applied if incident is None else incident.applied)
+        self._incidents.close()
+        if level.rewarm != 0:
+            rewarm = Request(RequestKind.REWARM, self.label, "after a new level of the loss", level.rewarm)
+            dispatch(rewarm, guard.trainer, guard.module)
+        guard.report(Event(level.step - 1, self.label, "accept", level.level, level.was, level.summary))
+        assert self._log is not None
+        self._log.append(level)
+        guard.flush()
 
     def _apply(self, intervention: Intervention, snapshot: Snapshot | None) -> None:
         """Carry out an intervention, decided now or in the run that is replayed, and record it."""
@@ -264,7 +366,10 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
         if planned := replay.due(guard.decided):
             guard.settle()
             snapshot = replay.pop(planned)
-            self._apply(planned, snapshot)
+            if isinstance(planned, AcceptedLevel):
+                self._accept(planned)
+            else:
+                self._apply(planned, snapshot)
             if replay.is_over and snapshot is not None:
                 self._ring.restart_with(snapshot)
         else:

@@ -29,7 +29,9 @@ class Situation(NamedTuple):
         made: all rollbacks of the run, oldest first.
         incident: applied steps before the first unhealthy step of the current incident; None: there is no incident.
         trusted: the trusted snapshots, oldest first.
-        untrusted: number of snapshots in memory that are not trusted.
+        untrusted: the other snapshots, oldest first.
+        damaged_after: attempted steps at the last check that found the weights undamaged, if damaged weights are the
+            cause; else None.
     """
 
     attempted: int
@@ -37,7 +39,24 @@ class Situation(NamedTuple):
     made: tuple[Intervention, ...] = ()
     incident: int | None = None
     trusted: tuple[SnapshotInfo, ...] = ()
-    untrusted: int = 0
+    untrusted: tuple[SnapshotInfo, ...] = ()
+    damaged_after: int | None = None
+
+    @property
+    def restorable(self) -> tuple[SnapshotInfo, ...]:
+        """The snapshots that may be restored, oldest first.
+
+        If the weights are damaged, not the data, trust is not needed: a check has found the weights of the snapshot
+        undamaged, and so a nearer one can be restored. Its steps must still lie before the incident.
+        """
+        if self.damaged_after is None:
+            return self.trusted
+        good = [
+            each
+            for each in self.untrusted
+            if each.step <= self.damaged_after and (self.incident is None or each.applied <= self.incident)
+        ]
+        return tuple(sorted((*self.trusted, *good)))
 
 
 class Exclusion(NamedTuple):
@@ -94,7 +113,8 @@ Decision: TypeAlias = ToSnapshot | ToCheckpoint | GiveUp
 def decide(rule: RollbackRule, situation: Situation, cause: str) -> Decision:
     """Decide how to execute a request for a rollback.
 
-    The newest trusted snapshot is restored. If the incident repeats the last one (`repeats_last`), only snapshots and
+    The newest snapshot that may be restored is chosen (`Situation.restorable`). If the incident repeats the last one
+    (`repeats_last`), only snapshots and
     checkpoints older than the state restored last time qualify. Without such a snapshot, a checkpoint from before the
     incident is restored; without one, the newest trusted snapshot, however new. After ``max_rollbacks``, and without
     any state to restore, the run is given up.
@@ -115,7 +135,7 @@ def decide(rule: RollbackRule, situation: Situation, cause: str) -> Decision:
     exclusion = Exclusion(rule.drop)
     if last is not None and rule.drop == "offending":
         exclusion = Exclusion(rule.drop, at_least=max(1, 2 * len(last.excluded)))
-    old_enough = [each for each in situation.trusted if last is None or each.applied < last.applied[1]]
+    old_enough = [each for each in situation.restorable if last is None or each.applied < last.applied[1]]
     if old_enough:
         return ToSnapshot(old_enough[-1].step, exclusion)
     limits = [situation.applied]
@@ -124,8 +144,8 @@ def decide(rule: RollbackRule, situation: Situation, cause: str) -> Decision:
     if last is not None:
         limits.append(last.applied[1])
     otherwise: ToSnapshot | GiveUp = GiveUp(_nothing_to_restore(rule, situation, cause))
-    if situation.trusted:
-        otherwise = ToSnapshot(situation.trusted[-1].step, exclusion)
+    if situation.restorable:
+        otherwise = ToSnapshot(situation.restorable[-1].step, exclusion)
     return ToCheckpoint(min(limits), Exclusion("none" if rule.drop == "none" else "offending"), otherwise)
 
 
@@ -147,6 +167,6 @@ def repeats_last(rule: RollbackRule, situation: Situation) -> bool:
 def _nothing_to_restore(rule: RollbackRule, situation: Situation, cause: str) -> str:
     untrusted = "none was taken yet"
     if situation.untrusted:
-        untrusted = f"{situation.untrusted} in memory had not stayed healthy for {rule.trust_after} steps"
+        untrusted = f"{len(situation.untrusted)} in memory had not stayed healthy for {rule.trust_after} steps"
     keys = "plugins.spike.every, plugins.spike.trust_after"
     return f"there is no snapshot to restore ({untrusted}; {keys}), and no checkpoint on disk from before; {cause}"

@@ -1,8 +1,12 @@
-"""One rollback, with everything that is needed to make it again in a replay."""
+"""A rollback or an accepted level, with everything that is needed to repeat it in a replay."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
+
+Identity = tuple[Any, ...]
+"""Of a batch, as for `TrainLoader.exclude`."""
 
 
 class Intervention(NamedTuple):
@@ -25,8 +29,8 @@ class Intervention(NamedTuple):
     to: int | None
     checkpoint: str | None
     applied: tuple[int, int]
-    excluded: tuple[tuple[Any, ...], ...]
-    samples: tuple[tuple[Any, ...], ...]
+    excluded: tuple[Identity, ...]
+    samples: tuple[Identity, ...]
     rewarm: int | None
     baselines: str
     plugin: str
@@ -49,3 +53,50 @@ class Intervention(NamedTuple):
         """One sentence, for the event."""
         excluded = f", {len(self.excluded)} batches excluded" if self.excluded else ""
         return f"back to {self.target} from step {self.applied[0]}{excluded}: {self.plugin}: {self.cause}"
+
+
+class AcceptedLevel(NamedTuple):
+    """A level of the loss that was accepted as meant; its fields are the keys of a line in ``interventions.jsonl``.
+
+    Args:
+        step: attempted steps when it was accepted.
+        applied: applied steps then.
+        given_back: identities of the batches that are no longer excluded.
+        losses: the losses from which all rules learned the level.
+        norms: the gradient norms of the same steps.
+        rewarm: length of the second warm-up, in applied steps; None: the schedule's own; 0: none.
+        level: median of the losses.
+        was: the usual loss before.
+        cause: the request for a rollback that was answered by it.
+    """
+
+    step: int
+    applied: int
+    given_back: tuple[Identity, ...]
+    losses: tuple[float, ...]
+    norms: tuple[float, ...]
+    rewarm: int | None
+    level: float
+    was: float
+    cause: str
+
+    @property
+    def summary(self) -> str:
+        """One sentence, for the event."""
+        back = f", {len(self.given_back)} batches given back" if self.given_back else ""
+        return (
+            f"loss at {self.level:.4g} instead of {self.was:.4g}, again after going back: it is taken for a new level "
+            f"of the training and learned{back}. If it is an error, set accept=null (plugins.spike.accept); if it is a "
+            f"planned change, announce it (plugins.spike.expect); {self.cause}"
+        )
+
+
+def excluded_batches(made: Iterable[Intervention | AcceptedLevel]) -> frozenset[Identity]:
+    """The batches that are excluded after these interventions."""
+    excluded: set[Identity] = set()
+    for each in sorted(made, key=lambda one: one.step):
+        if isinstance(each, AcceptedLevel):
+            excluded.difference_update(each.given_back)
+        else:
+            excluded.update(each.excluded)
+    return frozenset(excluded)

@@ -1,7 +1,8 @@
 """Writes and reads ``interventions.jsonl``, from which a replay makes the same interventions again.
 
-One JSON object per line. ``"action": "rollback"`` is an intervention. ``"action": "resume"`` records the step at which
-the run was resumed: earlier lines with later steps describe steps that the resume discarded.
+One JSON object per line: ``"action": "rollback"`` is an `Intervention`, ``"action": "accept"`` an `AcceptedLevel`.
+``"action": "resume"`` records the step at which the run was resumed: earlier lines with later steps describe steps that
+the resume discarded.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from stabletrain.runtime.records import run_files
 from stabletrain.runtime.records.event_log import logger
 from stabletrain.runtime.records.json_lines import JsonLines
 from stabletrain.runtime.records.recipe import recipe_hash
-from stabletrain_plugins.rollback.intervention import Intervention
+from stabletrain_plugins.rollback.intervention import AcceptedLevel, Identity, Intervention
 
 _KEY = "config key plugins.spike.replay"
 
@@ -64,11 +65,12 @@ class InterventionLog:
         self._file = JsonLines(path, "interventions")
         self._fingerprint = fingerprint
 
-    def append(self, intervention: Intervention) -> None:
-        """Write an intervention."""
-        self._write({"action": "rollback", **intervention._asdict(), **self._fingerprint._asdict()})
+    def append(self, made: Intervention | AcceptedLevel) -> None:
+        """Write a rollback or an accepted level."""
+        action = "accept" if isinstance(made, AcceptedLevel) else "rollback"
+        self._write({"action": action, **made._asdict(), **self._fingerprint._asdict()})
 
-    def record_resume(self, step: int, earlier: Iterable[Intervention] = ()) -> None:
+    def record_resume(self, step: int, earlier: Iterable[Intervention | AcceptedLevel] = ()) -> None:
         """Record that the run was resumed from a checkpoint.
 
         Args:
@@ -86,8 +88,8 @@ class InterventionLog:
         self._file.append(json.dumps(record))
 
 
-def read(path: str | Path, fingerprint: Fingerprint) -> list[Intervention]:
-    """The interventions of a log, in the order of their steps, without those that a restart discarded.
+def read(path: str | Path, fingerprint: Fingerprint) -> list[Intervention | AcceptedLevel]:
+    """The rollbacks and accepted levels of a log, in the order of their steps, without those that a restart discarded.
 
     Args:
         path: of the log, or of a run's folder.
@@ -105,15 +107,15 @@ def read(path: str | Path, fingerprint: Fingerprint) -> list[Intervention]:
             f"rollback: replay={str(path)!r} cannot be read: {error.strerror}; expected the {run_files.INTERVENTIONS} "
             f"of a run that rolled back, or that run's folder ({_KEY})"
         ) from None
-    found: list[Intervention] = []
+    found: list[Intervention | AcceptedLevel] = []
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
             action, step = record.pop("action"), record["step"]
-            found = [each for each in found if each.step <= step - (action == "rollback")]
-            if action == "rollback":
+            found = [each for each in found if each.step <= step - (action != "resume")]
+            if action != "resume":
                 _require_same(Fingerprint(*(record.pop(field) for field in Fingerprint._fields)), fingerprint, file)
-                found.append(_from_record(record))
+                found.append(_level(record) if action == "accept" else _rollback(record))
         except UserError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError):
@@ -126,7 +128,7 @@ def read(path: str | Path, fingerprint: Fingerprint) -> list[Intervention]:
     return found
 
 
-def _from_record(record: dict[str, Any]) -> Intervention:
+def _rollback(record: dict[str, Any]) -> Intervention:
     before, after = record["applied"]
     return Intervention(
         **{
@@ -138,7 +140,12 @@ def _from_record(record: dict[str, Any]) -> Intervention:
     )
 
 
-def _identities(lists: Sequence[Sequence[Any]]) -> tuple[tuple[Any, ...], ...]:
+def _level(record: dict[str, Any]) -> AcceptedLevel:
+    signals = {name: tuple(map(float, record[name])) for name in ("losses", "norms")}
+    return AcceptedLevel(**{**record, **signals, "given_back": _identities(record["given_back"])})
+
+
+def _identities(lists: Sequence[Sequence[Any]]) -> tuple[Identity, ...]:
     return tuple(tuple(each) for each in lists)
 
 

@@ -10,7 +10,7 @@ from stabletrain.runtime.data.train_loader import DataMark, TrainLoader
 from stabletrain.runtime.guard.step_guard import StepGuard
 from stabletrain.runtime.records.event_log import logger
 from stabletrain.runtime.snapshots.snapshot import Snapshot
-from stabletrain_plugins.rollback.intervention import Intervention
+from stabletrain_plugins.rollback.intervention import AcceptedLevel, Intervention
 
 
 class InterventionReplay:
@@ -22,7 +22,9 @@ class InterventionReplay:
         make: makes an empty snapshot.
     """
 
-    def __init__(self, planned: Sequence[Intervention], done: int, make: Callable[[], Snapshot]) -> None:
+    def __init__(
+        self, planned: Sequence[Intervention | AcceptedLevel], done: int, make: Callable[[], Snapshot]
+    ) -> None:
         self._planned = {each.step: each for each in planned if each.step > done}
         self._make = make
         self._snapshots: dict[int, Snapshot] = {}
@@ -37,14 +39,14 @@ class InterventionReplay:
         """The oldest data position that will be restored; None if no snapshot was taken yet."""
         return next((each.mark for each in self._snapshots.values()), None)
 
-    def due(self, step: int) -> Intervention | None:
+    def due(self, step: int) -> Intervention | AcceptedLevel | None:
         """The intervention to make after ``step`` attempted steps, if there is one."""
         return self._planned.get(step)
 
     def capture_if_needed(self, guard: StepGuard, loader: TrainLoader) -> None:
         """Take a snapshot if a later intervention restores this step."""
         step = guard.decided
-        if step not in self._snapshots and any(each.to == step for each in self._planned.values()):
+        if step not in self._snapshots and step in self._needed():
             self._snapshots[step] = self._make()
             self._snapshots[step].capture(guard, loader)
 
@@ -57,14 +59,14 @@ class InterventionReplay:
                 request.reason,
             )
 
-    def pop(self, intervention: Intervention) -> Snapshot | None:
-        """Remove an intervention from the plan; returns its snapshot, None if it restores a checkpoint.
+    def pop(self, intervention: Intervention | AcceptedLevel) -> Snapshot | None:
+        """Remove an intervention from the plan; returns its snapshot, None if it restores none.
 
         Raises:
             UserError: if the snapshot was never taken.
         """
         del self._planned[intervention.step]
-        if intervention.to is None:
+        if isinstance(intervention, AcceptedLevel) or intervention.to is None:
             return None
         if intervention.to not in self._snapshots:
             raise UserError(
@@ -73,6 +75,9 @@ class InterventionReplay:
                 "checkpoint (config key plugins.spike.replay)"
             )
         snapshot = self._snapshots[intervention.to]
-        needed = {each.to for each in self._planned.values()}
+        needed = self._needed()
         self._snapshots = {step: each for step, each in self._snapshots.items() if step in needed}
         return snapshot
+
+    def _needed(self) -> set[int | None]:
+        return {each.to for each in self._planned.values() if isinstance(each, Intervention)}

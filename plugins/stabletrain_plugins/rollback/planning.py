@@ -16,7 +16,7 @@ from stabletrain_plugins.rollback.incidents import IncidentTracker
 from stabletrain_plugins.rollback.intervention import Intervention
 from stabletrain_plugins.rollback.older_checkpoint import FoundCheckpoint
 from stabletrain_plugins.rollback.rollback_rule import RollbackRule
-from stabletrain_plugins.rollback.snapshot_ring import SnapshotRing
+from stabletrain_plugins.rollback.snapshot_ring import RingEntry, SnapshotRing
 
 
 class Plan(NamedTuple):
@@ -39,6 +39,7 @@ def plan_rollback(
     loader: TrainLoader,
     ring: SnapshotRing,
     incidents: IncidentTracker,
+    damaged_after: int | None = None,
 ) -> Plan | GiveUp:
     """Decide on a rollback, see `decide`, and find its checkpoint and batches. A collective.
 
@@ -50,15 +51,17 @@ def plan_rollback(
         loader: of the run.
         ring: the snapshots.
         incidents: with the current incident.
+        damaged_after: see `Situation`.
     """
-    trainer, trusted, incident = guard.trainer, ring.trusted, incidents.current
+    trainer, incident = guard.trainer, incidents.current
     situation = Situation(
         attempted=guard.counters.attempted,
         applied=trainer.global_step,
         made=made,
         incident=None if incident is None else incident.applied,
-        trusted=tuple(SnapshotInfo(each.step, each.applied) for each in trusted),
-        untrusted=len(ring) - len(trusted),
+        trusted=tuple(_info(each) for each in ring if each.trusted),
+        untrusted=tuple(_info(each) for each in ring if not each.trusted),
+        damaged_after=damaged_after,
     )
     decision = decide(rule, situation, request.reason)
     if isinstance(decision, ToCheckpoint):
@@ -70,9 +73,13 @@ def plan_rollback(
     if isinstance(decision, GiveUp):
         return decision
     step = decision.step
-    snapshot = next(each for each in trusted if each.step == step)
+    snapshot = next(each.snapshot for each in ring if each.snapshot.step == step)
     batches = batches_to_exclude(decision.exclusion, incidents, loader, snapshot.mark, guard.window.size)
     return Plan(_intervention(rule, request, situation, snapshot, batches, guard.ranks.size), snapshot)
+
+
+def _info(entry: RingEntry) -> SnapshotInfo:
+    return SnapshotInfo(entry.snapshot.step, entry.snapshot.applied)
 
 
 def _intervention(

@@ -23,12 +23,18 @@ class RollbackRule(SpikeDetection):
     steps in a row), or the weights are damaged. Then the newest trusted snapshot is restored, the batches since the
     incident began are excluded, also from later epochs and after a restart, the learning rate is warmed up again over
     ``rewarm`` steps, and training continues in the same process. If an incident repeats at the same position, an older
-    snapshot is restored, and twice as many batches are excluded. Without such a snapshot, the newest good checkpoint on
-    disk from before the incident is restored. Without one, and after ``max_rollbacks``, the run is stopped, with a
-    diagnosis in its folder.
+    snapshot is restored, and twice as many batches are excluded.
 
-    Each rollback is a line in ``interventions.jsonl``; with ``replay``, another run makes the same rollbacks and ends
-    with bit-identical weights.
+    But if the loss then leaves its level at the same position and by as much as before, with undamaged weights, it is
+    not an error but meant, such as another loss term or new classes: after ``accept`` steps the new level is
+    accepted. All rules learn it, the batches that the rollback excluded are given back, and the learning rate is warmed
+    up again. A run of ``accept`` bad batches in a row looks the same; ``accept=None`` never accepts a level.
+
+    Without a snapshot to restore, the newest good checkpoint on disk from before the incident is restored. Without one,
+    and after ``max_rollbacks``, the run is stopped, with a diagnosis in its folder.
+
+    Each rollback and each accepted level is a line in ``interventions.jsonl``; with ``replay``, another run does the
+    same at the same steps and ends with bit-identical weights.
 
     Args:
         every: applied steps from one snapshot to the next, >= 1; the first is taken after the first step.
@@ -41,8 +47,10 @@ class RollbackRule(SpikeDetection):
         max_rollbacks: rollbacks in a run, >= 1; one more request is a clean stop.
         cool_down: attempted steps after the position of an incident within which another one is taken for the same, and
             an older state is restored, >= 0.
-        check_every: attempted steps between checks of the weights, >= 1; after an unhealthy step they are checked at
-            once.
+        accept: attempted steps after which a new level of the loss, that comes again at the same position after going
+            back, is accepted, >= ``patience``; None: never.
+        check_every: attempted steps between checks of the weights, >= 1; from the second unhealthy step in a row on
+            they are checked after each step.
         max_growth: factor on a weight tensor's root mean square between two checks that means damage, > 1.
         where: ``"host"``: snapshots in main memory; ``"device"``: on the device of the tensors, which is faster.
         max_memory: limit on the memory of snapshots and taped batches on a rank, as ``"8GB"`` or ``"500MiB"``; more is
@@ -78,7 +86,7 @@ class RollbackRule(SpikeDetection):
     plugin = "rollback"
     slot = "spike"
 
-    every: int = 50
+    every: int = 25
     keep: int = 3
     trust_after: int = 25
     drop: Drop = "offending"
@@ -86,6 +94,7 @@ class RollbackRule(SpikeDetection):
     rewarm: int | None = 100
     max_rollbacks: int = 10
     cool_down: int = 100
+    accept: int | None = 60
     check_every: int = 10
     max_growth: float = 10.0
     where: Literal["host", "device"] = "host"
@@ -107,6 +116,10 @@ class RollbackRule(SpikeDetection):
             self.max_rollbacks >= 1, "max_rollbacks", ">= 1; to detect without rollbacks, use plugins/spike=detect"
         )
         self.require(self.cool_down >= 0, "cool_down", ">= 0")
+        least = self.patience
+        self.require(
+            self.accept is None or self.accept >= least, "accept", f">= patience={least}, or null: accept no new level"
+        )
         self.require(self.check_every >= 1, "check_every", ">= 1")
         self.require(1 < self.max_growth < math.inf, "max_growth", "> 1 and finite")
         self.require(self.where in ("host", "device"), "where", '"host" or "device"')

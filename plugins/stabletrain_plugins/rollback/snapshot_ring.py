@@ -60,15 +60,17 @@ class SnapshotRing:
         return [each.snapshot for each in self._entries if each.trusted]
 
     def is_due(self, applied: int, every: int) -> bool:
-        """Whether it is time for a snapshot: after the first applied step, then at each multiple of ``every``.
+        """Whether it is time for a snapshot: at each multiple of ``every``, and before at 1, 2, 4, 8, ... steps.
 
         Args:
             applied: applied steps so far.
             every: applied steps from one snapshot to the next; if no snapshot was taken
                 at a multiple, one is due at the next call.
         """
-        newest = self.newest
-        return applied > 0 and (newest is None or applied // every != newest.snapshot.applied // every)
+        if self.newest is None:
+            return applied > 0
+        last = self.newest.snapshot.applied
+        return applied // every != last // every or 2 * last <= applied < every
 
     def bytes_needed(self, guard: StepGuard) -> int:
         """Memory of the full ring on this rank, bytes."""

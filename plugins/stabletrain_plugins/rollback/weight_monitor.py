@@ -44,11 +44,25 @@ _MAX_SPEEDS, _MIN_SPEEDS = 16, 8
 """Maximum number of speeds in the history, and the number needed before a new one is compared with them."""
 
 
-class WeightMonitor:
-    """Checks the weights every few attempted steps, and after each unhealthy step; all ranks get the same answer.
+class WeightProblem(NamedTuple):
+    """What is wrong with the weights.
 
-    The speed of the weights, relative to the learning rate, usually changes slowly. If the last step was unhealthy and
-    the speed is more than six times the median and more than twice the largest of the last speeds, then earlier updates
+    Args:
+        reason: one sentence.
+        damaged: the size of the weights is wrong; else only the speed at which they move.
+        good_at: attempted steps at the last regular check, which found no damage; 0: there was none.
+    """
+
+    reason: str
+    damaged: bool
+    good_at: int = 0
+
+
+class WeightMonitor:
+    """Checks the weights every few attempted steps, and in an incident; all ranks get the same answer.
+
+    The speed of the weights, relative to the learning rate, usually changes slowly. If the last steps were unhealthy,
+    and the speed is more than six times the median and more than twice the largest of the last speeds, then earlier updates
     have damaged the weights; the batch is not the cause. A high speed without an unhealthy step is not damage: it also
     occurs in a new phase of the training, such as a warm restart.
 
@@ -64,28 +78,33 @@ class WeightMonitor:
         self.history = history if comparable else _without_norms(history)
         """For the checkpoint."""
 
-    def check(self, trainer: Trainer, step: int, unhealthy: bool = False) -> str | None:
-        """The damage to the weights, in one sentence; None if there is none or no check is due. A collective.
+    def check(self, trainer: Trainer, step: int, unhealthy: bool = False) -> WeightProblem | None:
+        """The problem with the weights; None if there is none or no check is due. A collective.
 
         Args:
             trainer: in a fit.
             step: attempted steps so far.
-            unhealthy: the last step was not healthy: check now, also the speed.
+            unhealthy: the last steps were not healthy: check now, also the speed.
         """
         last, _, speeds = self.history
         due = step // self._every != (last.step if last else 0) // self._every
         if not (due or unhealthy):
             return None
         now = WeightSample(step, self._check.norms(), _largest_lr(trainer))
-        problem = self._check.problem(now.norms, last.norms if last else ())
-        if problem is None and unhealthy:
-            problem = self._too_fast(now)
+        damage = self._check.problem(now.norms, last.norms if last else ())
+        problem = None if damage is None else WeightProblem(damage, True, last.step if last else 0)
+        if problem is None and unhealthy and (too_fast := self._too_fast(now)):
+            problem = WeightProblem(too_fast, False, last.step if last else 0)
         if due:
             if last is not None and problem is None and not unhealthy:
                 speeds = (*speeds, *_known(speed(now, last)))[-_MAX_SPEEDS:]
             self.history = WeightHistory(now, last, speeds)
-        damaged = Ranks(trainer).any(problem is not None)
-        return problem or ("weights are damaged on another rank" if damaged else None)
+        ranks = Ranks(trainer)
+        if not ranks.any(problem is not None):
+            return None
+        anywhere = ranks.any(problem is not None and problem.damaged)
+        reason = problem.reason if problem is not None else "weights are damaged, or move too fast, on another rank"
+        return WeightProblem(reason, anywhere, last.step if last else 0)
 
     def forget_norms(self) -> None:
         """After a restore: do not compare the restored weights with those of the undone steps."""

@@ -1,19 +1,32 @@
-"""Drop outliers of the loss and of the gradient norm; learn a new level of the norm."""
+"""Drop outliers of the loss and of the gradient norm that come together; learn a new level of the norm."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple, Self
 
-from stabletrain.core.baseline import Baseline, OutlierTest
+from stabletrain.core.baseline import ROUNDING, Baseline, OutlierTest
 from stabletrain.core.events import Event, Request, RequestKind
-from stabletrain.core.limits import NO_LIMITS, Bound, Limits, SkipAbove
+from stabletrain.core.limits import Bound, Limits, SkipAbove, SkipBelow, SkipCondition
 from stabletrain.core.outcome import Outcome
 from stabletrain.core.rule import Observation, Rule
 
-_NO_BOUNDS: frozenset[Bound] = frozenset()
+_HEAT_LOST = 0.25
+"""Heat lost with each step inside the limits: fewer than one outlier in five steps are never dropped for long."""
+_MAX_HEAT = 3.0
+"""After a burst, outliers are dropped for at most (3 - 1) / 0.25 = 8 steps."""
+_SHARE_STEPS = 300
+"""Steps over which the share of applied outliers is averaged."""
+_COMMON_SHARE = 0.025
+"""A share of applied outliers up to this leaves the tolerance as it is."""
+_TOLERANCE_PER_SHARE, _MAX_TOLERANCE, _LOSS_PER_SHARE = 20.0, 2.75, 10.0
+"""How a larger share raises the tolerance (to a maximum that still drops the fourth of a burst) and the heat lost per
+step: of outliers that are a tenth of all steps, independent of each other, about 0.2 % are dropped."""
+_ABSURD = 1e6
+"""A loss lower than the usual one by a million times its typical size is the result of broken arithmetic."""
 
 
 class OutlierState(NamedTuple):
@@ -22,35 +35,50 @@ class OutlierState(NamedTuple):
     Args:
         loss: baseline of the loss.
         norm: baseline of the gradient norm.
-        in_a_row: number of consecutive dropped steps up to the last step.
+        in_a_row: number of consecutive outliers up to the last step, applied ones included.
         candidates: norms that may belong to a new level.
-        dropped: number of candidates whose step was dropped.
+        outside: number of candidates that were outliers.
+        heat: rises by 1 with each outlier, falls by 0.25 with each other step.
+        share: moving average of the share of applied outliers, 0 to 1; None while there is no limit.
     """
 
     loss: Baseline = Baseline()
     norm: Baseline = Baseline()
     in_a_row: int = 0
     candidates: tuple[float, ...] = ()
-    dropped: int = 0
+    outside: int = 0
+    heat: float = 0.0
+    share: float | None = None
 
 
 @dataclass(frozen=True)
 class SkipOutliersRule(Rule[OutlierState]):
-    """Drop a step whose loss or gradient norm lies far above its recent history, as if its batches had not been seen.
+    """Drop steps whose loss or gradient norm lies far above its recent history, if several come close together.
+
+    An outlier alone may be a rare class or domain, which the model has to learn, and is harmless once it is clipped:
+    it is applied, as clipped by the clipping plugin, or by this rule's limit of the norm if there is none. Outliers
+    that come close together are dropped, as if their batches had not been seen. Each outlier raises the *heat* by 1
+    (to at most 3), each other step lowers it by 0.25; an outlier at a heat below ``tolerance`` is applied, else it is
+    dropped. So the first of a burst is applied and the others are dropped. Where single outliers recur, several will
+    come close together by chance: the tolerance, and the heat lost per step, rise with the share of applied outliers
+    in the last 300 steps, for a tenth to 2.75 and 2 times; a burst is then dropped from its fourth on. Where outliers are known to be errors (wrong labels), ``tolerance=0`` drops each of them.
 
     The limit of the norm is ``exp(m + sigmas * s)``, with median ``m`` and scaled MAD ``s`` of the logarithms of the
     last ``window`` norms. The limit of the loss is the highest of three: ``m + sigmas * s`` of the last losses;
     ``m * (q / m) ** (1.4826 * sigmas)`` with their upper quartile ``q``, for a log-normal loss, such as that of small
     batches near the end of training; and ``m + sigmas * (t - m) / 1.7`` with their 98th percentile ``t``, for batches
-    of very different sizes. Only applied, finite steps enter the history, so a burst does not raise its own limit.
+    of very different sizes. Only applied, finite steps within the limits enter the history, so a burst does not raise
+    its own limit. A loss of rounding size has no limit (its typical size is below 1e-5 of the gradient norm), and one
+    far below zero, a million times the usual size, is dropped at any heat.
 
-    After ``regime_after`` steps that were dropped for their norm alone, the loss within its limit, the norm has a new
-    level: its history is replaced by the norms of those steps. After ``max_in_a_row`` dropped steps in a row the rule
-    requests a rollback, because the weights may be damaged; if no plugin can roll back, the run stops cleanly. A zero
-    norm is not an outlier and does not enter the history.
+    After ``regime_after`` outliers of the norm alone, the loss within its limit, the norm has a new level: its history
+    is replaced by the norms of those steps. After ``max_in_a_row`` outliers in a row the rule requests a rollback,
+    because the weights may be damaged; if no plugin can roll back, the run stops cleanly. A zero norm is not an outlier
+    and does not enter the history.
 
     Args:
-        sigmas: standard deviations above the centre at which a step is dropped, > 0.
+        sigmas: standard deviations above the centre at which a step is an outlier, > 0.
+        tolerance: heat below which an outlier is applied, >= 0; 0: each outlier is dropped.
         window: steps of history, >= 2.
         min_samples: steps of history from which on there is a limit, 2 to ``window``.
         signals: signals with a limit: ``"both"``, ``"loss"`` or ``"grad_norm"``.
@@ -59,10 +87,10 @@ class SkipOutliersRule(Rule[OutlierState]):
         min_sigma_norm: floor of the norm's standard deviation: in nats, > 0; with ``log_norm=False`` as a share of the
             centre, >= 0.
         min_sigma_loss: floor of the loss's standard deviation, as a share of the centre, >= 0.
-        keep_outliers: let dropped steps enter the history too, so that it follows any change.
-        regime_after: steps dropped for their norm alone after which a new level is learned, >= 2; None: never. It has
-            no effect with ``keep_outliers``.
-        max_in_a_row: dropped steps in a row after which a rollback is requested, > ``regime_after``.
+        keep_outliers: let outliers enter the history too, so that it follows any change.
+        regime_after: outliers of the norm alone after which a new level is learned, >= 2; None: never. It has no effect
+            with ``keep_outliers``; else ``tolerance=0`` needs a number, or a new level would be dropped for ever.
+        max_in_a_row: outliers in a row after which a rollback is requested, > ``regime_after``.
 
     Raises:
         UserError: if an argument is out of range.
@@ -76,13 +104,14 @@ class SkipOutliersRule(Rule[OutlierState]):
     >>> rule = SkipOutliersRule(min_samples=4)
     >>> norms = [1.0, 1.1, 0.9, 1.0, 50.0, 60.0, 1.05]
     >>> [step.outcome.skipped for step in replay(rule, [(2.0, g) for g in norms])]
-    [False, False, False, False, True, True, False]
+    [False, False, False, False, False, True, False]
     """
 
     plugin = "skip_outliers"
     slot = "outliers"
 
     sigmas: float = 6.0
+    tolerance: float = 1.0
     window: int = 128
     min_samples: int = 64
     signals: Literal["both", "loss", "grad_norm"] = "both"
@@ -96,6 +125,7 @@ class SkipOutliersRule(Rule[OutlierState]):
 
     def __post_init__(self) -> None:
         self.require(0 < self.sigmas < math.inf, "sigmas", "> 0 and finite")
+        self.require(0 <= self.tolerance < math.inf, "tolerance", ">= 0 and finite (a heat; 0: drop each outlier)")
         self.require(self.window >= 2, "window", ">= 2")
         self.require(2 <= self.min_samples <= self.window, "min_samples", f"from 2 to window={self.window}")
         self.require(self.signals in ("both", "loss", "grad_norm"), "signals", '"both", "loss" or "grad_norm"')
@@ -103,6 +133,11 @@ class SkipOutliersRule(Rule[OutlierState]):
         self.require(not self.log_norm or self.min_sigma_norm > 0, "min_sigma_norm", "> 0 in log space (log_norm=True)")
         self.require(0 <= self.min_sigma_loss < math.inf, "min_sigma_loss", ">= 0 and finite")
         self.require(self.regime_after is None or self.regime_after >= 2, "regime_after", ">= 2 or None")
+        self.require(
+            self.regime_after is not None or self.tolerance > 0 or self.keep_outliers,
+            "regime_after",
+            ">= 2 with tolerance=0 and keep_outliers=False: without it, a new level of the norm is dropped for ever",
+        )
         least = self.regime_after or 0
         self.require(
             self.max_in_a_row > least, "max_in_a_row", f"> regime_after={self.regime_after}" if least else "> 0"
@@ -128,12 +163,14 @@ class SkipOutliersRule(Rule[OutlierState]):
             sigmas: its ``sigma_factor``, > 0.
             window: its ``rolling_interval_length``, >= 20; there are no limits until half of it is filled.
             signals: ``"both"``, ``"loss"`` or ``"grad_norm"``.
-            keep_outliers: True, as published, lets the first spikes of a burst raise the limit for the later ones.
+            keep_outliers: True, as published, lets the first spikes of a burst raise the limit for the later ones;
+                with False, a new level of the norm is learned after 20 of them.
             max_in_a_row: as in the constructor; not in the reference.
             name: as in the constructor.
         """
         return cls(
             sigmas=sigmas,
+            tolerance=0.0,
             window=window,
             min_samples=max(20, window // 2) - 1,  # the reference counts the step in question too
             signals=signals,
@@ -142,7 +179,7 @@ class SkipOutliersRule(Rule[OutlierState]):
             min_sigma_norm=0.0,
             min_sigma_loss=0.0,
             keep_outliers=keep_outliers,
-            regime_after=None,
+            regime_after=None if keep_outliers else min(20, max_in_a_row - 1),
             max_in_a_row=max_in_a_row,
             name=name,
         )
@@ -152,82 +189,114 @@ class SkipOutliersRule(Rule[OutlierState]):
         return OutlierState()
 
     def limits(self, state: OutlierState) -> Limits:
-        """The limits of the two baselines, as far as they exist and their signals are selected."""
-        loss, norm = self._loss.limit(state.loss), self._norm.limit(state.norm)
-        if loss == math.inf or self.signals == "grad_norm":
-            return NO_LIMITS if norm == math.inf else Limits(_NO_BOUNDS, frozenset((SkipAbove("grad_norm", norm),)))
-        if norm == math.inf or self.signals == "loss":
-            return Limits(_NO_BOUNDS, frozenset((SkipAbove("loss", loss),)))
-        return Limits(_NO_BOUNDS, frozenset((SkipAbove("loss", loss), SkipAbove("grad_norm", norm))))
+        """Conditions that drop an outlier; while outliers are tolerated, a bound on the norm in case nobody clips."""
+        loss, norm = self._loss_limit(state), self._norm_limit(state)
+        skips: set[SkipCondition] = set()
+        if loss < math.inf and self.robust:
+            skips.add(SkipBelow(self._lowest_loss(state)))
+        if self._tolerates(state):
+            fallback = frozenset((Bound(norm, norm),)) if norm < math.inf else frozenset()
+            return Limits(skips=frozenset(skips), fallback=fallback)
+        if loss < math.inf:
+            skips.add(SkipAbove("loss", loss))
+        if norm < math.inf:
+            skips.add(SkipAbove("grad_norm", norm))
+        return Limits(skips=frozenset(skips))
 
     def observe(self, state: OutlierState, outcome: Outcome) -> Observation[OutlierState]:
-        """Add an applied step to the history, or count a step that this rule dropped."""
+        """Count an outlier, or add a step within the limits to the history."""
         loss, norm = outcome.loss, outcome.grad_norm
         if not (math.isfinite(loss) and math.isfinite(norm)) or outcome.overflow:
             return Observation(state)
-        if not outcome.skipped:
-            return Observation(self._learn(state, loss, norm))
-        loss_above = loss > self._loss.limit(state.loss)
-        norm_above = norm > self._norm.limit(state.norm)
-        if norm_above or (loss_above and self.signals != "grad_norm"):
+        loss_above, norm_above = loss > self._loss_limit(state), norm > self._norm_limit(state)
+        if loss_above or norm_above:
             return self._outlier(state, outcome, loss_above, norm_above)
-        return Observation(state)  # another rule dropped it
+        if self.robust and loss < self._lowest_loss(state) and outcome.skipped:
+            return self._absurd(state, outcome)
+        if outcome.skipped:  # another rule dropped it
+            return Observation(state)
+        return Observation(self._learn(state, loss, norm))
 
     def rebase(self, state: OutlierState, cause: str) -> OutlierState:
         """The history at the snapshot, with all counts reset."""
-        return state._replace(in_a_row=0, candidates=(), dropped=0)
+        return _without_counts(state)
+
+    def accept_level(self, state: OutlierState, losses: Sequence[float], norms: Sequence[float]) -> OutlierState:
+        """Learn the level of these steps; up to its limits, later steps are not outliers."""
+        loss, norm = self._loss.accept(state.loss, losses), self._norm.accept(state.norm, norms)
+        return _without_counts(state)._replace(loss=loss, norm=norm)
 
     # ---- the history ------------------------------------------------------------------------------------------------
 
     def _learn(self, state: OutlierState, loss: float, norm: float) -> OutlierState:
-        level, candidates, dropped = state.norm, state.candidates, state.dropped
-        if self.signals != "loss" and norm > 0.0:
+        level, candidates, outside = state.norm, state.candidates, state.outside
+        if norm > 0.0:
             if candidates:
                 # an accepted norm near the limit does not discard the candidates: after a shift of the level as far as
                 # the limit, half of the steps would else be dropped until the window has filled
                 raised = self._norm.is_raised(level, norm)
-                candidates, dropped = ((*candidates, norm)[-self.window :], dropped) if raised else ((), 0)
+                candidates, outside = ((*candidates, norm)[-self.window :], outside) if raised else ((), 0)
             level = self._norm.learn(level, norm)
-        return OutlierState(self._loss.learn(state.loss, loss), level, 0, candidates, dropped)
+        share = state.share
+        recurrent = max(0.0, (share or 0.0) - _COMMON_SHARE)
+        heat = max(0.0, state.heat - _HEAT_LOST * (1.0 + _LOSS_PER_SHARE * recurrent))
+        losses = self._loss.learn(state.loss, loss)
+        if share is not None:
+            share -= share / _SHARE_STEPS
+        elif losses.limit is not None or level.limit is not None:
+            share = max(self._loss.share_above(losses), self._norm.share_above(level))
+        return OutlierState(losses, level, 0, candidates, outside, heat, share)
 
     def _outlier(
         self, state: OutlierState, outcome: Outcome, loss_above: bool, norm_above: bool
     ) -> Observation[OutlierState]:
         loss, norm, in_a_row = outcome.loss, outcome.grad_norm, state.in_a_row + 1
-        by_loss = loss_above and self.signals != "grad_norm"
-        signals = [("loss", loss, self._loss, state.loss)] if by_loss else []
+        signals = [("loss", loss, self._loss, state.loss, self._loss_limit(state))] if loss_above else []
         if norm_above:
-            signals.append(("grad_norm", norm, self._norm, state.norm))
+            signals.append(("grad_norm", norm, self._norm, state.norm, self._norm_limit(state)))
         what = " and ".join(self._comparison(*signal) for signal in signals)
-        _, value, test, baseline = signals[0]
-        limit = test.limit(baseline)
-        reason = f"{what}: step skipped ({in_a_row} in a row)"
-        events: tuple[Event, ...] = (Event(outcome.step, self.label, "skip", value, limit, reason),)
+        events: tuple[Event, ...] = ()
+        share = state.share or 0.0
+        if self._tolerates(state):
+            share += (1.0 - share) / _SHARE_STEPS
+        elif outcome.skipped:
+            _, value, _, _, limit = signals[0]
+            reason = f"{what}: step skipped ({in_a_row} in a row)"
+            events = (Event(outcome.step, self.label, "skip", value, limit, reason),)
 
+        heat = min(_MAX_HEAT, state.heat + 1.0)
         if self.keep_outliers:
-            state = self._learn(state, loss, norm)._replace(in_a_row=in_a_row)
+            state = self._learn(state, loss, norm)
         elif loss_above:
-            state = state._replace(in_a_row=in_a_row, candidates=(), dropped=0)
+            state = state._replace(candidates=(), outside=0)
         else:
-            candidates = (*state.candidates, norm)[-self.window :]
-            state = state._replace(in_a_row=in_a_row, candidates=candidates, dropped=state.dropped + 1)
-            if self.regime_after is not None and state.dropped >= self.regime_after:
-                state, event = self._relearn(state, outcome.step)
-                events += (event,)
+            state = state._replace(candidates=(*state.candidates, norm)[-self.window :], outside=state.outside + 1)
+        state = state._replace(in_a_row=in_a_row, heat=heat, share=share)
+        if not self.keep_outliers and self.regime_after is not None and state.outside >= self.regime_after:
+            state, event = self._relearn(state, outcome.step)
+            events += (event,)
         if state.in_a_row < self.max_in_a_row:
             return Observation(state, events)
         reason = f"{in_a_row} outliers in a row (plugins.outliers.max_in_a_row={self.max_in_a_row}); last: {what}"
         request = Request(RequestKind.ROLLBACK, self.label, reason)
-        return Observation(state._replace(in_a_row=0, candidates=(), dropped=0), events, (request,))
+        return Observation(state._replace(in_a_row=0, candidates=(), outside=0), events, (request,))
+
+    def _absurd(self, state: OutlierState, outcome: Outcome) -> Observation[OutlierState]:
+        limit, steps = self._lowest_loss(state), len(state.loss.past.window)
+        centre = self._loss.centre(state.loss)
+        reason = f"loss {outcome.loss:.4g} < {limit:.4g} (median {centre:.4g} of {steps} steps): step skipped"
+        return Observation(state, (Event(outcome.step, self.label, "skip", outcome.loss, limit, reason),))
 
     def _relearn(self, state: OutlierState, step: int) -> tuple[OutlierState, Event]:
-        level = self._norm.relearn(state.norm, state.candidates)
+        # accepted, not only learned: a level that alternates with another one is learned once
+        level = self._norm.accept(state.norm, state.candidates)
         was, now, limit = self._norm.centre(state.norm), self._norm.centre(level), self._norm.limit(state.norm)
         reason = (
-            f"grad_norm above {limit:.4g} in {state.dropped} steps, the loss within its limit: "
+            f"grad_norm above {limit:.4g} in {state.outside} steps, the loss within its limit: "
             f"new level learned, {was:.4g} -> {now:.4g}"
         )
-        return OutlierState(state.loss, level), Event(step, self.label, "regime", now, limit, reason)
+        state = OutlierState(state.loss, level, heat=state.heat, share=state.share)
+        return state, Event(step, self.label, "regime", now, limit, reason)
 
     # ---- the outlier tests -------------------------------------------------------------------------------------------
 
@@ -242,7 +311,29 @@ class SkipOutliersRule(Rule[OutlierState]):
     def _test(self, min_sigma: float, log: bool) -> OutlierTest:
         return OutlierTest(self.sigmas, self.window, 0, self.min_samples, min_sigma, log, self.robust)
 
-    def _comparison(self, signal: str, value: float, test: OutlierTest, baseline: Baseline) -> str:
+    def _tolerates(self, state: OutlierState) -> bool:
+        """Whether an outlier is applied now."""
+        recurrent = max(0.0, (state.share or 0.0) - _COMMON_SHARE)
+        return state.heat < self.tolerance * min(1.0 + _TOLERANCE_PER_SHARE * recurrent, _MAX_TOLERANCE)
+
+    def _loss_limit(self, state: OutlierState) -> float:
+        """The limit of the loss; infinite if there is none."""
+        if self.signals == "grad_norm":
+            return math.inf
+        return self._loss.limit(state.loss, ROUNDING * self._norm.centre(state.norm) if self.robust else 0.0)
+
+    def _norm_limit(self, state: OutlierState) -> float:
+        return math.inf if self.signals == "loss" else self._norm.limit(state.norm)
+
+    def _lowest_loss(self, state: OutlierState) -> float:
+        limit = self._loss_limit(state)
+        return -math.inf if limit == math.inf else -_ABSURD * (abs(state.loss.centre) + limit - state.loss.centre)
+
+    def _comparison(self, signal: str, value: float, test: OutlierTest, baseline: Baseline, limit: float) -> str:
         statistic, steps = "median" if self.robust else "mean", len(baseline.past.window)
-        limit, centre = test.limit(baseline), test.centre(baseline)
+        centre = test.centre(baseline)
         return f"{signal} {value:.4g} > {limit:.4g} ({statistic} {centre:.4g} of {steps} steps)"
+
+
+def _without_counts(state: OutlierState) -> OutlierState:
+    return state._replace(in_a_row=0, candidates=(), outside=0, heat=0.0)

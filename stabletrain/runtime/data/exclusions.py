@@ -37,6 +37,10 @@ class Exclusions:
         """Exclude batches by `TapedBatch.identity` or `TapedBatch.position_key`."""
         self._identities |= {tuple(each) for each in identities}
 
+    def remove(self, identities: Iterable[Sequence[Any]]) -> None:
+        """Do not exclude these batches any more when they come again."""
+        self._identities -= {tuple(each) for each in identities}
+
     def add_events(self, numbers: AbstractSet[int]) -> None:
         """Exclude batches by their numbers on the tape."""
         self._events |= numbers

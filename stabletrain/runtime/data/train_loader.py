@@ -175,9 +175,13 @@ class TrainLoader:
         self._exclusions.require_one_loader()
         self._exclusions.add(identities)
 
+    def include(self, identities: Iterable[Sequence[Any]]) -> None:
+        """Undo `exclude`: these batches are trained on when they come again."""
+        self._exclusions.remove(identities)
+
     @property
     def excluded(self) -> frozenset[Identity]:
-        """The identities of `exclude`."""
+        """The identities of `exclude`, without those of `include`."""
         return self._exclusions.identities
 
     # ---- resuming from a checkpoint ---------------------------------------------------------------------------------

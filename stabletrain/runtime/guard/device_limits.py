@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stabletrain.core.limits import Limits, SkipAbove, SkipNonFinite
+from stabletrain.core.limits import Limits, SkipAbove, SkipBelow, SkipNonFinite
 
 
 class DeviceDecision(NamedTuple):
@@ -34,9 +34,9 @@ def decide(limits: Limits, loss: Tensor, grad_norm: Tensor, transformed_norm: Te
 
 
 def _grad_scale(limits: Limits, norm: Tensor) -> Tensor:
-    if not limits.bounds:
+    if not limits.applied_bounds:
         return torch.ones((), dtype=torch.float64, device=norm.device)
-    rows = [(b.threshold, b.target, b.pull, b.centre, float(b.log)) for b in limits.bounds]
+    rows = [(b.threshold, b.target, b.pull, b.centre, float(b.log)) for b in limits.applied_bounds]
     threshold, target, pull, centre, log = _upload(rows, norm.device).unbind(1)
     in_log = log > 0
     s = torch.where(in_log, norm.log(), norm)
@@ -55,6 +55,9 @@ def _dropped(limits: Limits, loss: Tensor, grad_norm: Tensor) -> Tensor:
         values = torch.stack([loss if c.signal == "loss" else grad_norm for c in above])
         thresholds = _upload([(c.above,) for c in above], loss.device).squeeze(1)
         dropped = dropped | ((values > thresholds) & values.isfinite()).any()
+    below = [c.below for c in limits.skips if isinstance(c, SkipBelow)]
+    if below:
+        dropped = dropped | ((loss < max(below)) & loss.isfinite())
     return dropped
 
 
