@@ -17,6 +17,7 @@ class TapeLimit:
 
     def __init__(self, tapes: Callable[[], Sequence[Tape]]) -> None:
         self._tapes = tapes
+        self._sizes: dict[int, int] = {}  # of each tape, by its id, when it last grew: at least its present size
         self.set(math.inf, math.inf)
 
     def set(self, batches: float, nbytes: float, on_bytes_exceeded: Callable[[], None] | None = None) -> None:
@@ -33,9 +34,11 @@ class TapeLimit:
         """Called after an event was recorded on this tape."""
         while tape.batches > self._batches:
             tape.forget_before(tape.first + 1)
-        if self._nbytes == math.inf:
+        self._sizes[id(tape)] = tape.nbytes
+        if sum(self._sizes.values()) <= self._nbytes:
             return
-        others = sum(each.nbytes for each in self._tapes() if each is not tape)
+        self._sizes = {id(each): each.nbytes for each in self._tapes()}
+        others = sum(self._sizes.values()) - self._sizes.get(id(tape), 0)
         while tape.batches and tape.nbytes + others > self._nbytes:
             tape.forget_before(tape.first + 1)
             if self._on_bytes_exceeded is not None:
