@@ -3,8 +3,8 @@
 The window of values may be delayed, so that the first steps of a slow rise do not raise the limit. Centre and spread
 are median and scaled MAD, which a few undetected outliers hardly change. The spread has a floor, so that a small change
 after a nearly constant signal is not an outlier; for a loss it is also a share of the range that its level has covered
-in the run, so that near zero the loss is not judged by the size of its rounding errors. For a loss with a long tail the limit
-lies beyond the tail.
+in the run, so that near zero the loss is not judged by the size of its rounding errors. For a loss with a long tail the
+limit lies beyond the tail.
 """
 
 from __future__ import annotations

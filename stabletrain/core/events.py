@@ -22,6 +22,8 @@ class Event(NamedTuple):
         value: the number that caused it; ``reason`` names the signal.
         limit: the limit that the number was compared with; NaN if there is none.
         reason: one sentence that contains the number.
+        samples: of a dropped step: the indices of its samples on all ranks, where the train loader knows them.
+        more_samples: how many others the step had.
     """
 
     step: int
@@ -30,14 +32,22 @@ class Event(NamedTuple):
     value: float
     limit: float
     reason: str
+    samples: tuple[int | str, ...] = ()
+    more_samples: int = 0
 
     def to_json(self) -> str:
-        """The event as one line of strict JSON; non-finite numbers become the strings "nan", "inf" and "-inf".
+        """The event as one line of strict JSON.
+
+        Non-finite numbers become the strings "nan", "inf" and "-inf"; ``samples`` and ``more_samples`` are left out if
+        there are none.
 
         >>> Event(3, "clip", "skip", float("inf"), 1.0, "norm inf > 1").to_json()
         '{"step": 3, "plugin": "clip", "kind": "skip", "value": "inf", "limit": 1.0, "reason": "norm inf > 1"}'
         """
         record = self._asdict()
+        for key in ("samples", "more_samples"):
+            if not record[key]:
+                del record[key]
         for key in ("value", "limit"):
             if not math.isfinite(record[key]):
                 record[key] = str(record[key])

@@ -43,6 +43,15 @@ class AccumulationWindow:
                 return int(callback.get_accumulate_grad_batches(epoch))
         return self.size
 
+    @property
+    def largest(self) -> int:
+        """Number of micro-batches in a window, in the epoch that has most."""
+        sizes = [self.size]
+        for callback in self._trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, GradientAccumulationScheduler):
+                sizes += callback.scheduling.values()
+        return max(sizes)
+
     def steps_in(self, epoch: int, batches: float) -> int:
         """Number of optimizer steps in an epoch of ``batches`` batches; the optimizer also steps after the last one."""
         return math.ceil(batches / self.size_in(epoch))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,6 +11,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+T = TypeVar("T")
 
 Placement: TypeAlias = Literal["sharded", "replicated", "local"]
 """Distribution of a parameter over the ranks: in parts, as equal copies, or as copies that may differ."""
@@ -58,6 +60,14 @@ class Ranks:
     def any(self, flag: bool) -> bool:
         """Whether a flag is set on any rank. A collective."""
         return bool(self._strategy.reduce_boolean_decision(flag, all=False)) if self.size > 1 else flag
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, of any type that can be pickled, by rank. A collective."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     def placement(self, parameter: Tensor) -> Placement:
         """The distribution of a parameter over the ranks.

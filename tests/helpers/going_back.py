@@ -129,10 +129,11 @@ class GoBack(GuardMember):
         every: batches from one snapshot to the next.
         at: batch ends at which to restore, counted from 1 over the whole process, repeated batches included.
         exclude: number of the last batches to exclude at a restore.
+        rewind: whether the data position is restored.
     """
 
-    def __init__(self, every: int, at: tuple[int, ...], exclude: int = 0) -> None:
-        self.every, self.at, self.exclude = every, at, exclude
+    def __init__(self, every: int, at: tuple[int, ...], exclude: int = 0, rewind: bool = True) -> None:
+        self.every, self.at, self.exclude, self.rewind = every, at, exclude, rewind
         self.batches = self.went_back = 0
         self.snapshots: list[Snapshot] = []
 
@@ -153,7 +154,7 @@ class GoBack(GuardMember):
             snapshot = self.snapshots[0]
             items = list(self.loader.batches_since(snapshot.mark))  # type: ignore[arg-type]
             dropped = frozenset(items[len(items) - self.exclude :])
-            snapshot.restore(self._guard, self.loader, "rollback", dropped)
+            snapshot.restore(self._guard, self.loader, "rollback", dropped, self.rewind)
             self.snapshots = [snapshot]
             self.went_back += 1
         elif self.batches % self.every == 0 and not trainer_internals.window_is_open(trainer):

@@ -104,7 +104,9 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
         named = list(guard.module.named_parameters())
         fingerprint = Fingerprint.of(trainer, guard.module, named)
         self._log = InterventionLog(self._folder / run_files.INTERVENTIONS if self._writes_files else None, fingerprint)
+        loader.limit_tape(memory.taped_batches(self, guard), math.inf)
         if self.replay is not None:
+            loader.limit_tape(math.inf, math.inf)  # the log says what is needed, whatever this run's arguments are
             planned = read(self.replay, fingerprint)
             self._replay = InterventionReplay(planned, guard.counters.attempted, self._new_snapshot)
         if trainer_internals.resumes_from_checkpoint(trainer):
@@ -117,8 +119,8 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
             logger.warning(warning)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Drop snapshots of a replaced train loader (``reload_dataloaders_every_n_epochs``)."""
-        self._ring.drop_unreachable(self._guard_and_loader()[1])
+        """Forget data positions in a replaced train loader (``reload_dataloaders_every_n_epochs``)."""
+        self._ring.forget_unreachable(self._guard_and_loader()[1])
 
     def on_outcome(self, outcome: Outcome) -> None:
         """Record an outcome for the diagnosis, and update incident and trust. fp16 overflows are ignored."""
@@ -154,8 +156,10 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
             else:
                 self._snapshot_if_due(batch)
             self._incidents.on_step_end(guard.decided, trainer.global_step, loader.mark())
-            if not len(self._ring):
-                loader.forget_before((self._replay and self._replay.oldest_mark) or self._incidents.oldest_mark)
+            if self._replay is not None:
+                loader.forget_before(self._replay.oldest_mark or loader.mark())
+            elif self._ring.oldest_mark is None:
+                loader.forget_before(self._incidents.oldest_mark)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Release the loader and all snapshots."""
@@ -218,7 +222,7 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
         if not self._incidents.last_step_was_healthy:
             return  # a state within an incident must not be restored later
         if not self._memory_reserved:
-            memory.reserve(self, self._ring, guard, batch)
+            memory.reserve(self, self._ring, guard, loader, batch)
             self._memory_reserved = True
         self._ring.capture(guard, loader)
         if self._ring.oldest_mark is not None:
@@ -375,10 +379,9 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
         else:
             replay.ignore(request)
             replay.capture_if_needed(guard, loader)
-        if replay.oldest_mark is not None:
-            loader.forget_before(replay.oldest_mark)
         if replay.is_over:
             self._replay = None
+            loader.limit_tape(memory.taped_batches(self, guard), math.inf)
 
     def _guard_and_loader(self) -> tuple[StepGuard, TrainLoader]:
         assert self._guard is not None

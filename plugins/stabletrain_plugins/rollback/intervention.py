@@ -23,6 +23,7 @@ class Intervention(NamedTuple):
         baselines: the rules' histories after it: ``"restore"`` (as restored) or ``"reset"`` (empty).
         plugin: the plugin that requested it.
         cause: the reason of that request.
+        rewound: whether the data position of the snapshot was restored; with a checkpoint it is not.
     """
 
     step: int
@@ -35,6 +36,7 @@ class Intervention(NamedTuple):
     baselines: str
     plugin: str
     cause: str
+    rewound: bool = True
 
     @property
     def undone(self) -> int:
@@ -44,9 +46,9 @@ class Intervention(NamedTuple):
     @property
     def target(self) -> str:
         """The state that was restored, for messages."""
-        if self.checkpoint is None:
-            return f"the snapshot of step {self.applied[1]}"
-        return f"{self.checkpoint} (step {self.applied[1]}; the data position is not restored)"
+        name = "the snapshot of step" if self.checkpoint is None else f"{self.checkpoint}, step"
+        left = "" if self.rewound else " (the data position is not restored)"
+        return f"{name} {self.applied[1]}{left}"
 
     @property
     def summary(self) -> str:

@@ -37,7 +37,8 @@ class InterventionReplay:
     @property
     def oldest_mark(self) -> DataMark | None:
         """The oldest data position that will be restored; None if no snapshot was taken yet."""
-        return next((each.mark for each in self._snapshots.values()), None)
+        rewound = {each.to for each in self._planned.values() if each.rewound}
+        return next((each.mark for step, each in self._snapshots.items() if step in rewound), None)
 
     def due(self, step: int) -> Intervention | AcceptedLevel | None:
         """The intervention to make after ``step`` attempted steps, if there is one."""

@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from stabletrain.core.bytes import parse, shown
 from stabletrain.errors import UserError
 from stabletrain.runtime.data.batch_size import batch_bytes
+from stabletrain.runtime.data.train_loader import TrainLoader
 from stabletrain.runtime.guard.step_guard import StepGuard
 from stabletrain.runtime.internals.free_memory import device_memory, host_memory
 from stabletrain.runtime.records.event_log import logger
@@ -19,6 +20,13 @@ from stabletrain.runtime.snapshots.disk_buffers import DiskBuffers
 from stabletrain.runtime.snapshots.snapshot import Snapshot
 from stabletrain_plugins.rollback.rollback_rule import RollbackRule
 from stabletrain_plugins.rollback.snapshot_ring import SnapshotRing
+
+_TAPE_IS_FULL = (
+    "rollback: %d batches take more than %s, which is left of plugins.spike.max_memory (default: the free memory) "
+    "besides the snapshots: batches have become larger than the first one. Fewer are stored: a rollback to an older "
+    "snapshot then does not restore the data position. Raise plugins.spike.max_memory, or take snapshots more often "
+    "(plugins.spike.every)"
+)
 
 
 class MemoryPlan(NamedTuple):
@@ -52,6 +60,18 @@ class MemoryPlan(NamedTuple):
         """Bytes of memory; snapshots on disk do not count."""
         return self.taped + (0 if self.spill else self.copies)
 
+    def left_for_tape(self, max_memory: str | None, free: float, on_device: bool) -> float:
+        """The memory that is left for the tape besides the snapshots, bytes.
+
+        Args:
+            max_memory: the limit; None: ``free``.
+            free: main memory that this rank may use, bytes.
+            on_device: whether the snapshots are not in main memory.
+        """
+        limit = free if max_memory is None else parse(max_memory)
+        elsewhere = self.spill or (on_device and max_memory is None)
+        return limit - (0 if elsewhere else self.copies)
+
     def problem(self, max_memory: str | None, free: float) -> str | None:
         """The error message if the plan needs too much memory; None if it does not.
 
@@ -80,19 +100,27 @@ def new_snapshot(rule: RollbackRule) -> Snapshot:
     return Snapshot(SnapshotBuffers(rule.where))
 
 
-def reserve(rule: RollbackRule, ring: SnapshotRing, guard: StepGuard, batch: Any) -> None:
+def taped_batches(rule: RollbackRule, guard: StepGuard) -> int:
+    """The number of micro-batches that a full ring of snapshots goes back."""
+    return rule.keep * rule.every * guard.window.largest
+
+
+def reserve(rule: RollbackRule, ring: SnapshotRing, guard: StepGuard, loader: TrainLoader, batch: Any) -> None:
     """Allocate the memory of all snapshots, so that taking one later costs the copy alone. A collective.
+
+    From then on the data tape is held to the rest of the memory.
 
     Args:
         rule: the plugin's arguments.
         ring: without reserved memory so far.
         guard: of the run.
+        loader: of the run.
         batch: a batch of the training; the memory of the data tape is estimated from its size.
 
     Raises:
         UserError: on all ranks, if one of them has too little memory.
     """
-    trainer, batches = guard.trainer, rule.keep * rule.every * guard.window.size
+    trainer, batches = guard.trainer, taped_batches(rule, guard)
     plan = MemoryPlan.of(ring.bytes_needed(guard), rule.keep, batch, batches, rule.spill)
     device = next(guard.module.parameters()).device
     problem = plan.problem(rule.max_memory, free_for_a_rank(trainer, rule.where, device))
@@ -103,6 +131,9 @@ def reserve(rule: RollbackRule, ring: SnapshotRing, guard: StepGuard, batch: Any
     if trainer.is_global_zero:
         on_disk = f", the snapshots in {rule.spill}" if rule.spill else ""
         logger.info("rollback needs up to %s: %s of memory%s on each rank", plan, shown(plan.memory), on_disk)
+    on_device = rule.where == "device" and device.type == "cuda"
+    left = plan.left_for_tape(rule.max_memory, free_for_a_rank(trainer, "host", device), on_device)
+    loader.limit_tape(batches, left, lambda: logger.warning(_TAPE_IS_FULL, batches, shown(left)))
     ring.prepare(guard)
 
 

@@ -68,14 +68,16 @@ def plan_rollback(
         checkpoint = older_checkpoint.find(trainer, decision.before)
         if checkpoint is not None:
             batches = batches_to_exclude(decision.exclusion, incidents, loader, None, guard.window.size)
-            return Plan(_intervention(rule, request, situation, checkpoint, batches, guard.ranks.size), None)
+            return Plan(_intervention(rule, request, situation, checkpoint, batches, guard, rewound=False), None)
         decision = decision.otherwise
     if isinstance(decision, GiveUp):
         return decision
     step = decision.step
     snapshot = next(each.snapshot for each in ring if each.snapshot.step == step)
-    batches = batches_to_exclude(decision.exclusion, incidents, loader, snapshot.mark, guard.window.size)
-    return Plan(_intervention(rule, request, situation, snapshot, batches, guard.ranks.size), snapshot)
+    # by the bytes of its own batches, the tape of one rank may not reach as far back as that of another
+    mark = None if guard.ranks.any(not snapshot.can_rewind(loader)) else snapshot.mark
+    batches = batches_to_exclude(decision.exclusion, incidents, loader, mark, guard.window.size)
+    return Plan(_intervention(rule, request, situation, snapshot, batches, guard, rewound=mark is not None), snapshot)
 
 
 def _info(entry: RingEntry) -> SnapshotInfo:
@@ -88,18 +90,21 @@ def _intervention(
     situation: Situation,
     restored: Snapshot | FoundCheckpoint,
     batches: list[TapedBatch],
-    processes: int,
+    guard: StepGuard,
+    rewound: bool,
 ) -> Intervention:
-    several = processes > 1  # then the ranks have different samples at the same position
+    several = guard.ranks.size > 1  # then the ranks have different samples at the same position
+    excluded = tuple(each.position_key if several else each.identity for each in batches)
     return Intervention(
         step=situation.attempted,
         to=restored.step if isinstance(restored, Snapshot) else None,
         checkpoint=restored.path if isinstance(restored, FoundCheckpoint) else None,
         applied=(situation.applied, restored.applied),
-        excluded=tuple(each.position_key if several else each.identity for each in batches),
+        excluded=guard.ranks.gather(excluded)[0],  # the same on all: their tapes may reach back differently
         samples=tuple(each.identity for each in batches) if several else (),
         rewarm=rule.rewarm,
         baselines=rule.baselines,
         plugin=request.plugin,
         cause=request.reason,
+        rewound=rewound,
     )

@@ -23,12 +23,13 @@ def restore(intervention: Intervention, snapshot: Snapshot | None, guard: StepGu
 
     Raises:
         SnapshotError: if model or optimizer are no longer those of the snapshot.
-        UserError: if the checkpoint is not of the step that the intervention says.
+        UserError: if the checkpoint is not of the step that the intervention says, or the data position that was
+            restored is out of reach.
     """
     if intervention.excluded:
         loader.exclude(intervention.excluded)
     if snapshot is not None:
-        _restore_snapshot(snapshot, intervention.cause, guard, loader)
+        _restore_snapshot(snapshot, intervention, guard, loader)
     else:
         _restore_checkpoint(intervention, guard)
     if intervention.baselines == "reset":
@@ -37,9 +38,14 @@ def restore(intervention: Intervention, snapshot: Snapshot | None, guard: StepGu
                 member.state = member.rule.init()
 
 
-def _restore_snapshot(snapshot: Snapshot, cause: str, guard: StepGuard, loader: TrainLoader) -> None:
+def _restore_snapshot(snapshot: Snapshot, intervention: Intervention, guard: StepGuard, loader: TrainLoader) -> None:
+    if intervention.rewound and not snapshot.can_rewind(loader):
+        raise UserError(
+            f"rollback: the log restores the data position of step {intervention.to}, and the train loader was "
+            "replaced since. Replay with the data and the trainer of the log (config key plugins.spike.replay)"
+        )
     try:
-        snapshot.restore(guard, loader, cause)
+        snapshot.restore(guard, loader, intervention.cause, rewind=intervention.rewound)
     except SnapshotError as error:
         raise SnapshotError(f"rollback: {error}, or train without rollbacks (plugins/spike=detect)") from error
 

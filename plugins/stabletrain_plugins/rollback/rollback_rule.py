@@ -18,7 +18,7 @@ class RollbackRule(SpikeDetection):
     """Restore a healthy snapshot when training diverges, exclude the offending batches, and continue.
 
     A ring of snapshots in memory has everything that training changes, the data position included. A snapshot is
-    trusted after ``trust_after`` healthy steps in a row. Three things lead to a rollback: the loss is raised for
+    trusted after ``trust_after`` healthy steps. Three things lead to a rollback: the loss is raised for
     ``patience`` steps (the detector of `DetectSpikes`), another plugin requests one (too many skipped
     steps in a row), or the weights are damaged. Then the newest trusted snapshot is restored, the batches since the
     incident began are excluded, also from later epochs and after a restart, the learning rate is warmed up again over
@@ -39,7 +39,7 @@ class RollbackRule(SpikeDetection):
     Args:
         every: applied steps from one snapshot to the next, >= 1; the first is taken after the first step.
         keep: snapshots in the ring, >= 2; each takes as much memory as parameters and optimizer state.
-        trust_after: healthy steps in a row that make a snapshot trusted, 1 to ``every``.
+        trust_after: healthy steps that make a snapshot trusted, 1 to ``every``; an unhealthy step costs five of them.
         drop: which batches are excluded: ``"offending"`` (since the incident began), ``"since_snapshot"``, ``"none"``.
         baselines: histories of all rules after a rollback: ``"restore"`` (the snapshot's) or ``"reset"`` (empty).
         rewarm: applied steps of the second learning-rate warm-up, >= 0; None: the schedule's own length. Needs
@@ -54,7 +54,7 @@ class RollbackRule(SpikeDetection):
         max_growth: factor on a weight tensor's root mean square between two checks that means damage, > 1.
         where: ``"host"``: snapshots in main memory; ``"device"``: on the device of the tensors, which is faster.
         max_memory: limit on the memory of snapshots and taped batches on a rank, as ``"8GB"`` or ``"500MiB"``; more is
-            an error before the first snapshot. None: the free memory.
+            an error before the first snapshot. If later batches are larger, fewer are kept. None: the free memory.
         spill: folder on a local disk for the snapshots, instead of memory; each snapshot then costs a write to it.
         replay: an ``interventions.jsonl``, or the folder of its run: make these interventions, and decide nothing until
             the last of them is made.

@@ -8,6 +8,9 @@ from stabletrain.runtime.data.train_loader import DataMark, TrainLoader
 from stabletrain.runtime.guard.step_guard import StepGuard
 from stabletrain.runtime.snapshots.snapshot import Snapshot, state_bytes
 
+UNHEALTHY_COSTS = 5
+"""Healthy steps that an unhealthy one costs: with one in twenty, snapshots still become trusted."""
+
 
 class RingEntry:
     """A snapshot in the ring.
@@ -20,16 +23,19 @@ class RingEntry:
     def __init__(self, snapshot: Snapshot, trusted: bool = False) -> None:
         self.snapshot = snapshot
         self.trusted = trusted
-        self.healthy_in_a_row = 0
-        """Healthy steps in a row since the snapshot, up to the last step; not counted further once it is trusted."""
+        self.healthy = 0
+        """Healthy steps since the snapshot, less those that unhealthy ones cost; counted until it is trusted."""
 
 
 class SnapshotRing:
-    """The last snapshots, oldest first; one becomes trusted after ``trust_after`` healthy steps in a row.
+    """The last snapshots, oldest first; one becomes trusted after ``trust_after`` healthy steps.
+
+    A full ring always moves on, so that no rollback goes back further than ``keep`` snapshots: if a run has so many
+    unhealthy steps that no newer one becomes trusted, the oldest is trusted, since no rollback was needed after it.
 
     Args:
         keep: number of snapshots, >= 2: one not trusted yet, and those that can be restored.
-        trust_after: healthy steps in a row, at any time after the snapshot, that make it trusted.
+        trust_after: healthy steps after the snapshot that make it trusted; an unhealthy one costs `UNHEALTHY_COSTS`.
         make: makes an empty snapshot.
     """
 
@@ -51,8 +57,8 @@ class SnapshotRing:
 
     @property
     def oldest_mark(self) -> DataMark | None:
-        """The data position of the oldest snapshot; None if there is no snapshot."""
-        return self._entries[0].snapshot.mark if self._entries else None
+        """The oldest data position of a snapshot; None if there is none."""
+        return next((each.snapshot.mark for each in self._entries if each.snapshot.mark is not None), None)
 
     @property
     def trusted(self) -> list[Snapshot]:
@@ -84,12 +90,13 @@ class SnapshotRing:
             snapshot.prepare(guard)
 
     def capture(self, guard: StepGuard, loader: TrainLoader) -> RingEntry:
-        """Take a snapshot; in a full ring it replaces the newest one if that is not trusted, else the oldest."""
+        """Take a snapshot; in a full ring it replaces the oldest one."""
         if not self._spare:
             if len(self._entries) < self._keep:
                 self._spare.append(self._make())
             else:
-                self._drop(self._entries[-1] if not self._entries[-1].trusted else self._entries[0])
+                self._drop(self._entries[0])
+                self._entries[0].trusted = True  # if it was not yet, no other one is: all others are newer
         snapshot = self._spare[-1]
         snapshot.capture(guard, loader)
         self._spare.pop()
@@ -97,22 +104,22 @@ class SnapshotRing:
         return self._entries[-1]
 
     def on_outcome(self, healthy: bool) -> None:
-        """Count a step for all snapshots that are not trusted yet; an unhealthy one sets their counts to 0."""
+        """Count a step for all snapshots that are not trusted yet."""
         for each in self._entries:
             if not each.trusted:
-                each.healthy_in_a_row = each.healthy_in_a_row + 1 if healthy else 0
-                each.trusted = each.healthy_in_a_row >= self._trust_after
+                each.healthy = max(0, each.healthy + (1 if healthy else -UNHEALTHY_COSTS))
+                each.trusted = each.healthy >= self._trust_after
 
     def drop_after(self, snapshot: Snapshot) -> None:
         """Drop all snapshots taken after this one: their steps are undone."""
         while self._entries[-1].snapshot is not snapshot:
             self._drop(self._entries[-1])
 
-    def drop_unreachable(self, loader: TrainLoader) -> None:
-        """Drop the snapshots whose data position cannot be restored, because the train loader was replaced since."""
-        for each in list(self._entries):
+    def forget_unreachable(self, loader: TrainLoader) -> None:
+        """Forget the data positions that cannot be restored any more; those of a replaced loader hold its batches."""
+        for each in self._entries:
             if each.snapshot.mark is not None and not loader.can_rewind(each.snapshot.mark):
-                self._drop(each)
+                each.snapshot.mark = None
 
     def restart_with(self, snapshot: Snapshot) -> None:
         """Drop all snapshots; the only one is then this one, which was taken elsewhere and is trusted."""

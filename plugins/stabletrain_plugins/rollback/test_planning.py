@@ -23,11 +23,16 @@ TAPE = [TapedBatch(None, 0, i, samples=[100 + i]) for i in range(9)]
 REQUEST = Request(RequestKind.ROLLBACK, "somebody", "loss 9 > 3")
 
 
-def plan(ring: SnapshotRing, processes: int = 1) -> Plan:
-    """Of a run with 40 attempted and 38 applied steps, in an incident since applied step 35 and batch 5."""
+def plan(ring: SnapshotRing, processes: int = 1, reach: int = 0) -> Plan:
+    """With a tape that reaches back to mark ``reach`` on rank 1, and further on this rank.
+
+    Of a run with 40 attempted and 38 applied steps, in an incident since applied step 35 and batch 5."""
     trainer, window, ranks = SimpleNamespace(global_step=38), SimpleNamespace(size=2), SimpleNamespace(size=processes)
+    ranks.any = lambda flag: flag or ring.oldest_mark < reach  # type: ignore[operator]
+    ranks.gather = lambda value: [value, ()]
     guard: Any = SimpleNamespace(trainer=trainer, counters=SimpleNamespace(attempted=40), window=window, ranks=ranks)
-    loader: Any = SimpleNamespace(loaders=[None], batches_since=lambda mark: dict(enumerate(TAPE[mark:])))
+    batches_since, can_rewind = lambda mark: dict(enumerate(TAPE[mark:])), lambda mark: True
+    loader: Any = SimpleNamespace(loaders=[None], batches_since=batches_since, can_rewind=can_rewind)
     incidents = IncidentTracker()
     incidents.current = Incident(37, 35, 5)  # type: ignore[arg-type]
     found = plan_rollback(RollbackRule(rewarm=7), REQUEST, (), guard, loader, ring, incidents)
@@ -46,7 +51,7 @@ def test_with_a_checkpoint_the_batches_of_the_incident_are_excluded(
     by_position = tuple(("batch", 0, i) for i in range(5, 9))
     by_samples = tuple(("samples", 100 + i) for i in range(5, 9))
     names = (by_samples, ()) if processes == 1 else (by_position, by_samples)
-    expected = Intervention(40, None, found.path, (38, 30), *names, 7, "restore", "somebody", "loss 9 > 3")
+    expected = Intervention(40, None, found.path, (38, 30), *names, 7, "restore", "somebody", "loss 9 > 3", False)
     assert plan(SnapshotRing(3, 25, Snapshot), processes) == Plan(expected, None)
     assert limits == [36]
 
@@ -59,3 +64,14 @@ def test_with_a_snapshot_whole_windows_are_excluded() -> None:
     by_samples = tuple(("samples", 100 + i) for i in range(4, 9))
     expected = Intervention(40, 32, None, (38, 30), by_samples, (), 7, "restore", "somebody", "loss 9 > 3")
     assert plan(ring) == Plan(expected, snapshot)
+
+
+def test_the_data_position_is_restored_on_all_ranks_or_on_none() -> None:
+    """Bug: where the tape of one rank alone does not reach back, because its batches were larger, ranks read apart."""
+    ring, snapshot = SnapshotRing(3, 25, Snapshot), Snapshot()
+    snapshot.step, snapshot.applied, snapshot.mark = 32, 30, 1  # type: ignore[assignment]
+    ring.restart_with(snapshot)
+    assert plan(ring, 2, reach=1).intervention.rewound
+    made = plan(ring, 2, reach=2).intervention
+    assert (made.to, made.rewound) == (32, False)
+    assert made.excluded == tuple(("batch", 0, i) for i in range(5, 9)), "those of the incident, for later epochs"

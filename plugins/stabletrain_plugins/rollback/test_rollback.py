@@ -351,14 +351,18 @@ def test_a_run_with_a_rollback_resumes_exactly(tmp_path: Path) -> None:
     assert_same_weights(whole, resumed)
 
 
-def test_no_snapshot_of_a_replaced_loader_is_restored(tmp_path: Path) -> None:
+def test_the_position_in_a_replaced_loader_is_not_restored(tmp_path: Path) -> None:
     """Bug: where each epoch has a new loader, a restore fails halfway, because the tape does not reach back."""
     requests, rollback = Requests().at(110), st.Rollback(**QUICK)
     options = {"reload_dataloaders_every_n_epochs": 1, "limit_train_batches": 60, "max_epochs": 3}
     train(tmp_path, requests, rollback, **options)
-    assert interventions(tmp_path)[0]["to"] > 60
-    with pytest.raises(TrainingStopped, match="no snapshot to restore"):
-        train(tmp_path / "b", Requests().at(63), st.Rollback(**QUICK), **options)
+    (made,) = interventions(tmp_path)
+    assert (made["to"], made["rewound"]) == (104, True)
+    model, trainer = train(tmp_path / "b", Requests().at(63), st.Rollback(**QUICK), **options)
+    (made,) = interventions(tmp_path / "b")
+    assert (made["to"], made["rewound"]) == (56, False)
+    assert model.samples[60:] == model.samples[:60] * 2, "the data go on"
+    assert trainer.global_step == 180 - 7
 
 
 def test_the_log_of_a_resumed_run_is_complete(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def trusted(ring: SnapshotRing) -> list[int]:
     return [each.step for each in ring.trusted]
 
 
-def test_only_healthy_steps_in_a_row_make_a_snapshot_trusted() -> None:
+def test_healthy_steps_make_a_snapshot_trusted() -> None:
     """Bug: a snapshot of the beginning of an incident is restored."""
     ring = SnapshotRing(3, 3, Numbered)
     capture(ring, 1, True, True)
@@ -45,16 +45,25 @@ def test_only_healthy_steps_in_a_row_make_a_snapshot_trusted() -> None:
     assert trusted(ring) == [1], "a trusted snapshot stays trusted"
 
 
-def test_a_new_snapshot_never_replaces_the_only_trusted_one() -> None:
-    """Bug: the last good snapshot is overwritten by ones that never become trusted."""
-    ring = SnapshotRing(2, 2, Numbered)
-    capture(ring, 1, True, True)
-    for step in (2, 3, 4):
-        capture(ring, step, True, False)
-    assert steps(ring) == [1, 4]
-    capture(ring, 5, True, True)
-    capture(ring, 6)
-    assert steps(ring) == [5, 6]
+def test_an_unhealthy_step_costs_five_healthy_ones() -> None:
+    """Bug: with one skipped step in twenty no snapshot is ever trusted, and a rollback undoes thousands of steps."""
+    ring = SnapshotRing(3, 25, Numbered)
+    capture(ring, 1, *(i % 20 != 0 for i in range(1, 31)))
+    assert trusted(ring) == []
+    ring.on_outcome(True)
+    assert trusted(ring) == [1], "19 - 5 + 11 are 25"
+    capture(ring, 2, *(i % 5 == 0 for i in range(200)))
+    assert trusted(ring) == [1], "one healthy step in five is not enough"
+
+
+def test_a_full_ring_moves_on_and_always_has_a_trusted_snapshot() -> None:
+    """Bug: where none becomes trusted any more, the last trusted one ages for ever, or is dropped without another."""
+    ring = SnapshotRing(3, 3, Numbered)
+    capture(ring, 1, True, True, True)
+    for step in range(2, 9):
+        capture(ring, step, True, False, True, False)
+        assert steps(ring) == list(range(max(1, step - 2), step + 1))
+        assert trusted(ring) == steps(ring)[:1]
 
 
 def test_snapshots_of_undone_steps_are_dropped() -> None:
@@ -68,14 +77,15 @@ def test_snapshots_of_undone_steps_are_dropped() -> None:
     assert steps(ring) == [1, 2, 9]
 
 
-def test_only_snapshots_that_the_tape_reaches_are_left() -> None:
-    """Bug: a snapshot of a train loader that was replaced is restored by half, and then the tape raises."""
+def test_positions_in_a_replaced_loader_are_forgotten() -> None:
+    """Bug: the positions keep the tape of the replaced loader, with all its batches, for ``keep`` snapshots."""
     ring = SnapshotRing(3, 1, Numbered)
     for step in (1, 2, 3):
         capture(ring, step, True)
         ring.trusted[-1].mark = step  # type: ignore[assignment]
-    ring.drop_unreachable(SimpleNamespace(can_rewind=lambda mark: mark == 2))  # type: ignore[arg-type]
-    assert steps(ring) == [2]
+    ring.forget_unreachable(SimpleNamespace(can_rewind=lambda mark: mark == 2))  # type: ignore[arg-type]
+    assert [each.snapshot.mark for each in ring] == [None, 2, None]
+    assert ring.oldest_mark == 2
 
 
 def test_when_a_snapshot_is_due() -> None:

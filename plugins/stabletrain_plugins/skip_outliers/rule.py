@@ -61,7 +61,8 @@ class SkipOutliersRule(Rule[OutlierState]):
     (to at most 3), each other step lowers it by 0.25; an outlier at a heat below ``tolerance`` is applied, else it is
     dropped. So the first of a burst is applied and the others are dropped. Where single outliers recur, several will
     come close together by chance: the tolerance, and the heat lost per step, rise with the share of applied outliers
-    in the last 300 steps, for a tenth to 2.75 and 2 times; a burst is then dropped from its fourth on. Where outliers are known to be errors (wrong labels), ``tolerance=0`` drops each of them.
+    in the last 300 steps, for a tenth to 2.75 and 2 times; a burst is then dropped from its fourth on. Where
+    outliers are known to be errors (wrong labels), ``tolerance=0`` drops each of them.
 
     The limit of the norm is ``exp(m + sigmas * s)``, with median ``m`` and scaled MAD ``s`` of the logarithms of the
     last ``window`` norms. The limit of the loss is the highest of three: ``m + sigmas * s`` of the last losses;

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
+from stabletrain.runtime.data.batch_size import batch_bytes
 from stabletrain.runtime.rng import RngState
 
 Identity: TypeAlias = tuple[Any, ...]
@@ -109,6 +110,18 @@ def identity(epoch: int, position: int, samples: Any) -> Identity:
     return ("batch", epoch, position)
 
 
+def sample_names(samples: Any) -> tuple[Any, ...]:
+    """The samples of a batch as numbers or strings; empty if they are unknown, or are neither.
+
+    >>> sample_names([4, 17])
+    (4, 17)
+    >>> sample_names(None)
+    ()
+    """
+    kind, *names = identity(0, 0, samples)
+    return tuple(names) if kind == "samples" else ()
+
+
 class Tape:
     """Numbered events, of which the newest are stored, with a read position that can be moved back to replay them.
 
@@ -121,6 +134,11 @@ class Tape:
         self.next_number = 0  # of the event that is replayed next; equal to `end` if there is none
         self._first = 0
         self._events: list[TapeEvent] = []
+        self._sizes: list[int | None] = []  # of the same events: bytes of a batch, None if it is no batch
+        self.batches = 0
+        """How many batches are stored."""
+        self.nbytes = 0
+        """Size of the stored batches, bytes."""
 
     @property
     def end(self) -> int:
@@ -145,6 +163,8 @@ class Tape:
     def record(self, event: TapeEvent) -> None:
         """Append a new event and move to the end; if not enabled, drop it and all stored events."""
         self._events.append(event)
+        self._sizes.append(batch_bytes(event.batch) if self.enabled and isinstance(event, TapedBatch) else None)
+        self._count(self._sizes[-1:], 1)
         self.next_number = self.end
         if not self.enabled:
             self.forget_before(self.end)
@@ -152,9 +172,19 @@ class Tape:
     def forget_before(self, number: int) -> None:
         """Drop the events before this number, except those that are still to be replayed."""
         number = min(number, self.next_number)
-        del self._events[: max(0, number - self._first)]
-        self._first = max(self._first, number)
+        count = max(0, number - self._first)
+        self._count(self._sizes[:count], -1)
+        del self._events[:count], self._sizes[:count]
+        self._first += count
 
     def truncate(self) -> None:
         """Drop the events that are still to be replayed."""
-        del self._events[self.next_number - self._first :]
+        start = self.next_number - self._first
+        self._count(self._sizes[start:], -1)
+        del self._events[start:], self._sizes[start:]
+
+    def _count(self, sizes: Sequence[int | None], sign: int) -> None:
+        for size in sizes:
+            if size is not None:
+                self.batches += sign
+                self.nbytes += sign * size

@@ -14,6 +14,7 @@ from stabletrain.runtime.data.position import LoaderState, capture_start, positi
 from stabletrain.runtime.data.reader import LoaderReader
 from stabletrain.runtime.data.resume_point import ResumePoint
 from stabletrain.runtime.data.tape import EpochEnded, EpochStarted, IteratorStart, Tape, TapedBatch, TapeEvent, identity
+from stabletrain.runtime.data.tape_limit import TapeLimit
 
 
 class LoaderCursor(NamedTuple):
@@ -44,18 +45,27 @@ class TapedLoader(Iterator[Any]):
         exclusions: the batches that the loop does not get.
         resume: where the first iterator of a resumed run starts.
         counter: counts the excluded batches for Lightning.
+        limit: of the tape.
     """
 
     def __init__(
-        self, loader: Any, trainer: Trainer, exclusions: Exclusions, resume: ResumePoint, counter: FetchCounter
+        self,
+        loader: Any,
+        trainer: Trainer,
+        exclusions: Exclusions,
+        resume: ResumePoint,
+        counter: FetchCounter,
+        limit: TapeLimit,
     ) -> None:
         self._loader = loader
-        self._exclusions, self._resume, self._counter = exclusions, resume, counter
+        self._exclusions, self._resume, self._counter, self._limit = exclusions, resume, counter, limit
         self._reader = LoaderReader(loader, trainer, exclusions, resume, counter)
         self._tape = Tape()
         self._excluded_in_replay = False  # whether a batch was excluded since the rewind, so that later epochs differ
         self.cursor = self.cursor_before = LoaderCursor(0, -1, True, None)
         self.last_batch: TapedBatch | None = None
+        self.samples_before: Any = None
+        """The sample indices of the batch before the last one; None if unknown."""
 
     # ---- the loader's own attributes --------------------------------------------------------------------------------
 
@@ -107,6 +117,7 @@ class TapedLoader(Iterator[Any]):
                 excluded = event.position - self.cursor.position - 1
                 self.cursor_before = self.cursor
                 self.cursor = LoaderCursor(next_number, event.position, False, self.cursor.start)
+                self.samples_before = None if self.last_batch is None else self.last_batch.samples
                 self.last_batch = event
                 self._counter.on_batch_returned(excluded, self.excluded_next())
                 return event.batch
@@ -169,6 +180,7 @@ class TapedLoader(Iterator[Any]):
         self._excluded_in_replay = False
         event = self._start_epoch() if self.cursor.starts_epoch else self._reader.fetch(self._tape.enabled)
         self._tape.record(event)
+        self._limit.enforce(self._tape)
         return event
 
     def _replay(self) -> TapeEvent | None:

@@ -5,7 +5,8 @@
     mark = loader.mark()                     # in on_train_batch_end
     loader.rewind(mark, exclude={...})       # in on_train_batch_end, later: the same batches come again
 
-The tape holds references to the host batches since the oldest mark in use; without `keep_tape` it holds none.
+The tape holds references to the host batches since the oldest mark in use, up to the limit of `limit_tape`; without
+`keep_tape` it holds none.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from stabletrain.runtime.data.fetch_counter import FetchCounter, FetcherState
 from stabletrain.runtime.data.position import LoaderState
 from stabletrain.runtime.data.resume_point import ResumePoint
 from stabletrain.runtime.data.tape import Identity, TapedBatch
+from stabletrain.runtime.data.tape_limit import TapeLimit
 from stabletrain.runtime.data.taped_loader import LoaderCursor, TapedLoader
 from stabletrain.runtime.internals import loader as loader_internals
 
@@ -45,6 +47,7 @@ class TrainLoader:
         self._exclusions = Exclusions(trainer)
         self._resume = ResumePoint(trainer)
         self._counter = FetchCounter(trainer)
+        self._limit = TapeLimit(lambda: [each.tape for each in self.loaders])
 
     # ---- setup and teardown -----------------------------------------------------------------------------------------
 
@@ -54,12 +57,18 @@ class TrainLoader:
 
         Call it in ``setup`` of a fit, and `close` in ``teardown`` and ``on_exception``.
         """
-        found = getattr(loader_internals.train_loader_wrapper(trainer), "__self__", None)
-        if not isinstance(found, TrainLoader):
+        found = cls.find(trainer)
+        if found is None:
             found = cls(trainer)
             found._uninstall = loader_internals.wrap_train_loaders(trainer, found._wrap)
         found._users += 1
         return found
+
+    @classmethod
+    def find(cls, trainer: Trainer) -> TrainLoader | None:
+        """The train loader of this trainer if a caller of `of` uses it, else None."""
+        found = getattr(loader_internals.train_loader_wrapper(trainer), "__self__", None)
+        return found if isinstance(found, TrainLoader) else None
 
     def close(self) -> None:
         """Release it for one caller of `of`; the last call restores the strategy and drops all stored batches."""
@@ -77,7 +86,7 @@ class TrainLoader:
         return [each for each in loader_internals.train_loaders(self.trainer) if isinstance(each, TapedLoader)]
 
     def _wrap(self, loader: Any) -> TapedLoader:
-        wrapped = TapedLoader(loader, self.trainer, self._exclusions, self._resume, self._counter)
+        wrapped = TapedLoader(loader, self.trainer, self._exclusions, self._resume, self._counter, self._limit)
         wrapped.tape.enabled = self._keeps_tape
         return wrapped
 
@@ -89,8 +98,18 @@ class TrainLoader:
     # ---- rewinding --------------------------------------------------------------------------------------------------
 
     def keep_tape(self) -> None:
-        """Store all batches that are fetched from now on, until `forget_before` drops them."""
+        """Store all batches that are fetched from now on, until `forget_before` or `limit_tape` drops them."""
         self._set_tape(True)
+
+    def limit_tape(self, batches: float, nbytes: float, on_bytes_exceeded: Callable[[], None] | None = None) -> None:
+        """From now on, drop the oldest stored batches beyond a number and a size; earlier marks are then out of reach.
+
+        Args:
+            batches: of each train loader, >= 1.
+            nbytes: of all train loaders together, bytes.
+            on_bytes_exceeded: called when batches are dropped because of their size, once.
+        """
+        self._limit.set(batches, nbytes, on_bytes_exceeded)
 
     def mark(self) -> DataMark:
         """Mark the current position; call it in ``on_train_batch_end``, between two optimizer steps."""
@@ -98,7 +117,10 @@ class TrainLoader:
         return DataMark(loaders, tuple(_cursor(each, fetcher.prefetched) for each in loaders), fetcher)
 
     def can_rewind(self, mark: DataMark) -> bool:
-        """Whether the tape reaches back to the mark; it does not if Lightning has reloaded the train loader since."""
+        """Whether the tape reaches back to the mark.
+
+        It does not if Lightning has reloaded the train loader since, or beyond the limit of `limit_tape`.
+        """
         loaders = self.loaders
         return len(loaders) == len(mark.loaders) and all(
             loader is marked and loader.tape.first <= cursor.event
@@ -117,13 +139,14 @@ class TrainLoader:
 
         If there are several loaders, those of the first.
 
-        Prefetched and excluded batches are omitted.
+        Prefetched and excluded batches are omitted, and those that the tape no longer stores.
         """
         if not mark.loaders:
             return {}
         loader = mark.loaders[0]
         end = _cursor(loader, len(loader_internals.prefetched(self.trainer))).event
-        events = {number: loader.tape[number] for number in range(mark.cursors[0].event, end)}
+        start = max(mark.cursors[0].event, loader.tape.first)
+        events = {number: loader.tape[number] for number in range(start, end)}
         return {
             number: event
             for number, event in events.items()
@@ -155,6 +178,19 @@ class TrainLoader:
             loader.rewind(cursor)
         with rng.preserved():
             self._counter.rewind(mark.fetcher, mark.loaders[0].excluded_next if self._exclusions else None)
+
+    @property
+    def current_samples(self) -> Any:
+        """The indices of the batch that is trained on now, as returned by the sampler; see `sample_names`.
+
+        None if they are unknown: the data have no sampler, or there are several train loaders.
+        """
+        loaders = self.loaders
+        if len(loaders) != 1:
+            return None
+        if loader_internals.prefetched(self.trainer):
+            return loaders[0].samples_before
+        return None if loaders[0].last_batch is None else loaders[0].last_batch.samples
 
     # ---- excluding batches ------------------------------------------------------------------------------------------
 

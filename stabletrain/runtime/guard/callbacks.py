@@ -143,8 +143,10 @@ class GuardMember(Callback):
         self._settle_and_flush()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Observe the last outcome and send the last metrics."""
+        """Observe the last outcome, send the last metrics, and warn if many steps were dropped."""
         self._settle_and_flush()
+        if self._leads and self._guard is not None:
+            self._guard.warn_of_dropped_steps()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restore everything that the guard replaced."""
@@ -152,15 +154,17 @@ class GuardMember(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restore everything that the guard replaced: Lightning calls no teardown after an exception."""
-        if self._leads and self._guard is not None and not isinstance(exception, Exception):
-            self._guard.settle()
+        if self._leads and self._guard is not None and self._guard.is_open:
+            if not isinstance(exception, Exception):
+                self._guard.settle(alone=True)
+            self._guard.warn_of_dropped_steps()
         self._close()
 
     def state_dict(self) -> dict[str, Any]:
         """The run's step counters; subclasses add their own state."""
         if self._guard is None:
             return {}
-        self._guard.settle()
+        self._guard.settle(alone=True)
         return {"counters": self._guard.counters._asdict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

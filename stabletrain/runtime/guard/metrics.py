@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from stabletrain.core.outcome import Outcome
 
+MAX_COUNTED_SAMPLES = 1000
+"""Number of samples that are counted at the same time."""
+
 
 class Counters(NamedTuple):
-    """Steps of the run so far, restored with a checkpoint.
+    """Steps of the run so far, restored with a checkpoint, and not changed when a rollback undoes steps.
 
     Args:
         attempted: attempted optimizer steps.
@@ -17,6 +21,9 @@ class Counters(NamedTuple):
         overflows: dropped by the fp16 loss scaler.
         clipped: applied with a gradient that a transform or a bound made smaller.
         overflows_in_a_row: consecutive overflows up to the last step.
+        dropped_by: steps that each plugin dropped; a step may be dropped by several.
+        dropped_samples: how often each sample was in a step that a rule dropped, where samples are known. If there are
+            more than `MAX_COUNTED_SAMPLES`, only the most frequent ones, and their counts are lower bounds.
     """
 
     attempted: int = 0
@@ -24,6 +31,8 @@ class Counters(NamedTuple):
     overflows: int = 0
     clipped: int = 0
     overflows_in_a_row: int = 0
+    dropped_by: Mapping[str, int] = {}
+    dropped_samples: Mapping[int | str, int] = {}
 
     @property
     def applied(self) -> int:
@@ -32,13 +41,28 @@ class Counters(NamedTuple):
 
     def add(self, outcome: Outcome) -> Counters:
         """The counts after one more step."""
-        return Counters(
-            self.attempted + 1,
-            self.skipped + outcome.skipped,
-            self.overflows + outcome.overflow,
-            self.clipped + outcome.clipped,
-            outcome.overflows_in_a_row,
+        return self._replace(
+            attempted=self.attempted + 1,
+            skipped=self.skipped + outcome.skipped,
+            overflows=self.overflows + outcome.overflow,
+            clipped=self.clipped + outcome.clipped,
+            overflows_in_a_row=outcome.overflows_in_a_row,
         )
+
+    def add_drop(self, plugins: Iterable[str], samples: Iterable[int | str]) -> Counters:
+        """The counts after a step was dropped by these plugins, which had these samples.
+
+        A sample that was in more than one in `MAX_COUNTED_SAMPLES` of all is never lost (Misra and Gries, 1982).
+        """
+        by, counts = dict(self.dropped_by), dict(self.dropped_samples)
+        for plugin in plugins:
+            by[plugin] = by.get(plugin, 0) + 1
+        for sample in samples:
+            if sample in counts or len(counts) < MAX_COUNTED_SAMPLES:
+                counts[sample] = counts.get(sample, 0) + 1
+            else:
+                counts = {each: count - 1 for each, count in counts.items() if count > 1}
+        return self._replace(dropped_by=by, dropped_samples=counts)
 
 
 class MetricsWindow:

@@ -18,6 +18,7 @@ docs/architecture.md shows where in Lightning's loop each method is called.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,7 +34,8 @@ from stabletrain.core.limits import Limits, join
 from stabletrain.core.outcome import Outcome
 from stabletrain.runtime import gradients
 from stabletrain.runtime.accumulation import AccumulationWindow
-from stabletrain.runtime.guard import device_limits, support
+from stabletrain.runtime.guard import device_limits, dropped_steps, support
+from stabletrain.runtime.guard.dropped_steps import DroppedStep, StepSamples
 from stabletrain.runtime.guard.loss_scaling import LossScaling
 from stabletrain.runtime.guard.members import Member, RuleMember, TransformMember
 from stabletrain.runtime.guard.metrics import Counters, MetricsWindow
@@ -44,7 +46,7 @@ from stabletrain.runtime.guard.support import DecisionMode
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.ranks import Ranks
 from stabletrain.runtime.records import run_files
-from stabletrain.runtime.records.event_log import EventLog
+from stabletrain.runtime.records.event_log import EventLog, logger
 
 _PROGRESS_BAR: tuple[str, ...] = ("loss", "grad_norm", "clipped", "skipped")
 
@@ -94,6 +96,7 @@ class StepGuard:
         self.window = AccumulationWindow(trainer)
         self._pending: Callable[[], Outcome] | None = None
         self._requests: list[Request] = []
+        self._dropped: DroppedStep | None = None
         self._attempted = False
         self.is_open = False
         self._control: StepControl | None = None
@@ -110,7 +113,9 @@ class StepGuard:
         self.ranks = Ranks(self.trainer)
         support.warn_of_local_parameters(self.ranks, self.module)
         self._control = StepControl(self.trainer, self.module)
-        self._undo = [self._control.undo, trainer_internals.before_checkpoint(self.trainer, self.settle)]
+        self._samples = StepSamples(self.trainer, self.ranks)
+        settle_alone = functools.partial(self.settle, alone=True)  # a checkpoint may be saved by one rank
+        self._undo = [self._control.undo, trainer_internals.before_checkpoint(self.trainer, settle_alone)]
         self._parameters = [p for group in self._control.optimizer.param_groups for p in group["params"]]
         names = {id(p): name for name, p in self.module.named_parameters()}
         self._names = [names.get(id(p), f"parameter {i}") for i, p in enumerate(self._parameters)]
@@ -136,10 +141,12 @@ class StepGuard:
     def take_loss(self, loss: Tensor) -> None:
         """``on_before_backward``: store a micro-batch's loss, divided by the window's size, times the loss scale."""
         self.window.add(loss)
+        self._samples.add_batch()
 
     def decide(self, optimizer: Optimizer) -> None:
         """``on_before_optimizer_step``: gradients are complete. Measure, get the limits, act."""
         self.settle()
+        self._samples.end_window()
         if self.window.is_empty and self.ranks.size == 1:
             return  # training_step returned None: there was no backward pass, so there is no step
         self.control.start_decision()
@@ -172,8 +179,14 @@ class StepGuard:
             self.flush()
             execute(requests, self.trainer, self.module, self.report, self.counters.attempted - 1)
 
-    def settle(self) -> None:
-        """Read the pending outcome and pass it to all members; does nothing if there is none."""
+    def settle(self, alone: bool = False) -> None:
+        """Read the pending outcome and pass it to all members; does nothing if there is none.
+
+        For a dropped step a collective: the ranks tell each other the samples.
+
+        Args:
+            alone: not all ranks call it; no collective, and the events name the samples of this rank only.
+        """
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
@@ -183,6 +196,8 @@ class StepGuard:
         self._scaling.put_back()
         self.counters = self.counters.add(outcome)
         self.metrics.add(outcome)
+        if outcome.skipped:
+            self._count_drop(outcome, alone)
         for each in self._rules:
             if not outcome.overflow or each.rule.sees_overflow:
                 observation = each.rule.observe(each.state, outcome)
@@ -194,6 +209,14 @@ class StepGuard:
             transform.commit(outcome.applied)
         for observer in self._outcome_observers:
             observer.on_outcome(outcome)
+
+    def _count_drop(self, outcome: Outcome, alone: bool) -> None:
+        """Before the rules observe it: their limits are still those that dropped the step."""
+        self._dropped = DroppedStep(outcome.step, self._samples.of_step(alone))
+        rules = [each.rule for each in self._rules]
+        limits = [each.rule.limits(each.state) for each in self._rules]
+        plugins = [r.label for r, each in zip(rules, limits, strict=True) if _drops(each, outcome)]
+        self.counters = self.counters.add_drop(plugins, self._dropped.samples)
 
     @property
     def decided(self) -> int:
@@ -210,6 +233,7 @@ class StepGuard:
         """
         self.counters = self.counters._replace(overflows_in_a_row=overflows_in_a_row)
         self.window.clear()
+        self._samples.clear()
         self._requests.clear()
 
     @property
@@ -284,11 +308,19 @@ class StepGuard:
 
     def report(self, event: Event) -> None:
         """Write an event to the log, then pass it to every callback with ``on_stability_event`` (see `hooks`)."""
+        if self._dropped is not None:
+            event = self._dropped.describe(event)
         self.events.append(event)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             listen: Any = getattr(callback, "on_stability_event", None)
             if listen is not None:
                 listen(self.trainer, self.module, event)
+
+    def warn_of_dropped_steps(self) -> None:
+        """Called when the fit ends, for whatever reason: say that many of the run's steps were dropped."""
+        keys = {each.rule.label: f"plugins.{each.rule.slot}" for each in self._rules}
+        if self.trainer.is_global_zero and (warning := dropped_steps.warning(self.counters, keys)):
+            logger.warning(warning)
 
     def flush(self) -> None:
         """Send the metrics since the last flush to the loggers, the progress bar and ``callback_metrics``."""
@@ -304,6 +336,10 @@ class StepGuard:
         if self.trainer.is_global_zero:
             for logger in self.trainer.loggers:
                 logger.log_metrics(metrics, step=trainer_internals.logger_step(self.trainer))
+
+
+def _drops(limits: Limits, outcome: Outcome) -> bool:
+    return limits.skips_step(outcome.loss, outcome.grad_norm)
 
 
 def _read(loss: Tensor, grad_norm: Tensor) -> tuple[float, float]:

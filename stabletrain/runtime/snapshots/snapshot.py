@@ -54,11 +54,13 @@ class _Part(NamedTuple):
         name: names it in an error.
         live: the dictionary itself.
         keys: those that belong to the state; None: all, and a restore removes keys that were added later.
+        of_epoch: whether it was computed from the batches of the epoch so far.
     """
 
     name: str
     live: dict[Any, Any]
     keys: tuple[str, ...] | None = None
+    of_epoch: bool = False
 
 
 class Snapshot:
@@ -88,6 +90,10 @@ class Snapshot:
     def is_empty(self) -> bool:
         """Whether there is no state to restore."""
         return self.step < 0
+
+    def can_rewind(self, loader: TrainLoader) -> bool:
+        """Whether the loader can be rewound to the data position of the capture."""
+        return self.mark is not None and loader.can_rewind(self.mark)
 
     def clear(self) -> None:
         """Drop the state; its memory is reused by the next capture."""
@@ -134,6 +140,7 @@ class Snapshot:
         loader: TrainLoader | None,
         cause: str,
         exclude: frozenset[int] = frozenset(),
+        rewind: bool = True,
     ) -> None:
         """Put the state back; call it where `capture` was called. The snapshot can be restored again.
 
@@ -143,6 +150,8 @@ class Snapshot:
             cause: passed to ``Rule.rebase`` of every rule, such as ``"rollback"``.
             exclude: numbers on the tape of batches that the loader does not return again
                 (`TrainLoader.batches_since`).
+            rewind: False: the run goes on with its next batch, because the loader cannot be rewound. Besides the data
+                position, the progress in the epoch, its averages and metrics, and the random generators then stay.
 
         Raises:
             SnapshotError: if the snapshot is empty, or model or optimizer are no longer those of the snapshot.
@@ -162,6 +171,8 @@ class Snapshot:
             )
         restorer = Restorer(self._buffers.tensors)
         for part, node in zip(live, self._parts, strict=True):
+            if part.of_epoch and not rewind:
+                continue
             if part.keys is None:
                 restorer.restore(node, part.live, part.name)
             else:
@@ -171,11 +182,14 @@ class Snapshot:
         for config, state in zip(trainer.lr_scheduler_configs, self._schedulers, strict=True):
             config.scheduler.load_state_dict(copy.deepcopy(state))
         trainer.precision_plugin.load_state_dict(copy.deepcopy(self._precision))
-        state_internals.set_progress(trainer, copy.deepcopy(self._progress))
-        state_internals.set_epoch_averages(trainer, self._averages)
+        if rewind:
+            state_internals.set_progress(trainer, copy.deepcopy(self._progress))
+            state_internals.set_epoch_averages(trainer, self._averages)
+        else:
+            state_internals.set_global_step(trainer, self.applied)
         for owner, state in zip(_with_own_state(guard), self._own, strict=True):
             owner.restore_state(copy.deepcopy(state))
-        if loader is not None and self.mark is not None:
+        if rewind and loader is not None and self.mark is not None:
             loader.rewind(self.mark, exclude)
         guard.after_restore(self._overflows)
         counters = guard.counters._asdict()
@@ -183,7 +197,8 @@ class Snapshot:
             member.load_state_dict({**state, "counters": counters})
         for rule, state in zip(_rules(guard), self._rules, strict=True):
             rule.state = rule.rule.rebase(state, cause)
-        rng.restore(self._rng)
+        if rewind:
+            rng.restore(self._rng)
 
 
 def state_bytes(guard: StepGuard) -> int:
@@ -203,7 +218,7 @@ def _parts(guard: StepGuard) -> Iterator[_Part]:
     module = guard.module
     yield from _model_parts("the model", module)
     for i, metric in enumerate(state_internals.metrics_in(module)):
-        yield _Part(f"metric {i}", vars(metric), tuple(state_internals.metric_fields(metric)))
+        yield _Part(f"metric {i}", vars(metric), tuple(state_internals.metric_fields(metric)), of_epoch=True)
     for optimizer in trainer.optimizers:
         for holder in state_internals.state_holders(optimizer):
             yield _Part("the optimizer's state", holder.state)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import dropped_on_two_ranks
 import guard_on_two_ranks as script
 import pytest
 import torch
@@ -31,3 +32,19 @@ def test_two_ranks_decide_as_one_process(folder: Path, case: tuple[str, str, int
         assert ours[:2] == pytest.approx(single[:2], rel=1e-4, nan_ok=True)
     for ours, single in zip(ranks[0]["weights"], alone["weights"], strict=True):
         torch.testing.assert_close(ours, single, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def dropped(on_two_ranks: Callable[[str], Path]) -> Path:
+    return on_two_ranks(dropped_on_two_ranks.__file__)
+
+
+@pytest.mark.parametrize("case", dropped_on_two_ranks.CASES)
+def test_an_event_names_the_samples_of_both_ranks(dropped: Path, case: str) -> None:
+    """Bugs: only those of rank 0, which were fine; a hang."""
+    ranks = [torch.load(dropped / f"{case}-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    mine, theirs = (rank["bad"] for rank in ranks)
+    assert mine != theirs
+    # a checkpoint might be saved by one rank alone, so nothing is exchanged for it
+    expected = [(mine,), (theirs,)] if "saving" in case else [(mine, theirs)] * 2
+    assert [rank["events"] for rank in ranks] == [[(two_ranks.NAN_AT, "nonfinite", each)] for each in expected]

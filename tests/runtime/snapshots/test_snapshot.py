@@ -59,6 +59,27 @@ def test_going_back_changes_nothing(name: str) -> None:
     compare(reference, other)
 
 
+@pytest.mark.parametrize("at", [8, 17, 32])
+@pytest.mark.parametrize("stream", [False, True])
+def test_without_its_data_position_the_run_goes_on_with_the_next_batch(at: int, stream: bool) -> None:
+    """Bugs: batches come twice or never; an epoch with too many batches; an average without some; old random numbers.
+
+    16 batches are an epoch.
+    """
+    case = Case(noise=0.1, shuffle=not stream, stream=stream)
+    reference, whole, _ = case.fit()
+    model, trainer, _ = case.fit(GoBack(3, (at,), rewind=False))
+    assert [row[1:3] for row in model.rows] == [row[1:3] for row in reference.rows]
+    undone = at - (at // 3 - 1) * 3
+    assert trainer.global_step == whole.global_step - undone
+    assert len(model.averages) == len(reference.averages)
+    assert model.seen_mean.weight == reference.seen_mean.weight
+    assert torch.equal(state_of(model, trainer)["rng"], state_of(reference, whole)["rng"])
+    steps, again = [row[0] for row in model.rows], reference.rows[at - undone : 32 - undone]
+    assert steps == [*range(at), *range(at - undone, 32 - undone)]
+    assert [row[3] for row in model.rows[at:]] == [row[3] for row in again], "the schedulers' rates"
+
+
 @pytest.mark.slow
 def test_worker_processes() -> None:
     # catches prefetched batches of workers that come twice, or with other random numbers
