@@ -246,7 +246,7 @@ HEALTHY = {
     "decay": lambda t, n: (math.log(5.0) - 3.2 * t / n, 0.1, 10.0 * 0.2 ** (t / n), 0.02),
     "fast decay": lambda t, n: (math.log(0.2 + 5.0 * math.exp(-t / 100)), 0.1, 2.0 + 8.0 * math.exp(-t / 80), 0.02),
     "drift": lambda t, n: (1.1 * t / n, 0.06, 2.0, 0.01),
-    "wave": lambda t, n: (0.5 * math.sin(t / 300), 0.1, 2.0 + 0.2 * math.sin(t / 200), 0.01),
+    "wave": lambda t, n: (0.5 * math.sin(t / 300), 0.1, 2.0 + 0.04 * math.sin(t / 200), 0.01),
     "rising": lambda t, n: (2.3 * min(t, 200) / 200, 0.1, 2.0 + 10.0 * math.exp(-t / 150), 0.02),
     "small batches": lambda t, n: (0.0, 0.5, 0.1, 0.6),
 }

@@ -50,6 +50,8 @@ class RollbackRule(SpikeDetection):
         spill: folder on a local disk for the snapshots, instead of memory; each snapshot then costs a write to it.
         replay: an ``interventions.jsonl``, or the folder of its run: make these interventions, and decide nothing until
             the last of them is made.
+        on_slow_rise: a rise of the loss that is too slow for an outlier: ``"report"`` it as a divergence, or also
+            ``"rollback"``.
         z_threshold: distance of the limit from the median, in robust standard deviations, > 0.
         window: steps of history, >= 2.
         delay: steps after which an accepted step enters the history, >= 0.
@@ -92,6 +94,7 @@ class RollbackRule(SpikeDetection):
     max_memory: str | None = None
     spill: str | None = None
     replay: str | None = None
+    on_slow_rise: Literal["report", "rollback"] = "report"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,8 +113,13 @@ class RollbackRule(SpikeDetection):
         self.require(self.check_every >= 1, "check_every", ">= 1")
         self.require(1 < self.max_growth < math.inf, "max_growth", "> 1 and finite")
         self.require(self.where in ("host", "device"), "where", '"host" or "device"')
+        self.require(self.on_slow_rise in ("report", "rollback"), "on_slow_rise", '"report" or "rollback"')
         if self.max_memory is not None:
             parse(self.max_memory, name=f"plugins.{self.slot}.max_memory")
+
+    def requests_rollback_of_slow_rise(self) -> bool:
+        """Whether a slow rise requests a rollback."""
+        return self.on_slow_rise == "rollback"
 
     def interval_warning(self, total_steps: int | None) -> str | None:
         """A warning if the run is shorter than ``every``; else None.
