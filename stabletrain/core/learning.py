@@ -11,17 +11,17 @@ _FIRST_OF = 5
 _LEAST_RUN = 100
 """Applied steps; the first tenth of a shorter run says too little."""
 _SHARE, _DEVIATIONS = 0.02, 3.0
-"""A loss has fallen if it is lower by 2 % of the first value, or by 3 standard deviations."""
+"""A loss has fallen if it is lower by more than 2 % of the first value, or than 3 standard deviations."""
 
 
 class NotLearning(NamedTuple):
     """The finding: the loss has not fallen.
 
     Args:
-        steps: accepted losses so far.
+        steps: losses so far.
         first: mean of the first losses.
         lowest: lowest mean of `MEAN_OF` losses.
-        limit: a loss that has fallen is at most this.
+        limit: a loss that has fallen is below.
         noise: standard deviation of the last losses about a straight line.
     """
 
@@ -36,7 +36,7 @@ class Learning(NamedTuple):
     """State of the check; it is made once.
 
     Args:
-        due: accepted losses after which it is made; None: never, or it is done.
+        due: losses after which it is made; None: never, or it is done.
         first: mean of the first losses; None: not known yet.
     """
 
@@ -54,13 +54,13 @@ class Learning(NamedTuple):
         return self._replace(due=max(total_steps // 10, MEAN_OF))
 
     def add(self, losses: SlowRise) -> tuple[Learning, NotLearning | None]:
-        """The state after an accepted loss, and the finding if the check is made now and the loss has not fallen.
+        """The state after an loss, and the finding if the check is made now and the loss has not fallen.
 
         A loss of both signs is not judged: near zero, as that of a policy gradient, it does not measure what is
         learned, and a share of it means nothing. A negative loss is compared with its noise only.
 
         Args:
-            losses: the accepted losses, this one included.
+            losses: the losses, this one included.
         """
         first = self.first
         if losses.steps == _FIRST_OF:
@@ -73,6 +73,6 @@ class Learning(NamedTuple):
         least = _DEVIATIONS * noise
         if not losses.negative:
             least = min(least, _SHARE * first)
-        if (losses.positive and losses.negative) or not first - lowest < least:
+        if (losses.positive and losses.negative) or not first - lowest <= least:
             return Learning(), None
         return Learning(), NotLearning(losses.steps, first, lowest, first - least, noise)

@@ -17,6 +17,7 @@ _ERRORS, _SHARE, _RANGE_SHARE = 6.0, 0.05, 0.002
 """A rise is more than 6 standard errors, 5 % of the lowest mean, and 0.2 % of what the loss has fallen."""
 _BLOCKS = 8
 """Blocks of losses from which the usual noise is known."""
+_LARGEST = 1e300
 _MAX_CORRELATION = 0.95
 _COMMON_CORRELATION = 0.2
 """Independent values of which 60 are measured seem this correlated by chance."""
@@ -39,13 +40,13 @@ class Rise(NamedTuple):
 
 
 class SlowRise(NamedTuple):
-    """What is remembered of the accepted losses of a run.
+    """What is remembered of the losses of a run.
 
     A rise is reported once. It is over when the mean has come back by half of the margin, when a new lowest mean is
     reached, or with `restart`; a rise after that is reported again.
 
     Args:
-        steps: accepted losses so far, those before a `restart` included.
+        steps: losses so far, those before a `restart` included.
         recent: the last of them.
         lowest: the lowest mean of `MEAN_OF` losses since the start or a `restart`; None: not measured yet.
         lowest_step: attempted step at which it was reached.
@@ -75,19 +76,22 @@ class SlowRise(NamedTuple):
     reported: bool = False
 
     def add(self, loss: float, step: int) -> tuple[SlowRise, Rise | None]:
-        """The state with one more accepted loss, and a rise if it is to be reported now.
+        """The state with one more loss, and a rise if it is to be reported now.
 
         Args:
-            loss: finite.
+            loss: finite; ignored if sums of such numbers may overflow.
             step: number of the attempted step.
         """
+        if abs(loss) > _LARGEST:
+            return self, None
         steps, recent, lowest, at, reference, noise, noises, fall, highest, above, below, in_a_row, reported = self
         steps, recent = steps + 1, (*recent[-FIT_OF + 1 :], loss)
         above, below = above or loss > 0.0, below or loss <= 0.0
+        if len(recent) >= MEAN_OF:
+            mean = sum(recent[-MEAN_OF:]) / MEAN_OF
+            highest = mean if mean > highest else highest
         if len(recent) < FIT_OF:
-            return SlowRise(steps, recent, noises=noises, positive=above, negative=below), None
-        mean = sum(recent[-MEAN_OF:]) / MEAN_OF
-        highest = mean if mean > highest else highest
+            return SlowRise(steps, recent, noises=noises, highest=highest, positive=above, negative=below), None
         if not steps % FIT_OF and not in_a_row:
             noises, noise = (*noises[-_BLOCKS + 1 :], noise_of(recent)), None
         rise = None
@@ -159,7 +163,7 @@ def noise_of(losses: Sequence[float]) -> float:
     a line is too low by about ``(2 + 4 r) / n``, which is corrected.
 
     Args:
-        losses: at least 4; the result is not finite where their squares overflow.
+        losses: at least 4, up to 1e300; the result is infinite where their squares overflow.
     """
     n = len(losses)
     rest, squares = _about_line(losses)
@@ -177,7 +181,7 @@ def deviation_about_line(losses: Sequence[float]) -> float:
     """Standard deviation about a straight line.
 
     Args:
-        losses: at least 3; the result is not finite where their squares overflow.
+        losses: at least 3, up to 1e300; the result is infinite where their squares overflow.
     """
     return math.sqrt(_about_line(losses)[1] / (len(losses) - 2))
 

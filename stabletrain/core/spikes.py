@@ -47,7 +47,7 @@ class SpikeState(NamedTuple):
         nonfinite: number of consecutive non-finite steps up to the last step.
         seen: number of observed steps, without fp16 overflows.
         flagged: indices (counted as in ``seen``, from 0) of the flagged steps among the last ``score_window``.
-        rise: what is remembered of the accepted losses to find a slow rise.
+        rise: what is remembered of the losses of applied steps outside of excursions, to find a slow rise.
         learning: the check whether the loss has fallen at all.
     """
 
@@ -129,19 +129,25 @@ class SpikeDetection(Rule[SpikeState]):
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return self._nonfinite(state, outcome)
         by_loss, by_norm = self._loss.is_outlier(state.loss, loss), self._norm.is_outlier(state.norm, norm)
-        state = self._count(state, by_loss or by_norm, nonfinite=0)
-        if by_loss or (state.loss_excursion.steps and self._loss.is_raised(state.loss, loss)):
-            return self._loss_away(state, outcome, by_loss, by_norm)
-        if by_norm or (state.norm_excursion.steps and self._norm.is_raised(state.norm, norm)):
-            return self._norm_away(state, outcome, by_norm)
-        losses, norms, rise, learning, risen, stuck = state.loss, state.norm, state.rise, state.learning, None, None
-        if outcome.applied:
-            losses, norms = self._loss.learn(losses, loss), self._norm.learn(norms, norm)
+        away = by_loss or (state.loss_excursion.steps and self._loss.is_raised(state.loss, loss))
+        rise, learning, risen, stuck = state.rise, state.learning, None, None
+        if outcome.applied and not away:
             rise, risen = rise.add(loss, outcome.step)
             if learning.due is not None:
                 learning, stuck = learning.add(rise)
-        state = SpikeState(losses, norms, seen=state.seen, flagged=state.flagged, rise=rise, learning=learning)
-        return Observation(state) if risen is None and stuck is None else self._level(state, outcome, risen, stuck)
+        state = self._count(state, by_loss or by_norm, 0, rise, learning)
+        if away:
+            observation = self._loss_away(state, outcome, by_loss, by_norm)
+        elif by_norm or (state.norm_excursion.steps and self._norm.is_raised(state.norm, norm)):
+            observation = self._norm_away(state, outcome, by_norm)
+        else:
+            losses, norms = state.loss, state.norm
+            if outcome.applied:
+                losses, norms = self._loss.learn(losses, loss), self._norm.learn(norms, norm)
+            observation = Observation(
+                SpikeState(losses, norms, seen=state.seen, flagged=state.flagged, rise=rise, learning=learning)
+            )
+        return observation if risen is None and stuck is None else self._level(observation, outcome, risen, stuck)
 
     def rebase(self, state: SpikeState, cause: str) -> SpikeState:
         """The baselines at the snapshot, without an excursion."""
@@ -228,7 +234,7 @@ class SpikeDetection(Rule[SpikeState]):
     def _nonfinite(self, state: SpikeState, outcome: Outcome) -> Observation[SpikeState]:
         """A non-finite step enters no baseline, and neither begins nor ends an excursion."""
         in_a_row = state.nonfinite + 1
-        state = self._count(state, True, nonfinite=in_a_row)
+        state = self._count(state, True, in_a_row, state.rise, state.learning)
         if in_a_row > self.patience and in_a_row % self.patience:
             return Observation(state)
         value = outcome.grad_norm if math.isfinite(outcome.loss) else outcome.loss
@@ -237,24 +243,23 @@ class SpikeDetection(Rule[SpikeState]):
         return Observation(state, (event,), () if in_a_row % self.patience else self._rollback(reason))
 
     def _level(
-        self, state: SpikeState, outcome: Outcome, risen: Rise | None, stuck: NotLearning | None
+        self, so_far: Observation[SpikeState], outcome: Outcome, risen: Rise | None, stuck: NotLearning | None
     ) -> Observation[SpikeState]:
-        """A slow rise, or a loss that has not fallen since the start."""
-        events: tuple[Event, ...] = ()
-        requests: tuple[Request, ...] = ()
+        """Add a slow rise, or a loss that has not fallen since the start."""
+        state, events, requests = so_far
         if risen is not None:
             reason = (
-                f"the loss has risen slowly: mean of the last {MEAN_OF} accepted steps {risen.mean:.4g} > "
+                f"the loss has risen slowly: mean of the last {MEAN_OF} steps {risen.mean:.4g} > "
                 f"{risen.limit:.4g}, {IN_A_ROW} steps in a row (lowest mean {risen.lowest:.4g} at step {risen.step})"
             )
-            events = (self._event(outcome, "divergence", risen.mean, risen.limit, reason),)
+            events = (*events, self._event(outcome, "divergence", risen.mean, risen.limit, reason))
             if self.requests_rollback_of_slow_rise():
-                requests = (Request(RequestKind.ROLLBACK, self.label, reason),)
+                requests = (*requests, Request(RequestKind.ROLLBACK, self.label, reason))
         if stuck is not None:
             reason = (
-                f"the loss has not fallen in the first {stuck.steps} steps, a tenth of the run: at first "
-                f"{stuck.first:.4g}, lowest mean of {MEAN_OF} steps {stuck.lowest:.4g}, noise {stuck.noise:.2g}. Unless"
-                " the weights were trained before, check the learning rate, the trainable parameters and the labels"
+                f"the loss has not fallen in the first {stuck.steps} steps: at first {stuck.first:.4g}, lowest mean of "
+                f"{MEAN_OF} steps {stuck.lowest:.4g}, noise {stuck.noise:.2g}. Unless the weights were trained before, "
+                "check the learning rate, the trainable parameters and the labels"
             )
             events = (*events, self._event(outcome, "not_learning", stuck.lowest, stuck.limit, reason))
         return Observation(state, events, requests)
@@ -269,8 +274,10 @@ class SpikeDetection(Rule[SpikeState]):
     def _norm(self) -> OutlierTest:
         return OutlierTest(self.z_threshold, self.window, self.delay, self.min_samples, self.min_sigma_norm, log=True)
 
-    def _count(self, state: SpikeState, flagged: bool, nonfinite: int) -> SpikeState:
-        loss, norm, loss_excursion, norm_excursion, _, seen, numbers, rise, learning = state
+    def _count(
+        self, state: SpikeState, flagged: bool, nonfinite: int, rise: SlowRise, learning: Learning
+    ) -> SpikeState:
+        loss, norm, loss_excursion, norm_excursion, _, seen, numbers, _, _ = state
         if numbers and numbers[0] <= seen - self.score_window:
             numbers = numbers[1:]
         numbers = (*numbers, seen) if flagged else numbers

@@ -25,7 +25,7 @@ class RollbackRule(SpikeDetection):
     ``rewarm`` steps, and training continues in the same process. If an incident repeats at the same position, an older
     snapshot is restored, and twice as many batches are excluded. Without such a snapshot, the newest good checkpoint on
     disk from before the incident is restored. Without one, and after ``max_rollbacks``, the run is stopped, with a
-    diagnosis in its folder.
+    diagnosis in its folder. A loss that rises slowly, or has not fallen in the first tenth of the run, is reported.
 
     Each rollback is a line in ``interventions.jsonl``; with ``replay``, another run makes the same rollbacks and ends
     with bit-identical weights.
