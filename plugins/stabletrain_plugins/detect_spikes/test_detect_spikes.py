@@ -246,7 +246,7 @@ HEALTHY = {
     "decay": lambda t, n: (math.log(5.0) - 3.2 * t / n, 0.1, 10.0 * 0.2 ** (t / n), 0.02),
     "fast decay": lambda t, n: (math.log(0.2 + 5.0 * math.exp(-t / 100)), 0.1, 2.0 + 8.0 * math.exp(-t / 80), 0.02),
     "drift": lambda t, n: (1.1 * t / n, 0.06, 2.0, 0.01),
-    "wave": lambda t, n: (0.5 * math.sin(t / 300), 0.1, 2.0 + 0.04 * math.sin(t / 200), 0.01),
+    "wave": lambda t, n: (0.5 * math.sin(t / 300), 0.1, 2.0 + 0.2 * math.sin(t / 200), 0.01),
     "rising": lambda t, n: (2.3 * min(t, 200) / 200, 0.1, 2.0 + 10.0 * math.exp(-t / 150), 0.02),
     "small batches": lambda t, n: (0.0, 0.5, 0.1, 0.6),
 }
@@ -260,17 +260,26 @@ def healthy(shape, seed, n=2000):
     return series
 
 
+def flagged(shape, seed):
+    """All events, but not the slow rise in each period of the wave, which goes up by a fifth."""
+    steps = replay(DetectSpikesRule(), healthy(shape, seed))
+    events = [event for step in steps for event in step.events]
+    slow = [event for event in events if "slowly" in event.reason]
+    assert len(slow) == (2 if shape == "wave" else 0)
+    return [event for event in events if event not in slow]
+
+
 @pytest.mark.parametrize("shape", HEALTHY)
 def test_nothing_is_flagged_in_healthy_training(shape):
     """Bug: limits too narrow for ordinary noise, drifts or the start of training."""
-    assert kinds(healthy(shape, seed=0)) == {}
+    assert flagged(shape, seed=0) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", HEALTHY)
 def test_nothing_is_flagged_in_healthy_training_of_twenty_seeds(shape):
     """Bug: as above, in rarer draws."""
-    assert [kinds(healthy(shape, seed)) for seed in range(1, 20)] == [{}] * 19
+    assert [flagged(shape, seed) for seed in range(1, 20)] == [[]] * 19
 
 
 # ---- the rest -------------------------------------------------------------------------------------------------------
