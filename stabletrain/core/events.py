@@ -8,7 +8,17 @@ from enum import IntEnum
 from typing import Literal, NamedTuple, TypeAlias
 
 EventKind: TypeAlias = Literal[
-    "skip", "nonfinite", "overflow", "spike", "divergence", "regime", "rewarm", "rollback", "accept", "stop"
+    "skip",
+    "nonfinite",
+    "overflow",
+    "spike",
+    "divergence",
+    "regime",
+    "not_learning",
+    "rewarm",
+    "rollback",
+    "accept",
+    "stop",
 ]
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from stabletrain.core.events import Event, Request
+from stabletrain.core.lengths import RunLength
 from stabletrain.core.limits import Limits
 from stabletrain.core.outcome import Outcome
 from stabletrain.core.plugin import Plugin
@@ -60,6 +61,18 @@ class Rule(Plugin, ABC, Generic[S]):
     def observe(self, state: S, outcome: Outcome) -> Observation[S]:
         """Update the state with the outcome of a step. Default: the state does not change."""
         return Observation(state)
+
+    def begin(self, state: S, run: RunLength, applied: int) -> S:
+        """The state at the start of a fit, for a rule that depends on the run's length.
+
+        Default: the same state.
+
+        Args:
+            state: of the checkpoint, or the initial one.
+            run: what is known about the run's length.
+            applied: applied steps of the run so far.
+        """
+        return state
 
     def rebase(self, state: S, cause: str) -> S:
         """The state after a rollback.

@@ -6,16 +6,19 @@ It is part of the core because several plugins use it, so that a detector and a 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 from stabletrain.core.baseline import ROUNDING, Baseline, OutlierTest
 from stabletrain.core.events import Event, EventKind, Request, RequestKind
+from stabletrain.core.learning import Learning, NotLearning
+from stabletrain.core.lengths import RunLength
 from stabletrain.core.limits import NO_LIMITS, Limits
 from stabletrain.core.outcome import Outcome
 from stabletrain.core.rule import Observation, Rule
+from stabletrain.core.slow_rise import IN_A_ROW, MEAN_OF, Rise, SlowRise
 
 
 class Excursion(NamedTuple):
@@ -44,6 +47,8 @@ class SpikeState(NamedTuple):
         nonfinite: number of consecutive non-finite steps up to the last step.
         seen: number of observed steps, without fp16 overflows.
         flagged: indices (counted as in ``seen``, from 0) of the flagged steps among the last ``score_window``.
+        rise: what is remembered of the losses of applied steps outside of excursions, to find a slow rise.
+        learning: the check whether the loss has fallen at all.
     """
 
     loss: Baseline = Baseline()
@@ -53,6 +58,8 @@ class SpikeState(NamedTuple):
     nonfinite: int = 0
     seen: int = 0
     flagged: tuple[int, ...] = ()
+    rise: SlowRise = SlowRise()
+    learning: Learning = Learning()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +68,8 @@ class SpikeDetection(Rule[SpikeState]):
 
     Loss and raw gradient norm are compared with median and MAD of a delayed window of accepted steps: applied, finite,
     and without an excursion of either signal. An excursion begins with an outlier and ends when the signal falls below
-    the midpoint of centre and limit.
+    the midpoint of centre and limit. A rise of the loss that is too slow for an outlier is a divergence too, and a loss
+    that has not fallen in the first tenth of the run is reported, see `slow_rise` and `learning`.
 
     Args:
         z_threshold: distance of the limit from the median, in robust standard deviations, > 0.
@@ -122,28 +130,61 @@ class SpikeDetection(Rule[SpikeState]):
             return self._nonfinite(state, outcome)
         limit = self._loss_limit(state)
         by_loss, by_norm = loss > limit, self._norm.is_outlier(state.norm, norm)
-        state = self._count(state, by_loss or by_norm, nonfinite=0)
-        if by_loss or (state.loss_excursion.steps and limit < math.inf and self._loss.is_raised(state.loss, loss)):
-            return self._loss_away(state, outcome, by_loss, by_norm)
-        if by_norm or (state.norm_excursion.steps and self._norm.is_raised(state.norm, norm)):
-            return self._norm_away(state, outcome, by_norm)
-        losses, norms = state.loss, state.norm
-        if outcome.applied:
-            losses, norms = self._loss.learn(losses, loss), self._norm.learn(norms, norm)
-        return Observation(SpikeState(losses, norms, seen=state.seen, flagged=state.flagged))
+        away = by_loss or (state.loss_excursion.steps and limit < math.inf and self._loss.is_raised(state.loss, loss))
+        rise, learning, risen, stuck = state.rise, state.learning, None, None
+        if outcome.applied and not away:
+            rise, risen = rise.add(loss, outcome.step)
+            if learning.due is not None:
+                learning, stuck = learning.add(rise)
+        state = self._count(state, by_loss or by_norm, 0, rise, learning)
+        if away:
+            observation = self._loss_away(state, outcome, by_loss, by_norm)
+        elif by_norm or (state.norm_excursion.steps and self._norm.is_raised(state.norm, norm)):
+            observation = self._norm_away(state, outcome, by_norm)
+        else:
+            losses, norms = state.loss, state.norm
+            if outcome.applied:
+                losses, norms = self._loss.learn(losses, loss), self._norm.learn(norms, norm)
+            observation = Observation(
+                SpikeState(losses, norms, seen=state.seen, flagged=state.flagged, rise=rise, learning=learning)
+            )
+        return observation if risen is None and stuck is None else self._level(observation, outcome, risen, stuck)
 
     def rebase(self, state: SpikeState, cause: str) -> SpikeState:
         """The baselines at the snapshot, without an excursion."""
-        return state._replace(loss_excursion=_NO_EXCURSION, norm_excursion=_NO_EXCURSION, nonfinite=0)
+        return state._replace(
+            loss_excursion=_NO_EXCURSION, norm_excursion=_NO_EXCURSION, nonfinite=0, rise=state.rise.rebase()
+        )
+
+    def begin(self, state: SpikeState, run: RunLength, applied: int) -> SpikeState:
+        """Make the check whether the loss falls, if the run's length and its first losses are known."""
+        if state.seen:
+            due = state.learning.due is not None
+            return state._replace(learning=state.learning.within(run.total_steps)) if due else state
+        return state if applied else state._replace(learning=Learning().within(run.total_steps))
+
+    def at_new_level(self, state: SpikeState, losses: Iterable[float] = ()) -> SpikeState:
+        """The state if a new level of the loss is known or meant: a slow rise is measured from it on.
+
+        Args:
+            state: with the baselines of the new level, or with any.
+            losses: finite losses at the new level so far, oldest first.
+        """
+        return state._replace(rise=state.rise.restart(losses), learning=Learning())
 
     def accept_level(self, state: SpikeState, losses: Sequence[float], norms: Sequence[float]) -> SpikeState:
         """Learn the level of these steps; up to its limits, later steps are no excursion."""
         loss, norm = self._loss.accept(state.loss, losses), self._norm.accept(state.norm, norms)
-        return state._replace(loss=loss, norm=norm, loss_excursion=_NO_EXCURSION, norm_excursion=_NO_EXCURSION)
+        state = state._replace(loss=loss, norm=norm, loss_excursion=_NO_EXCURSION, norm_excursion=_NO_EXCURSION)
+        return self.at_new_level(state)
 
     def requests_rollback(self) -> bool:
         """Whether a divergence requests a rollback."""
         return True
+
+    def requests_rollback_of_slow_rise(self) -> bool:
+        """Whether a slow rise requests a rollback."""
+        return False
 
     # ---- classification ----------------------------------------------------------------------------------------------
 
@@ -170,7 +211,7 @@ class SpikeDetection(Rule[SpikeState]):
         if excursion.steps >= self.window:
             was = self._loss.centre(state.loss)
             level = self._loss.relearn(state.loss, excursion.values)
-            state = state._replace(loss=level, loss_excursion=_NO_EXCURSION)
+            state = self.at_new_level(state._replace(loss=level, loss_excursion=_NO_EXCURSION), excursion.values)
             now = self._loss.centre(level)
             text = f"loss raised for {excursion.steps} steps: new level learned, {was:.4g} -> {now:.4g}"
             events = (*events, self._event(outcome, "regime", now, limit, text))
@@ -200,13 +241,35 @@ class SpikeDetection(Rule[SpikeState]):
     def _nonfinite(self, state: SpikeState, outcome: Outcome) -> Observation[SpikeState]:
         """A non-finite step enters no baseline, and neither begins nor ends an excursion."""
         in_a_row = state.nonfinite + 1
-        state = self._count(state, True, nonfinite=in_a_row)
+        state = self._count(state, True, in_a_row, state.rise, state.learning)
         if in_a_row > self.patience and in_a_row % self.patience:
             return Observation(state)
         value = outcome.grad_norm if math.isfinite(outcome.loss) else outcome.loss
         reason = f"loss {outcome.loss:.6g}, grad_norm {outcome.grad_norm:.6g} ({in_a_row} non-finite in a row)"
         event = self._event(outcome, "nonfinite", value, math.nan, reason)
         return Observation(state, (event,), () if in_a_row % self.patience else self._rollback(reason))
+
+    def _level(
+        self, so_far: Observation[SpikeState], outcome: Outcome, risen: Rise | None, stuck: NotLearning | None
+    ) -> Observation[SpikeState]:
+        """Add a slow rise, or a loss that has not fallen since the start."""
+        state, events, requests = so_far
+        if risen is not None:
+            reason = (
+                f"the loss has risen slowly: mean of the last {MEAN_OF} steps {risen.mean:.4g} > "
+                f"{risen.limit:.4g}, {IN_A_ROW} steps in a row (lowest mean {risen.lowest:.4g} at step {risen.step})"
+            )
+            events = (*events, self._event(outcome, "divergence", risen.mean, risen.limit, reason))
+            if self.requests_rollback_of_slow_rise():
+                requests = (*requests, Request(RequestKind.ROLLBACK, self.label, reason))
+        if stuck is not None:
+            reason = (
+                f"the loss has not fallen in the first {stuck.steps} steps: at first {stuck.first:.4g}, lowest mean of "
+                f"{MEAN_OF} steps {stuck.lowest:.4g}, noise {stuck.noise:.2g}. Unless the weights were trained before, "
+                "check the learning rate, the trainable parameters and the labels"
+            )
+            events = (*events, self._event(outcome, "not_learning", stuck.lowest, stuck.limit, reason))
+        return Observation(state, events, requests)
 
     # ---- helpers ----------------------------------------------------------------------------------------------------
 
@@ -221,12 +284,14 @@ class SpikeDetection(Rule[SpikeState]):
     def _loss_limit(self, state: SpikeState) -> float:
         return self._loss.limit(state.loss, ROUNDING * self._norm.centre(state.norm))
 
-    def _count(self, state: SpikeState, flagged: bool, nonfinite: int) -> SpikeState:
-        loss, norm, loss_excursion, norm_excursion, _, seen, numbers = state
+    def _count(
+        self, state: SpikeState, flagged: bool, nonfinite: int, rise: SlowRise, learning: Learning
+    ) -> SpikeState:
+        loss, norm, loss_excursion, norm_excursion, _, seen, numbers, _, _ = state
         if numbers and numbers[0] <= seen - self.score_window:
             numbers = numbers[1:]
         numbers = (*numbers, seen) if flagged else numbers
-        return SpikeState(loss, norm, loss_excursion, norm_excursion, nonfinite, seen + 1, numbers)
+        return SpikeState(loss, norm, loss_excursion, norm_excursion, nonfinite, seen + 1, numbers, rise, learning)
 
     def _extend(self, excursion: Excursion, value: float) -> Excursion:
         return Excursion(excursion.steps + 1, (*excursion.values, value)[-self.window :])

@@ -232,7 +232,7 @@ def test_a_rollback_keeps_the_baselines_and_nothing_else() -> None:
     """Bug: an excursion or a count of before the rollback that goes on after it."""
     for series in ([(7.0, NORM)] * 2, [(LOSS, 3.0)] * 2, [(math.nan, NORM)] * 2):
         state = run(series)[-1].state
-        expected = SpikeState(state.loss, state.norm, seen=state.seen, flagged=state.flagged)
+        expected = SpikeState(state.loss, state.norm, seen=state.seen, flagged=state.flagged, rise=state.rise)
         assert RULE.rebase(state, "divergence") == expected != state
 
 

@@ -10,7 +10,7 @@ from stabletrain.core.spikes import SpikeDetection
 
 @dataclass(frozen=True, kw_only=True)
 class DetectSpikesRule(SpikeDetection):
-    """Report spikes, divergences, level shifts and non-finite steps as separate events; training does not change.
+    """Report spikes, divergences, level shifts, non-finite steps, and a loss that does not fall; nothing else changes.
 
     Loss and raw gradient norm are compared with median ``m`` and scaled MAD ``s`` of the last ``window`` accepted
     steps, without the newest ``delay`` of them. A norm is an outlier above ``exp(m + z_threshold * s)`` of its
@@ -22,6 +22,10 @@ class DetectSpikesRule(SpikeDetection):
     * *spike*: an outlier of the loss or of the norm; one event per step.
     * *divergence*: an excursion of the loss that lasts ``patience`` steps. The event is repeated every ``patience``
       steps; after ``window`` steps the baseline is learned from the new level, so that later spikes are detected.
+      Also a slow rise: the mean of the last 20 losses is, five steps in a row, above the lowest such mean by 6 standard
+      errors and by 5 %. It is reported once, and again if the loss rises anew after it has come back.
+    * *not_learning*: after a tenth of the run the loss has fallen neither by 2 % of its first value nor by 3 standard
+      deviations. It is reported once, in runs of a known length of at least 100 steps.
     * *regime*: an excursion of the gradient norm alone that lasts ``regime_after`` steps. The baseline is learned from
       those steps.
     * *nonfinite*: loss or norm is NaN or infinite. It enters no baseline.
@@ -40,8 +44,8 @@ class DetectSpikesRule(SpikeDetection):
         min_sigma_norm: floor of the norm's standard deviation, in nats of its logarithm, > 0.
         min_sigma_loss: floor of the loss's standard deviation, as a share of its median, >= 0.
         score_window: steps over which ``spike_score`` is computed, >= 1.
-        on_divergence: ``"report"``, or ``"rollback"``: also request a rollback; if no plugin can roll back, the run
-            stops cleanly.
+        on_divergence: ``"report"``, or ``"rollback"``: also request a rollback, but not for a slow rise; if no plugin
+            can roll back, the run stops cleanly.
 
     Raises:
         UserError: if an argument is out of range.

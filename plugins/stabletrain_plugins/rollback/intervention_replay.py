@@ -37,7 +37,8 @@ class InterventionReplay:
     @property
     def oldest_mark(self) -> DataMark | None:
         """The oldest data position that will be restored; None if no snapshot was taken yet."""
-        rewound = {each.to for each in self._planned.values() if each.rewound}
+        planned = (each for each in self._planned.values() if isinstance(each, Intervention))
+        rewound = {each.to for each in planned if each.rewound}
         return next((each.mark for step, each in self._snapshots.items() if step in rewound), None)
 
     def due(self, step: int) -> Intervention | AcceptedLevel | None:

@@ -23,7 +23,8 @@ class RollbackRule(SpikeDetection):
     steps in a row), or the weights are damaged. Then the newest trusted snapshot is restored, the batches since the
     incident began are excluded, also from later epochs and after a restart, the learning rate is warmed up again over
     ``rewarm`` steps, and training continues in the same process. If an incident repeats at the same position, an older
-    snapshot is restored, and twice as many batches are excluded.
+    snapshot is restored, and twice as many batches are excluded. A loss that rises slowly, or has not fallen in the
+    first tenth of the run, is reported.
 
     But if the loss then leaves its level at the same position and by as much as before, with undamaged weights, it is
     not an error but meant, such as another loss term or new classes: after ``accept`` steps the new level is
@@ -58,6 +59,8 @@ class RollbackRule(SpikeDetection):
         spill: folder on a local disk for the snapshots, instead of memory; each snapshot then costs a write to it.
         replay: an ``interventions.jsonl``, or the folder of its run: make these interventions, and decide nothing until
             the last of them is made.
+        on_slow_rise: a rise of the loss that is too slow for an outlier: ``"report"`` it as a divergence, or also
+            ``"rollback"``.
         z_threshold: distance of the limit from the median, in robust standard deviations, > 0.
         window: steps of history, >= 2.
         delay: steps after which an accepted step enters the history, >= 0.
@@ -101,6 +104,7 @@ class RollbackRule(SpikeDetection):
     max_memory: str | None = None
     spill: str | None = None
     replay: str | None = None
+    on_slow_rise: Literal["report", "rollback"] = "report"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -123,8 +127,13 @@ class RollbackRule(SpikeDetection):
         self.require(self.check_every >= 1, "check_every", ">= 1")
         self.require(1 < self.max_growth < math.inf, "max_growth", "> 1 and finite")
         self.require(self.where in ("host", "device"), "where", '"host" or "device"')
+        self.require(self.on_slow_rise in ("report", "rollback"), "on_slow_rise", '"report" or "rollback"')
         if self.max_memory is not None:
             parse(self.max_memory, name=f"plugins.{self.slot}.max_memory")
+
+    def requests_rollback_of_slow_rise(self) -> bool:
+        """Whether a slow rise requests a rollback."""
+        return self.on_slow_rise == "rollback"
 
     def interval_warning(self, total_steps: int | None) -> str | None:
         """A warning if the run is shorter than ``every``; else None.

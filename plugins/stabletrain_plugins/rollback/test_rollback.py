@@ -466,6 +466,7 @@ def test_spilling_to_disk_is_the_same(tmp_path: Path) -> None:
         ({"max_memory": "much"}, r"plugins\.spike\.max_memory: expected an amount of memory like '8GB'"),
         ({"drop": "all"}, "drop must be"),
         ({"max_growth": 1.0}, "max_growth must be > 1"),
+        ({"on_slow_rise": "stop"}, 'on_slow_rise must be "report" or "rollback"'),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:

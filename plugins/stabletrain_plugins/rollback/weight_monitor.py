@@ -63,8 +63,8 @@ class WeightMonitor:
 
     The speed of the weights, relative to the learning rate, usually changes slowly. If the last steps were unhealthy,
     and the speed is more than six times the median and more than twice the largest of the last speeds, then earlier
-    updates have damaged the weights; the batch is not the cause. A high speed without an unhealthy step is not damage: it also
-    occurs in a new phase of the training, such as a warm restart.
+    updates have damaged the weights; the batch is not the cause. A high speed without an unhealthy step is not damage:
+    it also occurs in a new phase of the training, such as a warm restart.
 
     Args:
         check: compares norms.

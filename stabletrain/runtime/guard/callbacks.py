@@ -24,6 +24,7 @@ from stabletrain.core.state import from_plain, to_plain
 from stabletrain.runtime.guard.metrics import Counters
 from stabletrain.runtime.guard.step_guard import StepGuard
 from stabletrain.runtime.internals import trainer as trainer_internals
+from stabletrain.runtime.run_length import run_length
 
 
 class GuardMember(Callback):
@@ -231,6 +232,12 @@ class RuleCallback(PluginMember):
     def reset(self) -> None:
         """Start with an empty history."""
         self.state = self.rule.init()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The length of the run is known: begin."""
+        super().on_train_start(trainer, pl_module)
+        if type(self.rule).begin is not Rule.begin:
+            self.state = self.rule.begin(self.state, run_length(trainer), trainer.global_step)
 
     def metrics(self) -> dict[str, float]:
         """The rule's readings; prefixed by ``name/`` if the instance has a name."""
