@@ -8,7 +8,7 @@ from enum import IntEnum
 from typing import Literal, NamedTuple, TypeAlias
 
 EventKind: TypeAlias = Literal[
-    "skip", "nonfinite", "overflow", "spike", "divergence", "regime", "rewarm", "rollback", "stop"
+    "skip", "nonfinite", "overflow", "spike", "divergence", "regime", "announced", "rewarm", "rollback", "stop"
 ]
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from stabletrain.core.events import Event, Request
+from stabletrain.core.lengths import Length
 from stabletrain.core.limits import Limits
 from stabletrain.core.outcome import Outcome
 from stabletrain.core.plugin import Plugin
@@ -71,6 +72,21 @@ class Rule(Plugin, ABC, Generic[S]):
             cause: reason of the rollback.
         """
         return state
+
+    def forget(self, state: S) -> S:
+        """The state from which baselines are learned anew, because the training has changed by design.
+
+        Default: the state before the first step. A rule keeps what no baseline is, such as a count of non-finite steps
+        in a row. It is the same if it is called twice, and until a baseline is learned there is no limit from it.
+        """
+        return self.init()
+
+    def expected_changes(self) -> tuple[Length, ...]:
+        """Positions in the run, above 0, from which baselines of all rules are learned anew. Default: none.
+
+        They are given in an argument ``expect``, which messages name.
+        """
+        return ()
 
     def readings(self, state: S) -> dict[str, float]:
         """Metrics for the loggers, by name; called when metrics are logged. Default: none."""

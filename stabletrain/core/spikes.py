@@ -6,12 +6,15 @@ It is part of the core because several plugins use it, so that a detector and a 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+from stabletrain.core import positions
 from stabletrain.core.baseline import Baseline, OutlierTest
 from stabletrain.core.events import Event, EventKind, Request, RequestKind
+from stabletrain.core.lengths import Length, LengthLike
 from stabletrain.core.limits import NO_LIMITS, Limits
 from stabletrain.core.outcome import Outcome
 from stabletrain.core.rule import Observation, Rule
@@ -73,6 +76,8 @@ class SpikeDetection(Rule[SpikeState]):
         min_sigma_norm: floor of the norm's standard deviation, in nats of its logarithm, > 0.
         min_sigma_loss: floor of the loss's standard deviation, as a share of its median, >= 0.
         score_window: steps over which ``spike_score`` is computed, >= 1.
+        expect: positions at which the training changes by design, such as ``[600, "3ep"]``: from there all rules learn
+            their baselines anew. Applied steps, epochs or percent of the run, above 0; None: none.
 
     Raises:
         UserError: if an argument is out of range.
@@ -87,6 +92,7 @@ class SpikeDetection(Rule[SpikeState]):
     min_sigma_norm: float = 0.05
     min_sigma_loss: float = 0.02
     score_window: int = 10_000
+    expect: Sequence[LengthLike] | None = None
 
     def __post_init__(self) -> None:
         self.require(0 < self.z_threshold < math.inf, "z_threshold", "> 0 and finite")
@@ -98,6 +104,7 @@ class SpikeDetection(Rule[SpikeState]):
         self.require(0 < self.min_sigma_norm < math.inf, "min_sigma_norm", "> 0 and finite")
         self.require(0 <= self.min_sigma_loss < math.inf, "min_sigma_loss", ">= 0 and finite")
         self.require(self.score_window >= 1, "score_window", ">= 1")
+        self.expected_changes()
 
     def init(self) -> SpikeState:
         """Empty baselines."""
@@ -133,6 +140,14 @@ class SpikeDetection(Rule[SpikeState]):
     def rebase(self, state: SpikeState, cause: str) -> SpikeState:
         """The baselines at the snapshot, without an excursion."""
         return state._replace(loss_excursion=_NO_EXCURSION, norm_excursion=_NO_EXCURSION, nonfinite=0)
+
+    def forget(self, state: SpikeState) -> SpikeState:
+        """Empty baselines; the counts of flagged steps and of non-finite steps in a row continue."""
+        return SpikeState(nonfinite=state.nonfinite, seen=state.seen, flagged=state.flagged)
+
+    def expected_changes(self) -> tuple[Length, ...]:
+        """The positions of ``expect``."""
+        return positions.parse(self.expect or (), name=f"plugins.{self.slot}.expect")
 
     def requests_rollback(self) -> bool:
         """Whether a divergence requests a rollback."""

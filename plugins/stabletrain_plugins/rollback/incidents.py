@@ -85,6 +85,10 @@ class IncidentTracker:
         mark = (self.current.mark if self.current else None) or default
         return list(loader.batches_since(mark).values()) if mark is not None else []
 
+    def close(self) -> None:
+        """Close the incident: what came after it is meant."""
+        self.current = None
+
     def clear(self) -> None:
         """After a restore: close the incident, and forget the steps that were undone."""
         self.current = None
