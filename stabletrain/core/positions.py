@@ -27,15 +27,12 @@ def parse(given: Sequence[LengthLike], *, name: str) -> tuple[Length, ...]:
         raise UserError(f"{name}: expected a list of positions such as {_FORMS}, got {given!r}")
     found: list[Length] = []
     for each in given:
-        negative = not isinstance(each, str) and each < 0
-        length = None if negative else Length.parse(each, name=name)
-        if length is None or not length.value > 0:
-            raise UserError(
-                f"{name}: expected positions after the start of the run, such as {_FORMS}, got {each!r}: at the start "
-                "there is no baseline to learn anew"
-            )
-        if length.unit == "tokens":
-            raise UserError(f"{name}: expected positions such as {_FORMS}, got {each!r}: give it in steps")
+        try:
+            length = Length.parse(each, name=name)
+        except UserError:
+            length = None
+        if length is None or length.unit == "tokens" or not length.value > 0:
+            raise UserError(f"{name}: expected positions after the start of the run, such as {_FORMS}, got {each!r}")
         if length in found:
             raise UserError(f"{name}: expected different positions, got {each!r} twice")
         found.append(length)

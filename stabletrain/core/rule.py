@@ -108,6 +108,8 @@ class Replayed(NamedTuple):
 def replay(rule: Rule[Any], series: Iterable[tuple[float, float]], state: Any = None) -> Iterator[Replayed]:
     """Run one rule over recorded signals, as the guard does in training.
 
+    Of the `Rule.expected_changes` those are passed that are given in steps: the length of the run is not known.
+
     Args:
         rule: the rule.
         series: pairs of loss and raw gradient norm, one for each attempted step.
@@ -123,9 +125,13 @@ def replay(rule: Rule[Any], series: Iterable[tuple[float, float]], state: Any = 
     """
     if state is None:
         state = rule.init()
+    changes, applied = {length.value for length in rule.expected_changes() if length.unit == "steps"}, 0
     for step, (loss, grad_norm) in enumerate(series):
+        if applied in changes:
+            state = rule.forget(state)
         limits = rule.limits(state)
         skipped = limits.skips_step(loss, grad_norm)
+        applied += not skipped
         applied_norm = math.nan if skipped else limits.clip(grad_norm)
         outcome = Outcome(step, loss, grad_norm, grad_norm, applied_norm, skipped=skipped)
         state, events, requests = rule.observe(state, outcome)

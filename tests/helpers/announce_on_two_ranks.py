@@ -66,8 +66,8 @@ def train(folder: Path, kind: str | None, mode: Any, hook: str) -> dict[str, Any
     save = [SaveBefore(folder / f"{hook}-{mode}.ckpt")] if kind in (None, "ddp") else []
     callbacks = [AnnouncesOnOneRank(hook), outliers, st.SkipNonFinite(), st.Guard(mode=mode), record, *save]
     two_ranks.Net, before = Net, two_ranks.Net  # type: ignore[misc]
-    weights, mine = two_ranks.train(
-        folder, kind, *callbacks, make_optimizer=lambda p: torch.optim.SGD(p, 1e-4, fused=mode == "device")
+    weights, _ = two_ranks.train(
+        folder, kind, *callbacks, make_optimizer=lambda p: torch.optim.AdamW(p, 1e-4, fused=mode == "device")
     )
     two_ranks.Net = before  # type: ignore[misc]
     saved: Any = None

@@ -37,8 +37,8 @@ def test_other_strategies_give_no_false_alarm(strategy: Any, placement: str) -> 
 @pytest.mark.slow
 def test_two_processes(on_two_ranks: Callable[[str], Path]) -> None:
     """Bugs: a rank without a loss that the others wait for for ever; its silence counted as a loss of 0; a NaN or a
-    flag that one rank alone sees; plain parameters beside sharded ones, which nobody averages, taken for replicas; equal
-    copies of tensor parallel ranks, which see the same data, warned of."""
+    flag that one rank alone sees; plain parameters beside sharded ones, which nobody averages, taken for replicas;
+    equal copies of tensor parallel ranks, which see the same data, warned of."""
     folder = on_two_ranks(script.__file__)
     for name in ("ddp", "fsdp2", "half", "tp"):
         results = [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in (0, 1)]
