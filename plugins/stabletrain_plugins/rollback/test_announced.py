@@ -9,6 +9,7 @@ import announced
 import pytest
 from announced import AT, TERM, Announcer, Model, Record, train
 from fits import assert_same, everything, fit
+from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 
 import stabletrain as st
@@ -104,6 +105,14 @@ def test_an_announcement_closes_the_incident_and_forgets_the_speeds() -> None:
     tracker.close()
     assert tracker.current is None
     assert tracker.oldest_mark == mark
-    record, rollback = Record(), st.Rollback(**QUICK)
-    train(Model("training_step"), rollback, record, steps=AT + 9)
+    rollback = st.Rollback(**QUICK)
+    found: dict[int, bool] = {}
+
+    class Probe(Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: int, batch_idx: int) -> None:
+            found[batch] = rollback._incidents.current is not None
+
+    nan = range(AT - 2, AT)
+    train(Model("training_step", nan=nan), rollback, st.SkipNonFinite(), Probe(), steps=AT + 9)
+    assert [found[batch] for batch in range(AT - 3, AT + 2)] == [False, True, True, False, False]
     assert len(rollback.state_dict()["weights"]["speeds"]) == 2

@@ -39,8 +39,3 @@ class Changes:
         when a step there was not applied, and needs no state in a checkpoint.
         """
         return [(plugin, positions[applied]) for plugin, positions in self._expected if applied in positions]
-
-    def clear(self) -> None:
-        """Remove everything, at the end of a fit."""
-        self.announced = ()
-        self._expected.clear()

@@ -127,7 +127,6 @@ class StepGuard:
         while self._undo:
             self._undo.pop()()
         self.window.clear()
-        self.changes.clear()
         self._pending = None
 
     # ---- one step ---------------------------------------------------------------------------------------------------
