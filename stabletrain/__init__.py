@@ -17,6 +17,7 @@ _EXPORTS = {
     "Guard": "stabletrain.runtime.guard.options:Guard",
     "TrainingStopped": "stabletrain.runtime.stop:TrainingStopped",
     "UserError": "stabletrain.errors:UserError",
+    "announce": "stabletrain.runtime.guard.announce:announce",
     "callbacks": "stabletrain.config.build:callbacks",
     "default_callbacks": "stabletrain.config.build:default_callbacks",
 }
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
     from stabletrain.config.build import callbacks as callbacks
     from stabletrain.config.build import default_callbacks as default_callbacks
     from stabletrain.errors import UserError as UserError
+    from stabletrain.runtime.guard.announce import announce as announce
     from stabletrain.runtime.guard.options import Guard as Guard
     from stabletrain.runtime.stop import TrainingStopped as TrainingStopped
 

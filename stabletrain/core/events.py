@@ -14,6 +14,7 @@ EventKind: TypeAlias = Literal[
     "spike",
     "divergence",
     "regime",
+    "announced",
     "not_learning",
     "rewarm",
     "rollback",

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from stabletrain.core.events import Event, Request
-from stabletrain.core.lengths import RunLength
+from stabletrain.core.lengths import Length, RunLength
 from stabletrain.core.limits import Limits
 from stabletrain.core.outcome import Outcome
 from stabletrain.core.plugin import Plugin
@@ -97,6 +97,21 @@ class Rule(Plugin, ABC, Generic[S]):
         """
         return state
 
+    def forget(self, state: S) -> S:
+        """The state from which baselines are learned anew, because the training has changed by design.
+
+        Default: the state before the first step. A rule keeps what no baseline is, such as a count of non-finite steps
+        in a row. It is the same if it is called twice, and until a baseline is learned there is no limit from it.
+        """
+        return self.init()
+
+    def expected_changes(self) -> tuple[Length, ...]:
+        """Positions in the run, above 0, from which baselines of all rules are learned anew. Default: none.
+
+        They are given in an argument ``expect``, which messages name.
+        """
+        return ()
+
     def readings(self, state: S) -> dict[str, float]:
         """Metrics for the loggers, by name; called when metrics are logged. Default: none."""
         return {}
@@ -117,6 +132,8 @@ class Replayed(NamedTuple):
 def replay(rule: Rule[Any], series: Iterable[tuple[float, float]], state: Any = None) -> Iterator[Replayed]:
     """Run one rule over recorded signals, as the guard does in training.
 
+    Of the `Rule.expected_changes` those are passed that are given in steps: the length of the run is not known.
+
     Args:
         rule: the rule.
         series: pairs of loss and raw gradient norm, one for each attempted step.
@@ -132,9 +149,13 @@ def replay(rule: Rule[Any], series: Iterable[tuple[float, float]], state: Any = 
     """
     if state is None:
         state = rule.init()
+    changes, applied = {length.value for length in rule.expected_changes() if length.unit == "steps"}, 0
     for step, (loss, grad_norm) in enumerate(series):
+        if applied in changes:
+            state = rule.forget(state)
         limits = rule.limits(state)
         skipped = limits.skips_step(loss, grad_norm)
+        applied += not skipped
         applied_norm = math.nan if skipped else limits.clip(grad_norm)
         outcome = Outcome(step, loss, grad_norm, grad_norm, applied_norm, skipped=skipped)
         state, events, requests = rule.observe(state, outcome)

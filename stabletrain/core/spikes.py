@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+from stabletrain.core import positions
 from stabletrain.core.baseline import ROUNDING, Baseline, OutlierTest
 from stabletrain.core.events import Event, EventKind, Request, RequestKind
 from stabletrain.core.learning import Learning, NotLearning
-from stabletrain.core.lengths import RunLength
+from stabletrain.core.lengths import Length, LengthLike, RunLength
 from stabletrain.core.limits import NO_LIMITS, Limits
 from stabletrain.core.outcome import Outcome
 from stabletrain.core.rule import Observation, Rule
@@ -82,6 +83,8 @@ class SpikeDetection(Rule[SpikeState]):
         min_sigma_norm: floor of the norm's standard deviation, in nats of its logarithm, > 0.
         min_sigma_loss: floor of the loss's standard deviation, as a share of its median, >= 0.
         score_window: steps over which ``spike_score`` is computed, >= 1.
+        expect: positions at which the training changes by design, such as ``[600, "3ep"]``: from there all rules learn
+            their baselines anew. Applied steps, epochs or percent of the run, above 0; None: none.
 
     Raises:
         UserError: if an argument is out of range.
@@ -96,6 +99,7 @@ class SpikeDetection(Rule[SpikeState]):
     min_sigma_norm: float = 0.05
     min_sigma_loss: float = 0.02
     score_window: int = 10_000
+    expect: Sequence[LengthLike] | None = None
 
     def __post_init__(self) -> None:
         self.require(0 < self.z_threshold < math.inf, "z_threshold", "> 0 and finite")
@@ -107,6 +111,7 @@ class SpikeDetection(Rule[SpikeState]):
         self.require(0 < self.min_sigma_norm < math.inf, "min_sigma_norm", "> 0 and finite")
         self.require(0 <= self.min_sigma_loss < math.inf, "min_sigma_loss", ">= 0 and finite")
         self.require(self.score_window >= 1, "score_window", ">= 1")
+        self.expected_changes()
 
     def init(self) -> SpikeState:
         """Empty baselines."""
@@ -177,6 +182,15 @@ class SpikeDetection(Rule[SpikeState]):
         loss, norm = self._loss.accept(state.loss, losses), self._norm.accept(state.norm, norms)
         state = state._replace(loss=loss, norm=norm, loss_excursion=_NO_EXCURSION, norm_excursion=_NO_EXCURSION)
         return self.at_new_level(state)
+
+    def forget(self, state: SpikeState) -> SpikeState:
+        """Empty baselines; the counts of flagged steps and of non-finite steps in a row continue."""
+        empty = SpikeState(nonfinite=state.nonfinite, seen=state.seen, flagged=state.flagged)
+        return self.at_new_level(empty)
+
+    def expected_changes(self) -> tuple[Length, ...]:
+        """The positions of ``expect``."""
+        return positions.parse(self.expect or (), name=f"plugins.{self.slot}.expect")
 
     def requests_rollback(self) -> bool:
         """Whether a divergence requests a rollback."""

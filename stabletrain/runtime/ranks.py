@@ -32,30 +32,33 @@ class Ranks:
         self.is_first: bool = trainer.is_global_zero
         """Whether this is rank 0, which logs and writes files."""
 
-    def mean_loss(self, losses: list[Tensor]) -> Tensor | None:
-        """The mean loss over the micro-batches of the window and over all ranks, as a 0-d tensor. A collective.
+    def mean_loss(self, losses: list[Tensor], flag: bool = False) -> tuple[Tensor | None, Tensor | bool]:
+        """The mean loss over the window and over all ranks, and whether a flag is set on any of them. A collective.
 
-        Sum and count are added over all ranks in one all-reduce, so that all ranks get the same bits. Ranks that see
-        the same data (tensor parallelism) do not change the mean. A NaN or infinity on any rank makes the result
+        Sum, count and flag are added over all ranks in one all-reduce, so that all ranks get the same bits. Ranks that
+        see the same data (tensor parallelism) do not change the mean. A NaN or infinity on any rank makes the mean
         non-finite on all ranks.
 
         Args:
             losses: 0-d tensors, one for each micro-batch of this rank; may be empty.
+            flag: of this rank.
 
         Returns:
-            None if no rank had a loss.
+            The mean, a 0-d tensor, None if no rank had a loss; and the flag: of one process as it is, of several a 0-d
+            tensor, above 0 if it is set on any rank, so that no rank has to read the device.
         """
         if self.size == 1:
             if not losses:
-                return None
-            return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+                return None, flag
+            return losses[0] if len(losses) == 1 else torch.stack(losses).mean(), flag
         device = losses[0].device if losses else self._strategy.root_device
         total = torch.stack(losses).sum(dtype=torch.float32) if losses else torch.zeros((), device=device)
-        packed = torch.stack([total, torch.full((), float(len(losses)), device=device)])
+        count, flagged = (torch.full((), float(each), device=device) for each in (len(losses), flag))
+        packed = torch.stack([total, count, flagged])
         dist.all_reduce(packed)
         if not losses and not packed[1]:  # only a rank without a loss has to read the device
-            return None
-        return packed[0] / packed[1]
+            return None, packed[2]
+        return packed[0] / packed[1], packed[2]
 
     def any(self, flag: bool) -> bool:
         """Whether a flag is set on any rank. A collective."""

@@ -75,6 +75,8 @@ def test_a_rule_is_a_value() -> None:
     assert rule.arguments() == {"max_loss": 3.0}
     assert rule.state_type() is Last
     assert rule.rebase(Last(1.0), "rollback") == Last(1.0)
+    assert rule.forget(Last(1.0)) == rule.init()
+    assert rule.expected_changes() == ()
     assert rule.readings(Last(1.0)) == {}
 
 

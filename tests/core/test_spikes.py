@@ -10,7 +10,7 @@ from argument_ranges import check_range
 from stabletrain.core.events import Event, Request, RequestKind
 from stabletrain.core.limits import NO_LIMITS
 from stabletrain.core.outcome import Outcome
-from stabletrain.core.rule import Observation
+from stabletrain.core.rule import Observation, replay
 from stabletrain.core.spikes import Excursion, SpikeDetection, SpikeState
 
 
@@ -289,3 +289,21 @@ def test_the_smallest_window() -> None:
     check_range(
         Detector, "detector", "plugins.spike", "window", ">= 2", [{**small, "window": 2}], [{**small, "window": 1}]
     )
+
+
+def test_a_change_by_design_empties_the_baselines() -> None:
+    """Bugs: the old level kept, or its excursion; the counts forgotten, so that announcements hide a run of NaN."""
+    away = run([(math.nan, NORM), (9.0, NORM)], first=10)[-1].state
+    nan = run([(9.0, NORM), (math.nan, NORM)], first=10)[-1].state
+    for state in (away, nan):
+        expected = SpikeState(nonfinite=state.nonfinite, seen=12, flagged=(10, 11))
+        assert RULE.forget(state) == RULE.forget(RULE.forget(state)) == expected != state
+    assert (away.nonfinite, nan.nonfinite) == (0, 1)
+
+
+def test_a_replay_passes_expected_changes() -> None:
+    """Bugs: a level that is expected reported as a divergence; a position counted from 1."""
+    series = [(LOSS, NORM)] * 20 + [(9.0, NORM)] * 20
+    for expect, quiet in (([20, "3ep"], True), ([12], False), ([21], False), (None, False)):
+        events = [event for step in replay(Detector(expect=expect), series) for event in step.events]
+        assert (not events) == quiet

@@ -19,9 +19,10 @@ def test_one_process_makes_no_collective_call() -> None:
     """Bugs: a mean that is not the only loss itself; an empty window taken for a NaN; a warning of drifting copies."""
     ranks = Ranks(fit(Net(), batches(HEALTHY)))
     loss = torch.tensor(0.1)
-    assert ranks.mean_loss([loss]) is loss
-    assert ranks.mean_loss([torch.tensor(1.0), torch.tensor(2.0)]) == 1.5
-    assert ranks.mean_loss([]) is None
+    assert ranks.mean_loss([loss])[0] is loss
+    assert ranks.mean_loss([torch.tensor(1.0), torch.tensor(2.0)])[0] == 1.5
+    assert ranks.mean_loss([])[0] is None
+    assert [ranks.mean_loss(losses, flag)[1] for losses in ([], [loss]) for flag in (False, True)] == [False, True] * 2
     assert (ranks.any(True), ranks.any(False)) == (True, False)
     assert ranks.local_parameters(Net().named_parameters()) == []
 
@@ -35,9 +36,9 @@ def test_other_strategies_give_no_false_alarm(strategy: Any, placement: str) -> 
 
 @pytest.mark.slow
 def test_two_processes(on_two_ranks: Callable[[str], Path]) -> None:
-    """Bugs: a rank without a loss that the others wait for for ever; its silence counted as a loss of 0; a NaN that one
-    rank alone sees; plain parameters beside sharded ones, which nobody averages, taken for replicas; equal copies of
-    tensor parallel ranks, which see the same data, warned of."""
+    """Bugs: a rank without a loss that the others wait for for ever; its silence counted as a loss of 0; a NaN or a
+    flag that one rank alone sees; plain parameters beside sharded ones, which nobody averages, taken for replicas;
+    equal copies of tensor parallel ranks, which see the same data, warned of."""
     folder = on_two_ranks(script.__file__)
     for name in ("ddp", "fsdp2", "half", "tp"):
         results = [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in (0, 1)]
@@ -45,6 +46,7 @@ def test_two_processes(on_two_ranks: Callable[[str], Path]) -> None:
             assert result["one_has_none"] == 4.0
             assert result["none_has_one"] is True
             assert result["nan_on_one"] == "nan"
+            assert result["flags"] == [False, True, True]
             assert result["any"] == [True, False]
             kinds = result["placements"]
             assert kinds["net.0.weight"] == ("replicated" if name in ("ddp", "tp") else "sharded")

@@ -44,6 +44,8 @@ class DetectSpikesRule(SpikeDetection):
         min_sigma_norm: floor of the norm's standard deviation, in nats of its logarithm, > 0.
         min_sigma_loss: floor of the loss's standard deviation, as a share of its median, >= 0.
         score_window: steps over which ``spike_score`` is computed, >= 1.
+        expect: positions at which the training changes by design, such as ``[600, "3ep"]``: from there all rules learn
+            their baselines anew. Applied steps, epochs or percent of the run, above 0; None: none.
         on_divergence: ``"report"``, or ``"rollback"``: also request a rollback, but not for a slow rise; if no plugin
             can roll back, the run stops cleanly.
 

@@ -132,6 +132,13 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
         self._ring.on_outcome(healthy)
         self._incidents.on_outcome(healthy, outcome, self._guard_and_loader()[0].trainer.global_step)
 
+    def on_change(self) -> None:
+        """Learn the baselines anew, those of the weights' speed too, and close the incident."""
+        super().on_change()
+        self._incidents.close()
+        if self._weights is not None:
+            self._weights.forget_speeds()
+
     def handle_request(self, trainer: Trainer, module: LightningModule, request: Request) -> None:
         """Remember a rollback request; it is executed in this callback's ``on_train_batch_end``.
 

@@ -113,7 +113,7 @@ class IncidentTracker:
             self._signals.append((outcome.loss, outcome.grad_norm))
 
     def close(self) -> None:
-        """Close the incident."""
+        """Close the incident: what comes after it is no part of it."""
         self.current = None
         self._signals.clear()
 

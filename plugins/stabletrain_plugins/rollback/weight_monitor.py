@@ -110,6 +110,10 @@ class WeightMonitor:
         """After a restore: do not compare the restored weights with those of the undone steps."""
         self.history = _without_norms(self.history)
 
+    def forget_speeds(self) -> None:
+        """After a change of the training by design: do not compare new speeds with those before it."""
+        self.history = self.history._replace(speeds=())
+
     def _too_fast(self, now: WeightSample) -> str | None:
         speeds = self.history.speeds[:-1]  # the last regular sample may have come after the damage
         if len(speeds) < _MIN_SPEEDS:

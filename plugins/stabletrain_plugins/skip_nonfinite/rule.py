@@ -61,6 +61,10 @@ class SkipNonFiniteRule(Rule[NonFiniteState]):
         """No step dropped yet; the count is 0."""
         return NonFiniteState()
 
+    def forget(self, state: NonFiniteState) -> NonFiniteState:
+        """The count continues: a change of the training is no reason for a run of NaN."""
+        return state
+
     def limits(self, state: NonFiniteState) -> Limits:
         """Drop the next step if it is not finite."""
         return Limits.of(SkipNonFinite())

@@ -102,3 +102,8 @@ def test_ranges_of_the_arguments() -> None:
         [{"min_scale": 5e-324}],
         [{"min_scale": 0.0}, {"min_scale": math.nan}],
     )
+
+
+def test_a_change_by_design_does_not_end_the_count() -> None:
+    """Bug: a change announced at every step, so that no run of NaN is ever ``max_in_a_row`` long."""
+    assert SkipNonFiniteRule().forget(NonFiniteState(3)) == NonFiniteState(3)

@@ -10,6 +10,7 @@ import functools
 import typing
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,8 +18,10 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from stabletrain.core.lengths import Length
 from stabletrain.core.outcome import Outcome
 from stabletrain.core.plugin import Plugin
+from stabletrain.core.positions import resolve
 from stabletrain.core.rule import Rule
 from stabletrain.core.state import from_plain, to_plain
 from stabletrain.runtime.guard.metrics import Counters
@@ -62,6 +65,12 @@ class GuardMember(Callback):
     def on_outcome(self, outcome: Outcome) -> None:
         """Called after the rules have observed an outcome. The learning rate of the next step may be set here."""
 
+    def on_change(self) -> None:
+        """Called when the training changes by design (`stabletrain.announce`): forget what was learned before.
+
+        The outcomes of all earlier steps were observed; the step that is decided next is the first after the change.
+        """
+
     def metrics(self) -> dict[str, float]:
         """Metrics for the loggers, in addition to the guard's; called at each flush."""
         return {}
@@ -79,6 +88,13 @@ class GuardMember(Callback):
     def observes_outcomes(self) -> bool:
         """Whether `on_outcome` is overridden."""
         return type(self).on_outcome is not GuardMember.on_outcome
+
+    def announce(self, trainer: Trainer, reason: str) -> bool:
+        """Pass an announced change (`stabletrain.announce`) to the guard; False while there is none for this fit."""
+        if self._guard is None or self._guard.trainer is not trainer or not self._guard.is_open:
+            return False
+        self._guard.changes.announce(reason)
+        return True
 
     # ---- Lightning's hooks ------------------------------------------------------------------------------------------
 
@@ -234,10 +250,16 @@ class RuleCallback(PluginMember):
         self.state = self.rule.init()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The length of the run is known: begin."""
+        """The length of the run is known: begin, and find the steps from which on baselines are learned anew."""
         super().on_train_start(trainer, pl_module)
         if type(self.rule).begin is not Rule.begin:
             self.state = self.rule.begin(self.state, run_length(trainer), trainer.global_step)
+        if self._guard is not None and (positions := self.rule.expected_changes()):
+            self._guard.changes.expect(self.rule.label, _expected(self.rule, positions, trainer))
+
+    def on_change(self) -> None:
+        """Learn the baselines anew."""
+        self.state = self.rule.forget(self.state)
 
     def metrics(self) -> dict[str, float]:
         """The rule's readings; prefixed by ``name/`` if the instance has a name."""
@@ -281,6 +303,16 @@ def as_callback(rule: type[Rule[Any]]) -> type[RuleCallback]:
     name = rule.__name__.removesuffix("Rule")
     module = "stabletrain" if rule.__module__.startswith("stabletrain_plugins.") else rule.__module__
     return type(name, (RuleCallback, rule), {"__module__": module, "__doc__": rule.__doc__})
+
+
+def _expected(rule: Rule[Any], positions: Sequence[Length], trainer: Trainer) -> dict[int, str]:
+    """The reasons of expected changes, by the number of applied steps before them."""
+    key = f"plugins.{rule.slot}.expect"
+    run = run_length(trainer)
+    if trainer_internals.is_fast_dev_run(trainer):
+        run = replace(run, total_steps=None)  # so short that no position need come
+        positions = [each for each in positions if each.unit != "percent"]
+    return {step: f"{key}={length}" for step, length in resolve(positions, run, name=key).items()}
 
 
 def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:

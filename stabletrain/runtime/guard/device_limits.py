@@ -26,6 +26,10 @@ class DeviceDecision(NamedTuple):
     grad_scale: Tensor
     dropped: Tensor
 
+    def or_if(self, condition: Tensor, other: DeviceDecision) -> DeviceDecision:
+        """This decision, or another one if a 0-d bool on the device is true."""
+        return DeviceDecision(*(torch.where(condition, b, a) for a, b in zip(self, other, strict=True)))
+
 
 def decide(limits: Limits, loss: Tensor, grad_norm: Tensor, transformed_norm: Tensor) -> DeviceDecision:
     """Apply limits to the signals of a step, all of them 0-d tensors on one device."""

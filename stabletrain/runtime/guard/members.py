@@ -48,6 +48,9 @@ class Member(Protocol):
     def on_outcome(self, outcome: Outcome) -> None:
         """Called when the outcome of a step is known and all rules have observed it."""
 
+    def on_change(self) -> None:
+        """Called when the training changes by design: learn baselines anew from here, and judge nothing until then."""
+
     def metrics(self) -> dict[str, float]:
         """Called at every flush: return the callback's metrics since the last one."""
 

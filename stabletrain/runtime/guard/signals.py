@@ -44,6 +44,6 @@ class Signals(NamedTuple):
     grad_norm: Tensor
     transformed_norm: Tensor
 
-    def start_copy(self) -> SignalCopy:
-        """Start the copy to the host, in float64, which holds every dtype exactly."""
-        return SignalCopy(torch.stack([signal.double() for signal in self]).detach())
+    def start_copy(self, *more: Tensor) -> SignalCopy:
+        """Start the copy of these and more 0-d tensors to the host, in float64, which holds every dtype exactly."""
+        return SignalCopy(torch.stack([signal.double() for signal in (*self, *more)]).detach())

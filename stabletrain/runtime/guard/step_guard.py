@@ -18,7 +18,6 @@ docs/architecture.md shows where in Lightning's loop each method is called.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -35,6 +35,7 @@ from stabletrain.core.outcome import Outcome
 from stabletrain.runtime import gradients
 from stabletrain.runtime.accumulation import AccumulationWindow
 from stabletrain.runtime.guard import device_limits, dropped_steps, support
+from stabletrain.runtime.guard.changes import Changes
 from stabletrain.runtime.guard.dropped_steps import DroppedStep, StepSamples
 from stabletrain.runtime.guard.loss_scaling import LossScaling
 from stabletrain.runtime.guard.members import Member, RuleMember, TransformMember
@@ -82,6 +83,7 @@ class StepGuard:
         self.mode = mode
         self.counters = Counters()
         self.metrics = MetricsWindow()
+        self.changes = Changes()
         folder = trainer.log_dir or trainer.default_root_dir  # log_dir is a collective: called on every rank
         path = events or Path(folder) / run_files.EVENTS
         quiet = not trainer.is_global_zero or trainer_internals.is_fast_dev_run(trainer)
@@ -114,8 +116,7 @@ class StepGuard:
         support.warn_of_local_parameters(self.ranks, self.module)
         self._control = StepControl(self.trainer, self.module)
         self._samples = StepSamples(self.trainer, self.ranks)
-        settle_alone = functools.partial(self.settle, alone=True)  # a checkpoint may be saved by one rank
-        self._undo = [self._control.undo, trainer_internals.before_checkpoint(self.trainer, settle_alone)]
+        self._undo = [self._control.undo, trainer_internals.before_checkpoint(self.trainer, self._before_checkpoint)]
         self._parameters = [p for group in self._control.optimizer.param_groups for p in group["params"]]
         names = {id(p): name for name, p in self.module.named_parameters()}
         self._names = [names.get(id(p), f"parameter {i}") for i, p in enumerate(self._parameters)]
@@ -150,16 +151,17 @@ class StepGuard:
         if self.window.is_empty and self.ranks.size == 1:
             return  # training_step returned None: there was no backward pass, so there is no step
         self.control.start_decision()
-        loss = self._window_loss()  # a collective: also called by ranks without a loss
+        loss, changed = self._window_loss()  # a collective: also called by ranks without a loss
         if loss is None or not self._scaling.unscale(optimizer):
             return
         grads = gradients.of(self._parameters)
         grad_norm = gradients.global_norm(grads)
         for member in self._gradient_observers:
             member.on_gradients(self.counters.attempted, self._parameters)
-        limits = join([each.rule.limits(each.state) for each in self._rules])
+        for plugin, reason in self.changes.expected_at(self.trainer.global_step):
+            self._learn_anew(plugin, reason)
         decide = self._decide_on_device if self.on_device else self._decide_exactly
-        self._pending = decide(limits, loss, grad_norm, grads)
+        self._pending = decide(loss, grad_norm, grads, changed)
         self._attempted = True
 
     def end_batch(self) -> None:
@@ -223,15 +225,17 @@ class StepGuard:
         """Attempted steps, including one whose outcome is pending."""
         return self.counters.attempted + (self._pending is not None)
 
-    def after_restore(self, overflows_in_a_row: int) -> None:
+    def after_restore(self, overflows_in_a_row: int, announced: tuple[str, ...] = ()) -> None:
         """After the state of an earlier step was restored, drop pending losses and requests.
 
         The count of attempted steps is not restored.
 
         Args:
             overflows_in_a_row: as it was at that step.
+            announced: changes announced by then that were not in force yet.
         """
         self.counters = self.counters._replace(overflows_in_a_row=overflows_in_a_row)
+        self.changes.announced = announced
         self.window.clear()
         self._samples.clear()
         self._requests.clear()
@@ -246,16 +250,23 @@ class StepGuard:
         assert self._control is not None, "the guard acts only after on_fit_start"
         return self._control
 
-    def _window_loss(self) -> Tensor | None:
-        """The unscaled mean loss of the window over all ranks; None if no rank had one."""
-        loss = self.ranks.mean_loss(self.window.take())
+    def _window_loss(self) -> tuple[Tensor | None, Tensor | bool]:
+        """The unscaled mean loss of the window over all ranks, None if no rank had one; was a change announced?"""
+        loss, changed = self.ranks.mean_loss(self.window.take(), bool(self.changes.announced))
         factor = self.window.size / self._scaling.scale
-        return loss if loss is None or factor == 1.0 else loss * factor
+        return loss if loss is None or factor == 1.0 else loss * factor, changed
+
+    def _limits(self) -> Limits:
+        return join([each.rule.limits(each.state) for each in self._rules])
 
     def _decide_exactly(
-        self, limits: Limits, loss: Tensor, grad_norm: Tensor, grads: list[Tensor]
+        self, loss: Tensor, grad_norm: Tensor, grads: list[Tensor], changed: Tensor | bool
     ) -> Callable[[], Outcome]:
-        loss_value, norm = _read(loss, grad_norm)
+        limits = self._limits()
+        loss_value, norm, changed = _read(loss, grad_norm, changed)
+        if changed:
+            self._apply_announced(self.changes.take())
+            limits = self._limits()
         scale, overflow = self._scaling.scale, self._scaling.found_nonfinite(self.control.optimizer)
         # a non-finite gradient at a finite loss is an overflow: the loss scaler drops the step and lowers the scale
         skipped = limits.skips_step(loss_value, norm) and not (overflow and math.isfinite(loss_value))
@@ -279,21 +290,52 @@ class StepGuard:
         return lambda: outcome
 
     def _decide_on_device(
-        self, limits: Limits, loss: Tensor, grad_norm: Tensor, grads: list[Tensor]
+        self, loss: Tensor, grad_norm: Tensor, grads: list[Tensor], changed: Tensor | bool
     ) -> Callable[[], Outcome]:
+        announced = self.changes.take()
+        flag = [changed] if isinstance(changed, Tensor) else []
+        if announced and not flag:
+            self._apply_announced(announced)
         transformed = self._transform(grads) if self._transforms else grad_norm
         signals = Signals(loss, grad_norm, transformed)
-        decision = device_limits.decide(limits, *signals)
+        usual = if_changed = self._limits()
+        decision = device_limits.decide(usual, *signals)
+        if flag:  # only the device knows whether another rank has announced a change: it chooses between both limits
+            if_changed = join([each.rule.limits(each.rule.forget(each.state)) for each in self._rules])
+        if if_changed != usual:
+            decision = decision.or_if(flag[0] > 0, device_limits.decide(if_changed, *signals))
         self.control.decide_on_device(*decision)
-        copy, step = signals.start_copy(), self.counters.attempted
+        copy, step = signals.start_copy(*flag), self.counters.attempted
 
         def outcome() -> Outcome:
-            loss_value, norm, transformed_norm = copy.read()
+            loss_value, norm, transformed_norm, *flags = copy.read()
+            limits = usual
+            if any(flags):
+                self._apply_announced(announced)
+                limits = if_changed
             skipped = limits.skips_step(loss_value, norm)
             applied_norm = math.nan if skipped else limits.clip(transformed_norm)
             return Outcome(step, loss_value, norm, transformed_norm, applied_norm, skipped)
 
         return outcome
+
+    def _before_checkpoint(self) -> None:
+        """Observe the outcome in flight, and learn anew if any rank announced a change since the last decision."""
+        self.settle(alone=True)
+        # after an exception of one rank the others do not get here
+        together = self.trainer.state.status == TrainerStatus.RUNNING
+        announced = bool(self.changes.announced)
+        if self.ranks.any(announced) if together else announced:
+            self._apply_announced(self.changes.take())
+
+    def _apply_announced(self, reasons: tuple[str, ...]) -> None:
+        self._learn_anew("guard", "; ".join(reasons) or "announced on another rank")
+
+    def _learn_anew(self, plugin: str, reason: str) -> None:
+        """Let all members learn their baselines anew, from the next observed outcome on; the last one is observed."""
+        for member in self.members:
+            member.on_change()
+        self.report(Event(self.counters.attempted, plugin, "announced", self.trainer.global_step, math.nan, reason))
 
     def _transform(self, grads: list[Tensor]) -> Tensor:
         if grads:
@@ -342,9 +384,10 @@ def _drops(limits: Limits, outcome: Outcome) -> bool:
     return limits.skips_step(outcome.loss, outcome.grad_norm)
 
 
-def _read(loss: Tensor, grad_norm: Tensor) -> tuple[float, float]:
+def _read(loss: Tensor, grad_norm: Tensor, changed: Tensor | bool) -> tuple[float, float, bool]:
     if loss.device.type == "cpu" or loss.device != grad_norm.device:
-        return loss.item(), grad_norm.item()
-    # one device synchronization instead of two
-    loss_value, norm = torch.stack([loss.double(), grad_norm.double()]).tolist()
-    return loss_value, norm
+        return loss.item(), grad_norm.item(), bool(changed)
+    # one device synchronization instead of several
+    flag = [changed.double()] if isinstance(changed, Tensor) else []
+    loss_value, norm, *flags = torch.stack([loss.double(), grad_norm.double(), *flag]).tolist()
+    return loss_value, norm, any(flags) or changed is True

@@ -45,8 +45,9 @@ def _check_rebase(rule: Rule[Any], state: Any, case: str) -> None:
     try:
         rebased = rule.rebase(state, "rollback")
         rule.limits(rebased)
+        rule.limits(rule.forget(state))
     except (ArithmeticError, ValueError, LookupError, TypeError, AttributeError) as error:
-        wrong(f"no exception from rebase and limits of {case}", f"{type(error).__name__}: {error}")
+        wrong(f"no exception from rebase, forget and limits of {case}", f"{type(error).__name__}: {error}")
 
 
 def _series() -> dict[str, Series]:
