@@ -1,4 +1,4 @@
-"""Decides whether trouble is an error, or a change of the training that is meant. Plain values only.
+"""Decides whether an incident is an error, or a change of the training that is meant. Plain values only.
 
 A rollback is an experiment: the offending batches are excluded, and the steps are made again. If the loss then leaves
 its level at the same position, by as much as before, and the weights are not damaged, neither the batches nor the
@@ -46,8 +46,8 @@ class Accepting(NamedTuple):
     accepted: int | None = None
 
 
-class Trouble(NamedTuple):
-    """The present incident.
+class IncidentLevel(NamedTuple):
+    """The loss in the present incident.
 
     Args:
         since: attempted steps before its first step.
@@ -96,7 +96,13 @@ class LastRollback(NamedTuple):
 
 
 def judge(
-    trouble: Trouble, memory: Accepting, last: LastRollback | None, *, accept_after: int, patience: int, cool_down: int
+    incident: IncidentLevel,
+    memory: Accepting,
+    last: LastRollback | None,
+    *,
+    accept_after: int,
+    patience: int,
+    cool_down: int,
 ) -> Verdict:
     """Decide whether an incident is a repetition that going back did not change.
 
@@ -107,7 +113,7 @@ def judge(
     has lasted ``patience`` steps.
 
     Args:
-        trouble: the present incident; the weights are not damaged, and its last steps are finite.
+        incident: the present incident; the weights are not damaged, and its last steps are finite.
         memory: earlier incidents.
         last: the last rollback; None: there was none.
         accept_after: attempted steps after which a repetition is accepted.
@@ -115,37 +121,37 @@ def judge(
         cool_down: applied steps after an accepted level in which further rises belong to it.
 
     >>> earlier = Accepting((Place(applied=500, excess=1.1, rollback=0),))
-    >>> again = Trouble(since=560, applied=501, attempted=625, losses=(2.0,) * 20, centre=1.0)
+    >>> again = IncidentLevel(since=560, applied=501, attempted=625, losses=(2.0,) * 20, centre=1.0)
     >>> judge(again, earlier, LastRollback(535, 450), accept_after=60, patience=20, cool_down=100).name
     'ACCEPT'
     """
-    excess = trouble.excess(patience)
-    grows_on = memory.accepted is not None and 0 <= trouble.applied - memory.accepted <= cool_down
-    if not grows_on and not repeated(trouble, memory, last, patience):
+    excess = incident.excess(patience)
+    grows_on = memory.accepted is not None and 0 <= incident.applied - memory.accepted <= cool_down
+    if not grows_on and not repeated(incident, memory, last, patience):
         return Verdict.ROLL_BACK
-    if excess is None or (not grows_on and trouble.attempted - trouble.since < accept_after):
+    if excess is None or (not grows_on and incident.attempted - incident.since < accept_after):
         return Verdict.WAIT
     return Verdict.ACCEPT
 
 
-def repeated(trouble: Trouble, memory: Accepting, last: LastRollback | None, patience: int) -> tuple[Place, ...]:
+def repeated(incident: IncidentLevel, memory: Accepting, last: LastRollback | None, patience: int) -> tuple[Place, ...]:
     """The earlier incidents that this one repeats, see `judge`."""
     at_once = (
         last is not None
-        and trouble.applied <= last.restored + _NEAR
-        and trouble.attempted <= last.attempted + 2 * _NEAR
+        and incident.applied <= last.restored + _NEAR
+        and incident.attempted <= last.attempted + 2 * _NEAR
     )
-    excess = trouble.excess(patience)
+    excess = incident.excess(patience)
     return tuple(
         place
         for place in memory.places
-        if (at_once or abs(place.applied - trouble.applied) <= _NEAR) and _same_level(excess, place.excess)
+        if (at_once or abs(place.applied - incident.applied) <= _NEAR) and _same_level(excess, place.excess)
     )
 
 
-def remember(trouble: Trouble, memory: Accepting, rollback: int, patience: int) -> Accepting:
+def remember(incident: IncidentLevel, memory: Accepting, rollback: int, patience: int) -> Accepting:
     """The memory after a rollback, with the index ``rollback``, for this incident."""
-    place = Place(trouble.applied, trouble.excess(patience), rollback)
+    place = Place(incident.applied, incident.excess(patience), rollback)
     return memory._replace(places=(*memory.places, place)[-_REMEMBERED:])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections import deque
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,8 +23,8 @@ from stabletrain.runtime.run_length import run_length
 from stabletrain.runtime.snapshots.snapshot import Snapshot
 from stabletrain.runtime.snapshots.state_tree import SnapshotError
 from stabletrain.runtime.stop import TrainingStopped
-from stabletrain_plugins.rollback import acceptance, memory, restoring
-from stabletrain_plugins.rollback.acceptance import Accepting, LastRollback, Trouble, Verdict
+from stabletrain_plugins.rollback import acceptance, memory, new_level, restoring
+from stabletrain_plugins.rollback.acceptance import Accepting, Verdict
 from stabletrain_plugins.rollback.decision import GiveUp
 from stabletrain_plugins.rollback.incidents import IncidentState, IncidentTracker, is_healthy
 from stabletrain_plugins.rollback.intervention import AcceptedLevel, Identity, Intervention, excluded_batches
@@ -247,18 +246,12 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
         """Accept a new level, or make a rollback, or stop the run if none can be made."""
         guard, loader = self._guard_and_loader()
         guard.settle()
-        trouble = self._trouble(weights)
-        if trouble is not None and self.accept is not None:
-            verdict = acceptance.judge(
-                trouble,
-                self._accepting,
-                self._last_rollback,
-                accept_after=self.accept,
-                patience=self.patience,
-                cool_down=self.cool_down,
-            )
+        level = new_level.level_of(self._incidents, self.state, guard.counters.attempted, weights)
+        if level is not None:
+            verdict = new_level.verdict(self, level, self._accepting, self._interventions)
             if verdict is Verdict.ACCEPT:
-                self._accept(self._accepted_level(trouble, request))
+                made, norms, applied = self._interventions, self._incidents.norms, guard.trainer.global_step
+                self._accept(new_level.accepted(self, request, level, self._accepting, made, norms, applied))
             if verdict is not Verdict.ROLL_BACK:
                 return
         damaged_after = weights.good_at if weights is not None and weights.damaged else None
@@ -269,8 +262,8 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
             self._stop(plan.reason, batch, batch_idx)
         if plan.snapshot is not None:
             self._ring.drop_after(plan.snapshot)
-        if trouble is not None:
-            self._accepting = acceptance.remember(trouble, self._accepting, self.rollbacks, self.patience)
+        if level is not None:
+            self._accepting = acceptance.remember(level, self._accepting, self.rollbacks, self.patience)
         accepting, levels = self._accepting, self._levels
         try:
             self._apply(plan.intervention, plan.snapshot)
@@ -278,52 +271,11 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
             self._stop(f"{error}; {request.reason}", batch, batch_idx)
         self._accepting, self._levels = accepting, levels  # a restored checkpoint has older ones
 
-    def _trouble(self, weights: WeightProblem | None) -> Trouble | None:
-        """The present incident, if it can be a change that is meant; None if it is certainly an error."""
-        incident = self._incidents.current
-        if incident is None or self.state.nonfinite or (weights is not None and weights.damaged):
-            return None
-        guard, _ = self._guard_and_loader()
-        return Trouble(
-            since=incident.step,
-            applied=incident.applied,
-            attempted=guard.counters.attempted,
-            losses=self._incidents.losses,
-            centre=self.state.loss.centre,
-            by_speed=weights is not None,
-        )
-
-    @property
-    def _last_rollback(self) -> LastRollback | None:
-        if not self._interventions:
-            return None
-        return LastRollback(self._interventions[-1].step, self._interventions[-1].applied[1])
-
-    def _accepted_level(self, trouble: Trouble, request: Request) -> AcceptedLevel:
-        guard, _ = self._guard_and_loader()
-        refuted = acceptance.repeated(trouble, self._accepting, self._last_rollback, self.patience)
-        given_back = [identity for place in refuted for identity in self._interventions[place.rollback].excluded]
-        return AcceptedLevel(
-            step=guard.counters.attempted,
-            applied=guard.trainer.global_step,
-            given_back=tuple(dict.fromkeys(given_back)),
-            losses=trouble.losses,
-            norms=self._incidents.norms,
-            rewarm=self.rewarm,
-            level=statistics.median(trouble.losses),
-            was=trouble.centre,
-            cause=f"{request.plugin}: {request.reason}",
-        )
-
     def _accept(self, level: AcceptedLevel) -> None:
         """Let all rules learn a new level, decided now or in the run that is replayed, and record it."""
         guard, loader = self._guard_and_loader()
         incident = self._incidents.current
-        for member in guard.members:
-            if isinstance(member, RuleCallback):
-                member.state = member.rule.accept_level(member.state, level.losses, level.norms)
-        if level.given_back:
-            loader.include(level.given_back)
+        new_level.learn(level, guard, loader)
         self._levels = (*self._levels, level)
         self._accepting = Accepting(accepted=level.applied if incident is None else incident.applied)
         self._incidents.close()
