@@ -65,7 +65,7 @@ def plot(results: Results, names: Sequence[str], target: Path) -> None:
     seeds = ", ".join(map(str, results.seeds))
     figure.suptitle(
         "Damage by each fault with each protection\n"
-        f"held-out loss above the fault-free twin's, summed over the steps (seeds {seeds}); grey: a run did not survive",
+        f"held-out loss above the fault-free twin's, summed over steps (seeds {seeds}); grey: a run did not survive",
         fontsize=10,
     )
     figure.savefig(target, dpi=120)
