@@ -157,7 +157,8 @@ def main() -> None:
         chosen = installed([each for each in CONTENDERS if not arguments.only or each.name in arguments.only])
         only = set(arguments.scenario or ())
         if arguments.fresh:
-            forget(record, {each.name for each in chosen}, set(arguments.seeds), only)
+            healthy_seeds = {seed for _, seed, _ in HEALTHY_RUNS} if arguments.healthy else set()
+            forget(record, {each.name for each in chosen}, {*arguments.seeds, *healthy_seeds}, only)
         jobs = missing(chosen, arguments.seeds, only, record)
         if arguments.healthy and any(each.name == DEFAULT for each in chosen):
             jobs += missing_healthy(record)
