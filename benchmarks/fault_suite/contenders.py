@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -14,6 +16,8 @@ import lightning as L
 from lightning.pytorch.callbacks import SpikeDetection
 
 import stabletrain as st
+from fault_suite.peers import adamw_clip, arc_callback, stability_guard, zclip_callback
+from fault_suite.trial import MakeOptimizer, adamw
 
 Callbacks = list[L.Callback]
 
@@ -60,12 +64,27 @@ class Contender:
         build: makes new callbacks.
         clip: gradient_clip_val of the Trainer; None: no clipping.
         note: explanation for the result page.
+        make_optimizer: makes the optimizer, for protections that are one.
+        package: module that must be installed for it; "": none. Such a peer may set the learning rate and skip steps
+            without Lightning's notice, so nothing else sets its rate after the warm-up, and its skips are not counted.
     """
 
     name: str
     build: Callable[[], Callbacks] = list
     clip: float | None = None
     note: str = ""
+    make_optimizer: MakeOptimizer = adamw
+    package: str = ""
+
+    @property
+    def is_peer(self) -> bool:
+        """Whether this is the code of another project."""
+        return bool(self.package)
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether the contender can be run here."""
+        return not self.package or importlib.util.find_spec(self.package) is not None
 
 
 def default_stack(**choices: str) -> Callbacks:
@@ -75,7 +94,7 @@ def default_stack(**choices: str) -> Callbacks:
 
 def lightning_spikes() -> Callbacks:
     """Return Lightning's own detector; its list of excluded batches is written to a temporary file and not used."""
-    folder = Path(tempfile.gettempdir()) / "fault_suite_skip_batches.json"
+    folder = Path(tempfile.gettempdir()) / f"fault_suite_skip_batches_{os.getpid()}.json"
     return [SpikeDetection(exclude_batches_path=str(folder))]
 
 
@@ -89,6 +108,20 @@ CONTENDERS = (
         note="OLMo-core's rule as our `SkipOutliers.olmo()` has it: mean + 6 standard deviations of 128 steps",
     ),
     Contender("SpikeDetection", lightning_spikes, note="Lightning's own; it raises, so no run survives a detection"),
+    Contender("ZClip, its own code", zclip_callback, note="`ZClipLightningCallback()` of zclip 1.0.0", package="zclip"),
+    Contender("ARC", arc_callback, note="`LightningCallback()` of arc-training 5.2.0.post1", package="arc"),
+    Contender(
+        "stabilityguard",
+        note='`GuardedOptimizer(nan_action="skip")` of stabilityguard 0.3.0 with its defaults',
+        make_optimizer=stability_guard,
+        package="stabilityguard",
+    ),
+    Contender(
+        "AdamWClip",
+        note="instead of AdamW, version 0.1.4 with its defaults",
+        make_optimizer=adamw_clip,
+        package="AdamWClip",
+    ),
     Contender("ClipZScore", lambda: [st.ClipZScore()]),
     Contender("SkipNonFinite", lambda: [st.SkipNonFinite()]),
     Contender("SkipOutliers", lambda: [st.SkipOutliers()]),

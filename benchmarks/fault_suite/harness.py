@@ -9,141 +9,31 @@ from __future__ import annotations
 
 import gzip
 import json
-import math
 import os
 import re
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import lightning as L
-import torch
-from torch import Tensor
 
 import stabletrain as st
 from fault_suite.contenders import Contender
-from fault_suite.scenarios import BATCH, CONDITIONS, FAULT_FREE, HEALTHY_RUNS, LENGTH, Condition, Scenario
+from fault_suite.healthy_runs import HEALTHY_RUNS
+from fault_suite.other_faults import OTHER_CONDITIONS
+from fault_suite.scenarios import BATCH, CONDITIONS, LENGTH, LR_WARMUP, Condition, Scenario
+from fault_suite.trial import EVERY, Record, Trainee, Trial
 from stabletrain import workloads
-from stabletrain.workloads import CharGPT, ShakespeareData
-from stabletrain.workloads.base import decay_groups
-
-RATE, LR_WARMUP = 1e-2, 20
-EVERY = 5
-"""Attempted steps between two measurements of the held-out loss, from the step of the fault."""
-LOST = 12
-"""Number of consecutive non-finite measurements after which a run is ended: it cannot recover."""
-Record = dict[str, Any]
+from stabletrain.workloads import ShakespeareData
 
 
-class Trainee(CharGPT):
-    """A small version of the recipe's model, which uses as many rows and characters of a batch as are set."""
+class WarmUp(L.Callback):
+    """The warm-up of all contenders, for protections that change the learning rate: after it, no rate is set."""
 
-    def __init__(self, long_tailed: bool, seed: int) -> None:
-        super().__init__(layers=2, width=64, context=4 * LENGTH, lr=RATE, sample_length=0)
-        self.length, self.rows = LENGTH, BATCH
-        self.sizes = torch.Generator().manual_seed(seed) if long_tailed else None
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        rows = self.rows
-        if self.sizes is not None:
-            rows = max(1, min(4 * BATCH, round(BATCH / 2 * math.exp(torch.randn((), generator=self.sizes).item()))))
-        seen = batch[:rows, : self.length + 1]
-        return self.loss(self(seen[:, :-1]), seen[:, 1:])
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Do not compute the mean training loss."""
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The recipe's AdamW, with ``foreach=True``, which launches fewer kernels."""
-        return torch.optim.AdamW(decay_groups(self, self.weight_decay), lr=self.lr, betas=(0.9, 0.95), foreach=True)
-
-
-class Trial(L.Callback):
-    """Records every attempted step, forks before the fault, measures the held-out loss from then on, and ends the run.
-
-    It must be the last callback in the list.
-
-    Args:
-        condition: the condition of the run.
-        seed: of the faults.
-        forks: scenarios whose faults are applied to copies of the run.
-        held_out: windows on which the loss is measured.
-    """
-
-    def __init__(self, condition: Condition, seed: int, forks: Sequence[Scenario], held_out: Tensor) -> None:
-        self.condition, self.seed, self.forks, self.held_out = condition, seed, forks, held_out
-        self.scenario = FAULT_FREE
-        self.attempts = self.wasted = 0
-        self.losses: list[float] = []
-        self.excluded: list[int] = []
-        self.rollbacks: list[int] = []
-        self.events: list[tuple[int, str, str]] = []
-        self._applied = 0
-        self._scale = 0.0
-        self._start = time.perf_counter()
-        self.is_copy = False
-
-    def on_stability_event(self, trainer: L.Trainer, module: L.LightningModule, event: Any) -> None:
-        self.events.append((self.attempts, event.plugin, event.kind))
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        self._record_step(trainer)
-        step, self.attempts = self.attempts, self.attempts + 1
-        if step >= self.condition.fault and (step - self.condition.fault) % EVERY == EVERY - 1:
-            self.losses.append(held_out_loss(pl_module, self.held_out))
-        if self.attempts == self.condition.fault and self.scenario == FAULT_FREE:
-            self._fork(trainer, pl_module)
-        lost = len(self.losses) >= LOST and not any(map(math.isfinite, self.losses[-LOST:]))
-        if lost or self.attempts >= self.condition.steps:
-            trainer.should_stop = True
-
-    def _record_step(self, trainer: L.Trainer) -> None:
-        """Detect skips and rollbacks from the global step, in the same way for every contender."""
-        applied, scaler = trainer.global_step, getattr(trainer.precision_plugin, "scaler", None)
-        scale = scaler.get_scale() if scaler is not None else 0.0
-        gained, overflow = applied - self._applied, scale < self._scale
-        self._applied, self._scale = applied, scale
-        self.wasted += 1 - (0 if overflow else gained)
-        if gained < 0:
-            self.rollbacks.append(self.attempts)
-        elif gained == 0 and not overflow:
-            self.excluded.append(self.attempts)
-
-    def _fork(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        for scenario in self.forks:
-            sys.stdout.flush()
-            child = os.fork()
-            if not child:
-                self.scenario, self.is_copy = scenario.name, True
-                self._start = time.perf_counter()
-                assert scenario.make_fault is not None
-                fault = scenario.make_fault(self.condition.fault, self.seed)
-                fault.on_fit_start(trainer, module)
-                trainer.callbacks = [fault, *trainer.callbacks]  # type: ignore[attr-defined]
-                return
-            _, status = os.waitpid(child, 0)
-            if status:
-                raise RuntimeError(f"the copy for {scenario.name!r} ended with status {status}")
-
-    def record(self, module: L.LightningModule, ended: str) -> Record:
-        """Return the record of the run, from which the figures are computed."""
-        final = self.losses[-1] if self.losses else math.nan
-        finite = (math.isfinite(final) or not self.losses) and all(
-            bool(p.isfinite().all()) for p in module.parameters()
-        )
-        return {
-            "scenario": self.scenario,
-            "ended": ended or ("" if finite else f"not finite at {self.attempts - 1}"),
-            "attempts": self.attempts,
-            "wasted": self.wasted,
-            "skips": self.excluded,
-            "rollbacks": self.rollbacks,
-            "events": [event for event in self.events if event[2] not in ("skip", "nonfinite")],
-            "losses": [round(x, 5) if math.isfinite(x) else None for x in self.losses],
-            "seconds": round(time.perf_counter() - self._start, 2),
-        }
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
+        if trainer.global_step < LR_WARMUP:
+            for group in trainer.optimizers[0].param_groups:
+                group["lr"] = pl_module.lr * ((trainer.global_step + 1) / LR_WARMUP)
 
 
 def clean_text(folder: Path) -> str:
@@ -154,13 +44,6 @@ def clean_text(folder: Path) -> str:
         characters = gzip.decompress(shipped.read_bytes()).decode("utf-8")
         path.write_text(re.sub(r"(\S)\1{3,}", r"\1\1\1", characters), encoding="utf-8")
     return str(path)
-
-
-@torch.no_grad()
-def held_out_loss(module: Any, windows: Tensor) -> float:
-    """Return the loss in nats per character; draws no random numbers."""
-    logits = module.net(windows[:, :-1])
-    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()))
 
 
 def run(
@@ -184,7 +67,7 @@ def run(
         planned: scenario that is applied to the run itself; None: no fault.
     """
     L.seed_everything(seed, verbose=False)
-    module = Trainee(condition.long_tailed, seed)
+    module = Trainee(condition, seed, contender.make_optimizer)
     data = ShakespeareData(
         path=clean_text(folder) if condition.clean else None,
         context=4 * LENGTH,
@@ -197,7 +80,7 @@ def run(
     faults = (
         [planned.make_fault(condition.fault, seed)] if planned is not None and planned.make_fault is not None else []
     )
-    schedule = st.ScheduleLR(kind="constant", lr_warmup=LR_WARMUP)
+    schedule = WarmUp() if contender.is_peer else st.ScheduleLR(kind="constant", lr_warmup=LR_WARMUP)
     trainer = L.Trainer(
         max_steps=condition.steps,
         accelerator="cpu",
@@ -233,19 +116,27 @@ def run(
 def setup(condition: Condition) -> str:
     """Return the settings of a run, without its contender; records of other settings are ignored."""
     sizes = f"{BATCH} x {LENGTH}" + ", long-tailed" * condition.long_tailed + ", clean" * condition.clean
-    return f"fault at {condition.fault} of {condition.steps}, {sizes}, rate {RATE:g} after {LR_WARMUP}, every {EVERY}"
+    sizes += ", fp16" * condition.fp16
+    if condition.accumulate > 1:
+        sizes += f", {condition.accumulate} micro-batches"
+    rate = f"rate {condition.rate:g} after {LR_WARMUP}"
+    return f"fault at {condition.fault} of {condition.steps}, {sizes}, {rate}, every {EVERY}"
 
 
 def append(path: Path, record: Record) -> None:
-    """Append one record to a file of JSON lines."""
+    """Append one record to a file of JSON lines, in one write, since several processes may do so."""
     path.parent.mkdir(exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(file, (json.dumps(record) + "\n").encode())
+    finally:
+        os.close(file)
 
 
 def load(path: Path) -> list[Record]:
     """Return the records of a file with the present settings; incomplete lines are ignored."""
-    setups = {each.name: setup(each) for each in (*CONDITIONS, *(condition for condition, _, _ in HEALTHY_RUNS))}
+    healthy = (condition for condition, _, _ in HEALTHY_RUNS)
+    setups = {each.name: setup(each) for each in (*CONDITIONS, *OTHER_CONDITIONS, *healthy)}
     records = []
     for line in path.read_text("utf-8").splitlines() if path.exists() else []:
         try:

@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from fault_suite.contenders import DEFAULT, NOTHING
-from fault_suite.harness import EVERY, Record
 from fault_suite.scenarios import FAULT_FREE, PLAIN, Scenario
+from fault_suite.trial import EVERY, Record
 
 CEILING = 10.0
 """Larger and non-finite held-out losses are replaced by this, in nats; a uniform guess has ln 84 = 4.43 nats."""
 NEAR = 0.1
 """Difference of the held-out loss from the twin's, in nats, below which a run counts as recovered, and an intervention
 as a false positive."""
+LAST = 10
+"""Number of measurements of the held-out loss, the last of a run, whose mean is its loss at the end."""
 Key = tuple[str, str, str, int]
 
 
@@ -29,6 +31,7 @@ class Figures(NamedTuple):
         recovered: steps from the fault until the loss stays near the reference; None: never.
         false_positives: number of skips and rollbacks without a fault.
         wasted: number of attempted steps that were skipped or undone.
+        loss: held-out loss at the end, in nats per character; NaN if the run did not survive.
     """
 
     ended: str
@@ -36,6 +39,7 @@ class Figures(NamedTuple):
     recovered: int | None
     false_positives: int
     wasted: int
+    loss: float
 
 
 class Cell(NamedTuple):
@@ -48,6 +52,7 @@ class Cell(NamedTuple):
     recovered: int | None
     false_positives: int
     wasted: float
+    loss: float
 
     @property
     def has_survived(self) -> bool:
@@ -89,7 +94,8 @@ class Results:
         before = self.records[contender, condition.name, FAULT_FREE, seed]
         healthy = sum(step < condition.fault for step in before["skips"])
         wasted = record["wasted"] - (healthy if scenario.make_fault is not None else 0)
-        return Figures(ended, damage, _recovered(excess), len(unneeded) + earlier, wasted)
+        loss = math.nan if ended else statistics.fmean(map(_capped, record["losses"][-LAST:]))
+        return Figures(ended, damage, _recovered(excess), len(unneeded) + earlier, wasted, loss)
 
     def cell(self, contender: str, scenario: Scenario) -> Cell | None:
         """Return the figures over all seeds; None if one is missing."""
@@ -108,6 +114,7 @@ class Results:
             max(known) if len(known) == len(times) else None,
             sum(figures.false_positives for figures in each),
             statistics.fmean(figures.wasted for figures in each),
+            statistics.fmean(figures.loss for figures in each),
         )
 
     def spread(self, scenario: Scenario) -> float:

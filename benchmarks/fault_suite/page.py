@@ -1,4 +1,4 @@
-"""The result page and its plot."""
+"""The result page."""
 
 from __future__ import annotations
 
@@ -7,15 +7,30 @@ import os
 import platform
 from collections.abc import Callable, Sequence
 from datetime import date
-from pathlib import Path
 
 import lightning as L
 import torch
 
-from fault_suite.contenders import CONTENDERS, DEFAULT, OURS
-from fault_suite.harness import EVERY, LOST, LR_WARMUP, RATE, Record
-from fault_suite.judge import CEILING, NEAR, Cell, Results, verdict
-from fault_suite.scenarios import BATCH, CONDITIONS, HEALTHY_RUNS, LENGTH, PLAIN, SCENARIOS
+from fault_suite import reaches
+from fault_suite.contenders import CONTENDERS, DEFAULT
+from fault_suite.healthy_runs import HEALTHY_RUNS
+from fault_suite.heat_map import ending, present
+from fault_suite.judge import CEILING, LAST, NEAR, Cell, Results, verdict
+from fault_suite.other_faults import OTHER_CONDITIONS, OTHER_FAULTS
+from fault_suite.scenarios import (
+    BATCH,
+    CONDITIONS,
+    HEALTHY,
+    LENGTH,
+    LR_WARMUP,
+    RATE,
+    SCENARIOS,
+    Condition,
+    Scenario,
+)
+from fault_suite.trial import EVERY, LOST, Record
+
+PEERS = tuple(each.name for each in CONTENDERS if each.is_peer)
 
 
 def page(results: Results, healthy: Sequence[Record], command: str) -> str:
@@ -27,13 +42,20 @@ def page(results: Results, healthy: Sequence[Record], command: str) -> str:
         "## Damage",
         f"Loss above that of the fault-free twin, in nats x steps, mean of {len(results.seeds)} seeds; in brackets the "
         f"number of steps until the loss stays within {NEAR} nats of the twin's (of the slowest seed). **Bold**: not "
-        "every seed survived.",
-        _table(results, names, _damage),
+        f"every seed survived. First row: the held-out loss of the run without a fault, mean of its last {LAST} "
+        "measurements, in nats per character.",
+        _table(results, names, (HEALTHY, *SCENARIOS), _figure),
     ]
     if absent:
         parts.append(f"Not run: {', '.join(absent)}.")
     parts += [
+        "## Other faults",
+        f"At other times and of other kinds ({_spans(OTHER_CONDITIONS)}). Rows that end in *loss* show the held-out "
+        "loss at the end instead of the damage.",
+        _table(results, names, OTHER_FAULTS, _figure),
         "![damage](faults.png)",
+        "## Reaches",
+        reaches.table(reaches.reaches(results, healthy)),
         "## The rule",
         "The default stack must survive every fault. Its damage must be at most the largest of 1.15 times the damage "
         "of the best contender, that damage + 2, and two standard deviations over the fault-free seeds; by the same "
@@ -42,8 +64,9 @@ def page(results: Results, healthy: Sequence[Record], command: str) -> str:
         "## Batches wasted, and false positives",
         "Before the slash, attempted steps that were skipped or undone, mean of the seeds; after it, false positives "
         f"(skips and rollbacks outside the steps with the fault, at a loss less than {NEAR} nats above the twin's), "
-        "sum of the seeds.",
-        _table(results, names, _waste),
+        "sum of the seeds. Both are counted with Lightning's global step, which these contenders do not keep: "
+        f"{', '.join(PEERS)}.",
+        _table(results, [name for name in names if name not in PEERS], (HEALTHY, *SCENARIOS, *OTHER_FAULTS), _waste),
         "## Healthy runs of 2,000 steps",
         _healthy(healthy) if healthy else "Not run: add `--healthy`.",
         "## Contenders",
@@ -52,29 +75,22 @@ def page(results: Results, healthy: Sequence[Record], command: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def present(results: Results) -> tuple[list[str], list[str]]:
-    """Return the names of contenders with records of all seeds in a scenario, and of the others."""
-    there = [each.name for each in CONTENDERS if any(results.cell(each.name, s) is not None for s in SCENARIOS)]
-    return there, [each.name for each in CONTENDERS if each.name not in there]
-
-
-def verdict_lines(results: Results) -> str:
-    """Return the table of the rule, for the terminal."""
+def verdict_lines(results: Results, healthy: Sequence[Record]) -> str:
+    """Return the tables of the rule and of the reaches, for the terminal."""
     names, _ = present(results)
-    return _rule(results, names)
+    return f"{_rule(results, names)}\n\n{reaches.table(reaches.reaches(results, healthy))}"
 
 
 def _how(results: Results, command: str) -> str:
     machine = (
         f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}"
     )
-    spans = "; ".join(f"{c.name}: fault at {c.fault} of {c.steps} steps" for c in CONDITIONS)
     return (
         f"Measured {date.today().isoformat()} on {machine}, 1 thread, Lightning {L.__version__}; seeds "
         f"{', '.join(map(str, results.seeds))}.\n\n    {command}\n\n"
         f"A character GPT of 2 layers and width 64 is trained on Shakespeare in batches of {BATCH} x {LENGTH}, with "
-        f"AdamW at a learning rate of {RATE:g} after {LR_WARMUP} steps of warm-up ({spans}). Each fault is applied to "
-        "a copy of one healthy run, by `stabletrain.chaos`. From the fault on, the held-out loss is measured every "
+        f"AdamW at a learning rate of {RATE:g} after {LR_WARMUP} steps of warm-up ({_spans(CONDITIONS)}). Each fault "
+        "is applied to a copy of one healthy run. From the fault on, the held-out loss is measured every "
         f"{EVERY} attempted steps (skipped and repeated steps included). The damage is the sum of the differences "
         f"from the loss of the fault-free twin with the same protection and seed, times {EVERY} steps; for the "
         "long-tailed run, from the same run with batches of one size. A loss above "
@@ -82,26 +98,33 @@ def _how(results: Results, command: str) -> str:
     )
 
 
-def _table(results: Results, names: Sequence[str], show: Callable[[Cell], str]) -> str:
+def _spans(conditions: Sequence[Condition]) -> str:
+    return "; ".join(
+        f"{c.name}: fault at {c.fault} of {c.steps} steps" + f" of {c.accumulate} micro-batches" * (c.accumulate > 1)
+        for c in conditions
+    )
+
+
+def _table(
+    results: Results, names: Sequence[str], scenarios: Sequence[Scenario], show: Callable[[Cell, Scenario], str]
+) -> str:
     lines = ["| fault | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
-    for scenario in SCENARIOS:
+    for scenario in scenarios:
         cells = [results.cell(name, scenario) for name in names]
-        lines.append(f"| {scenario.name} | " + " | ".join("" if cell is None else show(cell) for cell in cells) + " |")
+        shown = ["" if cell is None else show(cell, scenario) for cell in cells]
+        lines.append(f"| {scenario.name} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 
-def _damage(cell: Cell) -> str:
+def _figure(cell: Cell, scenario: Scenario) -> str:
     if not cell.has_survived:
-        return f"**{_short(cell.ended)}** ({cell.survived}/{cell.seeds})"
+        return f"**{ending(cell.ended)}** ({cell.survived}/{cell.seeds})"
+    if scenario.figure == "loss":
+        return f"{cell.loss:.3f}"
     return f"{cell.damage:.1f} ({'never' if cell.recovered is None else cell.recovered})"
 
 
-def _short(ended: str) -> str:
-    kind = ended.split(" ", 1)[0].rstrip(":")
-    return {"TrainingStopped": "stopped", "TrainingSpikeException": "raised", "not": "NaN"}.get(kind, kind)
-
-
-def _waste(cell: Cell) -> str:
+def _waste(cell: Cell, scenario: Scenario) -> str:
     return f"{cell.wasted:.0f} / {cell.false_positives}"
 
 
@@ -111,6 +134,9 @@ def _rule(results: Results, names: Sequence[str]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for scenario in SCENARIOS:
+        if results.cell(DEFAULT, scenario) is None:
+            lines.append(f"| {scenario.name} | | | | | | not run | | |")
+            continue
         found = verdict(results, scenario, names)
         if found is None:
             lines.append(f"| {scenario.name} | none survives | | | | | | **no** | **no** |")
@@ -140,40 +166,3 @@ def _healthy(records: Sequence[Record]) -> str:
             f"| {r['ended'] or 'completed'} |"
         )
     return "\n".join(lines)
-
-
-def plot(results: Results, target: Path) -> None:
-    """Plot the damage of every contender in every scenario; runs that did not survive are at the right edge."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    names, _ = present(results)
-    figure, ax = plt.subplots(figsize=(10, 0.42 * len(SCENARIOS) + 1.6), layout="constrained")
-    edge = 2500.0
-    marks = dict(zip(names, "xvs^dPoDh*X", strict=False))
-    for i, name in enumerate(names):
-        color = "tab:green" if name == DEFAULT else ("tab:blue" if name in OURS else "tab:red")
-        ys, xs, alive = [], [], []
-        for y, scenario in enumerate(SCENARIOS):
-            cell = results.cell(name, scenario)
-            if cell is not None:
-                ys.append(y + 0.06 * (i - len(names) / 2))
-                xs.append(max(-2.0, cell.damage) if cell.has_survived else edge)
-                alive.append(cell.has_survived)
-        size = 70 if name == DEFAULT else 28
-        ax.scatter(xs, ys, size, color=color, marker=marks[name], alpha=0.75, label=name, linewidths=0.8)
-    ax.set_xscale("symlog", linthresh=2.0)
-    ax.axvline(edge, color="0.8", zorder=0)
-    ax.set_xlim(-3, 1.6 * edge)
-    ax.set_xticks([0, 2, 10, 100, 1000, edge], ["0", "2", "10", "100", "1000", "died"])
-    ax.set_yticks(range(len(SCENARIOS)), [scenario.name for scenario in SCENARIOS])
-    ax.invert_yaxis()
-    ax.grid(axis="x", color="0.9")
-    ax.set_xlabel(
-        f"damage, nats x steps above the fault-free twin in {PLAIN.steps - PLAIN.fault} steps (mean of the seeds)"
-    )
-    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
-    figure.savefig(target, dpi=120)
-    plt.close(figure)
