@@ -8,7 +8,6 @@ twin is the reference for the damage.
 from __future__ import annotations
 
 import gzip
-import json
 import math
 import os
 import re
@@ -18,8 +17,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import json_lines
 import lightning as L
 import torch
+from json_lines import Record
+from json_lines import append as append
 from torch import Tensor
 
 import stabletrain as st
@@ -34,7 +36,6 @@ EVERY = 5
 """Attempted steps between two measurements of the held-out loss, from the step of the fault."""
 LOST = 12
 """Number of consecutive non-finite measurements after which a run is ended: it cannot recover."""
-Record = dict[str, Any]
 
 
 class Trainee(CharGPT):
@@ -236,22 +237,7 @@ def setup(condition: Condition) -> str:
     return f"fault at {condition.fault} of {condition.steps}, {sizes}, rate {RATE:g} after {LR_WARMUP}, every {EVERY}"
 
 
-def append(path: Path, record: Record) -> None:
-    """Append one record to a file of JSON lines."""
-    path.parent.mkdir(exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-
-
 def load(path: Path) -> list[Record]:
-    """Return the records of a file with the present settings; incomplete lines are ignored."""
+    """Return the records of a file with the present settings."""
     setups = {each.name: setup(each) for each in (*CONDITIONS, *(condition for condition, _, _ in HEALTHY_RUNS))}
-    records = []
-    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if setups.get(record["condition"]) == record.get("setup"):
-            records.append(record)
-    return records
+    return [each for each in json_lines.read(path) if setups.get(each["condition"]) == each.get("setup")]

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
-import platform
 from collections.abc import Callable, Sequence
-from datetime import date
 from pathlib import Path
 
-import lightning as L
-import torch
+from machine import measured
 
 from fault_suite.contenders import CONTENDERS, DEFAULT, OURS
 from fault_suite.harness import EVERY, LOST, LR_WARMUP, RATE, Record
@@ -65,13 +61,9 @@ def verdict_lines(results: Results) -> str:
 
 
 def _how(results: Results, command: str) -> str:
-    machine = (
-        f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}"
-    )
     spans = "; ".join(f"{c.name}: fault at {c.fault} of {c.steps} steps" for c in CONDITIONS)
     return (
-        f"Measured {date.today().isoformat()} on {machine}, 1 thread, Lightning {L.__version__}; seeds "
-        f"{', '.join(map(str, results.seeds))}.\n\n    {command}\n\n"
+        f"{measured()}; seeds {', '.join(map(str, results.seeds))}.\n\n    {command}\n\n"
         f"A character GPT of 2 layers and width 64 is trained on Shakespeare in batches of {BATCH} x {LENGTH}, with "
         f"AdamW at a learning rate of {RATE:g} after {LR_WARMUP} steps of warm-up ({spans}). Each fault is applied to "
         "a copy of one healthy run, by `stabletrain.chaos`. From the fault on, the held-out loss is measured every "
