@@ -21,7 +21,7 @@ import json_lines
 import lightning as L
 import torch
 from json_lines import Record
-from json_lines import append as append
+from json_lines import append as append  # also for faults.py
 from torch import Tensor
 
 import stabletrain as st

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from stabletrain import workloads
 
 
 class _Batched(TensorDataset):
@@ -48,6 +53,30 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     found = load_digits()
     x, y = torch.tensor(found.data, dtype=torch.float32) / 16, torch.tensor(found.target)
     return _split(x, y, 1400)
+
+
+def table(name: str, train: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return a data set of scikit-learn, with standardised columns: training inputs and targets, held-out ones.
+
+    Args:
+        name: ``breast_cancer`` (30 inputs, 2 classes), ``wine`` (13 inputs, 3 classes), or ``diabetes`` (10 inputs, a
+            standardised number).
+        train: number of training samples; the others are held out.
+    """
+    import sklearn.datasets
+
+    found = getattr(sklearn.datasets, f"load_{name}")()
+    x, y = torch.tensor(found.data, dtype=torch.float32), torch.tensor(found.target)
+    if y.is_floating_point():
+        y = ((y - y.mean()) / y.std()).float()
+    return _split((x - x.mean(0)) / x.std(0), y, train)
+
+
+def shakespeare(length: int) -> tuple[str, str]:
+    """Return ``length`` characters of the text that stabletrain distributes, for training, and a tenth for testing."""
+    path = Path(workloads.__file__).parent / "data" / "shakespeare.txt.gz"
+    text = gzip.decompress(path.read_bytes()).decode("utf-8")
+    return text[-length:], text[: length // 10]
 
 
 def _split(x: Tensor, y: Tensor, train: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

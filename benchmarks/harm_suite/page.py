@@ -94,8 +94,11 @@ def _metrics(results: Results, cases: Sequence[Case], stacks: Sequence[Stack]) -
 
 
 def _interventions(results: Results, cases: Sequence[Case], stack: Stack) -> str:
-    columns = "case|bare|with|difference|limit|worst seed|harm|skipped|clipped|rollbacks|accepted|stops".split("|")
-    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    lines = [
+        "| case | bare | with | difference | limit | worst seed | harm | skipped | clipped | rollbacks | accepted "
+        "| stops |",
+        "|" + "---|" * 12,
+    ]
     for case in cases:
         v = results.verdict(case.name, stack.name)
         if v is not None:

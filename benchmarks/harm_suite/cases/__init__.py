@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
-from harm_suite.cases import noisy, planned, rare, tasks
+from harm_suite.cases import classes, lazy, losses, noisy, planned, rare, tasks
+from harm_suite.cases.held_out import CASES as HELD_OUT
 
-CASES = (*rare.CASES, *tasks.CASES, *planned.CASES, *noisy.CASES)
+CASES = (
+    *rare.CASES,
+    *classes.CASES,
+    *tasks.CASES,
+    *lazy.CASES,
+    *planned.CASES,
+    *losses.CASES,
+    *noisy.CASES,
+    *HELD_OUT,
+)

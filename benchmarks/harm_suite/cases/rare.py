@@ -20,7 +20,7 @@ def positives(share: float, seed: int, n: int, distance: float) -> tuple[Tensor,
     return x, y
 
 
-def rare_class(seed: int, share: float, steps: int, distance: float) -> Training:
+def rare_class(seed: int, share: float, steps: int, distance: float, rate: float = 3e-3) -> Training:
     """Binary classification in batches of 16."""
     x, y = positives(share, seed, 8000, distance)
     xt, yt = positives(share, seed + 1000, 16000, distance)
@@ -33,7 +33,7 @@ def rare_class(seed: int, share: float, steps: int, distance: float) -> Training
         p, n = logits[yt > 0], logits[yt == 0]
         return float((p <= 0).float().mean() + (n > 0).float().mean() + 0.2 * F.softplus(-p).mean().clamp(max=5.0))
 
-    return Training(Task(mlp(16, 32, 1), loss), loader(x, y, batch=16), steps, metric, least=0.03)
+    return Training(Task(mlp(16, 32, 1), loss, adamw(rate)), loader(x, y, batch=16), steps, metric, least=0.03)
 
 
 def rare_class_5_permille(seed: int) -> Training:
@@ -46,7 +46,7 @@ def rare_class_5_permille(seed: int) -> Training:
 
 def rare_class_1_permille(seed: int) -> Training:
     """A class with 0.1 % of the samples. Measure: as before."""
-    return rare_class(seed, 0.001, 1500, 12.0)
+    return rare_class(seed, 0.001, 1500, 12.0, rate=3e-2)
 
 
 def rare_class_2_percent(seed: int) -> Training:
