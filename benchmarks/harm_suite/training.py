@@ -44,7 +44,8 @@ class Training:
         steps: attempted optimizer steps; a run with skipped steps sees as many batches as one without.
         metric: of the trained module on held-out data, or on known truth; lower is better. It draws no global random
             numbers.
-        least: a metric that is worse by less than this is no harm.
+        least: a metric that is worse by less than this is no harm; about a tenth of what a bare run reaches, or what
+            its user would not notice. Chosen from bare runs alone.
         options: further arguments of the Trainer.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import harm
 import json_lines
 import pytest
-from harm_suite import judge, page
+import torch
+from harm_suite import data, judge, page
 from harm_suite.cases import CASES, noisy
 from harm_suite.data import loader, mlp
 from harm_suite.fingerprint import fingerprint
@@ -20,23 +22,10 @@ Record = dict[str, Any]
 
 
 def runs(metrics: list[float | None], least: float = 0.1, **others: Any) -> list[Record]:
-    return [
-        {
-            "case": "made",
-            "seed": seed,
-            "metric": metric,
-            "before": 10.0,
-            "least": least,
-            "attempts": 100,
-            "skipped": 1,
-            "clipped": 25,
-            "rollbacks": 2,
-            "accepted": 3,
-            "ended": "",
-            **others,
-        }
-        for seed, metric in enumerate(metrics)
-    ]
+    """Made records of the seeds 0, 1, ..."""
+    counts = {"attempts": 100, "skipped": 1, "clipped": 25, "rollbacks": 2, "accepted": 3, "ended": ""}
+    record = {"case": "made", "before": 10.0, "least": least, **counts, **others}
+    return [{**record, "seed": seed, "metric": metric} for seed, metric in enumerate(metrics)]
 
 
 @pytest.mark.parametrize(
@@ -100,8 +89,6 @@ def test_a_case_that_does_not_learn_is_no_case() -> None:
 
 def line(seed: int) -> Training:
     """A line is fitted. Measure: error of its slope."""
-    import torch
-
     x = torch.linspace(-1, 1, 64)[:, None]
 
     def loss(task: Task, batch: list[torch.Tensor]) -> torch.Tensor:
@@ -144,31 +131,29 @@ def test_a_run_is_recorded_and_not_repeated(
     assert "| default | 1 |" in capsys.readouterr().out
 
 
-def test_the_fingerprint_is_of_the_code_of_the_case_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("changed", "old", "new", "is_other"),
+    [
+        (noisy.label_noise, "g = seeded(seed)", "g = seeded(seed)  # a comment", False),
+        (noisy.label_noise, "Digits: 20 %", "Other words", False),
+        (noisy.label_noise, "< 0.2", "< 0.3", True),
+        (noisy.label_noise, "least=0.02", "least=0.03", True),
+        (data.digits, "/ 16", "/ 8", True),  # which label_noise uses
+        (noisy.diffusion, "0.05", "0.06", False),  # another case
+    ],
+)
+def test_the_fingerprint_is_of_the_code_of_the_case_alone(
+    changed: Any, old: str, new: str, is_other: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Bug: runs of a changed case are kept, or all runs are repeated because a comment or another case has changed."""
-    before = fingerprint(noisy.label_noise)
-    source = Path(noisy.__file__).read_text()
-    changes = {
-        "# a comment": False,
-        '"""Another text."""': False,
-        "other = 1": True,
-    }
-    import inspect
+    before, source = fingerprint(noisy.label_noise), inspect.getsource
+    assert old in source(changed)
 
-    for change, is_other in changes.items():
-        head = "def label_noise(seed: int) -> Training:\n"
-        own = source[source.index(head) :].split("\n\n\n")[0]
-        body = own.split('"""', 2)[2]
-        text = f'{head}    """Text."""{body}' if change.startswith("#") else f"{head}    {change}{body}"
-        text = text.replace(head, f"{head}    {change}\n", 1) if change.startswith("#") else text
+    def edited(item: Any) -> str:
+        return source(item).replace(old, new) if item is changed else source(item)
 
-        def altered(item: Any, text: str = text, original: Any = inspect.getsource) -> str:
-            return text if item is noisy.label_noise else original(item)
-
-        with monkeypatch.context() as patched:
-            patched.setattr("harm_suite.fingerprint.inspect.getsource", altered)
-            assert (fingerprint(noisy.label_noise) != before) == is_other, change
-            assert fingerprint(noisy.diffusion) == fingerprint(noisy.diffusion)
+    monkeypatch.setattr("harm_suite.fingerprint.inspect.getsource", edited)
+    assert (fingerprint(noisy.label_noise) != before) == is_other
 
 
 def test_the_cases_have_names_and_enough_of_them_are_held_out() -> None:
