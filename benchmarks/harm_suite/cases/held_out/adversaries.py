@@ -14,13 +14,13 @@ from harm_suite.training import Task, Training, adamw, cases
 def two_players(seed: int) -> Training:
     """A GAN in one optimizer: the discriminator's loss at odd steps, the generator's at even ones, on a line.
 
-    Measure: mean distance of the sorted generated samples from those of the data (Wasserstein).
+    Measure: mean distance of the sorted generated samples from those of the data (Wasserstein). It is 2 at first and
+    has a standard deviation of 0.11 over 8 seeds, so that ``least`` is large.
     """
     g = seeded(seed)
 
     def make(n: int) -> Tensor:
-        side = torch.randint(0, 2, (n, 1), generator=g) * 2.0 - 1
-        return 1 + 1.5 * side + 0.3 * torch.randn(n, 1, generator=g)
+        return 1 + torch.empty(n, 1).exponential_(1.0, generator=g)
 
     x, xt = make(12000), make(4000)
     latent = torch.randn(4000, 4, generator=seeded(0))
@@ -39,14 +39,16 @@ def two_players(seed: int) -> Training:
         frozen = {name: p.detach() for name, p in net.discriminator.named_parameters()}
         return F.softplus(-functional_call(net.discriminator, frozen, (fake,))).mean()
 
-    def optimizer(task: Task) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(task.parameters(), lr=2e-3, betas=(0.5, 0.9))
+    def optimizer(task: Task) -> dict:
+        o = torch.optim.AdamW(task.parameters(), lr=2e-3, betas=(0.5, 0.9))
+        s = torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1 - step / 2000)
+        return {"optimizer": o, "lr_scheduler": {"scheduler": s, "interval": "step"}}
 
     def metric(task: Task) -> float:
         made = task.net.generator(latent)
         return float((made[:, 0].sort().values - xt[:, 0].sort().values).abs().mean())
 
-    return Training(Task(Net(), loss, optimizer), loader(x, batch=64), 2000, metric, least=0.05)
+    return Training(Task(Net(), loss, optimizer), loader(x, batch=64), 2000, metric, least=0.2)
 
 
 def contrastive(seed: int) -> Training:
