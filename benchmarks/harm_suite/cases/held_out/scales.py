@@ -1,4 +1,4 @@
-"""Unusual scales: a loss of rounding size, batches of log-normal size."""
+"""Unusual scales: a loss of rounding size, batches of log-normal size, a rare group with other units."""
 
 from __future__ import annotations
 
@@ -48,4 +48,29 @@ def long_tailed_batches(seed: int) -> Training:
     return Training(Task(mlp(10, 32, 1), loss, adamw(1e-3)), loader(x, y, batch=64), 900, metric, least=0.04)
 
 
-CASES = cases(loss_of_rounding_size, long_tailed_batches, held_out=True)
+def rare_instrument(seed: int) -> Training:
+    """Diabetes: 3 % of the batches are from an instrument whose readings are ten times as large, as a column says.
+
+    Measure: held-out squared error on that instrument, in units of the others.
+    """
+    x, y, xt, yt = table("diabetes", 340)
+    g = seeded(seed)
+    steps = 2000
+    index = torch.randint(0, len(x), (steps, 16), generator=g)
+    is_other = (torch.rand(steps, generator=g) < 0.03).float()
+
+    def predicted(task: Task, u: Tensor, other: float) -> Tensor:
+        return task.net(torch.cat([u, torch.full((len(u), 1), other)], 1))[:, 0]
+
+    def loss(task: Task, batch: list[Tensor]) -> Tensor:
+        i, other = batch[0][0], float(batch[1][0])
+        return F.mse_loss(predicted(task, x[i], other), y[i] * (1 + 9 * other))
+
+    def metric(task: Task) -> float:
+        return float(F.mse_loss(predicted(task, xt, 1.0) / 10, yt))
+
+    data = loader(index, is_other, batch=1, shuffle=False)
+    return Training(Task(mlp(11, 32, 1), loss), data, steps, metric, least=0.05)
+
+
+CASES = cases(loss_of_rounding_size, long_tailed_batches, rare_instrument, held_out=True)
