@@ -9,7 +9,7 @@
 The page is about all that the record holds, the lines in the terminal about the selection.
 Every run is a line in benchmarks/results/harm.jsonl (the record), so an interrupted benchmark can be continued. A run
 is repeated if its case has changed, but not if a plugin has: after a change of the plugins use `--fresh`, which repeats
-the selected runs. All cases, protections and three seeds take about half an hour on one core.
+the selected runs. All cases, protections and three seeds take about a quarter of an hour on one free core.
 """
 
 from __future__ import annotations
