@@ -8,21 +8,23 @@ twin is the reference for the damage.
 from __future__ import annotations
 
 import gzip
-import json
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import json_lines
 import lightning as L
+from json_lines import Record
+from json_lines import append as append  # also for faults.py
 
 import stabletrain as st
 from fault_suite.contenders import Contender
 from fault_suite.healthy_runs import HEALTHY_RUNS
 from fault_suite.other_faults import OTHER_CONDITIONS
 from fault_suite.scenarios import BATCH, CONDITIONS, LENGTH, LR_WARMUP, Condition, Scenario
-from fault_suite.trial import EVERY, Record, Trainee, Trial
+from fault_suite.trial import EVERY, Trainee, Trial
 from stabletrain import workloads
 from stabletrain.workloads import ShakespeareData
 
@@ -123,26 +125,8 @@ def setup(condition: Condition) -> str:
     return f"fault at {condition.fault} of {condition.steps}, {sizes}, {rate}, every {EVERY}"
 
 
-def append(path: Path, record: Record) -> None:
-    """Append one record to a file of JSON lines, in one write, since several processes may do so."""
-    path.parent.mkdir(exist_ok=True)
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(file, (json.dumps(record) + "\n").encode())
-    finally:
-        os.close(file)
-
-
 def load(path: Path) -> list[Record]:
-    """Return the records of a file with the present settings; incomplete lines are ignored."""
+    """Return the records of a file with the present settings."""
     healthy = (condition for condition, _, _ in HEALTHY_RUNS)
     setups = {each.name: setup(each) for each in (*CONDITIONS, *OTHER_CONDITIONS, *healthy)}
-    records = []
-    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if setups.get(record["condition"]) == record.get("setup"):
-            records.append(record)
-    return records
+    return [each for each in json_lines.read(path) if setups.get(each["condition"]) == each.get("setup")]

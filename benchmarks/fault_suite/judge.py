@@ -8,9 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from json_lines import Record
+
 from fault_suite.contenders import DEFAULT, NOTHING
 from fault_suite.scenarios import FAULT_FREE, PLAIN, Scenario
-from fault_suite.trial import EVERY, Record
+from fault_suite.trial import EVERY
 
 CEILING = 10.0
 """Larger and non-finite held-out losses are replaced by this, in nats; a uniform guess has ln 84 = 4.43 nats."""

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
-import platform
 from collections.abc import Callable, Sequence
-from datetime import date
 
-import lightning as L
-import torch
+from json_lines import Record
+from machine import measured
 
 from fault_suite import reaches
 from fault_suite.contenders import CONTENDERS, DEFAULT
@@ -28,7 +25,7 @@ from fault_suite.scenarios import (
     Condition,
     Scenario,
 )
-from fault_suite.trial import EVERY, LOST, Record
+from fault_suite.trial import EVERY, LOST
 
 PEERS = tuple(each.name for each in CONTENDERS if each.is_peer)
 
@@ -82,12 +79,8 @@ def verdict_lines(results: Results, healthy: Sequence[Record]) -> str:
 
 
 def _how(results: Results, command: str) -> str:
-    machine = (
-        f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}"
-    )
     return (
-        f"Measured {date.today().isoformat()} on {machine}, 1 thread, Lightning {L.__version__}; seeds "
-        f"{', '.join(map(str, results.seeds))}.\n\n    {command}\n\n"
+        f"{measured()}; seeds {', '.join(map(str, results.seeds))}.\n\n    {command}\n\n"
         f"A character GPT of 2 layers and width 64 is trained on Shakespeare in batches of {BATCH} x {LENGTH}, with "
         f"AdamW at a learning rate of {RATE:g} after {LR_WARMUP} steps of warm-up ({_spans(CONDITIONS)}). Each fault "
         "is applied to a copy of one healthy run. From the fault on, the held-out loss is measured every "

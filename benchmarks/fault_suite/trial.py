@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from json_lines import Record
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -24,7 +25,6 @@ EVERY = 5
 """Attempted steps between two measurements of the held-out loss, from the step of the fault."""
 LOST = 12
 """Number of consecutive non-finite measurements after which a run is ended: it cannot recover."""
-Record = dict[str, Any]
 MakeOptimizer = Callable[[L.LightningModule, list[dict[str, Any]], dict[str, Any]], Optimizer]
 """Makes an optimizer from the module, its parameter groups, and the arguments ``lr`` and ``betas``."""
 
