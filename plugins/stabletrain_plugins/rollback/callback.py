@@ -14,7 +14,6 @@ from stabletrain.core.outcome import Outcome
 from stabletrain.core.state import from_plain, to_plain
 from stabletrain.runtime.data.train_loader import TrainLoader
 from stabletrain.runtime.guard.callbacks import RuleCallback
-from stabletrain.runtime.guard.requests import dispatch
 from stabletrain.runtime.guard.step_guard import StepGuard
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.records import diagnosis, run_files
@@ -205,7 +204,9 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
     def _check_weights(self) -> Request | None:
         guard, _ = self._guard_and_loader()
         unhealthy = not self._incidents.last_step_was_healthy
-        problem = self._weights.check(guard.trainer, guard.decided, unhealthy) if self._weights else None
+        if self._weights is None:
+            return None
+        problem = self._weights.check(guard.trainer, guard.decided, unhealthy, guard.rewarming.factor)
         return None if problem is None else Request(RequestKind.ROLLBACK, self.label, problem)
 
     def _roll_back(self, request: Request, batch: Any, batch_idx: int) -> None:
@@ -235,8 +236,7 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
             self._weights.forget_norms()
         if intervention.rewarm != 0:
             cause = f"after a rollback to {intervention.target}"
-            rewarm = Request(RequestKind.REWARM, self.label, cause, intervention.rewarm)
-            dispatch(rewarm, guard.trainer, guard.module)
+            guard.rewarm(Request(RequestKind.REWARM, self.label, cause, intervention.rewarm))
         undone, summary = float(intervention.undone), intervention.summary
         guard.report(Event(intervention.step - 1, self.label, "rollback", undone, math.nan, summary))
         assert self._log is not None

@@ -15,7 +15,7 @@ class Intervention(NamedTuple):
         applied: applied steps before and after.
         excluded: identities of the excluded batches, as for `TrainLoader.exclude`.
         samples: the same batches by their samples on rank 0, as information in the log; empty with one process.
-        rewarm: length of the second warm-up, in applied steps; None: the schedule's own; 0: none.
+        rewarm: length of the second warm-up, in applied steps; 0: none.
         baselines: the rules' histories after it: ``"restore"`` (as restored) or ``"reset"`` (empty).
         plugin: the plugin that requested it.
         cause: the reason of that request.
@@ -27,7 +27,7 @@ class Intervention(NamedTuple):
     applied: tuple[int, int]
     excluded: tuple[tuple[Any, ...], ...]
     samples: tuple[tuple[Any, ...], ...]
-    rewarm: int | None
+    rewarm: int
     baselines: str
     plugin: str
     cause: str
