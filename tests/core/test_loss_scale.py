@@ -48,7 +48,7 @@ def test_steps_at_any_larger_scale_count() -> None:
     "bad", [step(128.0, math.inf, overflow=True), step(128.0, math.nan), step(128.0, math.inf)], ids=str
 )
 def test_two_in_a_row_are_an_overflow(bad: Outcome) -> None:
-    """Bug: gradients that have grown for good are dropped as bad batches, one after the other, at a scale that stays."""
+    """Bug: gradients that have grown for good are dropped one after the other, and the scale stays."""
     history = after(*WELL_AT_1024, step(128.0))
     assert history.blames_batch(128.0)
     assert not history.add(bad).blames_batch(128.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -151,6 +151,11 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
         if self._guard is None:
             self._set(trainer)
             self._used = _rate(trainer)
+
+    def on_gradients(self, step: int, parameters: Sequence[Tensor]) -> None:
+        """With a guard: the step comes next, overwrite a rate that something else has set."""
+        assert self._guard is not None, "gradients come from a guard"
+        self._set(self._guard.trainer)
 
     def on_outcome(self, outcome: Outcome) -> None:
         """With a guard: a step is over, set the learning rate of the next one. The guard logs it."""

@@ -96,9 +96,8 @@ class Growing(Net):
         self.at, self.factor = at, factor
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        x, fault = batch
-        y = self.net(x)
-        loss = (y.float() - x.sum(1, keepdim=True)).square().mean()
+        x, _ = batch
+        loss = (self.net(x).float() - x.sum(1, keepdim=True)).square().mean()
         return loss * (self.factor if batch_idx >= self.at else 1.0)
 
 

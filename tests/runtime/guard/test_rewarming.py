@@ -110,7 +110,6 @@ CASES: dict[str, tuple[Callable[[], Rates], Callable[[], list[Callback]]]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*Lightning is replacing:UserWarning")
 @pytest.mark.parametrize("name", CASES)
 def test_the_climb_is_a_factor_on_whatever_rate_is_set(name: str) -> None:
     """Bugs: no climb, because a scheduler sets the rate; a scheduler that computes with a lowered rate; a group left
