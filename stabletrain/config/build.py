@@ -44,8 +44,8 @@ def default_callbacks(**choices: str) -> list[Callback]:
     The options are read from their files without Hydra.
 
     Args:
-        choices: another option for a slot, or a ``schedule`` (by default there is none): ``spike="none"`` means ``plugins/spike=none`` on the
-            command line.
+        choices: another option for a slot, or a ``schedule`` (by default there is none): ``spike="none"`` means
+            ``plugins/spike=none`` on the command line.
 
     Raises:
         UserError: if there is no such slot or option.

@@ -423,9 +423,10 @@ def test_rewarming(tmp_path: Path) -> None:
             optimizer.register_step_pre_hook(lambda *_: self.seen.append(optimizer.param_groups[0]["lr"]))
 
     rates = Rates()
-    train(tmp_path, Requests().at(40), st.Rollback(**{**QUICK, "rewarm": 4}), rates)
-    assert set(rates.seen[:40]) == set(rates.seen[43:]) == {1e-2}
-    assert rates.seen[40:43] == pytest.approx([0.25e-2, 0.5e-2, 0.75e-2])
+    train(tmp_path, Requests().at(40, 42), st.Rollback(**{**QUICK, "rewarm": 4}), rates)
+    assert set(rates.seen[:40]) == set(rates.seen[45:]) == {1e-2}
+    # a second rollback during the climb starts it again
+    assert rates.seen[40:45] == pytest.approx([0.25e-2, 0.5e-2, 0.25e-2, 0.5e-2, 0.75e-2])
 
 
 def test_memory_is_refused_before_it_is_taken(tmp_path: Path) -> None:

@@ -141,6 +141,8 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
                     f"the schedule differs from the checkpoint's (another total, or other arguments): at step {step} "
                     f"the learning rate was {factor:.4g} of the base rate, now it is {self.factor(step):.4g}",
                 )
+        if trainer.is_global_zero:
+            logger.info("ScheduleLR sets the learning rate before every step (schedule=%s)", self.kind)
         if others := _callbacks_that_set_rates(trainer):
             self._say_that_others_are_overwritten(trainer, f"those of {', '.join(others)}")
         self._set(trainer)

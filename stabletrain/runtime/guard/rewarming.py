@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 from stabletrain.core.curves import rewarm_factor
 from stabletrain.runtime.internals.temporary_lr import TemporaryLR
 
+_UNCHANGED = contextlib.nullcontext()
+
 
 class Rewarming:
     """Lowers the learning rates of all parameter groups while the optimizer steps, and restores them afterwards.
@@ -52,12 +54,13 @@ class Rewarming:
         lr: float | Tensor = optimizer.param_groups[0]["lr"]
         return lr.detach() * self.factor if isinstance(lr, Tensor) else lr * self.factor
 
-    @contextlib.contextmanager
-    def lowered(self, optimizer: Optimizer) -> Iterator[None]:
+    def lowered(self, optimizer: Optimizer) -> contextlib.AbstractContextManager[None]:
         """Lower the rates for one call of ``optimizer.step``."""
-        if (factor := self.factor) == 1.0:
-            yield
-            return
+        factor = self.factor
+        return _UNCHANGED if factor == 1.0 else self._scaled(optimizer, factor)
+
+    @contextlib.contextmanager
+    def _scaled(self, optimizer: Optimizer, factor: float) -> Iterator[None]:
         self._rates.scale(optimizer, factor)
         try:
             yield
