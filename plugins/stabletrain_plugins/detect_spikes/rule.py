@@ -24,8 +24,8 @@ class DetectSpikesRule(SpikeDetection):
       steps; after ``window`` steps the baseline is learned from the new level, so that later spikes are detected.
     * *regime*: an excursion of the gradient norm alone that lasts ``regime_after`` steps. The baseline is learned from
       those steps.
-    * *nonfinite*: loss or norm is NaN or infinite. It enters no baseline. Of consecutive steps that no plugin drops, only
-      the first is reported, and those that request a rollback.
+    * *nonfinite*: loss or norm is NaN or infinite. It enters no baseline. Of consecutive steps that no plugin drops,
+      only the first is reported, and those that request a rollback.
 
     The metric ``spike_score`` is the share of flagged steps (outliers and non-finite ones) among the last
     ``score_window`` steps.

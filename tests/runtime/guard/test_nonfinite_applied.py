@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,12 +61,12 @@ def test_it_is_said_again_in_the_next_fit() -> None:
         assert [each.plugin for each in events(detector, fault=NAN_LOSS, steps=4)] == ["guard"]
 
 
-def test_a_rollback_without_a_skip_is_still_requested() -> None:
+def test_a_rollback_without_a_skip_is_still_requested(tmp_path: Path) -> None:
     """Bug: with one event instead of many, the request for a rollback is gone, too."""
     listener = EventRecorder()
     items = batches(*[HEALTHY] * 12, *[NAN_LOSS], *[HEALTHY] * 12)
     rollback = Rollback(every=4, trust_after=2, check_every=1, rewarm=0)
-    fit(Net(norm=False), items, rollback, listener)
+    fit(Net(norm=False), items, rollback, listener, default_root_dir=tmp_path)
     assert [each.kind for each in listener.events if each.kind != "spike"] == ["nonfinite", "rollback"]
 
 
