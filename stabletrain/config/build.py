@@ -39,13 +39,13 @@ def callbacks(node: object, *, trust: Iterable[str] = ()) -> list[Callback]:
 
 
 def default_callbacks(**choices: str) -> list[Callback]:
-    """Return the callbacks of conf/train.yaml: schedule, clipping, skipping of bad steps, rollback, gradient monitor.
+    """Return the callbacks of conf/train.yaml: clipping, skipping of bad steps, rollback, gradient monitor.
 
     The options are read from their files without Hydra.
 
     Args:
-        choices: another option for a slot or for the schedule: ``spike="none"`` means ``plugins/spike=none`` on the
-            command line.
+        choices: another option for a slot, or a ``schedule`` (by default there is none): ``spike="none"`` means
+            ``plugins/spike=none`` on the command line.
 
     Raises:
         UserError: if there is no such slot or option.

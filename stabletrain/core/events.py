@@ -82,11 +82,10 @@ class Request(NamedTuple):
         kind: the action.
         plugin: name of the plugin that requests it.
         reason: one sentence that contains the number.
-        steps: for a rewarm, length of the second warm-up in applied steps; None: the default of the learning-rate
-            schedule.
+        steps: for a rewarm, length of the second warm-up in applied steps, >= 0; 0: end an earlier one.
     """
 
     kind: RequestKind
     plugin: str
     reason: str
-    steps: int | None = None
+    steps: int = 100

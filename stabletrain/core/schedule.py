@@ -51,8 +51,9 @@ class Schedule:
     """Set the learning rate before every step: base rate x curve(applied steps).
 
     The base rate of a parameter group is the one that the optimizer was created with. The rate depends on the number of
-    applied steps only, so it is correct after a resume or a rollback, and a skipped step does not advance it. Lengths
-    are applied steps (``500``), epochs (``"3ep"``), tokens (``"1e9tok"``) or a share of ``total`` (``"2%"``).
+    applied steps only, so it is correct after a resume or a rollback, and a skipped step does not advance it. The
+    module's own scheduler is replaced for the run, and rates that anything else sets are overwritten, with a warning.
+    Lengths are applied steps (``500``), epochs (``"3ep"``), tokens (``"1e9tok"``) or a share of ``total`` (``"2%"``).
 
     Args:
         kind: shape of the curve.
@@ -73,10 +74,7 @@ class Schedule:
         power: of polynomial, > 0.
         start_factor: first share of the base rate of one_cycle, above 0, at most 1.
         warmup_from_zero: begin the warm-up at 0, as transformers and OLMo do; the first batch then changes nothing.
-        lr_rewarm: length of the second warm-up after a rollback, as a factor on the curve; None is lr_warmup.
         tokens_per_step: tokens in one optimizer step over all ranks; needed for lengths in tokens only.
-        module_scheduler: for a module with its own scheduler: ``"replace"`` (use this schedule and disable the module's
-            for the run) or ``"keep"`` (use the module's; this one logs it, and does the warm-up after a rollback).
 
     Raises:
         UserError: if an argument is out of range or has no effect with the kind; when training starts, if the lengths
@@ -101,17 +99,11 @@ class Schedule:
     power: float = 2.0
     start_factor: float = 0.04
     warmup_from_zero: bool = False
-    lr_rewarm: LengthLike | None = None
     tokens_per_step: float | None = None
-    module_scheduler: Literal["replace", "keep"] = "replace"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "milestones", tuple(self.milestones))
-        for argument, allowed in (
-            ("kind", Kind),
-            ("tail", TailShape),
-            ("module_scheduler", Literal["replace", "keep"]),
-        ):
+        for argument, allowed in (("kind", Kind), ("tail", TailShape)):
             known = get_args(allowed)
             self._require(getattr(self, argument) in known, argument, f"one of {', '.join(known)}")
         for field in fields(Schedule):
@@ -125,7 +117,7 @@ class Schedule:
 
     def _check_early(self) -> None:
         """Check everything that does not depend on the run, before the data is loaded."""
-        names = ("lr_warmup", "total", "decay", "timescale", "gamma_every", "lr_rewarm")
+        names = ("lr_warmup", "total", "decay", "timescale", "gamma_every")
         given = [(name, getattr(self, name)) for name in names] + [("milestones", each) for each in self.milestones]
         units = {Length.parse(value, name=f"schedule.{name}").unit for name, value in given if value is not None}
         if self.kind == "step":

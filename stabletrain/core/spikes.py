@@ -256,12 +256,13 @@ class SpikeDetection(Rule[SpikeState]):
         """A non-finite step enters no baseline, and neither begins nor ends an excursion."""
         in_a_row = state.nonfinite + 1
         state = self._count(state, True, in_a_row, state.rise, state.learning)
-        if in_a_row > self.patience and in_a_row % self.patience:
-            return Observation(state)
+        requests_rollback = self.requests_rollback() and in_a_row % self.patience == 0
+        if in_a_row > (1 if outcome.applied else self.patience) and not requests_rollback:
+            return Observation(state)  # after an applied one, the weights and all later steps may be NaN
         value = outcome.grad_norm if math.isfinite(outcome.loss) else outcome.loss
         reason = f"loss {outcome.loss:.6g}, grad_norm {outcome.grad_norm:.6g} ({in_a_row} non-finite in a row)"
         event = self._event(outcome, "nonfinite", value, math.nan, reason)
-        return Observation(state, (event,), () if in_a_row % self.patience else self._rollback(reason))
+        return Observation(state, (event,), self._rollback(reason) if requests_rollback else ())
 
     def _level(
         self, so_far: Observation[SpikeState], outcome: Outcome, risen: Rise | None, stuck: NotLearning | None

@@ -126,7 +126,7 @@ def test_an_argument_changes_the_curve_or_is_refused(kind: Kind, argument: str) 
 
 def test_arguments_of_all_kinds_are_not_tied_to_one() -> None:
     """Bug: lengths of the run refused because they are missing from the table."""
-    given = Schedule("constant", lr_warmup=1, total=9, lr_rewarm=3, tokens_per_step=5.0, module_scheduler="keep")
+    given = Schedule("constant", lr_warmup=1, total=9, tokens_per_step=5.0)
     assert given.curve(RunLength()) == Warmup(1, ONE)
 
 
@@ -143,11 +143,6 @@ KINDS = (
         (
             {"kind": "wsd", "tail": "sqrt"},
             "schedule: tail must be one of linear, cosine, 1-sqrt, got 'sqrt' (config key schedule.tail)",
-        ),
-        (
-            {"module_scheduler": "drop"},
-            "schedule: module_scheduler must be one of replace, keep, got 'drop' (config key "
-            "schedule.module_scheduler)",
         ),
         (
             {"kind": "linear", "lr_warmup": 11, "total": 10},
@@ -203,7 +198,7 @@ def test_a_mistake_is_refused_without_the_run(arguments: dict[str, Any], message
     assert str(error.value) == message
 
 
-@pytest.mark.parametrize("argument", ["lr_warmup", "total", "decay", "timescale", "gamma_every", "lr_rewarm"])
+@pytest.mark.parametrize("argument", ["lr_warmup", "total", "decay", "timescale", "gamma_every"])
 def test_a_length_that_cannot_be_read_is_refused_by_its_key(argument: str) -> None:
     """Bug: a misspelt length reported by another key, or only when it is needed."""
     kind = USED_BY.get(argument, ("linear",))[0]

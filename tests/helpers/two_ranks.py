@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -63,12 +64,17 @@ class Net(LightningModule):
 
 
 def train(
-    folder: Path, kind: str | None, *callbacks: Callback, make_optimizer: MakeOptimizer, **options: Any
+    folder: Path,
+    kind: str | None,
+    *callbacks: Callback,
+    make_optimizer: MakeOptimizer,
+    make: Callable[[MakeOptimizer], Net] = Net,
+    **options: Any,
 ) -> tuple[dict[str, Tensor], Trainer]:
     """Train on two ranks with a kind of strategy, or on one for None; the whole weights, and the trainer."""
     if kind is not None:
         options |= {"strategy": strategy(kind), "devices": 2}
-    module = Net(make_optimizer)
+    module = make(make_optimizer)
     mine = trainer(*callbacks, default_root_dir=folder, use_distributed_sampler=False, **options)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*does not have many workers")

@@ -28,7 +28,8 @@ class DetectSpikesRule(SpikeDetection):
       deviations. It is reported once, in runs of a known length of at least 100 steps.
     * *regime*: an excursion of the gradient norm alone that lasts ``regime_after`` steps. The baseline is learned from
       those steps.
-    * *nonfinite*: loss or norm is NaN or infinite. It enters no baseline.
+    * *nonfinite*: loss or norm is NaN or infinite. It enters no baseline. Of consecutive steps that no plugin drops,
+      only the first is reported, and those that request a rollback.
 
     The metric ``spike_score`` is the share of flagged steps (outliers and non-finite ones) among the last
     ``score_window`` steps.

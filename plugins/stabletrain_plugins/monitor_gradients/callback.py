@@ -59,6 +59,7 @@ class MonitorGradients(GuardMember):
     def _clear(self) -> None:
         self._measurements: list[Tensor] = []
         self._worst: int | None = None
+        self._told = False
         self._layers: list[str] = []
         self._layer_of: list[int] = []
         self._index: dict[int, tuple[list[int], Tensor]] = {}
@@ -88,7 +89,7 @@ class MonitorGradients(GuardMember):
         self._measurements.append(torch.stack(norms))
 
     def on_outcome(self, outcome: Outcome) -> None:
-        """After a non-finite step: name the parameters where its gradient is non-finite."""
+        """After a non-finite step: name the parameters where its gradient is non-finite; of applied steps only once."""
         if outcome.overflow or (math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm)):
             return
         guard = self._guard
@@ -103,6 +104,9 @@ class MonitorGradients(GuardMember):
         at = [i for i, norm in enumerate(norms) if not math.isfinite(norm)]
         bad = [names[i] for i in at]
         self._worst = max(self._worst or 0, len({layers[i] for i in at}))
+        if outcome.applied and self._told:
+            return  # the weights may be NaN, and all later gradients with them
+        self._told = outcome.applied
         where = f", from {bad[0]} to {bad[-1]} in forward order" if len(bad) > 1 else f": {bad[0]}" if bad else ""
         reason = f"loss {outcome.loss:.4g}, gradient non-finite in {len(bad)} of {len(named)} parameters{where}"
         guard.report(Event(outcome.step, self.plugin, "nonfinite", float(len(bad)), 0.0, reason))

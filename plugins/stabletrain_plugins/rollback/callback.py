@@ -14,7 +14,6 @@ from stabletrain.core.outcome import Outcome
 from stabletrain.core.state import from_plain, to_plain
 from stabletrain.runtime.data.train_loader import TrainLoader
 from stabletrain.runtime.guard.callbacks import RuleCallback
-from stabletrain.runtime.guard.requests import dispatch
 from stabletrain.runtime.guard.step_guard import StepGuard
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.records import diagnosis, run_files
@@ -239,8 +238,10 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
 
     def _check_weights(self) -> WeightProblem | None:
         guard, _ = self._guard_and_loader()
+        if self._weights is None:
+            return None
         suspicious = self._incidents.unhealthy_in_a_row >= _SUSPICIOUS_STEPS
-        return self._weights.check(guard.trainer, guard.decided, suspicious) if self._weights else None
+        return self._weights.check(guard.trainer, guard.decided, suspicious, guard.rewarming.factor)
 
     def _roll_back(self, request: Request, batch: Any, batch_idx: int, weights: WeightProblem | None = None) -> None:
         """Accept a new level, or make a rollback, or stop the run if none can be made."""
@@ -281,7 +282,7 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
         self._incidents.close()
         if level.rewarm != 0:
             rewarm = Request(RequestKind.REWARM, self.label, "after a new level of the loss", level.rewarm)
-            dispatch(rewarm, guard.trainer, guard.module)
+            guard.rewarm(rewarm)
         guard.report(Event(level.step - 1, self.label, "accept", level.level, level.was, level.summary))
         assert self._log is not None
         self._log.append(level)
@@ -300,8 +301,7 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
             self._weights.forget_norms()
         if intervention.rewarm != 0:
             cause = f"after a rollback to {intervention.target}"
-            rewarm = Request(RequestKind.REWARM, self.label, cause, intervention.rewarm)
-            dispatch(rewarm, guard.trainer, guard.module)
+            guard.rewarm(Request(RequestKind.REWARM, self.label, cause, intervention.rewarm))
         undone, summary = float(intervention.undone), intervention.summary
         guard.report(Event(intervention.step - 1, self.label, "rollback", undone, math.nan, summary))
         assert self._log is not None

@@ -19,7 +19,7 @@ class Intervention(NamedTuple):
         applied: applied steps before and after.
         excluded: identities of the excluded batches, as for `TrainLoader.exclude`.
         samples: the same batches by their samples on rank 0, as information in the log; empty with one process.
-        rewarm: length of the second warm-up, in applied steps; None: the schedule's own; 0: none.
+        rewarm: length of the second warm-up, in applied steps; 0: none.
         baselines: the rules' histories after it: ``"restore"`` (as restored) or ``"reset"`` (empty).
         plugin: the plugin that requested it.
         cause: the reason of that request.
@@ -32,7 +32,7 @@ class Intervention(NamedTuple):
     applied: tuple[int, int]
     excluded: tuple[Identity, ...]
     samples: tuple[Identity, ...]
-    rewarm: int | None
+    rewarm: int
     baselines: str
     plugin: str
     cause: str
@@ -66,7 +66,7 @@ class AcceptedLevel(NamedTuple):
         given_back: identities of the batches that are no longer excluded.
         losses: the losses from which all rules learned the level.
         norms: the gradient norms of the same steps.
-        rewarm: length of the second warm-up, in applied steps; None: the schedule's own; 0: none.
+        rewarm: length of the second warm-up, in applied steps; 0: none.
         level: median of the losses.
         was: the usual loss before.
         cause: the request for a rollback that was answered by it.
@@ -77,7 +77,7 @@ class AcceptedLevel(NamedTuple):
     given_back: tuple[Identity, ...]
     losses: tuple[float, ...]
     norms: tuple[float, ...]
-    rewarm: int | None
+    rewarm: int
     level: float
     was: float
     cause: str

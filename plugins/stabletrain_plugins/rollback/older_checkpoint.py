@@ -136,12 +136,12 @@ def restore(guard: StepGuard, path: str, cause: str) -> None:
         precision.load_state_dict(state)
     state_internals.set_global_step(trainer, checkpoint["global_step"])
     trainer.optimizers[0].zero_grad()
-    guard.after_restore(0)
-    counters = guard.counters
     saved = checkpoint.get("callbacks", {})
+    guard.after_restore(next((saved[m.state_key] for m in guard.members if saved.get(m.state_key)), {}))
+    own = guard.state_dict()
     for member in guard.members:
         state = saved.get(member.state_key)
         if state:
-            member.load_state_dict({**state, "counters": counters._asdict()})
+            member.load_state_dict({**state, **own})
         if isinstance(member, RuleCallback):
             member.state = member.rule.rebase(member.state, cause)

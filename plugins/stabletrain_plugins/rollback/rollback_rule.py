@@ -43,8 +43,7 @@ class RollbackRule(SpikeDetection):
         trust_after: healthy steps that make a snapshot trusted, 1 to ``every``; an unhealthy step costs five of them.
         drop: which batches are excluded: ``"offending"`` (since the incident began), ``"since_snapshot"``, ``"none"``.
         baselines: histories of all rules after a rollback: ``"restore"`` (the snapshot's) or ``"reset"`` (empty).
-        rewarm: applied steps of the second learning-rate warm-up, >= 0; None: the schedule's own length. Needs
-            `ScheduleLR`.
+        rewarm: applied steps of the second learning-rate warm-up, >= 0; 0: none. It scales whatever rate is set.
         max_rollbacks: rollbacks in a run, >= 1; one more request is a clean stop.
         cool_down: attempted steps after the position of an incident within which another one is taken for the same, and
             an older state is restored, >= 0.
@@ -96,7 +95,7 @@ class RollbackRule(SpikeDetection):
     trust_after: int = 25
     drop: Drop = "offending"
     baselines: Literal["restore", "reset"] = "restore"
-    rewarm: int | None = 100
+    rewarm: int = 100
     max_rollbacks: int = 10
     cool_down: int = 100
     accept: int | None = 60
@@ -117,7 +116,7 @@ class RollbackRule(SpikeDetection):
             self.drop in ("offending", "since_snapshot", "none"), "drop", '"offending", "since_snapshot", "none"'
         )
         self.require(self.baselines in ("restore", "reset"), "baselines", '"restore" or "reset"')
-        self.require(self.rewarm is None or self.rewarm >= 0, "rewarm", ">= 0, or null for the schedule's own length")
+        self.require(self.rewarm >= 0, "rewarm", ">= 0")
         self.require(
             self.max_rollbacks >= 1, "max_rollbacks", ">= 1; to detect without rollbacks, use plugins/spike=detect"
         )

@@ -78,19 +78,22 @@ class WeightMonitor:
         self.history = history if comparable else _without_norms(history)
         """For the checkpoint."""
 
-    def check(self, trainer: Trainer, step: int, unhealthy: bool = False) -> WeightProblem | None:
+    def check(
+        self, trainer: Trainer, step: int, unhealthy: bool = False, lr_factor: float = 1.0
+    ) -> WeightProblem | None:
         """The problem with the weights; None if there is none or no check is due. A collective.
 
         Args:
             trainer: in a fit.
             step: attempted steps so far.
             unhealthy: the last steps were not healthy: check now, also the speed.
+            lr_factor: on the learning rates within a step, as while they climb again after a rollback.
         """
         last, _, speeds = self.history
         due = step // self._every != (last.step if last else 0) // self._every
         if not (due or unhealthy):
             return None
-        now = WeightSample(step, self._check.norms(), _largest_lr(trainer))
+        now = WeightSample(step, self._check.norms(), lr_factor * _largest_lr(trainer))
         damage = self._check.problem(now.norms, last.norms if last else ())
         problem = None if damage is None else WeightProblem(damage, True, last.step if last else 0)
         if problem is None and unhealthy and (too_fast := self._too_fast(now)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from stabletrain.core import curves
 from stabletrain.core.curves import Curve
-from stabletrain.core.events import Event, Request, RequestKind
 from stabletrain.core.lengths import RunLength
 from stabletrain.core.outcome import Outcome
 from stabletrain.core.schedule import Schedule
@@ -24,35 +22,34 @@ from stabletrain.runtime.guard.callbacks import GuardMember
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.run_length import run_length
 from stabletrain_plugins.schedule_lr.plot import draw
-from stabletrain_plugins.schedule_lr.rewarm import RewarmHooks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 logger = logging.getLogger("stabletrain")
+_SET_RATES = ("StochasticWeightAveraging", "BackboneFinetuning")
+"""Callbacks of Lightning that set learning rates during training; by name, as it has two packages."""
 
 
 class ScheduleLR(GuardMember, Schedule):  # noqa: D101
     __doc__ = Schedule.__doc__
-
-    handles = frozenset({RequestKind.REWARM})
 
     _curve: Curve | None = None
     _run = RunLength()
     _used: float | Tensor | None = None
     _logged: int = -1
     _step: int = 0
-    _rewarm: tuple[int, int] | None = None
     _saved: tuple[int, float] | None = None
     _undo: Callable[[], None] | None = None
-    _keeps_module_scheduler = False
+    _written: list[list[float]] | None = None
+    _told_of_others = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._bases: list[list[float]] = []
 
     def factor(self, step: int) -> float:
-        """The learning rate as a share of the base rate, in the current or last run; with a second warm-up.
+        """The learning rate as a share of the base rate, in the current or last run.
 
         Args:
             step: index of the update, in applied steps from 0.
@@ -62,16 +59,7 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
         """
         if self._curve is None:
             raise UserError("schedule: the curve is unknown before training has started; use curve(RunLength(...))")
-        rewarm = curves.rewarm_factor(step, *self._rewarm) if self._rewarm else 1.0
-        return self._curve.factor(step) * rewarm
-
-    def rewarm(self, steps: int) -> None:
-        """Start a second warm-up at the next step, on top of the curve, as after a rollback.
-
-        Args:
-            steps: length in applied steps, >= 0; 0: end a second warm-up. A later call replaces an earlier one.
-        """
-        self._rewarm = (self._step, steps) if steps else None
+        return self._curve.factor(step)
 
     def plot(self, path: str | Path | None = None, steps: int | None = None) -> Figure:
         """Draw the curve.
@@ -96,14 +84,14 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
     # ---- in a Trainer -----------------------------------------------------------------------------------------------
 
     def reset(self) -> None:
-        """Forget the position and the second warm-up of an earlier run."""
-        self._step, self._rewarm, self._saved = 0, None, None
+        """Forget the position of an earlier run."""
+        self._step, self._saved = 0, None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Join the guard if other plugins use one; a schedule alone needs none."""
         if stage != "fit":
             return
-        self._curve, self._logged, self._keeps_module_scheduler = None, -1, False
+        self._curve, self._logged, self._written, self._told_of_others = None, -1, None, False
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         if any(isinstance(each, GuardMember) for each in callbacks if each is not self):
             super().setup(trainer, pl_module, stage)
@@ -122,13 +110,8 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
         strategy, configs = trainer.strategy, list(trainer.strategy.lr_scheduler_configs)
         names = ", ".join(type(config.scheduler).__name__ for config in configs)
         self._bases = []
-        if configs and self.module_scheduler == "keep":
-            sets = f"the module's own scheduler ({names}) sets the learning rate"
-            self._warn(trainer, f"{sets}; ScheduleLR logs it, and warms it up again after a rollback")
-            self._undo, self._keeps_module_scheduler = RewarmHooks(trainer, lambda: self._rewarm).remove, True
-            return
         if configs:
-            keep = 'to keep it, set module_scheduler="keep" or default_callbacks(schedule="none")'
+            keep = "to keep it, remove ScheduleLR (config key schedule=none)"
             self._warn(trainer, f"ScheduleLR replaces the module's own scheduler ({names}) for this run; {keep}")
         strategy.lr_scheduler_configs = []
         self._bases = [[_base_rate(group) for group in each.param_groups] for each in trainer.optimizers]
@@ -146,11 +129,9 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compute the curve, now that the length of the training data is known, and set the first learning rate."""
-        if not self._bases and not self._keeps_module_scheduler:
+        if not self._bases:
             return
         self._run = self._long_enough(trainer, run_length(trainer, self.tokens_per_step))
-        if self._keeps_module_scheduler:
-            return
         self._curve = self.curve(self._run)
         if self._saved is not None:
             step, factor = self._saved
@@ -160,6 +141,10 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
                     f"the schedule differs from the checkpoint's (another total, or other arguments): at step {step} "
                     f"the learning rate was {factor:.4g} of the base rate, now it is {self.factor(step):.4g}",
                 )
+        if trainer.is_global_zero:
+            logger.info("ScheduleLR sets the learning rate before every step (schedule=%s)", self.kind)
+        if others := _callbacks_that_set_rates(trainer):
+            self._say_that_others_are_overwritten(trainer, f"those of {', '.join(others)}")
         self._set(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -169,10 +154,14 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
             self._set(trainer)
             self._used = _rate(trainer)
 
+    def on_gradients(self, step: int, parameters: Sequence[Tensor]) -> None:
+        """With a guard: the step comes next, overwrite a rate that something else has set."""
+        assert self._guard is not None, "gradients come from a guard"
+        self._set(self._guard.trainer)
+
     def on_outcome(self, outcome: Outcome) -> None:
-        """With a guard: a step is over, set the learning rate of the next one."""
+        """With a guard: a step is over, set the learning rate of the next one. The guard logs it."""
         assert self._guard is not None, "outcomes come from a guard"
-        self._used = _rate(self._guard.trainer)
         self._set(self._guard.trainer)
 
     def on_train_batch_end(
@@ -186,30 +175,12 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
         due = (attempted + 1) % trainer_internals.log_interval(trainer) == 0 and attempted != self._logged
         if due:
             self._logged = attempted
-            metrics = self.metrics()
+            metrics = {"lr": float(self._used)} if self._used is not None else {}
             trainer_internals.publish_metrics(trainer, metrics, {})
             if trainer.is_global_zero:
                 for each in trainer.loggers:
                     each.log_metrics(metrics, step=attempted)
         self._set(trainer)
-
-    def metrics(self) -> dict[str, float]:
-        """`lr`: the learning rate of the first parameter group in the last step; once after each step."""
-        used, self._used = self._used, None
-        return {} if used is None else {"lr": float(used)}
-
-    def handle_request(self, trainer: Trainer, module: LightningModule, request: Request) -> None:
-        """Start a second warm-up at the next step, because a plugin requests it."""
-        self._step = trainer.global_step
-        steps = request.steps
-        if steps is None:
-            steps = self.steps("lr_warmup" if self.lr_rewarm is None else "lr_rewarm", self.horizon(self._run))
-        self.rewarm(steps)
-        self._set(trainer)
-        if self._guard is not None:
-            reason = f"second learning-rate warm-up over {steps} steps from step {self._step}: {request.reason}"
-            attempted = self._guard.counters.attempted - 1
-            self._guard.report(Event(attempted, "schedule_lr", "rewarm", float(steps), math.nan, reason))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restore schedulers and base rates: after an exception Lightning calls no teardown."""
@@ -222,17 +193,15 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
         self._restore()
 
     def state_dict(self) -> dict[str, Any]:
-        """The position and its factor, to detect another schedule after a resume, and a second warm-up."""
-        plain = super().state_dict()
+        """The position and its factor, to detect another schedule after a resume."""
         factor = self.factor(self._step) if self._curve else None
-        return {**plain, "step": self._step, "factor": factor, "rewarm": list(self._rewarm) if self._rewarm else None}
+        return {**super().state_dict(), "step": self._step, "factor": factor}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
         super().load_state_dict(state_dict)
         self._saved = None if state_dict["factor"] is None else (state_dict["step"], state_dict["factor"])
-        rewarm = state_dict["rewarm"]
-        self._rewarm = (rewarm[0], rewarm[1]) if rewarm else None
+        self._written = None  # a rollback has restored the rates of another step
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles and copies do not include the running fit."""
@@ -242,8 +211,27 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
 
     def _set(self, trainer: Trainer) -> None:
         if self._curve is not None:
+            if self._written is not None and not self._told_of_others:
+                self._look_for_other_rates(trainer, self._written)
             self._step = trainer.global_step
             self._write(trainer, self.factor(self._step))
+            if not self._told_of_others:
+                self._written = _rates(trainer)
+
+    def _look_for_other_rates(self, trainer: Trainer, written: list[list[float]]) -> None:
+        for rates, mine in zip(_rates(trainer), written, strict=False):
+            for found, expected in zip(rates, mine, strict=False):  # groups may have been added
+                if found != expected and not self._told_of_others:
+                    self._say_that_others_are_overwritten(trainer, f"{found:.4g} after step {self._step}, for example")
+
+    def _say_that_others_are_overwritten(self, trainer: Trainer, what: str) -> None:
+        self._told_of_others = True
+        self._warn(
+            trainer,
+            f"ScheduleLR sets the learning rate before every step (schedule={self.kind}): rates that the module or "
+            f"another callback sets are overwritten ({what}). To keep them, remove ScheduleLR (config key "
+            "schedule=none)",
+        )
 
     def _write(self, trainer: Trainer, factor: float) -> None:
         for optimizer, bases in zip(trainer.optimizers, self._bases, strict=False):
@@ -273,6 +261,20 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
 def _base_rate(group: dict[str, Any]) -> float:
     """The learning rate that the optimizer was made with, also if a scheduler's constructor has changed ``lr``."""
     return float(group.get("max_lr", group.get("initial_lr", group["lr"])))
+
+
+def _rates(trainer: Trainer) -> list[list[float]]:
+    """The rates of all groups that can be read without waiting for a device."""
+    on_host = [
+        [g["lr"] for g in each.param_groups if not isinstance(g["lr"], Tensor) or g["lr"].device.type == "cpu"]
+        for each in trainer.optimizers
+    ]
+    return [[float(lr) for lr in rates] for rates in on_host]
+
+
+def _callbacks_that_set_rates(trainer: Trainer) -> list[str]:
+    names = [type(each).__name__ for each in trainer.callbacks]  # type: ignore[attr-defined]
+    return [name for name in names if name in _SET_RATES]
 
 
 def _rate(trainer: Trainer) -> float | Tensor:

@@ -12,22 +12,25 @@ from typing import Any, get_args
 import fits
 import pytest
 import torch
-from fits import HEALTHY, NAN_LOSS, Batch, EventRecorder, batches, loader
+from fits import HEALTHY, NAN_LOSS, Batch, batches, loader
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    GradientAccumulationScheduler,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from stabletrain import default_callbacks
 from stabletrain.config.discovery import content, groups
-from stabletrain.core.events import Request, RequestKind
 from stabletrain.core.lengths import RunLength
 from stabletrain.core.schedule import Kind, Schedule
 from stabletrain.errors import UserError
 from stabletrain.runtime.guard.callbacks import as_callback
 from stabletrain.runtime.guard.options import Guard
-from stabletrain.runtime.guard.requests import execute
 from stabletrain.testing.trainer import quiet_trainer
 from stabletrain_plugins.clip_norm.rule import ClipNormRule
 from stabletrain_plugins.schedule_lr.schedule import ScheduleLR
@@ -244,23 +247,6 @@ def test_a_jump_of_the_rate_at_a_resume_gets_a_warning(tmp_path: Path, caplog: p
     assert "at step 8 the learning rate was 0.5333 of the base rate, now it is 0.7742" in caplog.text
 
 
-def test_a_second_warm_up_starts_at_the_next_step_and_survives_a_resume(tmp_path: Path) -> None:
-    class RequestsRewarm(Callback):
-        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-            if trainer.global_step == 6:
-                request = Request(RequestKind.REWARM, "test", "because")
-                trainer.callbacks[0].handle_request(trainer, pl_module, request)  # type: ignore[attr-defined]
-
-    net, resumed = Net(), Net()
-    save = ModelCheckpoint(dirpath=tmp_path, every_n_epochs=1, save_top_k=-1, filename="{epoch}")
-    trainer(tmp_path, ScheduleLR(lr_warmup=0, lr_rewarm=4), RequestsRewarm(), save).fit(net, data())
-    shares = [1, 1, 1, 1, 1, 1, 0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1]
-    assert [rate for rate, _ in net.used] == pytest.approx([BASE * share for share in shares])
-    again = trainer(tmp_path, ScheduleLR(lr_warmup=0, lr_rewarm=4))
-    again.fit(resumed, data(), ckpt_path=tmp_path / "epoch=0.ckpt")
-    assert resumed.used == net.used[8:]
-
-
 # ---- beside others --------------------------------------------------------------------------------------------------
 
 SCHEDULERS: dict[str, Callable[[Any], Any]] = {
@@ -285,35 +271,6 @@ def test_replaces_the_modules_scheduler_and_restores_it(
     assert [type(config.scheduler).__name__ for config in run.lr_scheduler_configs] == [name]
 
 
-def test_keep_leaves_the_modules_scheduler_in_charge(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Bug: with ``keep``, our schedule changes the rate of the module's scheduler."""
-    alone, net = Net(SCHEDULERS["StepLR"]), Net(SCHEDULERS["StepLR"])
-    trainer(tmp_path).fit(alone, data())
-    run = trainer(tmp_path, ScheduleLR("cosine", module_scheduler="keep"), log_every_n_steps=1)
-    run.fit(net, data())
-    assert net.used == alone.used
-    assert caplog.text.count("the module's own scheduler (StepLR) sets the learning rate") == 1
-    assert run.callback_metrics["lr"] == pytest.approx(alone.used[-1][0])
-
-
-@pytest.mark.parametrize("name", ["StepLR", "ExponentialLR"])
-def test_the_modules_scheduler_is_warmed_up_again_after_a_rollback_and_not_disturbed(tmp_path: Path, name: str) -> None:
-    """Bug: the full rate after a rollback, because the module has a scheduler; or it computes with a lowered rate."""
-
-    class RequestsRewarm(Callback):
-        def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            if trainer.global_step == 4:
-                schedule.handle_request(trainer, module, Request(RequestKind.REWARM, "test", "because", 4))
-
-    alone, net, schedule = Net(SCHEDULERS[name]), Net(SCHEDULERS[name]), ScheduleLR(module_scheduler="keep")
-    trainer(tmp_path).fit(alone, data())
-    trainer(tmp_path, schedule, RequestsRewarm()).fit(net, data())
-    factors = [1.0] * 4 + [0.25, 0.5, 0.75] + [1.0] * 9
-    usual, used = ([rate for rate, _ in each.used] for each in (alone, net))
-    assert used == [rate * factor for rate, factor in zip(usual, factors, strict=True)]
-    assert net.trainer.optimizers[0].param_groups[0]["lr"] == alone.trainer.optimizers[0].param_groups[0]["lr"]
-
-
 def test_the_default_stack_keeps_the_modules_scheduler(tmp_path: Path) -> None:
     """Bug: an unmodified script trains at a constant rate because default_callbacks() was added."""
     alone, net = Net(SCHEDULERS["StepLR"]), Net(SCHEDULERS["StepLR"])
@@ -322,11 +279,40 @@ def test_the_default_stack_keeps_the_modules_scheduler(tmp_path: Path) -> None:
     assert net.used == alone.used
 
 
-def test_keep_on_a_module_without_a_scheduler_is_an_ordinary_schedule(tmp_path: Path) -> None:
-    """Bug: with ``keep`` and no scheduler to keep, the rate stays constant."""
-    schedule, net = ScheduleLR("linear", module_scheduler="keep"), Net()
-    trainer(tmp_path, schedule).fit(net, data())
-    assert net.used == wanted(schedule, 16)
+class SetByHand(Net):
+    def on_train_epoch_start(self) -> None:
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = 0.5
+
+
+def averaging() -> Callback:
+    return StochasticWeightAveraging(0.5, swa_epoch_start=1, annealing_epochs=1)
+
+
+@pytest.mark.parametrize("guarded", [False, True])
+@pytest.mark.parametrize(
+    ("make", "other", "text"),
+    [
+        (SetByHand, None, "are overwritten (0.5 after step 0, for example)"),
+        (Net, averaging, "are overwritten (those of StochasticWeightAveraging)"),
+    ],
+)
+def test_rates_that_others_set_are_overwritten_and_that_is_said_once(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    make: Callable[[], Net],
+    other: Callable[[], Callback] | None,
+    text: str,
+    guarded: bool,
+) -> None:
+    """Bug: rates set by hand or by weight averaging are overwritten after every step without a word, or with many."""
+    schedule, net = ScheduleLR("cosine"), make()
+    others = [*([as_callback(ClipNormRule)()] if guarded else []), *([other()] if other else [])]
+    trainer(tmp_path, *others, schedule, max_epochs=3).fit(net, data())
+    assert [rate for rate, _ in net.used] == pytest.approx([BASE * schedule.factor(i) for i in range(len(net.used))])
+    (record,) = [each for each in caplog.records if each.name == "stabletrain"]
+    assert text in record.getMessage()
+    assert "schedule=none" in record.getMessage()
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -447,23 +433,6 @@ def test_pickles_and_copies_keep_the_arguments(tmp_path: Path) -> None:
         assert net.used == wanted(schedule, 16, steps_per_epoch=8)
 
 
-def test_an_event_and_a_request_reach_the_guard(tmp_path: Path) -> None:
-    """Bug: a rewarm request that a rule made is not executed, or makes no event."""
-
-    class RequestsRewarm(EventRecorder):
-        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-            if trainer.global_step == 6:
-                asked = Request(RequestKind.REWARM, "test", "loss 9.0 > 3.0")
-                execute([asked], trainer, pl_module, self.events.append, step=5)
-
-    recorder = RequestsRewarm()
-    schedule, net = ScheduleLR(lr_warmup=0, lr_rewarm=4), Net()
-    trainer(tmp_path, as_callback(ClipNormRule)(), schedule, recorder).fit(net, data())
-    assert [round(rate / BASE, 9) for rate, _ in net.used[5:10]] == [1, 0.25, 0.5, 0.75, 1]
-    assert [(event.step, event.kind, event.value) for event in recorder.events] == [(5, "rewarm", 4.0)]
-    assert "loss 9.0 > 3.0" in recorder.events[0].reason
-
-
 # ---- arguments ------------------------------------------------------------------------------------------------------
 
 
@@ -492,9 +461,7 @@ def test_options_list_every_argument_and_change_only_what_the_kind_needs(name: s
         ({"kind": "inverse_sqrt", "lr_warmup": 0}, "without a warm-up needs a timescale"),
         ({"lr_warmup": "10ba"}, "schedule.lr_warmup: expected 500"),
         ({"lr_warmup": "1e6tok"}, "set tokens_per_step"),
-        ({"lr_rewarm": "soon"}, "schedule.lr_rewarm: expected 500"),
         ({"kind": "step", "gamma": 2.0}, "gamma must be above 0 and at most 1"),
-        ({"module_scheduler": "both"}, "module_scheduler must be one of replace, keep"),
     ],
 )
 def test_a_mistake_is_reported_at_once_with_its_key(arguments: dict[str, Any], message: str) -> None:

@@ -28,13 +28,14 @@ class SkipNonFiniteRule(Rule[NonFiniteState]):
 
     A single dropped step is harmless. Many in a row mean that the weights are damaged: after ``max_in_a_row`` of them
     the rule requests a rollback; if no plugin can roll back, the run stops cleanly. Overflows of the fp16 loss scaler
-    are not counted, unless there are ``max_overflows_in_a_row`` of them or the scale has fallen to ``min_scale``. Steps
-    that another plugin skipped do not end the count.
+    are not counted, unless there are ``max_overflows_in_a_row`` of them or the scale has fallen to ``min_scale``. A
+    non-finite gradient that the scale cannot explain, because larger ones went well, is counted, and the scale is held.
+    Steps that another plugin skipped do not end the count.
 
     Args:
         max_in_a_row: non-finite steps in a row after which a rollback is requested, in steps, >= 1.
         max_overflows_in_a_row: fp16 overflows in a row that count as non-finite, in steps, >= 1.
-        min_scale: loss scale at or below which an overflow counts as non-finite, > 0.
+        min_scale: loss scale at or below which an overflow counts as non-finite, > 0; at 1 and below each one does.
 
     Raises:
         UserError: if an argument is out of range.
@@ -50,7 +51,7 @@ class SkipNonFiniteRule(Rule[NonFiniteState]):
 
     max_in_a_row: int = 10
     max_overflows_in_a_row: int = 50
-    min_scale: float = 2.0**-10
+    min_scale: float = 1.0
 
     def __post_init__(self) -> None:
         self.require(self.max_in_a_row >= 1, "max_in_a_row", ">= 1")

@@ -24,7 +24,6 @@ from stabletrain.core.plugin import Plugin
 from stabletrain.core.positions import resolve
 from stabletrain.core.rule import Rule
 from stabletrain.core.state import from_plain, to_plain
-from stabletrain.runtime.guard.metrics import Counters
 from stabletrain.runtime.guard.step_guard import StepGuard
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.run_length import run_length
@@ -110,9 +109,9 @@ class GuardMember(Callback):
         self._leads = self is members[0]
         if self._leads:
             options = {key: value for m in members for key, value in m.guard_options().items()}
-            before = None if self._guard is None or self._guard.trainer is not trainer else self._guard.counters
             guard = StepGuard(trainer, trainer_internals.unwrapped(pl_module), members, **options)
-            guard.counters = before or guard.counters
+            if self._guard is not None and self._guard.trainer is trainer:
+                guard.load_state_dict(self._guard.state_dict())
             for member in members:
                 member._guard = guard
         trainer_internals.silence_step_hooks(self, among=Callback if self._leads else GuardMember)
@@ -178,17 +177,14 @@ class GuardMember(Callback):
         self._close()
 
     def state_dict(self) -> dict[str, Any]:
-        """The run's step counters; subclasses add their own state."""
-        if self._guard is None:
-            return {}
-        self._guard.settle(alone=True)
-        return {"counters": self._guard.counters._asdict()}
+        """The guard's state, such as the run's step counters; subclasses add their own."""
+        return {} if self._guard is None else self._guard.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore from a checkpoint."""
         self._loaded = True
-        if self._guard is not None and "counters" in state_dict:
-            self._guard.counters = Counters(**state_dict["counters"])
+        if self._guard is not None:
+            self._guard.load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         """Exclude the running fit from pickles and copies; Lightning sets ``log`` and ``log_dict`` to the module's."""

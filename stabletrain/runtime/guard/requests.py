@@ -9,7 +9,6 @@ from lightning.pytorch import LightningModule, Trainer
 
 from stabletrain.core.events import Event, Request, RequestKind
 from stabletrain.runtime.guard.hooks import RequestHandler
-from stabletrain.runtime.records.event_log import logger
 from stabletrain.runtime.stop import TrainingStopped
 
 
@@ -27,6 +26,7 @@ def execute(
     trainer: Trainer,
     module: LightningModule,
     report: Callable[[Event], None],
+    rewarm: Callable[[Request], None],
     step: int,
 ) -> None:
     """Execute the most severe request; a rollback that no callback can make becomes a stop.
@@ -38,17 +38,17 @@ def execute(
         trainer: in a fit.
         module: the module that is trained.
         report: called with the event of a stop.
+        rewarm: lets the learning rate climb again, as a request says.
         step: the last attempted step, for the event.
 
     Raises:
         TrainingStopped: if the run is to end.
     """
     request = max(requests, key=lambda each: each.kind)
-    if dispatch(request, trainer, module):
-        return
     if request.kind is RequestKind.REWARM:
-        text = "%s requests a second warm-up of the learning rate (%s), but no callback can execute it"
-        logger.warning(text, request.plugin, request.reason)
+        rewarm(request)
+        return
+    if dispatch(request, trainer, module):
         return
     report(Event(step, request.plugin, "stop", math.nan, math.nan, request.reason))
     raise TrainingStopped(request.plugin, request.reason)

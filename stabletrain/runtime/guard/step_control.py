@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from stabletrain.runtime.guard.module_buffers import ModuleBuffers
+from stabletrain.runtime.guard.rewarming import Rewarming
 from stabletrain.runtime.internals import trainer as trainer_internals
 
 
@@ -28,12 +29,14 @@ class StepControl:
     Args:
         trainer: in a fit, with its optimizer set up.
         module: the module that is trained.
+        rewarming: lowers the learning rate within the optimizer's step.
     """
 
-    def __init__(self, trainer: Trainer, module: LightningModule) -> None:
+    def __init__(self, trainer: Trainer, module: LightningModule, rewarming: Rewarming) -> None:
         self.trainer = trainer
         self.optimizer: Optimizer = trainer.optimizers[0]
         self._module = module
+        self._rewarming = rewarming
         self._buffers = ModuleBuffers(module)
         self._drop = False
         self._frozen = False
@@ -100,7 +103,8 @@ class StepControl:
             if self._drop:
                 self._drop = False
             else:
-                applied = inner(**kwargs)
+                with self._rewarming.lowered(optimizer):
+                    applied = inner(**kwargs)
                 result = result if closure is not None else applied
             if closure is not None:
                 # the loss scaler passes no closure, and deletes these attributes itself

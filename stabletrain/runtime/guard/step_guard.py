@@ -19,7 +19,7 @@ docs/architecture.md shows where in Lightning's loop each method is called.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,7 +31,9 @@ from torch.optim import Optimizer
 
 from stabletrain.core.events import Event, Request, RequestKind
 from stabletrain.core.limits import Limits, join
+from stabletrain.core.loss_scale import ScaleHistory
 from stabletrain.core.outcome import Outcome
+from stabletrain.core.state import from_plain, to_plain
 from stabletrain.runtime import gradients
 from stabletrain.runtime.accumulation import AccumulationWindow
 from stabletrain.runtime.guard import device_limits, dropped_steps, support
@@ -41,6 +43,7 @@ from stabletrain.runtime.guard.loss_scaling import LossScaling
 from stabletrain.runtime.guard.members import Member, RuleMember, TransformMember
 from stabletrain.runtime.guard.metrics import Counters, MetricsWindow
 from stabletrain.runtime.guard.requests import execute
+from stabletrain.runtime.guard.rewarming import Rewarming
 from stabletrain.runtime.guard.signals import Signals
 from stabletrain.runtime.guard.step_control import StepControl
 from stabletrain.runtime.guard.support import DecisionMode
@@ -84,6 +87,10 @@ class StepGuard:
         self.counters = Counters()
         self.metrics = MetricsWindow()
         self.changes = Changes()
+        self.rewarming = Rewarming(trainer)
+        self._scales = ScaleHistory()
+        self._lr: float | Tensor = math.nan
+        self._told_of_nonfinite = False
         folder = trainer.log_dir or trainer.default_root_dir  # log_dir is a collective: called on every rank
         path = events or Path(folder) / run_files.EVENTS
         quiet = not trainer.is_global_zero or trainer_internals.is_fast_dev_run(trainer)
@@ -114,7 +121,7 @@ class StepGuard:
         self._scaling = LossScaling(self.trainer)
         self.ranks = Ranks(self.trainer)
         support.warn_of_local_parameters(self.ranks, self.module)
-        self._control = StepControl(self.trainer, self.module)
+        self._control = StepControl(self.trainer, self.module, self.rewarming)
         self._samples = StepSamples(self.trainer, self.ranks)
         self._undo = [self._control.undo, trainer_internals.before_checkpoint(self.trainer, self._before_checkpoint)]
         self._parameters = [p for group in self._control.optimizer.param_groups for p in group["params"]]
@@ -160,6 +167,7 @@ class StepGuard:
             member.on_gradients(self.counters.attempted, self._parameters)
         for plugin, reason in self.changes.expected_at(self.trainer.global_step):
             self._learn_anew(plugin, reason)
+        self._lr = self.rewarming.rate(optimizer)
         decide = self._decide_on_device if self.on_device else self._decide_exactly
         self._pending = decide(loss, grad_norm, grads, changed)
         self._attempted = True
@@ -179,7 +187,7 @@ class StepGuard:
         if self._requests:
             requests, self._requests = self._requests, []
             self.flush()
-            execute(requests, self.trainer, self.module, self.report, self.counters.attempted - 1)
+            execute(requests, self.trainer, self.module, self.report, self.rewarm, self.counters.attempted - 1)
 
     def settle(self, alone: bool = False) -> None:
         """Read the pending outcome and pass it to all members; does nothing if there is none.
@@ -196,16 +204,20 @@ class StepGuard:
         if self.on_device and not outcome.applied:
             self.control.freeze_step()
         self._scaling.put_back()
+        if self._scaling.is_active:
+            self._scales = self._scales.add(outcome)
         self.counters = self.counters.add(outcome)
         self.metrics.add(outcome)
         if outcome.skipped:
             self._count_drop(outcome, alone)
+        told = self._tell_of_nonfinite(outcome)
         for each in self._rules:
             if not outcome.overflow or each.rule.sees_overflow:
                 observation = each.rule.observe(each.state, outcome)
                 each.state = observation.state
                 for event in observation.events:
-                    self.report(event)
+                    if not (told and event.kind == "nonfinite"):  # the guard's event says the same, and what to do
+                        self.report(event)
                 self._requests.extend(observation.requests)
         for transform in self._transforms:
             transform.commit(outcome.applied)
@@ -225,17 +237,43 @@ class StepGuard:
         """Attempted steps, including one whose outcome is pending."""
         return self.counters.attempted + (self._pending is not None)
 
-    def after_restore(self, overflows_in_a_row: int, announced: tuple[str, ...] = ()) -> None:
-        """After the state of an earlier step was restored, drop pending losses and requests.
+    def rewarm(self, request: Request) -> None:
+        """Let the learning rate climb again from the next step on, over ``request.steps`` applied steps."""
+        self.settle()  # a step in flight may have been dropped
+        first = self.rewarming.start(request.steps)
+        reason = f"learning rate climbs over {request.steps} steps from step {first}: {request.reason}"
+        steps, attempted = float(request.steps), self.counters.attempted - 1
+        self.report(Event(attempted, request.plugin, "rewarm", steps, math.nan, reason))
 
-        The count of attempted steps is not restored.
+    def state_dict(self) -> dict[str, Any]:
+        """The guard's own state, in plain Python types; an outcome in flight is observed first."""
+        self.settle(alone=True)  # a checkpoint may be saved by one rank
+        own = {
+            "rewarm": self.rewarming.state(),
+            "scales": to_plain(self._scales),
+            "announced": list(self.changes.announced),
+        }
+        return {"counters": self.counters._asdict(), "guard": own}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned; what is missing stays as it is."""
+        if "counters" in state:
+            self.counters = Counters(**state["counters"])
+        if "guard" in state:
+            self.rewarming.load(state["guard"]["rewarm"])
+            self._scales = from_plain(ScaleHistory, state["guard"]["scales"])
+            self.changes.announced = tuple(state["guard"]["announced"])
+
+    def after_restore(self, state: Mapping[str, Any]) -> None:
+        """After the state of an earlier step was restored: restore the guard's, drop pending losses and requests.
+
+        The counts of steps are not restored.
 
         Args:
-            overflows_in_a_row: as it was at that step.
-            announced: changes announced by then that were not in force yet.
+            state: what `state_dict` returned at that step; may be empty.
         """
-        self.counters = self.counters._replace(overflows_in_a_row=overflows_in_a_row)
-        self.changes.announced = announced
+        in_a_row = state.get("counters", {}).get("overflows_in_a_row", 0)
+        self.load_state_dict({**state, "counters": {**self.counters._asdict(), "overflows_in_a_row": in_a_row}})
         self.window.clear()
         self._samples.clear()
         self._requests.clear()
@@ -268,8 +306,10 @@ class StepGuard:
             self._apply_announced(self.changes.take())
             limits = self._limits()
         scale, overflow = self._scaling.scale, self._scaling.found_nonfinite(self.control.optimizer)
-        # a non-finite gradient at a finite loss is an overflow: the loss scaler drops the step and lowers the scale
-        skipped = limits.skips_step(loss_value, norm) and not (overflow and math.isfinite(loss_value))
+        # a non-finite gradient at a finite loss is an overflow, unless the scale cannot be the cause: the loss scaler
+        # drops the step and lowers the scale. It also drops what no rule wants to skip, so NaN is never applied
+        due_to_scale = overflow and math.isfinite(loss_value) and not self._scales.blames_batch(scale)
+        skipped = limits.skips_step(loss_value, norm) and not due_to_scale
         overflow = overflow and not skipped
         transformed = norm
         applied_norm = math.nan
@@ -348,6 +388,21 @@ class StepGuard:
 
     # ---- records ----------------------------------------------------------------------------------------------------
 
+    def _tell_of_nonfinite(self, outcome: Outcome) -> bool:
+        """Report, once in a fit, that a non-finite step was applied because no plugin drops such steps."""
+        loss, norm = outcome.loss, outcome.grad_norm
+        if self._told_of_nonfinite or not outcome.applied or (math.isfinite(loss) and math.isfinite(norm)):
+            return False
+        self._told_of_nonfinite = True
+        reason = (
+            f"a step with loss {loss:.6g} and grad_norm {norm:.6g} was applied, because no plugin drops non-finite "
+            "steps; the weights may be NaN from now on, and further such steps may not be reported. Add a plugin that "
+            "drops them (config key plugins/nonfinite=skip)"
+        )
+        value = norm if math.isfinite(loss) else loss
+        self.report(Event(outcome.step, "guard", "nonfinite", value, math.nan, reason))
+        return True
+
     def report(self, event: Event) -> None:
         """Write an event to the log, then pass it to every callback with ``on_stability_event`` (see `hooks`)."""
         if self._dropped is not None:
@@ -369,6 +424,7 @@ class StepGuard:
         metrics = self.metrics.take(self.counters)
         if metrics:
             metrics |= self._scaling.metrics(self.counters)
+            metrics["lr"] = float(self._lr)
         shown = {key: metrics[key] for key in _PROGRESS_BAR if key in metrics}
         for member in self.members:
             metrics.update(member.metrics())

@@ -38,6 +38,7 @@ class TemporaryLR:
         for group in optimizer.param_groups:
             lr = group["lr"]
             self._originals.append((group, lr.clone() if isinstance(lr, Tensor) else lr))
+        for group, lr in self._originals:  # all are read first: groups may share one tensor
             _set(group, lr * factor)
 
     def put_back(self) -> None:

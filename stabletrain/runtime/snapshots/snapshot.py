@@ -127,8 +127,7 @@ class Snapshot:
         self._progress = state_internals.progress(trainer)
         self._averages = state_internals.epoch_averages(trainer)
         self._own = [copy.deepcopy(each.snapshot_state()) for each in _with_own_state(guard)]
-        self._overflows = guard.counters.overflows_in_a_row
-        self._announced = guard.changes.announced
+        self._guard = guard.state_dict()
         self._rng = rng.capture()
         self.mark = loader.mark() if loader is not None else None
         self.applied = trainer.global_step
@@ -192,10 +191,10 @@ class Snapshot:
             owner.restore_state(copy.deepcopy(state))
         if rewind and loader is not None and self.mark is not None:
             loader.rewind(self.mark, exclude)
-        guard.after_restore(self._overflows, self._announced)
-        counters = guard.counters._asdict()
+        guard.after_restore(self._guard)
+        own = guard.state_dict()
         for member, state in zip(_stateful_members(guard), members, strict=True):
-            member.load_state_dict({**state, "counters": counters})
+            member.load_state_dict({**state, **own})
         for rule, state in zip(_rules(guard), self._rules, strict=True):
             rule.state = rule.rule.rebase(state, cause)
         if rewind:

@@ -57,15 +57,19 @@ def test_a_stop_is_never_outranked(order: tuple[int, ...]) -> None:
     assert handler.got == []
 
 
-def test_a_rewarm_without_a_schedule_is_only_reported(caplog: pytest.LogCaptureFixture) -> None:
-    """Bug: a run is stopped because no schedule can raise its learning rate again."""
+def test_a_rewarm_is_executed_by_the_guard_and_a_rollback_without_a_handler_stops() -> None:
+    """Bugs: a run is stopped because no callback re-warms; a handler of other requests gets this one."""
     events: list[Any] = []
-    trainer = fit(Net(), batches(HEALTHY))
-    with caplog.at_level("WARNING", "stabletrain"):
-        execute([Request(RequestKind.REWARM, "ask", "because")], trainer, Net(), events.append, 0)
-    assert "but no callback can execute it" in caplog.text
+    climbs: list[Request] = []
+    handler = RequestHandler(RequestKind.STOP)
+    trainer = fit(Net(), batches(HEALTHY), handler)
+    rewarm = Request(RequestKind.REWARM, "ask", "because", 5)
+    execute([rewarm], trainer, Net(), events.append, climbs.append, 0)
+    assert climbs == [rewarm]
     with pytest.raises(TrainingStopped):
-        execute([Request(RequestKind.ROLLBACK, "ask", "because")], trainer, Net(), events.append, 7)
+        execute([Request(RequestKind.ROLLBACK, "ask", "because")], trainer, Net(), events.append, climbs.append, 7)
     (event,) = events
     assert (event.step, event.plugin, event.kind, event.reason) == (7, "ask", "stop", "because")
     assert math.isnan(event.value)
+    assert climbs == [rewarm]
+    assert handler.got == []

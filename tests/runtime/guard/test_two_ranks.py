@@ -48,3 +48,14 @@ def test_an_event_names_the_samples_of_both_ranks(dropped: Path, case: str) -> N
     # a checkpoint might be saved by one rank alone, so nothing is exchanged for it
     expected = [(mine,), (theirs,)] if "saving" in case else [(mine, theirs)] * 2
     assert [rank["events"] for rank in ranks] == [[(two_ranks.NAN_AT, "nonfinite", each)] for each in expected]
+
+
+def test_two_ranks_tell_a_bad_batch_from_an_overflow_as_one_process(folder: Path, tmp_path: Path) -> None:
+    """Bug: fp16, a NaN gradient on one rank: one rank lowers its loss scale or steps, the other drops the batch."""
+    ranks = [torch.load(folder / f"fp16-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for mine, theirs in zip(ranks[0]["weights"], ranks[1]["weights"], strict=True):
+        assert torch.equal(mine, theirs)
+    assert ranks[0]["outcomes"] == ranks[1]["outcomes"] == script.train_fp16(tmp_path, None)["outcomes"]
+    _, skipped, overflows, _ = zip(*ranks[0]["outcomes"], strict=True)
+    assert sum(overflows) >= 3
+    assert sum(skipped) >= 3 + 2, "bad gradients, besides the bad losses"
