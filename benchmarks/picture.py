@@ -72,7 +72,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("stabletrain").setLevel(logging.ERROR)
-    unprotected, protected = run([]), run(st.default_callbacks(schedule="none"))
+    unprotected, protected = run([]), run(st.default_callbacks())
     check_equal(unprotected[: BURST.start], protected[: BURST.start])
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True, layout="constrained")
     for ax, losses, title in (
