@@ -22,8 +22,8 @@ _OUTLIER_SIGMA = 0.05
 _RISE = 0.5
 """Nats by which one high norm raises the threshold; see `ClipZScoreRule`."""
 _WARMUP_WINDOW, _WARMUP_LEAST = 9, 5
-"""Maximum and minimum number of norms that the limit of the warm-up is computed from. It follows the norm, which usually
-falls in the first steps; the lower quartile is not raised by early instability of every other step."""
+"""Maximum and minimum number of norms from which the limit of the warm-up is computed. It follows the norm, which
+usually falls in the first steps; the lower quartile is not raised by early instability of every other step."""
 _LARGEST = 1e150
 """Norms up to this value have finite squares; larger ones are not learned."""
 
