@@ -83,7 +83,7 @@ def accepted(
         given_back=tuple(dict.fromkeys(excluded)),
         losses=level.losses,
         norms=norms,
-        rewarm=rule.rewarm,
+        rewarm=rule.rewarm // 2,
         level=statistics.median(level.losses),
         was=level.centre,
         cause=f"{request.plugin}: {request.reason}",

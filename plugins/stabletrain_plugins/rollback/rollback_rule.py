@@ -98,7 +98,7 @@ class RollbackRule(SpikeDetection):
     rewarm: int = 100
     max_rollbacks: int = 10
     cool_down: int = 100
-    accept: int | None = 60
+    accept: int | None = 40
     check_every: int = 10
     max_growth: float = 10.0
     where: Literal["host", "device"] = "host"
