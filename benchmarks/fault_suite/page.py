@@ -58,6 +58,11 @@ def page(results: Results, healthy: Sequence[Record], command: str) -> str:
         "of the best contender, that damage + 2, and two standard deviations over the fault-free seeds; by the same "
         "rule it must not exceed the damage without protection.",
         _rule(results, names),
+        "## Held-out loss at the end",
+        "Mean of the last 10 measurements and of the seeds, nats per character. The damage is measured from each "
+        "contender's own run without the fault, so one that trains better without faults has more to lose; this table "
+        "compares the contenders with each other.",
+        _table(results, names, (HEALTHY, *SCENARIOS), lambda cell, _: _end(cell)),
         "## Batches wasted, and false positives",
         "Before the slash, attempted steps that were skipped or undone, mean of the seeds; after it, false positives "
         f"(skips and rollbacks outside the steps with the fault, at a loss less than {NEAR} nats above the twin's), "
@@ -115,6 +120,10 @@ def _figure(cell: Cell, scenario: Scenario) -> str:
     if scenario.figure == "loss":
         return f"{cell.loss:.3f}"
     return f"{cell.damage:.1f} ({'never' if cell.recovered is None else cell.recovered})"
+
+
+def _end(cell: Cell) -> str:
+    return f"{cell.loss:.3f}" if cell.has_survived else f"**{ending(cell.ended)}**"
 
 
 def _waste(cell: Cell, scenario: Scenario) -> str:
