@@ -211,7 +211,7 @@ def test_equal_values_have_no_spread_but_the_floor() -> None:
     assert (baseline.centre, baseline.limit) == (0.1, 0.1)
     assert learned(test, [0.0] * 7).limit is None
     robust = learned(test._replace(robust=True), [0.1] * 7)
-    assert robust == baseline._replace(limit=None, lowest=0.1, highest=0.1)
+    assert robust == baseline._replace(limit=None, covered=(0.1, 0.1))
 
 
 def test_values_near_the_largest_float_give_no_limit() -> None:

@@ -251,7 +251,7 @@ class ClipZScoreRule(Rule[ZScoreState]):
         if not self.recurrent or self.space != "log" or state.ema is None:
             return 0.0
         if norm > self._raised_bound(state.ema, state.raised).threshold and state.side != 1:
-            return min(state.raised + _RISE, math.log(norm) - bound.above)
+            return max(state.raised, min(state.raised + _RISE, math.log(norm) - bound.above))  # max: for rounding
         return max(0.0, state.raised - _RISE * self.recurrent)
 
     def _relearn(self, old: Ema, run: tuple[float, ...], side: int, step: int) -> Observation[ZScoreState]:

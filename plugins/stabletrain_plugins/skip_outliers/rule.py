@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple, Self
 
-from stabletrain.core.baseline import ROUNDING, Baseline, OutlierTest
+from stabletrain.core.baseline import Baseline, OutlierTest
 from stabletrain.core.events import Event, Request, RequestKind
 from stabletrain.core.limits import Bound, Limits, SkipAbove, SkipBelow, SkipCondition
 from stabletrain.core.outcome import Outcome
@@ -49,6 +49,15 @@ class OutlierState(NamedTuple):
     outside: int = 0
     heat: float = 0.0
     share: float | None = None
+
+
+class _Beyond(NamedTuple):
+    """A signal beyond its limit, upwards or (an absurd loss) downwards."""
+
+    name: Literal["loss", "grad_norm"]
+    value: float
+    limit: float
+    below: bool = False
 
 
 @dataclass(frozen=True)
@@ -180,7 +189,7 @@ class SkipOutliersRule(Rule[OutlierState]):
             min_sigma_norm=0.0,
             min_sigma_loss=0.0,
             keep_outliers=keep_outliers,
-            regime_after=None if keep_outliers else min(20, max_in_a_row - 1),
+            regime_after=None if keep_outliers else max(2, min(20, max_in_a_row - 1)),
             max_in_a_row=max_in_a_row,
             name=name,
         )
@@ -209,11 +218,9 @@ class SkipOutliersRule(Rule[OutlierState]):
         loss, norm = outcome.loss, outcome.grad_norm
         if not (math.isfinite(loss) and math.isfinite(norm)) or outcome.overflow:
             return Observation(state)
-        loss_above, norm_above = loss > self._loss_limit(state), norm > self._norm_limit(state)
-        if loss_above or norm_above:
-            return self._outlier(state, outcome, loss_above, norm_above)
-        if self.robust and loss < self._lowest_loss(state) and outcome.skipped:
-            return self._absurd(state, outcome)
+        signals = self._beyond(state, loss, norm)
+        if signals:
+            return self._outlier(state, outcome, signals)
         if outcome.skipped:  # another rule dropped it
             return Observation(state)
         return Observation(self._learn(state, loss, norm))
@@ -241,34 +248,35 @@ class SkipOutliersRule(Rule[OutlierState]):
         share = state.share
         recurrent = max(0.0, (share or 0.0) - _COMMON_SHARE)
         heat = max(0.0, state.heat - _HEAT_LOST * (1.0 + _LOSS_PER_SHARE * recurrent))
-        losses = self._loss.learn(state.loss, loss)
         if share is not None:
             share -= share / _SHARE_STEPS
-        elif losses.limit is not None or level.limit is not None:
-            share = max(self._loss.share_above(losses), self._norm.share_above(level))
-        return OutlierState(losses, level, 0, candidates, outside, heat, share)
+        state = OutlierState(self._loss.learn(state.loss, loss), level, 0, candidates, outside, heat, share)
+        return state if share is not None else state._replace(share=self._first_share(state))
 
-    def _outlier(
-        self, state: OutlierState, outcome: Outcome, loss_above: bool, norm_above: bool
-    ) -> Observation[OutlierState]:
+    def _first_share(self, state: OutlierState) -> float | None:
+        """The share of outliers among the steps before there was a limit; None while there is none."""
+        shares = []
+        if self._loss_limit(state) < math.inf:
+            shares.append(self._loss.share_above(state.loss))
+        if self._norm_limit(state) < math.inf:
+            shares.append(self._norm.share_above(state.norm))
+        return max(shares, default=None)
+
+    def _outlier(self, state: OutlierState, outcome: Outcome, signals: list[_Beyond]) -> Observation[OutlierState]:
         loss, norm, in_a_row = outcome.loss, outcome.grad_norm, state.in_a_row + 1
-        signals = [("loss", loss, self._loss, state.loss, self._loss_limit(state))] if loss_above else []
-        if norm_above:
-            signals.append(("grad_norm", norm, self._norm, state.norm, self._norm_limit(state)))
-        what = " and ".join(self._comparison(*signal) for signal in signals)
+        what = " and ".join(self._comparison(state, signal) for signal in signals)
         events: tuple[Event, ...] = ()
         share = state.share or 0.0
-        if self._tolerates(state):
+        if not outcome.skipped:
             share += (1.0 - share) / _SHARE_STEPS
-        elif outcome.skipped:
-            _, value, _, _, limit = signals[0]
+        elif not self._tolerates(state) or signals[0].below:
             reason = f"{what}: step skipped ({in_a_row} in a row)"
-            events = (Event(outcome.step, self.label, "skip", value, limit, reason),)
+            events = (Event(outcome.step, self.label, "skip", signals[0].value, signals[0].limit, reason),)
 
         heat = min(_MAX_HEAT, state.heat + 1.0)
         if self.keep_outliers:
             state = self._learn(state, loss, norm)
-        elif loss_above:
+        elif signals[0].below or loss > self._high_loss(state):
             state = state._replace(candidates=(), outside=0)
         else:
             state = state._replace(candidates=(*state.candidates, norm)[-self.window :], outside=state.outside + 1)
@@ -281,12 +289,6 @@ class SkipOutliersRule(Rule[OutlierState]):
         reason = f"{in_a_row} outliers in a row (plugins.outliers.max_in_a_row={self.max_in_a_row}); last: {what}"
         request = Request(RequestKind.ROLLBACK, self.label, reason)
         return Observation(state._replace(in_a_row=0, candidates=(), outside=0), events, (request,))
-
-    def _absurd(self, state: OutlierState, outcome: Outcome) -> Observation[OutlierState]:
-        limit, steps = self._lowest_loss(state), len(state.loss.past.window)
-        centre = self._loss.centre(state.loss)
-        reason = f"loss {outcome.loss:.4g} < {limit:.4g} (median {centre:.4g} of {steps} steps): step skipped"
-        return Observation(state, (Event(outcome.step, self.label, "skip", outcome.loss, limit, reason),))
 
     def _relearn(self, state: OutlierState, step: int) -> tuple[OutlierState, Event]:
         # accepted, not only learned: a level that alternates with another one is learned once
@@ -317,11 +319,24 @@ class SkipOutliersRule(Rule[OutlierState]):
         recurrent = max(0.0, (state.share or 0.0) - _COMMON_SHARE)
         return state.heat < self.tolerance * min(1.0 + _TOLERANCE_PER_SHARE * recurrent, _MAX_TOLERANCE)
 
+    def _beyond(self, state: OutlierState, loss: float, norm: float) -> list[_Beyond]:
+        """The signals that make a step an outlier; the loss is the first."""
+        beyond = []
+        if self.robust and loss < self._lowest_loss(state):
+            beyond.append(_Beyond("loss", loss, self._lowest_loss(state), below=True))
+        elif loss > self._loss_limit(state):
+            beyond.append(_Beyond("loss", loss, self._loss_limit(state)))
+        if norm > self._norm_limit(state):
+            beyond.append(_Beyond("grad_norm", norm, self._norm_limit(state)))
+        return beyond
+
+    def _high_loss(self, state: OutlierState) -> float:
+        """A loss above it is raised, whether the loss has a limit or only tells what a raised norm means."""
+        return self._loss.limit(state.loss, self._norm.rounding_size(state.norm) if self.robust else 0.0)
+
     def _loss_limit(self, state: OutlierState) -> float:
         """The limit of the loss; infinite if there is none."""
-        if self.signals == "grad_norm":
-            return math.inf
-        return self._loss.limit(state.loss, ROUNDING * self._norm.centre(state.norm) if self.robust else 0.0)
+        return math.inf if self.signals == "grad_norm" else self._high_loss(state)
 
     def _norm_limit(self, state: OutlierState) -> float:
         return math.inf if self.signals == "loss" else self._norm.limit(state.norm)
@@ -330,10 +345,11 @@ class SkipOutliersRule(Rule[OutlierState]):
         limit = self._loss_limit(state)
         return -math.inf if limit == math.inf else -_ABSURD * (abs(state.loss.centre) + limit - state.loss.centre)
 
-    def _comparison(self, signal: str, value: float, test: OutlierTest, baseline: Baseline, limit: float) -> str:
-        statistic, steps = "median" if self.robust else "mean", len(baseline.past.window)
-        centre = test.centre(baseline)
-        return f"{signal} {value:.4g} > {limit:.4g} ({statistic} {centre:.4g} of {steps} steps)"
+    def _comparison(self, state: OutlierState, signal: _Beyond) -> str:
+        test, baseline = (self._loss, state.loss) if signal.name == "loss" else (self._norm, state.norm)
+        statistic, centre, steps = "median" if self.robust else "mean", test.centre(baseline), len(baseline.past.window)
+        sign = "<" if signal.below else ">"
+        return f"{signal.name} {signal.value:.4g} {sign} {signal.limit:.4g} ({statistic} {centre:.4g} of {steps} steps)"
 
 
 def _without_counts(state: OutlierState) -> OutlierState:
