@@ -146,12 +146,12 @@ class OutlierTest(NamedTuple):
         """Size below which a loss is rounding noise, where ``baseline`` is that of the gradient norm; 0 if unknown."""
         return 0.0 if baseline.limit is None else _ROUNDING * self.centre(baseline)
 
-    def share_above(self, baseline: Baseline) -> float:
-        """Share of the values in the history that lie above the limit, 0 to 1; 0 while there is none."""
+    def share_raised(self, baseline: Baseline) -> float:
+        """Share of the values in the history that are raised, 0 to 1; 0 while there is no limit."""
         ordered = baseline.past.window.ordered
         if baseline.limit is None or not ordered:
             return 0.0
-        return 1.0 - bisect_right(ordered, baseline.limit) / len(ordered)
+        return 1.0 - bisect_right(ordered, 0.5 * (baseline.centre + baseline.limit)) / len(ordered)
 
     def centre(self, baseline: Baseline) -> float:
         """The centre in the unit of the signal."""

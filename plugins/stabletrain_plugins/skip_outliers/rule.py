@@ -19,12 +19,12 @@ _HEAT_LOST = 0.25
 _MAX_HEAT = 3.0
 """After a burst, outliers are dropped for at most (3 - 1) / 0.25 = 8 steps."""
 _SHARE_STEPS = 300
-"""Steps over which the share of applied outliers is averaged."""
+"""Steps over which the share of raised steps is averaged."""
 _COMMON_SHARE = 0.025
-"""A share of applied outliers up to this leaves the tolerance as it is."""
+"""A share of raised steps up to this leaves the tolerance as it is: healthy norms and losses may have a long tail."""
 _TOLERANCE_PER_SHARE, _MAX_TOLERANCE, _LOSS_PER_SHARE = 20.0, 2.75, 10.0
 """How a larger share raises the tolerance (to a maximum that still drops the fourth of a burst) and the heat lost per
-step: of outliers that are a tenth of all steps, independent of each other, about 0.2 % are dropped."""
+step: where a tenth of all steps are outliers, independent of each other, about 0.2 of 1,000 steps are dropped."""
 _ABSURD = 1e6
 """A loss lower than the usual one by a million times its typical size is the result of broken arithmetic."""
 
@@ -39,7 +39,7 @@ class OutlierState(NamedTuple):
         candidates: norms that may belong to a new level.
         outside: number of candidates that were outliers.
         heat: rises by 1 with each outlier, falls by 0.25 with each other step.
-        share: moving average of the share of applied outliers, 0 to 1; None while there is no limit.
+        share: moving average of the share of raised steps among the applied ones, 0 to 1; None while there is no limit.
     """
 
     loss: Baseline = Baseline()
@@ -69,9 +69,10 @@ class SkipOutliersRule(Rule[OutlierState]):
     that come close together are dropped, as if their batches had not been seen. Each outlier raises the *heat* by 1
     (to at most 3), each other step lowers it by 0.25; an outlier at a heat below ``tolerance`` is applied, else it is
     dropped. So the first of a burst is applied and the others are dropped. Where single outliers recur, several will
-    come close together by chance: the tolerance, and the heat lost per step, rise with the share of applied outliers
-    in the last 300 steps, for a tenth to 2.75 and 2 times; a burst is then dropped from its fourth on. Where
-    outliers are known to be errors (wrong labels), ``tolerance=0`` drops each of them.
+    come close together by chance: the tolerance, and the heat lost per step, rise with the share of raised steps
+    (outliers, or more than half of the way to a limit) among the last 300 applied ones, for a tenth to 2.5 and 1.75
+    times; a burst is then dropped from its fourth on at the latest. Where outliers are known to be errors (wrong
+    labels), ``tolerance=0`` drops each of them.
 
     The limit of the norm is ``exp(m + sigmas * s)``, with median ``m`` and scaled MAD ``s`` of the logarithms of the
     last ``window`` norms. The limit of the loss is the highest of three: ``m + sigmas * s`` of the last losses;
@@ -246,20 +247,26 @@ class SkipOutliersRule(Rule[OutlierState]):
                 candidates, outside = ((*candidates, norm)[-self.window :], outside) if raised else ((), 0)
             level = self._norm.learn(level, norm)
         share = state.share
-        recurrent = max(0.0, (share or 0.0) - _COMMON_SHARE)
-        heat = max(0.0, state.heat - _HEAT_LOST * (1.0 + _LOSS_PER_SHARE * recurrent))
         if share is not None:
-            share -= share / _SHARE_STEPS
+            # not only outliers: where what recurs lies about at the limit, it would be forgotten while the limit is
+            # a little higher, and dropped when it is lower again
+            share += (self._is_raised(state, loss, norm) - share) / _SHARE_STEPS
+        recurrent = max(0.0, (state.share or 0.0) - _COMMON_SHARE)
+        heat = max(0.0, state.heat - _HEAT_LOST * (1.0 + _LOSS_PER_SHARE * recurrent))
         state = OutlierState(self._loss.learn(state.loss, loss), level, 0, candidates, outside, heat, share)
         return state if share is not None else state._replace(share=self._first_share(state))
 
+    def _is_raised(self, state: OutlierState, loss: float, norm: float) -> bool:
+        by_norm = self._norm_limit(state) < math.inf and self._norm.is_raised(state.norm, norm)
+        return by_norm or (self._loss_limit(state) < math.inf and self._loss.is_raised(state.loss, loss))
+
     def _first_share(self, state: OutlierState) -> float | None:
-        """The share of outliers among the steps before there was a limit; None while there is none."""
+        """The share of raised steps among those before there was a limit; None while there is none."""
         shares = []
         if self._loss_limit(state) < math.inf:
-            shares.append(self._loss.share_above(state.loss))
+            shares.append(self._loss.share_raised(state.loss))
         if self._norm_limit(state) < math.inf:
-            shares.append(self._norm.share_above(state.norm))
+            shares.append(self._norm.share_raised(state.norm))
         return max(shares, default=None)
 
     def _outlier(self, state: OutlierState, outcome: Outcome, signals: list[_Beyond]) -> Observation[OutlierState]:

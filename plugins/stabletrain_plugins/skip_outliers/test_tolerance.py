@@ -137,12 +137,13 @@ def test_an_outlier_that_another_rule_drops_does_not_raise_the_tolerance() -> No
 
 
 @pytest.mark.parametrize("outlier", [RARE, NORM_ONLY])
-@pytest.mark.parametrize(("share", "most"), [(0.05, 2.0), (0.1, 6.0)])
-def test_outliers_that_recur_are_hardly_dropped(share: float, most: float, outlier: tuple[float, float]) -> None:
-    """Bug: of a rare task that is a tenth of the batches, every third batch is dropped, because outliers come close
-    together by chance. In 1,000 steps; the strict rule drops 50 and 100."""
-    dropped = [len(skipped(run(DEFAULT, steps(seed, 1160, share, outlier)), start=160)) for seed in range(6)]
-    assert sum(dropped) / len(dropped) <= most
+@pytest.mark.parametrize("share", [0.05, 0.1])
+def test_outliers_that_recur_are_hardly_dropped(share: float, outlier: tuple[float, float]) -> None:
+    """Bugs: of a rare task that is a tenth of the batches, every third batch is dropped, because outliers come close
+    together by chance, or several of hundred, where their norm (4) lies about at its limit (3.3 to 5)."""
+    dropped = [len(skipped(run(DEFAULT, steps(seed, 1160, share, outlier)), start=160)) for seed in range(8)]
+    assert sum(dropped) / len(dropped) <= 1.0
+    assert sorted(dropped)[-2] <= 2
     strict = len(skipped(run(STRICT, steps(0, 1160, share)), start=160))
     assert strict > 800 * share
 
@@ -151,9 +152,9 @@ def test_outliers_that_recur_from_the_start_are_tolerated_from_the_first_limit_o
     """Bug: the share of outliers is learned only after the warm-up, so that its first steps drop every third one."""
     state = after(DEFAULT, steps(0, 64, 0.1))
     above = sum(each == RARE for each in steps(0, 64, 0.1)) / 64
-    assert state.share == pytest.approx(above)
+    assert above <= (state.share or 0.0) <= above + 0.05
     dropped = [len(skipped(run(DEFAULT, steps(seed, 160, 0.1)))) for seed in range(10)]
-    assert sum(dropped) / len(dropped) <= 2.0
+    assert sum(dropped) / len(dropped) <= 1.0
 
 
 def test_a_burst_in_a_run_with_recurring_outliers_is_dropped_from_its_fourth_on() -> None:
