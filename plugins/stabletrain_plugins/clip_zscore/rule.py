@@ -60,9 +60,9 @@ class ClipZScoreRule(Rule[ZScoreState]):
     clipped to the norm of the common ones. Therefore the threshold follows the ``1 - recurrent`` quantile of
     single norms: each step above it, whose previous step was within the limit, raises the threshold by half a nat (to
     that norm at most), each other step lowers it by ``recurrent`` times that, down to ``mean + z_threshold * std``. In
-    the long run a share ``recurrent`` of the steps is clipped, whatever the distribution is; mean and std learn what
-    would be clipped without the rise. In the warm-up a norm is clipped to ``warmup_factor`` times the median of those
-    before it, from the sixth on.
+    the long run about a share ``recurrent`` of the steps is clipped; more where high norms are all alike, but by
+    little. Mean and std learn what would be clipped without the rise. In the warm-up a norm is clipped to
+    ``warmup_factor`` times the median of those before it, from the sixth on.
 
     Zero and non-finite norms never enter the statistics, and are never clipped.
 

@@ -123,6 +123,9 @@ def test_tolerated_outliers_count_for_a_rollback_and_for_a_new_level() -> None:
     assert [step.outcome.step for step in results if step.requests] == [129]
     results = run(APPLY_ALL, [*steps(4, 100), *[NORM_ONLY] * 25])
     assert [(step.outcome.step, event.kind) for step in results for event in step.events] == [(119, "regime")]
+    learned = after(APPLY_ALL, [*steps(4, 100), *[NORM_ONLY] * 20])
+    assert (learned.outside, learned.heat) == (0, module._MAX_HEAT)
+    assert (learned.share or 0.0) > 19 / module._SHARE_STEPS * 0.9
     assert skipped(results) == []
 
 
@@ -220,6 +223,16 @@ def test_absurdly_low_losses_in_a_row_ask_for_a_rollback() -> None:
     results = run(DEFAULT, [*steps(6, 100), *[(-1e35, 1.0)] * 40])
     assert [step.outcome.step for step in results if step.requests] == [129]
     assert "30 outliers in a row" in results[129].requests[0].reason
+
+
+def test_the_preset_judges_upwards_only_and_any_size() -> None:
+    """Bug: the preset differs from the published rule: a low loss is no outlier there, and enters the history."""
+    preset = SkipOutliersRule.olmo()
+    state = after(preset, steps(6))
+    assert skipped(run(preset, [(-1e35, 1.0)], state)) == []
+    low = after(preset, [(-1e35, 1.0)], state)
+    assert (low.loss.past.window.values[-1], low.in_a_row) == (-1e35, 0)
+    assert skipped(run(SkipOutliersRule.olmo(signals="loss"), [*rounding(0, 200), (1e-7, 1.0)])) == [200]
 
 
 def test_near_zero_the_loss_is_judged_by_the_range_it_has_covered() -> None:
