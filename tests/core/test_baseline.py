@@ -316,3 +316,22 @@ def test_the_share_of_raised_values() -> None:
     assert PLAIN.share_raised(learned(PLAIN, [2.0] * 15)) == 0.0
     log = PLAIN._replace(min_sigma=0.05, log=True)  # the limit is exp(0.3), the midpoint exp(0.15) = 1.16
     assert log.share_raised(learned(log, [1.0] * 25 + [1.1] * 2 + [1.2] * 4 + [2.0])) == 5 / 32
+
+
+def test_a_few_values_of_a_new_level_do_not_widen_the_covered_range() -> None:
+    """Bug: three norms of a spike, learned as a level, widen the spread's floor for the rest of the run."""
+    old = learned(PLAIN, normal(40))
+    new = PLAIN.relearn(old, [500.0] * 3)
+    assert new.covered == old.covered
+    assert learned_from(PLAIN, new, normal(12)).covered == old.covered
+    assert learned_from(PLAIN, new, normal(40)).limit < 4.0
+
+
+def test_what_is_known_of_the_run_outlives_a_level_without_a_limit() -> None:
+    """Bug: a level of equal values, which has no spread to hand on, forgets the accepted level and the range."""
+    test = PLAIN._replace(min_sigma=0.0, robust=False)
+    high = test.accept(learned(test, normal(40)), [9.0, 9.5, 10.0] * 7)
+    constant = learned_from(test, high, [10.0] * 40)._replace(covered=(1.0, 2.0))
+    few = test.relearn(constant, [2.0] * 3)
+    assert (few.limit, few.ceiling, few.covered) == (None, high.ceiling, (1.0, 2.0))
+    assert test.limit(learned_from(test, few, normal(40))) == high.ceiling
