@@ -1,9 +1,11 @@
 """SkipOutliers in a fit: dropped batches leave no trace, a tolerated one is clipped, and lasting garbage is a stop."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
-from fits import HEALTHY, Batch, Net, Recorder, assert_same, batches, everything, fit
+from fits import HEALTHY, Batch, Net, Recorder, assert_same, batches, everything, fit, loader
+from lightning.pytorch import Callback
 
 from stabletrain import ClipNorm, Guard, SkipOutliers
 from stabletrain.runtime.stop import TrainingStopped
@@ -46,6 +48,21 @@ def test_the_first_of_two_garbage_batches_is_applied_as_clipped(max_norm: float 
         assert outcomes[40].grad_norm > 300.0 > bound.target
         assert outcomes[40].applied_norm == pytest.approx(expected, rel=1e-6)
     assert_same(*ends)
+
+
+def test_resumed_within_a_burst_of_which_the_first_was_applied(tmp_path: Path) -> None:
+    """Bug: the resumed run, which has not seen the first of a burst, applies the second one too."""
+    mixed = [*HEALTHY_RUN[:40], *garbage(3), *HEALTHY_RUN[40:]]
+
+    class Save(Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 40:
+                trainer.save_checkpoint(tmp_path / "at.ckpt")
+
+    whole = fit(Net(), mixed, SkipOutliers(**SHORT), Save())
+    assert whole.global_step == len(mixed) - 2
+    resumed = fit(Net(), loader(mixed[41:], sized=False), SkipOutliers(**SHORT), Save(), ckpt_path=tmp_path / "at.ckpt")
+    assert_same(everything(whole), everything(resumed))
 
 
 def test_lasting_garbage_is_a_clean_stop() -> None:
