@@ -17,6 +17,7 @@ from stabletrain.core.rule import Rule, replay
 from stabletrain.core.state import from_plain, to_plain
 from stabletrain.core.statistics import Ema
 from stabletrain.errors import UserError
+from stabletrain_plugins.clip_zscore import rule as module
 from stabletrain_plugins.clip_zscore.rule import ClipZScoreRule, ZScoreState
 
 VECTORS = json.loads((Path(__file__).parents[3] / "tests" / "vectors" / "zclip.json").read_text("utf-8"))
@@ -423,7 +424,7 @@ def test_clipped_steps_may_be_left_out_of_the_statistics_but_not_of_a_new_level(
     """Bug: with learn_from_clipped=False a new level is clipped for ever; without regime_after the state grows."""
     rule = ClipZScoreRule(warmup_steps=2, regime_after=3, learn_from_clipped=False)
     steps = run(rule, [1.0, 1.0, 5.0, 5.0, 5.0])
-    assert steps[3].state == ZScoreState(Ema(0.0, 0.0), (5.0, 5.0), 1, 0.5 - 0.5 * 0.002)
+    assert steps[3].state == ZScoreState(Ema(0.0, 0.0), (5.0, 5.0), 1, module._RISE * (1 - rule.recurrent))
     assert steps[4].state == ZScoreState(Ema(math.log(5.0), 0.0))
     forever = ClipZScoreRule(warmup_steps=2, recurrent=0.0, regime_after=None, learn_from_clipped=False)
     assert learned(forever, [1.0, 1.0] + [5.0] * 9) == ZScoreState(Ema(0.0, 0.0), (), 1)

@@ -59,8 +59,9 @@ def test_the_warmup_has_a_limit_from_the_sixth_norm_on(space: Any) -> None:
 def test_the_warmup_counts_learnable_norms_and_may_have_no_limit() -> None:
     """Bugs: zeros and NaN counted as norms, so that the median is of two; `None` that limits after all."""
     assert DEFAULT.limits(after(DEFAULT, [1.0, 0.0, math.nan, 1.0, math.inf, 0.0, 1.0, 1.0])).bounds == frozenset()
-    assert DEFAULT.limits(after(DEFAULT, [1.0] * 5)).bounds == {Bound(5.0, 5.0)}
-    assert DEFAULT.limits(after(DEFAULT, [1e149] * 5)).clip(1e300) == 5e149
+    factor = DEFAULT.warmup_factor or math.nan
+    assert DEFAULT.limits(after(DEFAULT, [1.0] * 5)).bounds == {Bound(factor, factor)}
+    assert DEFAULT.limits(after(DEFAULT, [1e149] * 5)).clip(1e300) == factor * 1e149
     assert ClipZScoreRule(warmup_factor=None).limits(after(DEFAULT, [1.0] * 20)).bounds == frozenset()
     assert ClipZScoreRule.zclip(max_grad_norm=None).limits(after(DEFAULT, [1.0] * 20)).bounds == frozenset()
 

@@ -204,7 +204,7 @@ class SkipOutliersRule(Rule[OutlierState]):
         loss, norm = self._loss_limit(state), self._norm_limit(state)
         skips: set[SkipCondition] = set()
         if loss < math.inf and self.robust:
-            skips.add(SkipBelow(self._lowest_loss(state)))
+            skips.add(SkipBelow(self._lowest_loss(state, loss)))
         if self._tolerates(state):
             fallback = frozenset((Bound(norm, norm),)) if norm < math.inf else frozenset()
             return Limits(skips=frozenset(skips), fallback=fallback)
@@ -329,12 +329,14 @@ class SkipOutliersRule(Rule[OutlierState]):
     def _beyond(self, state: OutlierState, loss: float, norm: float) -> list[_Beyond]:
         """The signals that make a step an outlier; the loss is the first."""
         beyond = []
-        if self.robust and loss < self._lowest_loss(state):
-            beyond.append(_Beyond("loss", loss, self._lowest_loss(state), below=True))
-        elif loss > self._loss_limit(state):
-            beyond.append(_Beyond("loss", loss, self._loss_limit(state)))
-        if norm > self._norm_limit(state):
-            beyond.append(_Beyond("grad_norm", norm, self._norm_limit(state)))
+        limit = self._loss_limit(state)
+        if loss > limit:
+            beyond.append(_Beyond("loss", loss, limit))
+        elif self.robust and loss < (lowest := self._lowest_loss(state, limit)):
+            beyond.append(_Beyond("loss", loss, lowest, below=True))
+        limit = self._norm_limit(state)
+        if norm > limit:
+            beyond.append(_Beyond("grad_norm", norm, limit))
         return beyond
 
     def _high_loss(self, state: OutlierState) -> float:
@@ -348,8 +350,8 @@ class SkipOutliersRule(Rule[OutlierState]):
     def _norm_limit(self, state: OutlierState) -> float:
         return math.inf if self.signals == "loss" else self._norm.limit(state.norm)
 
-    def _lowest_loss(self, state: OutlierState) -> float:
-        limit = self._loss_limit(state)
+    def _lowest_loss(self, state: OutlierState, limit: float) -> float:
+        """A loss below it is absurd; ``limit`` is that of the loss."""
         return -math.inf if limit == math.inf else -_ABSURD * (abs(state.loss.centre) + limit - state.loss.centre)
 
     def _comparison(self, state: OutlierState, signal: _Beyond) -> str:
