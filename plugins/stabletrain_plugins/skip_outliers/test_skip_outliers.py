@@ -15,6 +15,7 @@ from stabletrain.core.limits import SkipAbove, SkipBelow
 from stabletrain.core.outcome import Outcome
 from stabletrain.core.rule import Replayed, replay
 from stabletrain.core.state import from_plain, to_plain
+from stabletrain.errors import UserError
 from stabletrain_plugins.skip_outliers.rule import OutlierState, SkipOutliersRule
 
 Series = list[tuple[float, float]]
@@ -412,6 +413,17 @@ def test_the_preset_has_the_published_defaults() -> None:
     assert other.arguments() == SkipOutliersRule(**common).arguments()
     assert SkipOutliersRule.olmo(keep_outliers=False).regime_after == 20
     assert [SkipOutliersRule.olmo(window=window).min_samples for window in (20, 41, 43)] == [19, 19, 20]
+
+
+def test_the_preset_with_too_few_steps_for_a_new_level_names_its_own_argument() -> None:
+    """Bug: an error about ``regime_after``, which the preset does not have."""
+    message = (
+        r"^skip_outliers: max_in_a_row must be > regime_after=2, got 2 \(config key plugins.outliers.max_in_a_row\)"
+    )
+    with pytest.raises(UserError, match=message):
+        SkipOutliersRule.olmo(keep_outliers=False, max_in_a_row=2)
+    assert SkipOutliersRule.olmo(keep_outliers=False, max_in_a_row=3).regime_after == 2
+    assert SkipOutliersRule.olmo(max_in_a_row=1).regime_after is None
 
 
 def test_the_event_of_a_new_level() -> None:

@@ -151,6 +151,14 @@ def test_outliers_that_recur_are_hardly_dropped(share: float, outlier: tuple[flo
     assert strict > 800 * share
 
 
+@pytest.mark.parametrize(("step", "raised"), [((1.1, 1.0), 1), ((1.05, 1.0), 0), ((1.0, 2.5), 1), ((1.0, 1.7), 0)])
+def test_steps_near_a_limit_count_for_the_share(step: tuple[float, float], raised: int) -> None:
+    """Bug: what recurs about at the limit is forgotten while it is inside, and dropped when it is outside again."""
+    assert WARM.share == 0.0
+    for each, expected in ((step, raised), (NORM_ONLY, 1)):
+        assert after(SHORT, [each], WARM).share == pytest.approx(expected / module._SHARE_STEPS)
+
+
 def test_outliers_that_recur_from_the_start_are_tolerated_from_the_first_limit_on() -> None:
     """Bug: the share of outliers is learned only after the warm-up, so that its first steps drop every third one."""
     state = after(DEFAULT, steps(0, 64, 0.1))
@@ -262,6 +270,14 @@ def test_up_to_an_accepted_level_nothing_is_an_outlier_again() -> None:
     assert skipped(run(STRICT, [(9.0, 1.0)], from_plain(OutlierState, json.loads(json.dumps(to_plain(back)))))) == [0]
     lower = STRICT.accept_level(back, [1.0] * 20, [1.0] * 20)
     assert (lower.loss.ceiling, lower.norm.ceiling) == (state.loss.ceiling, state.norm.ceiling)
+
+
+def test_a_level_of_the_norm_that_comes_again_is_learned_once() -> None:
+    """Bug: tasks with other norms, turn by turn in blocks, of which each block costs 20 steps."""
+    series = [(1.0, norm) for _ in range(4) for norm in (1.0, 20.0) for _ in range(150)]
+    results = run(STRICT, series)
+    assert skipped(results) == list(range(150, 170))
+    assert [event.kind for step in results for event in step.events].count("regime") == 1
 
 
 def test_a_level_accepted_before_anything_was_learned() -> None:
