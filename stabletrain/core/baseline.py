@@ -22,7 +22,7 @@ _TAIL, _TAIL_SIGMAS = 0.98, 1.7
 """A quantile of the loss, and its assumed distance above the centre in standard deviations. In a normal distribution
 the distance is 2.05; 1.7 allows for the error of a quantile of 128 values: a limit that is too low drops healthy
 steps."""
-ROUNDING = 1e-5
+_ROUNDING = 1e-5
 """A loss smaller than this share of the gradient norm is rounding noise about zero, such as a policy-gradient loss of
 normalized advantages: the gradient of a loss L of curvature c is at most sqrt(2 c L), so a real loss is larger."""
 _RANGE_SHARE = 0.001
@@ -37,20 +37,18 @@ class Baseline(NamedTuple):
         centre: their median, or their mean where the test is not robust.
         limit: a value above it is an outlier; None while there are too few values.
         least_sigma: floor of the spread after `OutlierTest.relearn`, until there are ``min_samples`` values; else 0.
-        ceiling: the highest limit of an accepted level; values up to it are never outliers.
+        ceiling: the highest limit of an accepted level, up to which values are never outliers; None: no such level.
         size: typical distance of the values from zero: the larger of centre and spread; 0 while there is no limit.
-        lowest: lowest centre since the start of the run; of a robust test in linear space only.
-        highest: highest such centre.
+        covered: lowest and highest centre since the start of the run; of a robust test in linear space only.
     """
 
     past: DelayedWindow = DelayedWindow()
     centre: float = 0.0
     limit: float | None = None
     least_sigma: float = 0.0
-    ceiling: float = -math.inf
+    ceiling: float | None = None
     size: float = 0.0
-    lowest: float = math.inf
-    highest: float = -math.inf
+    covered: tuple[float, float] | None = None
 
 
 class OutlierTest(NamedTuple):
@@ -98,14 +96,16 @@ class OutlierTest(NamedTuple):
     def relearn(self, baseline: Baseline, values: Iterable[float]) -> Baseline:
         """A baseline of a new level, with a limit at once.
 
-        Until it has ``min_samples`` values, its spread is at least that of the old baseline.
+        Until it has ``min_samples`` values, its spread is at least that of the old baseline. If that is empty, there
+        is no limit before.
 
         Args:
             baseline: the old baseline.
             values: values at the new level; at least one is finite and, in log space, positive.
         """
         new = [self._to_space(value) for value in values if value > 0.0 or not self.log]
-        least = max(self._centre_and_sigma(baseline.past.window)[1], baseline.least_sigma)
+        old = baseline.past.window
+        least = max(self._centre_and_sigma(old)[1] if old.values else 0.0, baseline.least_sigma)
         return self._with_limit(baseline, DelayedWindow(window=Window().extend(new[-self.window :])), least)
 
     def accept(self, baseline: Baseline, values: Iterable[float]) -> Baseline:
@@ -118,7 +118,7 @@ class OutlierTest(NamedTuple):
         if not values:
             return baseline
         new = self.relearn(baseline, values)
-        return new if new.limit is None else new._replace(ceiling=max(new.ceiling, new.limit))
+        return new if new.limit is None else new._replace(ceiling=new.limit)  # which is at least the old ceiling
 
     def is_outlier(self, baseline: Baseline, value: float) -> bool:
         """Whether a value lies above the limit."""
@@ -142,31 +142,35 @@ class OutlierTest(NamedTuple):
             return math.inf
         return self._from_space(baseline.limit)
 
-    def share_above(self, baseline: Baseline) -> float:
-        """Share of the values in the history that lie above the limit, 0 to 1; 0 while there is none."""
+    def rounding_size(self, baseline: Baseline) -> float:
+        """Size below which a loss is rounding noise, where ``baseline`` is that of the gradient norm; 0 if unknown."""
+        return 0.0 if baseline.limit is None else _ROUNDING * self.centre(baseline)
+
+    def share_raised(self, baseline: Baseline) -> float:
+        """Share of the values in the history that are raised, 0 to 1; 0 while there is no limit."""
         ordered = baseline.past.window.ordered
         if baseline.limit is None or not ordered:
             return 0.0
-        return 1.0 - bisect_right(ordered, baseline.limit) / len(ordered)
+        return 1.0 - bisect_right(ordered, 0.5 * (baseline.centre + baseline.limit)) / len(ordered)
 
     def centre(self, baseline: Baseline) -> float:
         """The centre in the unit of the signal."""
         return self._from_space(baseline.centre)
 
     def _with_limit(self, old: Baseline, past: DelayedWindow, least_sigma: float) -> Baseline:
-        window, lowest, highest = past.window, old.lowest, old.highest
+        window, covered = past.window, old.covered
         if len(window) >= self.min_samples:
             least_sigma = 0.0
         elif not least_sigma:
-            return Baseline(past, ceiling=old.ceiling, lowest=lowest, highest=highest)
+            return Baseline(past, ceiling=old.ceiling, covered=covered)
         centre, sigma = self._centre_and_sigma(window)
         size, sigma = max(abs(centre), sigma), max(sigma, least_sigma)
         if self.robust and not self.log and not least_sigma:
-            lowest, highest = min(lowest, centre), max(highest, centre)
-            sigma = max(sigma, _RANGE_SHARE * (highest - lowest))
-        rest = (old.ceiling, size, lowest, highest)
+            lowest, highest = covered or (centre, centre)
+            covered = min(lowest, centre), max(highest, centre)
+            sigma = max(sigma, _RANGE_SHARE * (covered[1] - covered[0]))
         if sigma == 0.0 and (self.robust or centre == 0.0):
-            return Baseline(past, centre, None, 0.0, *rest)  # without a spread there is no limit
+            return Baseline(past, centre, None, 0.0, old.ceiling, size, covered)  # without a spread there is no limit
         limit = centre + self.z_threshold * sigma
         if self.robust and not self.log:
             ordered, last = window.ordered, len(window) - 1  # quantiles without interpolation, which could overflow
@@ -175,8 +179,9 @@ class OutlierTest(NamedTuple):
                 above = self.z_threshold * MAD_TO_SIGMA * math.log(ordered[math.ceil(0.75 * last)] / centre)
                 limit = max(limit, math.exp(min(math.log(centre) + above, _LARGEST_EXPONENT)))
         if not math.isfinite(limit):  # overflow: values near the largest float
-            return Baseline(past, 0.0, None, least_sigma, old.ceiling, 0.0, old.lowest, old.highest)
-        return Baseline(past, centre, max(limit, old.ceiling), least_sigma, *rest)
+            return Baseline(past, 0.0, None, least_sigma, old.ceiling, 0.0, old.covered)
+        limit = limit if old.ceiling is None else max(limit, old.ceiling)
+        return Baseline(past, centre, limit, least_sigma, old.ceiling, size, covered)
 
     def _centre_and_sigma(self, window: Window) -> tuple[float, float]:
         if self.robust:

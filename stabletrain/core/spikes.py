@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from stabletrain.core import positions
-from stabletrain.core.baseline import ROUNDING, Baseline, OutlierTest
+from stabletrain.core.baseline import Baseline, OutlierTest
 from stabletrain.core.events import Event, EventKind, Request, RequestKind
 from stabletrain.core.learning import Learning, NotLearning
 from stabletrain.core.lengths import Length, LengthLike, RunLength
@@ -297,7 +297,7 @@ class SpikeDetection(Rule[SpikeState]):
         return OutlierTest(self.z_threshold, self.window, self.delay, self.min_samples, self.min_sigma_norm, log=True)
 
     def _loss_limit(self, state: SpikeState) -> float:
-        return self._loss.limit(state.loss, ROUNDING * self._norm.centre(state.norm))
+        return self._loss.limit(state.loss, self._norm.rounding_size(state.norm))
 
     def _count(
         self, state: SpikeState, flagged: bool, nonfinite: int, rise: SlowRise, learning: Learning

@@ -114,8 +114,9 @@ def test_the_largest_numbers_break_nothing():
     assert LOSS.limit(learned(LOSS, [1e308, 1.0, 1e-308] * 30)) > 0
 
 
-def expected_limit(test: OutlierTest, values: list[float]) -> float | None:
+def expected_limit(test: OutlierTest, accepted: list[float]) -> float | None:
     """The limits of the docstring, with the standard library's median and standard deviation."""
+    values = accepted[-test.window :]
     if len(values) < test.min_samples:
         return None
     ordered = sorted(values)
@@ -125,7 +126,10 @@ def expected_limit(test: OutlierTest, values: list[float]) -> float | None:
         return centre + test.z_threshold * spread
     centre = statistics.median(values)
     mad = statistics.median(abs(value - centre) for value in values)
-    spread = max(1.482602218505602 * mad, test.min_sigma if test.log else test.min_sigma * abs(centre))
+    windows = (accepted[max(0, n - test.window) : n] for n in range(test.min_samples, len(accepted) + 1))
+    centres = [statistics.median(window) for window in windows]
+    floor = max(test.min_sigma * abs(centre), 0.001 * (max(centres) - min(centres)))
+    spread = max(1.482602218505602 * mad, test.min_sigma if test.log else floor)
     limits = [centre + test.z_threshold * spread]
     if not test.log:
         if spread == 0:
@@ -142,7 +146,7 @@ def expected_limit(test: OutlierTest, values: list[float]) -> float | None:
     st.sampled_from([1.0, 3.0, 6.0]),
     st.integers(2, 20),
     st.integers(0, 5),
-    st.sampled_from([0.01, 0.3]),
+    st.sampled_from([0.0001, 0.01, 0.3]),
     st.sampled_from([(True, True), (False, True), (False, False)]),
 )
 def test_the_limit_is_the_highest_of_its_formulas(
@@ -152,8 +156,8 @@ def test_the_limit_is_the_highest_of_its_formulas(
     log, robust = space
     test = OutlierTest(z, window, delay, max(2, window // 2), floor, log, robust)
     baseline = learned(test, values)
-    past = [math.log(value) if log else value for value in values[: max(0, len(values) - delay)][-window:]]
-    expected = expected_limit(test, past)
+    accepted = [math.log(value) if log else value for value in values[: max(0, len(values) - delay)]]
+    expected, past = expected_limit(test, accepted), accepted[-window:]
     assert (baseline.limit is None) == (expected is None)
     if baseline.limit is not None:
         assert baseline.limit == pytest.approx(expected, rel=1e-9)
@@ -211,10 +215,123 @@ def test_equal_values_have_no_spread_but_the_floor() -> None:
     assert (baseline.centre, baseline.limit) == (0.1, 0.1)
     assert learned(test, [0.0] * 7).limit is None
     robust = learned(test._replace(robust=True), [0.1] * 7)
-    assert robust == baseline._replace(limit=None, lowest=0.1, highest=0.1)
+    assert robust == baseline._replace(limit=None, covered=(0.1, 0.1))
 
 
 def test_values_near_the_largest_float_give_no_limit() -> None:
     """Bug: an infinite limit in a checkpoint, or a centre that is compared with it."""
     baseline = learned(OutlierTest(6.0, 4, 0, 2, 0.02, log=False), [1.7e308] * 3)
     assert (baseline.centre, baseline.limit) == (0.0, None)
+
+
+# ---- the range of the run, accepted levels, and sizes ----------------------------------------------------------------
+
+PLAIN = OutlierTest(6.0, 32, 0, 16, 0.02, log=False)
+
+
+def test_near_zero_the_spread_is_at_least_a_thousandth_of_the_covered_range() -> None:
+    """Bug: a loss that fell from 2 to 1e-9 judged by the spread of its rounding errors."""
+    fallen = learned(PLAIN, [2.0] * 40 + [1e-9] * 40)
+    assert fallen.covered == (1e-9, 2.0)
+    assert PLAIN.limit(fallen) == pytest.approx(6 * 0.002, rel=1e-3)
+    assert learned(PLAIN, [2.0] * 40 + [0.0] * 40).limit == pytest.approx(6 * 0.002)
+    for other in (PLAIN._replace(log=True), PLAIN._replace(robust=False)):
+        assert learned(other, [2.0] * 40 + [1e-9] * 40).covered is None
+
+
+@pytest.mark.parametrize("wild", [1e300, -1e300, 1.7e308, math.nan, math.inf])
+def test_a_few_wild_values_do_not_widen_the_covered_range(wild: float) -> None:
+    """Bug: one value of 1e300, in the warm-up or later, after which nothing is an outlier."""
+    values = normal(100)
+    for at in (0, 10, 50):
+        baseline = learned(PLAIN, [*values[:at], *[wild] * 3, *values[at:]])
+        assert baseline.limit is not None
+        assert baseline.limit < 3.5
+        assert baseline.covered is not None
+        assert baseline.covered[1] - baseline.covered[0] < 0.5
+
+
+def test_an_overflow_does_not_enter_the_covered_range() -> None:
+    """Bug: a range of infinity, or one that is lost."""
+    high = learned(PLAIN, [*normal(40), *[1.7e308] * 40])
+    assert high.limit is None
+    assert high.covered is not None
+    assert high.covered[1] < 3.0
+    again = learned_from(PLAIN, high, normal(40))
+    assert again.limit == pytest.approx(learned(PLAIN, normal(40)).limit, rel=0.01)
+
+
+def learned_from(test: OutlierTest, baseline: Baseline, values: list[float]) -> Baseline:
+    for value in values:
+        baseline = test.learn(baseline, value)
+    return baseline
+
+
+@pytest.mark.parametrize("test", [PLAIN, PLAIN._replace(log=True), PLAIN._replace(robust=False)])
+def test_up_to_the_limit_of_an_accepted_level_nothing_is_an_outlier_again(test: OutlierTest) -> None:
+    """Bugs: the ceiling lost at the next value, at a lower level, while there are too few values, or at an overflow; a
+    later, lower level that lowers it; non-finite values accepted."""
+    low = learned(test, normal(40))
+    high = test.accept(low, [*(4.0 * value for value in normal(20)), math.nan, math.inf])
+    assert high.ceiling == high.limit
+    assert test.limit(high) > 8.0
+    back = learned_from(test, high, normal(100))
+    assert (back.limit, back.ceiling) == (high.ceiling, high.ceiling)
+    assert test.centre(back) == pytest.approx(2.0, rel=0.05)
+    few = test.relearn(back, normal(3))
+    assert (few.ceiling, few.limit) == (high.ceiling, high.ceiling)
+    assert test.accept(back, normal(20)).ceiling == high.ceiling
+    assert test.accept(back, [math.nan, math.inf]) == back == test.accept(back, [])
+    assert test.accept(back, [100.0] * 20).ceiling > high.ceiling
+
+
+@pytest.mark.parametrize("test", [PLAIN, PLAIN._replace(log=True), PLAIN._replace(robust=False)])
+def test_a_level_accepted_by_an_empty_baseline_has_no_limit_yet(test: OutlierTest) -> None:
+    """Bug: an IndexError, where a level is accepted before anything was learned."""
+    new = test.accept(Baseline(), normal(3))
+    assert (len(new.past.window), new.limit, new.ceiling) == (3, None, None)
+    assert learned_from(test, new, normal(13)).limit is not None
+
+
+def test_values_below_the_least_size_have_no_limit() -> None:
+    """Bugs: rounding noise about zero judged by its own spread; the least size compared with the centre alone, which is
+    near zero for a policy gradient's loss of any size."""
+    baseline = learned(PLAIN, [1e-9 * (x - 2.0) for x in normal(40)])
+    assert baseline.size == pytest.approx(1e-10, rel=0.5)
+    assert PLAIN.limit(baseline) < 1e-8
+    assert PLAIN.limit(baseline, 1e-5) == math.inf
+    assert PLAIN.limit(learned(PLAIN, [x - 2.0 for x in normal(40)]), 0.05) < 1.0
+    assert PLAIN.limit(learned(PLAIN, [2.0] * 40), 1.9) < PLAIN.limit(learned(PLAIN, [2.0] * 40), 2.1) == math.inf
+
+
+def test_the_rounding_size_comes_from_the_norm_where_its_level_is_known() -> None:
+    """Bug: the logarithm of an unknown norm, 0, taken for a norm of 1."""
+    assert NORM.rounding_size(Baseline()) == 0.0
+    assert NORM.rounding_size(learned(NORM, [50.0] * 60)) == pytest.approx(5e-4)
+
+
+def test_the_share_of_raised_values() -> None:
+    """Bugs: values above the limit counted instead of raised ones; a division by zero before there is a limit."""
+    assert PLAIN.share_raised(Baseline()) == 0.0
+    assert PLAIN.share_raised(learned(PLAIN, [2.0] * 15)) == 0.0
+    log = PLAIN._replace(min_sigma=0.05, log=True)  # the limit is exp(0.3), the midpoint exp(0.15) = 1.16
+    assert log.share_raised(learned(log, [1.0] * 25 + [1.1] * 2 + [1.2] * 4 + [2.0])) == 5 / 32
+
+
+def test_a_few_values_of_a_new_level_do_not_widen_the_covered_range() -> None:
+    """Bug: three norms of a spike, learned as a level, widen the spread's floor for the rest of the run."""
+    old = learned(PLAIN, normal(40))
+    new = PLAIN.relearn(old, [500.0] * 3)
+    assert new.covered == old.covered
+    assert learned_from(PLAIN, new, normal(12)).covered == old.covered
+    assert learned_from(PLAIN, new, normal(40)).limit < 4.0
+
+
+def test_what_is_known_of_the_run_outlives_a_level_without_a_limit() -> None:
+    """Bug: a level of equal values, which has no spread to hand on, forgets the accepted level and the range."""
+    test = PLAIN._replace(min_sigma=0.0, robust=False)
+    high = test.accept(learned(test, normal(40)), [9.0, 9.5, 10.0] * 7)
+    constant = learned_from(test, high, [10.0] * 40)._replace(covered=(1.0, 2.0))
+    few = test.relearn(constant, [2.0] * 3)
+    assert (few.limit, few.ceiling, few.covered) == (None, high.ceiling, (1.0, 2.0))
+    assert test.limit(learned_from(test, few, normal(40))) == high.ceiling

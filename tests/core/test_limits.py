@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stabletrain.core.limits import NO_LIMITS, Bound, Limits, SkipAbove, SkipNonFinite, join
+from stabletrain.core.limits import NO_LIMITS, Bound, Limits, SkipAbove, SkipBelow, SkipNonFinite, join
 
 numbers = st.floats(-50, 50)
 norms = st.one_of(st.floats(0, 1e12), st.sampled_from([0.0, 1.0, 1e-30, 1e300, math.inf, math.nan]))
@@ -22,9 +22,15 @@ def bounds(draw: st.DrawFn) -> Bound:
 
 
 skips = st.one_of(
-    st.just(SkipNonFinite()), st.builds(SkipAbove, st.sampled_from(["loss", "grad_norm"]), st.floats(-1e6, 1e6))
+    st.just(SkipNonFinite()),
+    st.builds(SkipAbove, st.sampled_from(["loss", "grad_norm"]), st.floats(-1e6, 1e6)),
+    st.builds(SkipBelow, st.floats(-1e6, 1e6)),
 )
-limits = st.lists(st.one_of(bounds(), skips), max_size=4).map(lambda parts: Limits.of(*parts))
+limits = st.builds(
+    lambda parts, fallback: Limits.of(*parts)._replace(fallback=frozenset(fallback)),
+    st.lists(st.one_of(bounds(), skips), max_size=4),
+    st.lists(bounds(), max_size=2),
+)
 
 
 @given(limits, limits, limits)
@@ -51,7 +57,20 @@ def test_clipping_never_raises_a_norm_or_changes_a_non_finite_one(some: Limits, 
 @given(limits, limits, norms.filter(math.isfinite))
 def test_the_joined_limits_clip_to_the_minimum(a: Limits, b: Limits, norm: float) -> None:
     """Bug: bounds applied one after the other, the second to the result of the first."""
-    assert (a | b).clip(norm) == min(a.clip(norm), b.clip(norm))
+    both = a.bounds | b.bounds or a.fallback | b.fallback
+    assert (a | b).clip(norm) == min((bound.clip(norm) for bound in both), default=norm)
+
+
+@given(st.lists(bounds(), max_size=3), st.lists(bounds(), max_size=3), norms)
+def test_a_fallback_applies_only_where_no_rule_gives_a_bound(
+    given_bounds: list[Bound], fallback: list[Bound], norm: float
+) -> None:
+    """Bugs: a fallback that tightens the clipper's bound; or is lost if another rule, with conditions only, joins."""
+    clipper, careful = Limits.of(*given_bounds), Limits(fallback=frozenset(fallback))
+    conditions = Limits.of(SkipNonFinite(), SkipAbove("loss", 1.0))
+    applied = clipper if given_bounds else Limits.of(*fallback)
+    for order in itertools.permutations([clipper, careful, conditions]):
+        assert repr(join(order).clip(norm)) == repr(applied.clip(norm))
 
 
 @given(limits, limits, signals, signals)
@@ -87,6 +106,8 @@ def test_non_finite_signals(bad: float) -> None:
     assert not SkipNonFinite().hits(1.0, 1.0)
     assert not SkipAbove("loss", 0.0).hits(bad, 1.0)
     assert not SkipAbove("grad_norm", 0.0).hits(1.0, bad)
+    assert not SkipBelow(1.0).hits(bad, 0.0)
+    assert not SkipBelow(-math.inf).hits(-1.7e308, 0.0)
 
 
 def test_a_signal_at_the_limit_does_not_drop_the_step() -> None:
@@ -94,6 +115,8 @@ def test_a_signal_at_the_limit_does_not_drop_the_step() -> None:
     assert not SkipAbove("loss", 2.0).hits(2.0, 9.0)
     assert SkipAbove("loss", 2.0).hits(math.nextafter(2.0, 3.0), 0.0)
     assert not SkipAbove("grad_norm", 2.0).hits(9.0, 2.0)
+    assert not SkipBelow(-2.0).hits(-2.0, -9.0)
+    assert SkipBelow(-2.0).hits(math.nextafter(-2.0, -3.0), 0.0)
 
 
 def test_reciprocal_pull_matches_its_formula() -> None:

@@ -43,6 +43,7 @@ class Model(LightningModule):
         self._announce("training_step", batch)
         x, noise = torch.randn(2, 64, 4, generator=torch.Generator().manual_seed(batch))
         loss: Tensor = (self.net(x) - x.sum(1, keepdim=True) - noise[:, :2]).square().mean() + 1.0
+        loss = loss + 2.0 * 0.8**batch  # as if it had learned something: else an event says that it has not
         if batch in self.nan:
             loss = loss * torch.nan
         return loss * self.factor if batch >= AT else loss

@@ -1,4 +1,4 @@
-"""Run by two processes: fits under DDP and FSDP2 with a NaN on one rank only; each rank saves its results."""
+"""Run by two processes: fits under DDP and FSDP2 with a fault on one rank only; each rank saves its results."""
 
 import math
 import os
@@ -13,9 +13,11 @@ import two_ranks
 from fits import Recorder
 from torch import Tensor
 
-from stabletrain import ClipNorm, Guard, SkipNonFinite
+from stabletrain import ClipNorm, Guard, SkipNonFinite, SkipOutliers
 
 CASES = [("ddp", "exact", 1), ("ddp", "exact", 2), ("ddp", "device", 1), ("fsdp2", "exact", 1), ("fsdp2", "device", 1)]
+
+GARBAGE_AT = 40
 
 
 def train(folder: Path, kind: str | None, mode: Any, accumulate: int) -> dict[str, Any]:
@@ -66,8 +68,36 @@ def train_fp16(folder: Path, kind: str | None) -> dict[str, Any]:
     return {"weights": list(weights.values()), "outcomes": outcomes}
 
 
+class Garbage(two_ranks.Net):
+    """One row of two batches is a thousand times too large; of two ranks only the second sees it."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        number = self.current_epoch * two_ranks.BATCHES + batch_idx
+        x = torch.randn(16, 6, generator=torch.Generator().manual_seed(number))
+        if number in (GARBAGE_AT, GARBAGE_AT + 1):
+            x[1] *= 1000.0
+        x = x[self.global_rank :: self.trainer.world_size]
+        return (self.net(x) - x.sum(1, keepdim=True)).square().mean()
+
+
+def train_outliers(folder: Path, kind: str | None, mode: Any) -> dict[str, Any]:
+    """Two outliers in a row, without a clipper; on two ranks with a kind of strategy, or on one for None."""
+    recorder = Recorder()
+    callbacks = [recorder, SkipOutliers(window=32, min_samples=16), Guard(mode=mode)]
+    options: dict[str, Any] = {
+        "make_optimizer": lambda p: torch.optim.AdamW(p, 0.01, fused=mode == "device"),
+        "make": Garbage,
+        "max_epochs": 4,
+    }
+    weights, _ = two_ranks.train(folder, kind, *callbacks, **options)
+    outcomes = [(o.grad_norm, o.applied_norm, o.skipped) for o in recorder.state]
+    return {"weights": list(weights.values()), "outcomes": outcomes}
+
+
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
+    for mode in ("exact", "device"):
+        torch.save(train_outliers(folder, "ddp", mode), folder / f"outliers-{mode}-{os.environ['RANK']}.pt")
     torch.save(train_fp16(folder, "ddp"), folder / f"fp16-{os.environ['RANK']}.pt")
     for case in CASES:
         result = train(folder, *case)

@@ -60,9 +60,9 @@ class ClipZScoreRule(Rule[ZScoreState]):
     clipped to the norm of the common ones. Therefore the threshold follows the ``1 - recurrent`` quantile of
     single norms: each step above it, whose previous step was within the limit, raises the threshold by half a nat (to
     that norm at most), each other step lowers it by ``recurrent`` times that, down to ``mean + z_threshold * std``. In
-    the long run a share ``recurrent`` of the steps is clipped, whatever the distribution is; mean and std learn what
-    would be clipped without the rise. In the warm-up, from the sixth step on, a norm is clipped to
-    ``warmup_factor`` times the lower quartile of the last nine norms.
+    the long run about a share ``recurrent`` of the steps is clipped; more where high norms are all alike, but by
+    little. Mean and std learn what would be clipped without the rise. In the warm-up, from the sixth step on, a norm is
+    clipped to ``warmup_factor`` times the lower quartile of the last nine norms.
 
     Zero and non-finite norms never enter the statistics, and are never clipped.
 
@@ -253,7 +253,7 @@ class ClipZScoreRule(Rule[ZScoreState]):
         if not self.recurrent or self.space != "log" or state.ema is None:
             return 0.0
         if norm > self._raised_bound(state.ema, state.raised).threshold and state.side != 1:
-            return min(state.raised + _RISE, math.log(norm) - bound.above)
+            return max(state.raised, min(state.raised + _RISE, math.log(norm) - bound.above))  # max: for rounding
         return max(0.0, state.raised - _RISE * self.recurrent)
 
     def _relearn(self, old: Ema, run: tuple[float, ...], side: int, step: int) -> Observation[ZScoreState]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple, Self
 
-from stabletrain.core.baseline import ROUNDING, Baseline, OutlierTest
+from stabletrain.core.baseline import Baseline, OutlierTest
 from stabletrain.core.events import Event, Request, RequestKind
 from stabletrain.core.limits import Bound, Limits, SkipAbove, SkipBelow, SkipCondition
 from stabletrain.core.outcome import Outcome
@@ -19,12 +19,12 @@ _HEAT_LOST = 0.25
 _MAX_HEAT = 3.0
 """After a burst, outliers are dropped for at most (3 - 1) / 0.25 = 8 steps."""
 _SHARE_STEPS = 300
-"""Steps over which the share of applied outliers is averaged."""
+"""Steps over which the share of raised steps is averaged."""
 _COMMON_SHARE = 0.025
-"""A share of applied outliers up to this leaves the tolerance as it is."""
+"""A share of raised steps up to this leaves the tolerance as it is: healthy norms and losses may have a long tail."""
 _TOLERANCE_PER_SHARE, _MAX_TOLERANCE, _LOSS_PER_SHARE = 20.0, 2.75, 10.0
 """How a larger share raises the tolerance (to a maximum that still drops the fourth of a burst) and the heat lost per
-step: of outliers that are a tenth of all steps, independent of each other, about 0.2 % are dropped."""
+step: where a tenth of all steps are outliers, independent of each other, about 0.2 of 1,000 steps are dropped."""
 _ABSURD = 1e6
 """A loss lower than the usual one by a million times its typical size is the result of broken arithmetic."""
 
@@ -39,7 +39,7 @@ class OutlierState(NamedTuple):
         candidates: norms that may belong to a new level.
         outside: number of candidates that were outliers.
         heat: rises by 1 with each outlier, falls by 0.25 with each other step.
-        share: moving average of the share of applied outliers, 0 to 1; None while there is no limit.
+        share: moving average of the share of raised steps among the applied ones, 0 to 1; None while there is no limit.
     """
 
     loss: Baseline = Baseline()
@@ -51,6 +51,15 @@ class OutlierState(NamedTuple):
     share: float | None = None
 
 
+class _Beyond(NamedTuple):
+    """A signal beyond its limit, upwards or (an absurd loss) downwards."""
+
+    name: Literal["loss", "grad_norm"]
+    value: float
+    limit: float
+    below: bool = False
+
+
 @dataclass(frozen=True)
 class SkipOutliersRule(Rule[OutlierState]):
     """Drop steps whose loss or gradient norm lies far above its recent history, if several come close together.
@@ -60,9 +69,10 @@ class SkipOutliersRule(Rule[OutlierState]):
     that come close together are dropped, as if their batches had not been seen. Each outlier raises the *heat* by 1
     (to at most 3), each other step lowers it by 0.25; an outlier at a heat below ``tolerance`` is applied, else it is
     dropped. So the first of a burst is applied and the others are dropped. Where single outliers recur, several will
-    come close together by chance: the tolerance, and the heat lost per step, rise with the share of applied outliers
-    in the last 300 steps, for a tenth to 2.75 and 2 times; a burst is then dropped from its fourth on. Where
-    outliers are known to be errors (wrong labels), ``tolerance=0`` drops each of them.
+    come close together by chance: the tolerance, and the heat lost per step, rise with the share of raised steps
+    (outliers, or more than half of the way to a limit) among the last 300 applied ones, for a tenth to 2.5 and 1.75
+    times; a burst is then dropped from its fourth on at the latest. Where outliers are known to be errors (wrong
+    labels), ``tolerance=0`` drops each of them.
 
     The limit of the norm is ``exp(m + sigmas * s)``, with median ``m`` and scaled MAD ``s`` of the logarithms of the
     last ``window`` norms. The limit of the loss is the highest of three: ``m + sigmas * s`` of the last losses;
@@ -180,7 +190,7 @@ class SkipOutliersRule(Rule[OutlierState]):
             min_sigma_norm=0.0,
             min_sigma_loss=0.0,
             keep_outliers=keep_outliers,
-            regime_after=None if keep_outliers else min(20, max_in_a_row - 1),
+            regime_after=None if keep_outliers else max(2, min(20, max_in_a_row - 1)),
             max_in_a_row=max_in_a_row,
             name=name,
         )
@@ -194,7 +204,7 @@ class SkipOutliersRule(Rule[OutlierState]):
         loss, norm = self._loss_limit(state), self._norm_limit(state)
         skips: set[SkipCondition] = set()
         if loss < math.inf and self.robust:
-            skips.add(SkipBelow(self._lowest_loss(state)))
+            skips.add(SkipBelow(self._lowest_loss(state, loss)))
         if self._tolerates(state):
             fallback = frozenset((Bound(norm, norm),)) if norm < math.inf else frozenset()
             return Limits(skips=frozenset(skips), fallback=fallback)
@@ -209,11 +219,9 @@ class SkipOutliersRule(Rule[OutlierState]):
         loss, norm = outcome.loss, outcome.grad_norm
         if not (math.isfinite(loss) and math.isfinite(norm)) or outcome.overflow:
             return Observation(state)
-        loss_above, norm_above = loss > self._loss_limit(state), norm > self._norm_limit(state)
-        if loss_above or norm_above:
-            return self._outlier(state, outcome, loss_above, norm_above)
-        if self.robust and loss < self._lowest_loss(state) and outcome.skipped:
-            return self._absurd(state, outcome)
+        signals = self._beyond(state, loss, norm)
+        if signals:
+            return self._outlier(state, outcome, signals)
         if outcome.skipped:  # another rule dropped it
             return Observation(state)
         return Observation(self._learn(state, loss, norm))
@@ -239,36 +247,43 @@ class SkipOutliersRule(Rule[OutlierState]):
                 candidates, outside = ((*candidates, norm)[-self.window :], outside) if raised else ((), 0)
             level = self._norm.learn(level, norm)
         share = state.share
-        recurrent = max(0.0, (share or 0.0) - _COMMON_SHARE)
-        heat = max(0.0, state.heat - _HEAT_LOST * (1.0 + _LOSS_PER_SHARE * recurrent))
-        losses = self._loss.learn(state.loss, loss)
         if share is not None:
-            share -= share / _SHARE_STEPS
-        elif losses.limit is not None or level.limit is not None:
-            share = max(self._loss.share_above(losses), self._norm.share_above(level))
-        return OutlierState(losses, level, 0, candidates, outside, heat, share)
+            # not only outliers: where what recurs lies about at the limit, it would be forgotten while the limit is
+            # a little higher, and dropped when it is lower again
+            share += (self._is_raised(state, loss, norm) - share) / _SHARE_STEPS
+        recurrent = max(0.0, (state.share or 0.0) - _COMMON_SHARE)
+        heat = max(0.0, state.heat - _HEAT_LOST * (1.0 + _LOSS_PER_SHARE * recurrent))
+        state = OutlierState(self._loss.learn(state.loss, loss), level, 0, candidates, outside, heat, share)
+        return state if share is not None else state._replace(share=self._first_share(state))
 
-    def _outlier(
-        self, state: OutlierState, outcome: Outcome, loss_above: bool, norm_above: bool
-    ) -> Observation[OutlierState]:
+    def _is_raised(self, state: OutlierState, loss: float, norm: float) -> bool:
+        by_norm = self._norm_limit(state) < math.inf and self._norm.is_raised(state.norm, norm)
+        return by_norm or (self._loss_limit(state) < math.inf and self._loss.is_raised(state.loss, loss))
+
+    def _first_share(self, state: OutlierState) -> float | None:
+        """The share of raised steps among those before there was a limit; None while there is none."""
+        shares = []
+        if self._loss_limit(state) < math.inf:
+            shares.append(self._loss.share_raised(state.loss))
+        if self._norm_limit(state) < math.inf:
+            shares.append(self._norm.share_raised(state.norm))
+        return max(shares, default=None)
+
+    def _outlier(self, state: OutlierState, outcome: Outcome, signals: list[_Beyond]) -> Observation[OutlierState]:
         loss, norm, in_a_row = outcome.loss, outcome.grad_norm, state.in_a_row + 1
-        signals = [("loss", loss, self._loss, state.loss, self._loss_limit(state))] if loss_above else []
-        if norm_above:
-            signals.append(("grad_norm", norm, self._norm, state.norm, self._norm_limit(state)))
-        what = " and ".join(self._comparison(*signal) for signal in signals)
+        what = " and ".join(self._comparison(state, signal) for signal in signals)
         events: tuple[Event, ...] = ()
         share = state.share or 0.0
-        if self._tolerates(state):
+        if not outcome.skipped:
             share += (1.0 - share) / _SHARE_STEPS
-        elif outcome.skipped:
-            _, value, _, _, limit = signals[0]
+        elif not self._tolerates(state) or signals[0].below:
             reason = f"{what}: step skipped ({in_a_row} in a row)"
-            events = (Event(outcome.step, self.label, "skip", value, limit, reason),)
+            events = (Event(outcome.step, self.label, "skip", signals[0].value, signals[0].limit, reason),)
 
         heat = min(_MAX_HEAT, state.heat + 1.0)
         if self.keep_outliers:
             state = self._learn(state, loss, norm)
-        elif loss_above:
+        elif signals[0].below or loss > self._high_loss(state):
             state = state._replace(candidates=(), outside=0)
         else:
             state = state._replace(candidates=(*state.candidates, norm)[-self.window :], outside=state.outside + 1)
@@ -281,12 +296,6 @@ class SkipOutliersRule(Rule[OutlierState]):
         reason = f"{in_a_row} outliers in a row (plugins.outliers.max_in_a_row={self.max_in_a_row}); last: {what}"
         request = Request(RequestKind.ROLLBACK, self.label, reason)
         return Observation(state._replace(in_a_row=0, candidates=(), outside=0), events, (request,))
-
-    def _absurd(self, state: OutlierState, outcome: Outcome) -> Observation[OutlierState]:
-        limit, steps = self._lowest_loss(state), len(state.loss.past.window)
-        centre = self._loss.centre(state.loss)
-        reason = f"loss {outcome.loss:.4g} < {limit:.4g} (median {centre:.4g} of {steps} steps): step skipped"
-        return Observation(state, (Event(outcome.step, self.label, "skip", outcome.loss, limit, reason),))
 
     def _relearn(self, state: OutlierState, step: int) -> tuple[OutlierState, Event]:
         # accepted, not only learned: a level that alternates with another one is learned once
@@ -317,23 +326,39 @@ class SkipOutliersRule(Rule[OutlierState]):
         recurrent = max(0.0, (state.share or 0.0) - _COMMON_SHARE)
         return state.heat < self.tolerance * min(1.0 + _TOLERANCE_PER_SHARE * recurrent, _MAX_TOLERANCE)
 
+    def _beyond(self, state: OutlierState, loss: float, norm: float) -> list[_Beyond]:
+        """The signals that make a step an outlier; the loss is the first."""
+        beyond = []
+        limit = self._loss_limit(state)
+        if loss > limit:
+            beyond.append(_Beyond("loss", loss, limit))
+        elif self.robust and loss < (lowest := self._lowest_loss(state, limit)):
+            beyond.append(_Beyond("loss", loss, lowest, below=True))
+        limit = self._norm_limit(state)
+        if norm > limit:
+            beyond.append(_Beyond("grad_norm", norm, limit))
+        return beyond
+
+    def _high_loss(self, state: OutlierState) -> float:
+        """A loss above it is raised, whether the loss has a limit or only tells what a raised norm means."""
+        return self._loss.limit(state.loss, self._norm.rounding_size(state.norm) if self.robust else 0.0)
+
     def _loss_limit(self, state: OutlierState) -> float:
         """The limit of the loss; infinite if there is none."""
-        if self.signals == "grad_norm":
-            return math.inf
-        return self._loss.limit(state.loss, ROUNDING * self._norm.centre(state.norm) if self.robust else 0.0)
+        return math.inf if self.signals == "grad_norm" else self._high_loss(state)
 
     def _norm_limit(self, state: OutlierState) -> float:
         return math.inf if self.signals == "loss" else self._norm.limit(state.norm)
 
-    def _lowest_loss(self, state: OutlierState) -> float:
-        limit = self._loss_limit(state)
+    def _lowest_loss(self, state: OutlierState, limit: float) -> float:
+        """A loss below it is absurd; ``limit`` is that of the loss."""
         return -math.inf if limit == math.inf else -_ABSURD * (abs(state.loss.centre) + limit - state.loss.centre)
 
-    def _comparison(self, signal: str, value: float, test: OutlierTest, baseline: Baseline, limit: float) -> str:
-        statistic, steps = "median" if self.robust else "mean", len(baseline.past.window)
-        centre = test.centre(baseline)
-        return f"{signal} {value:.4g} > {limit:.4g} ({statistic} {centre:.4g} of {steps} steps)"
+    def _comparison(self, state: OutlierState, signal: _Beyond) -> str:
+        test, baseline = (self._loss, state.loss) if signal.name == "loss" else (self._norm, state.norm)
+        statistic, centre, steps = "median" if self.robust else "mean", test.centre(baseline), len(baseline.past.window)
+        sign = "<" if signal.below else ">"
+        return f"{signal.name} {signal.value:.4g} {sign} {signal.limit:.4g} ({statistic} {centre:.4g} of {steps} steps)"
 
 
 def _without_counts(state: OutlierState) -> OutlierState:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from stabletrain.core.limits import Bound, Limits, SkipAbove, SkipNonFinite
+from stabletrain.core.limits import Bound, Limits, SkipAbove, SkipBelow, SkipNonFinite
 from stabletrain.runtime.guard.device_limits import decide
 
 LEVELS = [0.0, 1.0, 2.5, 0.1, 1e-3, 1e-30, 1e30, math.e]
@@ -26,8 +26,16 @@ def bounds(draw: st.DrawFn) -> Bound:
     return Bound(above, draw(singles), draw(st.floats(0, 9)), above - draw(st.floats(0, 5)))
 
 
-skips = st.one_of(st.just(SkipNonFinite()), st.builds(SkipAbove, st.sampled_from(["loss", "grad_norm"]), awkward))
-limits = st.lists(st.one_of(bounds(), skips), max_size=4).map(lambda parts: Limits.of(*parts))
+skips = st.one_of(
+    st.just(SkipNonFinite()),
+    st.builds(SkipAbove, st.sampled_from(["loss", "grad_norm"]), awkward),
+    st.builds(SkipBelow, st.one_of(awkward, st.floats(-(2.0**100), 0))),
+)
+limits = st.builds(
+    lambda parts, fallback: Limits.of(*parts)._replace(fallback=frozenset(fallback)),
+    st.lists(st.one_of(bounds(), skips), max_size=4),
+    st.lists(bounds(), max_size=2),
+)
 
 
 def single(value: float) -> torch.Tensor:
@@ -47,6 +55,11 @@ def test_host_and_device_drop_the_same_steps(some: Limits, loss: float, norm: fl
 def test_a_value_at_its_threshold_is_not_above_it(value: float, signal: str) -> None:
     """Bug: 0.1 in float64 against 0.1 in float32."""
     stored = single(value)
+    low = Limits.of(SkipBelow(stored.item()))
+    assert decide(low, stored, stored, stored).dropped.item() == 0.0
+    assert decide(low, single(math.nextafter(stored.item(), -math.inf)), stored, stored).dropped.item() == 0.0
+    high = Limits.of(SkipBelow(math.nextafter(stored.item(), math.inf)), SkipBelow(-1e30))
+    assert decide(high, stored, stored, stored).dropped.item() == 1.0
     some = Limits.of(SkipAbove(signal, stored.item()))  # type: ignore[arg-type]
     assert decide(some, stored, stored, stored).dropped.item() == 0.0
     below = Limits.of(SkipAbove(signal, math.nextafter(stored.item(), -math.inf)))  # type: ignore[arg-type]

@@ -50,6 +50,23 @@ def test_an_event_names_the_samples_of_both_ranks(dropped: Path, case: str) -> N
     assert [rank["events"] for rank in ranks] == [[(two_ranks.NAN_AT, "nonfinite", each)] for each in expected]
 
 
+@pytest.mark.parametrize("mode", ["exact", "device"])
+def test_two_ranks_tolerate_and_drop_as_one_process(folder: Path, mode: str, tmp_path: Path) -> None:
+    """Bugs: the rank that sees the outlier counts it alone, and drops the second one alone; ranks clip to limits of
+    their own."""
+    ranks = [torch.load(folder / f"outliers-{mode}-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert repr(ranks[0]["outcomes"]) == repr(ranks[1]["outcomes"])
+    alone = script.train_outliers(tmp_path, None, mode)["outcomes"]
+    for mine, theirs in zip(ranks[0]["weights"], ranks[1]["weights"], strict=True):
+        assert torch.equal(mine, theirs)
+    for outcomes in (ranks[0]["outcomes"], alone):
+        assert [step for step, (_, _, skipped) in enumerate(outcomes) if skipped] == [script.GARBAGE_AT + 1]
+        norm, applied, _ = outcomes[script.GARBAGE_AT]
+        assert applied < norm / 3
+    for ours, single in zip(ranks[0]["outcomes"], alone, strict=True):
+        assert ours[:2] == pytest.approx(single[:2], rel=1e-3, nan_ok=True)
+
+
 def test_two_ranks_tell_a_bad_batch_from_an_overflow_as_one_process(folder: Path, tmp_path: Path) -> None:
     """Bug: fp16, a NaN gradient on one rank: one rank lowers its loss scale or steps, the other drops the batch."""
     ranks = [torch.load(folder / f"fp16-{rank}.pt", weights_only=True) for rank in (0, 1)]
