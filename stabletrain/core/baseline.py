@@ -98,16 +98,14 @@ class OutlierTest(NamedTuple):
     def relearn(self, baseline: Baseline, values: Iterable[float]) -> Baseline:
         """A baseline of a new level, with a limit at once.
 
-        Until it has ``min_samples`` values, its spread is at least that of the old baseline; after an
-        empty one it has no limit until then.
+        Until it has ``min_samples`` values, its spread is at least that of the old baseline.
 
         Args:
             baseline: the old baseline.
             values: values at the new level; at least one is finite and, in log space, positive.
         """
         new = [self._to_space(value) for value in values if value > 0.0 or not self.log]
-        old = baseline.past.window
-        least = max(self._centre_and_sigma(old)[1] if len(old) else 0.0, baseline.least_sigma)
+        least = max(self._centre_and_sigma(baseline.past.window)[1], baseline.least_sigma)
         return self._with_limit(baseline, DelayedWindow(window=Window().extend(new[-self.window :])), least)
 
     def accept(self, baseline: Baseline, values: Iterable[float]) -> Baseline:

@@ -93,12 +93,12 @@ class LastRollback(NamedTuple):
     Args:
         attempted: attempted steps when it was made.
         restored: applied steps of the restored state.
-        index: among the rollbacks of the run.
+        number: its index among the rollbacks of the run.
     """
 
     attempted: int
     restored: int
-    index: int
+    number: int
 
 
 def judge(
@@ -146,7 +146,7 @@ def judge(
 def repeated(incident: IncidentLevel, memory: Accepting, last: LastRollback | None, patience: int) -> tuple[Place, ...]:
     """The earlier incidents that this one repeats, see `judge`."""
     at_once = (
-        last.index
+        last.number
         if last is not None
         and incident.applied <= last.restored + _NEAR
         and incident.since <= last.attempted + 2 * _NEAR  # some of the steps since then may have been dropped

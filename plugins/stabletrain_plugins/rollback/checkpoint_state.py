@@ -66,5 +66,5 @@ class RollbackState(NamedTuple):
 
 def _completed(field: str, plain: Any) -> Any:
     """A list of interventions, with the defaults of those fields that were added after it was written."""
-    kind = {"made": Intervention, "levels": AcceptedLevel}.get(field)
+    kind: Any = {"made": Intervention, "levels": AcceptedLevel}.get(field)
     return plain if kind is None else [{**kind._field_defaults, **each} for each in plain]

@@ -26,7 +26,7 @@ from stabletrain_plugins.rollback.rollback_rule import RollbackRule
 from stabletrain_plugins.rollback.weight_monitor import WeightProblem
 
 PATIENCE, AFTER, COOL_DOWN = 20, 60, 100
-LAST = LastRollback(attempted=535, restored=450, index=0)
+LAST = LastRollback(attempted=535, restored=450, number=0)
 EARLIER = Accepting((Place(applied=500, excess=1.0, rollback=0),))
 """The incident for which the last rollback was made."""
 
@@ -109,10 +109,10 @@ def test_an_incident_right_after_going_back_repeats_the_last_one(
 def test_only_the_last_incident_is_repeated_right_after_going_back() -> None:
     """Bug: bad batches of an earlier burst, elsewhere, are trained on again because another level was accepted."""
     memory = Accepting((Place(100, None, 0), Place(500, 1.0, 1)))
-    last = LAST._replace(index=1)
+    last = LAST._replace(number=1)
     assert repeated(incident(60, since=536, applied=451), memory, last, PATIENCE) == memory.places[1:]
     # the last rollback was for damaged weights, and no place was remembered
-    assert repeated(incident(60, since=536, applied=451), memory, LAST._replace(index=2), PATIENCE) == ()
+    assert repeated(incident(60, since=536, applied=451), memory, LAST._replace(number=2), PATIENCE) == ()
 
 
 @pytest.mark.parametrize(

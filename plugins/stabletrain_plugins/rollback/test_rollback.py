@@ -216,7 +216,7 @@ def test_after_an_unhealthy_step_the_weights_are_checked_at_once(tmp_path: Path)
 
 
 def test_a_request_does_not_hide_damaged_weights(tmp_path: Path) -> None:
-    """Bug: in a step at which another plugin requests a rollback, weights are not checked: a nearer snapshot is left, or
+    """Bug: weights are not checked in a step at which another plugin requests a rollback: a nearer snapshot is left, or
     a loss is accepted as a new level although the weights are damaged."""
     quick = {**QUICK, "every": 16, "trust_after": 16, "check_every": 2, "drop": "none"}
     train(tmp_path, Requests().at(38), st.SkipNonFinite(), st.Rollback(**quick), damage={37: 1e30})
@@ -495,13 +495,13 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
 
 
 def test_a_run_shorter_than_every_gets_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bug: the user believes that the run is protected, but there is only one snapshot."""
+    """Bug: the user believes that each rollback costs ``every`` steps, but there are hardly any snapshots."""
     warnings: list[str] = []
     monkeypatch.setattr(callback.logger, "warning", warnings.append)
     train(tmp_path, st.Rollback(every=1000), max_steps=3, max_epochs=-1)
     assert warnings == [
-        "rollback: every=1000 is more than the 3 steps of this run: there will be one snapshot, of the first step. "
-        "Choose a smaller plugins.spike.every"
+        "rollback: every=1000 is more than the 3 steps of this run: snapshots are taken after 1, 2, 4, 8, ... steps "
+        "only. Choose a smaller plugins.spike.every"
     ]
 
 
