@@ -79,10 +79,11 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Join the guard, and record the batches of the train loader on a tape."""
+        if stage == "fit":
+            self._close_loader()  # of a fit that was not torn down; before `reset`
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        self._close_loader()
         self._loader = TrainLoader.of(trainer)
         self._loader.keep_tape()
         self._ring = SnapshotRing(self.keep, self.trust_after, self._new_snapshot)

@@ -292,3 +292,14 @@ def test_a_replay_is_resumed(tmp_path: Path) -> None:
     second = Model()
     train(tmp_path / "c", second, *stack, ckpt_path=save.path(ROLLED_BACK + 7))
     assert_same_weights(first, second)  # type: ignore[arg-type]
+
+
+def test_another_run_starts_without_the_first_ones_incidents(tmp_path: Path) -> None:
+    """Bug: a callback that is used again takes the first step of the next run for a repetition, and learns its loss."""
+    stack, rollback = rules()
+    train(tmp_path / "a", Model(), *stack, max_epochs=1, limit_train_batches=ROLLED_BACK + 8)
+    assert rollback._accepting.places
+    saved = rollback.state_dict()
+    assert saved["incident"]["start"] is not None, "a checkpoint saved after the fit has it"
+    _, record = train(tmp_path / "b", Model(), *stack)
+    assert decisions(record) == CHANGE
