@@ -66,10 +66,10 @@ class Model(LightningModule):
         return optimizer
 
 
-def rules(mode: Any = "exact", **changes: Any) -> tuple[list[Any], st.Rollback]:
+def rules(mode: Any = "exact", max_in_a_row: int = 12, **changes: Any) -> tuple[list[Any], st.Rollback]:
     """The plugins of the default stack that decide, and the rollback among them."""
     rollback = st.Rollback(**{**QUICK, **changes})
-    outliers = st.SkipOutliers(window=32, min_samples=16, regime_after=6, max_in_a_row=12)
+    outliers = st.SkipOutliers(window=32, min_samples=16, regime_after=6, max_in_a_row=max_in_a_row)
     return [
         st.ClipZScore(warmup_steps=20),
         outliers,

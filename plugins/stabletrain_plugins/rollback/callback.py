@@ -270,6 +270,7 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
         guard, loader = self._guard_and_loader()
         incident = self._incidents.current
         new_level.learn(level, guard, loader)
+        guard.drop_requests()  # in device mode, of the step that was in flight; its loss is part of the level
         self._levels = (*self._levels, level)
         self._accepting = Accepting(accepted=level.applied if incident is None else incident.applied)
         self._incidents.close()

@@ -137,6 +137,15 @@ def test_the_same_in_device_mode(tmp_path: Path) -> None:
     assert models[1].seen[-STEPS:] == list(range(STEPS))
 
 
+@pytest.mark.parametrize("max_in_a_row", [17, 18, 19, 20])
+def test_a_request_of_the_step_in_flight_is_answered_too(tmp_path: Path, max_in_a_row: int) -> None:
+    """Bug: in device mode, a request by the outcome that came with the acceptance undoes it: the run is rolled back."""
+    stack, rollback = rules("device", max_in_a_row=max_in_a_row)
+    _, record = train(tmp_path, Model(), *stack)
+    assert rollback.rollbacks == 1
+    assert [kind for _, kind in decisions(record)] == [kind for _, kind in CHANGE]
+
+
 # ---- resuming -------------------------------------------------------------------------------------------------------
 
 CUTS = {
@@ -247,14 +256,15 @@ def test_a_restored_checkpoint_does_not_undo_an_acceptance(tmp_path: Path) -> No
 # ---- the log --------------------------------------------------------------------------------------------------------
 
 
-def test_an_acceptance_is_replayed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["exact", "device"])
+def test_an_acceptance_is_replayed(tmp_path: Path, mode: str) -> None:
     """Bug: the log lacks something of an accepted level, and the run that repeats it ends in other weights."""
-    stack, _ = rules()
+    stack, _ = rules(mode)
     first = Model()
     train(tmp_path / "a", first, *stack, Requests().at(120))
     assert [each["action"] for each in interventions(tmp_path / "a")] == ["rollback", "accept", "rollback"]
     # other snapshots, and no decisions of its own
-    stack, _ = rules(every=5, accept=None, replay=str(tmp_path / "a"))
+    stack, _ = rules(mode, every=5, accept=None, replay=str(tmp_path / "a"))
     second = Model()
     train(tmp_path / "b", second, *stack)
     assert_same_weights(first, second)  # type: ignore[arg-type]
