@@ -8,6 +8,7 @@ back once more would not change that. So the new level is learned, and training 
 
 from __future__ import annotations
 
+import math
 import statistics
 from enum import Enum, auto
 from typing import NamedTuple
@@ -25,7 +26,7 @@ class Place(NamedTuple):
 
     Args:
         applied: applied steps before it.
-        excess: median loss in the incident minus the usual loss; None if it had too few steps to be judged by its loss.
+        excess: median loss in the incident minus the usual loss, 0 if it was not raised; None if it is not known.
         rollback: index of the rollback among those of the run.
     """
 
@@ -54,7 +55,8 @@ class IncidentLevel(NamedTuple):
         applied: applied steps before it.
         attempted: attempted steps so far.
         losses: its last finite losses, at most ``patience``.
-        centre: the usual loss.
+        centre: the usual loss; NaN if it is not known yet.
+        margin: a loss so much above ``centre`` is not raised: its distance from there is noise.
         by_speed: the request is about the speed of the weights, not about the loss.
     """
 
@@ -63,13 +65,15 @@ class IncidentLevel(NamedTuple):
     attempted: int
     losses: tuple[float, ...]
     centre: float
+    margin: float = 0.0
     by_speed: bool = False
 
     def excess(self, patience: int) -> float | None:
-        """The median loss minus the usual one; None while there are fewer than ``patience`` losses."""
-        if self.by_speed or len(self.losses) < patience:
+        """The median loss minus the usual one, 0 if it is not raised; None while it is not known."""
+        if self.by_speed or len(self.losses) < patience or math.isnan(self.centre):
             return None
-        return statistics.median(self.losses) - self.centre
+        excess = statistics.median(self.losses) - self.centre
+        return excess if excess > self.margin else 0.0
 
 
 class Verdict(Enum):
@@ -89,10 +93,12 @@ class LastRollback(NamedTuple):
     Args:
         attempted: attempted steps when it was made.
         restored: applied steps of the restored state.
+        number: its index among the rollbacks of the run.
     """
 
     attempted: int
     restored: int
+    number: int
 
 
 def judge(
@@ -107,10 +113,11 @@ def judge(
     """Decide whether an incident is a repetition that going back did not change.
 
     It is a repetition if an earlier incident began within 10 applied steps of the same position, or if it begins within
-    10 steps after the restored state, and if both are at the same level as far as known: their excess over the usual
-    loss differs by less than a factor of 2. It is accepted ``accept_after`` steps after its beginning. Within
-    ``cool_down`` steps after an accepted level, a further rise belongs to the same change and is accepted as soon as it
-    has lasted ``patience`` steps.
+    10 steps after the state that was restored for the last one, and if both are at the same level as far as known:
+    their excess over the usual loss differs by less than a factor of 2. It is accepted ``accept_after`` steps after its
+    beginning; if its loss cannot be judged by twice as many steps, it is rolled back. Within ``cool_down`` steps after
+    an accepted level, a further rise belongs to the same change and is accepted as soon as it has lasted ``patience``
+    steps.
 
     Args:
         incident: the present incident; the weights are not damaged, and its last steps are finite.
@@ -122,30 +129,35 @@ def judge(
 
     >>> earlier = Accepting((Place(applied=500, excess=1.1, rollback=0),))
     >>> again = IncidentLevel(since=560, applied=501, attempted=625, losses=(2.0,) * 20, centre=1.0)
-    >>> judge(again, earlier, LastRollback(535, 450), accept_after=60, patience=20, cool_down=100).name
+    >>> judge(again, earlier, LastRollback(535, 450, 0), accept_after=60, patience=20, cool_down=100).name
     'ACCEPT'
     """
     excess = incident.excess(patience)
-    grows_on = memory.accepted is not None and 0 <= incident.applied - memory.accepted <= cool_down
+    lasts = incident.attempted - incident.since
+    # from a little before it: after a rollback, the accepted level is passed again
+    grows_on = memory.accepted is not None and -_NEAR <= incident.applied - memory.accepted <= cool_down
     if not grows_on and not repeated(incident, memory, last, patience):
         return Verdict.ROLL_BACK
-    if excess is None or (not grows_on and incident.attempted - incident.since < accept_after):
-        return Verdict.WAIT
-    return Verdict.ACCEPT
+    if excess is None:
+        return Verdict.WAIT if lasts < 2 * accept_after else Verdict.ROLL_BACK
+    return Verdict.ACCEPT if grows_on or lasts >= accept_after else Verdict.WAIT
 
 
 def repeated(incident: IncidentLevel, memory: Accepting, last: LastRollback | None, patience: int) -> tuple[Place, ...]:
     """The earlier incidents that this one repeats, see `judge`."""
     at_once = (
-        last is not None
+        last.number
+        if last is not None
         and incident.applied <= last.restored + _NEAR
-        and incident.attempted <= last.attempted + 2 * _NEAR
+        and incident.since <= last.attempted + 2 * _NEAR  # some of the steps since then may have been dropped
+        else None
     )
     excess = incident.excess(patience)
     return tuple(
         place
         for place in memory.places
-        if (at_once or abs(place.applied - incident.applied) <= _NEAR) and _same_level(excess, place.excess)
+        if (place.rollback == at_once or abs(place.applied - incident.applied) <= _NEAR)
+        and _same_level(excess, place.excess)
     )
 
 
@@ -158,6 +170,6 @@ def remember(incident: IncidentLevel, memory: Accepting, rollback: int, patience
 def _same_level(one: float | None, other: float | None) -> bool:
     if one is None or other is None:
         return True
-    if one <= 0.0 or other <= 0.0:  # the loss is not above its usual level: the incident is one of the gradient norm
-        return one <= 0.0 and other <= 0.0
+    if one == 0.0 or other == 0.0:  # the loss is not raised: the incident is one of the gradient norm
+        return one == other
     return 1 / _SAME_LEVEL <= one / other <= _SAME_LEVEL

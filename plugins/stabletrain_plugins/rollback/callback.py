@@ -11,7 +11,6 @@ from lightning.pytorch import LightningModule, Trainer
 
 from stabletrain.core.events import Event, Request, RequestKind
 from stabletrain.core.outcome import Outcome
-from stabletrain.core.state import from_plain, to_plain
 from stabletrain.runtime.data.train_loader import TrainLoader
 from stabletrain.runtime.guard.callbacks import RuleCallback
 from stabletrain.runtime.guard.step_guard import StepGuard
@@ -24,6 +23,7 @@ from stabletrain.runtime.snapshots.state_tree import SnapshotError
 from stabletrain.runtime.stop import TrainingStopped
 from stabletrain_plugins.rollback import acceptance, memory, new_level, restoring
 from stabletrain_plugins.rollback.acceptance import Accepting, Verdict
+from stabletrain_plugins.rollback.checkpoint_state import RollbackState
 from stabletrain_plugins.rollback.decision import GiveUp
 from stabletrain_plugins.rollback.incidents import IncidentState, IncidentTracker, is_healthy
 from stabletrain_plugins.rollback.intervention import AcceptedLevel, Identity, Intervention, excluded_batches
@@ -79,10 +79,11 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Join the guard, and record the batches of the train loader on a tape."""
+        if stage == "fit":
+            self._close_loader()  # of a fit that was not torn down; before `reset`
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        self._close_loader()
         self._loader = TrainLoader.of(trainer)
         self._loader.keep_tape()
         self._ring = SnapshotRing(self.keep, self.trust_after, self._new_snapshot)
@@ -154,12 +155,16 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
         if request is not None or not guard.window.is_open:
             if self._replay is not None:
                 self._replay_step(self._replay, request)
-            elif problem := None if request else self._check_weights():
-                self._roll_back(Request(RequestKind.ROLLBACK, self.label, problem.reason), batch, batch_idx, problem)
-            elif request is not None:
-                self._roll_back(request, batch, batch_idx)
             else:
-                self._snapshot_if_due(batch)
+                problem = self._check_weights()
+                if request is None and problem is not None:
+                    request = Request(RequestKind.ROLLBACK, self.label, problem.reason)
+                elif problem is not None and not problem.damaged:
+                    problem = None  # the request says more than the speed of the weights
+                if request is not None:
+                    self._roll_back(request, batch, batch_idx, problem)
+                else:
+                    self._snapshot_if_due(batch)
             self._incidents.on_step_end(guard.decided, trainer.global_step, loader.mark())
             if self._replay is not None:
                 loader.forget_before(self._replay.oldest_mark or loader.mark())
@@ -189,28 +194,18 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
         """The detector's state, the rollbacks made, accepted levels, the open incident, and the weights' history."""
         history = self._weights.history if self._weights is not None else self._weight_history
         incident = self._incidents.state() if self._loader is not None else self._incident_state
-        return {
-            **super().state_dict(),
-            "made": to_plain(self._interventions),
-            "levels": to_plain(self._levels),
-            "accepting": to_plain(self._accepting),
-            "incident": to_plain(incident),
-            "weights": to_plain(history),
-        }
+        own = RollbackState(self._interventions, self._levels, self._accepting, incident, history)
+        return {**super().state_dict(), **own.to_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint; the ring starts empty."""
         super().load_state_dict(state_dict)
-        self._interventions = from_plain(tuple[Intervention, ...], state_dict.get("made", []))
-        self._levels = from_plain(tuple[AcceptedLevel, ...], state_dict.get("levels", []))
-        self._accepting = from_plain(Accepting, state_dict.get("accepting", to_plain(Accepting())))
-        self._incident_state = from_plain(IncidentState, state_dict.get("incident", to_plain(IncidentState())))
-        plain = state_dict.get("weights")
-        self._weight_history = WeightHistory() if plain is None else from_plain(WeightHistory, plain)
+        own = RollbackState.of(state_dict, self.label)
+        self._interventions, self._levels, self._accepting, self._incident_state, self._weight_history = own
         if self._loader is not None:
             self._incidents.load(self._incident_state)
-        if self._loader is not None and (excluded := self.excluded):
-            self._loader.exclude(excluded)  # data without a length is fetched before on_train_start
+            if excluded := self.excluded:
+                self._loader.exclude(excluded)  # data without a length is fetched before on_train_start
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles and copies do not include the running fit."""
@@ -243,7 +238,7 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
         suspicious = self._incidents.unhealthy_in_a_row >= _SUSPICIOUS_STEPS
         return self._weights.check(guard.trainer, guard.decided, suspicious, guard.rewarming.factor)
 
-    def _roll_back(self, request: Request, batch: Any, batch_idx: int, weights: WeightProblem | None = None) -> None:
+    def _roll_back(self, request: Request, batch: Any, batch_idx: int, weights: WeightProblem | None) -> None:
         """Accept a new level, or make a rollback, or stop the run if none can be made."""
         guard, loader = self._guard_and_loader()
         guard.settle()
@@ -265,18 +260,17 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
             self._ring.drop_after(plan.snapshot)
         if level is not None:
             self._accepting = acceptance.remember(level, self._accepting, self.rollbacks, self.patience)
-        accepting, levels = self._accepting, self._levels
         try:
             self._apply(plan.intervention, plan.snapshot)
         except SnapshotError as error:
             self._stop(f"{error}; {request.reason}", batch, batch_idx)
-        self._accepting, self._levels = accepting, levels  # a restored checkpoint has older ones
 
     def _accept(self, level: AcceptedLevel) -> None:
         """Let all rules learn a new level, decided now or in the run that is replayed, and record it."""
         guard, loader = self._guard_and_loader()
         incident = self._incidents.current
         new_level.learn(level, guard, loader)
+        guard.drop_requests()  # in device mode, of the step that was in flight; its loss is part of the level
         self._levels = (*self._levels, level)
         self._accepting = Accepting(accepted=level.applied if incident is None else incident.applied)
         self._incidents.close()
@@ -291,10 +285,12 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
     def _apply(self, intervention: Intervention, snapshot: Snapshot | None) -> None:
         """Carry out an intervention, decided now or in the run that is replayed, and record it."""
         guard, loader = self._guard_and_loader()
-        earlier = self._interventions  # load_state_dict replaces it by those made before the checkpoint
+        earlier, levels, accepting = self._interventions, self._levels, self._accepting
         restoring.restore(intervention, snapshot, guard, loader)
         self._interventions = (*earlier, intervention)
-        if snapshot is None:
+        if snapshot is None:  # what the checkpoint knows of interventions is older
+            self._levels, self._accepting = levels, accepting
+            loader.include(loader.excluded - self.excluded)  # batches that were given back since
             self._ring.clear()
         self._incidents.clear()
         if self._weights is not None:
@@ -352,5 +348,8 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
             self._loader.close()
             self._loader = None
             self._ring.release()
+            self._incident_state = self._incidents.state()
+            if self._weights is not None:
+                self._weight_history = self._weights.history
             self._incidents.clear()
             self._replay = None

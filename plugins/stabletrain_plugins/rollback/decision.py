@@ -58,6 +58,12 @@ class Situation(NamedTuple):
         ]
         return tuple(sorted((*self.trusted, *good)))
 
+    @property
+    def last_resort(self) -> SnapshotInfo | None:
+        """The snapshot that is better than a stop: the oldest one from before the incident, trusted or not."""
+        taken = sorted((*self.trusted, *self.untrusted))
+        return next((each for each in taken if self.incident is None or each.applied <= self.incident), None)
+
 
 class Exclusion(NamedTuple):
     """Which batches are not trained on again.
@@ -114,10 +120,10 @@ def decide(rule: RollbackRule, situation: Situation, cause: str) -> Decision:
     """Decide how to execute a request for a rollback.
 
     The newest snapshot that may be restored is chosen (`Situation.restorable`). If the incident repeats the last one
-    (`repeats_last`), only snapshots and
-    checkpoints older than the state restored last time qualify. Without such a snapshot, a checkpoint from before the
-    incident is restored; without one, the newest trusted snapshot, however new. After ``max_rollbacks``, and without
-    any state to restore, the run is given up.
+    (`repeats_last`), only snapshots and checkpoints older than the state restored last time qualify. Without such a
+    snapshot, a checkpoint from before the incident is restored; without one, the newest snapshot that may be restored,
+    however new; without one, any from before the incident. After ``max_rollbacks``, and without any state to restore,
+    the run is given up.
 
     Args:
         rule: the plugin's arguments.
@@ -143,9 +149,11 @@ def decide(rule: RollbackRule, situation: Situation, cause: str) -> Decision:
         limits.append(situation.incident + 1)
     if last is not None:
         limits.append(last.applied[1])
-    otherwise: ToSnapshot | GiveUp = GiveUp(_nothing_to_restore(rule, situation, cause))
+    otherwise: ToSnapshot | GiveUp = GiveUp(_nothing_to_restore(situation, cause))
     if situation.restorable:
         otherwise = ToSnapshot(situation.restorable[-1].step, exclusion)
+    elif situation.last_resort is not None:
+        otherwise = ToSnapshot(situation.last_resort.step, exclusion)
     return ToCheckpoint(min(limits), Exclusion("none" if rule.drop == "none" else "offending"), otherwise)
 
 
@@ -164,9 +172,8 @@ def repeats_last(rule: RollbackRule, situation: Situation) -> bool:
     return situation.attempted <= last.step + last.undone + rule.cool_down
 
 
-def _nothing_to_restore(rule: RollbackRule, situation: Situation, cause: str) -> str:
+def _nothing_to_restore(situation: Situation, cause: str) -> str:
     untrusted = "none was taken yet"
     if situation.untrusted:
-        untrusted = f"{len(situation.untrusted)} in memory had not stayed healthy for {rule.trust_after} steps"
-    keys = "plugins.spike.every, plugins.spike.trust_after"
-    return f"there is no snapshot to restore ({untrusted}; {keys}), and no checkpoint on disk from before; {cause}"
+        untrusted = f"the {len(situation.untrusted)} in memory were taken after the first unhealthy step"
+    return f"there is no snapshot to restore ({untrusted}), and no checkpoint on disk from before; {cause}"

@@ -21,7 +21,7 @@ class Incident(NamedTuple):
     Args:
         step: the first attempted step that was not healthy, from 0.
         applied: applied steps before it.
-        mark: the data position before it; None if unknown.
+        mark: the data position before it; None if it is not known yet. After a restart the position of the restart.
     """
 
     step: int
@@ -83,6 +83,8 @@ class IncidentTracker:
             mark: the data position.
         """
         self._step_starts.append((attempted, applied, mark))
+        if self.current is not None and self.current.mark is None:  # continued from a checkpoint: its batches from here
+            self.current = self.current._replace(mark=mark)
 
     @property
     def losses(self) -> tuple[float, ...]:

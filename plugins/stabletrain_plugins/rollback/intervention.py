@@ -85,11 +85,12 @@ class AcceptedLevel(NamedTuple):
     @property
     def summary(self) -> str:
         """One sentence, for the event."""
-        back = f", {len(self.given_back)} batches given back" if self.given_back else ""
+        back = f", and {len(self.given_back)} excluded batches are used again" if self.given_back else ""
         return (
-            f"loss at {self.level:.4g} instead of {self.was:.4g}, again after going back: it is taken for a new level "
-            f"of the training and learned{back}. If it is an error, set accept=null (plugins.spike.accept); if it is a "
-            f"planned change, announce it (plugins.spike.expect); {self.cause}"
+            f"the loss is at {self.level:.4g} instead of {self.was:.4g} although the run was rolled back: this is "
+            f"taken for a change by design, and all rules learn the new level{back}. If it is one, announce it next "
+            "time (stabletrain.announce, or plugins.spike.expect); if it is an error, never accept a level "
+            f"(plugins.spike.accept=null). It answers the request of {self.cause}"
         )
 
 

@@ -81,7 +81,7 @@ class InterventionLog:
         if self._file.path is not None and self._file.path.exists():
             self._write({"action": "resume", "step": step})
         else:
-            for each in earlier:
+            for each in sorted(earlier, key=lambda made: made.step):  # `read` takes an earlier step for a restart
                 self.append(each)
 
     def _write(self, record: dict[str, Any]) -> None:

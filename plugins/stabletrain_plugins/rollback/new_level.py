@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 
 from stabletrain.core.events import Request
@@ -30,12 +31,14 @@ def level_of(
     incident = incidents.current
     if incident is None or state.nonfinite or (weights is not None and weights.damaged):
         return None
+    usual, limit = state.loss.past.window, state.loss.limit
     return IncidentLevel(
         since=incident.step,
         applied=incident.applied,
         attempted=attempted,
         losses=incidents.losses,
-        centre=state.loss.centre,
+        centre=usual.median if len(usual) else math.nan,
+        margin=0.0 if limit is None else 0.5 * (limit - state.loss.centre),  # as `OutlierTest.is_raised`
         by_speed=weights is not None,
     )
 
@@ -100,4 +103,4 @@ def learn(level: AcceptedLevel, guard: StepGuard, loader: TrainLoader) -> None:
 
 
 def _last(made: tuple[Intervention, ...]) -> LastRollback | None:
-    return LastRollback(made[-1].step, made[-1].applied[1]) if made else None
+    return LastRollback(made[-1].step, made[-1].applied[1], len(made) - 1) if made else None

@@ -18,13 +18,13 @@ class RollbackRule(SpikeDetection):
     """Restore a healthy snapshot when training diverges, exclude the offending batches, and continue.
 
     A ring of snapshots in memory has everything that training changes, the data position included. A snapshot is
-    trusted after ``trust_after`` healthy steps. Three things lead to a rollback: the loss is raised for
-    ``patience`` steps (the detector of `DetectSpikes`), another plugin requests one (too many skipped
-    steps in a row), or the weights are damaged. Then the newest trusted snapshot is restored, the batches since the
-    incident began are excluded, also from later epochs and after a restart, the learning rate is warmed up again over
-    ``rewarm`` steps, and training continues in the same process. If an incident repeats at the same position, an older
-    snapshot is restored, and twice as many batches are excluded. A loss that rises slowly, or has not fallen in the
-    first tenth of the run, is reported.
+    trusted after ``trust_after`` healthy steps. Three things lead to a rollback: the loss is raised for ``patience``
+    steps (the detector of `DetectSpikes`), another plugin requests one (too many skipped steps in a row), or the
+    weights are damaged. Then the newest trusted snapshot is restored (with damaged weights a nearer one whose weights
+    were good), the batches since the incident began are excluded, also from later epochs and after a restart, the
+    learning rate is warmed up again over ``rewarm`` steps, and training continues in the same process. If an incident
+    repeats at the same position, an older snapshot is restored, and twice as many batches are excluded. A loss that
+    rises slowly, or has not fallen in the first tenth of the run, is reported.
 
     But if the loss then leaves its level at the same position and by as much as before, with undamaged weights, it is
     not an error but meant, such as another loss term or new classes: after ``accept`` steps the new level is
@@ -38,7 +38,7 @@ class RollbackRule(SpikeDetection):
     same at the same steps and ends with bit-identical weights.
 
     Args:
-        every: applied steps from one snapshot to the next, >= 1; the first is taken after the first step.
+        every: applied steps from one snapshot to the next, >= 1; before the first also after 1, 2, 4, 8, ... steps.
         keep: snapshots in the ring, >= 2; each takes as much memory as parameters and optimizer state.
         trust_after: healthy steps that make a snapshot trusted, 1 to ``every``; an unhealthy step costs five of them.
         drop: which batches are excluded: ``"offending"`` (since the incident began), ``"since_snapshot"``, ``"none"``.
@@ -145,6 +145,6 @@ class RollbackRule(SpikeDetection):
         if total_steps is None or self.every <= total_steps:
             return None
         return (
-            f"rollback: every={self.every} is more than the {total_steps} steps of this run: there will be one "
-            "snapshot, of the first step. Choose a smaller plugins.spike.every"
+            f"rollback: every={self.every} is more than the {total_steps} steps of this run: snapshots are taken after "
+            "1, 2, 4, 8, ... steps only. Choose a smaller plugins.spike.every"
         )

@@ -95,7 +95,7 @@ def test_without_a_snapshot_a_checkpoint_from_before_the_incident_is_restored(
     situation: dict[str, Any], before: int
 ) -> None:
     """Bug: a checkpoint with the damage in it, or once more the state that did not help."""
-    found = decision(untrusted=2, **situation)
+    found = decision(**situation)
     assert isinstance(found, ToCheckpoint)
     assert found.before == before
     assert found.exclusion == OFFENDING
@@ -129,13 +129,46 @@ def test_the_budget() -> None:
 
 @pytest.mark.parametrize(
     ("untrusted", "message"),
-    [(0, "none was taken yet"), (2, "2 in memory had not stayed healthy for 25 steps")],
+    [((), "none was taken yet"), (TRUSTED[1:], "the 2 in memory were taken after the first unhealthy step")],
 )
-def test_the_reason_to_give_up(untrusted: int, message: str) -> None:
+def test_the_reason_to_give_up(untrusted: tuple[SnapshotInfo, ...], message: str) -> None:
     """Bug: a stop that does not say what was missing."""
-    found = decision(untrusted=untrusted)
+    found = decision(untrusted=untrusted, incident=49)
     assert isinstance(found, ToCheckpoint)
     assert found.otherwise == GiveUp(
-        f"there is no snapshot to restore ({message}; plugins.spike.every, plugins.spike.trust_after), and no "
-        "checkpoint on disk from before; loss 9 > 3"
+        f"there is no snapshot to restore ({message}), and no checkpoint on disk from before; loss 9 > 3"
     )
+
+
+@pytest.mark.parametrize(("incident", "step"), [(None, 26), (90, 26), (25, 26), (24, None)])
+def test_an_untrusted_snapshot_is_better_than_a_stop(incident: int | None, step: int | None) -> None:
+    """Bugs: a stop in the first 25 steps although there are snapshots; or one with the damage in it is restored."""
+    found = decision(untrusted=TRUSTED, incident=incident)
+    assert isinstance(found, ToCheckpoint), "a checkpoint is better"
+    assert isinstance(found.otherwise, GiveUp) == (step is None)
+    assert step is None or found.otherwise == ToSnapshot(step, OFFENDING)
+
+
+@pytest.mark.parametrize(
+    ("damaged_after", "incident", "step"),
+    [
+        (None, 90, 52),  # the data are to blame: trust is needed
+        (79, 90, 79),  # checked at the step of the snapshot: its weights were good
+        (78, 90, 52),  # checked before it: the damage may be in it
+        (99, 75, 79),  # the incident began right after the snapshot
+        (99, 74, 52),  # the snapshot is of a step within the incident
+        (99, None, 79),
+        (0, 90, 52),  # there was no check
+    ],
+)
+def test_damaged_weights_restore_a_nearer_snapshot(damaged_after: int | None, incident: int | None, step: int) -> None:
+    """Bugs: 25 more steps undone than needed; or a snapshot that has the damage, or the incident, in it."""
+    situation = {"trusted": TRUSTED[:2], "untrusted": TRUSTED[2:], "damaged_after": damaged_after, "incident": incident}
+    found = decision(**situation)
+    assert found == ToSnapshot(step, OFFENDING)
+
+
+def test_damaged_weights_again_restore_an_older_snapshot() -> None:
+    """Bug: a loop between damage and one snapshot that no check has found to be damaged."""
+    situation = {"trusted": TRUSTED[:2], "untrusted": TRUSTED[2:], "damaged_after": 99, "made": (LAST,)}
+    assert decision(attempted=110, **situation) == ToSnapshot(52, Exclusion("offending", 6))

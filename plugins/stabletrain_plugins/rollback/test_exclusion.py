@@ -27,7 +27,7 @@ class Loader:
 
 
 def excluded(given: Exclusion, incident: int | None, mark: int | None, window: int = 1, loaders: int = 1) -> list[int]:
-    incidents = IncidentTracker()
+    incidents = IncidentTracker(4)
     incidents.current = None if incident is None else Incident(incident, incident, incident)  # type: ignore[arg-type]
     loader: Any = Loader(loaders)
     batches = batches_to_exclude(given, incidents, loader, mark, window)  # type: ignore[arg-type]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from stabletrain.errors import UserError
-from stabletrain_plugins.rollback.intervention import Intervention
+from stabletrain_plugins.rollback.intervention import AcceptedLevel, Intervention
 from stabletrain_plugins.rollback.intervention_log import Fingerprint, InterventionLog, read
 
 MINE = Fingerprint("model", "recipe", 1)
@@ -17,14 +19,19 @@ def made(step: int) -> Intervention:
     return Intervention(step, step - 5, None, (step, step - 5), (("samples", 1, "b"),), (), 3, "restore", "p", "c")
 
 
+def level(step: int) -> AcceptedLevel:
+    return AcceptedLevel(step, step - 7, (("samples", 1, "b"),), (3.0, 0.1), (1.0, 2e-9), 3, 1.55, 1.0, "p: c")
+
+
 def test_a_log_is_read_as_it_was_written(tmp_path: Path) -> None:
     """Bug: an intervention is changed by writing and reading it."""
     log = InterventionLog(tmp_path / "interventions.jsonl", MINE)
     log.record_resume(3)
     assert not (tmp_path / "interventions.jsonl").exists(), "a run without interventions has no log"
     log.append(made(10))
+    log.append(level(15))
     log.append(made(20))
-    assert read(tmp_path, MINE) == [made(10), made(20)]
+    assert read(tmp_path, MINE) == [made(10), level(15), made(20)]
 
 
 def test_interventions_that_a_restart_discarded_are_not_read(tmp_path: Path) -> None:
@@ -36,6 +43,26 @@ def test_interventions_that_a_restart_discarded_are_not_read(tmp_path: Path) -> 
     assert read(tmp_path, MINE) == [made(10)]
     log.append(made(21))
     assert read(tmp_path, MINE) == [made(10), made(21)]
+
+
+def test_the_log_of_a_resumed_run_starts_with_all_that_was_made(tmp_path: Path) -> None:
+    """Bug: rollbacks, then levels: a rollback after a level is read as one that a restart discarded."""
+    log = InterventionLog(tmp_path / "interventions.jsonl", MINE)
+    log.record_resume(40, (made(10), made(30), level(20)))
+    assert read(tmp_path, MINE) == [made(10), level(20), made(30)]
+    log.record_resume(25)
+    log.append(level(26))
+    assert read(tmp_path, MINE) == [made(10), level(20), level(26)]
+
+
+@pytest.mark.parametrize("missing", [[], ["rewound"]])
+def test_a_log_from_before_levels_were_accepted(tmp_path: Path, missing: list[str]) -> None:
+    """Bug: a run of an earlier version cannot be repeated."""
+    record: dict[str, Any] = {"action": "rollback", **made(10)._asdict(), **MINE._asdict()}
+    for field in missing:
+        del record[field]
+    (tmp_path / "interventions.jsonl").write_text(json.dumps(record) + "\n")
+    assert read(tmp_path, MINE) == [made(10)]
 
 
 def test_an_incomplete_last_line_is_ignored(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def plan(ring: SnapshotRing, processes: int = 1, reach: int = 0) -> Plan:
     guard: Any = SimpleNamespace(trainer=trainer, counters=SimpleNamespace(attempted=40), window=window, ranks=ranks)
     batches_since, can_rewind = lambda mark: dict(enumerate(TAPE[mark:])), lambda mark: True
     loader: Any = SimpleNamespace(loaders=[None], batches_since=batches_since, can_rewind=can_rewind)
-    incidents = IncidentTracker()
+    incidents = IncidentTracker(4)
     incidents.current = Incident(37, 35, 5)  # type: ignore[arg-type]
     found = plan_rollback(RollbackRule(rewarm=7), REQUEST, (), guard, loader, ring, incidents)
     assert isinstance(found, Plan)

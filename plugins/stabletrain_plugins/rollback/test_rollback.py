@@ -186,6 +186,16 @@ def test_damaged_weights_are_detected_and_restored(tmp_path: Path, value: float)
     assert_same_weights(model, reference)
 
 
+def test_in_the_first_steps_an_untrusted_snapshot_is_restored(tmp_path: Path) -> None:
+    """Bug: a run whose first batches are NaN is stopped, though there are snapshots from before them."""
+    skip, rollback = st.SkipNonFinite(max_in_a_row=3), st.Rollback(**{**QUICK, "trust_after": 8, "drop": "none"})
+    model, _ = train(tmp_path / "b", skip, rollback, BadGradient(at_step=5, steps=3))
+    (made,) = interventions(tmp_path / "b")
+    assert (made["step"], made["to"]) == (8, 1)
+    reference, _ = train(tmp_path / "a")
+    assert_same_weights(model, reference)
+
+
 def test_many_skips_in_a_row_lead_to_a_rollback(tmp_path: Path) -> None:
     """Bug: the request of another plugin stops the run although Rollback is installed."""
     skip = st.SkipNonFinite(max_in_a_row=3)
@@ -203,6 +213,15 @@ def test_after_an_unhealthy_step_the_weights_are_checked_at_once(tmp_path: Path)
     (made,) = interventions(tmp_path)
     assert made["plugin"] == "rollback"
     assert made["step"] <= 39
+
+
+def test_a_request_does_not_hide_damaged_weights(tmp_path: Path) -> None:
+    """Bug: weights are not checked in a step at which another plugin requests a rollback: a nearer snapshot is left, or
+    a loss is accepted as a new level although the weights are damaged."""
+    quick = {**QUICK, "every": 16, "trust_after": 16, "check_every": 2, "drop": "none"}
+    train(tmp_path, Requests().at(38), st.SkipNonFinite(), st.Rollback(**quick), damage={37: 1e30})
+    (made,) = interventions(tmp_path)
+    assert (made["step"], made["plugin"], made["to"]) == (38, "requests", 32)
 
 
 def test_a_surge_of_the_learning_rate_is_undone_at_its_first_step(tmp_path: Path) -> None:
@@ -476,13 +495,13 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
 
 
 def test_a_run_shorter_than_every_gets_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bug: the user believes that the run is protected, but there is only one snapshot."""
+    """Bug: the user believes that each rollback costs ``every`` steps, but there are hardly any snapshots."""
     warnings: list[str] = []
     monkeypatch.setattr(callback.logger, "warning", warnings.append)
     train(tmp_path, st.Rollback(every=1000), max_steps=3, max_epochs=-1)
     assert warnings == [
-        "rollback: every=1000 is more than the 3 steps of this run: there will be one snapshot, of the first step. "
-        "Choose a smaller plugins.spike.every"
+        "rollback: every=1000 is more than the 3 steps of this run: snapshots are taken after 1, 2, 4, 8, ... steps "
+        "only. Choose a smaller plugins.spike.every"
     ]
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 from stabletrain.runtime.snapshots.snapshot import Snapshot
 from stabletrain_plugins.rollback.snapshot_ring import SnapshotRing
@@ -90,10 +93,41 @@ def test_positions_in_a_replaced_loader_are_forgotten() -> None:
 
 def test_when_a_snapshot_is_due() -> None:
     """Bug: no snapshot for a whole interval because the step at its beginning was skipped or unhealthy."""
+
+    def due(last: int) -> list[int]:
+        ring = SnapshotRing(3, 1, Numbered)
+        capture(ring, last)
+        return [applied for applied in range(last, last + 18) if ring.is_due(applied, every=8)]
+
+    assert [applied for applied in range(3) if SnapshotRing(3, 1, Numbered).is_due(applied, every=8)] == [1, 2]
+    assert due(1) == list(range(2, 19))
+    assert due(3) == list(range(6, 21))
+    assert due(5) == list(range(8, 23)), "not at 10: `every` comes first"
+    assert due(9) == list(range(16, 27))
+
+
+@pytest.mark.parametrize("every", [1, 7, 25, 100])
+def test_there_are_snapshots_of_the_first_steps(every: int) -> None:
+    """Bug: an early fault is undone by a snapshot of step 1, and the second warm-up costs more than the fault."""
     ring = SnapshotRing(3, 1, Numbered)
-    assert not ring.is_due(0, every=8)
-    assert ring.is_due(1, every=8)
-    capture(ring, 1)
-    assert [applied for applied in range(1, 18) if ring.is_due(applied, every=8)] == list(range(8, 18))
-    capture(ring, 9)
-    assert [applied for applied in range(9, 18) if ring.is_due(applied, every=8)] == [16, 17]
+    taken = []
+    for applied in range(1, 201):
+        if ring.is_due(applied, every):
+            capture(ring, applied)
+            taken.append(applied)
+    early = [1 << i for i in range(8) if 1 << i < every]
+    assert taken == early + [applied for applied in range(1, 201) if applied % every == 0]
+
+
+def test_an_older_snapshot_is_trusted_no_later_than_a_newer_one() -> None:
+    """Bug: a full ring drops its only trusted snapshot, and trusts one from within an incident instead."""
+    numbers = random.Random(0)
+    ring, taken = SnapshotRing(3, 5, Numbered), 0
+    for step in range(1, 2000):
+        ring.on_outcome(numbers.random() < 0.8)
+        if numbers.random() < 0.2:
+            ring.capture(step, None)  # type: ignore[arg-type]
+            taken += 1
+        flags = [each.trusted for each in ring]
+        assert flags == sorted(flags, reverse=True)
+        assert any(flags) or taken <= 3

@@ -27,7 +27,7 @@ EVERY, KEEP = 5, 3
 QUICK: dict[str, Any] = {"every": EVERY, "keep": KEEP, "trust_after": 4, "rewarm": 0, "check_every": 1000}
 
 
-PATIENT = {**QUICK, "window": 500, "patience": 500}
+PATIENT = {**QUICK, "window": 500, "patience": 500, "accept": None}
 STUBBORN = st.SkipNonFinite(max_in_a_row=500), st.Rollback(**PATIENT)
 """Skips step after step without a rollback."""
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stabletrain.core.state import from_plain, to_plain
 from stabletrain_plugins.rollback.weight_check import WeightCheck
-from stabletrain_plugins.rollback.weight_monitor import WeightHistory, WeightMonitor, WeightSample
+from stabletrain_plugins.rollback.weight_monitor import WeightHistory, WeightMonitor, WeightProblem, WeightSample
 
 ONE_RANK: Any = SimpleNamespace(
     world_size=1, is_global_zero=True, strategy=None, optimizers=[SimpleNamespace(param_groups=[{"lr": 0.1}])]
@@ -49,8 +49,8 @@ class Learning:
         self.monitor = WeightMonitor(self.check, every=10)
         self.step = 0
 
-    def train(self, steps: int, share: float = 1e-3, unhealthy: bool = False) -> list[str]:
-        problems = []
+    def train(self, steps: int, share: float = 1e-3, unhealthy: bool = False) -> list[WeightProblem]:
+        problems: list[WeightProblem] = []
         for _ in range(steps):
             self.step += 1
             for each in self.weights:
@@ -70,7 +70,8 @@ def test_a_fast_change_is_damage_only_together_with_an_unhealthy_step(steps: int
     assert not run.train(steps)
     assert not run.train(1, share=0.5), "the step was healthy"
     (problem,) = run.train(1, share=0.0, unhealthy=True)
-    assert "the weights have changed " in problem
+    assert "the weights have changed " in problem.reason
+    assert not problem.damaged, "their size is not wrong"
 
 
 @pytest.mark.parametrize(("norm", "damaged"), [(1.99, False), (2.01, True)])
@@ -87,6 +88,16 @@ def test_twice_the_largest_of_the_last_speeds_is_not_damage(norm: float, damaged
     problem = monitor.check(ONE_RANK, 101, unhealthy=True)
     assert (problem is not None) == damaged
     assert not damaged or "(limit 10)" in str(problem)
+
+
+@pytest.mark.parametrize(("step", "good_at"), [(5, 0), (10, 0), (11, 10), (29, 20), (30, 20)])
+def test_the_last_check_without_damage_is_named(step: int, good_at: int) -> None:
+    """Bug: a snapshot is restored whose weights were already damaged, because the check that found it counts."""
+    run = Learning()
+    assert not run.train(step - 1)
+    run.weights[1][2] = math.nan
+    (problem,) = run.train(1, unhealthy=True)
+    assert problem == WeightProblem("the norm of b is nan", True, good_at)
 
 
 def test_unhealthy_steps_alone_are_no_damage() -> None:

@@ -128,7 +128,7 @@ class WeightMonitor:
             return None
         return (
             f"the weights have changed {fastest / usual:.3g} times as fast as usual (limit {limit / usual:.3g}), and "
-            "the last step was not healthy"
+            "the last steps were not healthy"
         )
 
 

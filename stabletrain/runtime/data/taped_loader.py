@@ -127,6 +127,10 @@ class TapedLoader(Iterator[Any]):
         self._tape.next_number = cursor.event
         self._excluded_in_replay = False
         self.cursor = cursor
+        before = self._tape[cursor.event - 1] if cursor.event > self._tape.first else None
+        self.last_batch = self.samples_before = None
+        if isinstance(before, TapedBatch) and before.position == cursor.position:
+            self.last_batch = before
 
     def excluded_next(self) -> int:
         """How many batches directly after the last one that the loop got will be excluded."""

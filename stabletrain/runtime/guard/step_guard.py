@@ -264,6 +264,10 @@ class StepGuard:
             self._scales = from_plain(ScaleHistory, state["guard"]["scales"])
             self.changes.announced = tuple(state["guard"]["announced"])
 
+    def drop_requests(self) -> None:
+        """Drop the requests that are not executed yet: something else has answered them."""
+        self._requests.clear()
+
     def after_restore(self, state: Mapping[str, Any]) -> None:
         """After the state of an earlier step was restored: restore the guard's, drop pending losses and requests.
 
