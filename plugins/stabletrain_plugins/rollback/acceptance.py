@@ -123,7 +123,7 @@ def judge(
         incident: the present incident; the weights are not damaged, and its last steps are finite.
         memory: earlier incidents.
         last: the last rollback; None: there was none.
-        accept_after: attempted steps after which a repetition is accepted.
+        accept_after: attempted steps after which a repetition is accepted; at least ``patience`` of them.
         patience: steps by whose loss a level is judged.
         cool_down: applied steps after an accepted level in which further rises belong to it.
 
@@ -132,6 +132,7 @@ def judge(
     >>> judge(again, earlier, LastRollback(535, 450, 0), accept_after=60, patience=20, cool_down=100).name
     'ACCEPT'
     """
+    accept_after = max(accept_after, patience)
     excess = incident.excess(patience)
     lasts = incident.attempted - incident.since
     # from a little before it: after a rollback, the accepted level is passed again

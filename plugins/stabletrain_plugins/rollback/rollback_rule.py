@@ -48,7 +48,7 @@ class RollbackRule(SpikeDetection):
         cool_down: attempted steps after the position of an incident within which another one is taken for the same, and
             an older state is restored, >= 0.
         accept: attempted steps after which a new level of the loss, that comes again at the same position after going
-            back, is accepted, >= ``patience``; None: never.
+            back, is accepted, >= 1, but not before ``patience`` steps; None: never.
         check_every: attempted steps between checks of the weights, >= 1; from the second unhealthy step in a row on
             they are checked after each step.
         max_growth: factor on a weight tensor's root mean square between two checks that means damage, > 1.
@@ -121,10 +121,7 @@ class RollbackRule(SpikeDetection):
             self.max_rollbacks >= 1, "max_rollbacks", ">= 1; to detect without rollbacks, use plugins/spike=detect"
         )
         self.require(self.cool_down >= 0, "cool_down", ">= 0")
-        least = self.patience
-        self.require(
-            self.accept is None or self.accept >= least, "accept", f">= patience={least}, or null: accept no new level"
-        )
+        self.require(self.accept is None or self.accept >= 1, "accept", ">= 1, or null: accept no new level")
         self.require(self.check_every >= 1, "check_every", ">= 1")
         self.require(1 < self.max_growth < math.inf, "max_growth", "> 1 and finite")
         self.require(self.where in ("host", "device"), "where", '"host" or "device"')

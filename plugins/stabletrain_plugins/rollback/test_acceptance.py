@@ -43,6 +43,13 @@ def verdict(level: IncidentLevel, memory: Accepting = EARLIER, last: LastRollbac
     return judge(level, memory, last, accept_after=AFTER, patience=PATIENCE, cool_down=COOL_DOWN).name.lower()
 
 
+def test_no_level_is_accepted_before_it_has_been_judged() -> None:
+    """Bug: ``accept`` shorter than ``patience`` accepts a level too early, or rolls back while it waits."""
+    for lasts in range(PATIENCE + 1):
+        found = judge(incident(lasts), EARLIER, LAST, accept_after=5, patience=PATIENCE, cool_down=COOL_DOWN)
+        assert found.name == ("WAIT" if lasts < PATIENCE else "ACCEPT")
+
+
 @pytest.mark.parametrize(("lasts", "expected"), [(0, "wait"), (20, "wait"), (59, "wait"), (60, "accept")])
 def test_the_same_place_and_level_is_accepted_at_last(lasts: int, expected: str) -> None:
     """Bugs: one rollback after another for another loss term; a short burst of bad batches accepted."""
@@ -208,7 +215,7 @@ def test_the_batches_of_the_refuted_rollbacks_alone_are_given_back() -> None:
     rollbacks = made(120, 100, 101), made(520, 500, 501), made(560, 501, 502)
     memory = Accepting((Place(100, 1.0, 0), Place(500, 1.0, 1), Place(500, 1.0, 2)))
     request = Request(RequestKind.ROLLBACK, "somebody", "loss 3 > 2.5")
-    found = accepted(RollbackRule(rewarm=7), request, incident(60), memory, rollbacks, (1.0,) * PATIENCE, 501)
+    found = accepted(RollbackRule(rewarm=14), request, incident(60), memory, rollbacks, (1.0,) * PATIENCE, 501)
     expected = AcceptedLevel(
         step=650,
         applied=501,
