@@ -21,9 +21,9 @@ _OUTLIER_SIGMA = 0.05
 """Floor of that standard deviation: a norm within 28 % of the median always enters the baseline."""
 _RISE = 0.5
 """Nats by which one high norm raises the threshold; see `ClipZScoreRule`."""
-_WARMUP_WINDOW, _WARMUP_LEAST = 9, 5
-"""Maximum and minimum number of norms from which the limit of the warm-up is computed. It follows the norm, which
-usually falls in the first steps; the lower quartile is not raised by early instability of every other step."""
+_WARMUP_WINDOW = 5
+"""Number of norms from which the limit of the warm-up is computed. It follows the norm, which usually falls in the first
+steps; the second lowest is not raised by early instability of every other step."""
 _LARGEST = 1e150
 """Norms up to this value have finite squares; larger ones are not learned."""
 
@@ -62,7 +62,7 @@ class ClipZScoreRule(Rule[ZScoreState]):
     that norm at most), each other step lowers it by ``recurrent`` times that, down to ``mean + z_threshold * std``. In
     the long run about a share ``recurrent`` of the steps is clipped; more where high norms are all alike, but by
     little. Mean and std learn what would be clipped without the rise. In the warm-up, from the sixth step on, a norm is
-    clipped to ``warmup_factor`` times the lower quartile of the last nine norms.
+    clipped to ``warmup_factor`` times the second lowest of the last five norms.
 
     Zero and non-finite norms never enter the statistics, and are never clipped.
 
@@ -71,8 +71,8 @@ class ClipZScoreRule(Rule[ZScoreState]):
         decay: weight of the past in mean and variance, per step, in (0, 1).
         warmup_steps: first steps, in which only ``warmup_factor`` and ``max_norm`` clip, >= 2; outliers among them do
             not enter the first statistics.
-        warmup_factor: in the warm-up, factor on the lower quartile of the last norms to which a norm is clipped, > 1;
-            None: no limit.
+        warmup_factor: in the warm-up, factor on the second lowest of the last five norms, to which a norm is clipped,
+            > 1; None: no limit.
         recurrent: share of steps with a single high norm that is clipped in the long run, in [0, 1), in log space; 0:
             the threshold is never raised.
         space: space of the statistics: ``"log"`` or ``"linear"``.
@@ -105,7 +105,7 @@ class ClipZScoreRule(Rule[ZScoreState]):
     z_threshold: float = 3.0
     decay: float = 0.98
     warmup_steps: int = 50
-    warmup_factor: float | None = 1.5
+    warmup_factor: float | None = 2.0
     recurrent: float = 0.002
     space: Literal["log", "linear"] = "log"
     target: Literal["threshold", "mean", "reciprocal"] = "threshold"
@@ -205,9 +205,8 @@ class ClipZScoreRule(Rule[ZScoreState]):
         bounds: tuple[Bound, ...] = ()
         if state.ema is not None:
             bounds = (self._raised_bound(state.ema, state.raised),)
-        elif self.warmup_factor is not None and len(state.samples) >= _WARMUP_LEAST:
-            last = sorted(state.samples[-_WARMUP_WINDOW:])
-            largest = self.warmup_factor * last[len(last) // 4]
+        elif self.warmup_factor is not None and len(state.samples) >= _WARMUP_WINDOW:
+            largest = self.warmup_factor * sorted(state.samples[-_WARMUP_WINDOW:])[1]
             bounds = (Bound(largest, largest),)
         if self.max_norm is not None:
             bounds += (Bound(self.max_norm, self.max_norm),)
