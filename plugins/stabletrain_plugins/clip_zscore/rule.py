@@ -22,8 +22,8 @@ _OUTLIER_SIGMA = 0.05
 _RISE = 0.5
 """Nats by which one high norm raises the threshold; see `ClipZScoreRule`."""
 _WARMUP_WINDOW = 5
-"""Number of norms from which the limit of the warm-up is computed. It follows the norm, which usually falls in the first
-steps; the second lowest is not raised by early instability of every other step."""
+"""Number of norms from which the limit of the warm-up is computed. It follows the norm, which usually falls in the
+first steps; the second lowest is not raised by early instability of every other step."""
 _LARGEST = 1e150
 """Norms up to this value have finite squares; larger ones are not learned."""
 
