@@ -54,7 +54,7 @@ class Learning(NamedTuple):
         return self._replace(due=max(total_steps // 10, MEAN_OF))
 
     def add(self, losses: SlowRise) -> tuple[Learning, NotLearning | None]:
-        """The state after an loss, and the finding if the check is made now and the loss has not fallen.
+        """The state after a loss, and the finding if the check is made now and the loss has not fallen.
 
         A loss of both signs is not judged: near zero, as that of a policy gradient, it does not measure what is
         learned, and a share of it means nothing. A negative loss is compared with its noise only.

@@ -65,11 +65,9 @@ def train(folder: Path, kind: str | None, mode: Any, hook: str) -> dict[str, Any
     record, outliers = Record(), st.SkipOutliers(window=8, min_samples=4, regime_after=None)
     save = [SaveBefore(folder / f"{hook}-{mode}.ckpt")] if kind in (None, "ddp") else []
     callbacks = [AnnouncesOnOneRank(hook), outliers, st.SkipNonFinite(), st.Guard(mode=mode), record, *save]
-    two_ranks.Net, before = Net, two_ranks.Net  # type: ignore[misc]
     weights, _ = two_ranks.train(
-        folder, kind, *callbacks, make_optimizer=lambda p: torch.optim.AdamW(p, 1e-4, fused=mode == "device")
+        folder, kind, *callbacks, make_optimizer=lambda p: torch.optim.AdamW(p, 1e-4, fused=mode == "device"), make=Net
     )
-    two_ranks.Net = before  # type: ignore[misc]
     saved: Any = None
     if save:
         saved = torch.load(folder / f"{hook}-{mode}.ckpt", weights_only=True)["callbacks"]["skip_outliers"]["state"]

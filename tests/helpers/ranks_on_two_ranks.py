@@ -52,11 +52,9 @@ class Records(logging.Handler):
 def train(folder: Path, kind: str, module: Any) -> dict[str, Any]:
     records = Records()
     logging.getLogger("stabletrain").addHandler(records)
-    two_ranks.Net, whole = module, two_ranks.Net  # type: ignore[misc,assignment]
     placements = Placements()
     callbacks = [SkipNonFinite(), placements]
-    _, mine = two_ranks.train(folder, kind, *callbacks, make_optimizer=lambda p: torch.optim.SGD(p, 0.01))
-    two_ranks.Net = whole  # type: ignore[misc]
+    _, mine = two_ranks.train(folder, kind, *callbacks, make_optimizer=lambda p: torch.optim.SGD(p, 0.01), make=module)
     logging.getLogger("stabletrain").removeHandler(records)
     ranks = Ranks(mine)
     rank = dist.get_rank()

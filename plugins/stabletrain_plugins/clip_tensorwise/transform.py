@@ -70,6 +70,10 @@ class ClipTensorwise(TransformCallback):
         self._next: Tensor | None = None
         self._indices: dict[tuple[str, ...], Tensor] = {}
 
+    def on_change(self) -> None:
+        """Learn the reference norms anew."""
+        self.reset()
+
     def gamma(self, name: str) -> float:
         """The reference norm of a parameter, by its name in the module; infinite without a history."""
         row = self._rows.get(name)

@@ -162,9 +162,8 @@ def repeated(incident: IncidentLevel, memory: Accepting, last: LastRollback | No
     )
 
 
-def remember(incident: IncidentLevel, memory: Accepting, rollback: int, patience: int) -> Accepting:
-    """The memory after a rollback, with the index ``rollback``, for this incident."""
-    place = Place(incident.applied, incident.excess(patience), rollback)
+def remember(place: Place, memory: Accepting) -> Accepting:
+    """The memory after a rollback that was made for the incident at this place."""
     return memory._replace(places=(*memory.places, place)[-_REMEMBERED:])
 
 

@@ -22,7 +22,7 @@ from stabletrain.runtime.snapshots.snapshot import Snapshot
 from stabletrain.runtime.snapshots.state_tree import SnapshotError
 from stabletrain.runtime.stop import TrainingStopped
 from stabletrain_plugins.rollback import acceptance, memory, new_level, restoring
-from stabletrain_plugins.rollback.acceptance import Accepting, Verdict
+from stabletrain_plugins.rollback.acceptance import Accepting, Place, Verdict
 from stabletrain_plugins.rollback.checkpoint_state import RollbackState
 from stabletrain_plugins.rollback.decision import GiveUp
 from stabletrain_plugins.rollback.incidents import IncidentState, IncidentTracker, is_healthy
@@ -258,10 +258,11 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
             self._stop(plan.reason, batch, batch_idx)
         if plan.snapshot is not None:
             self._ring.drop_after(plan.snapshot)
+        intervention = plan.intervention
         if level is not None:
-            self._accepting = acceptance.remember(level, self._accepting, self.rollbacks, self.patience)
+            intervention = intervention._replace(incident=level.applied, excess=level.excess(self.patience))
         try:
-            self._apply(plan.intervention, plan.snapshot)
+            self._apply(intervention, plan.snapshot)
         except SnapshotError as error:
             self._stop(f"{error}; {request.reason}", batch, batch_idx)
 
@@ -272,7 +273,10 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
         new_level.learn(level, guard, loader)
         guard.drop_requests()  # in device mode, of the step that was in flight; its loss is part of the level
         self._levels = (*self._levels, level)
-        self._accepting = Accepting(accepted=level.applied if incident is None else incident.applied)
+        at = level.applied if incident is None else incident.applied
+        before = self._accepting.accepted
+        belongs = before is not None and abs(at - before) <= self.cool_down  # one change, counted from its beginning
+        self._accepting = Accepting(accepted=before if belongs else at)
         self._incidents.close()
         if level.rewarm != 0:
             rewarm = Request(RequestKind.REWARM, self.label, "after a new level of the loss", level.rewarm)
@@ -288,8 +292,12 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
         earlier, levels, accepting = self._interventions, self._levels, self._accepting
         restoring.restore(intervention, snapshot, guard, loader)
         self._interventions = (*earlier, intervention)
+        if intervention.incident is not None:
+            place = Place(intervention.incident, intervention.excess, rollback=len(earlier))
+            accepting = acceptance.remember(place, accepting)
+        self._accepting = accepting
         if snapshot is None:  # what the checkpoint knows of interventions is older
-            self._levels, self._accepting = levels, accepting
+            self._levels = levels
             loader.include(loader.excluded - self.excluded)  # batches that were given back since
             self._ring.clear()
         self._incidents.clear()

@@ -24,6 +24,8 @@ class Intervention(NamedTuple):
         plugin: the plugin that requested it.
         cause: the reason of that request.
         rewound: whether the data position of the snapshot was restored; with a checkpoint it is not.
+        incident: applied steps before the incident it was made for; None: it cannot be a change that is meant.
+        excess: of the loss in that incident over the usual one; None: unknown.
     """
 
     step: int
@@ -37,6 +39,8 @@ class Intervention(NamedTuple):
     plugin: str
     cause: str
     rewound: bool = True
+    incident: int | None = None
+    excess: float | None = None
 
     @property
     def undone(self) -> int:

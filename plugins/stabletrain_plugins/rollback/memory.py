@@ -101,8 +101,12 @@ def new_snapshot(rule: RollbackRule) -> Snapshot:
 
 
 def taped_batches(rule: RollbackRule, guard: StepGuard) -> int:
-    """The number of micro-batches that a full ring of snapshots goes back."""
-    return rule.keep * rule.every * guard.window.largest
+    """The number of micro-batches that may be needed to go back to the oldest snapshot.
+
+    A full ring goes back ``keep * every`` steps. During an incident no snapshot is taken, and excluded batches stay on
+    the tape, so there is room for as many steps again.
+    """
+    return 2 * rule.keep * rule.every * guard.window.largest
 
 
 def reserve(rule: RollbackRule, ring: SnapshotRing, guard: StepGuard, loader: TrainLoader, batch: Any) -> None:

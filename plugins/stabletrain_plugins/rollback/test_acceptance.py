@@ -39,6 +39,10 @@ def incident(lasts: int = 0, excess: float = 1.0, **changes: Any) -> IncidentLev
     return IncidentLevel(**{**given, **changes})
 
 
+def place(level: IncidentLevel, rollback: int) -> Place:
+    return Place(level.applied, level.excess(PATIENCE), rollback)
+
+
 def verdict(level: IncidentLevel, memory: Accepting = EARLIER, last: LastRollback | None = LAST) -> str:
     return judge(level, memory, last, accept_after=AFTER, patience=PATIENCE, cool_down=COOL_DOWN).name.lower()
 
@@ -81,7 +85,7 @@ def test_another_level_is_another_incident(excess: float, same: bool) -> None:
 @pytest.mark.parametrize("now", [0.09, 0.01, -0.02])
 def test_a_loss_that_is_not_raised_is_one_level(earlier: float, now: float) -> None:
     """Bug: incidents of the gradient norm are never the same, because the sign of the loss's noise differs."""
-    memory = remember(incident(20, earlier), Accepting(), 0, PATIENCE)
+    memory = remember(place(incident(20, earlier), 0), Accepting())
     assert memory.places[0].excess == 0.0
     assert verdict(incident(60, now), memory) == "accept"
     assert verdict(incident(60, 0.2), memory) == "roll_back", "the loss is raised now"
@@ -141,7 +145,7 @@ def test_a_ramp_after_an_accepted_level_is_accepted_at_once(applied: int, lasts:
 
 def test_an_unknown_level_is_as_any_other() -> None:
     """Bug: an incident that was rolled back before its loss could be judged is never repeated."""
-    memory = remember(incident(10), Accepting(), 0, PATIENCE)
+    memory = remember(place(incident(10), 0), Accepting())
     assert memory.places == (Place(500, None, 0),)
     assert verdict(incident(60, 17.0), memory) == "accept"
 
@@ -150,7 +154,7 @@ def test_the_memory_is_bounded() -> None:
     """Bug: a checkpoint that grows with each rollback."""
     memory = Accepting(accepted=3)
     for number in range(20):
-        memory = remember(incident(20, applied=number), memory, number, PATIENCE)
+        memory = remember(place(incident(20, applied=number), number), memory)
     assert [each.rollback for each in memory.places] == list(range(12, 20))
     assert memory.accepted == 3
 

@@ -28,7 +28,8 @@ def announce(trainer: Trainer, reason: str) -> None:
         reason: what changes, in a few words.
 
     Raises:
-        UserError: outside a fit, before its ``on_train_start``, or if the arguments are not a Trainer and a text.
+        UserError: outside a fit, before the optimizer exists or after ``on_train_end``, or if the arguments are not a
+            Trainer and a text.
     """
     state = getattr(trainer, "state", None)
     if state is None or not isinstance(reason, str) or not reason.strip():

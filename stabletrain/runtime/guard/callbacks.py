@@ -90,9 +90,9 @@ class GuardMember(Callback):
 
     def announce(self, trainer: Trainer, reason: str) -> bool:
         """Pass an announced change (`stabletrain.announce`) to the guard; False while there is none for this fit."""
-        if self._guard is None or self._guard.trainer is not trainer or not self._guard.is_open:
+        if self._guard is None or self._guard.trainer is not trainer or not self._guard.is_training:
             return False
-        self._guard.changes.announce(reason)
+        self._guard.changes.announce(reason, trainer.global_step)
         return True
 
     # ---- Lightning's hooks ------------------------------------------------------------------------------------------
@@ -162,6 +162,7 @@ class GuardMember(Callback):
         """Observe the last outcome, send the last metrics, and warn if many steps were dropped."""
         self._settle_and_flush()
         if self._leads and self._guard is not None:
+            self._guard.is_training = False
             self._guard.warn_of_dropped_steps()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -108,6 +108,8 @@ class StepGuard:
         self._dropped: DroppedStep | None = None
         self._attempted = False
         self.is_open = False
+        self.is_training = False
+        """As ``is_open``, but only until the training loop has ended."""
         self._control: StepControl | None = None
         self._undo: list[Callable[[], None]] = []
 
@@ -129,11 +131,11 @@ class StepGuard:
         self._names = [names.get(id(p), f"parameter {i}") for i, p in enumerate(self._parameters)]
         self.on_device = support.decides_on_device(self.trainer, self.mode, self._parameters[0].device)
         self._log_every = trainer_internals.log_interval(self.trainer)
-        self.is_open = True
+        self.is_open = self.is_training = True
 
     def close(self) -> None:
         """``teardown`` and ``on_exception``: restore everything that was replaced; a second call does nothing."""
-        self.is_open = False
+        self.is_open = self.is_training = False
         while self._undo:
             self._undo.pop()()
         self.window.clear()
@@ -278,6 +280,7 @@ class StepGuard:
         """
         in_a_row = state.get("counters", {}).get("overflows_in_a_row", 0)
         self.load_state_dict({**state, "counters": {**self.counters._asdict(), "overflows_in_a_row": in_a_row}})
+        self.changes.after_restore()
         self.window.clear()
         self._samples.clear()
         self._requests.clear()
@@ -307,7 +310,7 @@ class StepGuard:
         limits = self._limits()
         loss_value, norm, changed = _read(loss, grad_norm, changed)
         if changed:
-            self._apply_announced(self.changes.take())
+            self._apply_announced(self.changes.take(self.trainer.global_step))
             limits = self._limits()
         scale, overflow = self._scaling.scale, self._scaling.found_nonfinite(self.control.optimizer)
         # a non-finite gradient at a finite loss is an overflow, unless the scale cannot be the cause: the loss scaler
@@ -336,7 +339,7 @@ class StepGuard:
     def _decide_on_device(
         self, loss: Tensor, grad_norm: Tensor, grads: list[Tensor], changed: Tensor | bool
     ) -> Callable[[], Outcome]:
-        announced = self.changes.take()
+        announced = self.changes.take(self.trainer.global_step)
         flag = [changed] if isinstance(changed, Tensor) else []
         if announced and not flag:
             self._apply_announced(announced)
@@ -365,12 +368,12 @@ class StepGuard:
 
     def _before_checkpoint(self) -> None:
         """Observe the outcome in flight, and learn anew if any rank announced a change since the last decision."""
-        self.settle(alone=True)
         # after an exception of one rank the others do not get here
         together = self.trainer.state.status == TrainerStatus.RUNNING
+        self.settle(alone=not together)
         announced = bool(self.changes.announced)
         if self.ranks.any(announced) if together else announced:
-            self._apply_announced(self.changes.take())
+            self._apply_announced(self.changes.take(self.trainer.global_step))
 
     def _apply_announced(self, reasons: tuple[str, ...]) -> None:
         self._learn_anew("guard", "; ".join(reasons) or "announced on another rank")
