@@ -10,7 +10,6 @@ limit lies beyond the tail.
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -147,11 +146,16 @@ class OutlierTest(NamedTuple):
         return 0.0 if baseline.limit is None else _ROUNDING * self.centre(baseline)
 
     def share_raised(self, baseline: Baseline) -> float:
-        """Share of the values in the history that are raised, 0 to 1; 0 while there is no limit."""
-        ordered = baseline.past.window.ordered
-        if baseline.limit is None or not ordered:
+        """Share of raised values in the later half of the history, 0 to 1; 0 while there is no limit.
+
+        Of a signal that falls, as in the first steps, the earlier half is raised for that reason alone.
+        """
+        values = baseline.past.window.values
+        later = values[len(values) // 2 :]
+        if baseline.limit is None or not later:
             return 0.0
-        return 1.0 - bisect_right(ordered, 0.5 * (baseline.centre + baseline.limit)) / len(ordered)
+        middle = 0.5 * (baseline.centre + baseline.limit)
+        return sum(value > middle for value in later) / len(later)
 
     def centre(self, baseline: Baseline) -> float:
         """The centre in the unit of the signal."""

@@ -315,7 +315,8 @@ def test_the_share_of_raised_values() -> None:
     assert PLAIN.share_raised(Baseline()) == 0.0
     assert PLAIN.share_raised(learned(PLAIN, [2.0] * 15)) == 0.0
     log = PLAIN._replace(min_sigma=0.05, log=True)  # the limit is exp(0.3), the midpoint exp(0.15) = 1.16
-    assert log.share_raised(learned(log, [1.0] * 25 + [1.1] * 2 + [1.2] * 4 + [2.0])) == 5 / 32
+    assert log.share_raised(learned(log, [1.0] * 25 + [1.1] * 2 + [1.2] * 4 + [2.0])) == 5 / 16
+    assert log.share_raised(learned(log, [2.0] * 8 + [1.0] * 24)) == 0.0, "a signal that falls"
 
 
 def test_a_few_values_of_a_new_level_do_not_widen_the_covered_range() -> None:

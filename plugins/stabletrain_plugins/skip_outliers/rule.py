@@ -22,7 +22,7 @@ _SHARE_STEPS = 300
 """Steps over which the share of raised steps is averaged."""
 _COMMON_SHARE = 0.025
 """A share of raised steps up to this leaves the tolerance as it is: healthy norms and losses may have a long tail."""
-_TOLERANCE_PER_SHARE, _MAX_TOLERANCE, _LOSS_PER_SHARE = 20.0, 2.75, 10.0
+_TOLERANCE_PER_SHARE, _MAX_TOLERANCE, _LOSS_PER_SHARE = 30.0, 2.75, 20.0
 """How a larger share raises the tolerance (to a maximum that still drops the fourth of a burst) and the heat lost per
 step: where a tenth of all steps are outliers, independent of each other, about 0.2 of 1,000 steps are dropped."""
 _ABSURD = 1e6
@@ -70,7 +70,7 @@ class SkipOutliersRule(Rule[OutlierState]):
     (to at most 3), each other step lowers it by 0.25; an outlier at a heat below ``tolerance`` is applied, else it is
     dropped. So the first of a burst is applied and the others are dropped. Where single outliers recur, several will
     come close together by chance: the tolerance, and the heat lost per step, rise with the share of raised steps
-    (outliers, or more than half of the way to a limit) among the last 300 applied ones, for a tenth to 2.5 and 1.75
+    (outliers, or more than half of the way to a limit) among the last 300 applied ones, for a tenth to 2.75 and 2.5
     times; a burst is then dropped from its fourth on at the latest. Where outliers are known to be errors (wrong
     labels), ``tolerance=0`` drops each of them.
 
@@ -261,7 +261,7 @@ class SkipOutliersRule(Rule[OutlierState]):
         return by_norm or (self._loss_limit(state) < math.inf and self._loss.is_raised(state.loss, loss))
 
     def _first_share(self, state: OutlierState) -> float | None:
-        """The share of raised steps among those before there was a limit; None while there is none."""
+        """The share of raised steps in the later half of those before there was a limit; None while there is none."""
         shares = []
         if self._loss_limit(state) < math.inf:
             shares.append(self._loss.share_raised(state.loss))
