@@ -2,10 +2,11 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from announced import AT, Model, Record, train
 from torch import Tensor
 
 from stabletrain import ClipTensorwise, UserError
@@ -135,6 +136,35 @@ def test_a_parameter_that_joins_late_is_clipped_from_its_second_step_on() -> Non
         step(clip, [0.5])
     assert step(clip, [0.5, 8.0])[1] == 8.0
     assert step(clip, [0.5, 80.0])[1] == pytest.approx(12.0)
+
+
+def test_after_an_announced_change_the_reference_norms_are_learned_anew() -> None:
+    """Bug: gradients that are larger by design are clipped to the norms of before, for hundreds of steps."""
+    clip, fresh = (ClipTensorwise(warmup_steps=4, max_norm=100.0) for _ in range(2))
+    for _ in range(8):
+        step(clip, [0.5, 0.2])
+    assert step(clip, [8.0, 3.0], applied=False) == pytest.approx([1.05 * 0.5, 1.05 * 0.2])
+    clip.on_change()
+    for norms in ([8.0, 3.0], [9.0, 2.0], [8.5, 2.5], [90.0, 2.5], [9.0, 25.0]):
+        assert step(clip, norms) == step(fresh, norms)
+    assert (clip.gamma("A"), clip.gamma("B")) == (fresh.gamma("A"), fresh.gamma("B"))
+
+
+def test_an_announced_change_reaches_it() -> None:
+    """Bug: the announcement resets the rules alone, and the clipping goes on with the norms of before."""
+
+    class Gammas(Record):
+        found: ClassVar[list[float]] = []
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            super().on_train_batch_end(*args)
+            self.found.append(clip.gamma("net.weight"))
+
+    clip, gammas = ClipTensorwise(warmup_steps=2, max_norm=1e6), Gammas()
+    train(Model("training_step", factor=50.0), clip, gammas, steps=AT + 2)
+    before, after = gammas.found[AT - 1 : AT + 1]
+    assert gammas.outcomes[AT].applied_norm == gammas.outcomes[AT].grad_norm
+    assert after > 10 * before
 
 
 def test_warmup_clips_to_the_global_norm() -> None:

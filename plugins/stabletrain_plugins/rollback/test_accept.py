@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from announced import Record
 from fits import assert_same, everything
 from lightning.pytorch.callbacks import Checkpoint
 from new_level import AT, QUICK, STEPS, Model, SaveAt, decisions, rules, train
@@ -272,6 +273,30 @@ def test_an_acceptance_is_replayed(tmp_path: Path, mode: str) -> None:
     assert_same_weights(first, second)  # type: ignore[arg-type]
     assert first.seen == second.seen
     assert interventions(tmp_path / "b") == interventions(tmp_path / "a")
+
+
+@pytest.mark.parametrize("mode", ["exact", "device"])
+def test_a_repetition_that_healed_is_replayed(tmp_path: Path, mode: str) -> None:
+    """Bug: the replay does not know what its rollback was made for, takes the repetition for a new incident, and rolls
+    back where the run waited."""
+
+    def run(folder: Path, **changes: Any) -> tuple[Model, st.Rollback, Record]:
+        stack, rollback = rules(mode, max_in_a_row=8, **changes)
+        model = Model(lambda batch: 4.0 if AT <= batch < AT + 21 else 1.0)
+        _, record = train(folder, model, *stack, max_epochs=1)
+        return model, rollback, record
+
+    first, waited, record = run(tmp_path / "a")
+    second, replayed, again = run(tmp_path / "b", replay=str(tmp_path / "a"))
+    assert [kind for _, kind in decisions(record)] == ["rewarm", "rollback"]
+    assert waited._accepting.places
+    skipped = [each.step for each in record.outcomes if each.skipped and each.step >= ROLLED_BACK + 1]
+    assert QUICK["patience"] < len(skipped) < QUICK["accept"], "it came again, and rollbacks were requested"
+    assert_same_weights(first, second)  # type: ignore[arg-type]
+    assert first.seen == second.seen
+    assert again.events == record.events
+    assert interventions(tmp_path / "b") == interventions(tmp_path / "a")
+    assert replayed._accepting == waited._accepting
 
 
 @pytest.mark.parametrize("cut", [ROLLED_BACK + 3, ROLLED_BACK + 12, ACCEPTED + 3, 125])

@@ -79,6 +79,42 @@ def test_a_snapshot_between_the_announcement_and_its_step(tmp_path: Path) -> Non
     assert (first.step, again.step, again.value, again.reason) == (AT, back.step + 1, AT, TERM)
 
 
+class AtEachAttempt(Callback):
+    """Announces the change at each attempt of step `AT`, counted in applied steps."""
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == AT:
+            st.announce(trainer, TERM)
+
+
+@pytest.mark.parametrize("mode", ["exact", "device"])
+@pytest.mark.parametrize("how", ["expect", "announce"])
+def test_an_incident_at_the_change_stays_open(how: str, mode: Any, tmp_path: Path) -> None:
+    """Bugs: each attempt of its step closes the incident, and the rollback excludes the last of its bad batches only;
+    or the change is forgotten once the rollback has gone back to before it."""
+
+    def run(folder: Path, *announces: Callback, expect: list[int] | None = None) -> Record:
+        record, rollback = Record(), st.Rollback(**{**QUICK, "patience": 12}, expect=expect)
+        stack = [st.SkipNonFinite(max_in_a_row=10), rollback, st.Guard(mode=mode)]
+        model = Model(nan=range(AT, AT + 10), factor=1.0)
+        train_sized(model, folder, *announces, *stack, record, steps=AT + 40)
+        return record
+
+    plain = run(tmp_path / "plain")
+    announces = [AtEachAttempt()] if how == "announce" else []
+    record = run(tmp_path / "changed", *announces, expect=[AT] if how == "expect" else None)
+    (expected,), (made,) = interventions(tmp_path / "plain"), interventions(tmp_path / "changed")
+    assert len(expected["excluded"]) >= 10
+    for key in ("step", "applied", "excluded"):
+        assert made[key] == expected[key]
+    assert made["applied"][1] < AT
+    assert plain.kinds("nonfinite") == ["rollback"]
+    assert record.kinds("nonfinite") == ["announced", "rollback", "announced"]
+    first, _, again = (event for event in record.events if event.kind != "nonfinite")
+    assert first.step == AT
+    assert again.step == made["step"] + AT - made["applied"][1]
+
+
 @pytest.mark.parametrize("after", [AT - 1, AT, AT + 1, AT + 20])
 @pytest.mark.parametrize("how", ["callback", "expect"])
 def test_resumed_equals_uninterrupted(how: str, after: int, tmp_path: Path) -> None:

@@ -454,7 +454,7 @@ def test_rewarming(tmp_path: Path) -> None:
 
 def test_memory_is_refused_before_it_is_taken(tmp_path: Path) -> None:
     """Bug: a run is killed by the system hours later, because memory runs out."""
-    with pytest.raises(UserError, match=r"3 snapshots of .* and 24 batches of .* more than max_memory=1KB.*spike.keep"):
+    with pytest.raises(UserError, match=r"3 snapshots of .* and 48 batches of .* more than max_memory=1KB.*spike.keep"):
         train(tmp_path, st.Rollback(**QUICK, max_memory="1KB"))
     train(tmp_path, st.Rollback(**QUICK, max_memory="10MB"), max_steps=3, max_epochs=-1)
 

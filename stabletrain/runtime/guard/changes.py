@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 
 class Changes:
@@ -12,8 +12,8 @@ class Changes:
         self.announced: tuple[str, ...] = ()
         """Reasons announced on this rank since the last decision, each once, in the order of the calls."""
         self._expected: list[tuple[str, dict[int, str]]] = []
-        # a step that is dropped is attempted again: the change at its position is in force already
-        self._in_force: tuple[int, frozenset[str]] = (-1, frozenset())
+        self.passed: dict[str, int] = {}
+        """Reasons and the applied steps when they came last: a step that is dropped is attempted again."""
 
     def announce(self, reason: str, applied: int) -> None:
         """Announce a change on this rank.
@@ -23,31 +23,24 @@ class Changes:
 
         Args:
             reason: of the change.
-            applied: applied steps so far.
+            applied: applied steps so far, as the caller of `stabletrain.announce` reads them; in device mode they
+                include a step in flight, even if it will have been dropped.
         """
-        if reason not in self.announced and not self._is_in_force(reason, applied):
+        if reason not in self.announced and self._comes(reason, applied):
             self.announced += (reason,)
 
-    def take(self, applied: int) -> tuple[str, ...]:
-        """Return the announced reasons, which are in force from now on, and remove them.
-
-        Args:
-            applied: applied steps so far.
-        """
+    def take(self) -> tuple[str, ...]:
+        """Return the announced reasons, which are in force from now on, and remove them."""
         reasons, self.announced = self.announced, ()
-        self._enforce(reasons, applied)
         return reasons
 
-    def after_restore(self) -> None:
-        """After the state of an earlier step was restored: positions are passed again."""
-        self._in_force = (-1, frozenset())
-
-    def _is_in_force(self, reason: str, applied: int) -> bool:
-        return self._in_force[0] == applied and reason in self._in_force[1]
-
-    def _enforce(self, reasons: Iterable[str], applied: int) -> None:
-        known = self._in_force[1] if self._in_force[0] == applied else frozenset()
-        self._in_force = (applied, known | frozenset(reasons))
+    def _comes(self, reason: str, applied: int) -> bool:
+        """Whether a change comes at this position for the first time."""
+        if self.passed.get(reason) == applied:
+            return False
+        recent = {each: at for each, at in self.passed.items() if at >= applied - 1}  # no others can come again
+        self.passed = {**recent, reason: applied}
+        return True
 
     def expect(self, plugin: str, positions: Mapping[int, str]) -> None:
         """Expect changes, the same on all ranks.
@@ -64,7 +57,4 @@ class Changes:
         A position is passed again after a rollback to before it, but not when the step there was dropped.
         """
         due = [(plugin, positions[applied]) for plugin, positions in self._expected if applied in positions]
-        due = [(plugin, reason) for plugin, reason in due if not self._is_in_force(f"{plugin}: {reason}", applied)]
-        if due:
-            self._enforce((f"{plugin}: {reason}" for plugin, reason in due), applied)
-        return due
+        return [(plugin, reason) for plugin, reason in due if self._comes(f"{plugin}: {reason}", applied)]

@@ -254,6 +254,7 @@ class StepGuard:
             "rewarm": self.rewarming.state(),
             "scales": to_plain(self._scales),
             "announced": list(self.changes.announced),
+            "passed": self.changes.passed,
         }
         return {"counters": self.counters._asdict(), "guard": own}
 
@@ -265,6 +266,7 @@ class StepGuard:
             self.rewarming.load(state["guard"]["rewarm"])
             self._scales = from_plain(ScaleHistory, state["guard"]["scales"])
             self.changes.announced = tuple(state["guard"]["announced"])
+            self.changes.passed = dict(state["guard"].get("passed", {}))
 
     def drop_requests(self) -> None:
         """Drop the requests that are not executed yet: something else has answered them."""
@@ -278,9 +280,9 @@ class StepGuard:
         Args:
             state: what `state_dict` returned at that step; may be empty.
         """
+        self.changes.passed = {}  # positions are passed again
         in_a_row = state.get("counters", {}).get("overflows_in_a_row", 0)
         self.load_state_dict({**state, "counters": {**self.counters._asdict(), "overflows_in_a_row": in_a_row}})
-        self.changes.after_restore()
         self.window.clear()
         self._samples.clear()
         self._requests.clear()
@@ -310,7 +312,7 @@ class StepGuard:
         limits = self._limits()
         loss_value, norm, changed = _read(loss, grad_norm, changed)
         if changed:
-            self._apply_announced(self.changes.take(self.trainer.global_step))
+            self._apply_announced(self.changes.take())
             limits = self._limits()
         scale, overflow = self._scaling.scale, self._scaling.found_nonfinite(self.control.optimizer)
         # a non-finite gradient at a finite loss is an overflow, unless the scale cannot be the cause: the loss scaler
@@ -339,7 +341,7 @@ class StepGuard:
     def _decide_on_device(
         self, loss: Tensor, grad_norm: Tensor, grads: list[Tensor], changed: Tensor | bool
     ) -> Callable[[], Outcome]:
-        announced = self.changes.take(self.trainer.global_step)
+        announced = self.changes.take()
         flag = [changed] if isinstance(changed, Tensor) else []
         if announced and not flag:
             self._apply_announced(announced)
@@ -373,7 +375,7 @@ class StepGuard:
         self.settle(alone=not together)
         announced = bool(self.changes.announced)
         if self.ranks.any(announced) if together else announced:
-            self._apply_announced(self.changes.take(self.trainer.global_step))
+            self._apply_announced(self.changes.take())
 
     def _apply_announced(self, reasons: tuple[str, ...]) -> None:
         self._learn_anew("guard", "; ".join(reasons) or "announced on another rank")

@@ -135,6 +135,41 @@ def test_an_expected_change_is_not_judged(position: Any, mode: str) -> None:
     assert not record.outcomes[AT].skipped
 
 
+class Repeats(Callback):
+    """Announces the change in one hook, whenever a given number of steps has been applied."""
+
+    def __init__(self, hook: str, at: int) -> None:
+        self.at, self.calls = at, 0
+        setattr(self, hook, self.call)
+
+    def call(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.at:
+            self.calls += 1
+            st.announce(trainer, TERM)
+
+
+def dropped_ten_times(how: str, mode: str) -> tuple[list[Repeats], list[Any]]:
+    """What announces the change, if it is not expected, and a stack that does not stop for ten NaN steps in a row."""
+    members = stack(mode, expect=[AT] if how == "expect" else None)
+    callbacks = [st.SkipNonFinite(max_in_a_row=12) if isinstance(each, st.SkipNonFinite) else each for each in members]
+    at = AT + (mode == "device")  # there a step counts as applied until its outcome is known
+    return [] if how == "expect" else [Repeats(how, at)], callbacks
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("how", ["expect", "on_train_batch_start", "on_before_zero_grad", "on_train_batch_end"])
+def test_a_change_is_in_force_once_while_its_step_is_dropped(how: str, mode: str) -> None:
+    """Bug: its step is NaN ten times, and ten times all is learned anew and an event is written."""
+    record = Record()
+    repeats, callbacks = dropped_ten_times(how, mode)
+    train(Model(nan=range(AT, AT + 10)), *repeats, *callbacks, record)
+    late = mode == "device" and how != "expect"
+    assert [event.step for event in record.events if event.kind == "announced"] == [AT + late]
+    assert [each.step for each in record.outcomes if not each.applied] == list(range(AT, AT + 10))
+    assert how == "expect" or repeats[0].calls >= 10
+    assert set(record.kinds()) == {"announced", "nonfinite"}, "the first steps with the larger loss are not judged"
+
+
 def test_positions_are_applied_steps() -> None:
     """Bug: after three dropped steps a change is expected three steps too early."""
     record = Record()
@@ -200,6 +235,22 @@ def test_resumed_equals_uninterrupted(where: str, mode: str, after: int, tmp_pat
         assert repr(one.state_dict()) == repr(other.state_dict())
 
 
+@pytest.mark.parametrize("after", [AT, AT + 1, AT + 8])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("how", ["expect", "on_train_batch_start"])
+def test_resumed_while_its_step_is_dropped(how: str, mode: str, after: int, tmp_path: Path) -> None:
+    """Bug: a run that is resumed there learns everything anew once more."""
+    whole, resumed = Record(after, tmp_path / "at.ckpt"), Record()
+    nan, options = range(AT, AT + 10), {"max_steps": AT + 10, "steps": AT + 20}
+    repeats, expected = dropped_ten_times(how, mode)
+    train(Model(nan=nan), *repeats, *expected, whole, **options)
+    repeats, mine = dropped_ten_times(how, mode)
+    path = tmp_path / "at.ckpt"
+    train(Model(nan=nan), *repeats, *mine, resumed, start=after + 1, **options, ckpt_path=path)
+    assert repr(resumed.events) == repr([event for event in whole.events if event.step > after])
+    assert repr([each.state_dict() for each in mine]) == repr([each.state_dict() for each in expected])
+
+
 # ---- where it does nothing, and where it is a mistake ----------------------------------------------------------------
 
 
@@ -239,6 +290,14 @@ def test_outside_a_fit_it_is_an_error() -> None:
     tested = trainer(calls, *stack())
     tested.test(Net(), torch.utils.data.DataLoader([batches(HEALTHY)[0]], batch_size=None), verbose=False)  # type: ignore[arg-type]
     assert outside in str(calls.error)
+
+
+@pytest.mark.parametrize("hook", ["on_train_end", "on_fit_end", "teardown"])
+def test_after_the_training_it_is_an_error(hook: str) -> None:
+    """Bug: a change announced after the last step, which nothing learns any more, is accepted in silence."""
+    calls = Calls(hook)
+    fit(Net("sgd-fused"), batches(*[HEALTHY] * 3), *stack(), calls)
+    assert "before or after training" in str(calls.error)
 
 
 @pytest.mark.parametrize(("hook", "fails"), [("setup", True), ("on_train_start", False), ("on_validation_end", False)])
