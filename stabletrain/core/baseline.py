@@ -49,6 +49,11 @@ class Baseline(NamedTuple):
     size: float = 0.0
     covered: tuple[float, float] | None = None
 
+    @property
+    def raised(self) -> float:
+        """The midpoint of centre and limit, above which a value is raised; infinite while there is no limit."""
+        return math.inf if self.limit is None else 0.5 * (self.centre + self.limit)
+
 
 class OutlierTest(NamedTuple):
     """Test whether a value of a signal is an outlier, given the `Baseline` of the signal.
@@ -128,7 +133,7 @@ class OutlierTest(NamedTuple):
 
         A raised signal that is not an outlier does not end an excursion.
         """
-        return baseline.limit is not None and self._to_space(value) > 0.5 * (baseline.centre + baseline.limit)
+        return self._to_space(value) > baseline.raised
 
     def limit(self, baseline: Baseline, least_size: float = 0.0) -> float:
         """The limit in the unit of the signal; infinite while there is none.
@@ -152,10 +157,7 @@ class OutlierTest(NamedTuple):
         """
         values = baseline.past.window.values
         later = values[len(values) // 2 :]
-        if baseline.limit is None or not later:
-            return 0.0
-        middle = 0.5 * (baseline.centre + baseline.limit)
-        return sum(value > middle for value in later) / len(later)
+        return sum(value > baseline.raised for value in later) / len(later) if later else 0.0
 
     def centre(self, baseline: Baseline) -> float:
         """The centre in the unit of the signal."""

@@ -103,8 +103,9 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
         named = list(guard.module.named_parameters())
         fingerprint = Fingerprint.of(trainer, guard.module, named)
         self._log = InterventionLog(self._folder / run_files.INTERVENTIONS if self._writes_files else None, fingerprint)
-        loader.limit_tape(memory.taped_batches(self, guard), math.inf)
-        if self.replay is not None:
+        if self.replay is None:
+            loader.limit_tape(memory.taped_batches(self, guard), math.inf)
+        else:
             loader.limit_tape(math.inf, math.inf)  # the log says what is needed, whatever this run's arguments are
             planned = read(self.replay, fingerprint)
             self._replay = InterventionReplay(planned, guard.counters.attempted, self._new_snapshot)

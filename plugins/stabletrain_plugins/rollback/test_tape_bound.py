@@ -18,11 +18,10 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import stabletrain as st
 from stabletrain.core.bytes import shown
-from stabletrain.core.events import Request, RequestKind
-from stabletrain.core.rule import Observation
 from stabletrain.testing.toy import quiet
 from stabletrain.testing.trainer import quiet_trainer
 from stabletrain_plugins.rollback import memory
+from stabletrain_plugins.rollback.test_rollback import Requests
 
 EVERY, KEEP = 5, 3
 RING = KEEP * EVERY
@@ -68,21 +67,6 @@ class Numbers(IterableDataset[Tensor]):
 
     def bad(self, number: int) -> bool:
         return bool(self.skip) and number >= self.start and number % self.skip == 0
-
-
-class RequestingRule(st.SkipNonFinite):  # type: ignore[name-defined,misc]
-    """Requests a rollback after given attempted steps, once each."""
-
-    plugin = "requesting"
-
-    def at(self, *steps: int) -> RequestingRule:
-        self.__dict__["steps"] = steps
-        return self
-
-    def observe(self, state: Any, outcome: Any) -> Any:
-        due = outcome.step + 1 in self.__dict__["steps"]
-        request = Request(RequestKind.ROLLBACK, self.label, f"requested at step {outcome.step}")
-        return Observation(state, (), (request,) if due else ())
 
 
 class Watch(Callback):
@@ -150,7 +134,7 @@ def test_a_rollback_beyond_the_tape_leaves_the_data_position(tmp_path: Path) -> 
     """Bug: the run stops, or the tape raises, or batches are read from the wrong place, where the tape is too short."""
     weights = Weights()
     data = Numbers(120, skip=1, start=60)
-    model = train(tmp_path, data, RequestingRule().at(100), *STUBBORN, weights)
+    model = train(tmp_path, data, Requests().at(100), *STUBBORN, weights)
     (made,) = interventions(tmp_path)
     assert (made["applied"], made["rewound"]) == ([60, 55], False)
     assert len(made["excluded"]) == TAPE - 1, "those of the incident that are stored; one is fetched ahead"
@@ -166,7 +150,7 @@ def test_a_rollback_beyond_the_tape_is_replayed(tmp_path: Path, every: int) -> N
     One rollback restores the data position, the other one does not.
     """
     data = Numbers(120, skip=1, start=60)
-    first = train(tmp_path / "a", data, RequestingRule().at(44, 100), *STUBBORN, max_epochs=2)
+    first = train(tmp_path / "a", data, Requests().at(44, 100), *STUBBORN, max_epochs=2)
     assert [each["rewound"] for each in interventions(tmp_path / "a")] == [True, False]
     log = st.Rollback(**{**PATIENT, "every": every}, replay=str(tmp_path / "a"))
     watch = Watch()
@@ -182,13 +166,13 @@ def test_a_run_with_such_a_rollback_resumes_exactly(tmp_path: Path) -> None:
     data = Numbers(100, skip=4, start=58)
     save = ModelCheckpoint(tmp_path / "ckpt", filename="{step}", every_n_train_steps=10, save_top_k=-1)
     rollback = {**QUICK, "trust_after": 5}
-    stack = RequestingRule().at(70), st.SkipNonFinite(), st.ResumeExactly()
+    stack = Requests().at(70), st.SkipNonFinite(), st.ResumeExactly()
     whole = train(tmp_path / "a", data, *stack, st.Rollback(**rollback), save, max_epochs=2)
     assert len(interventions(tmp_path / "a")) == 1
     again = train(
         tmp_path / "b",
         data,
-        *(RequestingRule().at(70), st.SkipNonFinite(), st.ResumeExactly()),
+        *(Requests().at(70), st.SkipNonFinite(), st.ResumeExactly()),
         st.Rollback(**rollback),
         resume=tmp_path / "ckpt" / "step=80.ckpt",
         max_epochs=2,
@@ -225,7 +209,7 @@ def test_larger_batches_are_held_to_the_memory(tmp_path: Path, messages: list[st
 def test_a_rollback_beyond_the_memory_leaves_the_data_position(tmp_path: Path) -> None:
     """Bug: with a tape of a batch or none the state cannot be restored."""
     data = Numbers(80, size=lambda i: 1 if i < 30 else 64)
-    model = train(tmp_path, data, RequestingRule().at(58), st.Rollback(**limit_for(TAPE)))
+    model = train(tmp_path, data, Requests().at(58), st.Rollback(**limit_for(TAPE)))
     (made,) = interventions(tmp_path)
     assert (made["to"], made["rewound"], made["excluded"]) == (50, False, [])
     assert model.seen == list(range(80))

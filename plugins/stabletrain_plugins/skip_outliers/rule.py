@@ -251,8 +251,7 @@ class SkipOutliersRule(Rule[OutlierState]):
             # not only outliers: where what recurs lies about at the limit, it would be forgotten while the limit is
             # a little higher, and dropped when it is lower again
             share += (self._is_raised(state, loss, norm) - share) / _SHARE_STEPS
-        recurrent = max(0.0, (state.share or 0.0) - _COMMON_SHARE)
-        heat = max(0.0, state.heat - _HEAT_LOST * (1.0 + _LOSS_PER_SHARE * recurrent))
+        heat = max(0.0, state.heat - _HEAT_LOST * (1.0 + _LOSS_PER_SHARE * _recurrent(state)))
         state = OutlierState(self._loss.learn(state.loss, loss), level, 0, candidates, outside, heat, share)
         return state if share is not None else state._replace(share=self._first_share(state))
 
@@ -323,8 +322,7 @@ class SkipOutliersRule(Rule[OutlierState]):
 
     def _tolerates(self, state: OutlierState) -> bool:
         """Whether an outlier is applied now."""
-        recurrent = max(0.0, (state.share or 0.0) - _COMMON_SHARE)
-        return state.heat < self.tolerance * min(1.0 + _TOLERANCE_PER_SHARE * recurrent, _MAX_TOLERANCE)
+        return state.heat < self.tolerance * min(1.0 + _TOLERANCE_PER_SHARE * _recurrent(state), _MAX_TOLERANCE)
 
     def _beyond(self, state: OutlierState, loss: float, norm: float) -> list[_Beyond]:
         """The signals that make a step an outlier; the loss is the first."""
@@ -359,6 +357,11 @@ class SkipOutliersRule(Rule[OutlierState]):
         statistic, centre, steps = "median" if self.robust else "mean", test.centre(baseline), len(baseline.past.window)
         sign = "<" if signal.below else ">"
         return f"{signal.name} {signal.value:.4g} {sign} {signal.limit:.4g} ({statistic} {centre:.4g} of {steps} steps)"
+
+
+def _recurrent(state: OutlierState) -> float:
+    """The share of raised steps beyond what is common."""
+    return max(0.0, (state.share or 0.0) - _COMMON_SHARE)
 
 
 def _without_counts(state: OutlierState) -> OutlierState:

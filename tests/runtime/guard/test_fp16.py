@@ -14,6 +14,7 @@ from fits import (
     EventRecorder,
     Net,
     Recorder,
+    SaveAfter,
     assert_same,
     batches,
     everything,
@@ -21,7 +22,6 @@ from fits import (
     loader,
     scaler,
 )
-from lightning.pytorch import Callback
 from torch import Tensor
 
 from stabletrain import ClipNorm, SkipNonFinite
@@ -132,15 +132,6 @@ def test_gradients_that_grow_for_good_lower_the_scale() -> None:
     lost = [o for o in recorder.state if not o.applied]
     assert 3 <= len(lost) <= 15
     assert not any(o.skipped for o in lost)
-
-
-class SaveAfter(Callback):
-    def __init__(self, batch: int, path: Path) -> None:
-        self.batch, self.path = batch, path
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx == self.batch:
-            trainer.save_checkpoint(self.path)
 
 
 @pytest.mark.parametrize("at", range(8, 19))

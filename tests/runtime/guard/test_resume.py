@@ -13,6 +13,7 @@ from fits import (
     NAN_LOSS,
     Net,
     Recorder,
+    SaveAfter,
     SkipHighLoss,
     assert_same,
     batches,
@@ -26,17 +27,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from stabletrain import ClipNorm, Guard, SkipNonFinite, SkipOutliers
 
 ITEMS = batches(HEALTHY, LARGE_GRAD, NAN_LOSS, HEALTHY, NAN_LOSS, HEALTHY, HEALTHY, LARGE_GRAD)
-
-
-class SaveAfter(Callback):
-    """Writes a checkpoint after a batch, before or after the guard's own hook by its place in the list."""
-
-    def __init__(self, batch: int, path: Path) -> None:
-        self.batch, self.path = batch, path
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.current_epoch * len(ITEMS) + batch_idx == self.batch:
-            trainer.save_checkpoint(self.path)
 
 
 def members(mode: str) -> list[Any]:

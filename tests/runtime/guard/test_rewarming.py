@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from fits import HEALTHY, NAN_LOSS, EventRecorder, Net, assert_same, batches, everything, fit, loader
+from fits import HEALTHY, NAN_LOSS, EventRecorder, Net, SaveAfter, assert_same, batches, everything, fit, loader
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LearningRateMonitor, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
@@ -155,15 +155,6 @@ def test_a_new_climb_replaces_the_old_one() -> None:
     fit(module, EIGHT, Ask(at=((1, 5), (3, 2), (4, 4), (5, 0))))
     factors = [1, 1, 1 / 5, 2 / 5, 1 / 2, 1 / 4, 1, 1]
     assert [each[0] for each in module.used] == pytest.approx([0.01 * factor for factor in factors])
-
-
-class SaveAfter(Callback):
-    def __init__(self, batch: int, path: Path) -> None:
-        self.batch, self.path = batch, path
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx == self.batch:
-            trainer.save_checkpoint(self.path)
 
 
 @pytest.mark.parametrize("mode", ["exact", "device"])
