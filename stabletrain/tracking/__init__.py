@@ -11,8 +11,9 @@ from stabletrain.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from stabletrain.tracking.comparison import Comparison, RunSummary, compare, comparison_url, side_by_side
+    from stabletrain.tracking.git import git_state
     from stabletrain.tracking.logger import MLflowLogger
-    from stabletrain.tracking.record import environment, git_state, write_environment
+    from stabletrain.tracking.record import environment, write_environment
     from stabletrain.tracking.runs import set_final_status, start_run, upload_unsent
     from stabletrain.tracking.store import StoreError, default_tracking_uri, ensure_store
 
@@ -26,7 +27,7 @@ _MODULES = {
     "default_tracking_uri": "store",
     "ensure_store": "store",
     "environment": "record",
-    "git_state": "record",
+    "git_state": "git",
     "set_final_status": "runs",
     "side_by_side": "comparison",
     "start_run": "runs",

@@ -222,7 +222,8 @@ class MLflowLogger(Logger):
         return self._session
 
     def _create(self, client: Any) -> str:
-        from stabletrain.tracking.record import git_state, write_environment
+        from stabletrain.tracking.git import git_state
+        from stabletrain.tracking.record import write_environment
 
         tags = {**runs.describe({}), **runs.git_tags(git_state(Path.cwd())), **self._tags}
         if self._parent_run_id is not None:

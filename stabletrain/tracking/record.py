@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from stabletrain.tracking.git import git_state
+
 # only these variables: the whole environment contains passwords, tokens, user and host names
 _VARIABLES = (
     "OMP_NUM_THREADS",
@@ -31,8 +33,6 @@ _VARIABLES = (
     "LOCAL_WORLD_SIZE",
 )
 
-_DIFF_BYTES = 200_000
-
 
 def environment() -> dict[str, Any]:
     """Return the properties of this process that can change a result; no secrets, no user or host names."""
@@ -51,30 +51,6 @@ def packages() -> dict[str, str]:
     """Return the version of every installed distribution, by name."""
     found = {(dist.metadata["Name"] or ""): dist.version for dist in importlib.metadata.distributions()}
     return {name: found[name] for name in sorted(found, key=str.lower) if name}
-
-
-def git_state(path: str | Path, *, limit: int = _DIFF_BYTES) -> dict[str, Any]:
-    """Return commit, branch and uncommitted changes of the repository that contains ``path``.
-
-    Args:
-        path: a folder. Outside a repository (or without git) every value is None or empty.
-        limit: maximum length of the diff in bytes; ``diff_truncated`` is True if it was longer.
-    """
-    sha = _git(path, "rev-parse", "HEAD")
-    top = _git(path, "rev-parse", "--show-toplevel")
-    if top is None:
-        return {"sha": None, "branch": None, "dirty": None, "diff": "", "diff_truncated": False, "untracked": []}
-    status = _git(path, "status", "--porcelain", "--untracked-files=normal") or ""
-    diff = (_git(path, "diff", "--no-color", "--no-ext-diff", "HEAD" if sha else "--cached") or "").encode()
-    untracked = [line[3:] for line in status.splitlines() if line.startswith("?? ")]
-    return {
-        "sha": sha,
-        "branch": _git(path, "symbolic-ref", "--short", "-q", "HEAD") or None,
-        "dirty": bool(status),
-        "diff": diff[:limit].decode(errors="replace"),
-        "diff_truncated": len(diff) > limit,
-        "untracked": untracked[:1000],
-    }
 
 
 def write_environment(folder: str | Path, *, code: str | Path | None = None) -> list[Path]:
@@ -98,21 +74,6 @@ def write_environment(folder: str | Path, *, code: str | Path | None = None) -> 
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
     return [folder / name for name in texts]
-
-
-def _git(path: str | Path, *arguments: str) -> str | None:
-    # without optional locks, so that reading never blocks the user's own git commands
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(path), *arguments],
-            capture_output=True,
-            timeout=30,
-            check=False,
-            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.decode(errors="replace").rstrip("\n") if done.returncode == 0 else None
 
 
 def _cpu() -> dict[str, Any]:

@@ -54,7 +54,8 @@ def start_run(
     Raises:
         StoreError: if the store cannot be used, the experiment is deleted, or ``run_id`` does not exist.
     """
-    from stabletrain.tracking.record import git_state, write_environment
+    from stabletrain.tracking.git import git_state
+    from stabletrain.tracking.record import write_environment
 
     ensure_store(uri)
     with translate_errors(uri):
