@@ -48,7 +48,14 @@ def git_state(path: str | Path, *, limit: int = _DIFF_BYTES) -> dict[str, Any]:
         path: a folder. Outside a repository (or without git) every value is None or empty.
         limit: maximum length of the diff in bytes; ``diff_truncated`` is True if it was longer.
     """
-    nothing = {"sha": None, "branch": None, "dirty": None, "diff": "", "diff_truncated": False, "untracked": []}
+    nothing: dict[str, Any] = {
+        "sha": None,
+        "branch": None,
+        "dirty": None,
+        "diff": "",
+        "diff_truncated": False,
+        "untracked": [],
+    }
     tool = shutil.which("git")
     if tool is None or not os.path.isabs(tool):  # a relative one is in the current folder
         return nothing
@@ -105,12 +112,12 @@ class _Git:
         # the user's own configuration is read with its includes, the repository's as one file without them
         found: dict[str, str] = {}
         excludes = r"^core\.excludesfile$"
-        own = (self._run(("config", "--null", "--get-regexp", f"{_HARMLESS}|{excludes}"), {}, _SMALL_FILE) or b"",)
+        outputs = [self._run(("config", "--null", "--get-regexp", f"{_HARMLESS}|{excludes}"), {}, _SMALL_FILE) or b""]
         config = self.repository.common / "config"
         if _is_small_file(config):
             theirs = ("config", "--null", "--file", str(config), "--no-includes", "--get-regexp", _HARMLESS)
-            own = (*own, self._run(theirs, {}, _SMALL_FILE) or b"")
-        for output in own:
+            outputs.append(self._run(theirs, {}, _SMALL_FILE) or b"")
+        for output in outputs:
             for entry in output.decode(errors="replace").split("\0"):
                 key, _, value = entry.partition("\n")
                 if key == "core.excludesfile" or _WORD.fullmatch(value):

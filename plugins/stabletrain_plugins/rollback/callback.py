@@ -27,7 +27,8 @@ from stabletrain_plugins.rollback.checkpoint_state import RollbackState
 from stabletrain_plugins.rollback.decision import GiveUp
 from stabletrain_plugins.rollback.incidents import IncidentState, IncidentTracker, is_healthy
 from stabletrain_plugins.rollback.intervention import AcceptedLevel, Identity, Intervention, excluded_batches
-from stabletrain_plugins.rollback.intervention_log import Fingerprint, InterventionLog, read
+from stabletrain_plugins.rollback.intervention_log import InterventionLog, read
+from stabletrain_plugins.rollback.intervention_record import Fingerprint
 from stabletrain_plugins.rollback.intervention_replay import InterventionReplay
 from stabletrain_plugins.rollback.planning import plan_rollback
 from stabletrain_plugins.rollback.report import stop_report

@@ -2,55 +2,28 @@
 
 One JSON object per line: ``"action": "rollback"`` is an `Intervention`, ``"action": "accept"`` an `AcceptedLevel`.
 ``"action": "resume"`` records the step at which the run was resumed: earlier lines with later steps describe steps that
-the resume discarded.
+the resume discarded. With step -1 it discards all, and the interventions of the checkpoint follow: a resume writes it
+where the log was damaged.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import xxhash
-from lightning.pytorch import LightningModule, Trainer
+from typing import Any
 
 from stabletrain.errors import UserError
 from stabletrain.runtime.records import run_files
 from stabletrain.runtime.records.event_log import logger
-from stabletrain.runtime.records.json_lines import JsonLines
-from stabletrain.runtime.records.recipe import recipe_hash
-from stabletrain_plugins.rollback.intervention import AcceptedLevel, Identity, Intervention
+from stabletrain.runtime.records.json_lines import JsonLines, Line, read_lines
+from stabletrain_plugins.rollback.intervention import AcceptedLevel, Intervention
+from stabletrain_plugins.rollback.intervention_record import Fingerprint, Resume, fingerprint_of, parse
 
 _KEY = "config key plugins.spike.replay"
 
-
-class Fingerprint(NamedTuple):
-    """Identifies the run of a log: only a run with the same fingerprint may replay it.
-
-    Args:
-        model: hash of the parameters' names, shapes and dtypes, and of the classes of module and optimizers.
-        recipe: hash of the recipe; None outside of a run started from the command line.
-        processes: number of processes that train together.
-    """
-
-    model: str
-    recipe: str | None
-    processes: int
-
-    @classmethod
-    def of(cls, trainer: Trainer, module: LightningModule, parameters: Iterable[tuple[str, Any]]) -> Fingerprint:
-        """The fingerprint of a run.
-
-        Args:
-            trainer: in a fit.
-            module: the module that is trained.
-            parameters: names and parameters.
-        """
-        shapes = [[name, list(p.shape), str(p.dtype)] for name, p in parameters]
-        classes = [type(module).__qualname__, *(type(each).__qualname__ for each in trainer.optimizers)]
-        model = xxhash.xxh3_64(json.dumps([classes, shapes]).encode()).hexdigest()
-        return cls(model, recipe_hash(Path(trainer.default_root_dir)), trainer.world_size)
+_STEP = re.compile(r'"step": (\d+),')
 
 
 class InterventionLog:
@@ -70,19 +43,25 @@ class InterventionLog:
         action = "accept" if isinstance(made, AcceptedLevel) else "rollback"
         self._write({"action": action, **made._asdict(), **self._fingerprint._asdict()})
 
-    def record_resume(self, step: int, earlier: Iterable[Intervention | AcceptedLevel] = ()) -> None:
+    def record_resume(self, step: int, earlier: Iterable[Intervention | AcceptedLevel] | None = None) -> None:
         """Record that the run was resumed from a checkpoint.
 
         Args:
             step: attempted steps in the checkpoint.
-            earlier: all interventions in the checkpoint; if the log does not exist yet, as in a new folder, it starts
-                with them, so that a replay needs this log alone.
+            earlier: all interventions in the checkpoint; None: unknown. If the log does not exist yet, as in a new
+                folder, or is damaged, it starts with them, so that a replay needs this log alone.
         """
-        if self._file.path is not None and self._file.path.exists():
+        path = self._file.path
+        if path is None:
+            return
+        exists = path.exists()
+        if exists and (earlier is None or not _is_damaged(path)):
             self._write({"action": "resume", "step": step})
-        else:
-            for each in sorted(earlier, key=lambda made: made.step):  # `read` takes an earlier step for a restart
-                self.append(each)
+            return
+        if exists:
+            self._write({"action": "resume", "step": -1})
+        for each in sorted(earlier or (), key=lambda made: made.step):  # `read` takes an earlier step for a restart
+            self.append(each)
 
     def _write(self, record: dict[str, Any]) -> None:
         self._file.append(json.dumps(record))
@@ -91,62 +70,79 @@ class InterventionLog:
 def read(path: str | Path, fingerprint: Fingerprint) -> list[Intervention | AcceptedLevel]:
     """The rollbacks and accepted levels of a log, in the order of their steps, without those that a restart discarded.
 
+    A damaged line is ignored, with a warning, where it cannot matter: as the last line, which was cut when the process
+    was killed, and where the run was resumed from before it.
+
     Args:
         path: of the log, or of a run's folder.
         fingerprint: of the run that is to repeat them.
 
     Raises:
-        UserError: if the log cannot be read, or belongs to another run.
+        UserError: if the log cannot be read, belongs to another run, or is damaged where it matters.
     """
     path = Path(path).expanduser()
     file = path / run_files.INTERVENTIONS if path.is_dir() else path
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = list(read_lines(file))
     except OSError as error:
         raise UserError(
             f"rollback: replay={str(path)!r} cannot be read: {error.strerror}; expected the {run_files.INTERVENTIONS} "
             f"of a run that rolled back, or that run's folder ({_KEY})"
         ) from None
     found: list[Intervention | AcceptedLevel] = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            action, step = record.pop("action"), record["step"]
-            found = [each for each in found if each.step <= step - (action != "resume")]
-            if action != "resume":
-                _require_same(Fingerprint(*(record.pop(field) for field in Fingerprint._fields)), fingerprint, file)
-                found.append(_level(record) if action == "accept" else _rollback(record))
-        except UserError:
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError):
-            if number == len(lines) and number > 1:  # the process was killed while it wrote this line
-                logger.warning("rollback: the last line of %s is incomplete and is ignored", file)
-                continue
-            raise UserError(
-                f"rollback: line {number} of {file} is no intervention; expected an {run_files.INTERVENTIONS} ({_KEY})"
-            ) from None
+    damaged: dict[int, int | None] = {}  # lines and, where it can be read, the step of each
+    ignored: list[int] = []
+    after_cut = False
+    for line in lines:
+        entry = parse(line)
+        if entry is None:
+            step = _STEP.search(line.text)
+            damaged[line.number] = int(step[1]) if step else None
+        else:
+            last = entry.step if isinstance(entry, Resume) else entry.step - 1
+            found = [each for each in found if each.step <= last]
+            if isinstance(entry, Resume):
+                # a line that was cut by a kill, or that describes a later step, is of the part that is discarded
+                newest = max(damaged, default=0) if after_cut else 0
+                gone = [n for n, at in damaged.items() if last < 0 or n == newest or (at is not None and at > last)]
+                ignored += gone
+                damaged = {n: at for n, at in damaged.items() if n not in gone}
+            else:
+                _require_same(fingerprint_of(line), fingerprint, file)
+                found.append(entry)
+        after_cut = line.record is None
+    if after_cut and any(parse(line) is not None for line in lines):
+        ignored.append(lines[-1].number)
+        damaged.pop(lines[-1].number)
+    if damaged:
+        raise _error(file, lines, min(damaged))
+    if ignored:
+        logger.warning(
+            "rollback: %s has incomplete or damaged lines, which are ignored since they describe steps that were "
+            "discarded when the process was killed: %s",
+            file,
+            ", ".join(f"line {number}" for number in sorted(ignored)),
+        )
     return found
 
 
-def _rollback(record: dict[str, Any]) -> Intervention:
-    before, after = record["applied"]
-    return Intervention(
-        **{
-            **record,
-            "applied": (int(before), int(after)),
-            "excluded": _identities(record["excluded"]),
-            "samples": _identities(record["samples"]),
-        }
+def _is_damaged(path: Path) -> bool:
+    try:
+        return any(parse(line) is None for line in read_lines(path))
+    except OSError:
+        return False  # then it cannot be written either, which is said there
+
+
+def _error(file: Path, lines: Sequence[Line], number: int) -> UserError:
+    if all(parse(line) is None for line in lines):
+        return UserError(
+            f"rollback: line {number} of {file} is no intervention; expected an {run_files.INTERVENTIONS} ({_KEY})"
+        )
+    return UserError(
+        f"rollback: line {number} of {file} is damaged, and no later line says that what it recorded was discarded: "
+        "without it another training would be repeated. Repair the line, or replay the log of another run, or train "
+        f"without a replay ({_KEY}=null)"
     )
-
-
-def _level(record: dict[str, Any]) -> AcceptedLevel:
-    signals = {name: tuple(map(float, record[name])) for name in ("losses", "norms")}
-    return AcceptedLevel(**{**record, **signals, "given_back": _identities(record["given_back"])})
-
-
-def _identities(lists: Sequence[Sequence[Any]]) -> tuple[Identity, ...]:
-    return tuple(tuple(each) for each in lists)
 
 
 def _require_same(theirs: Fingerprint, mine: Fingerprint, file: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from stabletrain.errors import UserError
 from stabletrain_plugins.rollback.intervention import AcceptedLevel, Intervention
-from stabletrain_plugins.rollback.intervention_log import Fingerprint, InterventionLog, read
+from stabletrain_plugins.rollback.intervention_log import InterventionLog, read
+from stabletrain_plugins.rollback.intervention_record import Fingerprint
 
 MINE = Fingerprint("model", "recipe", 1)
 
@@ -98,3 +99,91 @@ def test_a_disk_error_does_not_end_the_run(tmp_path: Path) -> None:
     (tmp_path / "file").unlink()
     log.append(made(30))
     assert [each.step for each in read(tmp_path / "file", MINE)] == [10, 20, 30], "written when the disk works again"
+
+
+def cut(path: Path, keep: int) -> None:
+    """Cut the last line to its first ``keep`` bytes."""
+    content = path.read_bytes().rstrip(b"\n")
+    path.write_bytes(content[: content.rfind(b"\n") + 1 + keep])
+
+
+@pytest.mark.parametrize("keep", [1, 5, 30, 60, 200])
+def test_a_run_that_is_killed_in_a_line_and_resumed_is_repeated(
+    tmp_path: Path, keep: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Bug: the next record is glued to the cut line, and the whole log is refused."""
+    path = tmp_path / "interventions.jsonl"
+    log = InterventionLog(path, MINE)
+    log.append(made(10))
+    log.append(made(20))
+    cut(path, keep)
+    log.record_resume(15)
+    log.append(made(21))
+    assert read(path, MINE) == [made(10), made(21)]
+    assert "line 2" in caplog.text
+
+
+@pytest.mark.parametrize("keep", [1, 60])
+def test_a_line_lost_by_a_power_failure_is_written_again_on_resume(tmp_path: Path, keep: int) -> None:
+    """Bug: the line is taken for discarded although the checkpoint has its rollback: its batches are used again."""
+    path = tmp_path / "interventions.jsonl"
+    log = InterventionLog(path, MINE)
+    log.append(made(10))
+    log.append(made(20))
+    cut(path, keep)
+    log.record_resume(25, (made(10), made(20)))
+    log.append(level(30))
+    assert read(path, MINE) == [made(10), made(20), level(30)]
+
+
+def damage(text: str, **fields: Any) -> str:
+    return json.dumps({**json.loads(text), **fields})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text[:40],
+        lambda text: "\0" * len(text),
+        lambda text: "[]",
+        lambda text: text[:40] + text,
+        lambda text: damage(text, step="10"),
+        lambda text: damage(text, step=True),
+        lambda text: damage(text, step=10.5),
+        lambda text: damage(text, applied=[1]),
+        lambda text: damage(text, applied="ab"),
+        lambda text: damage(text, excluded=["abc"]),
+        lambda text: damage(text, excluded=[[["a"]]]),
+        lambda text: damage(text, excluded=None),
+        lambda text: damage(text, to=None),
+        lambda text: damage(text, to="5"),
+        lambda text: damage(text, rewarm=-1),
+        lambda text: damage(text, baselines="other"),
+        lambda text: damage(text, rewound="yes"),
+        lambda text: damage(text, unknown=1),
+        lambda text: damage(text, action="other"),
+        lambda text: damage(text, action=["rollback"]),
+    ],
+)
+def test_a_damaged_line_that_matters_is_named(tmp_path: Path, change: Any) -> None:
+    """Bug: a traceback, or a replay without the rollback that the line described, which is another training."""
+    path = tmp_path / "interventions.jsonl"
+    log = InterventionLog(path, MINE)
+    for step in (5, 10, 20):
+        log.append(made(step))
+    lines = path.read_text().splitlines()
+    lines[1] = change(lines[1])
+    path.write_text("\n\n".join(lines) + "\n")
+    with pytest.raises(UserError, match=r"line 3 of .*interventions\.jsonl is damaged.*plugins\.spike\.replay=null"):
+        read(path, MINE)
+    path.write_text("\n".join(lines) + "\n" + '{"action": "resume", "step": -1}\n')
+    assert read(path, MINE) == []
+
+
+@pytest.mark.parametrize("content", ["text\n", "1\n2\n", '{"action": "rollb', '{"a": 1}\n', "\0"])
+def test_a_file_without_interventions_is_refused(tmp_path: Path, content: str) -> None:
+    """Bug: any file is taken for a log without rollbacks, and the replay repeats nothing."""
+    path = tmp_path / "interventions.jsonl"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"line 1 of .* is no intervention"):
+        read(path, MINE)
