@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from stabletrain.config import construct, kinds
 from stabletrain.config.discovery import content, groups
+from stabletrain.config.outputs import Outputs
 from stabletrain.config.problems import suggestion
-from stabletrain.config.trust import instantiate
 from stabletrain.errors import UserError
 from stabletrain.paths import data_dir
 
@@ -35,7 +36,10 @@ def callbacks(node: object, *, trust: Iterable[str] = ()) -> list[Callback]:
         return []
     if not isinstance(plain, Mapping):
         raise UserError(f"plugins: expected a mapping of slots, got a {type(plain).__name__}; pass cfg.plugins")
-    return [build_callback(value, key=f"plugins.{slot}", trust=trust) for slot, value in plain.items() if value]
+    nodes = {f"plugins.{slot}": value for slot, value in plain.items() if value}
+    for key, value in nodes.items():  # all are checked before the first is built
+        construct.raise_first(construct.parse(_with_target(value, key), key, trust)[1])
+    return [build_callback(value, key=key, trust=trust) for key, value in nodes.items()]
 
 
 def default_callbacks(**choices: str) -> list[Callback]:
@@ -71,27 +75,54 @@ def default_callbacks(**choices: str) -> list[Callback]:
     return [build_callback(node, key=group.replace("/", ".")) for group, node in nodes.items() if node]
 
 
-def build_callback(node: Mapping[str, Any], *, key: str, trust: Iterable[str] = ()) -> Callback:
+def build_callback(
+    node: Mapping[str, Any], *, key: str, trust: Iterable[str] = (), outputs: Outputs | None = None
+) -> Callback:
     """Build one Lightning callback from its node.
 
     Args:
         node: a plain mapping with ``_target_``.
         key: the node's config key, for messages.
         trust: further packages that ``_target_`` may name.
+        outputs: where relative paths of files to write are; None: in the current folder.
 
     Raises:
-        UserError: if the node has no ``_target_``, or builds an object that is no callback.
+        UserError: if the node has no ``_target_``, or something in it may not be built; nothing has been built then.
     """
+    built: Callback = construct.instantiate(_with_target(node, key), trust=trust, key=key, outputs=outputs)
+    return built
+
+
+def check_run(config: Mapping[str, Any]) -> None:
+    """Check every node in the content of a run.yaml, before anything of it is built.
+
+    Args:
+        config: the content of a run.yaml; only packages that the environment names are trusted in addition.
+
+    Raises:
+        UserError: the first mistake, with its key.
+    """
+    from lightning.pytorch import Trainer
+
+    for key, value in config.items():
+        nodes = {key: value}
+        if key in ("plugins", "callbacks") and isinstance(value, Mapping):
+            nodes = {f"{key}.{name}": node for name, node in value.items()}
+        for where, node in nodes.items():
+            if key in kinds.PLACES and isinstance(node, Mapping) and "_target_" in node:
+                faults = construct.parse(node, where)[1]
+            elif key in kinds.TRAINER_PARTS and isinstance(node, Mapping):
+                faults = construct.parse_arguments(Trainer, node, where)[1]
+            else:
+                faults = list(construct.unresolved(node, where))
+            construct.raise_first(faults)
+
+
+def _with_target(node: object, key: str) -> Mapping[str, Any]:
     if not isinstance(node, Mapping) or "_target_" not in node:
         slot = key.replace(".", "/", 1)
         raise UserError(f"{key}: expected _target_ and its arguments, got {node!r}; select an option: {slot}=OPTION")
-    built = instantiate(node, trust=trust, key=key)
-    from lightning.pytorch import Callback
-
-    if not isinstance(built, Callback):
-        got = type(built).__name__
-        raise UserError(f"{key}: expected a Lightning callback, got a {got} from _target_ {node['_target_']!r}")
-    return built
+    return node
 
 
 def _to_plain(node: object) -> object:

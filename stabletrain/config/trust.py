@@ -1,8 +1,9 @@
-"""Which classes and functions a config may build: those of trusted packages that do not run other code.
+"""Which classes a config may build: subclasses of what its key needs, from trusted packages.
 
-A config may come from a tracking store or a download, and building it calls the objects that its ``_target_`` keys
-name. So every name is resolved, and the module of the object is checked, not only its name: ``torch.os.system`` is
-``posix.system``.
+A config may come from a tracking store or a download, and building it calls what its ``_target_`` keys name. So a name
+is accepted only if it leads to a class of the kind that its place needs (`stabletrain.config.kinds`), and the module
+that defines the class is checked, not only the name: ``torch.os.system`` is ``posix.system``. Functions are never
+accepted, and of methods only the presets of rules, such as ``stabletrain.ClipZScore.zclip``.
 """
 
 from __future__ import annotations
@@ -10,35 +11,59 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import typing
+from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 from types import ModuleType
 from typing import Any
 
 from stabletrain.config.discovery import owner_packages
+from stabletrain.config.kinds import described
 from stabletrain.errors import UserError
 
 ENV = "STABLETRAIN_TRUST"
 
 BUILT_IN = frozenset({"stabletrain", "stabletrain_plugins", "torch", "lightning", "torchmetrics", "bitsandbytes"})
-_LARGE = frozenset({"torch", "lightning"})
 
-# Modules of trusted packages that run code, load pickles or start processes.
-_RUNS_CODE = (
-    "torch.hub", "torch.package", "torch.jit", "torch.serialization", "torch.testing", "torch.multiprocessing",
-    "torch.ops", "torch.classes", "torch.onnx", "torch.export", "torch.fx", "torch.compiler", "torch.library",
-    "torch.utils.cpp_extension", "torch.utils.model_zoo", "torch.utils.collect_env", "torch.utils.benchmark",
-    "torch.utils.bundled_inputs", "torch.utils.bottleneck", "torch.utils.show_pickle", "torch.utils.file_baton",
-    "torch.utils.data.datapipes", "torch.distributed.run", "torch.distributed.launch", "torch.distributed.launcher",
-    "torch.distributed.elastic", "torch.distributed.rpc", "torch.distributed.nn", "torch.distributed.argparse_util",
-    "stabletrain.config", "stabletrain.launch", "stabletrain.cli.main", "stabletrain.worker", "stabletrain.testing",
-    "lightning.app", "lightning.fabric.cli", "lightning.pytorch.cli", "lightning.fabric.utilities.load",
-    "lightning.fabric.utilities.cloud_io", "lightning.fabric.utilities.consolidate_checkpoint",
-    "lightning.pytorch.utilities.upgrade_checkpoint", "lightning.pytorch.utilities.consolidate_checkpoint",
-    "lightning.pytorch.core.saving", "lightning.fabric.strategies.launchers", "lightning.pytorch.strategies.launchers",
-)  # fmt: skip
-# Parts of the large packages whose functions a config may call; elsewhere in them it may build classes only.
-_FUNCTIONS = ("torch.nn", "torch.optim", "torch.distributed.fsdp", "torch.distributed.device_mesh")
+_COMPILES = "it compiles or loads code"
+_PROCESSES = "it starts processes or servers"
+_INTERNAL = "it is no part of a run"
+_SENDS = "it sends the run to a server as soon as it is built"
+_DOWNLOADS = "it downloads data or weights"
+
+EFFECTS = {
+    "torch.jit": _COMPILES,
+    "torch.fx": _COMPILES,
+    "torch.export": _COMPILES,
+    "torch.onnx": _COMPILES,
+    "torch.package": _COMPILES,
+    "torch.testing": _INTERNAL,
+    "torch.utils.data.datapipes": "it opens files and runs functions by name",
+    "torch.distributed.nn": _PROCESSES,
+    "torch.distributed.rpc": _PROCESSES,
+    "torch.distributed.elastic": _PROCESSES,
+    "lightning.app": _PROCESSES,
+    "lightning.fabric.cli": _PROCESSES,
+    "lightning.pytorch.cli": _PROCESSES,
+    "lightning.pytorch.serve": _PROCESSES,
+    "lightning.fabric.plugins.environments.mpi": "it starts MPI as soon as it is built",
+    "lightning.pytorch.loggers.comet": _SENDS,
+    "lightning.pytorch.loggers.litlogger": _SENDS,
+    "lightning.pytorch.loggers.wandb": _SENDS,
+    "lightning.pytorch.loggers.mlflow": "it writes to mlruns/ in the current folder; use logger=mlflow",
+    "lightning.pytorch.demos.lstm": _DOWNLOADS,
+    "lightning.pytorch.demos.mnist_datamodule": _DOWNLOADS,
+    "lightning.pytorch.demos.transformer": _DOWNLOADS,
+    "stabletrain.cli": _INTERNAL,
+    "stabletrain.config": _INTERNAL,
+    "stabletrain.launch": _INTERNAL,
+    "stabletrain.testing": _INTERNAL,
+    "stabletrain.worker": _INTERNAL,
+}
+"""Modules of the built-in packages with classes of an accepted kind that do more than their kind, and why.
+
+They need a trust of their own (``--trust lightning.pytorch.loggers.wandb``).
+"""
 
 
 class TrustError(UserError):
@@ -58,101 +83,79 @@ def trusted_packages(extra: Iterable[str] = ()) -> frozenset[str]:
     Args:
         extra: further packages, from the command line or from code, never from a config.
     """
-    named = os.environ.get(ENV, "").split(",")
-    return BUILT_IN | owner_packages() | {name.strip() for name in (*named, *extra) if name.strip()}
+    return BUILT_IN | owner_packages() | _named(extra)
 
 
-def resolve(target: object, trust: Iterable[str] = ()) -> Any:
-    """Return the class or function that a ``_target_`` names, if a config may call it.
+def resolve(target: object, bases: Collection[type], trust: Iterable[str] = ()) -> Any:
+    """Return the class that a ``_target_`` names, or the preset of a rule, if a config may build it.
 
     Args:
         target: dotted name, such as ``torch.optim.AdamW``.
+        bases: the classes of which it must be one, or a subclass.
         trust: further trusted packages.
 
     Raises:
-        TrustError: if the name, or the object itself, is not from a trusted package.
+        TrustError: if it is not from a trusted package, is no class, or is a class of another kind.
         TargetError: if there is no such object.
 
-    >>> resolve("stabletrain.errors.UserError").__name__
+    >>> resolve("stabletrain.errors.UserError", [Exception]).__name__
     'UserError'
-    >>> resolve("os.system")
+    >>> resolve("os.system", [Exception])
     Traceback (most recent call last):
     ...
     stabletrain.config.trust.TrustError: 'os.system' may not be built from a config: package 'os' is not trusted; ...
     """
+    trust = tuple(trust)
     packages = trusted_packages(trust)
     if not isinstance(target, str) or not target or not all(part.isidentifier() for part in target.split(".")):
-        raise TargetError(f"expected the dotted name of a class or function, got {target!r}")
+        raise TargetError(f"expected the dotted name of a class, got {target!r}")
     top = target.split(".")[0]
     if not _covered(target, packages):
         raise TrustError(
             f"{target!r} may not be built from a config: package {top!r} is not trusted; trusted are "
             f"{', '.join(sorted(packages))}; if you trust its code, add --trust {top}"
         )
-    _refuse_code_runners(target, target)
+    _refuse_effects(target, target, _named(trust))
     found = _locate(target, packages)
-    _check_object(target, found, packages)
+    _check_object(target, found, packages, _named(trust))
+    if not is_a(found, bases):
+        raise TrustError(f"expected a {described(bases)}, got a {_class_of(found).__name__} from _target_ {target!r}")
+    if inspect.isabstract(_class_of(found)):
+        raise TrustError(f"{target!r} is an abstract class: choose one of its subclasses")
     return found
 
 
-def check_targets(node: object, trust: Iterable[str] = (), key: str = "") -> Iterator[tuple[str, UserError]]:
-    """Yield the config key and the error of every ``_target_`` in a node that may not be built.
+def is_a(found: Any, bases: Collection[type]) -> bool:
+    """Return whether a class, or the class that a preset builds, is one of these or inherits from one.
 
-    Args:
-        node: mappings, lists and plain values.
-        trust: further trusted packages.
-        key: the node's config key.
+    Classes are compared by inheritance alone: ``issubclass`` asks the class itself, which may say yes to anything.
     """
-    if isinstance(node, Mapping):
-        if "_target_" in node:
-            try:
-                resolve(node["_target_"], trust)
-            except UserError as error:
-                yield f"{key}._target_" if key else "_target_", error
-        for name, value in node.items():
-            yield from check_targets(value, trust, f"{key}.{name}" if key else str(name))
-    elif isinstance(node, Sequence) and not isinstance(node, str | bytes):
-        for index, value in enumerate(node):
-            yield from check_targets(value, trust, f"{key}[{index}]")
+    return any(base in _class_of(found).__mro__ for base in bases)
 
 
-def instantiate(node: Mapping[str, Any], *, trust: Iterable[str] = (), key: str = "") -> Any:
-    """Check all targets in a config node, then build it; only this function calls Hydra's ``instantiate``.
+def _class_of(found: Any) -> type:
+    return found.__self__ if inspect.ismethod(found) else found  # type: ignore[return-value]
 
-    Args:
-        node: a plain mapping with ``_target_``.
-        trust: further trusted packages.
-        key: the node's config key, for messages.
 
-    Raises:
-        TrustError: if a target may not be built.
-        Exception: the exception that a constructor raises, not wrapped in Hydra's.
-    """
-    for where, error in check_targets(node, trust, key):
-        raise type(error)(f"{where}: {error}")
-    from hydra.errors import InstantiationException
-    from hydra.utils import instantiate as build
-
-    try:
-        return build(node, _convert_="all")
-    except InstantiationException as error:
-        if error.__cause__ is None:
-            raise
-        raise error.__cause__ from None
+def _named(extra: Iterable[str]) -> frozenset[str]:
+    """The packages that the user has named."""
+    return frozenset(name.strip() for name in (*os.environ.get(ENV, "").split(","), *extra) if name.strip())
 
 
 def _covered(name: str, packages: Iterable[str]) -> bool:
     return any(name == package or name.startswith(f"{package}.") for package in packages)
 
 
-def _refuse_code_runners(target: str, name: str) -> None:
-    if _covered(name, _RUNS_CODE) or name in ("torch.load", "torch.save"):
-        raise TrustError(
-            f"{target!r} may not be built from a config: it can run other code, load pickles or start processes; "
-            f"call it from your own code instead"
-        )
+def _refuse_effects(target: str, name: str, named: frozenset[str]) -> None:
+    for module, reason in EFFECTS.items():
+        if _covered(name, [module]) and not any(_covered(module, [each]) for each in named):
+            raise TrustError(
+                f"{target!r} may not be built from a config: {reason}; if you want it, add --trust {module}"
+            )
     if any(part.startswith("_") for part in target.split(".")):
         raise TrustError(f"{target!r} may not be built from a config: names that start with '_' are private")
+    if _covered(name, BUILT_IN) and ".test_" in name:
+        raise TrustError(f"{target!r} may not be built from a config: it is part of a test")
 
 
 def _locate(target: str, packages: frozenset[str]) -> Any:
@@ -187,27 +190,29 @@ def _import(name: str, target: str, *, optional: bool = False) -> Any:
         raise TargetError(f"{target!r}: there is no package {name!r}; install it or correct the name") from None
 
 
-def _check_object(target: str, found: Any, packages: frozenset[str]) -> None:
-    """Check the type of an object and the module that defines it."""
-    bound_to = found.__self__ if inspect.ismethod(found) else None
-    is_class = inspect.isclass(found)
-    if not (is_class or inspect.isfunction(found) or inspect.isclass(bound_to)):
+def _check_object(target: str, found: Any, packages: frozenset[str], named: frozenset[str]) -> None:
+    """Check that an object is a class or the preset of a rule, and the modules that define it."""
+    if not inspect.isclass(found) and not _is_preset(found):
+        got = "function" if inspect.isroutine(found) else type(found).__name__
         raise TrustError(
-            f"{target!r} may not be built from a config: expected a class, function or classmethod, "
-            f"got a {type(found).__name__}"
+            f"{target!r} may not be built from a config: expected a class, got a {got}; call it from your own code "
+            f"instead"
         )
-    for owner in (found, bound_to):
+    for owner in dict.fromkeys((found, _class_of(found))):
         home = getattr(owner, "__module__", None)
-        if owner is None:
-            continue
         if not isinstance(home, str) or not _covered(home, packages):
             raise TrustError(
                 f"{target!r} may not be built from a config: it is defined in {home!r}, which is not trusted"
             )
-        _refuse_code_runners(target, home)
-    home = found.__module__
-    if not is_class and home.split(".")[0] in _LARGE and not _covered(home, _FUNCTIONS):
-        raise TrustError(
-            f"{target!r} may not be built from a config: of {home.split('.')[0]} a config may build classes, and call "
-            f"functions of {', '.join(_FUNCTIONS)}; call it from your own code instead"
-        )
+        _refuse_effects(target, home, named)
+
+
+def _is_preset(found: Any) -> bool:
+    """Whether an object is an alternative constructor of a rule: a class method of its own that returns ``Self``."""
+    from stabletrain.core.rule import Rule
+
+    if not (inspect.ismethod(found) and inspect.isclass(found.__self__)):
+        return False
+    rules = [each for each in found.__self__.__mro__ if issubclass(each, Rule) and each is not Rule]
+    own = any(vars(each).get(found.__name__) is not None for each in rules)
+    return own and found.__func__.__annotations__.get("return") in ("Self", typing.Self)

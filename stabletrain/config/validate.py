@@ -1,8 +1,8 @@
 """Check a composed config against the signatures that it is called with; return every mistake with its key.
 
-The signatures are the schema: a ``_target_`` is resolved (`stabletrain.config.trust`), and its arguments are checked
-against ``inspect.signature`` and the type hints; ``trainer``, ``precision`` and ``strategy`` against Lightning's
-Trainer.
+The signatures are the schema: a ``_target_`` is resolved (`stabletrain.config.construct`), and its arguments are
+checked against ``inspect.signature`` and the type hints; ``trainer``, ``precision`` and ``strategy`` against
+Lightning's Trainer.
 """
 
 from __future__ import annotations
@@ -13,17 +13,16 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
-from stabletrain.config import discovery
+from stabletrain.config import construct, discovery, kinds
 from stabletrain.config.build import build_callback
 from stabletrain.config.compose import BUILT, Composed
+from stabletrain.config.kinds import TRAINER_PARTS
+from stabletrain.config.outputs import check_outputs
 from stabletrain.config.problems import Problem, suggestion
 from stabletrain.config.resume import checkpoint_of
-from stabletrain.config.trust import resolve
 from stabletrain.config.types import mismatch
 from stabletrain.errors import UserError
 
-TRAINER_PARTS = ("trainer", "precision", "strategy")
-_HYDRA_KEYS = frozenset({"_target_", "_convert_", "_recursive_", "_partial_", "_args_"})
 _TOP_LEVEL: dict[str, Any] = {
     "recipe": str,
     "seed": int,
@@ -70,6 +69,8 @@ def check(composed: Composed, trust: Iterable[str] = ()) -> list[Problem]:
         _trainer(config, trust),
         _launch(config),
         _resume(config),
+        _unresolved(config),
+        check_outputs(config, composed.overrides),
     ):
         found += [problem for problem in problems if problem.key not in reported]
     return found
@@ -79,31 +80,30 @@ def check_node(node: Mapping[str, Any], key: str, trust: Iterable[str] = ()) -> 
     """Yield the mistakes in a node and in the nodes inside it.
 
     Args:
-        node: a mapping with ``_target_``.
-        key: the node's config key.
+        node: a mapping with ``_target_``; for the keys ``trainer``, ``precision`` and ``strategy``, arguments of
+            Lightning's Trainer.
+        key: the node's config key, or an option as typed; its first word says what may be built.
         trust: further packages that ``_target_`` may name.
     """
-    try:
-        target = resolve(node["_target_"], trust)
-    except UserError as error:
-        yield Problem(f"{key}._target_", str(error))
-        return
-    name = str(node["_target_"]).rsplit(".", 1)[1]
-    yield from _arguments(target, name, node, key, complete=not node.get("_partial_") and "_args_" not in node)
-    for argument, value in node.items():
-        yield from _inner_nodes(value, f"{key}.{argument}", trust)
+    if kinds.place_of(key) in TRAINER_PARTS:
+        from lightning.pytorch import Trainer
+
+        found, faults = construct.parse_arguments(Trainer, node, key, trust)
+        if found:
+            yield from _arguments(Trainer, "Lightning's Trainer", node, key, complete=False)
+        yield from _inner_problems(found, faults)
+    else:
+        call, faults = construct.parse(node, key, trust)
+        yield from _inner_problems(call, faults)
 
 
-def _inner_nodes(value: object, key: str, trust: Iterable[str]) -> Iterator[Problem]:
-    if isinstance(value, Mapping):
-        if "_target_" in value:
-            yield from check_node(value, key, trust)
-        else:
-            for name, inner in value.items():
-                yield from _inner_nodes(inner, f"{key}.{name}", trust)
-    elif isinstance(value, list):
-        for index, inner in enumerate(value):
-            yield from _inner_nodes(inner, f"{key}[{index}]", trust)
+def _inner_problems(value: object, faults: Iterable[construct.Fault]) -> Iterator[Problem]:
+    for key, error in faults:
+        yield Problem(key, str(error))
+    for call in construct.calls(value):
+        name = str(call.given["_target_"]).rsplit(".", 1)[1]
+        complete = not call.partial and "_args_" not in call.given
+        yield from _arguments(call.target, name, call.given, call.key, complete=complete)
 
 
 def _arguments(
@@ -122,7 +122,7 @@ def _arguments(
         if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
     }
     for argument, value in given.items():
-        if argument in _HYDRA_KEYS:
+        if argument in construct.NODE_KEYS:
             continue
         if argument not in named:
             if not accepts_any:
@@ -241,8 +241,6 @@ def _guard(config: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def _trainer(config: Mapping[str, Any], trust: tuple[str, ...]) -> Iterator[Problem]:
-    from lightning.pytorch import Trainer
-
     seen: dict[str, str] = {}
     for part in TRAINER_PARTS:
         given = config.get(part)
@@ -257,9 +255,15 @@ def _trainer(config: Mapping[str, Any], trust: tuple[str, ...]) -> Iterator[Prob
                     where, f"{seen[argument]} sets it too; remove one of them ({part}=none removes the group's)"
                 )
             seen.setdefault(argument, where)
-        yield from _arguments(Trainer, "Lightning's Trainer", given, part, complete=False)
-        for argument, value in given.items():
-            yield from _inner_nodes(value, f"{part}.{argument}", trust)
+        yield from check_node(given, part, trust)
+
+
+def _unresolved(config: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield interpolations that are left in keys that are no nodes."""
+    for key, value in config.items():
+        if key not in kinds.PLACES and key not in TRAINER_PARTS:
+            for where, error in construct.unresolved(value, str(key)):
+                yield Problem(where, str(error))
 
 
 def _launch(config: Mapping[str, Any]) -> Iterator[Problem]:

@@ -6,23 +6,22 @@ import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 
-from stabletrain.config.build import build_callback, callbacks
-from stabletrain.config.trust import instantiate
-from stabletrain.errors import UserError
+from stabletrain.config.build import build_callback, check_run
+from stabletrain.config.construct import instantiate, instantiate_arguments
+from stabletrain.config.kinds import TRAINER_PARTS
+from stabletrain.config.outputs import Outputs
 from stabletrain.launch.checkpoint_mismatch import explain_mismatch
 from stabletrain.launch.interrupt import SaveAndStop
 from stabletrain.launch.progress import progress_bar
 from stabletrain.runtime.guard.options import Guard, changed_options
 from stabletrain.runtime.records.run_files import CHECKPOINTS
 from stabletrain.runtime.signal_watch import SignalWatch
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,19 +65,22 @@ def assemble(config: Mapping[str, Any], watch: SignalWatch) -> Assembled:
         UserError: if a node builds an object of another type than its key needs.
         TrustError: if a node names something that a config may not build.
     """
+    check_run(config)
     torch.set_num_threads(config["launch"]["threads"])
     # in deterministic mode torch fills new tensors with NaN, which costs time and changes no result
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     seed_everything(config["seed"], workers=True, verbose=False)
     folder = Path(config["run_dir"]) / CHECKPOINTS
-    model = _build(config["model"], "model", LightningModule)
-    data = _build(config["data"], "data", LightningDataModule)
+    model: LightningModule = instantiate(config["model"], key="model")
+    data: LightningDataModule = instantiate(config["data"], key="data")
     if config.get("optimizer"):
         override_optimizer(model, config["optimizer"])
     interrupt = SaveAndStop(watch, folder)
     arguments = trainer_arguments(config)
     found = run_callbacks(config, arguments, folder)
-    logger = instantiate(config["logger"], key="logger") if config.get("logger") else False
+    logger = False
+    if config.get("logger"):
+        logger = instantiate(config["logger"], key="logger", outputs=outputs_of(config))
     trainer = Trainer(**arguments, callbacks=[*found, interrupt], logger=logger, default_root_dir=config["run_dir"])
     return Assembled(trainer=trainer, model=model, data=data, interrupt=interrupt, resume=config.get("resume"))
 
@@ -109,16 +111,15 @@ def run_callbacks(config: Mapping[str, Any], arguments: Mapping[str, Any], folde
         folder: the folder of checkpoints.
     """
     found: list[Callback] = []
-    if config.get("schedule"):
-        found.append(build_callback(config["schedule"], key="schedule"))
-    found += callbacks(config.get("plugins"))
+    nodes = {"schedule": config.get("schedule")}
+    nodes |= {f"plugins.{slot}": node for slot, node in (config.get("plugins") or {}).items()}
+    outputs = outputs_of(config)
+    found += [build_callback(node, key=key, outputs=outputs) for key, node in nodes.items() if node]
     if changed := changed_options(config.get("guard") or {}):
-        found.append(Guard(**changed))
-    if config.get("chaos"):
-        found.append(build_callback(config["chaos"], key="chaos"))
-    for name, node in (config.get("callbacks") or {}).items():
-        if node:
-            found.append(build_callback(node, key=f"callbacks.{name}"))
+        found.append(Guard(**{name: outputs.place(f"guard.{name}", value) for name, value in changed.items()}))
+    nodes = {"chaos": config.get("chaos")}
+    nodes |= {f"callbacks.{name}": node for name, node in (config.get("callbacks") or {}).items()}
+    found += [build_callback(node, key=key, outputs=outputs) for key, node in nodes.items() if node]
     if arguments.get("enable_checkpointing") is not False:
         if not any(isinstance(callback, Checkpoint) for callback in found):
             found.append(ModelCheckpoint(filename="{step}", save_last="link"))
@@ -137,25 +138,15 @@ def trainer_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         config: the content of a run.yaml.
     """
     arguments: dict[str, Any] = {}
-    for part in ("trainer", "precision", "strategy"):
-        for name, value in (config.get(part) or {}).items():
-            arguments[name] = _build_nodes(value, f"{part}.{name}")
+    for part in TRAINER_PARTS:
+        arguments |= instantiate_arguments(Trainer, config.get(part) or {}, key=part, outputs=outputs_of(config))
     return arguments
 
 
-def _build_nodes(value: object, key: str) -> Any:
-    if isinstance(value, Mapping):
-        if "_target_" in value:
-            return instantiate(value, key=key)
-        return {name: _build_nodes(inner, f"{key}.{name}") for name, inner in value.items()}
-    if isinstance(value, list):
-        return [_build_nodes(inner, f"{key}[{index}]") for index, inner in enumerate(value)]
-    return value
+def outputs_of(config: Mapping[str, Any]) -> Outputs:
+    """Return where the relative paths in a run.yaml are.
 
-
-def _build(node: Mapping[str, Any], key: str, expected: type[T]) -> T:
-    built = instantiate(node, key=key)
-    if not isinstance(built, expected):
-        got = type(built).__name__
-        raise UserError(f"{key}: expected a {expected.__name__}, got a {got} from _target_ {node['_target_']!r}")
-    return built
+    Args:
+        config: the content of a run.yaml.
+    """
+    return Outputs(Path(config.get("run_dir") or ""), frozenset(config.get("typed") or ()))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stabletrain.config.compose import Composed, compose, expand
+from stabletrain.config.outputs import typed_keys
 from stabletrain.config.problems import ConfigError, Problem
 from stabletrain.config.resume import checkpoint_of
 from stabletrain.config.validate import check
@@ -195,4 +196,5 @@ def run_config(composed: Composed, trust: Sequence[str]) -> dict[str, Any]:
         config["resume"] = str(checkpoint_of(config["resume"]))
     order = ("recipe", "seed", "run_dir", "resume", "model", "data", "optimizer", "schedule", "plugins", "guard")
     rest = ("callbacks", "chaos", "precision", "strategy", "trainer", "logger", "launch")
-    return {key: config.get(key) for key in (*order, *rest)} | {"trust": list(trust), "choices": composed.choices}
+    record = {"trust": list(trust), "typed": sorted(typed_keys(composed.overrides)), "choices": composed.choices}
+    return {key: config.get(key) for key in (*order, *rest)} | record

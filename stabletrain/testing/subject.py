@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stabletrain.config.construct import instantiate
 from stabletrain.config.discovery import Option, PluginInfo
-from stabletrain.config.trust import instantiate, resolve
+from stabletrain.config.trust import resolve
 from stabletrain.errors import UserError
 from stabletrain.testing.failure import wrong
 
@@ -93,7 +94,7 @@ class Subject:
     def resolve(self, target: object) -> Any:
         """Return the object that a ``_target_`` names."""
         try:
-            return resolve(target, self.trust)
+            return resolve(target, [object], self.trust)
         except UserError as error:
             wrong(f"_target_ {target!r} to name a public class or function", str(error))
 

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from stabletrain.config.trust import TargetError, TrustError, check_targets, instantiate, resolve
+from stabletrain.config.construct import instantiate
+from stabletrain.config.trust import TargetError, TrustError, resolve
 
 ALLOWED = [
     "torch.optim.AdamW",

@@ -104,13 +104,12 @@ def test_a_runs_folder_means_its_newest_checkpoint(tmp_path: Path) -> None:
 
 def test_inner_nodes_are_checked_with_their_full_key() -> None:
     """Bug: arguments of inner nodes are not checked, or named by a part of their key."""
-    node: dict[str, Any] = {
-        "_target_": "torch.nn.Sequential",
-        "_args_": [{"_target_": "torch.nn.Linear", "in_features": 3, "out": 4}],
-    }
-    found = [str(problem) for problem in check_node(node, "model")]
-    assert found[0].startswith("model._args_[0].out: Linear has no argument 'out'")
-    assert found[1].startswith("model._args_[0].out_features: Linear needs this argument")
+    scaler = {"_target_": "torch.amp.GradScaler", "devise": "cpu"}
+    plugin = {"_target_": "lightning.pytorch.plugins.precision.MixedPrecision", "device": "cpu", "scaler": scaler}
+    node: dict[str, Any] = {"plugins": [plugin]}
+    found = [str(problem) for problem in check_node(node, "precision")]
+    assert found[0].startswith("precision.plugins[0].precision: MixedPrecision needs this argument")
+    assert found[1].startswith("precision.plugins[0].scaler.devise: GradScaler has no argument 'devise'")
 
 
 @pytest.mark.parametrize(

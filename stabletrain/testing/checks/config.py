@@ -49,9 +49,8 @@ def keys_are_parameters(subject: Subject) -> None:
 def values_are_arguments(subject: Subject) -> None:
     """Every value has the type of its parameter, and the option can be built."""
     for option in subject.options:
-        for node in subject.targets(option):
-            for problem in check_node(node, choice(option), subject.trust):
-                wrong(f"{option.file} to hold valid arguments", f"{problem.key}: {problem.text}")
+        for problem in check_node(subject.node(option), choice(option), subject.trust):
+            wrong(f"{option.file} to hold valid arguments", f"{problem.key}: {problem.text}")
         if "_target_" in subject.node(option):
             try:
                 built = subject.build(option)

@@ -8,8 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from stabletrain.config.construct import instantiate_arguments
 from stabletrain.config.discovery import Option
-from stabletrain.config.trust import instantiate
 from stabletrain.testing.checks.equality import difference, nonfinite_numbers
 from stabletrain.testing.failure import wrong
 from stabletrain.testing.subject import Subject, choice
@@ -37,13 +37,10 @@ def parts(subject: Subject, option: Option) -> Parts:
     if kind == "optimizer":
         return Parts([], subject.build(option), {})
     if kind in ("precision", "strategy"):
+        from lightning.pytorch import Trainer
+
         arguments: Mapping[str, Any] = subject.node(option) or {}
-        built = {
-            key: instantiate(value, trust=subject.trust, key=choice(option))
-            if isinstance(value, Mapping) and "_target_" in value
-            else value
-            for key, value in arguments.items()
-        }
+        built = instantiate_arguments(Trainer, arguments, trust=subject.trust, key=choice(option))
         return Parts([], None, built)
     return Parts([subject.build(option)], None, {})
 

@@ -1,0 +1,138 @@
+"""Where the config lets a run write: below the run's folder, and elsewhere only what the command line names.
+
+Outside of ``model``, ``data`` and ``resume``, whose paths are read, a path that leaves the run's folder (absolute, with
+``~`` or ``..``, or an address) is accepted only if its key was set on the command line. A relative path of an argument
+that names a file or folder lies in the run's folder, or, set on the command line, in the current one.
+"""
+
+from __future__ import annotations
+
+import os
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+from stabletrain.config.problems import Problem
+
+_WRITING_KEYS = (
+    "run_dir", "plugins", "callbacks", "schedule", "chaos", "logger", "guard", "trainer", "precision", "strategy",
+    "launch",
+)  # fmt: skip
+_FOLDERS = frozenset({"default_root_dir", "dir", "dirpath", "events", "folder", "root_dir", "save_dir", "spill"})
+"""Arguments that name a file or folder to write, whatever their annotation."""
+_ADDRESSES = ("uri", "url", "location")
+"""Endings of the names of arguments that say where a tracking server or store is."""
+_READ = frozenset({"replay"})
+"""Arguments that name a file to read."""
+
+
+def check_outputs(config: Mapping[str, Any], overrides: Sequence[str]) -> Iterator[Problem]:
+    """Yield every path that leaves the run's folder and was not set on the command line.
+
+    Args:
+        config: a composed config.
+        overrides: the command line's, as typed.
+    """
+    typed = typed_keys(overrides)
+    for top in _WRITING_KEYS:
+        for key, value in _texts(config.get(top), top):
+            name = key.rpartition(".")[2].partition("[")[0]
+            leaves = _leaves(value) or (name.endswith(_ADDRESSES) and value)
+            if leaves and name not in _READ and not _was_typed(key, typed):
+                yield Problem(
+                    key,
+                    f"expected a path below the run's folder, got {value!r}, which only the command line may set; "
+                    f"if you want it, add {key}={value}",
+                )
+
+
+def typed_keys(overrides: Sequence[str]) -> frozenset[str]:
+    """Return the keys whose values were set on the command line; a choice of an option sets none.
+
+    Args:
+        overrides: as typed.
+
+    >>> sorted(typed_keys(["seed=1", "plugins/clip=norm", "++callbacks={x: {dirpath: /a}}"]))
+    ['callbacks.x.dirpath', 'seed']
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    found: set[str] = set()
+    for text in overrides:
+        try:
+            (override,) = OverridesParser.create().parse_overrides([text])
+        except HydraException:  # reported already
+            continue
+        if not override.is_delete() and "/" not in override.key_or_group:
+            found |= set(_leaf_keys(override.value(), override.key_or_group))
+    return frozenset(found)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where the relative paths of a run's files are.
+
+    Args:
+        folder: the run's folder.
+        typed: the keys that were set on the command line.
+    """
+
+    folder: Path
+    typed: frozenset[str]
+
+    def place(self, key: str, value: Any, hints: Iterable[Any] = ()) -> Any:
+        """Return an argument; if it is a relative path of something to write, with the folder that it lies in.
+
+        Args:
+            key: its config key.
+            value: any value.
+            hints: from its annotation.
+        """
+        name = key.rpartition(".")[2]
+        is_path = name in _FOLDERS or any(map(_is_path, hints))
+        if not isinstance(value, str) or not is_path or name in _READ or "://" in value:
+            return value
+        folder = Path.cwd() if _was_typed(key, self.typed) else self.folder
+        return str(folder / Path(value).expanduser())
+
+
+def _texts(value: object, key: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, Mapping):
+        for name, inner in value.items():
+            if name != "_target_":
+                yield from _texts(inner, f"{key}.{name}")
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _texts(inner, f"{key}[{index}]")
+
+
+def _leaves(value: str) -> bool:
+    """Whether a text, read as a path, leads out of the folder that it is relative to.
+
+    >>> [_leaves(each) for each in ("/a", "~/a", "a/../b", "file:///a", "a::b", "val/loss", "a..b")]
+    [True, True, True, True, True, False, False]
+    """
+    parts = value.replace("\\", "/").split("/")
+    return value.startswith(("/", "\\", "~")) or ".." in parts or "://" in value or "::" in value
+
+
+def _was_typed(key: str, typed: frozenset[str]) -> bool:
+    return key.partition("[")[0] in typed
+
+
+def _leaf_keys(value: object, key: str) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _leaf_keys(inner, f"{key}.{name}")
+    else:
+        yield key
+
+
+def _is_path(hint: Any) -> bool:
+    found = typing.get_origin(hint) or hint
+    return isinstance(found, type) and (found is os.PathLike or issubclass(found, PurePath))
