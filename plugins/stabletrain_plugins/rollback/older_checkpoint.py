@@ -15,8 +15,8 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 
+from stabletrain.runtime.checkpoints.errors import CheckpointError
 from stabletrain.runtime.checkpoints.loading import is_ours, read, store_of
-from stabletrain.runtime.checkpoints.manifest import CheckpointError
 from stabletrain.runtime.checkpoints.newest_file import newest_files
 from stabletrain.runtime.checkpoints.store import Store
 from stabletrain.runtime.guard.callbacks import RuleCallback

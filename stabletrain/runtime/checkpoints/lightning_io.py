@@ -8,8 +8,8 @@ from typing import Any
 
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 
+from stabletrain.runtime.checkpoints.errors import CheckpointError
 from stabletrain.runtime.checkpoints.loading import is_ours, load_good, read
-from stabletrain.runtime.checkpoints.manifest import CheckpointError
 
 Broadcast = Callable[[Any], Any]
 
