@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import typing
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -19,7 +18,7 @@ from stabletrain.config.compose import BUILT, Composed
 from stabletrain.config.kinds import TRAINER_PARTS
 from stabletrain.config.outputs import check_outputs
 from stabletrain.config.problems import Problem, suggestion
-from stabletrain.config.resume import checkpoint_of
+from stabletrain.config.resume import resume_problem
 from stabletrain.config.types import mismatch
 from stabletrain.errors import UserError
 
@@ -295,10 +294,6 @@ def _resume(config: Mapping[str, Any]) -> Iterator[Problem]:
     resume = config.get("resume")
     if not isinstance(resume, str):
         return
-    path = checkpoint_of(resume)
-    if path is None:
-        yield Problem("resume", f"there is no checkpoint at {resume!r}; expected a .ckpt file, or the folder of a run")
-    elif path.is_file() and not zipfile.is_zipfile(path):
-        yield Problem(
-            "resume", f"expected a checkpoint, got {path}, which is not a checkpoint, or is truncated; use another"
-        )
+    problem = resume_problem(resume)
+    if problem is not None:
+        yield Problem("resume", problem)

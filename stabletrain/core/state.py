@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -37,7 +38,13 @@ def from_plain(kind: type[T], plain: Any) -> T:
     """The inverse of `to_plain`: build a state of type ``kind`` by the type hints of its fields.
 
     Raises:
-        ValueError: if ``plain`` does not have the fields of ``kind``.
+        ValueError: if ``plain`` does not have the fields of ``kind``, or a value has another type than its field.
+
+    >>> from stabletrain.core.statistics import Ema
+    >>> from_plain(Ema, {"mean": "high", "var": 0.25})
+    Traceback (most recent call last):
+    ...
+    ValueError: expected float, got 'high'
     """
     return typing.cast(T, _restore(kind, plain))
 
@@ -45,10 +52,7 @@ def from_plain(kind: type[T], plain: Any) -> T:
 def _restore(kind: Any, plain: Any) -> Any:
     origin = typing.get_origin(kind)
     if origin in (typing.Union, types.UnionType):
-        if plain is None:
-            return None
-        kind = next(arg for arg in typing.get_args(kind) if arg is not type(None))
-        return _restore(kind, plain)
+        return _restore_any_of(typing.get_args(kind), plain)
     if origin is tuple:
         items = typing.get_args(kind)
         if not isinstance(plain, list | tuple):
@@ -64,7 +68,27 @@ def _restore(kind: Any, plain: Any) -> Any:
             found = sorted(plain) if isinstance(plain, dict) else type(plain).__name__
             raise ValueError(f"{kind.__name__}: expected the fields {sorted(hints)}, got {found}")
         return kind(**{field: _restore(hint, plain[field]) for field, hint in hints.items()})
+    if origin in (Mapping, dict):
+        if not isinstance(plain, dict):
+            raise ValueError(f"{kind}: expected a dict, got {type(plain).__name__}")
+        key_kind, item_kind = typing.get_args(kind)
+        return {_restore(key_kind, key): _restore(item_kind, item) for key, item in plain.items()}
+    if kind in _SCALARS and type(plain) is not kind and not (kind is float and type(plain) is int):
+        raise ValueError(f"expected {kind.__name__}, got {plain!r:.60}")
     return plain
+
+
+def _restore_any_of(kinds: tuple[Any, ...], plain: Any) -> Any:
+    """The first of several kinds that fits; None fits only NoneType."""
+    if plain is None and type(None) in kinds:
+        return None
+    *others, last = [kind for kind in kinds if kind is not type(None)]
+    for kind in others:
+        try:
+            return _restore(kind, plain)
+        except ValueError:
+            continue
+    return _restore(last, plain)
 
 
 @functools.cache

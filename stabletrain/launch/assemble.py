@@ -19,7 +19,9 @@ from stabletrain.config.outputs import Outputs
 from stabletrain.launch.checkpoint_mismatch import explain_mismatch
 from stabletrain.launch.interrupt import SaveAndStop
 from stabletrain.launch.progress import progress_bar
+from stabletrain.runtime.checkpoints.lightning_io import check_when_reading
 from stabletrain.runtime.guard.options import Guard, changed_options
+from stabletrain.runtime.internals.trainer import reads_own_checkpoints
 from stabletrain.runtime.records.run_files import CHECKPOINTS
 from stabletrain.runtime.signal_watch import SignalWatch
 
@@ -46,10 +48,12 @@ class Assembled:
         """Train. The checkpoint is loaded with ``weights_only=True``, so that it cannot run code.
 
         Raises:
-            UserError: if the checkpoint belongs to another model or optimizer.
+            UserError: if the checkpoint is damaged, holds more than data, or belongs to another model or optimizer.
         """
         weights_only = None if self.resume is None else True
         if self.resume is not None:
+            if not reads_own_checkpoints(self.trainer):
+                check_when_reading(self.trainer)
             explain_mismatch(self.trainer.strategy, self.resume)
         self.trainer.fit(self.model, datamodule=self.data, ckpt_path=self.resume, weights_only=weights_only)
 

@@ -50,6 +50,23 @@ def restore(state: RngState) -> None:
             torch.cuda.set_rng_state(each.cpu(), device)
 
 
+def check(state: Any) -> None:
+    """Raise an error for a state that cannot be restored, which may come from a checkpoint of any content.
+
+    The generators are not changed.
+
+    Raises:
+        ValueError: saying what the generator said.
+    """
+    with preserved():
+        try:
+            restore(state)
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+            raise ValueError(
+                f"the state of the random generators cannot be restored: {type(error).__name__}: {error}"
+            ) from None
+
+
 @contextlib.contextmanager
 def preserved() -> Iterator[RngState]:
     """Restores all random generators on exit. Yields their state on entry.

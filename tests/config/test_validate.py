@@ -70,7 +70,8 @@ def test_every_option_that_we_ship_fits_its_signature(group: str) -> None:
         ("launch.nodes=2", ["launch.nodes: several nodes need launch=slurm"]),
         ("launch=slurm launch.sbatch.a_b=3", ["launch.sbatch.a_b: expected a long option"]),
         ("resume=/no/such.ckpt", ["resume: there is no checkpoint at '/no/such.ckpt'"]),
-        ("resume=https://example.com/x.ckpt", ["resume: there is no checkpoint"]),
+        ("resume=https://example.com/x.ckpt", ["resume: expected a path, got the URL 'https://"]),
+        ("resume=/", ["resume: the folder / is no checkpoint"]),
         ("model._target_=os.system", ["model._target_: 'os.system' may not be built"]),
     ],
 )

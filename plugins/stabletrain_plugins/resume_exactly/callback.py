@@ -17,6 +17,7 @@ from stabletrain.runtime.data.position import LoaderState
 from stabletrain.runtime.data.train_loader import TrainLoader
 from stabletrain.runtime.internals import loader as loader_internals
 from stabletrain.runtime.internals import trainer as trainer_internals
+from stabletrain.runtime.plugin_state import names_its_plugin
 
 FastForward: TypeAlias = Literal["auto", "indices", "batches"]
 
@@ -144,11 +145,14 @@ class ResumeExactly(Callback):
             dist.all_gather_object(everyone, here)
         return {"ranks": everyone}
 
+    @names_its_plugin
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume from a checkpoint: called by Lightning before the first batch."""
         if self._loader is None or self._trainer is None:
             return
         everyone = state_dict["ranks"]
+        if not isinstance(everyone, list) or not everyone:
+            raise TypeError("expected a list of the states of all ranks")
         rank, size = self._trainer.global_rank, self._trainer.world_size
         if len(everyone) != size:
             rank_zero_warn(
@@ -158,6 +162,8 @@ class ResumeExactly(Callback):
                 "checkpoint saved at the end of an epoch."
             )
         mine = everyone[rank % len(everyone)]
+        if mine["rng"] is not None:
+            rng.check(mine["rng"])
         try:
             positions = [LoaderState.from_plain(plain) for plain in mine["loaders"]]
         except (KeyError, TypeError):

@@ -6,26 +6,23 @@ checkpoint. The data position and the random number generators stay as they are.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 
+from stabletrain.runtime.checkpoints.errors import CheckpointError
 from stabletrain.runtime.checkpoints.loading import is_ours, read, store_of
-from stabletrain.runtime.checkpoints.manifest import CheckpointError
 from stabletrain.runtime.checkpoints.newest_file import newest_files
+from stabletrain.runtime.checkpoints.single_file import load_file
 from stabletrain.runtime.checkpoints.store import Store
 from stabletrain.runtime.guard.callbacks import RuleCallback
 from stabletrain.runtime.guard.step_guard import StepGuard
 from stabletrain.runtime.internals import state as state_internals
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.records.event_log import logger
-
-_UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, CheckpointError)
 
 
 class FoundCheckpoint(NamedTuple):
@@ -56,8 +53,10 @@ def find(trainer: Trainer, before: int) -> FoundCheckpoint | None:
     if trainer.is_global_zero and not trainer_internals.reads_own_checkpoints(trainer):
         for path in _candidates(trainer):
             try:
-                step = load(path)["global_step"]
-            except _UNREADABLE as error:
+                step = load(path).get("global_step")
+                if type(step) is not int:
+                    raise CheckpointError("it has no global_step")
+            except (CheckpointError, OSError) as error:
                 logger.warning("rollback: %s cannot be used: %s", path, error)
                 continue
             if step < before:
@@ -71,12 +70,9 @@ def load(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint, ours or Lightning's, onto the CPU, with ``weights_only=True``.
 
     Raises:
-        Exception: one of several kinds, if it is missing or damaged.
+        CheckpointError: if it is missing or damaged, or holds more than data.
     """
-    if is_ours(path):
-        return read(Path(path)).checkpoint
-    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    return checkpoint
+    return read(Path(path).resolve()).checkpoint if is_ours(path) else load_file(path)
 
 
 def _candidates(trainer: Trainer) -> Iterator[Path]:

@@ -7,7 +7,7 @@ import math
 import secrets
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
@@ -18,13 +18,14 @@ from stabletrain.core.intervals import SaveTriggers
 from stabletrain.core.lengths import LengthLike
 from stabletrain.errors import UserError, require
 from stabletrain.runtime.accumulation import AccumulationWindow
-from stabletrain.runtime.checkpoints.lightning_io import VerifiedIO
+from stabletrain.runtime.checkpoints.lightning_io import check_when_reading
 from stabletrain.runtime.checkpoints.loading import newest
 from stabletrain.runtime.checkpoints.manifest import CheckpointInfo
 from stabletrain.runtime.checkpoints.preemption import EXIT_CODE, PreemptionWatch, StopBetweenBatches
 from stabletrain.runtime.checkpoints.saver import Saver
 from stabletrain.runtime.checkpoints.store import MetricMode, Retention, Store
 from stabletrain.runtime.internals import trainer as trainer_internals
+from stabletrain.runtime.plugin_state import names_its_plugin
 from stabletrain.runtime.ranks import Ranks
 from stabletrain.runtime.records import run_files
 from stabletrain.runtime.records.recipe import recipe_hash
@@ -61,6 +62,8 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
 
     plugin: ClassVar[str] = "save_checkpoints"
     slot: ClassVar[str] = "checkpoints"
+
+    _undo_reading: Callable[[], None] | None = None
 
     def __init__(
         self,
@@ -165,9 +168,8 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
                 f"{type(trainer.strategy).__name__}, which writes its own format. Use Lightning's ModelCheckpoint "
                 "(plugins/checkpoints=none), or strategy=ddp"
             )
-        strategy = trainer.strategy
-        if not isinstance(strategy.checkpoint_io, VerifiedIO):
-            strategy.checkpoint_io = VerifiedIO(strategy.checkpoint_io, strategy.broadcast, trainer.is_global_zero)
+        self._restore_reading()  # of a fit that an exception has ended
+        self._undo_reading = check_when_reading(trainer)
         if stage != "fit":
             return
         run = self._run if self._fitted is not None and self._fitted() is trainer else None
@@ -259,16 +261,19 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Finish an unfinished write, and restore the strategy's own CheckpointIO."""
         self.wait()
-        if isinstance(trainer.strategy.checkpoint_io, VerifiedIO):
-            trainer.strategy.checkpoint_io = trainer.strategy.checkpoint_io.inner
+        self._restore_reading()
 
     def state_dict(self) -> dict[str, Any]:
         """The identity of the run and of its recipe."""
         return {"run": self._run, "recipe": self._recipe}
 
+    @names_its_plugin
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the identity of the run that is resumed."""
-        self._run, self._loaded_recipe = state_dict["run"], state_dict["recipe"]
+        run, recipe = state_dict["run"], state_dict["recipe"]
+        if not isinstance(run, str) or not isinstance(recipe, str | None):
+            raise TypeError("run and recipe must be text")
+        self._run, self._loaded_recipe = run, recipe
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy only the arguments, not the state of a running fit."""
@@ -279,6 +284,11 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         self._reset()
 
     # ---- helpers ----------------------------------------------------------------------------------------------------
+
+    def _restore_reading(self) -> None:
+        if self._undo_reading is not None:
+            self._undo_reading()
+            self._undo_reading = None
 
     def _is_due(self, trainer: Trainer) -> bool:
         """Whether a checkpoint is due, by the clock of any rank; the same on all ranks."""

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING
 from stabletrain.lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from stabletrain.runtime.checkpoints.errors import CheckpointError
     from stabletrain.runtime.checkpoints.loading import load, newest, verify
-    from stabletrain.runtime.checkpoints.manifest import CheckpointError, CheckpointInfo, Manifest
+    from stabletrain.runtime.checkpoints.manifest import CheckpointInfo, Manifest
     from stabletrain.runtime.checkpoints.saver import Saver
     from stabletrain.runtime.checkpoints.store import Retention, Store
 
 __all__ = ["CheckpointError", "CheckpointInfo", "Manifest", "Retention", "Saver", "Store", "load", "newest", "verify"]
 
 _MODULES = {
-    "CheckpointError": "manifest",
+    "CheckpointError": "errors",
     "CheckpointInfo": "manifest",
     "Manifest": "manifest",
     "Retention": "store",

@@ -34,12 +34,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stabletrain.runtime.checkpoints.manifest import CheckpointError
+from stabletrain.runtime.checkpoints.errors import CheckpointError
 from stabletrain.runtime.snapshots.state_tree import DictNode, Flattener, ObjectNode, SequenceNode, TensorNode
 from stabletrain.runtime.snapshots.tensor_kinds import WrapperLayout, class_name, not_dense, registered_wrappers
 
 _OPTIONAL = ("hyper_parameters", "datamodule_hyper_parameters", "hparams_type", "datamodule_hparams_type")
 """Entries that only ``load_from_checkpoint`` needs: objects in them are omitted."""
+_MAX_DEPTH = 64
+"""Containers within containers that may be stored; `decoding` reads some more."""
 _TAGS = {list: None, tuple: "t", set: "s", frozenset: "fs", deque: "q"}
 
 
@@ -72,7 +74,7 @@ class Encoded:
                 node = encoder.without_objects(value, key) if key in _OPTIONAL else encoder.value(value, str(key))
             except RecursionError:
                 raise CheckpointError(
-                    f"checkpoint: {key} holds a container that contains itself, or is nested too deeply"
+                    f"checkpoint: {key} holds a container that contains itself, or is nested deeper than {_MAX_DEPTH}"
                 ) from None
             if node is not _OMITTED:
                 pairs.append([encoder.value(key, "key"), node])
@@ -88,6 +90,7 @@ class _Encoder:
         self._first_at: dict[int, int] = {}  # address -> index of the first tensor that begins there
         self._others_at: dict[int, list[int]] = {}  # and of other tensors that begin there
         self._used = {"__metadata__"}  # a name that the tensor file reserves
+        self._depth = 0  # number of containers around the value that is encoded
 
     def value(self, value: Any, path: str) -> Any:
         """A value as JSON.
@@ -129,10 +132,14 @@ class _Encoder:
             return self._tensor(node, path)
         if node is None or kind in (bool, int, str):
             return node
-        if kind is DictNode:
-            return self._dict(node, path)
-        if kind is SequenceNode:
-            return self._sequence(node, path)
+        if kind is DictNode or kind is SequenceNode:
+            if self._depth == _MAX_DEPTH:
+                raise RecursionError
+            self._depth += 1
+            try:
+                return self._dict(node, path) if kind is DictNode else self._sequence(node, path)
+            finally:
+                self._depth -= 1
         if kind is float:
             return node if math.isfinite(node) else {"f": repr(node)}
         return self._other(node.value if kind is ObjectNode else node, path)

@@ -1,4 +1,4 @@
-"""The CheckpointIO with which ``ckpt_path=`` accepts folders of verified checkpoints, besides Lightning's files."""
+"""How ``ckpt_path=`` is read: folders of verified checkpoints, and Lightning's files as data only."""
 
 from __future__ import annotations
 
@@ -7,48 +7,71 @@ from pathlib import Path
 from typing import Any
 
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from stabletrain.errors import UserError
+from stabletrain.runtime.checkpoints.content import check_content, report_conversions
+from stabletrain.runtime.checkpoints.errors import CheckpointError
 from stabletrain.runtime.checkpoints.loading import is_ours, load_good, read
-from stabletrain.runtime.checkpoints.manifest import CheckpointError
+from stabletrain.runtime.checkpoints.single_file import load_file
+from stabletrain.runtime.internals import trainer as trainer_internals
+from stabletrain.runtime.plugin_state import FOREIGN_STATE
 
-Broadcast = Callable[[Any], Any]
+
+def check_when_reading(trainer: Trainer) -> Callable[[], None]:
+    """Let a trainer read verified checkpoints, and check every checkpoint before anything of it is restored.
+
+    A state that a callback, scheduler or data module cannot restore ends the run with one message.
+
+    Args:
+        trainer: before it restores a checkpoint; its strategy gathers checkpoints on rank 0.
+
+    Returns:
+        The function that undoes this.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy.checkpoint_io, VerifiedIO):
+        return lambda: None
+    inner = strategy.checkpoint_io
+    strategy.checkpoint_io = VerifiedIO(inner, trainer)
+    undo_wrapping = trainer_internals.around_restoring(trainer, _explain)
+
+    def undo() -> None:
+        undo_wrapping()
+        if isinstance(strategy.checkpoint_io, VerifiedIO):
+            strategy.checkpoint_io = inner
+
+    return undo
 
 
 class VerifiedIO(CheckpointIO):
-    """Reads verified checkpoints, the same one on all ranks, and passes everything else to another CheckpointIO.
+    """Reads verified checkpoints, the same one on all ranks, and checks what another CheckpointIO reads.
 
     Args:
         inner: reads and writes single files.
-        broadcast: returns rank 0's object on all ranks.
-        first: whether this is rank 0.
+        trainer: that restores the checkpoints.
     """
 
-    def __init__(self, inner: CheckpointIO, broadcast: Broadcast, first: bool) -> None:
+    def __init__(self, inner: CheckpointIO, trainer: Trainer) -> None:
         self.inner = inner
-        self._broadcast = broadcast
-        self._first = first
+        self._trainer = trainer
 
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a checkpoint; ``weights_only`` concerns single files, verified checkpoints hold only data.
+        """Read a checkpoint; single files with ``weights_only=True``, unless it is False.
 
         Raises:
             CheckpointError: on all ranks, if rank 0 finds no good one; on any rank that cannot read the one it found.
         """
-        if not is_ours(path):
-            return self.inner.load_checkpoint(path, map_location, weights_only)
-        found, answer = None, ("", "")
-        if self._first:
-            try:
-                found = load_good(path)
-                answer = (str(found.path), "")
-            except CheckpointError as error:
-                answer = ("", str(error))
-        chosen, problem = self._broadcast(answer)
-        if problem:
-            raise CheckpointError(problem)
-        return (found or read(Path(chosen))).checkpoint
+        if is_ours(path):
+            checkpoint = self._load_verified(path)
+        else:
+            checkpoint = self._load_other(path, map_location, weights_only)
+        if self._trainer.is_global_zero:
+            report_conversions(checkpoint, self._trainer.lightning_module)
+        return checkpoint
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write a single file with the inner CheckpointIO."""
@@ -61,3 +84,53 @@ class VerifiedIO(CheckpointIO):
     def teardown(self) -> None:
         """Called by Lightning at the end of a run."""
         self.inner.teardown()
+
+    def _load_verified(self, path: Any) -> dict[str, Any]:
+        found, answer = None, ("", "")
+        if self._trainer.is_global_zero:
+            try:
+                found = load_good(path, lambda checkpoint: check_content(checkpoint, self._trainer))
+                answer = (str(found.path), "")
+            except CheckpointError as error:
+                answer = ("", str(error))
+        chosen, problem = self._trainer.strategy.broadcast(answer)
+        if problem:
+            raise CheckpointError(f"{problem} (config key resume)")
+        return (found or read(Path(chosen))).checkpoint
+
+    def _load_other(self, path: Any, map_location: Any, weights_only: bool | None) -> dict[str, Any]:
+        """Of each rank: a file, a URL, or the folder of a sharded strategy. ``weights_only=False`` means trust."""
+        if weights_only is False:
+            return self.inner.load_checkpoint(path, map_location, weights_only)
+
+        def read_with_inner() -> Any:
+            return self.inner.load_checkpoint(path, map_location, True)
+
+        try:
+            if "://" not in str(path) and not Path(path).is_dir() and _is_torchs(self.inner):
+                checkpoint = load_file(path, read_with_inner)
+            else:
+                checkpoint = read_with_inner()
+            check_content(checkpoint, self._trainer)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"resume: {path}: {str(error).removeprefix(f'{path} ')} (config key resume)"
+            ) from error
+        return checkpoint
+
+
+def _is_torchs(inner: CheckpointIO) -> bool:
+    """Whether a CheckpointIO reads files of ``torch.save``; some wrap another one."""
+    return isinstance(getattr(inner, "checkpoint_io", inner), TorchCheckpointIO)
+
+
+def _explain(what: str, restore: Callable[[], None]) -> None:
+    try:
+        restore()
+    except UserError:
+        raise
+    except FOREIGN_STATE as error:
+        raise CheckpointError(
+            f"resume: the checkpoint's state of the {what} cannot be restored ({type(error).__name__}: {error}). It "
+            "was made by other code, or changed: use another checkpoint, or start from scratch (config key resume)"
+        ) from error

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import xxhash
 
 from stabletrain.runtime.checkpoints import tensor_file
-from stabletrain.runtime.checkpoints.decoding import decode, dtype_of
-from stabletrain.runtime.checkpoints.manifest import CheckpointError, Manifest
+from stabletrain.runtime.checkpoints.decoding import decode, tensor_kinds
+from stabletrain.runtime.checkpoints.errors import CheckpointError
+from stabletrain.runtime.checkpoints.fields import parse, shown
+from stabletrain.runtime.checkpoints.manifest import STATE, TENSORS, Manifest
+from stabletrain.runtime.checkpoints.regular_file import read_regular
 from stabletrain.runtime.checkpoints.store import (
     PREFIX,
-    STATE,
-    TENSORS,
+    STATE_LIMIT,
     Entry,
     Store,
     checkpoint_folders,
     is_checkpoint,
-    size_problem,
 )
 from stabletrain.runtime.records import run_files
 
@@ -58,12 +58,19 @@ def load(path: str | Path) -> dict[str, Any]:
     return load_good(path).checkpoint
 
 
-def load_good(path: str | Path) -> Loaded:
-    """As `load`, with the path and the manifest of the checkpoint that was read."""
+def load_good(path: str | Path, check: Callable[[dict[str, Any]], object] | None = None) -> Loaded:
+    """As `load`, with the path and the manifest of the checkpoint that was read.
+
+    Args:
+        path: as for `load`.
+        check: raises a `CheckpointError` for a content that is not that of a run; the previous one is then tried.
+    """
     problems: list[str] = []
-    for candidate in _candidates(Path(path)):
+    for candidate in _found(Path(path)):
         try:
             found = read(candidate)
+            if check is not None:
+                check(found.checkpoint)
         except CheckpointError as error:
             problems.append(f"{candidate.name} is damaged: {error}")
             continue
@@ -81,25 +88,33 @@ def load_good(path: str | Path) -> Loaded:
 
 
 def read(path: Path) -> Loaded:
-    """Read one checkpoint, without falling back to another.
+    """Read one checkpoint, without falling back to another. Only regular files in its folder are opened.
+
+    Args:
+        path: its folder, not a link to it.
 
     Raises:
         CheckpointError: if it is damaged; the message names the damage.
     """
     manifest = Manifest.read(path)
-    problem = size_problem(path, manifest.files)
+    problem = manifest.missing(path)
     if problem:
         raise CheckpointError(problem)
+    raw = read_regular(path / STATE, STATE_LIMIT)
+    if xxhash.xxh3_128(raw).hexdigest() != manifest.files[STATE].xxh3_128:
+        raise CheckpointError(f"{STATE} does not match its checksum")
+    state = parse(raw, STATE)
+    del raw
+    if not isinstance(state, dict) or not {"tree", "tensors"} <= state.keys():
+        raise CheckpointError(f"{STATE}: expected an object with the entries tree and tensors")
     try:
-        raw = (path / STATE).read_bytes()
-        if xxhash.xxh3_128(raw).hexdigest() != manifest.files[STATE].xxh3_128:
-            raise CheckpointError(f"{STATE} does not match its checksum")
-        state = json.loads(raw)
-        wanted = {name: (dtype_of(dtype), shape) for name, dtype, shape in state["tensors"]}
-        tensors = tensor_file.read(path / TENSORS, manifest.files[TENSORS], wanted)
+        tensors = tensor_file.read(path / TENSORS, manifest.files[TENSORS], tensor_kinds(state["tensors"]))
     except OSError as error:
-        raise CheckpointError(f"{error.filename or path} cannot be read ({error.strerror})") from None
-    return Loaded(decode(state["tree"], [tensors[name] for name in wanted]), path, manifest)
+        raise CheckpointError(f"{TENSORS} cannot be read ({error.strerror})") from None
+    checkpoint = decode(state["tree"], tensors)
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f"{STATE}: expected a dict, got {shown(checkpoint)}")
+    return Loaded(checkpoint, path, manifest)
 
 
 def verify(path: str | Path) -> Manifest:
@@ -108,7 +123,7 @@ def verify(path: str | Path) -> Manifest:
     Raises:
         CheckpointError: if it is damaged; the message names the damage.
     """
-    return read(Path(path)).manifest
+    return read(Path(path).resolve()).manifest
 
 
 def newest(path: str | Path) -> Path | None:
@@ -121,7 +136,7 @@ def newest(path: str | Path) -> Path | None:
     """
     folder = store_of(Path(path))
     for entry in _best_first(Store(folder).entries() if folder else []):
-        if size_problem(entry.path, entry.manifest.files) is None:
+        if entry.manifest.missing(entry.path) is None:
             return entry.path
     return None
 
@@ -141,9 +156,17 @@ def is_ours(path: str | Path) -> bool:
     return is_checkpoint(Path(path)) or store_of(Path(path)) is not None
 
 
+def _found(path: Path) -> Iterator[Path]:
+    try:
+        yield from _candidates(path)
+    except OSError as error:
+        raise CheckpointError(f"checkpoints: {path} cannot be read ({error.strerror})") from None
+
+
 def _candidates(path: Path) -> Iterator[Path]:
     """The checkpoints to try, best first: none later than the requested one, and none of another run."""
     if is_checkpoint(path):
+        path = path.resolve()  # the user's own link; within a folder of checkpoints links are not followed
         yield path
         entries = Store(path.parent).entries()
         own = next((entry.manifest for entry in entries if entry.path == path), None)

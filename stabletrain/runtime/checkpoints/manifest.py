@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,15 +11,18 @@ from typing import Any
 
 import xxhash
 
-from stabletrain.errors import UserError
 from stabletrain.runtime.checkpoints.durable import FileRecord, write_file
+from stabletrain.runtime.checkpoints.errors import CheckpointError
+from stabletrain.runtime.checkpoints.fields import Fields, parse
+from stabletrain.runtime.checkpoints.regular_file import read_regular, size_of
 
 NAME = "manifest.json"
+STATE = "state.json"
+TENSORS = "tensors.safetensors"
 FORMAT = 1
-
-
-class CheckpointError(UserError):
-    """A checkpoint holds something that cannot be stored, or cannot be read."""
+_LIMIT = 1 << 20
+"""Largest size, bytes; a manifest has about 700."""
+_CHECKSUM = re.compile("[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,31 +84,64 @@ class Manifest:
         """Read the manifest of a checkpoint's folder.
 
         Raises:
-            CheckpointError: if it is missing, damaged, or of a newer format.
+            CheckpointError: if it is missing, damaged, of a newer format, or a field has another type or range. The
+                folder itself may not be a symbolic link either.
         """
+        if folder.is_symlink():
+            raise CheckpointError(f"{folder.name} is a symbolic link; use the path of its target")
+        raw = read_regular(folder / NAME, _LIMIT)
         try:
-            raw = (folder / NAME).read_bytes()
-        except FileNotFoundError:
-            raise CheckpointError(f"{NAME} is missing") from None
-        except OSError as error:
-            raise CheckpointError(f"{NAME} cannot be read ({error.strerror})") from None
-        try:
-            content = json.loads(raw)
+            content = parse(raw, NAME)
             signed = _signed({key: value for key, value in content.items() if key != "checksum"})
-        except (ValueError, AttributeError, RecursionError):
-            content = signed = None
-        if content is None or raw != signed:
+        except (CheckpointError, AttributeError, ValueError, RecursionError):
+            signed = None
+        if raw != signed:
             raise CheckpointError(f"{NAME} does not match its checksum")
-        if content["format"] != FORMAT:
+        fields = Fields(content, NAME)
+        if fields.integer("format") != FORMAT:
             raise CheckpointError(f"expected format {FORMAT}, got format {content['format']}: update stabletrain")
+        versions = fields.nested("versions")
         return cls(
-            sequence=content["sequence"],
+            sequence=fields.integer("sequence"),
             info=CheckpointInfo(
-                **{field: content[field] for field in CheckpointInfo.__dataclass_fields__ if field in content}
+                step=fields.integer("step"),
+                run=fields.text("run"),
+                epoch=fields.integer("epoch", default=0),
+                world_size=fields.integer("world_size", low=1, default=1),
+                recipe=fields.text("recipe", optional=True),
+                metric=fields.text("metric", optional=True),
+                value=fields.number("value"),
+                whole=fields.boolean("whole", default=True),
             ),
-            files={name: FileRecord(**record) for name, record in content["files"].items()},
-            versions=content["versions"],
+            files=_records(fields.nested("files")),
+            versions={name: versions.text(name) for name in versions.items(limit=100)},
         )
+
+    def missing(self, folder: Path) -> str | None:
+        """A file that is missing, not a regular one, or of another size, as a message; None if there is none."""
+        for name, record in self.files.items():
+            try:
+                size = size_of(folder / name)
+            except CheckpointError as error:
+                return str(error)
+            if size != record.bytes:
+                return f"{name} has {size} bytes, expected {record.bytes}"
+        return None
+
+
+def _records(files: Fields) -> dict[str, FileRecord]:
+    """Size and checksum of the files of a checkpoint, of which there are exactly two."""
+    names = files.items()
+    if set(names) != {STATE, TENSORS}:
+        raise CheckpointError(f"{NAME}: expected the files {STATE} and {TENSORS}, got others")
+    records = {}
+    for name in names:
+        record = files.nested(name)
+        checksum = record.text("xxh3_128")
+        if not _CHECKSUM.fullmatch(checksum):
+            raise CheckpointError(f"{NAME}: the checksum of {name} must be 32 hexadecimal digits")
+        records[name] = FileRecord(record.integer("bytes"), checksum)
+    return records
 
 
 def _signed(content: Mapping[str, Any]) -> bytes:

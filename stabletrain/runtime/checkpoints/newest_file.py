@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from pathlib import Path
 
 PATTERN = "*.ckpt"
@@ -16,12 +17,14 @@ def newest_files(folder: Path) -> list[Path]:
         folder: may be missing.
 
     Returns:
-        Their paths; none of them is opened or verified.
+        Their paths; none of them is opened or verified. Pipes, sockets and devices are left out.
     """
     found: list[tuple[int, Path]] = []
     for path in folder.glob(PATTERN):
         try:
-            found.append((path.stat().st_mtime_ns, path))
-        except FileNotFoundError:  # deleted meanwhile, or a link to nothing
+            known = path.stat()
+        except OSError:  # deleted meanwhile, or a link to nothing or to itself
             continue
+        if stat.S_ISREG(known.st_mode) or stat.S_ISDIR(known.st_mode):
+            found.append((known.st_mtime_ns, path))
     return [path for _, path in sorted(found, reverse=True)]

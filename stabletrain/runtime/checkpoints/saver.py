@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stabletrain.runtime.checkpoints.encoding import Encoded
+from stabletrain.runtime.checkpoints.errors import CheckpointError
 from stabletrain.runtime.checkpoints.manifest import CheckpointInfo
 from stabletrain.runtime.checkpoints.store import Entry, Store
 from stabletrain.runtime.snapshots.buffers import SnapshotBuffers
@@ -124,14 +125,14 @@ class Saver:
     def _write(self, info: CheckpointInfo, encoded: Encoded) -> None:
         try:
             self.newest = self.store.write(info, encoded.tree, encoded.names, encoded.tensors)
-        except OSError as error:
+        except (OSError, CheckpointError) as error:
             good = "there is none yet" if self.newest is None else f"the newest complete one is {self.newest.name}"
             logger.warning(
                 "the checkpoint of step %d could not be written to %s: %s; %s. Training continues, and the next "
                 "checkpoint is written as planned",
                 info.step,
                 self.store.folder,
-                error.strerror or error,
+                getattr(error, "strerror", None) or error,
                 good,
             )
         except Exception:

@@ -16,7 +16,7 @@ import logging
 import os
 import platform
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -25,14 +25,14 @@ import torch
 from torch import Tensor
 
 from stabletrain.runtime.checkpoints import durable, tensor_file
-from stabletrain.runtime.checkpoints.durable import FileRecord
+from stabletrain.runtime.checkpoints.errors import CheckpointError
 from stabletrain.runtime.checkpoints.manifest import NAME as MANIFEST
-from stabletrain.runtime.checkpoints.manifest import CheckpointError, CheckpointInfo, Manifest
+from stabletrain.runtime.checkpoints.manifest import STATE, TENSORS, CheckpointInfo, Manifest
 from stabletrain.version import __version__
 
-STATE = "state.json"
-TENSORS = "tensors.safetensors"
 PREFIX = "step-"
+STATE_LIMIT = 256 << 20
+"""Largest size of everything but the tensors, bytes."""
 
 logger = logging.getLogger("stabletrain")
 
@@ -92,16 +92,21 @@ class Store:
 
         Raises:
             OSError: if it cannot be written; older checkpoints are untouched, and the new one is removed.
+            CheckpointError: if everything but the tensors is larger than `STATE_LIMIT`.
         """
         older = self.entries()
         name = self._free_name(info.step)
+        index = [
+            [each, str(t.dtype).removeprefix("torch."), list(t.shape)] for each, t in zip(names, tensors, strict=True)
+        ]
+        state = json.dumps({"tree": tree, "tensors": index}, allow_nan=False).encode()
+        if len(state) > STATE_LIMIT:
+            raise CheckpointError(
+                f"checkpoint: everything but its tensors takes {len(state) >> 20} MB, expected at most "
+                f"{STATE_LIMIT >> 20} MB: keep large lists of numbers as tensors"
+            )
         folder = durable.new_folder(self.folder, name)
         try:
-            index = [
-                [each, str(t.dtype).removeprefix("torch."), list(t.shape)]
-                for each, t in zip(names, tensors, strict=True)
-            ]
-            state = json.dumps({"tree": tree, "tensors": index}, allow_nan=False).encode()
             files = {
                 TENSORS: durable.write_file(folder / TENSORS, tensor_file.chunks(names, tensors)),
                 STATE: durable.write_file(folder / STATE, [state]),
@@ -155,7 +160,7 @@ class Store:
     def _free_name(self, step: int) -> str:
         name = f"{PREFIX}{step:08d}"
         number = 1
-        while (self.folder / (name if number == 1 else f"{name}-{number}")).exists():
+        while os.path.lexists(self.folder / (name if number == 1 else f"{name}-{number}")):
             number += 1
         return name if number == 1 else f"{name}-{number}"
 
@@ -171,18 +176,6 @@ def checkpoint_folders(folder: Path) -> list[Path]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     return [folder / name for name in names]
-
-
-def size_problem(path: Path, files: Mapping[str, FileRecord]) -> str | None:
-    """A file of a checkpoint that is missing or has another size, as a message; None if there is none."""
-    for name, record in files.items():
-        try:
-            size = (path / name).stat().st_size
-        except OSError:
-            return f"{name} is missing"
-        if size != record.bytes:
-            return f"{name} has {size} bytes, expected {record.bytes}"
-    return None
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -5,18 +5,20 @@ The safetensors package is not needed; every tool that reads this format can rea
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import psutil
 import torch
 import xxhash
 from torch import Tensor
 
 from stabletrain.runtime.checkpoints.durable import FileRecord
-from stabletrain.runtime.checkpoints.manifest import CheckpointError
+from stabletrain.runtime.checkpoints.errors import CheckpointError
+from stabletrain.runtime.checkpoints.regular_file import open_regular
 
 _NAMES = {
     torch.float64: "F64",
@@ -36,7 +38,27 @@ _NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_HEADER_LIMIT = 100_000_000  # bytes, the limit of the safetensors package
+_SURELY_AVAILABLE = 64 << 20
+"""Tensors of fewer bytes in total are read without a look at the free memory."""
+
+
+class Kind(NamedTuple):
+    """Name, dtype and shape of a tensor.
+
+    Args:
+        name: distinct in its file.
+        dtype: any but the quantized ones.
+        shape: sizes >= 0.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of its elements, bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def chunks(names: Sequence[str], tensors: Sequence[Tensor]) -> Iterator[bytes | memoryview]:
@@ -46,41 +68,38 @@ def chunks(names: Sequence[str], tensors: Sequence[Tensor]) -> Iterator[bytes | 
         names: of the tensors, all distinct.
         tensors: plain dense tensors, on any device and of any stride.
     """
-    # the widest first, so that every tensor is aligned without gaps
-    order = sorted(range(len(tensors)), key=lambda i: -tensors[i].element_size())
-    header: dict[str, Any] = {}
-    offset = 0
-    for i in order:
-        size = tensors[i].numel() * tensors[i].element_size()
-        known = _NAMES.get(tensors[i].dtype)
-        shape = list(tensors[i].shape) if known else [size]
-        header[names[i]] = {"dtype": known or "U8", "shape": shape, "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for i in order:
+    kinds = [Kind(name, each.dtype, tuple(each.shape)) for name, each in zip(names, tensors, strict=True)]
+    yield _header(kinds)
+    for i in _order(kinds):
         if tensors[i].numel():
             yield _bytes(tensors[i].detach().cpu().contiguous())
 
 
-def read(
-    path: Path, record: FileRecord, expected: Mapping[str, tuple[torch.dtype, Sequence[int]]]
-) -> dict[str, Tensor]:
+def read(path: Path, record: FileRecord, kinds: Sequence[Kind]) -> list[Tensor]:
     """Read a file and verify it in the same pass; every tensor gets its own memory.
+
+    The header must be, byte for byte, the one that `chunks` writes for these tensors: names, dtypes, shapes and offsets
+    are not believed twice. No memory is taken before the sizes agree.
 
     Args:
         path: the file.
         record: its size and checksum.
-        expected: dtype and shape of every tensor in the file, by name.
+        kinds: of its tensors, in the order in which they were written.
+
+    Returns:
+        Its tensors, in the same order.
 
     Raises:
-        CheckpointError: if size, checksum or header differ from what was written, or the file holds other tensors.
+        CheckpointError: if size, checksum or header differ from what was written, or the memory does not suffice.
         OSError: if it cannot be read.
     """
+    header = _header(kinds)
+    nbytes = sum(kind.nbytes for kind in kinds)
+    if len(header) + nbytes != record.bytes:
+        raise CheckpointError(f"{path.name} has a damaged header: its tensors need {len(header) + nbytes} bytes")
+    _require_memory(path.name, nbytes)
     digest = xxhash.xxh3_128()
-    found: dict[str, Tensor] = {}
-    with path.open("rb", buffering=0) as file:
+    with open_regular(path) as file:
 
         def take(target: memoryview) -> None:
             done = 0
@@ -91,41 +110,62 @@ def read(
                 digest.update(target[done : done + count])
                 done += count
 
-        start = bytearray(8)
-        take(memoryview(start))
-        length = int.from_bytes(start, "little")
-        if length > min(_HEADER_LIMIT, record.bytes - 8):
+        found_header = bytearray(len(header))
+        take(memoryview(found_header))
+        if found_header != header:
             raise CheckpointError(f"{path.name} has a damaged header")
-        text = bytearray(length)
-        take(memoryview(text))
-        offsets = _read_offsets(path, text)
-        if set(offsets) != set(expected):
-            raise CheckpointError(f"{path.name} has a damaged header")
-        for name in sorted(offsets, key=lambda each: offsets[each]):
-            dtype, shape = expected[name]
-            tensor = torch.empty(list(shape), dtype=dtype)
-            if tensor.numel() * tensor.element_size() != offsets[name][1] - offsets[name][0]:
-                raise CheckpointError(f"{path.name} has a damaged header")
-            if tensor.numel():
-                take(_bytes(tensor))
-            found[name] = tensor
+        found: dict[int, Tensor] = {}
+        for i in _order(kinds):
+            try:
+                found[i] = torch.empty(kinds[i].shape, dtype=kinds[i].dtype)
+            except RuntimeError as error:  # too many elements for torch, or too many bytes for the machine
+                raise CheckpointError(f"{path.name}: no memory for {kinds[i].name!r} ({_first_line(error)})") from None
+            if kinds[i].nbytes:
+                take(_bytes(found[i]))
         if file.read(1):
             raise CheckpointError(f"{path.name} is longer than expected")
     if digest.hexdigest() != record.xxh3_128:
         raise CheckpointError(f"{path.name} does not match its checksum")
-    return found
+    return [found[i] for i in range(len(kinds))]
 
 
-def _read_offsets(path: Path, text: bytearray) -> dict[str, tuple[int, int]]:
-    try:
-        offsets = {name: tuple(entry["data_offsets"]) for name, entry in json.loads(text).items()}
-        spans = sorted(offsets.values())
-        without_gap = all(before[1] == after[0] for before, after in itertools.pairwise(spans))
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
-        without_gap = False
-    if not without_gap:
-        raise CheckpointError(f"{path.name} has a damaged header")
-    return offsets
+def _header(kinds: Sequence[Kind]) -> bytes:
+    """The beginning of a file: the length of the JSON header, and the header, padded to a multiple of 8 bytes."""
+    entries: dict[str, Any] = {}
+    offset = 0
+    for i in _order(kinds):
+        kind = kinds[i]
+        known = _NAMES.get(kind.dtype)
+        shape = list(kind.shape) if known else [kind.nbytes]
+        entries[kind.name] = {
+            "dtype": known or "U8",
+            "shape": shape,
+            "data_offsets": [offset, offset + kind.nbytes],
+        }
+        offset += kind.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _order(kinds: Sequence[Kind]) -> list[int]:
+    """The order in the file: the widest first, so that every tensor is aligned without gaps."""
+    return sorted(range(len(kinds)), key=lambda i: -kinds[i].dtype.itemsize)
+
+
+def _require_memory(name: str, nbytes: int) -> None:
+    """A sparse file of any size costs its author nothing; without this the system would end the process."""
+    if nbytes < _SURELY_AVAILABLE:
+        return
+    available = psutil.virtual_memory().available + psutil.swap_memory().free
+    if nbytes > available:
+        raise CheckpointError(
+            f"{name} holds tensors of {nbytes / 1e9:.1f} GB, and {available / 1e9:.1f} GB of memory are free"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0].strip()
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -38,10 +38,24 @@ class LoaderState(NamedTuple):
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> LoaderState:
-        """The inverse of `to_plain`."""
+        """The inverse of `to_plain`.
+
+        Raises:
+            KeyError, TypeError: if a field is missing or unknown, as in a checkpoint of another version.
+            ValueError: if a field holds a value of another kind.
+        """
         last = plain["last"]
         start = IteratorStart(**plain["start"])
-        return cls(**{**plain, "start": start, "last": None if last is None else tuple(last)})
+        found = cls(**{**plain, "start": start, "last": None if last is None else tuple(last)})
+        for state in (start.rng, found.rng_before):
+            if state is not None:
+                rng.check(state)
+        counts = (found.batches, start.epoch, start.sampler_epoch, start.sampler_seed, found.length, found.samples)
+        if found.batches is None or start.epoch is None or not all(_is_count(each) for each in counts):
+            raise ValueError(f"expected counts >= 0 for batches, epochs, sizes and the sampler's seed, got {counts}")
+        if not all(isinstance(each, torch.Tensor) for each in start.generators):
+            raise ValueError("expected tensors as the states of the loader's generators")
+        return found
 
 
 def position_in(
@@ -112,6 +126,10 @@ def length_mismatch(position: LoaderState, batches: int) -> str:
         f"the checkpoint was saved after batch {position.batches} of an epoch, and the train loader now ends after "
         f"{batches}"
     )
+
+
+def _is_count(value: Any) -> bool:
+    return value is None or (type(value) is int and value >= 0)
 
 
 def _shown(name: Identity) -> str:

@@ -26,6 +26,7 @@ from stabletrain.core.rule import Rule
 from stabletrain.core.state import from_plain, to_plain
 from stabletrain.runtime.guard.step_guard import StepGuard
 from stabletrain.runtime.internals import trainer as trainer_internals
+from stabletrain.runtime.plugin_state import names_its_plugin
 from stabletrain.runtime.run_length import run_length
 
 
@@ -44,6 +45,11 @@ class GuardMember(Callback):
     _leads: bool = False
     _fitted: weakref.ref[Trainer] | None = None
     _loaded: bool = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "load_state_dict" in cls.__dict__:  # a checkpoint may hold anything as its state
+            cls.load_state_dict = names_its_plugin(cls.load_state_dict)  # type: ignore[method-assign]
 
     # ---- what subclasses override -----------------------------------------------------------------------------------
 
@@ -181,6 +187,7 @@ class GuardMember(Callback):
         """The guard's state, such as the run's step counters; subclasses add their own."""
         return {} if self._guard is None else self._guard.state_dict()
 
+    @names_its_plugin
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore from a checkpoint."""
         self._loaded = True
@@ -218,7 +225,7 @@ class PluginMember(GuardMember, Plugin):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore from a checkpoint; warns if it was made with other arguments."""
         super().load_state_dict(state_dict)
-        saved, mine = state_dict["arguments"], self.arguments()
+        saved, mine = dict(state_dict["arguments"]), self.arguments()
         plain = _plain(mine)
         changed = [f"{key}={mine[key]!r} (was {saved.get(key)!r})" for key in mine if plain[key] != saved.get(key)]
         if changed:

@@ -261,12 +261,12 @@ class StepGuard:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned; what is missing stays as it is."""
         if "counters" in state:
-            self.counters = Counters(**state["counters"])
+            self.counters = from_plain(Counters, {**Counters()._asdict(), **state["counters"]})
         if "guard" in state:
             self.rewarming.load(state["guard"]["rewarm"])
             self._scales = from_plain(ScaleHistory, state["guard"]["scales"])
-            self.changes.announced = tuple(state["guard"]["announced"])
-            self.changes.passed = dict(state["guard"].get("passed", {}))
+            self.changes.announced = from_plain(tuple[str, ...], state["guard"]["announced"])
+            self.changes.passed = from_plain(dict[str, int], state["guard"].get("passed", {}))
 
     def drop_requests(self) -> None:
         """Drop the requests that are not executed yet: something else has answered them."""

@@ -7,6 +7,7 @@ tests/runtime/internals fail.
 
 from __future__ import annotations
 
+import functools
 import signal
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -83,6 +84,41 @@ def before_checkpoint(trainer: Trainer, prepare: Callable[[], None]) -> Callable
 
     def undo() -> None:
         connector.__dict__.pop("dump_checkpoint", None)
+
+    return undo
+
+
+def loop_states(trainer: Trainer) -> dict[str, dict[str, Any]]:
+    """The state of the trainer's loops, as it is saved in a checkpoint."""
+    return trainer._checkpoint_connector._get_loops_state_dict()
+
+
+def around_restoring(trainer: Trainer, wrap: Callable[[str, Callable[[], None]], None]) -> Callable[[], None]:
+    """Call ``wrap(what, restore)`` in place of each ``restore`` of the state of callbacks, loops and the like.
+
+    Weights and optimizer states are not included.
+
+    Args:
+        trainer: before it restores a checkpoint.
+        wrap: gets the name of what is restored, and the function that does it.
+
+    Returns:
+        The function that undoes this.
+    """
+    connector = trainer._checkpoint_connector
+    restored = {
+        "restore_datamodule": "data module",
+        "restore_callbacks": "callbacks",
+        "restore_precision_plugin_state": "precision",
+        "restore_loops": "loops",
+        "restore_lr_schedulers": "learning-rate schedulers",
+    }
+    for method, what in restored.items():
+        connector.__dict__[method] = functools.partial(wrap, what, getattr(connector, method))
+
+    def undo() -> None:
+        for method in restored:
+            connector.__dict__.pop(method, None)
 
     return undo
 

@@ -1,0 +1,1 @@
+"""Inputs that somebody else made, damaged or with intent, for benchmarks/hostile.py."""

@@ -1,0 +1,46 @@
+"""Read a checkpoint that is a single file of ``torch.save``, as Lightning writes it: as data only."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stabletrain.runtime.checkpoints.archive import DATA_ONLY, file_problem
+from stabletrain.runtime.checkpoints.errors import CheckpointError
+
+_REFUSED = re.compile(r"(?:Unsupported global: GLOBAL|Unsupported class) ([\w.]+)")
+
+
+def load_file(path: str | Path, read: Callable[[], Any] | None = None) -> dict[str, Any]:
+    """Read a file onto the CPU with ``weights_only=True``: nothing in it can run code.
+
+    Args:
+        path: the file; links are followed.
+        read: reads it; None: ``torch.load``.
+
+    Raises:
+        CheckpointError: a clause without the path, if it is no checkpoint, is damaged, or holds more than data.
+    """
+    path = Path(path)
+    problem = file_problem(path)
+    if problem is not None:
+        raise CheckpointError(f"it {problem}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True) if read is None else read()
+    except CheckpointError:
+        raise
+    except pickle.UnpicklingError as error:
+        name = _REFUSED.search(str(error))
+        what = f"an object of {name.group(1)}" if name else "Python objects, or is damaged"
+        raise CheckpointError(f"it holds {what}, and {DATA_ONLY}") from error
+    except Exception as error:  # foreign content: torch raises many kinds
+        first = str(error).strip().partition("\n")[0]
+        raise CheckpointError(f"it cannot be read as a checkpoint: {type(error).__name__}: {first}") from error
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f"it holds a {type(checkpoint).__name__}, expected the dict of a checkpoint")
+    return checkpoint
