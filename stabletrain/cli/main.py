@@ -158,7 +158,7 @@ def main() -> None:
         from stabletrain.launch.start_up import StartFailed, StartInterrupted
 
         if isinstance(error, StartInterrupted):
-            sys.exit(128 + error.signum)
+            sys.exit(error.result.exit_code)
         if isinstance(error, StartFailed):
             print(error, file=sys.stderr)
             sys.exit(1)

@@ -20,6 +20,7 @@ from stabletrain.config.build import build_callback
 from stabletrain.config.discovery import BUILT
 from stabletrain.config.problems import Problem, suggestion
 from stabletrain.config.resume import checkpoint_of
+from stabletrain.config.trainer_values import check_trainer_values
 from stabletrain.config.trust import resolve
 from stabletrain.config.types import mismatch
 from stabletrain.errors import UserError
@@ -69,7 +70,9 @@ def check(composed: Composed, trust: Iterable[str] = ()) -> list[Problem]:
     """
     found = check_keys(composed)
     reported = {problem.key for problem in composed.problems}
-    return found + [problem for problem in check_signatures(composed.config, trust) if problem.key not in reported]
+    trust = tuple(trust)
+    named = [*check_signatures(composed.config, trust), *check_constructors(composed.config, trust)]
+    return found + [problem for problem in named if problem.key not in reported]
 
 
 def check_keys(composed: Composed) -> list[Problem]:
@@ -80,7 +83,13 @@ def check_keys(composed: Composed) -> list[Problem]:
     """
     config, found = composed.config, list(composed.problems)
     reported = {problem.key for problem in found}
-    for problems in (_own_keys(config), _launch(config), _run_dir(config), _resume(config)):
+    for problems in (
+        _own_keys(config),
+        _launch(config),
+        _run_dir(config),
+        _resume(config),
+        check_trainer_values(config),
+    ):
         found += [problem for problem in problems if problem.key not in reported]
     return found
 
@@ -216,7 +225,6 @@ def _nodes(config: Mapping[str, Any], trust: tuple[str, ...]) -> Iterator[Proble
             else:
                 advice = f"there is no slot {name!r}{suggestion(str(name), slots)}"
             yield from _optional_node(node, f"{parent}.{name}", trust, advice)
-    yield from _constructed(config, trust)
 
 
 def _optional_node(node: object, key: str, trust: tuple[str, ...], advice: str) -> Iterator[Problem]:
@@ -230,8 +238,13 @@ def _optional_node(node: object, key: str, trust: tuple[str, ...], advice: str) 
         yield from check_node(node, key, trust)
 
 
-def _constructed(config: Mapping[str, Any], trust: tuple[str, ...]) -> Iterator[Problem]:
-    """Build the plugins, the schedule and the fault, which is cheap, so that their constructors check the values."""
+def check_constructors(config: Mapping[str, Any], trust: Iterable[str] = ()) -> Iterator[Problem]:
+    """Build the plugins, the schedule and the fault, which is cheap, so that their constructors check the values.
+
+    Args:
+        config: a composed config.
+        trust: further packages that ``_target_`` may name.
+    """
     plugins = config.get("plugins")
     nodes = {f"plugins.{slot}": node for slot, node in plugins.items()} if isinstance(plugins, Mapping) else {}
     nodes["schedule"], nodes["chaos"] = config.get("schedule"), config.get("chaos")

@@ -23,17 +23,17 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from stabletrain.config.discovery import BUILT
 from stabletrain.config.problems import Problem
 from stabletrain.config.trust import ENV as TRUST_ENV
-from stabletrain.config.validate import TRAINER_PARTS, check_signatures
+from stabletrain.config.validate import TRAINER_PARTS, check_constructors, check_signatures
 from stabletrain.errors import UserError
 from stabletrain.launch.assemble import Assembled, Parts, assembled, build_model, build_parts
 from stabletrain.runtime import rng
 from stabletrain.runtime.guard.callbacks import GuardMember
-from stabletrain.runtime.guard.support import check_setup
+from stabletrain.runtime.guard.support import check_setup, decides_on_device
 from stabletrain.runtime.signal_watch import SignalWatch
 
 T = TypeVar("T")
 
-_ABOUT_VALUES = (UserError, ValueError, OSError, MisconfigurationException)
+_ABOUT_VALUES = (UserError, ValueError, OSError, ImportError, MisconfigurationException)
 """What a constructor raises for a value that it does not accept; in the user's own code, another one is a bug."""
 
 _OF_THE_MACHINE = ("trainer.accelerator", "trainer.devices", "trainer.num_nodes")
@@ -48,14 +48,16 @@ def check_config(config: Mapping[str, Any], *, build: bool = True) -> list[Probl
 
     Args:
         config: composed.
-        build: whether to build the objects, if their signatures fit.
+        build: whether to build everything, if the signatures fit; otherwise only what is cheap.
 
     Raises:
         ConstructorBug: if the user's own code fails.
     """
-    with _quiet():
+    with quiet():
         problems = check_signatures(config)
-        if not build or problems:
+        if not build:
+            return [*problems, *check_constructors(config)]
+        if problems:
             return problems
         config = {**config, "run_dir": config["run_dir"] or str(Path("runs", config["recipe"]).absolute())}
         if config["launch"]["kind"] == "slurm":
@@ -124,18 +126,41 @@ def _build(
     model: Callable[[], LightningModule] | None = None,
 ) -> Parts:
     parts = build_parts(config, watch, attempt, model=model)
-    with rng.preserved(), _quiet():
-        if attempt.trainer_error is not None and not attempt.problems:
-            attempt.problems += _blame(attempt.trainer_error, parts)
-        module, trainer = parts.model, parts.trainer
+    with rng.preserved(), quiet():
+        if attempt.trainer_error is not None:
+            attempt.problems += _blame(attempt.trainer_error, parts, is_complete=not attempt.problems)
+        module, trainer, optimizer = parts.model, parts.trainer, None
         if module is not None and config.get("optimizer") and not attempt.problems:
-            attempt("optimizer", lambda: module.configure_optimizers())
+            optimizer = attempt("optimizer", lambda: module.configure_optimizers())
         if module is not None and trainer is not None:
+            attempt("strategy", lambda: _check_strategy(trainer))
             trainer.datamodule = parts.data  # type: ignore[attr-defined]
             members = [callback for _, callback in parts.callbacks if isinstance(callback, GuardMember)]
             if members:
                 attempt("plugins", lambda: check_setup(trainer, module, members))
+                if optimizer is not None:
+                    attempt("guard", lambda: _check_mode(config, trainer, optimizer))
     return parts
+
+
+def _check_strategy(trainer: Trainer) -> None:
+    """Refuse strategies that start processes from within this one, whose results the launcher would not see."""
+    if any(kind.__name__ == "_MultiProcessingLauncher" for kind in type(trainer.strategy.launcher).__mro__):
+        raise UserError(
+            f"strategy.strategy: {type(trainer.strategy).__name__} would start its processes itself, by fork or spawn, "
+            "but launch.processes sets how many there are; use strategy=ddp"
+        )
+
+
+def _check_mode(config: Mapping[str, Any], trainer: Trainer, optimizer: Any) -> None:
+    """Refuse ``guard.mode=device`` where it is impossible."""
+    mode = (config.get("guard") or {}).get("mode", "auto")
+    before = trainer.strategy.optimizers
+    trainer.strategy.optimizers = [optimizer]
+    try:
+        decides_on_device(trainer, mode, torch.device("cpu"))
+    finally:
+        trainer.strategy.optimizers = before
 
 
 def problem_of(error: Exception, key: str, node: object = None) -> Problem:
@@ -173,8 +198,11 @@ def _argument(key: str, node: object, text: str) -> str:
     return f"{key}.{found[0]}" if len(found) == 1 else key
 
 
-def _blame(error: Exception, parts: Parts) -> list[Problem]:
-    """Find the arguments that the Trainer does not accept: those that fail alone, or without which all is well."""
+def _blame(error: Exception, parts: Parts, *, is_complete: bool) -> list[Problem]:
+    """Find the arguments that the Trainer does not accept: those that fail alone, or without which all is well.
+
+    If parts are missing, for which there is a problem already, only the arguments that fail alone are sure.
+    """
     names = {key: key.partition(".")[2] for key in parts.arguments}
     callbacks = [callback for _, callback in parts.callbacks]
 
@@ -192,7 +220,7 @@ def _blame(error: Exception, parts: Parts) -> list[Problem]:
     quiet = [key for key in names if names[key] == "enable_checkpointing"]
     alone = {key: raises([key], callbacks if key in quiet else []) for key in names}
     problems = [problem_of(failed, key) for key, failed in alone.items() if failed]
-    if not problems:
+    if not problems and is_complete:
         without = [key for key in names if raises([other for other in names if other != key], callbacks) is None]
         without += [
             key
@@ -234,7 +262,7 @@ def _without_the_machine(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Neither log records nor warnings: the run itself will show them."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)

@@ -9,7 +9,6 @@ whole command line, and under a sweep every rank would compose other hyper-param
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -304,9 +303,7 @@ def _results(jobs: Sequence[FinishedJob]) -> list[Result]:
 
 def _result_of(error: BaseException) -> Result:
     if isinstance(error, StartInterrupted):
-        return Result(end="interrupted" if error.signum == signal.SIGINT else "terminated", message=str(error))
-    if isinstance(error, KeyboardInterrupt):
-        return Result(end="interrupted")
+        return error.result
     return Result(end="refused" if isinstance(error, UserError) else "failed", message=str(error))
 
 

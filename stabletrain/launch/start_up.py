@@ -6,6 +6,7 @@ store, or a run whose id is not known yet.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 from stabletrain.config.problems import Problem
 from stabletrain.launch.connection import Workers
 from stabletrain.launch.process import kill
+from stabletrain.launch.result import Result
 
 _PATIENCE = 5.0
 """Seconds that a process gets to end after its connection was closed."""
@@ -25,7 +27,7 @@ class StartFailed(Exception):
 
 
 class StartInterrupted(Exception):
-    """Ctrl-C or SIGTERM ended a run before training.
+    """Ctrl-C, SIGTERM or SIGHUP ended a run before training.
 
     Args:
         signum: the signal.
@@ -35,9 +37,14 @@ class StartInterrupted(Exception):
         super().__init__(f"ended by {signal.Signals(signum).name} before training")
         self.signum = signum
 
+    @property
+    def result(self) -> Result:
+        """How the run has ended."""
+        return Result(end="interrupted" if self.signum == signal.SIGINT else "terminated", message=str(self))
+
 
 class StartUp:
-    """Handles Ctrl-C and SIGTERM of the launcher while no worker trains; use it in a ``with`` statement.
+    """Handles Ctrl-C, SIGTERM and SIGHUP of the launcher while no worker trains; use it in a ``with`` statement.
 
     The first signal is remembered for `check`; the second ends whatever is running at once.
     """
@@ -48,7 +55,10 @@ class StartUp:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StartUp:
-        self._before = {signum: signal.signal(signum, self._handle) for signum in (signal.SIGINT, signal.SIGTERM)}
+        handled = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup ignores
+            handled.append(signal.SIGHUP)
+        self._before = {signum: signal.signal(signum, self._handle) for signum in handled}
         return self
 
     def __exit__(
@@ -70,7 +80,8 @@ class StartUp:
         is_second = self.signum is not None
         self.signum = self.signum or signum
         # not print: a handler may run while something else is being printed
-        os.write(2, f"\n{signal.Signals(signum).name}: {self.doing}\n".encode())
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(2, f"\n{signal.Signals(signum).name}: {self.doing}\n".encode())
         if is_second:
             raise StartInterrupted(self.signum)
 
