@@ -13,7 +13,7 @@ PLUGINS = ROOT / "plugins" / "stabletrain_plugins"
 FOLDERS = sorted(p.name for p in PLUGINS.iterdir() if (p / "conf").is_dir())
 
 LAYERS = [
-    ["errors", "version", "paths", "lazy"],
+    ["errors", "version", "paths", "lazy", "safe_path"],
     ["core"],
     ["runtime.internals"],
     ["runtime"],  # the modules directly in it

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,7 +14,7 @@ import typer
 from stabletrain.errors import UserError
 
 if TYPE_CHECKING:
-    from stabletrain.launch.launcher import LaunchRequest
+    from stabletrain.launch.launcher import Job, LaunchRequest
 
 app = typer.Typer(
     name="stabletrain",
@@ -51,12 +54,13 @@ Multirun = Annotated[
 def train(words: Words = None, multirun: Multirun = False, trust: Trust = None) -> None:
     """Run a recipe: stabletrain train char_gpt optimizer.lr=3e-3 plugins/clip=none."""
     from stabletrain.cli.summary import PrintingReporter, exit_code, summarize
-    from stabletrain.launch.launcher import prepare, run
+    from stabletrain.launch.launcher import check_jobs, prepare, run
 
     request = _request(words, multirun, trust)
     jobs = prepare(request)
-    if all(composed.config["dry_run"] for _, composed in jobs):
-        _print_valid([composed.recipe for _, composed in jobs])
+    if all(job.composed.config["dry_run"] for job in jobs):
+        check_jobs(jobs, request)
+        _print_valid(jobs)
         return
     finished = run(request, jobs, PrintingReporter())
     print(summarize(finished), flush=True)
@@ -65,10 +69,13 @@ def train(words: Words = None, multirun: Multirun = False, trust: Trust = None) 
 
 @app.command()
 def validate(words: Words = None, multirun: Multirun = False, trust: Trust = None) -> None:
-    """Compose a recipe and check it against every signature. Prints all mistakes at once; trains nothing."""
-    from stabletrain.launch.launcher import prepare
+    """Compose a recipe, and build all that it names. Prints all mistakes at once; reads no data, trains nothing."""
+    from stabletrain.launch.launcher import check_jobs, prepare
 
-    _print_valid([composed.recipe for _, composed in prepare(_request(words, multirun, trust))])
+    request = _request(words, multirun, trust)
+    jobs = prepare(request)
+    check_jobs(jobs, request)
+    _print_valid(jobs)
 
 
 @app.command("ls")
@@ -137,7 +144,9 @@ def new_plugin(
 
 
 def main() -> None:
-    """Run the command line; a `UserError` becomes one message and exit code 2."""
+    """Run the command line; a `UserError` becomes one message and exit code 2, Ctrl-C 130, SIGTERM 143."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, _end)
     try:
         app(standalone_mode=True)
     except UserError as error:
@@ -145,6 +154,20 @@ def main() -> None:
 
         print_error(error)
         sys.exit(2)
+    except Exception as error:
+        from stabletrain.launch.start_up import StartFailed, StartInterrupted
+
+        if isinstance(error, StartInterrupted):
+            sys.exit(error.result.exit_code)
+        if isinstance(error, StartFailed):
+            print(error, file=sys.stderr)
+            sys.exit(1)
+        raise
+
+
+def _end(signum: int, frame: FrameType | None) -> None:
+    os.write(2, f"\n{signal.Signals(signum).name}: ended\n".encode())
+    raise SystemExit(128 + signum)
 
 
 def _request(words: list[str] | None, multirun: bool, trust: list[str] | None) -> LaunchRequest:
@@ -155,6 +178,6 @@ def _request(words: list[str] | None, multirun: bool, trust: list[str] | None) -
     return LaunchRequest(recipe=recipe, overrides=tuple(overrides), multirun=multirun, trust=tuple(trust or ()))
 
 
-def _print_valid(recipes: list[str]) -> None:
-    for name in recipes:
-        print(f"{name}: the config composes and every argument is valid")
+def _print_valid(jobs: list[Job]) -> None:
+    for job in jobs:
+        print(f"{job.composed.recipe}: the config composes, and everything that it names can be built")

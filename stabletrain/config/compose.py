@@ -21,11 +21,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from stabletrain.config import discovery
+from stabletrain.config.discovery import BUILT
 from stabletrain.config.problems import ConfigError, Problem, suggestion
 from stabletrain.paths import data_dir
-
-BUILT = ("model", "data", "optimizer", "schedule", "logger", "chaos")
-"""Groups whose option is one object to build; their option `none` becomes null in run.yaml."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,8 @@ from stabletrain.paths import data_dir
 GROUP = "stabletrain.plugins"
 KINDS = ("rule", "transform", "callback", "schedule", "optimizer", "precision", "strategy")
 SLOTS = "plugins"
+BUILT = ("model", "data", "optimizer", "schedule", "logger", "chaos")
+"""Groups whose option is one object to build; their option `none` becomes null in run.yaml."""
 
 
 class DiscoveryError(UserError):

@@ -8,19 +8,26 @@ Lightning's Trainer.
 from __future__ import annotations
 
 import inspect
+import os
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from stabletrain.config import construct, discovery, kinds
 from stabletrain.config.build import build_callback
-from stabletrain.config.compose import BUILT, Composed
+from stabletrain.config.discovery import BUILT
 from stabletrain.config.kinds import TRAINER_PARTS
 from stabletrain.config.outputs import check_outputs
 from stabletrain.config.problems import Problem, suggestion
 from stabletrain.config.resume import resume_problem
+from stabletrain.config.trainer_values import check_trainer_values
 from stabletrain.config.types import mismatch
 from stabletrain.errors import UserError
+from stabletrain.runtime.records.run_files import RUN_YAML
+
+if TYPE_CHECKING:
+    from stabletrain.config.compose import Composed
 
 _TOP_LEVEL: dict[str, Any] = {
     "recipe": str,
@@ -42,6 +49,7 @@ _LAUNCH_KEYS: dict[str, Any] = {
     "nodes": int,
     "threads": int,
     "sbatch": dict,
+    "detach": bool,
 }
 _NOT_TRAINER_KEYS = {
     "logger": "use the group logger: logger=none or logger=mlflow",
@@ -52,27 +60,49 @@ _NOT_TRAINER_KEYS = {
 
 
 def check(composed: Composed, trust: Iterable[str] = ()) -> list[Problem]:
-    """Return every mistake in a composed config.
+    """Return every mistake in a composed config; this imports torch and Lightning, and the modules that it names.
 
     Args:
         composed: returned by `stabletrain.config.compose.compose`.
         trust: further packages that ``_target_`` may name.
     """
-    config, trust = composed.config, tuple(trust)
+    found = check_keys(composed)
     reported = {problem.key for problem in composed.problems}
-    found = list(composed.problems)
+    trust = tuple(trust)
+    named = [*check_signatures(composed.config, trust), *check_constructors(composed.config, trust)]
+    return found + [problem for problem in named if problem.key not in reported]
+
+
+def check_keys(composed: Composed) -> list[Problem]:
+    """Return the mistakes that the config itself shows: nothing heavy is imported.
+
+    Args:
+        composed: returned by `stabletrain.config.compose.compose`.
+    """
+    config, found = composed.config, list(composed.problems)
+    reported = {problem.key for problem in found}
     for problems in (
         _own_keys(config),
-        _nodes(config, trust),
-        _guard(config),
-        _trainer(config, trust),
         _launch(config),
+        _run_dir(config),
         _resume(config),
+        check_trainer_values(config),
         _unresolved(config),
         check_outputs(config, composed.overrides),
     ):
         found += [problem for problem in problems if problem.key not in reported]
     return found
+
+
+def check_signatures(config: Mapping[str, Any], trust: Iterable[str] = ()) -> list[Problem]:
+    """Return the mistakes in what the config calls: classes, their arguments, and the values' types.
+
+    Args:
+        config: a composed config, or the content of a run.yaml.
+        trust: further packages that ``_target_`` may name.
+    """
+    trust = tuple(trust)
+    return [*_nodes(config, trust), *_guard(config), *_trainer(config, trust)]
 
 
 def check_node(node: Mapping[str, Any], key: str, trust: Iterable[str] = ()) -> Iterator[Problem]:
@@ -194,7 +224,6 @@ def _nodes(config: Mapping[str, Any], trust: tuple[str, ...]) -> Iterator[Proble
             else:
                 advice = f"there is no slot {name!r}{suggestion(str(name), slots)}"
             yield from _optional_node(node, f"{parent}.{name}", trust, advice)
-    yield from _constructed(config, trust)
 
 
 def _optional_node(node: object, key: str, trust: tuple[str, ...], advice: str) -> Iterator[Problem]:
@@ -208,8 +237,13 @@ def _optional_node(node: object, key: str, trust: tuple[str, ...], advice: str) 
         yield from check_node(node, key, trust)
 
 
-def _constructed(config: Mapping[str, Any], trust: tuple[str, ...]) -> Iterator[Problem]:
-    """Build the plugins, the schedule and the fault, which is cheap, so that their constructors check the values."""
+def check_constructors(config: Mapping[str, Any], trust: Iterable[str] = ()) -> Iterator[Problem]:
+    """Build the plugins, the schedule and the fault, which is cheap, so that their constructors check the values.
+
+    Args:
+        config: a composed config.
+        trust: further packages that ``_target_`` may name.
+    """
     plugins = config.get("plugins")
     nodes = {f"plugins.{slot}": node for slot, node in plugins.items()} if isinstance(plugins, Mapping) else {}
     nodes["schedule"], nodes["chaos"] = config.get("schedule"), config.get("chaos")
@@ -288,6 +322,24 @@ def _launch(config: Mapping[str, Any]) -> Iterator[Problem]:
             yield Problem(
                 f"launch.sbatch.{key}", f"expected a long option of sbatch with a one-line value, got {value!r}"
             )
+
+
+def _run_dir(config: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield what is wrong with the folder of the run, without making it."""
+    wanted = config.get("run_dir")
+    if not isinstance(wanted, str):
+        return
+    path = Path(wanted).expanduser().absolute()
+    if (path / RUN_YAML).exists():
+        yield Problem("run_dir", f"{path} already contains a run; choose another folder, or delete it")
+        return
+    existing = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        yield Problem(
+            "run_dir",
+            f"cannot write to {path} ({existing} is {'read-only' if existing.is_dir() else 'no folder'}); choose a "
+            "folder with write permission, run_dir=FOLDER",
+        )
 
 
 def _resume(config: Mapping[str, Any]) -> Iterator[Problem]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
@@ -24,6 +25,8 @@ from stabletrain.runtime.guard.options import Guard, changed_options
 from stabletrain.runtime.internals.trainer import reads_own_checkpoints
 from stabletrain.runtime.records.run_files import CHECKPOINTS
 from stabletrain.runtime.signal_watch import SignalWatch
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +61,46 @@ class Assembled:
         self.trainer.fit(self.model, datamodule=self.data, ckpt_path=self.resume, weights_only=weights_only)
 
 
+class Attempt(Protocol):
+    """Called for each part of a run; it may catch exceptions, to collect them, and then returns None."""
+
+    def __call__(self, key: str, make: Callable[[], T]) -> T | None:
+        """Build one part.
+
+        Args:
+            key: its config key.
+            make: builds it.
+        """
+
+
+def build_or_raise(key: str, make: Callable[[], T]) -> T | None:
+    """The `Attempt` of a run that ends at the first exception."""
+    return make()
+
+
+@dataclass(kw_only=True)
+class Parts:
+    """The objects of a run while it is built; None: not built, or failed.
+
+    Args:
+        model: the module to train.
+        data: its data module.
+        arguments: of the Trainer, by their config keys.
+        callbacks: by their config keys, in the Trainer's order.
+        logger: of the Trainer.
+        interrupt: the callback that ends the run on a signal.
+        trainer: with all of them.
+    """
+
+    model: LightningModule | None = None
+    data: LightningDataModule | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+    callbacks: list[tuple[str, Callback]] = field(default_factory=list)
+    logger: Any = False
+    interrupt: SaveAndStop
+    trainer: Trainer | None = None
+
+
 def assemble(config: Mapping[str, Any], watch: SignalWatch) -> Assembled:
     """Build a run.
 
@@ -69,24 +112,102 @@ def assemble(config: Mapping[str, Any], watch: SignalWatch) -> Assembled:
         UserError: if a node builds an object of another type than its key needs.
         TrustError: if a node names something that a config may not build.
     """
+    return assembled(build_parts(config, watch), config)
+
+
+def assembled(parts: Parts, config: Mapping[str, Any]) -> Assembled:
+    """Return the run that complete parts make.
+
+    Args:
+        parts: with model, data module and Trainer.
+        config: the content of a run.yaml.
+    """
+    assert parts.trainer is not None
+    assert parts.model is not None
+    assert parts.data is not None
+    return Assembled(
+        trainer=parts.trainer,
+        model=parts.model,
+        data=parts.data,
+        interrupt=parts.interrupt,
+        resume=config.get("resume"),
+    )
+
+
+def build_parts(
+    config: Mapping[str, Any],
+    watch: SignalWatch,
+    attempt: Attempt = build_or_raise,
+    *,
+    model: Callable[[], LightningModule] | None = None,
+) -> Parts:
+    """Build the objects of a run in the order in which they draw random numbers: first the model, then the data module.
+
+    Args:
+        config: the content of a run.yaml.
+        watch: the handler of the process's signals.
+        attempt: builds each part.
+        model: builds the model; None: from the config.
+
+    Raises:
+        UserError: if a node names something that a config may not build; nothing has been built then.
+    """
     check_run(config)
     torch.set_num_threads(config["launch"]["threads"])
     # in deterministic mode torch fills new tensors with NaN, which costs time and changes no result
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     seed_everything(config["seed"], workers=True, verbose=False)
     folder = Path(config["run_dir"]) / CHECKPOINTS
+    parts = Parts(interrupt=SaveAndStop(watch, folder))
+    parts.model = module = attempt("model", model or (lambda: build_model(config)))
+    parts.data = attempt("data", lambda: build_data(config))
+    if config.get("optimizer") and module is not None:
+        attempt("optimizer", lambda: override_optimizer(module, config["optimizer"]))
+    parts.arguments = trainer_arguments(config, attempt)
+    arguments = {key.partition(".")[2]: value for key, value in parts.arguments.items()}
+    parts.callbacks = run_callbacks(config, arguments, folder, attempt)
+    parts.logger = attempt("logger", lambda: build_logger(config))
+    found = [callback for _, callback in parts.callbacks]
+    parts.trainer = attempt(
+        "trainer",
+        lambda: Trainer(
+            **arguments,
+            callbacks=[*found, parts.interrupt],
+            logger=parts.logger,
+            default_root_dir=config["run_dir"],
+        ),
+    )
+    return parts
+
+
+def build_model(config: Mapping[str, Any]) -> LightningModule:
+    """Build the module to train.
+
+    Args:
+        config: the content of a run.yaml.
+    """
     model: LightningModule = instantiate(config["model"], key="model")
+    return model
+
+
+def build_data(config: Mapping[str, Any]) -> LightningDataModule:
+    """Build the data module.
+
+    Args:
+        config: the content of a run.yaml.
+    """
     data: LightningDataModule = instantiate(config["data"], key="data")
-    if config.get("optimizer"):
-        override_optimizer(model, config["optimizer"])
-    interrupt = SaveAndStop(watch, folder)
-    arguments = trainer_arguments(config)
-    found = run_callbacks(config, arguments, folder)
-    logger = False
-    if config.get("logger"):
-        logger = instantiate(config["logger"], key="logger", outputs=outputs_of(config))
-    trainer = Trainer(**arguments, callbacks=[*found, interrupt], logger=logger, default_root_dir=config["run_dir"])
-    return Assembled(trainer=trainer, model=model, data=data, interrupt=interrupt, resume=config.get("resume"))
+    return data
+
+
+def build_logger(config: Mapping[str, Any]) -> Any:
+    """Build the Trainer's logger; False if there is none.
+
+    Args:
+        config: the content of a run.yaml.
+    """
+    node = config.get("logger")
+    return instantiate(node, key="logger", outputs=outputs_of(config)) if node else False
 
 
 def override_optimizer(model: LightningModule, node: Mapping[str, Any]) -> None:
@@ -106,45 +227,73 @@ def override_optimizer(model: LightningModule, node: Mapping[str, Any]) -> None:
     model.configure_optimizers = types.MethodType(configure_optimizers, model)  # type: ignore[method-assign]
 
 
-def run_callbacks(config: Mapping[str, Any], arguments: Mapping[str, Any], folder: Path) -> list[Callback]:
+def run_callbacks(
+    config: Mapping[str, Any], arguments: Mapping[str, Any], folder: Path, attempt: Attempt = build_or_raise
+) -> list[tuple[str, Callback]]:
     """Return schedule, plugins and further callbacks in the config's order, then checkpointing and progress.
 
     Args:
         config: the content of a run.yaml.
         arguments: the Trainer's arguments.
         folder: the folder of checkpoints.
+        attempt: builds each of them.
+
+    Returns:
+        Pairs of a config key and a callback.
     """
-    found: list[Callback] = []
-    nodes = {"schedule": config.get("schedule")}
+    nodes: dict[str, Any] = {"schedule": config.get("schedule")}
     nodes |= {f"plugins.{slot}": node for slot, node in (config.get("plugins") or {}).items()}
-    outputs = outputs_of(config)
-    found += [build_callback(node, key=key, outputs=outputs) for key, node in nodes.items() if node]
-    if changed := changed_options(config.get("guard") or {}):
-        found.append(Guard(**{name: outputs.place(f"guard.{name}", value) for name, value in changed.items()}))
-    nodes = {"chaos": config.get("chaos")}
+    changed = changed_options(config.get("guard") or {})
+    nodes |= {"guard": changed, "chaos": config.get("chaos")}
     nodes |= {f"callbacks.{name}": node for name, node in (config.get("callbacks") or {}).items()}
-    found += [build_callback(node, key=key, outputs=outputs) for key, node in nodes.items() if node]
+    outputs = outputs_of(config)
+    found: list[tuple[str, Callback]] = []
+    for key, node in nodes.items():
+        if not node:
+            continue
+        built: Callback | None = attempt(key, partial(_build_callback, key, node, outputs))
+        if built is not None:
+            found.append((key, built))
+    built_ones = [callback for _, callback in found]
     if arguments.get("enable_checkpointing") is not False:
-        if not any(isinstance(callback, Checkpoint) for callback in found):
-            found.append(ModelCheckpoint(filename="{step}", save_last="link"))
-        for callback in found:
+        if not any(isinstance(callback, Checkpoint) for callback in built_ones):
+            built_ones.append(ModelCheckpoint(filename="{step}", save_last="link"))
+            found.append(("trainer.enable_checkpointing", built_ones[-1]))
+        for callback in built_ones:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(folder)
-    if arguments.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in found):
-        found.append(progress_bar())
+    if arguments.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in built_ones):
+        found.append(("trainer.enable_progress_bar", progress_bar()))
     return found
 
 
-def trainer_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+def _build_callback(key: str, node: Mapping[str, Any], outputs: Outputs) -> Callback:
+    if key == "guard":
+        return Guard(**{name: outputs.place(f"guard.{name}", value) for name, value in node.items()})
+    return build_callback(node, key=key, outputs=outputs)
+
+
+def trainer_arguments(config: Mapping[str, Any], attempt: Attempt = build_or_raise) -> dict[str, Any]:
     """Return the Trainer's arguments from ``trainer``, ``precision`` and ``strategy``, with the nodes in them built.
 
     Args:
         config: the content of a run.yaml.
+        attempt: builds each of them.
+
+    Returns:
+        Values by config keys such as ``trainer.max_steps``.
     """
     arguments: dict[str, Any] = {}
+    outputs = outputs_of(config)
     for part in TRAINER_PARTS:
-        arguments |= instantiate_arguments(Trainer, config.get(part) or {}, key=part, outputs=outputs_of(config))
+        for name, value in (config.get(part) or {}).items():
+            built = attempt(f"{part}.{name}", partial(_build_argument, part, name, value, outputs))
+            arguments[f"{part}.{name}"] = built
     return arguments
+
+
+def _build_argument(part: str, name: str, value: Any, outputs: Outputs) -> Any:
+    return instantiate_arguments(Trainer, {name: value}, key=part, outputs=outputs)[name]
 
 
 def outputs_of(config: Mapping[str, Any]) -> Outputs:

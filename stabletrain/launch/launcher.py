@@ -1,4 +1,7 @@
-"""From a command line to finished runs: compose, validate, make the folder, create the MLflow run, start the worker.
+"""From a command line to finished runs: compose, start the worker, which checks and builds, open the run, train.
+
+The worker is a new process. While it imports torch and builds the run, the launcher makes the tracking store ready.
+Only if the worker has found no mistake does the launcher make the run's folder and open its MLflow run.
 
 Hydra runs in this process only, not in the worker: Lightning starts the processes of a distributed run by repeating the
 whole command line, and under a sweep every rank would compose other hyper-parameters, without an error.
@@ -6,10 +9,8 @@ whole command line, and under a sweep every rank would compose other hyper-param
 
 from __future__ import annotations
 
-import os
-import shutil
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,17 @@ from stabletrain.config.compose import Composed, compose, expand
 from stabletrain.config.outputs import typed_keys
 from stabletrain.config.problems import ConfigError, Problem
 from stabletrain.config.resume import checkpoint_of
-from stabletrain.config.validate import check
+from stabletrain.config.validate import check_keys
 from stabletrain.errors import UserError
 from stabletrain.launch import mlflow_run
+from stabletrain.launch.connection import Workers
 from stabletrain.launch.final_status import final_result
-from stabletrain.launch.process import run_process, worker_command, worker_environment
+from stabletrain.launch.process import local_command, start_process, wait_for, worker_command, worker_environment
 from stabletrain.launch.result import Result
-from stabletrain.launch.run_folder import make_run_folder, write_run_yaml
+from stabletrain.launch.run_folder import choose_run_folder, make_run_folder, remove_unused, write_run_yaml
 from stabletrain.launch.slurm import submit
+from stabletrain.launch.start_up import StartInterrupted, StartUp, checked, end
+from stabletrain.runtime.records.run_files import RUN_YAML
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +57,23 @@ class LaunchRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Job:
+    """One job of a request.
+
+    Args:
+        recipe: as typed.
+        composed: its config.
+        number: in a sweep; None outside a sweep.
+        name: what distinguishes it in a sweep; None for one job.
+    """
+
+    recipe: str
+    composed: Composed
+    number: int | None
+    name: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class FinishedJob:
     """One job and how it ended.
 
@@ -73,30 +94,51 @@ class FinishedJob:
     slurm_job: str | None = None
 
 
-def prepare(request: LaunchRequest) -> list[tuple[str, Composed]]:
-    """Compose and validate the jobs of a request; return pairs of the recipe as typed and its config.
+def prepare(request: LaunchRequest) -> list[Job]:
+    """Compose the jobs of a request, and check what the configs themselves show.
 
     Args:
         request: the arguments of the command.
 
     Raises:
-        ConfigError: with every mistake in every job.
+        ConfigError: with every mistake in every job, also those that only an import of what they name can find; if a
+            mistake makes composing impossible, with that one.
     """
-    # the user's own modules are in the current folder, which is not in a console script's sys.path
-    if request.trust and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    jobs: list[tuple[str, Composed]] = []
+    composed: list[tuple[str, Composed]] = []
     problems: list[Problem] = []
     for recipe, overrides in expand(request.recipe, request.overrides, multirun=request.multirun):
-        composed = compose(recipe, overrides)
-        problems += check(composed, request.trust)
-        jobs.append((recipe, composed))
+        composed.append((recipe, compose(recipe, overrides)))
+        problems += check_keys(composed[-1][1])
+    names = _names([each for _, each in composed])
+    jobs = [
+        Job(recipe=recipe, composed=each, number=number if request.multirun else None, name=names[number])
+        for number, (recipe, each) in enumerate(composed)
+    ]
     if problems:
+        reported = {problem.key for _, each in composed for problem in each.problems}
+        problems += [p for p in _problems_in(jobs, request, build=False) if p.key not in reported]
         raise ConfigError(dict.fromkeys(problems))
     return jobs
 
 
-def run(request: LaunchRequest, jobs: Sequence[tuple[str, Composed]], report: Reporter) -> list[FinishedJob]:
+def check_jobs(jobs: Sequence[Job], request: LaunchRequest) -> None:
+    """Build what the configs describe, in one new process that trains nothing.
+
+    Args:
+        jobs: from `prepare`.
+        request: the arguments of the command.
+
+    Raises:
+        ConfigError: with every mistake in every job.
+        StartFailed: if the user's own code fails, or the process died.
+        StartInterrupted: after Ctrl-C or SIGTERM.
+    """
+    problems = _problems_in(jobs, request, build=True)
+    if problems:
+        raise ConfigError(dict.fromkeys(problems))
+
+
+def run(request: LaunchRequest, jobs: Sequence[Job], report: Reporter) -> list[FinishedJob]:
     """Run prepared jobs one after the other, each in a new process; Ctrl-C ends the whole sweep.
 
     Args:
@@ -106,22 +148,24 @@ def run(request: LaunchRequest, jobs: Sequence[tuple[str, Composed]], report: Re
 
     Raises:
         UserError: if a job cannot be started; the jobs before it have run.
+        StartFailed: if the user's own code fails before training, or the worker died.
+        StartInterrupted: if Ctrl-C or SIGTERM arrived before training.
     """
-    parent: str | None = None
-    names = _names(jobs)
+    if len(jobs) > 1 or jobs[0].composed.config["launch"]["kind"] == "slurm":
+        check_jobs(jobs, request)
+    sweep = _Sweep(request)
     finished: list[FinishedJob] = []
-    for number, (recipe, composed) in enumerate(jobs):
-        uri = mlflow_run.open_store(composed.config)
-        if uri is not None and parent is None and request.multirun:
-            experiment = composed.config["logger"].get("experiment") or composed.recipe
-            parent = mlflow_run.open_sweep(uri, experiment, " ".join(request.command))
-        job = _Job(recipe=recipe, composed=composed, number=number if request.multirun else None, name=names[number])
-        done = _run_job(job, uri, parent, request, report)
-        finished.append(done)
-        if done.result is not None and done.result.end in ("interrupted", "terminated"):
-            break
-    if parent is not None and uri is not None:
-        mlflow_run.finish_sweep(uri, parent, [done.result for done in finished if done.result is not None])
+    with StartUp() as start_up:
+        try:
+            for job in jobs:
+                done = _run_job(job, sweep, start_up, report)
+                finished.append(done)
+                if start_up.signum or (done.result is not None and done.result.end in ("interrupted", "terminated")):
+                    break
+        except BaseException as error:
+            sweep.finish([*_results(finished), _result_of(error)])
+            raise
+    sweep.finish(_results(finished))
     return finished
 
 
@@ -137,51 +181,131 @@ class Reporter:
         """
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Job:
-    recipe: str
-    composed: Composed
-    number: int | None
-    name: str | None
+class _Sweep:
+    """The MLflow run above the jobs of a sweep; there is none outside a sweep, and without MLflow."""
+
+    def __init__(self, request: LaunchRequest) -> None:
+        self.request = request
+        self._opened: tuple[str, str] | None = None
+
+    def parent(self, composed: Composed, uri: str) -> str | None:
+        """Return the id of the run above a job, which the first job creates.
+
+        Args:
+            composed: of the job.
+            uri: tracking URI of the store.
+        """
+        if not self.request.multirun:
+            return None
+        if self._opened is None:
+            experiment = composed.config["logger"].get("experiment") or composed.recipe
+            self._opened = uri, mlflow_run.open_sweep(uri, experiment, " ".join(self.request.command))
+        return self._opened[1]
+
+    def finish(self, results: Sequence[Result]) -> None:
+        """Set the final status.
+
+        Args:
+            results: of the jobs that have run.
+        """
+        if self._opened is not None:
+            mlflow_run.finish_sweep(*self._opened, results)
 
 
-def _names(jobs: Sequence[tuple[str, Composed]]) -> list[str | None]:
+def _names(jobs: Sequence[Composed]) -> list[str | None]:
     """Name each job of a sweep by the overrides that it does not share with all others."""
     if len(jobs) == 1:
         return [None]
-    all_words = [[f"recipe={composed.recipe}", *composed.overrides] for _, composed in jobs]
+    all_words = [[f"recipe={composed.recipe}", *composed.overrides] for composed in jobs]
     return [" ".join(word for word in words if not all(word in other for other in all_words)) for words in all_words]
 
 
-def _run_job(job: _Job, uri: str | None, parent: str | None, request: LaunchRequest, report: Reporter) -> FinishedJob:
-    recipe, composed = job.recipe, job.composed
+def _problems_in(jobs: Sequence[Job], request: LaunchRequest, *, build: bool) -> list[Problem]:
+    """Return the mistakes that a new process finds when it imports and, with ``build``, builds what configs name."""
+    environment = worker_environment({"threads": 1}, request.trust)
+    configs = [job.composed.config for job in jobs]
+    with StartUp() as start_up, Workers(configs, then="end", build=build) as workers:
+        process = start_process(local_command(*workers.arguments), environment)
+        try:
+            return checked(workers, process, 1, start_up)
+        finally:
+            end(workers, process)
+
+
+def _run_job(job: Job, sweep: _Sweep, start_up: StartUp, report: Reporter) -> FinishedJob:
+    recipe, composed, request = job.recipe, job.composed, sweep.request
     config = run_config(composed, request.trust)
-    existed = config["run_dir"] is not None and Path(config["run_dir"]).expanduser().exists()
-    folder = make_run_folder(composed.recipe, config["run_dir"], job=job.number)
+    folder = choose_run_folder(composed.recipe, config["run_dir"], job=job.number)
     config["run_dir"] = str(folder)
-    try:
-        if uri is not None:
-            mlflow_run.open_run(config, uri, parent=parent, name=job.name)
-        run_yaml = write_run_yaml(config)
-        environment = worker_environment(config["launch"], request.trust)
-        report.starting(config, job.number)
-        if config["launch"]["kind"] == "slurm":
-            number = submit(config, run_yaml, environment)
-            return FinishedJob(
-                recipe=recipe, overrides=composed.overrides, config=config, result=None, slurm_job=number
-            )
-    except KeyboardInterrupt:
-        mlflow_run.finish_run(config, Result(end="interrupted"))
-        raise
-    except UserError:
-        mlflow_run.finish_run(config, Result(end="refused"))
-        if not existed:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-    ended = run_process(worker_command(config["launch"], run_yaml), environment)
+    environment = worker_environment(config["launch"], request.trust)
+    if config["launch"]["kind"] == "slurm":
+        with _opened(config, job, sweep, mlflow_run.open_store(config), start_up) as opened:
+            report.starting(config, job.number)
+            number = submit(config, opened.run_yaml, environment)
+        return FinishedJob(recipe=recipe, overrides=composed.overrides, config=config, result=None, slurm_job=number)
+    with Workers([config], then="train") as workers:
+        start_up.check()
+        start_up.doing = "ending; training has not begun"
+        process = start_process(worker_command(config["launch"], *workers.arguments), environment)
+        try:
+            uri = mlflow_run.open_store(config)
+            problems = checked(workers, process, config["launch"]["processes"], start_up)
+            if problems:
+                raise ConfigError(dict.fromkeys(problems))
+            with _opened(config, job, sweep, uri, start_up) as opened:
+                report.starting(config, job.number)
+
+                def begin() -> None:
+                    start_up.check()
+                    opened.is_used = True
+                    workers.train(opened.run_yaml)
+
+                ended = wait_for(process, begin)
+        finally:
+            end(workers, process)
+    start_up.doing = "ending when the run's files are in the tracking store"
     result = final_result(config, ended)
     warning = mlflow_run.finish_run(config, result)
     return FinishedJob(recipe=recipe, overrides=composed.overrides, config=config, result=result, warning=warning)
+
+
+@dataclass
+class _Opened:
+    """A run's folder and MLflow run; ``is_used`` once a worker trains in it."""
+
+    run_yaml: Path
+    is_used: bool = False
+
+
+@contextmanager
+def _opened(config: dict[str, Any], job: Job, sweep: _Sweep, uri: str | None, start_up: StartUp) -> Iterator[_Opened]:
+    """Make the run's folder and open its MLflow run; undo both if the block fails before the run is used."""
+    folder = Path(config["run_dir"])
+    existed = folder.exists()
+    start_up.check()
+    make_run_folder(folder)
+    opened = _Opened(folder / RUN_YAML)
+    try:
+        if uri is not None:
+            mlflow_run.open_run(config, uri, parent=sweep.parent(job.composed, uri), name=job.name)
+        write_run_yaml(config)
+        start_up.check()
+        yield opened
+    except BaseException as error:
+        mlflow_run.finish_run(config, _result_of(error))
+        if not opened.is_used:
+            remove_unused(folder, keep_folder=existed)
+        raise
+
+
+def _results(jobs: Sequence[FinishedJob]) -> list[Result]:
+    return [done.result for done in jobs if done.result is not None]
+
+
+def _result_of(error: BaseException) -> Result:
+    if isinstance(error, StartInterrupted):
+        return error.result
+    return Result(end="refused" if isinstance(error, UserError) else "failed", message=str(error))
 
 
 def run_config(composed: Composed, trust: Sequence[str]) -> dict[str, Any]:

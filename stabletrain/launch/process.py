@@ -7,10 +7,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -36,19 +35,32 @@ class ProcessEnd:
     signum: int | None = None
 
 
-def worker_command(launch: Mapping[str, Any], run_yaml: Path) -> list[str]:
-    """Return the command that runs a worker on this machine, with torchrun if there are several processes.
+PYTHON = (sys.executable, "-P")
+"""Python that does not import from the current folder."""
+_WORKER = ("-m", "stabletrain.worker")
+
+
+def worker_command(launch: Mapping[str, Any], *arguments: str) -> list[str]:
+    """Return the command that runs the workers on this machine, with torchrun if there are several processes.
 
     Args:
-        launch: the ``launch`` node of run.yaml.
-        run_yaml: path of the run's run.yaml.
+        launch: the ``launch`` node of a config.
+        arguments: of each worker.
     """
-    module = ["-m", "stabletrain.worker", str(run_yaml)]
     if launch["kind"] == "local" and launch["processes"] == 1:
-        return [sys.executable, *module]
+        return local_command(*arguments)
     processes = str(launch["processes"])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-    return [*torchrun, *module, AGREED_ENDS_EXIT_0]
+    torchrun = [*PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    return [*torchrun, *_WORKER, *arguments, AGREED_ENDS_EXIT_0]
+
+
+def local_command(*arguments: str) -> list[str]:
+    """Return the command that runs one worker, without torchrun.
+
+    Args:
+        arguments: of the worker.
+    """
+    return [*PYTHON, *_WORKER, *arguments]
 
 
 def worker_environment(launch: Mapping[str, Any], trust: Iterable[str] = ()) -> dict[str, str]:
@@ -63,6 +75,8 @@ def worker_environment(launch: Mapping[str, Any], trust: Iterable[str] = ()) -> 
     return {
         **os.environ,
         "OMP_NUM_THREADS": str(launch["threads"]),
+        # the processes that a worker or torchrun starts do not import from the current folder either
+        "PYTHONSAFEPATH": "1",
         # the iteration order of sets of strings depends on it
         "PYTHONHASHSEED": os.environ.get("PYTHONHASHSEED", "0"),
         # in a shared store, a restarted process group finds the keys of the previous one and hangs (torch 2.13)
@@ -71,23 +85,41 @@ def worker_environment(launch: Mapping[str, Any], trust: Iterable[str] = ()) -> 
     }
 
 
-def run_process(command: Sequence[str], environment: Mapping[str, str]) -> ProcessEnd:
-    """Run a command and wait for it.
-
-    The first Ctrl-C or SIGTERM is forwarded to the process, which may finish its batch and save. The second sends
-    SIGTERM, the third SIGKILL, to the process and all processes that it has started.
+def start_process(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start a command in a session of its own: a terminal's Ctrl-C goes to the launcher only, which forwards it.
 
     Args:
         command: program and arguments.
         environment: its environment.
     """
-    # in its own session: a terminal sends Ctrl-C to the whole process group, so it would arrive twice
-    process = subprocess.Popen(list(command), env=dict(environment), start_new_session=True)
+    return subprocess.Popen(list(command), env=dict(environment), start_new_session=True)
+
+
+def wait_for(process: subprocess.Popen[bytes], begin: Callable[[], None]) -> ProcessEnd:
+    """Let a process begin its work, and wait for its end.
+
+    The first Ctrl-C or SIGTERM is forwarded to the process, which may finish its batch and save. The second sends
+    SIGTERM, the third SIGKILL, to the process and all processes that it has started.
+
+    Args:
+        process: from `start_process`.
+        begin: called when signals are forwarded.
+    """
     with _forward_signals(process) as forwarded:
+        begin()
         code = process.wait()
+    kill(process)
+    return ProcessEnd(code=code, signum=forwarded[0] if forwarded else None)
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process and its process group, whatever is left of them.
+
+    Args:
+        process: from `start_process`.
+    """
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    return ProcessEnd(code=code, signum=forwarded[0] if forwarded else None)
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,22 +16,29 @@ from stabletrain.errors import UserError
 from stabletrain.runtime.records.run_files import CHECKPOINTS, RUN_YAML
 
 
-def make_run_folder(recipe: str, wanted: str | None, *, job: int | None = None) -> Path:
-    """Make the folder of a run and return its absolute path.
+def choose_run_folder(recipe: str, wanted: str | None, *, job: int | None = None) -> Path:
+    """Return the absolute path of a run's folder, without making it.
 
     Args:
         recipe: the recipe's name.
         wanted: the config key ``run_dir``; None: ``runs/<recipe>/<time>-<id>`` in the current folder.
         job: number of the job in a sweep: the run's folder is ``<wanted>/<job>``.
+    """
+    if wanted is None:
+        return Path("runs", recipe, f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}").absolute()
+    path = Path(wanted).expanduser().absolute()
+    return path if job is None else path / str(job)
+
+
+def make_run_folder(path: Path) -> None:
+    """Make the folder of a run.
+
+    Args:
+        path: from `choose_run_folder`.
 
     Raises:
         UserError: if the folder cannot be made or written, or contains another run.
     """
-    if wanted is None:
-        path = Path("runs", recipe, f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}").absolute()
-    else:
-        path = Path(wanted).expanduser().absolute()
-        path = path if job is None else path / str(job)
     if (path / RUN_YAML).exists():
         raise UserError(f"run_dir: {path} already contains a run; choose another folder, or delete it")
     try:
@@ -42,7 +51,6 @@ def make_run_folder(recipe: str, wanted: str | None, *, job: int | None = None) 
             f"run_dir: cannot write to {path} ({error.strerror or error}); choose a folder with write permission, "
             f"run_dir=FOLDER"
         ) from None
-    return path
 
 
 def write_run_yaml(config: Mapping[str, Any]) -> Path:
@@ -54,3 +62,19 @@ def write_run_yaml(config: Mapping[str, Any]) -> Path:
     path = Path(config["run_dir"]) / RUN_YAML
     path.write_text(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=120), encoding="utf-8")
     return path
+
+
+def remove_unused(folder: Path, *, keep_folder: bool) -> None:
+    """Remove what was made for a run that did not start.
+
+    Args:
+        folder: the run's folder.
+        keep_folder: whether the folder itself existed before; what else is in it stays.
+    """
+    if not keep_folder:
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    with contextlib.suppress(OSError):
+        (folder / RUN_YAML).unlink()
+    with contextlib.suppress(OSError):
+        (folder / CHECKPOINTS).rmdir()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from stabletrain.errors import UserError
+from stabletrain.launch.process import PYTHON
 from stabletrain.runtime.records.run_files import SLURM_SCRIPT, slurm_output
 
 
@@ -39,8 +39,8 @@ def batch_script(config: Mapping[str, Any], run_yaml: Path, environment: Mapping
     head = [f"#SBATCH --{key}" + ("" if value is None else f"={value}") for key, value in options.items()]
     changed = {key: value for key, value in environment.items() if os.environ.get(key) != value}
     exports = [f"export {key}={shlex.quote(value)}" for key, value in changed.items()]
-    worker = shlex.join([sys.executable, "-m", "stabletrain.worker", str(run_yaml)])
-    set_status = shlex.join([sys.executable, "-m", "stabletrain.launch.final_status", str(run_yaml)])
+    worker = shlex.join([*PYTHON, "-m", "stabletrain.worker", str(run_yaml)])
+    set_status = shlex.join([*PYTHON, "-m", "stabletrain.launch.final_status", str(run_yaml)])
     body = [f"srun --kill-on-bad-exit=1 {worker}", f'{set_status} "$?"']
     return "\n".join(["#!/bin/bash", *head, "", *exports, *body, ""])
 

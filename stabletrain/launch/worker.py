@@ -6,55 +6,90 @@ Trust is checked again, with packages from the environment only, because a run.y
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from stabletrain.config.resume import checkpoint_of_run
+from stabletrain.config.trust import ENV as TRUST_ENV
 from stabletrain.errors import UserError
+from stabletrain.launch.connection import OPTION
+from stabletrain.launch.hand_over import (
+    LAUNCHER_IS_GONE,
+    check_and_assemble,
+    check_for_launcher,
+    complete,
+    connect,
+    ignore_signals,
+    wait_for_launcher,
+)
+from stabletrain.launch.mlflow_run import finish_run
 from stabletrain.launch.process import AGREED_ENDS_EXIT_0
 from stabletrain.launch.result import Result
+from stabletrain.launch.worker_log import WorkerLog
 from stabletrain.runtime.records.run_files import WORKER_LOG
 from stabletrain.runtime.signal_watch import Interrupted, SignalWatch
 from stabletrain.runtime.stop import TrainingStopped
+from stabletrain.safe_path import append_current_folder
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+
+    from stabletrain.launch.assemble import Assembled
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the worker and return its exit code.
 
     Args:
-        argv: the path of a run.yaml; with ``--agreed-ends-exit-0`` the exit code is 0 at an end on which all processes
-            agree (by a plugin or a signal), and only result.json records how the run ended.
+        argv: the path of a run.yaml, or ``--launcher`` and the folder of a launcher that names it later; with
+            ``--agreed-ends-exit-0`` the exit code is 0 at an end on which all processes agree (by a plugin or a
+            signal), and only result.json records how the run ended.
     """
-    watch = SignalWatch()
-    watch.install()
     agreed_ends_exit_0 = AGREED_ENDS_EXIT_0 in argv
-    paths = [word for word in argv if word != AGREED_ENDS_EXIT_0]
-    if len(paths) != 1:
+    words = [word for word in argv if word != AGREED_ENDS_EXIT_0]
+    if os.environ.get(TRUST_ENV):
+        append_current_folder()  # where the user's own modules are
+    watch, launcher, log = SignalWatch(), None, WorkerLog()
+    built: Assembled | None = None
+    if len(words) == 2 and words[0] == OPTION:
+        ignore_signals()
+        launcher = connect(Path(words[1]))
+        if launcher is None:
+            return 0
+        log.start()
+        built = check_for_launcher(launcher, watch)
+        if built is None:
+            return 0
+        words = [str(wait_for_launcher(launcher, watch))]
+    watch.install()
+    if len(words) != 1:
         print(f"usage: python -m stabletrain.worker run.yaml [{AGREED_ENDS_EXIT_0}]", file=sys.stderr)
         return 2
     try:
-        config = _read(Path(paths[0]))
+        config = _read(Path(words[0]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    run = _Run(config, watch)
+    run = _Run(config, watch, log, built)
     started = time.monotonic()
     try:
         result = run.train()
     except Exception as error:
         result = run.result_of(error)
+    if launcher is not None and launcher.is_gone:
+        result = replace(result, message=f"{result.message}; {LAUNCHER_IS_GONE}")
     code = run.report(result, time.monotonic() - started)
+    if launcher is not None and launcher.is_gone and run.is_rank_0:
+        finish_run(config, result)  # what the launcher would do
     return 0 if agreed_ends_exit_0 and result.end in ("stopped", "interrupted", "terminated") else code
 
 
@@ -73,26 +108,36 @@ def _read(path: Path) -> dict[str, Any]:
 class _Run:
     """The worker's run."""
 
-    def __init__(self, config: Mapping[str, Any], watch: SignalWatch) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], watch: SignalWatch, log: WorkerLog, built: Assembled | None = None
+    ) -> None:
         self.config = config
         self.watch = watch
+        self.log = log
+        self.built = built
         self.folder = Path(config["run_dir"])
         self.trainer: Trainer | None = None
         self.started = False
 
     def train(self) -> Result:
-        """Build the run's objects and fit."""
+        """Build the run's objects, unless they are built already, and fit."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        log_to(self.folder / WORKER_LOG)
-        from stabletrain.launch.assemble import assemble
-
-        run = assemble(self.config, self.watch)
+        self.log.to(self.folder / WORKER_LOG)
+        if self.watch.signum is not None:  # it arrived while this process waited for the launcher
+            raise Interrupted(self.watch.signum)
+        run = self.built or check_and_assemble(self.config, self.watch)
         self.trainer = run.trainer
+        complete(run, self.config)
         try:
             run.fit()
         finally:
             self.started = run.interrupt.started
         return Result(end="finished", message="the run has finished")
+
+    @property
+    def is_rank_0(self) -> bool:
+        """Whether this is the process that writes the run's result."""
+        return self.trainer is None or self.trainer.is_global_zero
 
     def result_of(self, error: Exception) -> Result:
         """Return the result of a run that an exception ended; log one message, or the whole traceback for a bug."""
@@ -111,19 +156,17 @@ class _Run:
 
     def report(self, result: Result, seconds: float) -> int:
         """Write result.json on rank 0, and return the exit code."""
-        from dataclasses import replace
-
         threads = None
         if "torch" in sys.modules:
             import torch
 
             threads = torch.get_num_threads()
         metrics: dict[str, float] = {}
-        steps, is_rank_0 = 0, True
+        steps = 0
         if self.trainer is not None:
-            steps, is_rank_0 = self.trainer.global_step, self.trainer.is_global_zero
+            steps = self.trainer.global_step
             metrics = {name: float(value) for name, value in sorted(self.trainer.callback_metrics.items())}
-        if is_rank_0:
+        if self.is_rank_0:
             checkpoint = result.checkpoint or newest_checkpoint(self.folder)
             replace(
                 result, steps=steps, seconds=round(seconds, 3), metrics=metrics, checkpoint=checkpoint, threads=threads
@@ -141,29 +184,3 @@ def newest_checkpoint(folder: Path) -> str | None:
 
     found = newest(folder) or checkpoint_of_run(folder)
     return str(found) if found else None
-
-
-def log_to(path: Path) -> None:
-    """Log records and warnings to a file, and those of stabletrain to the terminal as bare messages, too.
-
-    Args:
-        path: the log file.
-    """
-    file = logging.FileHandler(path, encoding="utf-8")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    terminal = logging.StreamHandler(sys.stderr)
-    terminal.setFormatter(logging.Formatter("%(message)s"))
-    for name in ("", "lightning", "lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).addHandler(file)
-        logging.getLogger(name).addFilter(_is_no_advertisement)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
-    logging.getLogger("stabletrain").addHandler(terminal)
-    logging.getLogger("stabletrain").setLevel(logging.INFO)
-    # a deprecated call of torch's pytree inside Lightning, which users cannot change
-    warnings.filterwarnings(
-        "ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning
-    )
-
-
-def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    return "Tip: For seamless" not in record.getMessage()

@@ -50,7 +50,7 @@ REFUSED = [
     "lightning.pytorch.LightningModule.load_from_checkpoint",
     "stabletrain.config.trust.instantiate",
     "stabletrain.callbacks",
-    "stabletrain.launch.process.run_process",
+    "stabletrain.launch.process.start_process",
     # ways round a class
     "stabletrain.errors.UserError.__init__",
     "torch.nn.Linear.__init__.__globals__",

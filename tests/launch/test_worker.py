@@ -14,7 +14,7 @@ from stabletrain.launch.final_status import final_result
 from stabletrain.launch.launcher import FinishedJob
 from stabletrain.launch.process import AGREED_ENDS_EXIT_0, ProcessEnd, worker_command, worker_environment
 from stabletrain.launch.result import EXIT_CODES, MLFLOW_STATUS, Result, read_result
-from stabletrain.launch.run_folder import make_run_folder, write_run_yaml
+from stabletrain.launch.run_folder import choose_run_folder, make_run_folder, remove_unused, write_run_yaml
 from stabletrain.launch.worker import main
 from stabletrain.runtime.guard.options import Guard
 from stabletrain.runtime.signal_watch import SignalWatch
@@ -53,7 +53,7 @@ def test_callbacks_come_in_the_configs_order(config: dict[str, Any], tmp_path: P
         "clip": {"_target_": "stabletrain.ClipNorm"},
     }
     config["callbacks"] = {"stop": {"_target_": "lightning.pytorch.callbacks.EarlyStopping", "monitor": "loss"}}
-    names = [type(callback).__name__ for callback in run_callbacks(config, {}, tmp_path)]
+    names = [type(callback).__name__ for _, callback in run_callbacks(config, {}, tmp_path)]
     assert names == ["SkipNonFinite", "ClipNorm", "EarlyStopping", "ModelCheckpoint", "ProgressLines"]
 
 
@@ -62,7 +62,7 @@ def test_an_own_model_checkpoint_replaces_ours_and_saves_in_the_run_folder(
 ) -> None:
     """Bug: two checkpoint callbacks write the same files; or the user's writes into the current folder."""
     config["callbacks"] = {"best": {"_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "monitor": "val_loss"}}
-    (found,) = (c for c in run_callbacks(config, {}, tmp_path) if isinstance(c, ModelCheckpoint))
+    (found,) = (c for _, c in run_callbacks(config, {}, tmp_path) if isinstance(c, ModelCheckpoint))
     assert found.monitor == "val_loss"
     assert found.dirpath == str(tmp_path)
 
@@ -78,7 +78,7 @@ def test_the_guards_options_are_a_callback_only_where_they_are_changed(tmp_path:
     given: dict[str, Any] = {"guard": {"mode": "auto", "max_attempts": None, "events": None}}
     assert run_callbacks(given, quiet, tmp_path) == []
     given["guard"] |= {"mode": "exact", "max_attempts": 7}
-    (guard,) = run_callbacks(given, quiet, tmp_path)
+    ((_, guard),) = run_callbacks(given, quiet, tmp_path)
     assert isinstance(guard, Guard)
     assert guard.guard_options() == {"mode": "exact", "max_attempts": 7, "events": None}
 
@@ -88,7 +88,7 @@ def test_precision_may_be_a_plugin_object(config: dict[str, Any]) -> None:
     from stabletrain.config.discovery import groups
 
     config["precision"] = yaml.safe_load(groups()["precision"]["fp16_mixed_cpu"].file.read_text())
-    made = trainer_arguments(config)["plugins"]
+    made = trainer_arguments(config)["precision.plugins"]
     assert type(made).__name__ == "MixedPrecision"
     assert isinstance(made.scaler, torch.amp.GradScaler)
 
@@ -144,25 +144,42 @@ def test_run_yaml_reads_back_equal(config: dict[str, Any], tmp_path: Path) -> No
 def test_run_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug: two runs in one second share a folder; or a run overwrites another."""
     monkeypatch.chdir(tmp_path)
-    one, two = make_run_folder("tiny", None), make_run_folder("tiny", None)
+    one, two = choose_run_folder("tiny", None), choose_run_folder("tiny", None)
     assert one != two
     assert one.parent == tmp_path / "runs" / "tiny"
-    assert make_run_folder("tiny", "here", job=3) == tmp_path / "here" / "3"
-    (tmp_path / "here" / "3" / "run.yaml").touch()
+    assert not one.exists()
+    third = choose_run_folder("tiny", "here", job=3)
+    assert third == tmp_path / "here" / "3"
+    make_run_folder(third)
+    (third / "run.yaml").touch()
     with pytest.raises(UserError, match="already contains a run"):
-        make_run_folder("tiny", "here", job=3)
+        make_run_folder(third)
     with pytest.raises(UserError, match="run_dir: cannot write to /dev/null/x"):
-        make_run_folder("tiny", "/dev/null/x")
+        make_run_folder(choose_run_folder("tiny", "/dev/null/x"))
 
 
-def test_commands(tmp_path: Path) -> None:
-    """Bug: one process goes through torchrun, or several do not."""
+def test_what_was_made_for_a_run_that_did_not_start_is_removed(tmp_path: Path) -> None:
+    """Bugs: the next attempt finds "already contains a run"; a folder of the user's is deleted with what is in it."""
+    for existed in (False, True):
+        folder = tmp_path / str(existed)
+        make_run_folder(folder)
+        (folder / "run.yaml").touch()
+        if existed:
+            (folder / "notes.txt").touch()
+        remove_unused(folder, keep_folder=existed)
+        assert [path.name for path in folder.glob("*")] == ["notes.txt"] * existed
+        assert folder.exists() == existed
+        make_run_folder(folder)
+
+
+def test_commands() -> None:
+    """Bugs: one process goes through torchrun, or several do not; a worker that imports from the current folder."""
     one = {"kind": "local", "processes": 1, "nodes": 1, "threads": 3}
-    assert worker_command(one, tmp_path)[1:] == ["-m", "stabletrain.worker", str(tmp_path)]
-    two = worker_command({**one, "processes": 2}, tmp_path)
-    assert two[1:7] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    assert worker_command(one, "a.yaml")[1:] == ["-P", "-m", "stabletrain.worker", "a.yaml"]
+    two = worker_command({**one, "processes": 2}, "a.yaml")
+    assert two[1:8] == ["-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     assert two[-1] == AGREED_ENDS_EXIT_0
-    assert "torch.distributed.run" in worker_command({**one, "kind": "torchrun"}, tmp_path)
+    assert "torch.distributed.run" in worker_command({**one, "kind": "torchrun"}, "a.yaml")
 
 
 def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,6 +188,7 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     made = worker_environment({"threads": 3}, ["b"])
     assert made["OMP_NUM_THREADS"] == "3"
     assert made["STABLETRAIN_TRUST"] == "a,b"
+    assert made["PYTHONSAFEPATH"] == "1"
     assert made["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
 
 

@@ -1,0 +1,155 @@
+"""The worker's part of the start: check and build for a launcher, wait for its answer, notice when it is gone."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stabletrain.config.problems import ConfigError, Problem
+from stabletrain.launch.connection import Launcher, Report
+from stabletrain.launch.mlflow_run import is_tracked
+from stabletrain.runtime.records.run_files import WORKER_LOG
+from stabletrain.runtime.signal_watch import SignalWatch
+
+if TYPE_CHECKING:
+    from stabletrain.launch.assemble import Assembled
+
+LAUNCHER_IS_GONE = "the launcher is gone"
+
+
+def ignore_signals() -> None:
+    """Leave Ctrl-C to the launcher: an exception while torch is imported ends in errors of other kinds."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def connect(folder: Path) -> Launcher | None:
+    """Connect to the launcher; None if it is gone already.
+
+    Args:
+        folder: of the launcher's `Workers`.
+    """
+    try:
+        return Launcher(folder)
+    except OSError:
+        return None
+
+
+def check_for_launcher(launcher: Launcher, watch: SignalWatch) -> Assembled | None:
+    """Check the launcher's configs and report; return the run that is to be trained, built.
+
+    Args:
+        launcher: the connection.
+        watch: the handler of signals of the run.
+
+    Returns:
+        None if nothing is to be trained.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    built: Assembled | None = None
+    problems: list[Problem] = []
+    failure: str | None = None
+    try:
+        from stabletrain.launch.checks import ConstructorBug, check_and_build, check_config
+
+        try:
+            if launcher.is_to_train:
+                built, problems = check_and_build(launcher.configs[0], watch)
+            else:
+                for config in launcher.configs:
+                    problems += check_config(config, build=launcher.is_to_build)
+        except ConstructorBug as bug:
+            failure = str(bug)
+    except Exception as error:
+        failure = "".join(traceback.format_exception(error)).rstrip()
+    if built is not None:
+        remember_signals(watch)
+    launcher.report(Report(rank=rank, problems=[(each.key, each.text) for each in problems], failure=failure))
+    return built
+
+
+def remember_signals(watch: SignalWatch) -> None:
+    """Remember a signal until training begins, and do not end for it.
+
+    Args:
+        watch: the handler of signals of the run.
+    """
+    watch.patient = True
+    watch.install()
+
+
+def wait_for_launcher(launcher: Launcher, watch: SignalWatch) -> Path:
+    """Wait for the launcher's word, and return the path of run.yaml.
+
+    If the launcher ends later, the run ends as for SIGTERM, with a checkpoint; with ``launch.detach=true`` it goes on.
+
+    Args:
+        launcher: the connection.
+        watch: the handler of signals of the run.
+    """
+    launch = launcher.configs[0]["launch"]
+    log = Path(launcher.configs[0]["run_dir"]) / WORKER_LOG
+    main_thread = threading.main_thread().ident
+    assert main_thread is not None
+
+    def when_gone() -> None:
+        _print_to(log)  # the terminal may be gone, too
+        logger = logging.getLogger("stabletrain")
+        if launch.get("detach"):
+            logger.warning("%s: going on (launch.detach=true)", LAUNCHER_IS_GONE)
+        else:
+            logger.warning("%s: stopping after this batch, with a checkpoint", LAUNCHER_IS_GONE)
+            signal.pthread_kill(main_thread, signal.SIGTERM)
+
+    run_yaml = launcher.wait(when_gone)
+    watch.patient = False
+    return run_yaml
+
+
+def _print_to(log: Path) -> None:
+    """Let this process print to a file from now on."""
+    try:
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    except OSError:
+        file = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        os.dup2(file, descriptor)
+    os.close(file)
+
+
+def check_and_assemble(config: Mapping[str, Any], watch: SignalWatch) -> Assembled:
+    """Check and build a run without a launcher.
+
+    Args:
+        config: the content of a run.yaml.
+        watch: the handler of signals of the run.
+
+    Raises:
+        ConfigError: with every mistake in the config.
+    """
+    from stabletrain.launch.checks import check_and_build
+
+    built, problems = check_and_build(config, watch)
+    if built is None:
+        raise ConfigError(problems)
+    return built
+
+
+def complete(run: Assembled, config: Mapping[str, Any]) -> None:
+    """Replace the MLflow logger of a built run by that of the final config, which names the run in MLflow.
+
+    Args:
+        run: built before the run was opened.
+        config: the content of run.yaml.
+    """
+    from stabletrain.launch.assemble import build_logger
+    from stabletrain.runtime import rng
+
+    if is_tracked(config):
+        with rng.preserved():
+            run.trainer.loggers = [build_logger(config)]
