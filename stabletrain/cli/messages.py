@@ -15,4 +15,5 @@ def print_error(error: object) -> None:
     if len(lines) == 1:
         print(f"error: {lines[0]}", file=sys.stderr)
     else:
-        print(f"error: {len(lines)} mistakes", *(f"  {line}" for line in lines), sep="\n", file=sys.stderr)
+        count = len(getattr(error, "problems", lines))
+        print(f"error: {count} mistakes", *(f"  {line}" for line in lines), sep="\n", file=sys.stderr)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -18,6 +20,7 @@ KINDS = ("rule", "transform", "callback", "schedule", "optimizer", "precision", 
 SLOTS = "plugins"
 BUILT = ("model", "data", "optimizer", "schedule", "logger", "chaos")
 """Groups whose option is one object to build; their option `none` becomes null in run.yaml."""
+_MOST_OPTIONS = 1000
 
 
 class DiscoveryError(UserError):
@@ -149,19 +152,18 @@ def recipes() -> dict[str, Recipe]:
     return {file.stem: Recipe(name=file.stem, file=file) for file in files}
 
 
-def groups(extra: Iterable[Path] = ()) -> dict[str, dict[str, Option]]:
-    """Return every config group with its options, from conf/, all plugins, and further folders.
+def groups(extra: Iterable[Option] = ()) -> dict[str, dict[str, Option]]:
+    """Return every config group with its options, from conf/, all plugins, and the user's own.
 
     Args:
-        extra: config folders of the user, which take precedence, as in Hydra's search path.
+        extra: options of the user, which take precedence, as in Hydra's search path.
 
     Raises:
         DiscoveryError: if two installed files have the same option.
     """
     found: dict[str, dict[str, Option]] = {}
-    own = (option for folder in extra for option in options_in(folder))
     installed = (option for plugin in plugins().values() for option in plugin.options)
-    for option in (*own, *options_in(data_dir("conf")), *installed):
+    for option in (*extra, *options_in(data_dir("conf")), *installed):
         found.setdefault(option.group, {}).setdefault(option.name, option)
     return {group: dict(sorted(found[group].items())) for group in sorted(found)}
 
@@ -187,15 +189,34 @@ def options_in(folder: Path) -> Iterator[Option]:
         yield Option(group=relative.parent.as_posix(), name=file.stem, file=file)
 
 
+def options_of(folder: Path, groups: Iterable[str]) -> list[Option]:
+    """Return the options of the user's own, which lie in a folder that may be a home folder with anything else in it.
+
+    Args:
+        folder: the folder of a recipe.
+        groups: config groups that are looked for; so are all folders directly in it.
+
+    Returns:
+        The first `_MOST_OPTIONS`.
+    """
+    with os.scandir(folder) as entries:
+        names = {entry.name for entry in itertools.islice(entries, _MOST_OPTIONS) if entry.is_dir()}
+    found: list[Option] = []
+    for group in sorted(names.union(groups)):
+        files = itertools.islice((folder / group).glob("*.yaml"), _MOST_OPTIONS)
+        found += [Option(group=group, name=file.stem, file=file) for file in sorted(files)]
+    return found[:_MOST_OPTIONS]
+
+
 def content(option: Option) -> dict[str, Any]:
     """Return the content of an option's file, merged with the options of its own group in its defaults list.
 
     Args:
         option: an option without interpolations into other groups.
     """
-    import yaml
+    from stabletrain.config.yaml_file import read_yaml
 
-    own = yaml.safe_load(option.file.read_text(encoding="utf-8")) or {}
+    own = read_yaml(option.file)
     merged: dict[str, Any] = {}
     for name in own.pop("defaults", []):
         if name != "_self_":

@@ -8,6 +8,10 @@ from difflib import get_close_matches
 
 from stabletrain.errors import UserError
 
+MOST_SHOWN = 20
+"""Mistakes in a message; a file that is no recipe at all has hundreds."""
+_LONGEST_KEY, _LONGEST_TEXT = 400, 2000
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -22,15 +26,25 @@ class Problem:
     text: str
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.text}"
+        return f"{_shown(self.key, _LONGEST_KEY)}: {_shown(self.text, _LONGEST_TEXT)}"
 
 
 class ConfigError(UserError):
-    """A config has mistakes; ``problems`` lists all of them."""
+    """A config has mistakes; ``problems`` lists all of them, the message the first `MOST_SHOWN`."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(problems)
-        super().__init__("\n".join(map(str, self.problems)))
+        lines = [str(problem) for problem in self.problems[:MOST_SHOWN]]
+        if len(self.problems) > MOST_SHOWN:
+            lines.append(f"... and {len(self.problems) - MOST_SHOWN} more")
+        super().__init__("\n".join(lines))
+
+
+def _shown(text: str, longest: int) -> str:
+    """Return a text on one line, without control characters, and shortened in the middle."""
+    if not text.isprintable():
+        text = "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+    return text if len(text) <= longest else f"{text[: longest // 2]} [...] {text[-longest // 4 :]}"
 
 
 def suggestion(word: str, known: Iterable[str], *, list_all: bool = True) -> str:
