@@ -22,6 +22,7 @@ from stabletrain.errors import UserError
 from stabletrain.launch import mlflow_run
 from stabletrain.launch.final_status import final_result
 from stabletrain.launch.process import run_process, worker_command, worker_environment
+from stabletrain.launch.rank_ends import SPARE_ENV, remove_ends, spare_folder
 from stabletrain.launch.result import Result
 from stabletrain.launch.run_folder import make_run_folder, write_run_yaml
 from stabletrain.launch.slurm import submit
@@ -177,8 +178,11 @@ def _run_job(job: _Job, uri: str | None, parent: str | None, request: LaunchRequ
         if not existed:
             shutil.rmtree(folder, ignore_errors=True)
         raise
-    ended = run_process(worker_command(config["launch"], run_yaml), environment)
-    result = final_result(config, ended)
+    remove_ends(folder)
+    with spare_folder() as spare:
+        ends = {} if spare is None else {SPARE_ENV: str(spare)}
+        ended = run_process(worker_command(config["launch"], run_yaml), environment | ends)
+        result = final_result(config, ended, spare)
     warning = mlflow_run.finish_run(config, result)
     return FinishedJob(recipe=recipe, overrides=composed.overrides, config=config, result=result, warning=warning)
 

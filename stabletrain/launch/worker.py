@@ -5,25 +5,19 @@ Trust is checked again, with packages from the environment only, because a run.y
 
 from __future__ import annotations
 
-import logging
-import signal
 import sys
-import time
-import traceback
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from stabletrain.config.resume import checkpoint_of_run
 from stabletrain.errors import UserError
 from stabletrain.launch.process import AGREED_ENDS_EXIT_0
 from stabletrain.launch.result import Result
+from stabletrain.launch.worker_end import WorkerEnd, log_to
 from stabletrain.runtime.records.run_files import WORKER_LOG
-from stabletrain.runtime.signal_watch import Interrupted, SignalWatch
-from stabletrain.runtime.stop import TrainingStopped
+from stabletrain.runtime.signal_watch import SignalWatch
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -49,12 +43,11 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     run = _Run(config, watch)
-    started = time.monotonic()
     try:
         result = run.train()
-    except Exception as error:
+    except BaseException as error:  # a SystemExit in the user's module, too, is no successful end
         result = run.result_of(error)
-    code = run.report(result, time.monotonic() - started)
+    code = run.report(result)
     return 0 if agreed_ends_exit_0 and result.end in ("stopped", "interrupted", "terminated") else code
 
 
@@ -79,6 +72,7 @@ class _Run:
         self.folder = Path(config["run_dir"])
         self.trainer: Trainer | None = None
         self.started = False
+        self.end = WorkerEnd(self.folder, watch)
 
     def train(self) -> Result:
         """Build the run's objects and fit."""
@@ -88,82 +82,19 @@ class _Run:
 
         run = assemble(self.config, self.watch)
         self.trainer = run.trainer
+        run.interrupt.failed = lambda error: self.end.note(error, started=run.interrupt.started)
         try:
             run.fit()
         finally:
             self.started = run.interrupt.started
+        self.watch.ignore()
         return Result(end="finished", message="the run has finished")
 
-    def result_of(self, error: Exception) -> Result:
+    def result_of(self, error: BaseException) -> Result:
         """Return the result of a run that an exception ended; log one message, or the whole traceback for a bug."""
-        if isinstance(error, Interrupted):
-            end = "interrupted" if error.signum == signal.SIGINT else "terminated"
-            return Result(end=end, message=str(error), checkpoint=error.checkpoint)  # type: ignore[arg-type]
-        logger = logging.getLogger("stabletrain")
-        if isinstance(error, TrainingStopped):
-            logger.error("%s", error)
-            return Result(end="stopped", message=str(error))
-        if isinstance(error, UserError):
-            logger.error("error: %s", error)
-            return Result(end="failed" if self.started else "refused", message=str(error))
-        logger.error("%s", "".join(traceback.format_exception(error)).rstrip())
-        return Result(end="failed", message=f"{type(error).__name__}: {error}")
+        self.watch.ignore()
+        return self.end.show(error, started=self.started)
 
-    def report(self, result: Result, seconds: float) -> int:
-        """Write result.json on rank 0, and return the exit code."""
-        from dataclasses import replace
-
-        threads = None
-        if "torch" in sys.modules:
-            import torch
-
-            threads = torch.get_num_threads()
-        metrics: dict[str, float] = {}
-        steps, is_rank_0 = 0, True
-        if self.trainer is not None:
-            steps, is_rank_0 = self.trainer.global_step, self.trainer.is_global_zero
-            metrics = {name: float(value) for name, value in sorted(self.trainer.callback_metrics.items())}
-        if is_rank_0:
-            checkpoint = result.checkpoint or newest_checkpoint(self.folder)
-            replace(
-                result, steps=steps, seconds=round(seconds, 3), metrics=metrics, checkpoint=checkpoint, threads=threads
-            ).write(self.folder)
-        return result.exit_code
-
-
-def newest_checkpoint(folder: Path) -> str | None:
-    """Return the path of the newest complete checkpoint of a run; None if there is none.
-
-    Args:
-        folder: the run's folder.
-    """
-    from stabletrain.runtime.checkpoints.loading import newest
-
-    found = newest(folder) or checkpoint_of_run(folder)
-    return str(found) if found else None
-
-
-def log_to(path: Path) -> None:
-    """Log records and warnings to a file, and those of stabletrain to the terminal as bare messages, too.
-
-    Args:
-        path: the log file.
-    """
-    file = logging.FileHandler(path, encoding="utf-8")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    terminal = logging.StreamHandler(sys.stderr)
-    terminal.setFormatter(logging.Formatter("%(message)s"))
-    for name in ("", "lightning", "lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).addHandler(file)
-        logging.getLogger(name).addFilter(_is_no_advertisement)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
-    logging.getLogger("stabletrain").addHandler(terminal)
-    logging.getLogger("stabletrain").setLevel(logging.INFO)
-    # a deprecated call of torch's pytree inside Lightning, which users cannot change
-    warnings.filterwarnings(
-        "ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning
-    )
-
-
-def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    return "Tip: For seamless" not in record.getMessage()
+    def report(self, result: Result) -> int:
+        """Write the result, and return the exit code."""
+        return self.end.hand_over(result, self.trainer).exit_code

@@ -160,9 +160,9 @@ def test_commands(tmp_path: Path) -> None:
     one = {"kind": "local", "processes": 1, "nodes": 1, "threads": 3}
     assert worker_command(one, tmp_path)[1:] == ["-m", "stabletrain.worker", str(tmp_path)]
     two = worker_command({**one, "processes": 2}, tmp_path)
-    assert two[1:7] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    assert two[1:7] == ["-m", "stabletrain.launch.torchrun", "--standalone", "--nproc-per-node", "2", "-m"]
     assert two[-1] == AGREED_ENDS_EXIT_0
-    assert "torch.distributed.run" in worker_command({**one, "kind": "torchrun"}, tmp_path)
+    assert "stabletrain.launch.torchrun" in worker_command({**one, "kind": "torchrun"}, tmp_path)
 
 
 def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
