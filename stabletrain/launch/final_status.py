@@ -5,47 +5,60 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from stabletrain.config.resume import checkpoint_of_run
+from stabletrain.launch.first_cause import by_signal, first_cause, without_result
 from stabletrain.launch.mlflow_run import finish_run
 from stabletrain.launch.process import ProcessEnd
-from stabletrain.launch.result import End, Result, read_result
+from stabletrain.launch.rank_ends import RankEnd, read_ends, read_exit_codes
+from stabletrain.launch.result import Result, read_result
 
 
-def final_result(config: Mapping[str, Any], ended: ProcessEnd) -> Result:
-    """Return how a run ended, from its result.json; if the worker wrote none, write one from the exit code.
+def final_result(
+    config: Mapping[str, Any], ended: ProcessEnd, spare: Path | None = None, handed: Sequence[RankEnd] = ()
+) -> Result:
+    """Return how a run ended, from what its processes wrote and how they ended, and write it to result.json.
+
+    A result.json that cannot be written is a warning: the run has ended as it did.
 
     Args:
         config: the resolved config.
         ended: how the worker's process ended.
+        spare: the second folder of the processes' ends; None if there is none.
+        handed: ends that the processes have handed over in another way than by files.
     """
     folder = Path(config["run_dir"])
-    result = read_result(folder)
-    if result is None:
-        end: End = "killed" if _ended_by_signal(ended) else "failed"
+    ends = {end.rank: end for end in (*read_ends(folder, spare), *handed)}
+    launch = config["launch"]
+    size = launch["processes"] * (launch["nodes"] if launch["kind"] == "slurm" else 1)
+    result = first_cause(
+        [ends[rank] for rank in sorted(ends)], ended, size=size, exits=read_exit_codes(spare)
+    ) or _without_ends(folder, ended)
+    if result.checkpoint is None:
         checkpoint = checkpoint_of_run(folder)
-        result = Result(end=end, message=_describe(ended), checkpoint=str(checkpoint) if checkpoint else None)
+        result = replace(result, checkpoint=str(checkpoint) if checkpoint else None)
+    try:
         result.write(folder)
+    except OSError as error:
+        logging.getLogger("stabletrain").warning(
+            "result.json cannot be written to %s (%s); the result is printed below", folder, error.strerror or error
+        )
     return result
 
 
-def _ended_by_signal(ended: ProcessEnd) -> bool:
-    return ended.code < 0 or ended.code > 128 or ended.signum is not None
-
-
-def _describe(ended: ProcessEnd) -> str:
-    signum = -ended.code if ended.code < 0 else ended.code - 128 if ended.code > 128 else None
-    if signum == 9:
-        return "the worker was killed by signal 9 (SIGKILL), for example because it ran out of memory"
-    if signum is not None:
-        return f"the worker was ended by signal {signum} before it wrote a result"
-    return f"the worker ended with exit code {ended.code} before it wrote a result; see its output above"
+def _without_ends(folder: Path, ended: ProcessEnd) -> Result:
+    result = read_result(folder)
+    if result is None:
+        result = by_signal(ended) if ended.signum is not None else without_result(ended.code)
+    return result
 
 
 def main(argv: Sequence[str]) -> int:

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import inspect
+import logging
+import re
 import signal
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeGuard
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from stabletrain.runtime.checkpoints.newest_file import newest_files
 from stabletrain.runtime.checkpoints.preemption import StopBetweenBatches
 from stabletrain.runtime.records.run_files import INTERRUPTED_CHECKPOINT
 from stabletrain.runtime.signal_watch import Interrupted, SignalWatch
+
+logger = logging.getLogger("stabletrain")
+
+_LOOK_EVERY = 10.0
+"""Seconds between two looks whether the run's folder still exists."""
 
 
 class SavesOnRequest(Protocol):
@@ -45,11 +54,17 @@ class SaveAndStop(StopBetweenBatches):
 
     def __init__(self, watch: SignalWatch, folder: Path) -> None:
         self.started = False
+        self.failed: Callable[[BaseException], object] | None = None
+        """Called as soon as an exception has ended the fit, before anything is torn down."""
         self._watch = watch
         self._folder = folder
+        self._look_at = 0.0
+        self._is_gone = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Become the signal handler again: Lightning installs its own handlers before this hook."""
+        first_step = trainer.global_step
+        self._watch.lost = lambda: _lost(trainer, first_step, self._folder)
         self._watch.install()
         self._watch.patient = True
 
@@ -61,9 +76,21 @@ class SaveAndStop(StopBetweenBatches):
         """From now on a signal ends the process at once."""
         self._watch.patient = False
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop if any rank was asked to; say once if somebody has deleted the run's folder."""
+        if time.monotonic() >= self._look_at:
+            self._look_at = time.monotonic() + _LOOK_EVERY
+            self._look_for_folder(trainer)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """From now on a signal ends the process at once."""
         self._watch.patient = False
+        if self.failed is not None:
+            self.failed(exception)
+        super().on_exception(trainer, pl_module, exception)
 
     @property
     def may_stop(self) -> bool:
@@ -78,7 +105,20 @@ class SaveAndStop(StopBetweenBatches):
     def save_and_stop(self, trainer: Trainer) -> NoReturn:
         """Save a checkpoint and raise `Interrupted`; on a rank that received no signal itself, with SIGTERM."""
         signum = self._watch.signum
-        raise Interrupted(signum if signum is not None else signal.SIGTERM, self._save(trainer))
+        path = self._save(trainer)
+        is_saved = path is not None or not trainer.is_global_zero  # only rank 0 writes
+        how = "after a batch, with a checkpoint" if is_saved else "after a batch; the checkpoint could not be written"
+        raise Interrupted(signum if signum is not None else signal.SIGTERM, path, how=how, agreed=True)
+
+    def _look_for_folder(self, trainer: Trainer) -> None:
+        if self._is_gone or not trainer.is_global_zero or self._folder.parent.is_dir():
+            return
+        self._is_gone = True
+        logger.warning(
+            "the run's folder %s has been deleted during the run: training goes on, but what was in it is lost, and "
+            "whatever cannot make the folder again is not saved",
+            self._folder.parent,
+        )
 
     def _save(self, trainer: Trainer) -> str | None:
         callback = find_saver(trainer.checkpoint_callbacks)
@@ -88,6 +128,19 @@ class SaveAndStop(StopBetweenBatches):
         path = self._folder / INTERRUPTED_CHECKPOINT
         trainer.save_checkpoint(path, weights_only=False)
         return str(path)
+
+
+_STEP = re.compile(r"step[-=_](\d+)")
+
+
+def _lost(trainer: Trainer, first_step: int, folder: Path) -> str:
+    """What is lost if the run ends now: the steps since the newest checkpoint, as far as its name says its step."""
+    saver = find_saver(trainer.checkpoint_callbacks)
+    last = getattr(saver, "last", None)
+    names = [path.resolve().name for path in newest_files(folder)] + ([Path(last).name] if last else [])
+    steps = [int(found[1]) for name in names if (found := _STEP.search(name))]
+    lost = trainer.global_step - max([first_step, *(step for step in steps if step <= trainer.global_step)])
+    return f"without a checkpoint; {lost} steps since the last checkpoint are lost"
 
 
 def find_saver(callbacks: Iterable[Checkpoint]) -> SavesOnRequest | None:

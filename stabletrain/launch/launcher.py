@@ -25,6 +25,7 @@ from stabletrain.launch import mlflow_run
 from stabletrain.launch.connection import Workers
 from stabletrain.launch.final_status import final_result
 from stabletrain.launch.process import local_command, start_process, wait_for, worker_command, worker_environment
+from stabletrain.launch.rank_ends import SPARE_ENV, remove_ends, spare_folder
 from stabletrain.launch.result import Result
 from stabletrain.launch.run_folder import choose_run_folder, make_run_folder, remove_unused, write_run_yaml
 from stabletrain.launch.slurm import submit
@@ -243,7 +244,9 @@ def _run_job(job: Job, sweep: _Sweep, start_up: StartUp, report: Reporter) -> Fi
             report.starting(config, job.number)
             number = submit(config, opened.run_yaml, environment)
         return FinishedJob(recipe=recipe, overrides=composed.overrides, config=config, result=None, slurm_job=number)
-    with Workers([config], then="train") as workers:
+    with spare_folder() as spare, Workers([config], then="train") as workers:
+        if spare is not None:
+            environment[SPARE_ENV] = str(spare)
         start_up.check()
         start_up.doing = "ending; training has not begun"
         process = start_process(worker_command(config["launch"], *workers.arguments), environment)
@@ -254,6 +257,7 @@ def _run_job(job: Job, sweep: _Sweep, start_up: StartUp, report: Reporter) -> Fi
                 raise ConfigError(dict.fromkeys(problems))
             with _opened(config, job, sweep, uri, start_up) as opened:
                 report.starting(config, job.number)
+                remove_ends(folder)
 
                 def begin() -> None:
                     start_up.check()
@@ -263,8 +267,8 @@ def _run_job(job: Job, sweep: _Sweep, start_up: StartUp, report: Reporter) -> Fi
                 ended = wait_for(process, begin)
         finally:
             end(workers, process)
-    start_up.doing = "ending when the run's files are in the tracking store"
-    result = final_result(config, ended)
+        start_up.doing = "ending when the run's files are in the tracking store"
+        result = final_result(config, ended, spare)
     warning = mlflow_run.finish_run(config, result)
     return FinishedJob(recipe=recipe, overrides=composed.overrides, config=config, result=result, warning=warning)
 

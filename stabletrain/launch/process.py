@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,11 @@ from types import FrameType
 from typing import Any
 
 from stabletrain.config.trust import ENV as TRUST_ENV
+from stabletrain.launch.process_tree import children, kill_tree
+from stabletrain.runtime.signal_watch import SAME_PRESS
+
+TORCHRUN = "stabletrain.launch.torchrun"
+"""The module that runs torchrun."""
 
 AGREED_ENDS_EXIT_0 = "--agreed-ends-exit-0"
 """Option of the worker under torchrun, which prints a long report about any exit code but 0 and itself exits with 1.
@@ -29,10 +35,12 @@ class ProcessEnd:
     Args:
         code: its exit code; negative: minus the number of the signal that ended it.
         signum: the first signal that was forwarded to it; None if none was.
+        killed: whether the launcher's user had it killed, by a third signal.
     """
 
     code: int
     signum: int | None = None
+    killed: bool = False
 
 
 PYTHON = (sys.executable, "-P")
@@ -50,7 +58,7 @@ def worker_command(launch: Mapping[str, Any], *arguments: str) -> list[str]:
     if launch["kind"] == "local" and launch["processes"] == 1:
         return local_command(*arguments)
     processes = str(launch["processes"])
-    torchrun = [*PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    torchrun = [*PYTHON, "-m", TORCHRUN, "--standalone", "--nproc-per-node", processes]
     return [*torchrun, *_WORKER, *arguments, AGREED_ENDS_EXIT_0]
 
 
@@ -98,47 +106,91 @@ def start_process(command: Sequence[str], environment: Mapping[str, str]) -> sub
 def wait_for(process: subprocess.Popen[bytes], begin: Callable[[], None]) -> ProcessEnd:
     """Let a process begin its work, and wait for its end.
 
-    The first Ctrl-C or SIGTERM is forwarded to the process, which may finish its batch and save. The second sends
-    SIGTERM, the third SIGKILL, to the process and all processes that it has started.
+    The first Ctrl-C, SIGTERM or SIGHUP is forwarded to the worker, or to each one that torchrun has started; they may
+    finish their batch and save. It decides how the run ends: the second, of any kind, repeats it, and they end
+    without a checkpoint; the third sends SIGKILL to all processes of the run.
 
     Args:
         process: from `start_process`.
         begin: called when signals are forwarded.
     """
-    with _forward_signals(process) as forwarded:
+    command = process.args
+    forwarder = _Forwarder(process, through_torchrun=isinstance(command, Sequence) and TORCHRUN in command)
+    with _forward_signals(forwarder):
         begin()
         code = process.wait()
     kill(process)
-    return ProcessEnd(code=code, signum=forwarded[0] if forwarded else None)
+    return ProcessEnd(code=code, signum=forwarder.first, killed=forwarder.count > 2)
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process and its process group, whatever is left of them.
+    """Kill a process, all that it has started and its process group, whatever is left of them.
 
     Args:
         process: from `start_process`.
     """
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
+    kill_tree(process.pid)
+
+
+class _Forwarder:
+    """Forwards signals to a running worker.
+
+    Args:
+        process: the worker, or torchrun.
+        through_torchrun: whether the workers are children of the process.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], *, through_torchrun: bool) -> None:
+        self._process = process
+        self._through_torchrun = through_torchrun
+        self._last_at = 0.0
+        self.first: int | None = None
+        self.count = 0
+
+    def handle(self, signum: int, frame: FrameType | None) -> None:
+        """Handle a signal."""
+        now = time.monotonic()
+        if self.first is not None and now - self._last_at < SAME_PRESS:
+            return
+        self._last_at = now
+        self.count += 1
+        self.first = self.first or signum
+        name = signal.Signals(self.first).name
+        again = "press Ctrl-C again" if self.first == signal.SIGINT else f"send {name} again"
+        if self.count == 1:
+            _say(f"\n{name}: stopping after this batch, with a checkpoint; {again} to stop without one")
+        elif self.count == 2:
+            _say(f"\n{name}: stopping now, without a checkpoint; {again} to kill the run")
+        else:
+            _say(f"\n{name}: the run is killed")
+            kill_tree(self._process.pid)
+            return
+        for pid in self._workers():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, self.first)
+
+    def _workers(self) -> list[int]:
+        """The workers. torchrun itself would give them 30 s to save, and end their data loaders' processes at once."""
+        if self._process.poll() is not None:
+            return []
+        started = children(self._process.pid) if self._through_torchrun else []
+        return started or [self._process.pid]
 
 
 @contextmanager
-def _forward_signals(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    forwarded: list[int] = []
-
-    def forward(signum: int, frame: FrameType | None) -> None:
-        forwarded.append(signum)
-        with contextlib.suppress(ProcessLookupError):
-            if len(forwarded) == 1:
-                name = signal.Signals(signum).name
-                print(f"\n{name}: stopping after this batch, with a checkpoint", file=sys.stderr)
-                process.send_signal(signum)
-            else:
-                os.killpg(process.pid, signal.SIGTERM if len(forwarded) == 2 else signal.SIGKILL)
-
-    before = {signum: signal.signal(signum, forward) for signum in (signal.SIGINT, signal.SIGTERM)}
+def _forward_signals(forwarder: _Forwarder) -> Iterator[None]:
+    handled = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup ignores
+        handled.append(signal.SIGHUP)
+    before = {signum: signal.signal(signum, forwarder.handle) for signum in handled}
     try:
-        yield forwarded
+        yield
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+def _say(line: str) -> None:
+    """Print a line, if the terminal still exists."""
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # RuntimeError: within another print
+        print(line, file=sys.stderr, flush=True)

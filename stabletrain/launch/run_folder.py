@@ -15,6 +15,9 @@ import yaml
 from stabletrain.errors import UserError
 from stabletrain.runtime.records.run_files import CHECKPOINTS, RUN_YAML
 
+_PROBE = 65_536
+"""Bytes that a run's folder must have room for; run.yaml and the logs are about as large."""
+
 
 def choose_run_folder(recipe: str, wanted: str | None, *, job: int | None = None) -> Path:
     """Return the absolute path of a run's folder, without making it.
@@ -44,11 +47,13 @@ def make_run_folder(path: Path) -> None:
     try:
         (path / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         probe = path / f".probe-{secrets.token_hex(4)}"
-        probe.touch()
-        probe.unlink()
+        try:
+            probe.write_bytes(b"\0" * _PROBE)  # on a full disk, an empty file can still be made
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
-            f"run_dir: cannot write to {path} ({error.strerror or error}); choose a folder with write permission, "
+            f"run_dir: cannot write to {path} ({error.strerror or error}); choose a folder that can be written, "
             f"run_dir=FOLDER"
         ) from None
 
@@ -58,9 +63,19 @@ def write_run_yaml(config: Mapping[str, Any]) -> Path:
 
     Args:
         config: the resolved config: plain mappings, lists and values.
+
+    Raises:
+        UserError: if it cannot be written.
     """
     path = Path(config["run_dir"]) / RUN_YAML
-    path.write_text(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=120), encoding="utf-8")
+    text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=120)
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"run_dir: cannot write {path} ({error.strerror or error}); choose a folder on a disk with free space, "
+            "run_dir=FOLDER"
+        ) from None
     return path
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from stabletrain.errors import UserError
 from stabletrain.launch.process import PYTHON
-from stabletrain.runtime.records.run_files import SLURM_SCRIPT, slurm_output
+from stabletrain.runtime.records.run_files import ENDS, RESULT, SLURM_SCRIPT, slurm_output
 
 
 def batch_script(config: Mapping[str, Any], run_yaml: Path, environment: Mapping[str, str]) -> str:
@@ -41,7 +41,9 @@ def batch_script(config: Mapping[str, Any], run_yaml: Path, environment: Mapping
     exports = [f"export {key}={shlex.quote(value)}" for key, value in changed.items()]
     worker = shlex.join([*PYTHON, "-m", "stabletrain.worker", str(run_yaml)])
     set_status = shlex.join([*PYTHON, "-m", "stabletrain.launch.final_status", str(run_yaml)])
-    body = [f"srun --kill-on-bad-exit=1 {worker}", f'{set_status} "$?"']
+    # a job that SLURM has requeued runs in the same folder: the end of its last attempt is not this one's
+    earlier = shlex.join(["rm", "-rf", "--", f"{config['run_dir']}/{RESULT}", f"{config['run_dir']}/{ENDS}"])
+    body = [earlier, f"srun --kill-on-bad-exit=1 {worker}", f'{set_status} "$?"']
     return "\n".join(["#!/bin/bash", *head, "", *exports, *body, ""])
 
 

@@ -5,12 +5,8 @@ Trust is checked again, with packages from the environment only, because a run.y
 
 from __future__ import annotations
 
-import logging
 import os
-import signal
 import sys
-import time
-import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from stabletrain.config.resume import checkpoint_of_run
 from stabletrain.config.trust import ENV as TRUST_ENV
 from stabletrain.errors import UserError
 from stabletrain.launch.connection import OPTION
@@ -34,10 +29,10 @@ from stabletrain.launch.hand_over import (
 from stabletrain.launch.mlflow_run import finish_run
 from stabletrain.launch.process import AGREED_ENDS_EXIT_0
 from stabletrain.launch.result import Result
+from stabletrain.launch.worker_end import WorkerEnd
 from stabletrain.launch.worker_log import WorkerLog
 from stabletrain.runtime.records.run_files import WORKER_LOG
 from stabletrain.runtime.signal_watch import Interrupted, SignalWatch
-from stabletrain.runtime.stop import TrainingStopped
 from stabletrain.safe_path import append_current_folder
 
 if TYPE_CHECKING:
@@ -80,14 +75,13 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     run = _Run(config, watch, log, built)
-    started = time.monotonic()
     try:
         result = run.train()
-    except Exception as error:
+    except BaseException as error:  # a SystemExit in the user's module, too, is no successful end
         result = run.result_of(error)
-    if launcher is not None and launcher.is_gone:
+    if launcher is not None and launcher.is_gone and result.end == "terminated":
         result = replace(result, message=f"{result.message}; {LAUNCHER_IS_GONE}")
-    code = run.report(result, time.monotonic() - started)
+    code = run.report(result)
     if launcher is not None and launcher.is_gone and run.is_rank_0:
         finish_run(config, result)  # what the launcher would do
     return 0 if agreed_ends_exit_0 and result.end in ("stopped", "interrupted", "terminated") else code
@@ -118,6 +112,7 @@ class _Run:
         self.folder = Path(config["run_dir"])
         self.trainer: Trainer | None = None
         self.started = False
+        self.end = WorkerEnd(self.folder, watch)
 
     def train(self) -> Result:
         """Build the run's objects, unless they are built already, and fit."""
@@ -128,10 +123,12 @@ class _Run:
         run = self.built or check_and_assemble(self.config, self.watch)
         self.trainer = run.trainer
         complete(run, self.config)
+        run.interrupt.failed = lambda error: self.end.note(error, started=run.interrupt.started)
         try:
             run.fit()
         finally:
             self.started = run.interrupt.started
+        self.watch.ignore()
         return Result(end="finished", message="the run has finished")
 
     @property
@@ -139,48 +136,11 @@ class _Run:
         """Whether this is the process that writes the run's result."""
         return self.trainer is None or self.trainer.is_global_zero
 
-    def result_of(self, error: Exception) -> Result:
+    def result_of(self, error: BaseException) -> Result:
         """Return the result of a run that an exception ended; log one message, or the whole traceback for a bug."""
-        if isinstance(error, Interrupted):
-            end = "interrupted" if error.signum == signal.SIGINT else "terminated"
-            return Result(end=end, message=str(error), checkpoint=error.checkpoint)  # type: ignore[arg-type]
-        logger = logging.getLogger("stabletrain")
-        if isinstance(error, TrainingStopped):
-            logger.error("%s", error)
-            return Result(end="stopped", message=str(error))
-        if isinstance(error, UserError):
-            logger.error("error: %s", error)
-            return Result(end="failed" if self.started else "refused", message=str(error))
-        logger.error("%s", "".join(traceback.format_exception(error)).rstrip())
-        return Result(end="failed", message=f"{type(error).__name__}: {error}")
+        self.watch.ignore()
+        return self.end.show(error, started=self.started)
 
-    def report(self, result: Result, seconds: float) -> int:
-        """Write result.json on rank 0, and return the exit code."""
-        threads = None
-        if "torch" in sys.modules:
-            import torch
-
-            threads = torch.get_num_threads()
-        metrics: dict[str, float] = {}
-        steps = 0
-        if self.trainer is not None:
-            steps = self.trainer.global_step
-            metrics = {name: float(value) for name, value in sorted(self.trainer.callback_metrics.items())}
-        if self.is_rank_0:
-            checkpoint = result.checkpoint or newest_checkpoint(self.folder)
-            replace(
-                result, steps=steps, seconds=round(seconds, 3), metrics=metrics, checkpoint=checkpoint, threads=threads
-            ).write(self.folder)
-        return result.exit_code
-
-
-def newest_checkpoint(folder: Path) -> str | None:
-    """Return the path of the newest complete checkpoint of a run; None if there is none.
-
-    Args:
-        folder: the run's folder.
-    """
-    from stabletrain.runtime.checkpoints.loading import newest
-
-    found = newest(folder) or checkpoint_of_run(folder)
-    return str(found) if found else None
+    def report(self, result: Result) -> int:
+        """Write the result, and return the exit code."""
+        return self.end.hand_over(result, self.trainer).exit_code

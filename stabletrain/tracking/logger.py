@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from stabletrain.runtime.records.run_files import UNSENT_METRICS
+from stabletrain.runtime.signal_watch import Interrupted, Terminated
 from stabletrain.tracking import runs
 from stabletrain.tracking.store import absolute_uri, default_tracking_uri, ensure_store, open_client, translate_errors
 from stabletrain.tracking.writer import MetricWriter, Point
@@ -187,7 +188,7 @@ class MLflowLogger(Logger):
         if self._session is None:
             return
         # Lightning passes "failed" for every exception, from within its handler
-        interrupted = isinstance(sys.exc_info()[1], KeyboardInterrupt | SIGTERMException)
+        interrupted = isinstance(sys.exc_info()[1], KeyboardInterrupt | SIGTERMException | Interrupted | Terminated)
         if status in ("success", "finished"):
             final: runs.Status = "FINISHED"
         elif interrupted or status in ("killed", "aborted"):

@@ -177,9 +177,9 @@ def test_commands() -> None:
     one = {"kind": "local", "processes": 1, "nodes": 1, "threads": 3}
     assert worker_command(one, "a.yaml")[1:] == ["-P", "-m", "stabletrain.worker", "a.yaml"]
     two = worker_command({**one, "processes": 2}, "a.yaml")
-    assert two[1:8] == ["-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    assert two[1:8] == ["-P", "-m", "stabletrain.launch.torchrun", "--standalone", "--nproc-per-node", "2", "-m"]
     assert two[-1] == AGREED_ENDS_EXIT_0
-    assert "torch.distributed.run" in worker_command({**one, "kind": "torchrun"}, "a.yaml")
+    assert "stabletrain.launch.torchrun" in worker_command({**one, "kind": "torchrun"}, "a.yaml")
 
 
 def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,9 @@
 
 import logging
 import os
+import shutil
 import signal
+import sys
 import time
 
 import torch
@@ -14,17 +16,17 @@ from stabletrain.errors import UserError
 
 
 class TinyModel(LightningModule):
-    def __init__(self, size: int = 4, at: int = -1, does: str = "nothing", pause: float = 0.0) -> None:
+    def __init__(self, size: int = 4, at: int = -1, does: str = "nothing", pause: float = 0.0, rank: int = -1) -> None:
         super().__init__()
         self.layer = nn.Linear(size, 1)
-        self.at, self.does, self.pause = at, does, pause
+        self.at, self.does, self.pause, self.rank = at, does, pause, rank
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         loss: Tensor = (self.layer(batch[0]) - 1.0).square().mean()
         time.sleep(self.pause)
         if self.does == "poison":
             loss = loss * float("nan")
-        if self.global_step == self.at:
+        if self.global_step == self.at and self.rank in (-1, self.global_rank):
             if self.does == "tell":
                 logging.getLogger("stabletrain").warning("tiny step %d", self.global_step)
             if self.does == "raise":
@@ -33,18 +35,28 @@ class TinyModel(LightningModule):
                 os.kill(os.getpid(), signal.SIGKILL)
             if self.does == "mistake":
                 raise UserError("data.path: this file ended early")
-            if self.does == "sigint":
-                os.kill(os.getpid(), signal.SIGINT)
+            if self.does in ("sigint", "sigterm"):
+                os.kill(os.getpid(), signal.Signals[self.does.upper()])
+            if self.does == "exit":
+                sys.exit(0)
+            if self.does == "os_exit":
+                os._exit(7)
+            if self.does == "remove_folder":
+                shutil.rmtree(self.trainer.default_root_dir)
         return loss
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        if self.does == "raise_in_validation" and self.rank in (-1, self.global_rank):
+            raise RuntimeError("a bug in validation")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
 class TinyData(LightningDataModule):
-    def __init__(self, size: int = 4, rows: int = 64, broken: bool = False) -> None:
+    def __init__(self, size: int = 4, rows: int = 64, broken: bool = False, broken_row: int = -1) -> None:
         super().__init__()
-        self.size, self.rows, self.broken = size, rows, broken
+        self.size, self.rows, self.broken, self.broken_row = size, rows, broken, broken_row
 
     def setup(self, stage: str) -> None:
         if self.broken:
@@ -52,4 +64,22 @@ class TinyData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         rows = torch.randn(self.rows, self.size, generator=torch.Generator().manual_seed(0))
+        if self.broken_row >= 0:
+            return DataLoader(BrokenRow(rows, self.broken_row), batch_size=8, num_workers=1)
         return DataLoader(TensorDataset(rows), batch_size=8)
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        return DataLoader(TensorDataset(torch.zeros(8, self.size)), batch_size=8)
+
+
+class BrokenRow(TensorDataset):
+    """Raises an exception at one row, in the data loader's process."""
+
+    def __init__(self, rows: Tensor, broken_row: int) -> None:
+        super().__init__(rows)
+        self.broken_row = broken_row
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        if index == self.broken_row:
+            raise RuntimeError("a broken row")
+        return super().__getitem__(index)

@@ -30,6 +30,7 @@ from stabletrain.runtime.ranks import Ranks
 from stabletrain.runtime.records import run_files
 from stabletrain.runtime.records.recipe import recipe_hash
 from stabletrain.runtime.run_length import run_length
+from stabletrain.runtime.signal_watch import Terminated
 
 logger = logging.getLogger("stabletrain")
 
@@ -228,7 +229,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         """Save a checkpoint, and end the process with the exit code of a SIGTERM."""
         path = self.save(trainer, wait=True)
         logger.warning("SIGTERM: ending with exit code %d; resume from %s", EXIT_CODE, path or self.last)
-        raise SystemExit(EXIT_CODE)
+        raise Terminated(EXIT_CODE)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save if the monitored metric has its best value so far."""
@@ -256,6 +257,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Finish an unfinished write; the state of a failed run is not saved."""
+        super().on_exception(trainer, pl_module, exception)
         self.wait()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

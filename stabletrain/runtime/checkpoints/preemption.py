@@ -5,14 +5,16 @@ from __future__ import annotations
 import signal
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Any, ClassVar, NoReturn
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
 
 from stabletrain.runtime.accumulation import AccumulationWindow
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.ranks import Ranks
-from stabletrain.runtime.signal_watch import SignalWatch
+from stabletrain.runtime.signal_watch import Interrupted, SignalWatch, Terminated
 
 EXIT_CODE = 128 + signal.SIGTERM
 """143, the exit code that shells and schedulers expect of a process that SIGTERM ended; a scheduler may requeue it."""
@@ -47,7 +49,7 @@ class PreemptionWatch(SignalWatch):
 
     def end_now(self, signum: int) -> NoReturn:
         """Raise ``SystemExit`` with `EXIT_CODE`."""
-        raise SystemExit(EXIT_CODE)
+        raise Terminated(EXIT_CODE)
 
 
 class StopBetweenBatches(Callback, ABC):
@@ -90,8 +92,38 @@ class StopBetweenBatches(Callback, ABC):
         """Stop if any rank was asked to, without waiting for the end of a long validation."""
         self._stop_if_asked(trainer)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """After a signal, let loggers call the run killed, not failed."""
+        if isinstance(exception, Interrupted | Terminated):
+            call_killed(trainer.loggers)
+
     def _stop_if_asked(self, trainer: Trainer) -> None:
         if not self.may_stop or AccumulationWindow(trainer).is_open:
             return
         if Ranks(trainer).any(self.asked_to_stop):
             self.save_and_stop(trainer)
+
+
+def call_killed(loggers: Iterable[Logger]) -> None:
+    """Let Lightning's MLFlowLogger give the run that a signal ends the status KILLED.
+
+    Lightning calls ``finalize("failed")`` for every exception, while MLflow shows an interrupted run as KILLED. Other
+    loggers of Lightning make no difference; `stabletrain.tracking.MLflowLogger` sees the exception itself.
+
+    Args:
+        loggers: of the Trainer; an MLFlowLogger's next ``finalize`` is replaced, on the instance.
+    """
+    for logger in loggers:
+        names = {(each.__module__.partition(".")[0], each.__name__) for each in type(logger).__mro__}
+        if names & {("lightning", "MLFlowLogger"), ("pytorch_lightning", "MLFlowLogger")}:
+            _replace_finalize(logger)
+
+
+def _replace_finalize(logger: Logger) -> None:
+    inner = logger.finalize
+
+    def finalize(status: str = "success") -> None:
+        logger.__dict__.pop("finalize", None)
+        inner("KILLED" if status == "failed" else status)  # it passes other words on to MLflow unchanged
+
+    logger.finalize = finalize  # type: ignore[method-assign]

@@ -5,6 +5,7 @@
 | `run.yaml`             | the launcher                       | the resolved config, input of the worker          |
 | `worker.log`           | the worker                         | log records and warnings                          |
 | `result.json`          | the worker, or else the launcher   | how the run ended                                 |
+| `ends/rank-<n>.json`   | the worker                         | how one process ended; result.json has the cause  |
 | `job.sbatch`           | the launcher, with SLURM           | the batch script; its output is `slurm-<job>.out` |
 | `checkpoints/`         | checkpoint callbacks               | checkpoints; `interrupted.ckpt` after a signal    |
 | `events.jsonl`         | the guard                          | the events of all plugins                         |
@@ -20,6 +21,7 @@ from pathlib import Path
 RUN_YAML = "run.yaml"
 WORKER_LOG = "worker.log"
 RESULT = "result.json"
+ENDS = "ends"
 SLURM_SCRIPT = "job.sbatch"
 CHECKPOINTS = "checkpoints"
 INTERRUPTED_CHECKPOINT = "interrupted.ckpt"

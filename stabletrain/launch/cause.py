@@ -1,0 +1,134 @@
+"""What an exception that ended a process means for the run: its end, a message, and whether another rank caused it."""
+
+from __future__ import annotations
+
+import errno
+import re
+import signal
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from stabletrain.errors import UserError
+from stabletrain.launch.result import End, Result, one_message
+from stabletrain.runtime.signal_watch import Interrupted, Terminated
+from stabletrain.runtime.stop import TrainingStopped
+
+MAX_TRACEBACK = 20_000
+"""Longest text of a traceback on the terminal, in characters."""
+
+_LOST_PEER = re.compile(
+    r"connection (was )?(closed|reset|refused|aborted) by (the )?(remote )?peer|connection reset|broken pipe"
+    r"|connection closed|gloo[/\\]|\bNCCL\b.*(error|abort|timeout|unhandled)|ncclRemoteError|ncclSystemError"
+    r"|Socket (closed|Timeout)|failed to recv, got 0 bytes|watchdog.*(timeout|collective)"
+    r"|Timed out waiting \d+ms for (recv|send) operation",
+    re.IGNORECASE,
+)
+_DISTRIBUTED = ("DistBackendError", "DistNetworkError", "DistStoreError", "DistError", "DistQueueEmptyError")
+
+Show = Literal["nothing", "message", "traceback"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cause:
+    """Why a process ended.
+
+    Args:
+        result: end, message, and the checkpoint that was saved.
+        show: what the user should see: a signal needs no message, a mistake one line, a bug its traceback.
+        lost_peer: whether a connection to another process was lost: it has ended first, or the network failed.
+        agreed: whether all processes decided this end together, so all were alive.
+    """
+
+    result: Result
+    show: Show
+    lost_peer: bool = False
+    agreed: bool = False
+
+
+def cause_of(error: BaseException, *, started: bool) -> Cause:
+    """Return what an exception means.
+
+    Args:
+        error: that ended the training.
+        started: whether the first training batch has begun: a `UserError` before it refuses the run.
+    """
+    # an exception may hide the signal: an import that a signal has cut short raises an ImportError
+    interruption = next((each for each in _chain(error) if isinstance(each, Interrupted)), None)
+    if interruption is not None:
+        end: End = "interrupted" if interruption.signum == signal.SIGINT else "terminated"
+        result = Result(end=end, message=one_message(_text(interruption)), checkpoint=interruption.checkpoint)
+        return Cause(result=result, show="nothing", agreed=interruption.agreed)
+    if any(isinstance(each, Terminated) for each in _chain(error)):
+        return Cause(result=Result(end="terminated", message="ended by SIGTERM"), show="nothing", agreed=True)
+    if any(isinstance(each, KeyboardInterrupt) for each in _chain(error)):
+        return Cause(result=Result(end="interrupted", message="ended by a KeyboardInterrupt"), show="nothing")
+    if isinstance(error, TrainingStopped):
+        return Cause(result=Result(end="stopped", message=one_message(_text(error))), show="message", agreed=True)
+    if isinstance(error, UserError):
+        refused: End = "failed" if started else "refused"
+        return Cause(result=Result(end=refused, message=one_message(_text(error))), show="message")
+    if isinstance(error, SystemExit):
+        message = f"sys.exit({_code(error)}) was called{_place(error)} before the training was complete"
+        return Cause(result=Result(end="failed", message=one_message(message)), show="message")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        where = f" for {error.filename}" if error.filename else _place(error)
+        message = f"{error.strerror}{where}; free some space, then resume from the last checkpoint"
+        return Cause(result=Result(end="failed", message=one_message(message)), show="message")
+    message = f"{type(error).__name__}: {_text(error)}"
+    lost = any(lost_peer(each) for each in _chain(error))
+    return Cause(result=Result(end="failed", message=one_message(message)), show="traceback", lost_peer=lost)
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether an exception says that a connection to another process was lost.
+
+    Args:
+        error: one exception, without those that caused it.
+    """
+    if type(error).__name__ in _DISTRIBUTED or isinstance(error, BrokenPipeError | ConnectionError):
+        return True
+    return isinstance(error, RuntimeError) and _LOST_PEER.search(_text(error)[:20_000]) is not None
+
+
+def traceback_text(error: BaseException) -> str:
+    """Return the traceback of an exception, cut in its middle if it is very long.
+
+    Args:
+        error: the exception.
+    """
+    try:
+        text = "".join(traceback.format_exception(error)).rstrip()
+    except Exception:  # an exception's own methods are called, which may fail
+        text = f"{type(error).__name__}, whose traceback cannot be shown{_place(error)}"
+    return one_message(text, MAX_TRACEBACK)
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The exception, and those during whose handling it was raised; each once."""
+    seen: set[int] = set()
+    each: BaseException | None = error
+    while each is not None and id(each) not in seen:
+        seen.add(id(each))
+        yield each
+        each = each.__cause__ or each.__context__
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except BaseException:
+        return "(its message cannot be shown)"
+
+
+def _code(error: SystemExit) -> str:
+    try:
+        return repr(error.code) if error.code is not None else ""
+    except BaseException:
+        return "..."
+
+
+def _place(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    return f" in {frames[-1].filename}, line {frames[-1].lineno}," if frames else ""

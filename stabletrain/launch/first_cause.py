@@ -1,0 +1,136 @@
+"""One end of a run from the ends of its processes: the first cause, not what followed from it.
+
+When one process fails, the others lose their connection to it, or torchrun or SLURM ends them by SIGTERM. Taken for the
+run's end, that SIGTERM would make a scheduler repeat a run with a bug for ever.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from stabletrain.launch.process import ProcessEnd
+from stabletrain.launch.rank_ends import RankEnd
+from stabletrain.launch.result import End, Result, one_message
+
+_BY_SIGNAL = ("interrupted", "terminated")
+
+
+def first_cause(ends: Sequence[RankEnd], ended: ProcessEnd, *, size: int, exits: Mapping[int, int]) -> Result | None:
+    """Return how a run ended.
+
+    Args:
+        ends: what the processes wrote, at most one for each rank.
+        ended: how the worker, or the program that started the workers, ended.
+        size: number of processes.
+        exits: exit codes of processes that torchrun reported, by rank.
+
+    Returns:
+        The end: of the first process that failed by itself, or of all of them if they ended together; else of one that
+        died without a word; else by a signal; else of the first that lost its connection. None if no process wrote
+        anything and only ``ended`` is known.
+    """
+    if not ends:
+        return None
+    cause = _cause(ends, ended, size, exits)
+    if isinstance(cause, RankEnd):
+        return _joined(cause, ends, size)
+    first = ends[0].result
+    return replace(first, end=cause.end, message=cause.message, checkpoint=first.checkpoint)
+
+
+def _cause(ends: Sequence[RankEnd], ended: ProcessEnd, size: int, exits: Mapping[int, int]) -> RankEnd | Result:
+    in_time = sorted(ends, key=lambda end: end.time_ns)
+    own = [end for end in in_time if not end.consequence and end.result.end != "finished"]
+    # a SIGTERM that no launcher sent is the user's if all processes ended together, else perhaps torchrun's
+    sure = [end for end in own if end.agreed or ended.signum is not None or end.result.end not in _BY_SIGNAL]
+    if sure:
+        return sure[0]
+    silent = [rank for rank in range(size) if all(end.rank != rank for end in ends)]
+    if silent and ended.signum is not None:
+        return by_signal(ended)
+    if silent:
+        return _died(silent, ended, exits)
+    if own:
+        return own[0]
+    return next((end for end in in_time if end.result.end != "finished"), in_time[0])
+
+
+def _joined(cause: RankEnd, ends: Sequence[RankEnd], size: int) -> Result:
+    """The cause's end and message, and the rest as rank 0 knows it."""
+    first = next((end.result for end in ends if end.rank == 0), cause.result)
+    message = cause.result.message
+    if len({end.result.message for end in ends}) > 1 or len(ends) < size:
+        if not cause.agreed:
+            message = f"rank {cause.rank}: {message}"
+        followed = [end.rank for end in ends if end.rank != cause.rank and end.consequence]
+        if followed:
+            message += f" ({ranks(followed)} ended as a consequence)"
+    checkpoint = cause.result.checkpoint or first.checkpoint
+    return replace(first, end=cause.result.end, message=one_message(message), checkpoint=checkpoint)
+
+
+def _died(silent: Sequence[int], ended: ProcessEnd, exits: Mapping[int, int]) -> Result:
+    reported = [rank for rank in silent if rank in exits]
+    if reported:
+        rank = reported[0]
+        return without_result(exits[rank], f"rank {rank}")
+    return without_result(ended.code if len(silent) == 1 and ended.code < 0 else None, ranks(silent))
+
+
+def without_result(code: int | None, who: str = "the worker") -> Result:
+    """Return the end of a process that died without writing one.
+
+    Args:
+        code: its exit code as Python (negative: minus a signal) or a shell (128 + a signal) shows it; None if nobody
+            knows it.
+        who: the process or processes, for the message.
+    """
+    if code is None:
+        return Result(end="killed", message=f"{who} ended without a word, for example killed by the system")
+    signum = -code if code < 0 else code - 128 if code > 128 else None
+    if signum == signal.SIGKILL:
+        message = f"{who} was killed by signal 9 (SIGKILL), for example because it ran out of memory"
+        return Result(end="killed", message=message)
+    if signum is not None:
+        return Result(
+            end="killed", message=f"{who} was ended by signal {signum}{_name(signum)} before it wrote a result"
+        )
+    message = f"{who} ended with exit code {code} before it wrote a result; see its output above"
+    return Result(end="failed", message=message)
+
+
+def by_signal(ended: ProcessEnd) -> Result:
+    """Return the end of a run that the launcher's user ended by a signal, and whose worker wrote none.
+
+    Args:
+        ended: with the first signal that was forwarded.
+    """
+    assert ended.signum is not None
+    end: End = "interrupted" if ended.signum == signal.SIGINT else "terminated"
+    name = signal.Signals(ended.signum).name
+    how = "; the processes were killed, without a checkpoint" if ended.killed else ", before it wrote a result"
+    return Result(end=end, message=f"ended by {name}{how}")
+
+
+def ranks(numbers: Sequence[int]) -> str:
+    """Return text for some ranks.
+
+    Args:
+        numbers: at least one.
+
+    >>> ranks([3]), ranks([0, 2])
+    ('rank 3', 'ranks 0, 2')
+    """
+    if len(numbers) == 1:
+        return f"rank {numbers[0]}"
+    shown = ", ".join(map(str, numbers[:8]))
+    return f"ranks {shown}{', ...' if len(numbers) > 8 else ''}"
+
+
+def _name(signum: int) -> str:
+    try:
+        return f" ({signal.Signals(signum).name})"
+    except ValueError:
+        return ""
