@@ -1,1 +1,1 @@
-"""Inputs that somebody else made, damaged or with intent, for benchmarks/hostile.py."""
+"""Hostile inputs, signals, kills and faults of storage, for benchmarks/hostile.py."""
