@@ -258,6 +258,9 @@ class _Parser:
             about_kind = isinstance(error, TrustError) and str(error).startswith("expected a ")
             self.faults.append((key if about_kind else f"{key}._target_", error))
             return None
+        if depth == 0 and target in bases:
+            self.refuse(f"{key}._target_", f"expected a subclass of {target.__name__}, got the base class itself")
+            return None
         return self.call(target, node, key, depth, partial=partial)
 
     def call(self, target: Any, node: Mapping[str, Any], key: str, depth: int, *, partial: bool) -> Call:
@@ -268,8 +271,9 @@ class _Parser:
         if not isinstance(args, list | tuple):
             self.refuse(f"{key}._args_", f"expected a list, got {args!r}")
             args = []
+        by_place += [[]] * (len(args) - len(by_place))
         positional = [
-            self.value(each, f"{key}._args_[{index}]", by_place[index] if index < len(by_place) else star, depth + 2)
+            self.value(each, f"{key}._args_[{index}]", [*by_place[index], *star], depth + 2)
             for index, each in enumerate(args)
         ]
         if not all(isinstance(name, str) for name in node):

@@ -72,7 +72,7 @@ def returned_classes(hints: Iterable[Any]) -> tuple[type, ...]:
     Args:
         hints: from `alternatives`.
     """
-    made = [typing.get_args(hint)[-1] for hint in hints if _is_callable(hint) and typing.get_args(hint)]
+    made = [typing.get_args(hint)[-1] for hint in hints if is_callable(hint) and typing.get_args(hint)]
     return classes(each for hint in made for each in alternatives(hint))
 
 
@@ -86,7 +86,7 @@ def item_hints(hints: Iterable[Any], index: int) -> list[Any]:
     found: list[Any] = []
     for hint in hints:
         origin, inner = typing.get_origin(hint), typing.get_args(hint)
-        if not isinstance(origin, type) or not inner or _is_callable(hint):
+        if not isinstance(origin, type) or not inner or is_callable(hint):
             continue
         if origin is tuple and inner[-1] is not Ellipsis:
             found += alternatives(inner[index]) if index < len(inner) else []
@@ -124,5 +124,6 @@ def _says_nothing(found: type) -> bool:
     return top in sys.stdlib_module_names or bool(getattr(found, "_is_protocol", False))
 
 
-def _is_callable(hint: Any) -> bool:
+def is_callable(hint: Any) -> bool:
+    """Return whether a hint says what a callable returns, as ``Callable[..., Optimizer]`` does."""
     return typing.get_origin(hint) is Callable

@@ -59,10 +59,28 @@ EFFECTS = {
     "stabletrain.launch": _INTERNAL,
     "stabletrain.testing": _INTERNAL,
     "stabletrain.worker": _INTERNAL,
+    "torchmetrics.audio.dnsmos": _DOWNLOADS,
+    "torchmetrics.audio.nisqa": _DOWNLOADS,
+    "torchmetrics.image.arniqa": _DOWNLOADS,
+    "torchmetrics.image.dists": _DOWNLOADS,
+    "torchmetrics.image.fid": _DOWNLOADS,
+    "torchmetrics.image.inception": _DOWNLOADS,
+    "torchmetrics.image.kid": _DOWNLOADS,
+    "torchmetrics.image.lpip": _DOWNLOADS,
+    "torchmetrics.image.mifid": _DOWNLOADS,
+    "torchmetrics.image.perceptual_path_length": _DOWNLOADS,
+    "torchmetrics.multimodal.clip_iqa": _DOWNLOADS,
+    "torchmetrics.multimodal.clip_score": _DOWNLOADS,
+    "torchmetrics.text.bert": _DOWNLOADS,
+    "torchmetrics.text.infolm": _DOWNLOADS,
+    "torchmetrics.text.rouge": _DOWNLOADS,
+    "torchmetrics.text.sacre_bleu": _DOWNLOADS,
+    "torchmetrics.video.vmaf": _DOWNLOADS,
 }
 """Modules of the built-in packages with classes of an accepted kind that do more than their kind, and why.
 
-They need a trust of their own (``--trust lightning.pytorch.loggers.wandb``).
+They need a trust of their own (``--trust lightning.pytorch.loggers.wandb``), and so do built-in classes that inherit
+from theirs.
 """
 
 
@@ -205,6 +223,9 @@ def _check_object(target: str, found: Any, packages: frozenset[str], named: froz
                 f"{target!r} may not be built from a config: it is defined in {home!r}, which is not trusted"
             )
         _refuse_effects(target, home, named)
+    if _covered(found.__module__, BUILT_IN):
+        for base in _class_of(found).__mro__:
+            _refuse_effects(target, base.__module__, named)
 
 
 def _is_preset(found: Any) -> bool:
