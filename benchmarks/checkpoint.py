@@ -229,8 +229,8 @@ def killed(folder: Path, write: bool) -> None:
         "with the file cut to half, and with all data lost that was not synced. Then it is resumed, by",
         '`ckpt_path=folder` or `ckpt_path="last"`; both have ResumeExactly. ckpt-chaos judges: PASS means the weights',
         "of an uninterrupted run, from the newest complete checkpoint; HARD_FAIL that the resumed run raises an",
-        "exception; SILENT_DIVERGENCE other weights; LOST_WORK that it resumed from an older checkpoint although a newer",
-        "complete one exists.\n",
+        "exception; SILENT_DIVERGENCE other weights; LOST_WORK that it resumed from an older checkpoint although a",
+        "newer complete one exists.\n",
         *boundaries.table(results),
     ]
     text = "\n".join(lines) + "\n"
