@@ -2,6 +2,7 @@
 
     python benchmarks/checkpoint.py            print the table (about 3 minutes on 2 quiet cores)
     python benchmarks/checkpoint.py --write    also write benchmarks/results/checkpoint.md
+    python benchmarks/checkpoint.py --killed [--write]    instead, kill runs at every file event of their saves (2 min)
 
 A transformer of 50 M parameters is trained with AdamW in Lightning. Windows of steps with and without a save at their
 beginning alternate; a window is as long as a save takes to reach the disk. *Exposed* is the difference of the durations
@@ -24,6 +25,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -42,6 +44,8 @@ from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.snapshots.buffers import SnapshotBuffers, bytes_of
 
 Save = Callable[[L.Trainer], None]
+PAGE = Path(__file__).parent / "results" / "checkpoint.md"
+KILLED = "\n## Killed at every file event\n\n"
 
 
 class Batches(IterableDataset[Tensor]):
@@ -164,12 +168,16 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12, help="12: 600 MB")
     parser.add_argument("--tokens", type=int, default=64, help="length of a step's two sequences")
     parser.add_argument("--folder", type=Path, default=None, help="where checkpoints go; default: a temporary folder")
+    parser.add_argument("--killed", action="store_true", help="kill runs at every file event, with ckpt-chaos")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     folder = Path(tempfile.mkdtemp(dir=options.folder))
+    if options.killed:
+        killed(folder, options.write)
+        return
     saver = SaveCheckpoints(folder=folder / "ours", every=None)
     peer = AsyncCheckpointIO(TorchCheckpointIO())
 
@@ -202,9 +210,45 @@ def main() -> None:
     text = table(bench)
     print(text)
     if options.write:
-        results = Path(__file__).parent / "results"
-        results.mkdir(exist_ok=True)
-        (results / "checkpoint.md").write_text(page(text, options), encoding="utf-8")
+        _, rest = parts()
+        PAGE.write_text(page(text, options) + rest, encoding="utf-8")
+
+
+def killed(folder: Path, write: bool) -> None:
+    """Kill runs at every file event of their saves, and print what came of it."""
+    from hostile_suite import boundaries
+
+    try:
+        results = {name: boundaries.run(name, folder / name) for name in boundaries.SAVERS}
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    lines = [
+        f"{KILLED}{date.today().isoformat()}, Lightning {L.__version__}, ckpt-chaos {version('ckpt-chaos')}. Made by",
+        "\n    python benchmarks/checkpoint.py --killed --write\n",
+        "A run of 24 steps saves after every 8. It is killed at every file event under its folder: before the event,",
+        "with the file cut to half, and with all data lost that was not synced. Then it is resumed, by",
+        '`ckpt_path=folder` or `ckpt_path="last"`; both have ResumeExactly. ckpt-chaos judges: PASS means the weights',
+        "of an uninterrupted run, from the newest complete checkpoint; HARD_FAIL that the resumed run raises an",
+        "exception; SILENT_DIVERGENCE other weights; LOST_WORK that it resumed from an older checkpoint although a",
+        "newer complete one exists.\n",
+        *boundaries.table(results),
+    ]
+    text = "\n".join(lines) + "\n"
+    print(text)
+    for name, points in results.items():
+        for point in points:
+            if point.verdict != "PASS":
+                print(f"{name}: {point.name}: {point.verdict} {point.problem}")
+    if write:
+        first, _ = parts()
+        PAGE.write_text(first + text, encoding="utf-8")
+
+
+def parts() -> tuple[str, str]:
+    """The page of results as it is: what `main` writes, and what `killed` adds."""
+    before = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
+    first, mark, rest = before.partition(KILLED)
+    return first, mark + rest
 
 
 def void(_: object) -> None:

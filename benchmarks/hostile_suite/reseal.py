@@ -47,7 +47,7 @@ def changes(folder: Path, generator: Random) -> Iterator[Change]:
         folder: the checkpoint, to see its fields; not changed.
         generator: chooses.
     """
-    yield from _STRUCTURAL
+    yield from STRUCTURAL
     manifest, state = json.loads((folder / MANIFEST).read_bytes()), json.loads((folder / STATE).read_bytes())
     places = {
         MANIFEST: [path for path in _paths(manifest) if path and path[-1] != "checksum"],
@@ -237,7 +237,7 @@ def _sparse_and_announced(folder: Path) -> None:
     sign(folder, content)
 
 
-_STRUCTURAL = (
+STRUCTURAL = (
     Change("int32 for float32 in the state", _in_state(_set_dtype("int32"))),
     Change("int32 for float32 in the header", _in_header(lambda header: _first(header).update(dtype="I32"))),
     Change("int32 for float32 in both", _both("int32", "I32")),

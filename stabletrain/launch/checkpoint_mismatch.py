@@ -10,6 +10,7 @@ from stabletrain.errors import UserError
 from stabletrain.runtime.records.run_files import RUN_YAML
 
 _MISMATCH_ERRORS = (RuntimeError, ValueError, KeyError, TypeError, IndexError, AttributeError)
+_OF_PARAMETERS_SHAPE = frozenset({"exp_avg", "momentum_buffer"})
 
 
 def explain_mismatch(strategy: Strategy, path: str) -> None:
@@ -40,6 +41,11 @@ def explain_mismatch(strategy: Strategy, path: str) -> None:
                 if any(option not in group for group in optimizer.param_groups):
                     name = type(optimizer).__name__
                     raise _mismatch("optimizer", path, f"it has no {option!r}, which {name} needs")
+            for parameter, state in optimizer.state.items():
+                for name in _OF_PARAMETERS_SHAPE & state.keys():
+                    found, expected = getattr(state[name], "shape", None), getattr(parameter, "shape", None)
+                    if state[name] is not None and found != expected:
+                        raise _mismatch("optimizer", path, f"its {name!r} has another shape than its parameter")
 
     strategy.load_model_state_dict = load_model_or_explain  # type: ignore[method-assign]
     strategy.load_optimizer_state_dict = load_optimizers_or_explain  # type: ignore[method-assign]

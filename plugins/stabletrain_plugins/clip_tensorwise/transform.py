@@ -114,6 +114,8 @@ class ClipTensorwise(TransformCallback):
         """Restore from a checkpoint; the first gradients decide the device."""
         super().load_state_dict(state_dict)
         state = state_dict["state"]
+        if type(state["applied"]) is not int or state["gammas"].shape != (len(set(state["names"])),):
+            raise ValueError("expected the number of steps, and one gamma for each name")
         self.reset()
         self._applied = state["applied"]
         self._rows = {name: row for row, name in enumerate(state["names"])}

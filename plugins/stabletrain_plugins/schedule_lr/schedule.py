@@ -200,7 +200,10 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
         super().load_state_dict(state_dict)
-        self._saved = None if state_dict["factor"] is None else (state_dict["step"], state_dict["factor"])
+        step, factor = state_dict["step"], state_dict["factor"]
+        if type(step) is not int or not isinstance(factor, float | int | None):
+            raise TypeError("step must be a whole number and factor a number or None")
+        self._saved = None if factor is None else (step, factor)
         self._written = None  # a rollback has restored the rates of another step
 
     def __getstate__(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -22,6 +22,7 @@ from stabletrain.runtime.snapshots.tensor_kinds import PLAIN
 logger = logging.getLogger("stabletrain")
 
 _VERSION = "pytorch-lightning_version"
+_OF_ADAM = frozenset({"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"})
 _MIGRATED = (LookupError, TypeError, ValueError, AttributeError)
 
 
@@ -159,10 +160,30 @@ def _check_optimizer(path: str, state: Mapping[str, Any]) -> None:
         where = f"{path}.param_groups.{i}"
         if not isinstance(_mapping(where, group).get("params"), list | tuple):
             _fail(f"{where}.params", "a list", group.get("params"))
-        rate = group.get("lr", 0.0)
-        is_number = type(rate) in (int, float) and 0 <= rate < math.inf
-        if not is_number and not (isinstance(rate, Tensor) and rate.numel() == 1):
-            _fail(f"{where}.lr", "a number >= 0", rate)
+        if not all(type(each) in (int, str) for each in group["params"]):
+            _fail(f"{where}.params", "numbers or names", group["params"])
+        if not _is_number(group.get("lr", 0.0), math.inf):
+            _fail(f"{where}.lr", "a number >= 0", group["lr"])
+        betas = group.get("betas", ())
+        if not isinstance(betas, list | tuple) or not all(_is_number(each, 1.0) for each in betas):
+            _fail(f"{where}.betas", "numbers from 0 to 1", betas)
+        _check_averages(f"{path}.state", [state["state"].get(each) for each in group["params"]])
+
+
+def _check_averages(path: str, states: Sequence[Any]) -> None:
+    """Optimizers of Adam's kind fail at their first step if a parameter has one of these entries without the others."""
+    known = [each for each in states if isinstance(each, dict) and each]
+    needed = {name for each in known for name in each if name in _OF_ADAM}
+    for each in known:
+        for name in needed:
+            if not isinstance(each.get(name), Tensor) and not (name == "step" and type(each.get(name)) in (int, float)):
+                _fail(f"{path}.{name}", "there for every parameter of its group", each.get(name))
+
+
+def _is_number(value: Any, below: float) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1
+    return type(value) in (int, float) and 0 <= value < below
 
 
 def _mapping(path: str, value: Any) -> Mapping[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from stabletrain.runtime.checkpoints.archive import DATA_ONLY, file_problem
 from stabletrain.runtime.checkpoints.errors import CheckpointError
 
-_REFUSED = re.compile(r"(?:Unsupported global: GLOBAL|Unsupported class) ([\w.]+)")
+_REFUSED = re.compile(r"(?:[Uu]nsupported (?:global: )?GLOBAL|Unsupported class) ([\w.]+)")
 
 
 def load_file(path: str | Path, read: Callable[[], Any] | None = None) -> dict[str, Any]:
