@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
-import json
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
@@ -12,7 +11,10 @@ from typing import Any, Literal
 
 from stabletrain.runtime.records.run_files import RUN_YAML
 from stabletrain.tracking.naming import MAX_PARAM, MAX_TAG, chunks, flatten, safe_key, shorten
-from stabletrain.tracking.store import StoreError, ensure_store, open_client, sqlite_path, store_lock, translate_errors
+from stabletrain.tracking.sqlite_file import check_file
+from stabletrain.tracking.store import ensure_store, open_client, store_lock
+from stabletrain.tracking.store_errors import StoreError, sqlite_path, translate_errors
+from stabletrain.tracking.unsent import send_unsent
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -103,32 +105,26 @@ def set_final_status(uri: str, run_id: str, status: Status, *, force: bool = Fal
     return current
 
 
-def upload_unsent(uri: str, path: str | Path) -> int:
+def upload_unsent(uri: str, path: str | Path, *, run_id: str | None = None) -> int:
     """Send the metrics in a run's ``metrics-unsent.jsonl`` to the store, then delete the file.
 
-    Sending a metric twice is harmless. An incomplete line, of a process that was killed, is skipped.
+    Sending a metric twice is harmless. What is no metric is left out with a warning, but for an incomplete last line,
+    of a process that was killed.
 
     Args:
         uri: MLflow tracking URI.
         path: the file.
+        run_id: send the metrics of this run only; None: those of all runs that the file names.
 
     Returns:
         The number of metrics sent.
-    """
-    from mlflow.entities import Metric
 
-    lines = [line for text in Path(path).read_text(encoding="utf-8").splitlines() if (line := _parse(text))]
-    by_run: dict[str, list[Any]] = {}
-    for line in lines:
-        metric = Metric(line["key"], float(line["value"]), line["timestamp"], line["step"])
-        by_run.setdefault(line["run_id"], []).append(metric)
+    Raises:
+        StoreError: if the store cannot be used; the file is kept.
+    """
     with translate_errors(uri):
-        client = open_client(uri)
-        for run_id, metrics in by_run.items():
-            for part in chunks(metrics, 1000):
-                client.log_batch(run_id, metrics=part)
-    Path(path).unlink()
-    return len(lines)
+        check_file(uri, timeout=5.0)
+        return send_unsent(open_client(uri), Path(path), run_id=run_id)
 
 
 def describe(config: Mapping[str, Any]) -> dict[str, str]:
@@ -269,14 +265,6 @@ def write_artifact(client: Any, run_id: str, path: str | Path, name: str | None 
             link = Path(scratch) / target.name
             link.symlink_to(source.resolve())
             client.log_artifact(run_id, str(link), artifact_path=parent)
-
-
-def _parse(text: str) -> dict[str, Any] | None:
-    try:
-        line: dict[str, Any] = json.loads(text)
-    except json.JSONDecodeError:
-        return None
-    return line
 
 
 def _artifact_location(uri: str, experiment: str) -> str | None:
