@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from stabletrain.errors import UserError
 from stabletrain.launch import mlflow_run
 from stabletrain.launch.final_status import final_result
 from stabletrain.launch.process import run_process, worker_command, worker_environment
-from stabletrain.launch.result import Result
+from stabletrain.launch.result import Result, read_result
 from stabletrain.launch.run_folder import make_run_folder, write_run_yaml
 from stabletrain.launch.slurm import submit
 
@@ -109,18 +110,23 @@ def run(request: LaunchRequest, jobs: Sequence[tuple[str, Composed]], report: Re
     parent: str | None = None
     names = _names(jobs)
     finished: list[FinishedJob] = []
-    for number, (recipe, composed) in enumerate(jobs):
-        uri = mlflow_run.open_store(composed.config)
-        if uri is not None and parent is None and request.multirun:
-            experiment = composed.config["logger"].get("experiment") or composed.recipe
-            parent = mlflow_run.open_sweep(uri, experiment, " ".join(request.command))
-        job = _Job(recipe=recipe, composed=composed, number=number if request.multirun else None, name=names[number])
-        done = _run_job(job, uri, parent, request, report)
-        finished.append(done)
-        if done.result is not None and done.result.end in ("interrupted", "terminated"):
-            break
-    if parent is not None and uri is not None:
-        mlflow_run.finish_sweep(uri, parent, [done.result for done in finished if done.result is not None])
+    with ExitStack() as stack:
+        stack.enter_context(mlflow_run.sigterm_raises())
+        for number, (recipe, composed) in enumerate(jobs):
+            uri = mlflow_run.open_store(composed.config)
+            if uri is not None and parent is None and request.multirun:
+                experiment = composed.config["logger"].get("experiment") or composed.recipe
+                parent = mlflow_run.open_sweep(uri, experiment, " ".join(request.command))
+                stack.enter_context(mlflow_run.sweep_settled(uri, parent))
+            job = _Job(
+                recipe=recipe, composed=composed, number=number if request.multirun else None, name=names[number]
+            )
+            done = _run_job(job, uri, parent, request, report)
+            finished.append(done)
+            if done.result is not None and done.result.end in ("interrupted", "terminated"):
+                break
+        if parent is not None and uri is not None:
+            mlflow_run.finish_sweep(uri, parent, [done.result for done in finished if done.result is not None])
     return finished
 
 
@@ -169,16 +175,20 @@ def _run_job(job: _Job, uri: str | None, parent: str | None, request: LaunchRequ
             return FinishedJob(
                 recipe=recipe, overrides=composed.overrides, config=config, result=None, slurm_job=number
             )
-    except KeyboardInterrupt:
-        mlflow_run.finish_run(config, Result(end="interrupted"))
-        raise
     except UserError:
         mlflow_run.finish_run(config, Result(end="refused"))
         if not existed:
             shutil.rmtree(folder, ignore_errors=True)
         raise
-    ended = run_process(worker_command(config["launch"], run_yaml), environment)
-    result = final_result(config, ended)
+    except BaseException as error:
+        mlflow_run.finish_run(config, Result(end=mlflow_run.end_of(error)))
+        raise
+    try:
+        ended = run_process(worker_command(config["launch"], run_yaml), environment)
+        result = final_result(config, ended)
+    except BaseException as error:
+        mlflow_run.finish_run(config, read_result(folder) or Result(end=mlflow_run.end_of(error)))
+        raise
     warning = mlflow_run.finish_run(config, result)
     return FinishedJob(recipe=recipe, overrides=composed.overrides, config=config, result=result, warning=warning)
 

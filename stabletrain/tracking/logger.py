@@ -22,6 +22,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 
 from stabletrain.runtime.records.run_files import UNSENT_METRICS
 from stabletrain.tracking import runs
+from stabletrain.tracking.ownership import WORKER, this_process
 from stabletrain.tracking.sqlite_file import check_file
 from stabletrain.tracking.store import absolute_uri, default_tracking_uri, ensure_store, open_client
 from stabletrain.tracking.store_errors import first_line, no_tracebacks, translate_errors
@@ -215,24 +216,25 @@ class MLflowLogger(Logger):
         if session is not None and session.writer.pid == os.getpid():
             return session
         ensure_store(self.tracking_uri)
-        with translate_errors(self.tracking_uri):
+        with translate_errors(self.tracking_uri), runs.settled_if_it_fails(self.tracking_uri, self._run_id) as launch:
             client = open_client(self.tracking_uri)
             if self._run_id is None:
-                self._run_id = self._create(client)
+                self._run_id = self._create(client, launch)
             else:
                 runs.reopen(client, self._run_id)
+                runs.write_tags(client, self._run_id, {WORKER: this_process().to_tag()})
             unsent = Path(self._save_dir or Path.cwd()) / UNSENT_METRICS
             self._session = _Session(client, self._run_id, unsent)
         return self._session
 
-    def _create(self, client: Any) -> str:
+    def _create(self, client: Any, launch: runs.Launch) -> str:
         from stabletrain.tracking.git import git_state
         from stabletrain.tracking.record import write_environment
 
-        tags = {**runs.describe({}), **runs.git_tags(git_state(Path.cwd())), **self._tags}
+        tags = {**runs.describe({}), **runs.git_tags(git_state(Path.cwd())), **runs.owner_tags(), **self._tags}
         if self._parent_run_id is not None:
             tags["mlflow.parentRunId"] = self._parent_run_id
-        run_id = runs.create_run(self.tracking_uri, self._experiment_name, name=self._run_name, tags=tags)
+        run_id = runs.create_run(self.tracking_uri, self._experiment_name, name=self._run_name, tags=launch.tags | tags)
         with tempfile.TemporaryDirectory() as scratch:
             write_environment(scratch)
             client.log_artifacts(run_id, scratch, artifact_path="environment")

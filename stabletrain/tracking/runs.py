@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import tempfile
-from collections.abc import Iterable, Mapping
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from stabletrain.runtime.records.run_files import RUN_YAML
 from stabletrain.tracking.naming import MAX_PARAM, MAX_TAG, chunks, flatten, safe_key, shorten
+from stabletrain.tracking.ownership import OWNER, RUN_DIR, abandoned_runs, this_process
 from stabletrain.tracking.sqlite_file import check_file
 from stabletrain.tracking.store import ensure_store, open_client, store_lock
-from stabletrain.tracking.store_errors import StoreError, sqlite_path, translate_errors
+from stabletrain.tracking.store_errors import StoreError, no_tracebacks, sqlite_path, translate_errors
 from stabletrain.tracking.unsent import send_unsent
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -22,6 +25,8 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 _NOT_PARAMS = ("run_dir", "resume", "logger", "trust")
 
 _OPEN = ("RUNNING", "SCHEDULED")
+
+_LAUNCH = "stabletrain.launch_id"
 
 
 def start_run(
@@ -34,6 +39,7 @@ def start_run(
     run_id: str | None = None,
     tags: Mapping[str, str] | None = None,
     code: str | Path | None = None,
+    owner: bool = True,
 ) -> str:
     """Create a run with its parameters, tags, ``run.yaml`` and environment record, or reopen one to resume it.
 
@@ -50,8 +56,11 @@ def start_run(
         tags: further tags.
         code: folder of the user's code, for its git state; None: the current folder.
 
+        owner: whether this process owns the run, so that the run is settled if the process is killed; False for a job
+            that another machine will run.
+
     Returns:
-        The run's id.
+        The run's id. If anything ends this function early, Ctrl-C included, the run has a final status.
 
     Raises:
         StoreError: if the store cannot be used, the experiment is deleted, or ``run_id`` does not exist.
@@ -63,22 +72,99 @@ def start_run(
     with translate_errors(uri):
         client = open_client(uri)
         state = git_state(code or Path.cwd())
-        all_tags = {**describe(config), **git_tags(state), **(tags or {})}
+        all_tags = {**describe(config), **git_tags(state), **(owner_tags(config) if owner else {}), **(tags or {})}
         if parent_run_id is not None:
             all_tags["mlflow.parentRunId"] = parent_run_id
-        if run_id is None:
-            run_id, folder = create_run(uri, experiment, name=name), None
-        else:
-            resumes = reopen(client, run_id)
-            folder = f"resume-{resumes}"
-            all_tags["stabletrain.resumes"] = str(resumes)
-        write_tags(client, run_id, all_tags)
-        write_params(client, run_id, {key: value for key, value in config.items() if key not in _NOT_PARAMS})
-        with tempfile.TemporaryDirectory() as scratch:
-            (Path(scratch) / RUN_YAML).write_text(_yaml(_with_run_id(config, run_id)), encoding="utf-8")
-            write_environment(Path(scratch) / "environment", code=code)
-            client.log_artifacts(run_id, scratch, artifact_path=folder)
+        with settled_if_it_fails(uri, run_id) as launch:
+            if run_id is None:
+                run_id, folder = create_run(uri, experiment, name=name, tags=launch.tags | all_tags), None
+            else:
+                resumes = reopen(client, run_id)
+                folder = f"resume-{resumes}"
+                all_tags["stabletrain.resumes"] = str(resumes)
+                write_tags(client, run_id, all_tags)
+            write_params(client, run_id, {key: value for key, value in config.items() if key not in _NOT_PARAMS})
+            with tempfile.TemporaryDirectory() as scratch:
+                (Path(scratch) / RUN_YAML).write_text(_yaml(_with_run_id(config, run_id)), encoding="utf-8")
+                write_environment(Path(scratch) / "environment", code=code)
+                client.log_artifacts(run_id, scratch, artifact_path=folder)
     return run_id
+
+
+class Launch:
+    """One attempt to open a run, recognizable in the store by a tag before the run's id is known.
+
+    Args:
+        run_id: of the run; None: it is not created yet.
+    """
+
+    def __init__(self, run_id: str | None) -> None:
+        self.run_id = run_id
+        self.tags = {_LAUNCH: uuid.uuid4().hex}
+
+
+@contextmanager
+def settled_if_it_fails(uri: str, run_id: str | None = None) -> Iterator[Launch]:
+    """Set the final status of the run that is opened within, if anything ends the block early.
+
+    KILLED after Ctrl-C and SIGTERM, as far as that raises, else FAILED. A run whose creation was interrupted after the
+    store had made it is found by its tag.
+
+    Args:
+        uri: MLflow tracking URI.
+        run_id: the run; None: one that is created within, with the tags that are given.
+    """
+    launch = Launch(run_id)
+    try:
+        yield launch
+    except BaseException as error:
+        status: Status = "FAILED" if isinstance(error, Exception) else "KILLED"
+        with suppress(Exception), no_tracebacks():  # the error that is on its way matters more
+            check_file(uri)
+            client = open_client(uri)
+            found = [launch.run_id] if launch.run_id is not None else _created_by(client, launch)
+            for each in found:
+                if each is not None:
+                    client.set_terminated(each, status)
+        raise
+
+
+def _created_by(client: Any, launch: Launch) -> list[str]:
+    experiments = [each.experiment_id for each in client.search_experiments(max_results=1000)]
+    found = client.search_runs(experiments, f"tags.`{_LAUNCH}` = '{launch.tags[_LAUNCH]}'")
+    return [run.info.run_id for run in found]
+
+
+def owner_tags(config: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """Return the tags that say that this process owns a run.
+
+    Args:
+        config: the resolved config; None: there is none.
+    """
+    folder = (config or {}).get("run_dir")
+    return {OWNER: this_process().to_tag()} | ({RUN_DIR: str(folder)} if folder else {})
+
+
+def settle_abandoned(uri: str, status_of: Callable[[Path], Status | None] | None = None) -> int:
+    """Set the status of runs of this host that are RUNNING although their processes have ended. Never raises.
+
+    Args:
+        uri: MLflow tracking URI of a store that `ensure_store` has made ready.
+        status_of: returns the status that the result in a run's folder gives; None, also of a run without one: KILLED.
+
+    Returns:
+        The number of runs.
+    """
+    settled = 0
+    with suppress(Exception), no_tracebacks():
+        client = open_client(uri)
+        for run_id, tags, reason in abandoned_runs(client):
+            known = status_of(Path(tags[RUN_DIR])) if status_of is not None and tags.get(RUN_DIR) else None
+            if client.get_run(run_id).info.status == "RUNNING":
+                write_tags(client, run_id, {"stabletrain.settled": reason})
+                client.set_terminated(run_id, known or "KILLED")
+                settled += 1
+    return settled
 
 
 def set_final_status(uri: str, run_id: str, status: Status, *, force: bool = False) -> str:
@@ -182,7 +268,8 @@ def create_run(uri: str, experiment: str, *, name: str | None = None, tags: Mapp
             f"tracking store: the experiment {experiment!r} was deleted; choose another (logger.experiment) or run "
             f"`MLFLOW_TRACKING_URI={uri} mlflow experiments restore --experiment-id {experiment_id}`"
         )
-    run = client.create_run(experiment_id, run_name=name, tags=dict(tags or {}))
+    sent = {safe_key(key): shorten(value, MAX_TAG) for key, value in (tags or {}).items()}
+    run = client.create_run(experiment_id, run_name=name, tags=sent)
     return str(run.info.run_id)
 
 

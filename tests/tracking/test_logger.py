@@ -168,7 +168,8 @@ def test_failing_tags_and_status_do_not_end_training(uri, tmp_path, caplog, monk
     logger.log_artifact(tmp_path / "file.txt")
     with pytest.raises(RuntimeError, match="boom"):
         fit(logger, tmp_path, Raise(RuntimeError("boom")))
-    assert "does not accept the artifact file.txt, parameters, final status of run" in caplog.text
+    assert "does not accept the artifact file.txt, parameters, metrics in" in caplog.text
+    assert "final status of run" in caplog.text
 
 
 def test_unusable_store_is_said_before_training(tmp_path):
