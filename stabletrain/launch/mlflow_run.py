@@ -175,7 +175,8 @@ def finish_run(config: Mapping[str, Any], result: Result) -> str | None:
     """
     if not is_tracked(config) or not config["logger"].get("run_id"):
         return None
-    from stabletrain.tracking.runs import set_final_status, upload_files, upload_unsent
+    from stabletrain.tracking.artifacts import upload_files
+    from stabletrain.tracking.runs import set_final_status, upload_unsent
 
     folder = Path(config["run_dir"])
     uri, run_id, unsent = config["logger"]["tracking_uri"], config["logger"]["run_id"], folder / UNSENT_METRICS

@@ -22,6 +22,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 
 from stabletrain.runtime.records.run_files import UNSENT_METRICS
 from stabletrain.tracking import runs
+from stabletrain.tracking.artifacts import require_safe_artifacts, write_artifact
 from stabletrain.tracking.ownership import WORKER, this_process
 from stabletrain.tracking.sqlite_file import check_file
 from stabletrain.tracking.store import absolute_uri, default_tracking_uri, ensure_store, open_client
@@ -158,9 +159,7 @@ class MLflowLogger(Logger):
         if not source.exists():
             raise FileNotFoundError(f"log_artifact: {source} does not exist")
         session = self._open()
-        session.attempt(
-            f"artifact {source.name}", lambda: runs.write_artifact(session.client, session.run_id, source, name)
-        )
+        session.attempt(f"artifact {source.name}", lambda: write_artifact(session.client, session.run_id, source, name))
 
     def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
         """Write queued metrics, and set tags ``checkpoint.*`` with the checkpoint's path; the file is not copied."""
@@ -237,6 +236,7 @@ class MLflowLogger(Logger):
         run_id = runs.create_run(self.tracking_uri, self._experiment_name, name=self._run_name, tags=launch.tags | tags)
         with tempfile.TemporaryDirectory() as scratch:
             write_environment(scratch)
+            require_safe_artifacts(client, run_id)
             client.log_artifacts(run_id, scratch, artifact_path="environment")
         return run_id
 

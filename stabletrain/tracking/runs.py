@@ -6,12 +6,13 @@ import copy
 import importlib.metadata
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 
 from stabletrain.runtime.records.run_files import RUN_YAML
+from stabletrain.tracking.artifacts import require_safe_artifacts, require_safe_location
 from stabletrain.tracking.naming import MAX_PARAM, MAX_TAG, chunks, flatten, safe_key, shorten
 from stabletrain.tracking.ownership import OWNER, RUN_DIR, abandoned_runs, this_process
 from stabletrain.tracking.sqlite_file import check_file
@@ -87,6 +88,7 @@ def start_run(
             with tempfile.TemporaryDirectory() as scratch:
                 (Path(scratch) / RUN_YAML).write_text(_yaml(_with_run_id(config, run_id)), encoding="utf-8")
                 write_environment(Path(scratch) / "environment", code=code)
+                require_safe_artifacts(client, run_id)
                 client.log_artifacts(run_id, scratch, artifact_path=folder)
     return run_id
 
@@ -254,7 +256,7 @@ def create_run(uri: str, experiment: str, *, name: str | None = None, tags: Mapp
         tags: tags of the new run.
 
     Raises:
-        StoreError: if the experiment is deleted.
+        StoreError: if the experiment is deleted, or its artifacts are at an unsafe place.
     """
     client = open_client(uri)
     with store_lock(uri):
@@ -268,6 +270,8 @@ def create_run(uri: str, experiment: str, *, name: str | None = None, tags: Mapp
             f"tracking store: the experiment {experiment!r} was deleted; choose another (logger.experiment) or run "
             f"`MLFLOW_TRACKING_URI={uri} mlflow experiments restore --experiment-id {experiment_id}`"
         )
+    if found is not None:
+        require_safe_location(uri, found.artifact_location)
     sent = {safe_key(key): shorten(value, MAX_TAG) for key, value in (tags or {}).items()}
     run = client.create_run(experiment_id, run_name=name, tags=sent)
     return str(run.info.run_id)
@@ -286,6 +290,7 @@ def reopen(client: Any, run_id: str) -> int:
             f"tracking store: there is no run {run_id!r} in {client.tracking_uri}; "
             f"correct logger.run_id or MLFLOW_TRACKING_URI"
         ) from None
+    require_safe_location(client.tracking_uri, run.info.artifact_uri)
     if run.info.status != "RUNNING":
         client.update_run(run_id, status="RUNNING")
     return int(run.data.tags.get("stabletrain.resumes", 0)) + 1
@@ -319,39 +324,6 @@ def write_tags(client: Any, run_id: str, tags: Mapping[str, object]) -> None:
 
     for part in chunks([RunTag(safe_key(key), shorten(value, MAX_TAG)) for key, value in tags.items()], 100):
         client.log_batch(run_id, tags=part)
-
-
-def upload_files(uri: str, run_id: str, paths: Iterable[str | Path]) -> None:
-    """Copy files and folders to a run's artifacts.
-
-    Args:
-        uri: MLflow tracking URI.
-        run_id: the run.
-        paths: those that do not exist are skipped.
-    """
-    found = [path for path in map(Path, paths) if path.exists()]
-    if not found:
-        return
-    with translate_errors(uri):
-        client = open_client(uri)
-        for path in found:
-            write_artifact(client, run_id, path)
-
-
-def write_artifact(client: Any, run_id: str, path: str | Path, name: str | None = None) -> None:
-    """Copy a file or folder to a run's artifacts under ``name``; None: its own name."""
-    source = Path(path)
-    target = PurePosixPath(name or source.name)
-    parent = None if str(target.parent) == "." else str(target.parent)
-    if source.is_dir():
-        client.log_artifacts(run_id, str(source), artifact_path=str(target))
-    elif target.name == source.name:
-        client.log_artifact(run_id, str(source), artifact_path=parent)
-    else:
-        with tempfile.TemporaryDirectory() as scratch:
-            link = Path(scratch) / target.name
-            link.symlink_to(source.resolve())
-            client.log_artifact(run_id, str(link), artifact_path=parent)
 
 
 def _artifact_location(uri: str, experiment: str) -> str | None:
