@@ -26,7 +26,7 @@ from stabletrain.launch.connection import Workers
 from stabletrain.launch.final_status import final_result
 from stabletrain.launch.process import local_command, start_process, wait_for, worker_command, worker_environment
 from stabletrain.launch.rank_ends import SPARE_ENV, remove_ends, spare_folder
-from stabletrain.launch.result import Result
+from stabletrain.launch.result import Result, read_result
 from stabletrain.launch.run_folder import choose_run_folder, make_run_folder, remove_unused, write_run_yaml
 from stabletrain.launch.slurm import submit
 from stabletrain.launch.start_up import StartInterrupted, StartUp, checked, end
@@ -268,7 +268,11 @@ def _run_job(job: Job, sweep: _Sweep, start_up: StartUp, report: Reporter) -> Fi
         finally:
             end(workers, process)
         start_up.doing = "ending when the run's files are in the tracking store"
-        result = final_result(config, ended, spare)
+        try:
+            result = final_result(config, ended, spare)
+        except BaseException as error:
+            mlflow_run.finish_run(config, read_result(folder) or _result_of(error))
+            raise
     warning = mlflow_run.finish_run(config, result)
     return FinishedJob(recipe=recipe, overrides=composed.overrides, config=config, result=result, warning=warning)
 

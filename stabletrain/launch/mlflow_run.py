@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NoReturn
 
 from stabletrain.errors import UserError
-from stabletrain.launch.result import MLFLOW_STATUS, Result
-from stabletrain.runtime.records.run_files import UNSENT_METRICS, artifacts
+from stabletrain.launch.result import MLFLOW_STATUS, End, Result, read_result
+from stabletrain.runtime.records.run_files import RESULT, UNSENT_METRICS, artifacts
 
 MLFLOW_LOGGER = "stabletrain.tracking.MLflowLogger"
 
@@ -25,6 +28,8 @@ def is_tracked(config: Mapping[str, Any]) -> bool:
 def open_store(config: Mapping[str, Any]) -> str | None:
     """Make the tracking store ready and return its absolute URI; None for a run without MLflow.
 
+    Runs in it that a killed process of this machine left RUNNING get a final status.
+
     Args:
         config: the resolved config.
 
@@ -33,11 +38,13 @@ def open_store(config: Mapping[str, Any]) -> str | None:
     """
     if not is_tracked(config):
         return None
+    from stabletrain.tracking.runs import settle_abandoned
     from stabletrain.tracking.store import absolute_uri, default_tracking_uri, ensure_store
 
     wanted = config["logger"].get("tracking_uri")
     uri = absolute_uri(wanted) if wanted else default_tracking_uri()
     ensure_store(uri)
+    settle_abandoned(uri, _status_in)
     return uri
 
 
@@ -66,6 +73,7 @@ def open_run(config: dict[str, Any], uri: str, *, parent: str | None = None, nam
         parent_run_id=parent,
         run_id=logger.get("run_id"),
         name=name or Path(config["run_dir"]).name,
+        owner=config["launch"].get("kind") != "slurm",  # whose process is on another machine, perhaps much later
     )
 
 
@@ -77,9 +85,11 @@ def open_sweep(uri: str, experiment: str, command: str) -> str:
         experiment: name of the experiment.
         command: the command line.
     """
-    from stabletrain.tracking.runs import create_run
+    from stabletrain.tracking.runs import create_run, owner_tags, settled_if_it_fails
 
-    return create_run(uri, experiment, name="sweep", tags={"stabletrain.command": command, "stabletrain.sweep": "true"})
+    tags = {"stabletrain.command": command, "stabletrain.sweep": "true", **owner_tags()}
+    with settled_if_it_fails(uri) as launch:
+        return create_run(uri, experiment, name="sweep", tags=launch.tags | tags)
 
 
 def finish_sweep(uri: str, run_id: str, results: Sequence[Result]) -> None:
@@ -99,6 +109,60 @@ def finish_sweep(uri: str, run_id: str, results: Sequence[Result]) -> None:
             return
 
 
+def end_of(error: BaseException) -> End:
+    """Return how a run ends that an error of the launcher ends.
+
+    Args:
+        error: ``SystemExit`` is a SIGTERM, see `sigterm_raises`.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    return "failed" if isinstance(error, Exception) else "terminated"
+
+
+@contextmanager
+def sweep_settled(uri: str, run_id: str) -> Iterator[None]:
+    """Set the final status of a sweep's parent run, if an error ends the sweep.
+
+    Args:
+        uri: tracking URI of the store.
+        run_id: the parent run.
+    """
+    try:
+        yield
+    except BaseException as error:
+        with suppress(Exception):  # the error that is on its way matters more
+            finish_sweep(uri, run_id, [Result(end=end_of(error))])
+        raise
+
+
+@contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """Let SIGTERM raise ``SystemExit`` with exit code 143, so that runs in the store get their final status.
+
+    A handler that somebody else has installed stays.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _exit)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _exit(signum: int, _: object) -> NoReturn:
+    raise SystemExit(128 + signum)
+
+
+def _status_in(folder: Path) -> Literal["FINISHED", "FAILED", "KILLED"] | None:
+    """The status that the result in a run's folder gives; None if there is none."""
+    result = read_result(folder) if (folder / RESULT).is_file() else None
+    return MLFLOW_STATUS.get(result.end) if result is not None else None
+
+
 def finish_run(config: Mapping[str, Any], result: Result) -> str | None:
     """Send the worker's unsent metrics and the run's files to the store, and set the final status.
 
@@ -111,13 +175,14 @@ def finish_run(config: Mapping[str, Any], result: Result) -> str | None:
     """
     if not is_tracked(config) or not config["logger"].get("run_id"):
         return None
-    from stabletrain.tracking.runs import set_final_status, upload_files, upload_unsent
+    from stabletrain.tracking.artifacts import upload_files
+    from stabletrain.tracking.runs import set_final_status, upload_unsent
 
     folder = Path(config["run_dir"])
     uri, run_id, unsent = config["logger"]["tracking_uri"], config["logger"]["run_id"], folder / UNSENT_METRICS
     try:
         if unsent.is_file():
-            upload_unsent(uri, unsent)
+            upload_unsent(uri, unsent, run_id=run_id)
         upload_files(uri, run_id, artifacts(folder))
         set_final_status(uri, run_id, MLFLOW_STATUS[result.end], force=True)
     except Exception as error:  # a store that fails must not change the exit code of a run that has ended

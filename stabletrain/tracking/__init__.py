@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     from stabletrain.tracking.logger import MLflowLogger
     from stabletrain.tracking.record import environment, write_environment
     from stabletrain.tracking.runs import set_final_status, start_run, upload_unsent
-    from stabletrain.tracking.store import StoreError, default_tracking_uri, ensure_store
+    from stabletrain.tracking.store import default_tracking_uri, ensure_store
+    from stabletrain.tracking.store_errors import StoreError
 
 _MODULES = {
     "Comparison": "comparison",
     "MLflowLogger": "logger",
     "RunSummary": "comparison",
-    "StoreError": "store",
+    "StoreError": "store_errors",
     "compare": "comparison",
     "comparison_url": "comparison",
     "default_tracking_uri": "store",

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 from stabletrain.errors import UserError
-from stabletrain.tracking.store import ensure_store, open_client, translate_errors
+from stabletrain.tracking.store import ensure_store, open_client
+from stabletrain.tracking.store_errors import translate_errors
 
 if TYPE_CHECKING:
     import pandas  # type: ignore[import-untyped]

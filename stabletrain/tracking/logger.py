@@ -23,7 +23,12 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from stabletrain.runtime.records.run_files import UNSENT_METRICS
 from stabletrain.runtime.signal_watch import Interrupted, Terminated
 from stabletrain.tracking import runs
-from stabletrain.tracking.store import absolute_uri, default_tracking_uri, ensure_store, open_client, translate_errors
+from stabletrain.tracking.artifacts import require_safe_artifacts, write_artifact
+from stabletrain.tracking.ownership import WORKER, this_process
+from stabletrain.tracking.sqlite_file import check_file
+from stabletrain.tracking.store import absolute_uri, default_tracking_uri, ensure_store, open_client
+from stabletrain.tracking.store_errors import first_line, no_tracebacks, translate_errors
+from stabletrain.tracking.unsent import send_unsent
 from stabletrain.tracking.writer import MetricWriter, Point
 
 log = logging.getLogger(__name__)
@@ -37,8 +42,9 @@ class MLflowLogger(Logger):
 
     The run is created (or, with ``run_id``, reopened with status RUNNING) when training begins. It ends as FINISHED,
     FAILED (exception) or KILLED (Ctrl-C, SIGTERM). Metrics that the store does not accept are written to
-    ``metrics-unsent.jsonl``. NaN and infinities are stored as NaN and counted by ``nonfinite/<name>``. Names that
-    MLflow does not accept are changed and get a hash, so that different names stay different.
+    ``metrics-unsent.jsonl`` and sent at the end. NaN and infinities are stored as NaN and counted by
+    ``nonfinite/<name>``. Names that MLflow does not accept are changed and get a hash, so that different names stay
+    different.
 
     Args:
         tracking_uri: MLflow store; None: ``MLFLOW_TRACKING_URI``, or else ``sqlite:///<current folder>/mlflow.db``.
@@ -154,9 +160,7 @@ class MLflowLogger(Logger):
         if not source.exists():
             raise FileNotFoundError(f"log_artifact: {source} does not exist")
         session = self._open()
-        session.attempt(
-            f"artifact {source.name}", lambda: runs.write_artifact(session.client, session.run_id, source, name)
-        )
+        session.attempt(f"artifact {source.name}", lambda: write_artifact(session.client, session.run_id, source, name))
 
     def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
         """Write queued metrics, and set tags ``checkpoint.*`` with the checkpoint's path; the file is not copied."""
@@ -212,26 +216,28 @@ class MLflowLogger(Logger):
         if session is not None and session.writer.pid == os.getpid():
             return session
         ensure_store(self.tracking_uri)
-        with translate_errors(self.tracking_uri):
+        with translate_errors(self.tracking_uri), runs.settled_if_it_fails(self.tracking_uri, self._run_id) as launch:
             client = open_client(self.tracking_uri)
             if self._run_id is None:
-                self._run_id = self._create(client)
+                self._run_id = self._create(client, launch)
             else:
                 runs.reopen(client, self._run_id)
+                runs.write_tags(client, self._run_id, {WORKER: this_process().to_tag()})
             unsent = Path(self._save_dir or Path.cwd()) / UNSENT_METRICS
             self._session = _Session(client, self._run_id, unsent)
         return self._session
 
-    def _create(self, client: Any) -> str:
+    def _create(self, client: Any, launch: runs.Launch) -> str:
         from stabletrain.tracking.git import git_state
         from stabletrain.tracking.record import write_environment
 
-        tags = {**runs.describe({}), **runs.git_tags(git_state(Path.cwd())), **self._tags}
+        tags = {**runs.describe({}), **runs.git_tags(git_state(Path.cwd())), **runs.owner_tags(), **self._tags}
         if self._parent_run_id is not None:
             tags["mlflow.parentRunId"] = self._parent_run_id
-        run_id = runs.create_run(self.tracking_uri, self._experiment_name, name=self._run_name, tags=tags)
+        run_id = runs.create_run(self.tracking_uri, self._experiment_name, name=self._run_name, tags=launch.tags | tags)
         with tempfile.TemporaryDirectory() as scratch:
             write_environment(scratch)
+            require_safe_artifacts(client, run_id)
             client.log_artifacts(run_id, scratch, artifact_path="environment")
         return run_id
 
@@ -250,32 +256,65 @@ class _Session:
         prefix = "nonfinite/"
         counts = {key.removeprefix(prefix): int(value) for key, value in metrics.items() if key.startswith(prefix)}
         self.writer = MetricWriter(self._send, unsent, run_id, nonfinite=counts)
+        self._waiting: dict[str, Callable[[], None]] = {}
         atexit.register(self._at_exit)
 
     def close(self, status: runs.Status) -> None:
-        """Write everything, then set the final status."""
+        """Write everything, then set the final status; log one warning for what the store does not accept."""
         atexit.unregister(self._at_exit)
         self.writer.close()
-        self.attempt("final status", lambda: self.client.set_terminated(self.run_id, status))
+        if self.writer.unsent.is_file():
+            self._waiting[f"metrics in {self.writer.unsent}"] = self._send_unsent
+        self._waiting["final status"] = lambda: self.client.set_terminated(self.run_id, status)
+        failed: dict[str, Exception] = {}
+        for what, action in self._waiting.items():
+            # what has failed once is not waited for again
+            error = self._try(action, waits=(0.1, 1.0) if not (failed or self.writer.failing) else ())
+            if error is not None:
+                failed[what] = error
+        self._waiting = {}
+        if failed:
+            why = first_line(next(iter(failed.values())))
+            log.warning("MLflow does not accept the %s of run %s: %s", ", ".join(failed), self.run_id, why)
 
     def attempt(self, what: str, action: Callable[[], None]) -> None:
-        """Call ``action``, up to three times; log a warning if it fails, and do not raise."""
-        for wait in (0.1, 1.0, None):
+        """Call ``action``; if it fails, it is called again at the end of the run. Does not raise.
+
+        Args:
+            what: is written, for the message; a later action of the same name replaces one that waits.
+            action: writes it.
+        """
+        self._waiting.pop(what, None)
+        if self.writer.failing or self._try(action, waits=(0.1,)) is not None:
+            self._waiting[what] = action
+
+    def _try(self, action: Callable[[], None], waits: Sequence[float]) -> Exception | None:
+        """Call ``action``, and again after each of ``waits`` (seconds); return the last error, None: it succeeded."""
+        error: Exception | None = None
+        for wait in (0.0, *waits):
+            time.sleep(wait)
+            started = time.monotonic()
             try:
-                action()
-            except Exception as error:
-                if wait is None:
-                    first_line = (str(error).strip().splitlines() or [""])[0]
-                    log.warning("MLflow does not accept the %s of run %s: %s", what, self.run_id, first_line)
-                else:
-                    time.sleep(wait)
+                with no_tracebacks():
+                    check_file(self.client.tracking_uri)
+                    action()
+            except Exception as caught:
+                error = caught
+                if time.monotonic() - started > 5.0:
+                    break
             else:
-                return
+                return None
+        return error
 
     def _send(self, points: Sequence[Point]) -> None:
         from mlflow.entities import Metric
 
-        self.client.log_batch(self.run_id, metrics=[Metric(*point) for point in points])
+        with no_tracebacks():
+            check_file(self.client.tracking_uri)
+            self.client.log_batch(self.run_id, metrics=[Metric(*point) for point in points])
+
+    def _send_unsent(self) -> None:
+        send_unsent(self.client, self.writer.unsent, run_id=self.run_id)
 
     def _at_exit(self) -> None:
         if self.writer.pid != os.getpid():

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
-import json
 import tempfile
-from collections.abc import Iterable, Mapping
-from pathlib import Path, PurePosixPath
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, Literal
 
 from stabletrain.runtime.records.run_files import RUN_YAML
+from stabletrain.tracking.artifacts import require_safe_artifacts, require_safe_location
 from stabletrain.tracking.naming import MAX_PARAM, MAX_TAG, chunks, flatten, safe_key, shorten
-from stabletrain.tracking.store import StoreError, ensure_store, open_client, sqlite_path, store_lock, translate_errors
+from stabletrain.tracking.ownership import OWNER, RUN_DIR, abandoned_runs, this_process
+from stabletrain.tracking.sqlite_file import check_file
+from stabletrain.tracking.store import ensure_store, open_client, store_lock
+from stabletrain.tracking.store_errors import StoreError, no_tracebacks, sqlite_path, translate_errors
+from stabletrain.tracking.unsent import send_unsent
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -20,6 +26,8 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 _NOT_PARAMS = ("run_dir", "resume", "logger", "trust")
 
 _OPEN = ("RUNNING", "SCHEDULED")
+
+_LAUNCH = "stabletrain.launch_id"
 
 
 def start_run(
@@ -32,6 +40,7 @@ def start_run(
     run_id: str | None = None,
     tags: Mapping[str, str] | None = None,
     code: str | Path | None = None,
+    owner: bool = True,
 ) -> str:
     """Create a run with its parameters, tags, ``run.yaml`` and environment record, or reopen one to resume it.
 
@@ -48,8 +57,11 @@ def start_run(
         tags: further tags.
         code: folder of the user's code, for its git state; None: the current folder.
 
+        owner: whether this process owns the run, so that the run is settled if the process is killed; False for a job
+            that another machine will run.
+
     Returns:
-        The run's id.
+        The run's id. If anything ends this function early, Ctrl-C included, the run has a final status.
 
     Raises:
         StoreError: if the store cannot be used, the experiment is deleted, or ``run_id`` does not exist.
@@ -61,22 +73,100 @@ def start_run(
     with translate_errors(uri):
         client = open_client(uri)
         state = git_state(code or Path.cwd())
-        all_tags = {**describe(config), **git_tags(state), **(tags or {})}
+        all_tags = {**describe(config), **git_tags(state), **(owner_tags(config) if owner else {}), **(tags or {})}
         if parent_run_id is not None:
             all_tags["mlflow.parentRunId"] = parent_run_id
-        if run_id is None:
-            run_id, folder = create_run(uri, experiment, name=name), None
-        else:
-            resumes = reopen(client, run_id)
-            folder = f"resume-{resumes}"
-            all_tags["stabletrain.resumes"] = str(resumes)
-        write_tags(client, run_id, all_tags)
-        write_params(client, run_id, {key: value for key, value in config.items() if key not in _NOT_PARAMS})
-        with tempfile.TemporaryDirectory() as scratch:
-            (Path(scratch) / RUN_YAML).write_text(_yaml(_with_run_id(config, run_id)), encoding="utf-8")
-            write_environment(Path(scratch) / "environment", code=code)
-            client.log_artifacts(run_id, scratch, artifact_path=folder)
+        with settled_if_it_fails(uri, run_id) as launch:
+            if run_id is None:
+                run_id, folder = create_run(uri, experiment, name=name, tags=launch.tags | all_tags), None
+            else:
+                resumes = reopen(client, run_id)
+                folder = f"resume-{resumes}"
+                all_tags["stabletrain.resumes"] = str(resumes)
+                write_tags(client, run_id, all_tags)
+            write_params(client, run_id, {key: value for key, value in config.items() if key not in _NOT_PARAMS})
+            with tempfile.TemporaryDirectory() as scratch:
+                (Path(scratch) / RUN_YAML).write_text(_yaml(_with_run_id(config, run_id)), encoding="utf-8")
+                write_environment(Path(scratch) / "environment", code=code)
+                require_safe_artifacts(client, run_id)
+                client.log_artifacts(run_id, scratch, artifact_path=folder)
     return run_id
+
+
+class Launch:
+    """One attempt to open a run, recognizable in the store by a tag before the run's id is known.
+
+    Args:
+        run_id: of the run; None: it is not created yet.
+    """
+
+    def __init__(self, run_id: str | None) -> None:
+        self.run_id = run_id
+        self.tags = {_LAUNCH: uuid.uuid4().hex}
+
+
+@contextmanager
+def settled_if_it_fails(uri: str, run_id: str | None = None) -> Iterator[Launch]:
+    """Set the final status of the run that is opened within, if anything ends the block early.
+
+    KILLED after Ctrl-C and SIGTERM, as far as that raises, else FAILED. A run whose creation was interrupted after the
+    store had made it is found by its tag.
+
+    Args:
+        uri: MLflow tracking URI.
+        run_id: the run; None: one that is created within, with the tags that are given.
+    """
+    launch = Launch(run_id)
+    try:
+        yield launch
+    except BaseException as error:
+        status: Status = "FAILED" if isinstance(error, Exception) else "KILLED"
+        with suppress(Exception), no_tracebacks():  # the error that is on its way matters more
+            check_file(uri)
+            client = open_client(uri)
+            found = [launch.run_id] if launch.run_id is not None else _created_by(client, launch)
+            for each in found:
+                if each is not None:
+                    client.set_terminated(each, status)
+        raise
+
+
+def _created_by(client: Any, launch: Launch) -> list[str]:
+    experiments = [each.experiment_id for each in client.search_experiments(max_results=1000)]
+    found = client.search_runs(experiments, f"tags.`{_LAUNCH}` = '{launch.tags[_LAUNCH]}'")
+    return [run.info.run_id for run in found]
+
+
+def owner_tags(config: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """Return the tags that say that this process owns a run.
+
+    Args:
+        config: the resolved config; None: there is none.
+    """
+    folder = (config or {}).get("run_dir")
+    return {OWNER: this_process().to_tag()} | ({RUN_DIR: str(folder)} if folder else {})
+
+
+def settle_abandoned(uri: str, status_of: Callable[[Path], Status | None] | None = None) -> int:
+    """Set the status of runs of this host that are RUNNING although their processes have ended. Never raises.
+
+    Args:
+        uri: MLflow tracking URI of a store that `ensure_store` has made ready.
+        status_of: returns the status that the result in a run's folder gives; None, also of a run without one: KILLED.
+
+    Returns:
+        The number of runs.
+    """
+    settled = 0
+    with suppress(Exception), no_tracebacks():
+        client = open_client(uri)
+        for run_id, tags, reason in abandoned_runs(client):
+            known = status_of(Path(tags[RUN_DIR])) if status_of is not None and tags.get(RUN_DIR) else None
+            if client.get_run(run_id).info.status == "RUNNING":
+                write_tags(client, run_id, {"stabletrain.settled": reason})
+                client.set_terminated(run_id, known or "KILLED")
+                settled += 1
+    return settled
 
 
 def set_final_status(uri: str, run_id: str, status: Status, *, force: bool = False) -> str:
@@ -103,32 +193,26 @@ def set_final_status(uri: str, run_id: str, status: Status, *, force: bool = Fal
     return current
 
 
-def upload_unsent(uri: str, path: str | Path) -> int:
+def upload_unsent(uri: str, path: str | Path, *, run_id: str | None = None) -> int:
     """Send the metrics in a run's ``metrics-unsent.jsonl`` to the store, then delete the file.
 
-    Sending a metric twice is harmless. An incomplete line, of a process that was killed, is skipped.
+    Sending a metric twice is harmless. What is no metric is left out with a warning, but for an incomplete last line,
+    of a process that was killed.
 
     Args:
         uri: MLflow tracking URI.
         path: the file.
+        run_id: send the metrics of this run only; None: those of all runs that the file names.
 
     Returns:
         The number of metrics sent.
-    """
-    from mlflow.entities import Metric
 
-    lines = [line for text in Path(path).read_text(encoding="utf-8").splitlines() if (line := _parse(text))]
-    by_run: dict[str, list[Any]] = {}
-    for line in lines:
-        metric = Metric(line["key"], float(line["value"]), line["timestamp"], line["step"])
-        by_run.setdefault(line["run_id"], []).append(metric)
+    Raises:
+        StoreError: if the store cannot be used; the file is kept.
+    """
     with translate_errors(uri):
-        client = open_client(uri)
-        for run_id, metrics in by_run.items():
-            for part in chunks(metrics, 1000):
-                client.log_batch(run_id, metrics=part)
-    Path(path).unlink()
-    return len(lines)
+        check_file(uri, timeout=5.0)
+        return send_unsent(open_client(uri), Path(path), run_id=run_id)
 
 
 def describe(config: Mapping[str, Any]) -> dict[str, str]:
@@ -172,7 +256,7 @@ def create_run(uri: str, experiment: str, *, name: str | None = None, tags: Mapp
         tags: tags of the new run.
 
     Raises:
-        StoreError: if the experiment is deleted.
+        StoreError: if the experiment is deleted, or its artifacts are at an unsafe place.
     """
     client = open_client(uri)
     with store_lock(uri):
@@ -186,7 +270,10 @@ def create_run(uri: str, experiment: str, *, name: str | None = None, tags: Mapp
             f"tracking store: the experiment {experiment!r} was deleted; choose another (logger.experiment) or run "
             f"`MLFLOW_TRACKING_URI={uri} mlflow experiments restore --experiment-id {experiment_id}`"
         )
-    run = client.create_run(experiment_id, run_name=name, tags=dict(tags or {}))
+    if found is not None:
+        require_safe_location(uri, found.artifact_location)
+    sent = {safe_key(key): shorten(value, MAX_TAG) for key, value in (tags or {}).items()}
+    run = client.create_run(experiment_id, run_name=name, tags=sent)
     return str(run.info.run_id)
 
 
@@ -203,6 +290,7 @@ def reopen(client: Any, run_id: str) -> int:
             f"tracking store: there is no run {run_id!r} in {client.tracking_uri}; "
             f"correct logger.run_id or MLFLOW_TRACKING_URI"
         ) from None
+    require_safe_location(client.tracking_uri, run.info.artifact_uri)
     if run.info.status != "RUNNING":
         client.update_run(run_id, status="RUNNING")
     return int(run.data.tags.get("stabletrain.resumes", 0)) + 1
@@ -236,47 +324,6 @@ def write_tags(client: Any, run_id: str, tags: Mapping[str, object]) -> None:
 
     for part in chunks([RunTag(safe_key(key), shorten(value, MAX_TAG)) for key, value in tags.items()], 100):
         client.log_batch(run_id, tags=part)
-
-
-def upload_files(uri: str, run_id: str, paths: Iterable[str | Path]) -> None:
-    """Copy files and folders to a run's artifacts.
-
-    Args:
-        uri: MLflow tracking URI.
-        run_id: the run.
-        paths: those that do not exist are skipped.
-    """
-    found = [path for path in map(Path, paths) if path.exists()]
-    if not found:
-        return
-    with translate_errors(uri):
-        client = open_client(uri)
-        for path in found:
-            write_artifact(client, run_id, path)
-
-
-def write_artifact(client: Any, run_id: str, path: str | Path, name: str | None = None) -> None:
-    """Copy a file or folder to a run's artifacts under ``name``; None: its own name."""
-    source = Path(path)
-    target = PurePosixPath(name or source.name)
-    parent = None if str(target.parent) == "." else str(target.parent)
-    if source.is_dir():
-        client.log_artifacts(run_id, str(source), artifact_path=str(target))
-    elif target.name == source.name:
-        client.log_artifact(run_id, str(source), artifact_path=parent)
-    else:
-        with tempfile.TemporaryDirectory() as scratch:
-            link = Path(scratch) / target.name
-            link.symlink_to(source.resolve())
-            client.log_artifact(run_id, str(link), artifact_path=parent)
-
-
-def _parse(text: str) -> dict[str, Any] | None:
-    try:
-        line: dict[str, Any] = json.loads(text)
-    except json.JSONDecodeError:
-        return None
-    return line
 
 
 def _artifact_location(uri: str, experiment: str) -> str | None:

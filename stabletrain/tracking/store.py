@@ -4,38 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-import re
-import sqlite3
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from stabletrain.errors import UserError
+from stabletrain.tracking.sqlite_file import note_file, probe, refuse_foreign, upgrade
+from stabletrain.tracking.store_errors import OTHER_STORE, SQLITE_URI, StoreError, sqlite_path, translate_errors
 
-# checking a file of this size takes milliseconds, while MLflow retries a damaged one for more than a minute
-_FULL_CHECK_BYTES = 64 * 2**20
-
-_SQLITE_URI = re.compile(r"^(?P<head>sqlite(?:\+\w+)?:///)(?P<path>[^?]*)(?P<query>\?.*)?$")
-
-_CAUSES = (
-    ("locked", "another program has locked it; end that program (or wait for it), or use another store"),
-    ("not a database", "its content is damaged; move it away (a new one is created) or restore a backup"),
-    ("malformed", "its content is damaged; move it away (a new one is created) or restore a backup"),
-    ("readonly", "it cannot be written; grant write permission to the file and its folder, or use another store"),
-    ("unable to open", "it cannot be opened; grant write permission to the file and its folder, or use another store"),
-    ("disk is full", "the disk is full; free some space, or use another store"),
-    ("disk i/o error", "the disk fails to read or write it; check the disk, or use another store"),
-    ("out-of-date", "an older MLflow created it; copy it, then run `mlflow db upgrade <uri>`, or use another store"),
-    ("can't locate revision", "a newer MLflow created it; install that version of MLflow, or use another store"),
-)
-
-
-class StoreError(UserError):
-    """The tracking store cannot be used; the message names the store, the cause and what to do."""
+_SERVER_LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "15"}
+"""For requests to a server: MLflow's own limits (7 and 120 s) let an unreachable one hold up a run for minutes."""
 
 
 def default_tracking_uri() -> str:
@@ -57,24 +34,10 @@ def absolute_uri(uri: str) -> str:
     >>> absolute_uri("http://localhost:5000")
     'http://localhost:5000'
     """
-    match, path = _SQLITE_URI.match(uri), sqlite_path(uri)
+    match, path = SQLITE_URI.match(uri), sqlite_path(uri)
     if match is None or path is None:
         return uri
     return f"{match['head']}{path}{match['query'] or ''}"
-
-
-def sqlite_path(uri: str) -> Path | None:
-    """Return the absolute path of a sqlite store's file, or None for any other kind of store.
-
-    >>> sqlite_path("sqlite:////data/mlflow.db")
-    PosixPath('/data/mlflow.db')
-    >>> sqlite_path("http://localhost:5000") is None
-    True
-    """
-    match = _SQLITE_URI.match(uri)
-    if match is None or match["path"] in ("", ":memory:"):
-        return None
-    return Path(match["path"]).absolute()
 
 
 def ensure_store(uri: str, *, timeout: float = 10.0) -> None:
@@ -89,15 +52,17 @@ def ensure_store(uri: str, *, timeout: float = 10.0) -> None:
         timeout: seconds to wait for a database that another program has locked.
 
     Raises:
-        StoreError: if the database is locked, damaged, not writable, or a file store (which MLflow 3 refuses).
+        StoreError: if the database is locked, damaged, not writable, or of another program; or if the URI is a file
+            store (which MLflow 3 refuses) or none that MLflow knows.
     """
     path = sqlite_path(uri)
     if path is None:
         _refuse_file_store(uri)
         return
     with translate_errors(uri), store_lock(uri), quiet_mlflow():
-        _probe(path, timeout)
-        _upgrade(uri, path)
+        probe(path, timeout)
+        refuse_foreign(path)
+        upgrade(uri, path)
         open_client(uri)
 
 
@@ -140,30 +105,6 @@ def store_lock(uri: str, *, timeout: float = 120.0) -> Iterator[None]:
 
 
 @contextmanager
-def translate_errors(uri: str) -> Iterator[None]:
-    """Replace errors of the store that the user can correct by a `StoreError`; other errors are unchanged.
-
-    Args:
-        uri: MLflow tracking URI, named in the message.
-    """
-    try:
-        yield
-    except StoreError:
-        raise
-    except Exception as error:
-        text = str(error)
-        if isinstance(error, sqlite3.Error) or type(error).__module__.startswith(("sqlalchemy", "mlflow", "alembic")):
-            for word, advice in _CAUSES:
-                if word in text.lower():
-                    raise StoreError(_message(uri, text, advice)) from error
-            if "connection" in text.lower() or "max retries" in text.lower():
-                raise StoreError(
-                    _message(uri, text, "the server does not respond; start it or correct the URI")
-                ) from error
-        raise
-
-
-@contextmanager
 def quiet_mlflow() -> Iterator[None]:
     """Suppress MLflow's and alembic's messages about tables and migrations; warnings still appear."""
     loggers = [logging.getLogger(name) for name in ("mlflow", "mlflow.store.db.utils", "alembic")]
@@ -182,18 +123,31 @@ def open_client(uri: str) -> Any:
 
     Args:
         uri: MLflow tracking URI.
+
+    Raises:
+        StoreError: if MLflow does not know this kind of store, or lacks a package for it.
     """
+    for name, value in _SERVER_LIMITS.items():
+        os.environ.setdefault(name, value)
     with quiet_mlflow():
         from mlflow import MlflowClient
+        from mlflow.tracking.registry import UnsupportedModelRegistryStoreURIException
 
-        return MlflowClient(uri)
-
-
-def _message(uri: str, text: str, advice: str) -> str:
-    path = sqlite_path(uri)
-    what = f"database {path}" if path is not None else uri
-    first_line = text.strip().splitlines()[0]
-    return f"tracking store: {what}: {first_line}: {advice} (MLFLOW_TRACKING_URI or logger.tracking_uri)"
+        try:
+            client = MlflowClient(uri)
+        except ModuleNotFoundError as error:
+            raise StoreError(
+                f"tracking store: {uri!r} needs the package {error.name}; install it, or use another store "
+                f"{OTHER_STORE}"
+            ) from None
+        except UnsupportedModelRegistryStoreURIException:
+            raise StoreError(
+                f"tracking store: {uri!r} is of no kind that MLflow knows; expected a database such as "
+                f"sqlite:////absolute/path/mlflow.db or a server's http(s) address {OTHER_STORE}"
+            ) from None
+    with suppress(OSError):
+        note_file(uri)
+    return client
 
 
 def _refuse_file_store(uri: str) -> None:
@@ -204,43 +158,4 @@ def _refuse_file_store(uri: str) -> None:
             f"tracking store: {uri!r} is a folder, which MLflow 3 does not support; expected a database such as "
             f"sqlite:////absolute/path/mlflow.db or a server's http(s) address; "
             f"change MLFLOW_TRACKING_URI or logger.tracking_uri (or set MLFLOW_ALLOW_FILE_STORE=true)"
-        )
-
-
-def _probe(path: Path, timeout: float) -> None:
-    """Read and write the file in one transaction; raises sqlite's error if that fails."""
-    if path.is_dir():
-        raise StoreError(f"tracking store: {path} is a folder; expected a database file")
-    with closing(sqlite3.connect(path, timeout=timeout, isolation_level=None)) as connection:
-        connection.execute("BEGIN IMMEDIATE")
-        connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        if path.stat().st_size <= _FULL_CHECK_BYTES:
-            (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-            if verdict != "ok":
-                raise sqlite3.DatabaseError(f"database disk image is malformed: {verdict.strip().splitlines()[-1]}")
-        connection.execute("ROLLBACK")
-
-
-def _upgrade(uri: str, path: Path) -> None:
-    """Upgrade an older schema after copying the file; MLflow itself would do some upgrades without a copy."""
-    from mlflow.store.db import utils
-
-    latest = getattr(utils, "_get_latest_schema_revision", lambda: None)()
-    with closing(sqlite3.connect(path)) as connection:
-        made = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'alembic_version'").fetchone()
-        row = connection.execute("SELECT version_num FROM alembic_version").fetchone() if made else None
-    if row is None or latest in (None, row[0]):
-        return
-    backup = path.with_name(f"{path.name}.before-upgrade-{time.strftime('%Y%m%d-%H%M%S')}")
-    with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(backup)) as target:
-        source.backup(target)
-    done = subprocess.run(
-        [sys.executable, "-m", "mlflow", "db", "upgrade", uri], capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0:
-        last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
-        raise StoreError(
-            f"tracking store: database {path} is of another version of MLflow and could not be upgraded: {last}: "
-            f"install that version, run `mlflow db upgrade {uri}` yourself, or use another store "
-            f"(MLFLOW_TRACKING_URI or logger.tracking_uri); a copy from before the upgrade is {backup}"
         )

@@ -13,11 +13,19 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
+from stabletrain.runtime.records.json_lines import append_lines
 from stabletrain.tracking.naming import safe_key
+from stabletrain.tracking.store_errors import StoreError, first_line
 
 log = logging.getLogger(__name__)
 
 BATCH = 1000  # MLflow's limit for one log_batch
+
+_SLOW = 2.0
+"""An attempt that fails after so many seconds has waited for the store itself, and is not repeated at once."""
+
+_LONGEST_PAUSE = 30.0
+"""Maximum time in seconds without an attempt while the store fails."""
 
 
 class Point(NamedTuple):
@@ -45,7 +53,9 @@ class MetricWriter:
     """Queues metrics within microseconds and writes them from a thread, in order, in batches of up to 1000.
 
     A failing store raises nothing in the caller: a batch is sent again after each of ``delays``, then appended to
-    ``unsent``, and one warning is logged. Until the store works again, later batches are sent once each.
+    ``unsent``, and one warning is logged. Until the store works again, later batches are sent once each, and not at all
+    for as long as the last attempt took, so that a store which lets its callers wait is waited for half of the time at
+    most. That it works again is logged too; of stores that fail again and again, the 1st, 2nd, 4th, 8th ... time.
 
     NaN and infinities are written as NaN (MLflow would store an infinity as 1.8e308, which ruins every plot), and a
     metric ``nonfinite/<name>`` counts them.
@@ -80,8 +90,9 @@ class MetricWriter:
         self._flush_now = threading.Event()
         self._giving_up = threading.Event()
         self._in_flight: Sequence[Point] = ()
+        self._failures = self._losses = self._lost = 0
         self._failing = False
-        self._warned = False
+        self._not_before = 0.0
         self._file_lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="stabletrain-metrics", daemon=True)
         self._thread.start()
@@ -94,6 +105,11 @@ class MetricWriter:
             step: the step that they belong to.
         """
         self._queue.put(_Entry(metrics, time.time_ns() // 1_000_000, step))
+
+    @property
+    def failing(self) -> bool:
+        """Whether the last batch was not accepted."""
+        return self._failing
 
     def flush(self, timeout: float = 60.0) -> bool:
         """Wait until all metrics queued so far are in the store (or in the file); return False after the timeout.
@@ -170,38 +186,61 @@ class MetricWriter:
             points.append(Point(safe_key(f"nonfinite/{key}"), float(count), entry.timestamp, entry.step))
 
     def _deliver(self, points: Sequence[Point]) -> None:
+        if self._failing and time.monotonic() < self._not_before:
+            self._write_unsent(points)
+            return
         waits: list[float | None] = [None] if self._failing else [*self._delays, None]
         for wait in waits:
+            started = time.monotonic()
             try:
                 self._send(points)
             except Exception as error:
-                if wait is not None and not self._giving_up.wait(wait):
+                took = time.monotonic() - started
+                if wait is not None and took < _SLOW and not self._giving_up.wait(wait):
                     continue
-                self._failing = True
+                self._not_before = time.monotonic() + min(took, _LONGEST_PAUSE)
                 if not self._giving_up.is_set():
                     self._write_unsent(points, error)
             else:
-                self._failing = False
+                if self._failing:
+                    self._failing = False
+                    if _is_power_of_two(self._failures):
+                        log.warning("MLflow accepts metrics again; those in %s are sent at the end", self.unsent)
             return
 
-    def _write_unsent(self, points: Sequence[Point], error: Exception) -> None:
+    def _write_unsent(self, points: Sequence[Point], error: Exception | None = None) -> None:
+        """Write points to the file; ``error`` is why, None: it was said before."""
         if not points:
             return
+        began = not self._failing
+        self._failing = True
+        self._failures += began
         lines = [json.dumps({"run_id": self._run_id, **point._asdict()}) + "\n" for point in points]
         try:
             with self._file_lock:
                 self.unsent.parent.mkdir(parents=True, exist_ok=True)
-                with self.unsent.open("a", encoding="utf-8") as file:
-                    file.writelines(lines)
+                append_lines(self.unsent, "".join(lines))
         except OSError as second:
-            log.error("%d metrics of run %s are lost: MLflow: %s; file: %s", len(points), self._run_id, error, second)
+            self._lost += len(points)
+            self._losses += 1
+            if _is_power_of_two(self._losses):
+                why = "fails" if error is None else first_line(error)
+                log.error("%d metrics of run %s are lost: MLflow: %s; file: %s", self._lost, self._run_id, why, second)
             return
-        if not self._warned:
-            self._warned = True
+        if began and _is_power_of_two(self._failures):
             log.warning(
-                "MLflow does not accept metrics (%s: %s). Training continues; the metrics are in %s. "
-                "Send them later with stabletrain.tracking.upload_unsent(uri, path).",
-                type(error).__name__,
-                (str(error).strip().splitlines() or [""])[0],
+                "MLflow does not accept metrics (%s). Training continues; the metrics wait in %s and are sent at the "
+                "end of the run, or later with stabletrain.tracking.upload_unsent(uri, path).",
+                _describe(error),
                 self.unsent,
             )
+
+
+def _describe(error: Exception | None) -> str:
+    if error is None:
+        return "it failed before"
+    return first_line(error) if isinstance(error, StoreError) else f"{type(error).__name__}: {first_line(error)}"
+
+
+def _is_power_of_two(count: int) -> bool:
+    return count & (count - 1) == 0

@@ -3,9 +3,12 @@ import json
 import logging
 import math
 import pickle
+import sqlite3
 import subprocess
 import sys
+import time
 from argparse import Namespace
+from contextlib import closing
 
 import fits
 import pytest
@@ -15,7 +18,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from stabletrain.tracking import MLflowLogger, StoreError
+from stabletrain.tracking import MLflowLogger, StoreError, runs
 from stabletrain.tracking.runs import create_run
 
 
@@ -148,6 +151,7 @@ def test_a_failing_store_does_not_end_training(uri, client, tmp_path, caplog, mo
     lines = [json.loads(line) for line in (tmp_path / "metrics-unsent.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["key"] == "loss"] == list(range(5))
     assert len([record for record in caplog.records if "does not accept metrics" in record.getMessage()]) == 1
+    assert "does not accept the metrics in" in caplog.text
 
 
 def test_failing_tags_and_status_do_not_end_training(uri, tmp_path, caplog, monkeypatch):
@@ -164,8 +168,8 @@ def test_failing_tags_and_status_do_not_end_training(uri, tmp_path, caplog, monk
     logger.log_artifact(tmp_path / "file.txt")
     with pytest.raises(RuntimeError, match="boom"):
         fit(logger, tmp_path, Raise(RuntimeError("boom")))
-    for what in ("artifact file.txt", "parameters", "final status"):
-        assert f"does not accept the {what}" in caplog.text
+    assert "does not accept the artifact file.txt, parameters, metrics in" in caplog.text
+    assert "final status of run" in caplog.text
 
 
 def test_unusable_store_is_said_before_training(tmp_path):
@@ -286,3 +290,82 @@ def test_importing_is_light():
     code = "import sys, stabletrain.tracking; print([n for n in ('torch', 'lightning', 'mlflow') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+class Break(Callback):
+    """Take the store away after a batch, and give it back after another one."""
+
+    def __init__(self, at, action, back=None, repair=None):
+        self.at, self.action, self.back, self.repair = at, action, back, repair
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if batch_idx in (self.at, self.back):
+            trainer.logger.flush()
+            (self.action if batch_idx == self.at else self.repair)()
+        elif batch_idx % 5 == 0:
+            trainer.logger.flush()
+
+
+@pytest.fixture
+def breaks(uri, tmp_path):
+    """Ways to take a store away: name -> (break, repair)."""
+    path = tmp_path / "mlflow.db"
+    with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
+        yield {
+            "deleted": (lambda: path.rename(tmp_path / "gone"), lambda: (tmp_path / "gone").rename(path)),
+            "emptied": (
+                lambda: (path.rename(tmp_path / "gone"), path.touch()),
+                lambda: (tmp_path / "gone").rename(path),
+            ),
+            "locked": (lambda: other.execute("BEGIN IMMEDIATE"), lambda: other.execute("ROLLBACK")),
+        }
+
+
+@pytest.mark.parametrize("recovers", [False, True])
+@pytest.mark.parametrize("way", ["deleted", "emptied", "locked"])
+def test_a_store_that_is_taken_away_during_training(uri, client, tmp_path, caplog, capfd, breaks, way, recovers):
+    """Bug: 34 tracebacks on the terminal; metrics written to a deleted file are lost without a word."""
+    broken, repair = breaks[way]
+    saves = ModelCheckpoint(tmp_path / "checkpoints", every_n_train_steps=3, save_top_k=-1)
+    logger = MLflowLogger(uri, save_dir=tmp_path)
+    started = time.monotonic()
+    fit(logger, tmp_path, Break(10, broken, 20 if recovers else None, repair), saves, steps=30)
+    assert time.monotonic() - started < 30
+    ours = [record.getMessage() for record in caplog.records if record.name.startswith("stabletrain.tracking")]
+    assert "Traceback" not in caplog.text + capfd.readouterr().err
+    unsent = tmp_path / "metrics-unsent.jsonl"
+    assert "metrics-unsent.jsonl" in ours[0]
+    if recovers:
+        assert all("accepts metrics again" in line for line in ours[1:2])
+        assert len(ours) <= 2
+        assert client.get_run(logger.version).info.status == "FINISHED"
+    else:
+        assert ["final status" in line for line in ours] == [False, True]
+        repair()
+        assert runs.upload_unsent(uri, unsent, run_id=logger.version) > 10
+        assert client.get_run(logger.version).info.status == "RUNNING"
+    assert not unsent.exists()
+    assert sorted(point.step for point in client.get_metric_history(logger.version, "loss")) == list(range(30))
+
+
+def test_a_full_store_is_one_line(uri, tmp_path, caplog, capfd, monkeypatch):
+    """Bug: every batch of metrics is a traceback of MLflow's on the terminal."""
+    from sqlalchemy.exc import OperationalError
+    from sqlalchemy.orm import Session
+
+    logger = MLflowLogger(uri, save_dir=tmp_path)
+    logger.log_metrics({"a": 0.0}, 0)
+    assert logger.flush()
+
+    def full(*_, **__):
+        raise OperationalError("insert", {}, sqlite3.OperationalError("database or disk is full"))
+
+    monkeypatch.setattr(Session, "execute", full)
+    for step in range(1, 6):
+        logger.log_metrics({"a": 0.0}, step)
+        assert logger.flush()
+    assert len(caplog.records) == 1
+    assert "disk is full" in caplog.text
+    assert "Traceback" not in caplog.text + capfd.readouterr().err
+    monkeypatch.undo()
+    logger.finalize("success")

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from stabletrain.tracking import StoreError, set_final_status, start_run, upload_unsent
+from stabletrain.tracking.runs import create_run
 
 CONFIG = {
     "recipe": "char_gpt",
@@ -164,3 +165,30 @@ def test_upload_unsent(uri, client, tmp_path):
     assert not path.exists()
     history = client.get_metric_history(run_id, "a")
     assert sorted(point.step for point in history) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"run_id": "ID", "ke',
+        b"\0" * 100,
+        b'{"run_id": "ID", "key": "\xff", "value": 1.0, "timestamp": 1, "step": 1}',
+        b"[]",
+        b'{"run_id": "ID"}',
+        b'{"run_id": "ID", "key": "a@b", "value": 1.0, "timestamp": 1, "step": 1}',
+        b'{"run_id": "ID", "key": 5, "value": 1.0, "timestamp": 1, "step": 1}',
+        b'{"run_id": "ID", "key": "a", "value": "x", "timestamp": 1, "step": 1}',
+        b'{"run_id": "ID", "key": "a", "value": 1.0, "timestamp": 1, "step": 1e3}',
+        b'{"run_id": "ID", "key": "a", "value": 1.0, "timestamp": 1, "step": 99999999999999999999999}',
+        b'{"run_id": "other", "key": "a", "value": 1.0, "timestamp": 1, "step": 1}',
+        b'{"run_id": ["ID"], "key": "a", "value": 1.0, "timestamp": 1, "step": 1}',
+    ],
+)
+def test_a_damaged_line_costs_no_other_metric(uri, client, tmp_path, line, caplog):
+    """Bug: one damaged line keeps all metrics of the file out of the store, or is a traceback."""
+    run_id = create_run(uri, "demo")
+    path = tmp_path / "metrics-unsent.jsonl"
+    good = [json.dumps({"run_id": run_id, "key": "a", "value": 1.0, "timestamp": 1, "step": step}) for step in (1, 2)]
+    path.write_bytes(b"\n".join([good[0].encode(), line.replace(b"ID", run_id.encode()), good[1].encode()]))
+    assert upload_unsent(uri, path, run_id=run_id) == 2
+    assert "line 2" in caplog.text

@@ -1,15 +1,17 @@
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
-from contextlib import closing
+import time
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import pytest
 
 from stabletrain.errors import UserError
 from stabletrain.tracking import StoreError, default_tracking_uri, ensure_store
-from stabletrain.tracking.store import translate_errors
+from stabletrain.tracking.store_errors import translate_errors
 
 
 def test_default_is_an_absolute_path(tmp_path, monkeypatch):
@@ -173,3 +175,130 @@ def test_other_errors_keep_their_type():
     """Bug: a bug of ours is dressed up as a mistake of the user."""
     with pytest.raises(KeyError), translate_errors("sqlite:////x.db"):
         raise KeyError("locked")
+
+
+def foreign_table(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE notes (text)")
+        connection.commit()
+
+
+def foreign_schema(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as connection:
+        for name in ("experiments", "runs", "metrics", "params", "tags"):
+            connection.execute(f"CREATE TABLE {name} (own)")
+        connection.execute("CREATE TABLE alembic_version (version_num)")
+        connection.execute("INSERT INTO alembic_version VALUES ('abc')")
+        connection.commit()
+
+
+def foreign_alembic(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE alembic_version (version_num)")
+        connection.execute("INSERT INTO alembic_version VALUES ('v3.0.0.d')")
+        connection.execute("CREATE TABLE studies (study_id)")
+        connection.commit()
+
+
+def foreign_view(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE VIEW runs AS SELECT 1")
+        connection.commit()
+
+
+def text_file(path: Path) -> None:
+    path.write_text("these are my notes, and they are longer than the header of a database " * 3)
+
+
+@pytest.mark.parametrize("make", [foreign_table, foreign_schema, foreign_alembic, foreign_view, text_file])
+def test_the_file_of_another_program_is_refused_and_unchanged(tmp_path, make):
+    """Bug: MLflow adds its tables to the user's own database, or fails in the middle with a traceback."""
+    path = tmp_path / "own.db"
+    make(path)
+    before = path.read_bytes()
+    with pytest.raises(StoreError, match=r"own\.db.*logger\.tracking_uri") as caught:
+        ensure_store(f"sqlite:///{path}")
+    assert "\n" not in str(caught.value)
+    assert path.read_bytes() == before
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["own.db", "own.db.lock"]
+
+
+def test_a_named_pipe_is_refused(tmp_path):
+    """Bug: sqlite waits for ever for somebody who writes into the pipe."""
+    os.mkfifo(tmp_path / "mlflow.db")
+    with pytest.raises(StoreError, match="no regular file"):
+        ensure_store(f"sqlite:///{tmp_path}/mlflow.db")
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"), [("banana://x", "no kind that MLflow knows"), ("postgresql://a/b", "needs the package psycopg")]
+)
+def test_a_uri_that_mlflow_cannot_open(uri, message):
+    """Bug: a typing mistake in the URI, or a missing driver, is a traceback."""
+    from stabletrain.tracking.store import open_client
+
+    with pytest.raises(StoreError, match=message):
+        open_client(uri)
+
+
+def deleted(path: Path) -> None:
+    path.unlink()
+
+
+def replaced(path: Path) -> None:
+    path.rename(path.with_name("old.db"))
+    shutil.copy(path.with_name("old.db"), path)
+
+
+def folder_removed(path: Path) -> None:
+    path.parent.rename(path.parent.with_name("moved"))
+
+
+@pytest.mark.parametrize("change", [deleted, replaced, folder_removed])
+def test_a_store_that_is_taken_away_is_noticed(template, tmp_path, change):
+    """Bug: sqlite writes to the deleted file without an error, and everything is lost."""
+    from stabletrain.tracking.sqlite_file import check_file
+    from stabletrain.tracking.store import open_client
+
+    path = tmp_path / "folder" / "mlflow.db"
+    path.parent.mkdir()
+    shutil.copy(template, path)
+    uri = f"sqlite:///{path}"
+    open_client(uri)
+    check_file(uri)
+    change(path)
+    with pytest.raises(StoreError, match=r"gone|another file"):
+        check_file(uri)
+    assert not path.exists() or change is replaced, "the check makes no file"
+
+
+def test_a_locked_store_is_noticed_quickly(uri, tmp_path):
+    """Bug: MLflow waits 20 seconds for a lock, in the training loop."""
+    from stabletrain.tracking.sqlite_file import check_file
+
+    with closing(sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        started = time.monotonic()
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            check_file(uri, timeout=0.1)
+        assert time.monotonic() - started < 2
+
+
+def test_mlflows_tracebacks_are_dropped_for_our_calls_only(uri, client, tmp_path, caplog, monkeypatch):
+    """Bug: each failing write is a traceback of 100 lines on the terminal; or other threads lose theirs."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import OperationalError
+    from sqlalchemy.orm import Session
+
+    from stabletrain.tracking.store_errors import no_tracebacks
+
+    def full(*_, **__):
+        raise OperationalError("insert", {}, sqlite3.OperationalError("database or disk is full"))
+
+    run = client.create_run("0").info.run_id
+    monkeypatch.setattr(Session, "execute", full)
+    for context in (no_tracebacks, nullcontext):
+        caplog.clear()
+        with context(), pytest.raises(MlflowException, match="disk is full"):
+            client.log_metric(run, "a", 1.0)
+        assert ("Traceback" in caplog.text) == (context is nullcontext)

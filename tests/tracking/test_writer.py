@@ -2,6 +2,7 @@ import json
 import logging
 import math
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -88,8 +89,9 @@ def test_a_long_failure_keeps_every_metric_and_warns_once(store, tmp_path, caplo
     assert writer.close()
     assert [line["step"] for line in kept(tmp_path)] == [0, 1, 2, 3, 4]
     assert [point.step for point in store.points] == [5, 6, 7, 8, 9], "a store that comes back is used again"
-    assert len(caplog.records) == 1
-    assert "unsent.jsonl" in caplog.records[0].getMessage()
+    failed, recovered = caplog.records
+    assert "unsent.jsonl" in failed.getMessage()
+    assert "again" in recovered.getMessage()
     assert kept(tmp_path)[0]["run_id"] == "run1"
 
 
@@ -139,3 +141,45 @@ def test_colliding_names_stay_apart(store, tmp_path):
     writer.put({"x@y": 1.0, "x#y": 2.0, "x_y": 3.0}, 0)
     assert writer.close()
     assert len({point.key for point in store.points}) == 3
+
+
+def test_a_store_that_fails_now_and_then_is_said_at_a_falling_rate(store, tmp_path, caplog):
+    """Bug: two lines on the terminal every second, for days."""
+    writer = writer_for(store, tmp_path)
+    for step in range(100):
+        store.failures = 3
+        writer.put({"a": 1.0}, step)
+        assert writer.flush()
+        writer.put({"a": 1.0}, step)
+        assert writer.flush()
+    assert writer.close()
+    assert len(kept(tmp_path)) == 100
+    assert len(caplog.records) == 2 * 7, "of the failures 1, 2, 4 ... 64"
+
+
+def test_a_store_that_lets_its_callers_wait_is_not_asked_for_every_batch(tmp_path, monkeypatch):
+    """Bug: with a locked database each batch waits 20 seconds, and the end of the run waits for all of them."""
+    monkeypatch.setattr("stabletrain.tracking.writer._SLOW", 0.05)
+    attempts = []
+
+    def slow(points):
+        attempts.append(points)
+        time.sleep(0.1)
+        raise OSError("database is locked")
+
+    writer = writer_for(slow, tmp_path)
+    for step in range(10 * BATCH):
+        writer.put({"a": 1.0}, step)
+    assert writer.close()
+    assert len(attempts) <= 2
+    assert [line["step"] for line in kept(tmp_path)] == list(range(10 * BATCH))
+
+
+def test_a_line_that_a_kill_cut_is_not_glued_to_the_next(store, tmp_path):
+    """Bug: the first metric after a restart is lost with the line that was cut."""
+    (tmp_path / "unsent.jsonl").write_text('{"run_id": "run1", "ke')
+    store.failures = 3
+    writer = writer_for(store, tmp_path)
+    writer.put({"a": 1.0}, 7)
+    assert writer.close()
+    assert json.loads((tmp_path / "unsent.jsonl").read_text().splitlines()[1])["step"] == 7

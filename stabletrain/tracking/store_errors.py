@@ -1,0 +1,111 @@
+"""What can be wrong with a tracking store, as one message for the user instead of MLflow's traceback."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from stabletrain.errors import UserError
+
+SQLITE_URI = re.compile(r"^(?P<head>sqlite(?:\+\w+)?:///)(?P<path>[^?]*)(?P<query>\?.*)?$")
+
+OTHER_STORE = "(MLFLOW_TRACKING_URI or logger.tracking_uri)"
+"""The keys that name the store, for messages."""
+
+_CAUSES = (
+    ("locked", "another program has locked it; end that program (or wait for it), or use another store"),
+    ("not a database", "its content is damaged; move it away (a new one is created) or restore a backup"),
+    ("malformed", "its content is damaged; move it away (a new one is created) or restore a backup"),
+    ("readonly", "it cannot be written; grant write permission to the file and its folder, or use another store"),
+    ("unable to open", "it cannot be opened; grant write permission to the file and its folder, or use another store"),
+    ("disk is full", "the disk is full; free some space, or use another store"),
+    ("disk i/o error", "the disk fails to read or write it; check the disk, or use another store"),
+    ("out-of-date", "an older MLflow created it; copy it, then run `mlflow db upgrade <uri>`, or use another store"),
+    ("no such table", "a table of MLflow is missing; restore a backup, or use another store"),
+    ("can't locate revision", "a newer MLflow created it; install that version of MLflow, or use another store"),
+)
+
+
+class StoreError(UserError):
+    """The tracking store cannot be used; the message names the store, the cause and what to do."""
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """Return the absolute path of a sqlite store's file, or None for any other kind of store.
+
+    >>> sqlite_path("sqlite:////data/mlflow.db")
+    PosixPath('/data/mlflow.db')
+    >>> sqlite_path("http://localhost:5000") is None
+    True
+    """
+    match = SQLITE_URI.match(uri)
+    if match is None or match["path"] in ("", ":memory:"):
+        return None
+    return Path(match["path"]).absolute()
+
+
+@contextmanager
+def translate_errors(uri: str) -> Iterator[None]:
+    """Replace errors of the store that the user can correct by a `StoreError`; other errors are unchanged.
+
+    Args:
+        uri: MLflow tracking URI, named in the message.
+    """
+    try:
+        with no_tracebacks():
+            yield
+    except StoreError:
+        raise
+    except Exception as error:
+        text = str(error)
+        if isinstance(error, sqlite3.Error) or type(error).__module__.startswith(("sqlalchemy", "mlflow", "alembic")):
+            for word, advice in _CAUSES:
+                if word in text.lower():
+                    raise StoreError(_message(uri, text, advice)) from error
+            if any(word in text.lower() for word in ("connection", "max retries", "timed out")):
+                raise StoreError(
+                    _message(uri, text, "the server does not respond; start it or correct the URI")
+                ) from error
+        raise
+
+
+@contextmanager
+def no_tracebacks() -> Iterator[None]:
+    """Drop the tracebacks that MLflow logs in this thread: it raises the same errors, which are reported once."""
+    database = logging.getLogger("mlflow.store.db.utils")
+    if _without_traceback not in database.filters:
+        database.addFilter(_without_traceback)
+    before = getattr(_quiet, "depth", 0)
+    _quiet.depth = before + 1
+    try:
+        yield
+    finally:
+        _quiet.depth = before
+
+
+_quiet = threading.local()
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    return record.exc_info is None or getattr(_quiet, "depth", 0) == 0
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text; its class if it has none.
+
+    Args:
+        error: any.
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _message(uri: str, text: str, advice: str) -> str:
+    path = sqlite_path(uri)
+    what = f"database {path}" if path is not None else uri
+    return f"tracking store: {what}: {text.strip().splitlines()[0]}: {advice} {OTHER_STORE}"
