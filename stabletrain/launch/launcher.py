@@ -27,7 +27,7 @@ from stabletrain.launch.process import local_command, start_process, wait_for, w
 from stabletrain.launch.result import Result
 from stabletrain.launch.run_folder import choose_run_folder, make_run_folder, remove_unused, write_run_yaml
 from stabletrain.launch.slurm import submit
-from stabletrain.launch.start_up import StartInterrupted, StartUp, checked, end
+from stabletrain.launch.start_up import AFTER_TRAINING, BEFORE_TRAINING, StartInterrupted, StartUp, checked, end
 from stabletrain.runtime.records.run_files import RUN_YAML
 
 
@@ -244,7 +244,7 @@ def _run_job(job: Job, sweep: _Sweep, start_up: StartUp, report: Reporter) -> Fi
         return FinishedJob(recipe=recipe, overrides=composed.overrides, config=config, result=None, slurm_job=number)
     with Workers([config], then="train") as workers:
         start_up.check()
-        start_up.doing = "ending; training has not begun"
+        start_up.doing = BEFORE_TRAINING
         process = start_process(worker_command(config["launch"], *workers.arguments), environment)
         try:
             uri = mlflow_run.open_store(config)
@@ -262,7 +262,7 @@ def _run_job(job: Job, sweep: _Sweep, start_up: StartUp, report: Reporter) -> Fi
                 ended = wait_for(process, begin)
         finally:
             end(workers, process)
-    start_up.doing = "ending when the run's files are in the tracking store"
+    start_up.doing = AFTER_TRAINING
     result = final_result(config, ended)
     warning = mlflow_run.finish_run(config, result)
     return FinishedJob(recipe=recipe, overrides=composed.overrides, config=config, result=result, warning=warning)

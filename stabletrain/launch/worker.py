@@ -85,7 +85,7 @@ def main(argv: Sequence[str]) -> int:
         result = run.train()
     except Exception as error:
         result = run.result_of(error)
-    if launcher is not None and launcher.is_gone:
+    if launcher is not None and launcher.is_gone and result.end == "terminated":
         result = replace(result, message=f"{result.message}; {LAUNCHER_IS_GONE}")
     code = run.report(result, time.monotonic() - started)
     if launcher is not None and launcher.is_gone and run.is_rank_0:

@@ -235,7 +235,7 @@ def _upgrade(uri: str, path: Path) -> None:
     with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(backup)) as target:
         source.backup(target)
     done = subprocess.run(
-        [sys.executable, "-m", "mlflow", "db", "upgrade", uri], capture_output=True, text=True, check=False
+        [sys.executable, "-P", "-m", "mlflow", "db", "upgrade", uri], capture_output=True, text=True, check=False
     )
     if done.returncode != 0:
         last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
