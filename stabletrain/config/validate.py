@@ -20,7 +20,7 @@ from stabletrain.config.build import build_callback
 from stabletrain.config.discovery import BUILT
 from stabletrain.config.problems import Problem, suggestion
 from stabletrain.config.resume import checkpoint_of
-from stabletrain.config.trainer_values import check_trainer_values
+from stabletrain.config.run_values import check_run_values
 from stabletrain.config.trust import resolve
 from stabletrain.config.types import mismatch
 from stabletrain.errors import UserError
@@ -88,7 +88,7 @@ def check_keys(composed: Composed) -> list[Problem]:
         _launch(config),
         _run_dir(config),
         _resume(config),
-        check_trainer_values(config),
+        check_run_values(config),
     ):
         found += [problem for problem in problems if problem.key not in reported]
     return found

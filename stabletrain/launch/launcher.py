@@ -224,6 +224,7 @@ def _problems_in(jobs: Sequence[Job], request: LaunchRequest, *, build: bool) ->
     environment = worker_environment({"threads": 1}, request.trust)
     configs = [job.composed.config for job in jobs]
     with StartUp() as start_up, Workers(configs, then="end", build=build) as workers:
+        start_up.doing = "ending"
         process = start_process(local_command(*workers.arguments), environment)
         try:
             return checked(workers, process, 1, start_up)

@@ -1,7 +1,8 @@
-"""Values of Trainer arguments that Lightning accepts, and that make a run fail later or mean nothing."""
+"""Values of Trainer and optimizer arguments that are accepted where they are given, and make a run fail later."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeGuard
 
@@ -18,15 +19,23 @@ _AT_LEAST = {
 }
 
 
-def check_trainer_values(config: Mapping[str, Any]) -> Iterator[Problem]:
+def check_run_values(config: Mapping[str, Any]) -> Iterator[Problem]:
     """Yield the mistakes; a value of the wrong type is left to the check of the signature.
 
     Args:
         config: a composed config.
     """
-    given = config.get("trainer")
-    if not isinstance(given, Mapping):
-        return
+    trainer, optimizer = config.get("trainer"), config.get("optimizer")
+    if isinstance(trainer, Mapping):
+        yield from _trainer(trainer)
+    if isinstance(optimizer, Mapping):
+        for argument, value in optimizer.items():
+            numbers = value if isinstance(value, list) else [value]
+            if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+                yield Problem(f"optimizer.{argument}", f"expected finite numbers, got {value}")
+
+
+def _trainer(given: Mapping[str, Any]) -> Iterator[Problem]:
     for argument, least in _AT_LEAST.items():
         value = given.get(argument)
         if _is_number(value) and not least <= value < float("inf"):  # NaN is no number of anything
