@@ -91,7 +91,8 @@ def test_mistakes_in_several_parts_are_found_together() -> None:
     [
         "", "optimizer.fused=true", "optimizer=sgd", "precision=bf16_mixed", "precision=fp16_mixed_cpu", "strategy=ddp",
         "launch.processes=2", "launch=torchrun", "plugins/checkpoints=save",
-        "trainer.limit_train_batches=1.0", "trainer.val_check_interval=0.5", "schedule=cosine", "chaos=nan_grad chaos.at_step=1",
+        "trainer.limit_train_batches=1.0", "trainer.val_check_interval=0.5", "schedule=cosine",
+        "chaos=nan_grad chaos.at_step=1",
         "launch=slurm trainer.accelerator=gpu launch.processes=8 launch.nodes=4 strategy.strategy=fsdp",
     ],
 )  # fmt: skip
