@@ -45,6 +45,8 @@ _TOP_LEVEL: dict[str, Any] = {
     "precision": dict | None,
     "strategy": dict | None,
 }
+RUN_YAML_KEYS = ("trust", "choices")
+"""Keys of run.yaml that no config has."""
 _LAUNCH_KEYS: dict[str, Any] = {
     "kind": Literal["local", "torchrun", "slurm"],
     "processes": int,
@@ -81,17 +83,19 @@ def check_keys(composed: Composed) -> list[Problem]:
     Args:
         composed: returned by `stabletrain.config.compose.compose`.
     """
-    config, found = composed.config, list(composed.problems)
-    reported = {problem.key for problem in found}
-    for problems in (
-        _own_keys(config),
-        _launch(config),
-        _run_dir(config),
-        _resume(config),
-        check_run_values(config),
-    ):
-        found += [problem for problem in problems if problem.key not in reported]
-    return found
+    reported = {problem.key for problem in composed.problems}
+    found = [*check_content(composed.config), *_run_dir(composed.config)]
+    return [*composed.problems, *(problem for problem in found if problem.key not in reported)]
+
+
+def check_content(config: Mapping[str, Any]) -> list[Problem]:
+    """Return the mistakes in the keys and values of a config, or of a run.yaml.
+
+    Args:
+        config: its content; in run.yaml there are also the keys ``trust`` and ``choices``.
+    """
+    own = {key: value for key, value in config.items() if key not in RUN_YAML_KEYS}
+    return [*_own_keys(own), *_launch(own), *_resume(own), *check_run_values(own)]
 
 
 def check_signatures(config: Mapping[str, Any], trust: Iterable[str] = ()) -> list[Problem]:

@@ -22,6 +22,8 @@ from typing import Any, Literal
 
 import yaml
 
+from stabletrain.errors import UserError
+
 OPTION = "--launcher"
 """The worker's option, followed by the folder."""
 
@@ -58,16 +60,20 @@ class Workers:
     def __init__(
         self, configs: Sequence[Mapping[str, Any]], *, then: Literal["train", "end"], build: bool = True
     ) -> None:
-        folder = tempfile.mkdtemp(prefix="stabletrain-")  # readable by this user only
-        if len(os.fsencode(folder)) + len(_SOCKET) + 1 > _LONGEST_SOCKET_PATH:
-            os.rmdir(folder)
-            folder = tempfile.mkdtemp(prefix="stabletrain-", dir="/tmp")
-        self.folder = Path(folder)
         order = {"then": then, "build": build, "configs": [dict(config) for config in configs]}
-        (self.folder / _ORDER).write_text(yaml.safe_dump(order, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(str(self.folder / _SOCKET))
-        self._listener.listen(64)
+        try:
+            self.folder = _private_folder()
+            (self.folder / _ORDER).write_text(
+                yaml.safe_dump(order, sort_keys=False, allow_unicode=True), encoding="utf-8"
+            )
+            self._listener = socket.socket(socket.AF_UNIX)
+            self._listener.bind(str(self.folder / _SOCKET))
+            self._listener.listen(64)
+        except OSError as error:
+            raise UserError(
+                f"cannot make a temporary folder with a socket ({error.strerror or error}); set TMPDIR to a folder "
+                "with write permission and free space, such as /tmp"
+            ) from None
         self._connected: list[socket.socket] = []
 
     def __enter__(self) -> Workers:
@@ -193,6 +199,15 @@ class Launcher:
         self.is_gone = True
         if self._when_gone is not None:
             self._when_gone()
+
+
+def _private_folder() -> Path:
+    """Make a folder that only this user can read, with a path that is short enough for a socket."""
+    folder = tempfile.mkdtemp(prefix="stabletrain-")
+    if len(os.fsencode(folder)) + len(_SOCKET) + 1 > _LONGEST_SOCKET_PATH:
+        os.rmdir(folder)
+        folder = tempfile.mkdtemp(prefix="stabletrain-", dir="/tmp")
+    return Path(folder)
 
 
 def _receive(connection: socket.socket) -> bytes:

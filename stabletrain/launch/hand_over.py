@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from stabletrain.config.problems import ConfigError, Problem
 from stabletrain.config.trust import instantiate
+from stabletrain.config.validate import check_content
 from stabletrain.launch.connection import Launcher, Report
 from stabletrain.launch.mlflow_run import is_tracked
 from stabletrain.runtime.records.run_files import WORKER_LOG
@@ -133,6 +134,10 @@ def check_and_assemble(config: Mapping[str, Any], watch: SignalWatch) -> Assembl
     Raises:
         ConfigError: with every mistake in the config.
     """
+    missing = [key for key in ("seed", "launch", "trainer", "model", "data") if config.get(key) is None]
+    problems = [Problem(key, "run.yaml does not have this key") for key in missing] or check_content(config)
+    if problems:
+        raise ConfigError(problems)
     from stabletrain.launch.checks import check_and_build
 
     built, problems = check_and_build(config, watch)
