@@ -8,7 +8,6 @@ Trainer.
 from __future__ import annotations
 
 import inspect
-import os
 import typing
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,7 +19,6 @@ from stabletrain.config.build import build_callback
 from stabletrain.config.discovery import BUILT
 from stabletrain.config.problems import Problem, suggestion
 from stabletrain.config.resume import checkpoint_of
-from stabletrain.config.run_values import check_run_values
 from stabletrain.config.trust import resolve
 from stabletrain.config.types import mismatch
 from stabletrain.errors import UserError
@@ -95,7 +93,7 @@ def check_content(config: Mapping[str, Any]) -> list[Problem]:
         config: its content; in run.yaml there are also the keys ``trust`` and ``choices``.
     """
     own = {key: value for key, value in config.items() if key not in RUN_YAML_KEYS}
-    return [*_own_keys(own), *_launch(own), *_resume(own), *check_run_values(own)]
+    return [*_own_keys(own), *_launch(own), *_resume(own)]
 
 
 def check_signatures(config: Mapping[str, Any], trust: Iterable[str] = ()) -> list[Problem]:
@@ -326,21 +324,13 @@ def _launch(config: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def _run_dir(config: Mapping[str, Any]) -> Iterator[Problem]:
-    """Yield what is wrong with the folder of the run, without making it."""
+    """Yield a problem if the run's folder contains a run."""
     wanted = config.get("run_dir")
     if not isinstance(wanted, str):
         return
     path = Path(wanted).expanduser().absolute()
     if (path / RUN_YAML).exists():
         yield Problem("run_dir", f"{path} already contains a run; choose another folder, or delete it")
-        return
-    existing = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        yield Problem(
-            "run_dir",
-            f"cannot write to {path} ({existing} is {'read-only' if existing.is_dir() else 'no folder'}); choose a "
-            "folder with write permission, run_dir=FOLDER",
-        )
 
 
 def _resume(config: Mapping[str, Any]) -> Iterator[Problem]:
