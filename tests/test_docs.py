@@ -167,8 +167,8 @@ def test_names_and_links_of_the_architecture_page_exist() -> None:
     text = ARCHITECTURE.read_text(encoding="utf-8")
     for link in re.findall(r"\]\(([^)]+)\)", text):
         assert (ARCHITECTURE.parent / link).resolve().exists(), link
-    (step,) = blocks(ARCHITECTURE, "text")
-    names = set(CODE.findall(FENCE.sub("", text))) | set(IN_BLOCK.findall(step.text))
+    diagrams = "\n".join(block.text for block in blocks(ARCHITECTURE, "text"))
+    names = set(CODE.findall(FENCE.sub("", text))) | set(IN_BLOCK.findall(diagrams))
     assert len(names) > 40
     files = {"events.jsonl"}
     known = defined_names()

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -53,16 +50,19 @@ Multirun = Annotated[
 @app.command()
 def train(words: Words = None, multirun: Multirun = False, trust: Trust = None) -> None:
     """Run a recipe: stabletrain train char_gpt optimizer.lr=3e-3 plugins/clip=none."""
+    from stabletrain.cli.starting import starting
     from stabletrain.cli.summary import PrintingReporter, exit_code, summarize
-    from stabletrain.launch.launcher import check_jobs, prepare, run
 
-    request = _request(words, multirun, trust)
-    jobs = prepare(request)
-    if all(job.composed.config["dry_run"] for job in jobs):
-        check_jobs(jobs, request)
-        _print_valid(jobs)
-        return
-    finished = run(request, jobs, PrintingReporter())
+    with starting():
+        from stabletrain.launch.launcher import check_jobs, prepare, run
+
+        request = _request(words, multirun, trust)
+        jobs = prepare(request)
+        if all(job.composed.config["dry_run"] for job in jobs):
+            check_jobs(jobs, request)
+            _print_valid(jobs)
+            return
+        finished = run(request, jobs, PrintingReporter())
     print(summarize(finished), flush=True)
     raise typer.Exit(exit_code(finished))
 
@@ -70,12 +70,15 @@ def train(words: Words = None, multirun: Multirun = False, trust: Trust = None) 
 @app.command()
 def validate(words: Words = None, multirun: Multirun = False, trust: Trust = None) -> None:
     """Compose a recipe, and build all that it names. Prints all mistakes at once; reads no data, trains nothing."""
-    from stabletrain.launch.launcher import check_jobs, prepare
+    from stabletrain.cli.starting import starting
 
-    request = _request(words, multirun, trust)
-    jobs = prepare(request)
-    check_jobs(jobs, request)
-    _print_valid(jobs)
+    with starting():
+        from stabletrain.launch.launcher import check_jobs, prepare
+
+        request = _request(words, multirun, trust)
+        jobs = prepare(request)
+        check_jobs(jobs, request)
+        _print_valid(jobs)
 
 
 @app.command("ls")
@@ -144,9 +147,7 @@ def new_plugin(
 
 
 def main() -> None:
-    """Run the command line; a `UserError` becomes one message and exit code 2, Ctrl-C 130, SIGTERM 143."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, _end)
+    """Run the command line; a `UserError` becomes one message and exit code 2."""
     try:
         app(standalone_mode=True)
     except UserError as error:
@@ -154,20 +155,6 @@ def main() -> None:
 
         print_error(error)
         sys.exit(2)
-    except Exception as error:
-        from stabletrain.launch.start_up import StartFailed, StartInterrupted
-
-        if isinstance(error, StartInterrupted):
-            sys.exit(error.result.exit_code)
-        if isinstance(error, StartFailed):
-            print(error, file=sys.stderr)
-            sys.exit(1)
-        raise
-
-
-def _end(signum: int, frame: FrameType | None) -> None:
-    os.write(2, f"\n{signal.Signals(signum).name}: ended\n".encode())
-    raise SystemExit(128 + signum)
 
 
 def _request(words: list[str] | None, multirun: bool, trust: list[str] | None) -> LaunchRequest:

@@ -8,7 +8,6 @@ Lightning's Trainer.
 from __future__ import annotations
 
 import inspect
-import os
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -21,7 +20,6 @@ from stabletrain.config.kinds import TRAINER_PARTS
 from stabletrain.config.outputs import check_outputs
 from stabletrain.config.problems import Problem, suggestion
 from stabletrain.config.resume import resume_problem
-from stabletrain.config.trainer_values import check_trainer_values
 from stabletrain.config.types import mismatch
 from stabletrain.errors import UserError
 from stabletrain.runtime.records.run_files import RUN_YAML
@@ -43,6 +41,8 @@ _TOP_LEVEL: dict[str, Any] = {
     "precision": dict | None,
     "strategy": dict | None,
 }
+RUN_YAML_KEYS = ("trust", "typed", "choices")
+"""Keys of run.yaml that no config has."""
 _LAUNCH_KEYS: dict[str, Any] = {
     "kind": Literal["local", "torchrun", "slurm"],
     "processes": int,
@@ -79,19 +79,20 @@ def check_keys(composed: Composed) -> list[Problem]:
     Args:
         composed: returned by `stabletrain.config.compose.compose`.
     """
-    config, found = composed.config, list(composed.problems)
-    reported = {problem.key for problem in found}
-    for problems in (
-        _own_keys(config),
-        _launch(config),
-        _run_dir(config),
-        _resume(config),
-        check_trainer_values(config),
-        _unresolved(config),
-        check_outputs(config, composed.overrides),
-    ):
-        found += [problem for problem in problems if problem.key not in reported]
-    return found
+    reported = {problem.key for problem in composed.problems}
+    config = composed.config
+    found = [*check_content(config), *_run_dir(config), *check_outputs(config, composed.overrides)]
+    return [*composed.problems, *(problem for problem in found if problem.key not in reported)]
+
+
+def check_content(config: Mapping[str, Any]) -> list[Problem]:
+    """Return the mistakes in the keys and values of a config, or of a run.yaml.
+
+    Args:
+        config: its content; in run.yaml there are also the keys ``trust``, ``typed`` and ``choices``.
+    """
+    own = {key: value for key, value in config.items() if key not in RUN_YAML_KEYS}
+    return [*_own_keys(own), *_launch(own), *_resume(own), *_unresolved(own)]
 
 
 def check_signatures(config: Mapping[str, Any], trust: Iterable[str] = ()) -> list[Problem]:
@@ -325,21 +326,13 @@ def _launch(config: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def _run_dir(config: Mapping[str, Any]) -> Iterator[Problem]:
-    """Yield what is wrong with the folder of the run, without making it."""
+    """Yield a problem if the run's folder contains a run."""
     wanted = config.get("run_dir")
     if not isinstance(wanted, str):
         return
     path = Path(wanted).expanduser().absolute()
     if (path / RUN_YAML).exists():
         yield Problem("run_dir", f"{path} already contains a run; choose another folder, or delete it")
-        return
-    existing = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        yield Problem(
-            "run_dir",
-            f"cannot write to {path} ({existing} is {'read-only' if existing.is_dir() else 'no folder'}); choose a "
-            "folder with write permission, run_dir=FOLDER",
-        )
 
 
 def _resume(config: Mapping[str, Any]) -> Iterator[Problem]:

@@ -239,7 +239,8 @@ def _is_bug(error: Exception) -> bool:
     if isinstance(error, _ABOUT_VALUES):
         return False
     packages = [name for name in os.environ.get(TRUST_ENV, "").split(",") if name]
-    return any(frame.f_globals.get("__name__", "").split(".")[0] in packages for frame in _frames(error))
+    modules = [str(frame.f_globals.get("__name__")) for frame in _frames(error)]
+    return any(module == name or module.startswith(f"{name}.") for module in modules for name in packages)
 
 
 def _frames(error: BaseException) -> Iterator[FrameType]:

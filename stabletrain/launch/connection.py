@@ -22,6 +22,8 @@ from typing import Any, Literal
 
 import yaml
 
+from stabletrain.errors import UserError
+
 OPTION = "--launcher"
 """The worker's option, followed by the folder."""
 
@@ -58,16 +60,20 @@ class Workers:
     def __init__(
         self, configs: Sequence[Mapping[str, Any]], *, then: Literal["train", "end"], build: bool = True
     ) -> None:
-        folder = tempfile.mkdtemp(prefix="stabletrain-")  # readable by this user only
-        if len(os.fsencode(folder)) + len(_SOCKET) + 1 > _LONGEST_SOCKET_PATH:
-            os.rmdir(folder)
-            folder = tempfile.mkdtemp(prefix="stabletrain-", dir="/tmp")
-        self.folder = Path(folder)
         order = {"then": then, "build": build, "configs": [dict(config) for config in configs]}
-        (self.folder / _ORDER).write_text(yaml.safe_dump(order, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(str(self.folder / _SOCKET))
-        self._listener.listen(64)
+        try:
+            self.folder = _private_folder()
+            (self.folder / _ORDER).write_text(
+                yaml.safe_dump(order, sort_keys=False, allow_unicode=True), encoding="utf-8"
+            )
+            self._listener = socket.socket(socket.AF_UNIX)
+            self._listener.bind(str(self.folder / _SOCKET))
+            self._listener.listen(64)
+        except OSError as error:
+            raise UserError(
+                f"cannot make a temporary folder with a socket ({error.strerror or error}); set TMPDIR to a folder "
+                "with write permission and free space, such as /tmp"
+            ) from None
         self._connected: list[socket.socket] = []
 
     def __enter__(self) -> Workers:
@@ -93,8 +99,10 @@ class Workers:
         with selectors.DefaultSelector() as selector:
             selector.register(self._listener, selectors.EVENT_READ)
             while len(reports) < count and not any(each.problems or each.failure for each in reports):
-                waiting()
-                for key, _ in selector.select(timeout=0.1):
+                ready = selector.select(timeout=0.1)
+                if not ready:  # a worker may have ended after its report, which is then read first
+                    waiting()
+                for key, _ in ready:
                     if key.fileobj is self._listener:
                         worker, _ = self._listener.accept()
                         self._connected.append(worker)
@@ -154,7 +162,8 @@ class Launcher:
         self._folder = folder
         self._run_yaml: Path | None = None
         self._told = threading.Event()
-        self._when_gone: Callable[[], None] | None = None
+        self.when_gone: Callable[[], None] | None = None
+        """Called by another thread if the launcher ends while this process trains; set it before `report`."""
         threading.Thread(target=self._listen, name="launcher", daemon=True).start()
 
     def report(self, report: Report) -> None:
@@ -168,13 +177,8 @@ class Launcher:
         except OSError:  # the launcher is gone; the listening thread ends this process
             time.sleep(60)
 
-    def wait(self, when_gone: Callable[[], None]) -> Path:
-        """Wait until the launcher says to train, and return the path of run.yaml.
-
-        Args:
-            when_gone: called by another thread if the launcher ends from now on.
-        """
-        self._when_gone = when_gone
+    def wait(self) -> Path:
+        """Wait until the launcher says to train, and return the path of run.yaml."""
         while not self._told.wait(timeout=0.5):  # with a timeout, so that Python calls its signal handlers
             pass
         assert self._run_yaml is not None
@@ -191,8 +195,17 @@ class Launcher:
             shutil.rmtree(self._folder, ignore_errors=True)
             os._exit(0)  # nothing has been opened or written; torchrun would report any other code
         self.is_gone = True
-        if self._when_gone is not None:
-            self._when_gone()
+        if self.when_gone is not None:
+            self.when_gone()
+
+
+def _private_folder() -> Path:
+    """Make a folder that only this user can read, with a path that is short enough for a socket."""
+    folder = tempfile.mkdtemp(prefix="stabletrain-")
+    if len(os.fsencode(folder)) + len(_SOCKET) + 1 > _LONGEST_SOCKET_PATH:
+        os.rmdir(folder)
+        folder = tempfile.mkdtemp(prefix="stabletrain-", dir="/tmp")
+    return Path(folder)
 
 
 def _receive(connection: socket.socket) -> bytes:

@@ -8,10 +8,12 @@ import signal
 import threading
 import traceback
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stabletrain.config.problems import ConfigError, Problem
+from stabletrain.config.validate import check_content
 from stabletrain.launch.connection import Launcher, Report
 from stabletrain.launch.mlflow_run import is_tracked
 from stabletrain.runtime.records.run_files import WORKER_LOG
@@ -68,19 +70,11 @@ def check_for_launcher(launcher: Launcher, watch: SignalWatch) -> Assembled | No
     except Exception as error:
         failure = "".join(traceback.format_exception(error)).rstrip()
     if built is not None:
-        remember_signals(watch)
+        launcher.when_gone = partial(_end_or_go_on, launcher.configs[0])
+        watch.patient = True  # until training begins, a signal is remembered
+        watch.install()
     launcher.report(Report(rank=rank, problems=[(each.key, each.text) for each in problems], failure=failure))
     return built
-
-
-def remember_signals(watch: SignalWatch) -> None:
-    """Remember a signal until training begins, and do not end for it.
-
-    Args:
-        watch: the handler of signals of the run.
-    """
-    watch.patient = True
-    watch.install()
 
 
 def wait_for_launcher(launcher: Launcher, watch: SignalWatch) -> Path:
@@ -92,23 +86,22 @@ def wait_for_launcher(launcher: Launcher, watch: SignalWatch) -> Path:
         launcher: the connection.
         watch: the handler of signals of the run.
     """
-    launch = launcher.configs[0]["launch"]
-    log = Path(launcher.configs[0]["run_dir"]) / WORKER_LOG
-    main_thread = threading.main_thread().ident
-    assert main_thread is not None
-
-    def when_gone() -> None:
-        _print_to(log)  # the terminal may be gone, too
-        logger = logging.getLogger("stabletrain")
-        if launch.get("detach"):
-            logger.warning("%s: going on (launch.detach=true)", LAUNCHER_IS_GONE)
-        else:
-            logger.warning("%s: stopping after this batch, with a checkpoint", LAUNCHER_IS_GONE)
-            signal.pthread_kill(main_thread, signal.SIGTERM)
-
-    run_yaml = launcher.wait(when_gone)
+    run_yaml = launcher.wait()
     watch.patient = False
     return run_yaml
+
+
+def _end_or_go_on(config: Mapping[str, Any]) -> None:
+    """Called by another thread when the launcher is gone."""
+    _print_to(Path(config["run_dir"]) / WORKER_LOG)  # the terminal may be gone, too
+    logger = logging.getLogger("stabletrain")
+    if config["launch"].get("detach"):
+        logger.warning("%s: going on (launch.detach=true)", LAUNCHER_IS_GONE)
+        return
+    logger.warning("%s: stopping after this batch, with a checkpoint", LAUNCHER_IS_GONE)
+    main_thread = threading.main_thread().ident
+    assert main_thread is not None
+    signal.pthread_kill(main_thread, signal.SIGTERM)
 
 
 def _print_to(log: Path) -> None:
@@ -132,6 +125,10 @@ def check_and_assemble(config: Mapping[str, Any], watch: SignalWatch) -> Assembl
     Raises:
         ConfigError: with every mistake in the config.
     """
+    missing = [key for key in ("seed", "launch", "trainer", "model", "data") if config.get(key) is None]
+    problems = [Problem(key, "run.yaml does not have this key") for key in missing] or check_content(config)
+    if problems:
+        raise ConfigError(problems)
     from stabletrain.launch.checks import check_and_build
 
     built, problems = check_and_build(config, watch)

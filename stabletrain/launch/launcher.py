@@ -10,7 +10,7 @@ whole command line, and under a sweep every rank would compose other hyper-param
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from stabletrain.launch.rank_ends import SPARE_ENV, remove_ends, spare_folder
 from stabletrain.launch.result import Result, read_result
 from stabletrain.launch.run_folder import choose_run_folder, make_run_folder, remove_unused, write_run_yaml
 from stabletrain.launch.slurm import submit
-from stabletrain.launch.start_up import StartInterrupted, StartUp, checked, end
+from stabletrain.launch.start_up import AFTER_TRAINING, BEFORE_TRAINING, StartInterrupted, StartUp, checked, end
 from stabletrain.runtime.records.run_files import RUN_YAML
 
 
@@ -164,7 +164,8 @@ def run(request: LaunchRequest, jobs: Sequence[Job], report: Reporter) -> list[F
                 if start_up.signum or (done.result is not None and done.result.end in ("interrupted", "terminated")):
                     break
         except BaseException as error:
-            sweep.finish([*_results(finished), _result_of(error)])
+            with suppress(Exception):  # the error that is on its way matters more
+                sweep.finish([*_results(finished), _result_of(error)])
             raise
     sweep.finish(_results(finished))
     return finished
@@ -226,6 +227,7 @@ def _problems_in(jobs: Sequence[Job], request: LaunchRequest, *, build: bool) ->
     environment = worker_environment({"threads": 1}, request.trust)
     configs = [job.composed.config for job in jobs]
     with StartUp() as start_up, Workers(configs, then="end", build=build) as workers:
+        start_up.doing = "ending"
         process = start_process(local_command(*workers.arguments), environment)
         try:
             return checked(workers, process, 1, start_up)
@@ -248,7 +250,7 @@ def _run_job(job: Job, sweep: _Sweep, start_up: StartUp, report: Reporter) -> Fi
         if spare is not None:
             environment[SPARE_ENV] = str(spare)
         start_up.check()
-        start_up.doing = "ending; training has not begun"
+        start_up.doing = BEFORE_TRAINING
         process = start_process(worker_command(config["launch"], *workers.arguments), environment)
         try:
             uri = mlflow_run.open_store(config)
@@ -267,7 +269,7 @@ def _run_job(job: Job, sweep: _Sweep, start_up: StartUp, report: Reporter) -> Fi
                 ended = wait_for(process, begin)
         finally:
             end(workers, process)
-        start_up.doing = "ending when the run's files are in the tracking store"
+        start_up.doing = AFTER_TRAINING
         try:
             result = final_result(config, ended, spare)
         except BaseException as error:

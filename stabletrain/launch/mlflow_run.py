@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from stabletrain.errors import UserError
-from stabletrain.launch.result import MLFLOW_STATUS, End, Result, read_result
+from stabletrain.launch.result import MLFLOW_STATUS, Result, read_result
 from stabletrain.runtime.records.run_files import RESULT, UNSENT_METRICS, artifacts
 
 MLFLOW_LOGGER = "stabletrain.tracking.MLflowLogger"
@@ -107,54 +104,6 @@ def finish_sweep(uri: str, run_id: str, results: Sequence[Result]) -> None:
         if status in statuses or status == "FINISHED":
             set_final_status(uri, run_id, status, force=True)
             return
-
-
-def end_of(error: BaseException) -> End:
-    """Return how a run ends that an error of the launcher ends.
-
-    Args:
-        error: ``SystemExit`` is a SIGTERM, see `sigterm_raises`.
-    """
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
-    return "failed" if isinstance(error, Exception) else "terminated"
-
-
-@contextmanager
-def sweep_settled(uri: str, run_id: str) -> Iterator[None]:
-    """Set the final status of a sweep's parent run, if an error ends the sweep.
-
-    Args:
-        uri: tracking URI of the store.
-        run_id: the parent run.
-    """
-    try:
-        yield
-    except BaseException as error:
-        with suppress(Exception):  # the error that is on its way matters more
-            finish_sweep(uri, run_id, [Result(end=end_of(error))])
-        raise
-
-
-@contextmanager
-def sigterm_raises() -> Iterator[None]:
-    """Let SIGTERM raise ``SystemExit`` with exit code 143, so that runs in the store get their final status.
-
-    A handler that somebody else has installed stays.
-    """
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if not in_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, _exit)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _exit(signum: int, _: object) -> NoReturn:
-    raise SystemExit(128 + signum)
 
 
 def _status_in(folder: Path) -> Literal["FINISHED", "FAILED", "KILLED"] | None:

@@ -54,7 +54,7 @@ class Result:
             without writing a result).
         message: one line for the user.
         steps: applied optimizer steps.
-        seconds: duration of the worker.
+        seconds: duration of the worker since the run was opened.
         metrics: the last value of every logged metric.
         checkpoint: path of the checkpoint to resume from; None if there is none.
         threads: CPU threads that torch used.

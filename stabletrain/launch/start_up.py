@@ -18,6 +18,9 @@ from stabletrain.launch.connection import Workers
 from stabletrain.launch.process import kill
 from stabletrain.launch.result import Result
 
+BEFORE_TRAINING = "training has not begun; ending when the tracking store is in order; a second signal ends at once"
+AFTER_TRAINING = "the run has ended; its files are still sent to the tracking store; a second signal ends at once"
+
 _PATIENCE = 5.0
 """Seconds that a process gets to end after its connection was closed."""
 
@@ -51,7 +54,7 @@ class StartUp:
 
     def __init__(self) -> None:
         self.signum: int | None = None
-        self.doing = "ending; training has not begun"
+        self.doing = BEFORE_TRAINING
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StartUp:
