@@ -1,7 +1,7 @@
 """Every process of a run writes how it ended before it leaves; the launcher reads that and finds the first cause.
 
-The files are in the folder of the run, in ``ends/``. If it is full, read-only or removed, they are in a second one that the
-launcher makes in memory for the time of the run and names in the environment.
+The files are in ``ends/`` of the run's folder. If that is full, read-only or removed, they are in a second folder that
+the launcher makes in memory for the time of the run and names in the environment.
 """
 
 from __future__ import annotations

@@ -149,12 +149,17 @@ def one_message(text: str, limit: int = MAX_MESSAGE) -> str:
     >>> one_message("0123456789" * 4, limit=24)
     '01234567 [...] 123456789'
     """
-    if len(text) > limit:
-        mark = " [...] "
-        left = (limit - len(mark)) // 2
-        text = text[:left] + mark + text[-(limit - len(mark) - left) :]
+    text = _cut(text, limit)  # escaping megabytes would take long
     shown = "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else f"\\x{ord(c):02x}" for c in text)
-    return shown.encode("utf-8", "backslashreplace").decode("utf-8")
+    return _cut(shown.encode("utf-8", "backslashreplace").decode("utf-8"), limit)
+
+
+def _cut(text: str, limit: int) -> str:
+    if len(text) <= limit:
+        return text
+    mark = " [...] "
+    left = (limit - len(mark)) // 2
+    return text[:left] + mark + text[-(limit - len(mark) - left) :]
 
 
 def write_json(path: Path, content: object) -> None:
