@@ -151,7 +151,7 @@ def _lost(trainer: Trainer, first_step: int, folder: Path) -> str:
     names = [path.resolve().name for path in newest_files(folder)] + ([Path(last).name] if last else [])
     steps = [int(found[1]) for name in names if (found := _STEP.search(name))]
     lost = trainer.global_step - max([first_step, *(step for step in steps if step <= trainer.global_step)])
-    return f"without a checkpoint; {lost} steps since the last checkpoint are lost"
+    return f"without a checkpoint; steps lost since the last checkpoint: {lost}"
 
 
 def find_saver(callbacks: Iterable[Checkpoint]) -> SavesOnRequest | None:

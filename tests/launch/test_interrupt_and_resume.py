@@ -152,7 +152,7 @@ def test_the_second_signal_says_how_many_steps_are_lost(tmp_path: Path, watch: S
 
     saver = ModelCheckpoint(tmp_path / "checkpoints", filename="{step}", every_n_train_steps=4, save_top_k=-1)
     trainer = quiet_trainer(saver, PressTwice(), SaveAndStop(watch, tmp_path / "checkpoints"), max_epochs=1)
-    lost = "ended by SIGINT without a checkpoint; 1 steps since the last checkpoint are lost"
+    lost = "ended by SIGINT without a checkpoint; steps lost since the last checkpoint: 1"
     with pytest.raises(Interrupted, match=lost):
         trainer.fit(ToyModule(), data())
 

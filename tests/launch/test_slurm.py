@@ -10,6 +10,7 @@ import yaml
 
 from stabletrain.config.problems import ConfigError
 from stabletrain.errors import UserError
+from stabletrain.launch.result import Result
 from stabletrain.launch.slurm import batch_script, submit
 
 
@@ -46,6 +47,7 @@ def test_the_job_is_submitted_and_sets_its_final_status(
     # no launcher waits for a batch job: its script has to set the status, whatever happened to the worker
     program(tmp_path / "bin", "sbatch", 'echo "4711;cluster"')
     program(tmp_path / "bin", "srun", "exit 137")
+    Result(end="terminated").write(Path(slurm_config["run_dir"]))  # of an attempt before the job was requeued
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     run_yaml = Path(slurm_config["run_dir"]) / "run.yaml"
     run_yaml.write_text(yaml.safe_dump(slurm_config))

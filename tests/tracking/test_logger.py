@@ -3,6 +3,7 @@ import json
 import logging
 import math
 import pickle
+import signal
 import subprocess
 import sys
 from argparse import Namespace
@@ -15,6 +16,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from stabletrain.runtime.signal_watch import Interrupted, Terminated
 from stabletrain.tracking import MLflowLogger, StoreError
 from stabletrain.tracking.runs import create_run
 
@@ -76,6 +78,9 @@ def test_a_plain_script(uri, client, tmp_path):
         (RuntimeError("boom"), RuntimeError, "FAILED"),
         (KeyboardInterrupt(), SystemExit, "KILLED"),
         (SIGTERMException(), SIGTERMException, "KILLED"),
+        (Interrupted(signal.SIGINT), Interrupted, "KILLED"),
+        (Terminated(143), SystemExit, "KILLED"),
+        (SystemExit(0), SystemExit, "FAILED"),
     ],
 )
 def test_status_after_an_exception(uri, client, tmp_path, error, left, status):
