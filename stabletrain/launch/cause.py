@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stabletrain.errors import UserError
-from stabletrain.launch.result import End, Result, one_message
+from stabletrain.launch.bounded import one_message
+from stabletrain.launch.result import End, Result
 from stabletrain.runtime.signal_watch import Interrupted, Terminated
 from stabletrain.runtime.stop import TrainingStopped
 

@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from stabletrain.launch.result import Result, is_count, one_message, parse_result, read_json, write_json
+from stabletrain.launch.bounded import is_count, one_message, read_json, write_json
+from stabletrain.launch.result import Result, parse_result
 from stabletrain.runtime.records.run_files import ENDS, RESULT
 
 SPARE_ENV = "STABLETRAIN_ENDS"

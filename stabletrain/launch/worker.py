@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from stabletrain.errors import UserError
+from stabletrain.launch.logs import log_to
 from stabletrain.launch.process import AGREED_ENDS_EXIT_0
 from stabletrain.launch.result import Result
-from stabletrain.launch.worker_end import WorkerEnd, log_to
+from stabletrain.launch.worker_end import WorkerEnd
 from stabletrain.runtime.records.run_files import WORKER_LOG
 from stabletrain.runtime.signal_watch import SignalWatch
 

@@ -8,17 +8,16 @@ import os
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stabletrain.config.resume import checkpoint_of_run
+from stabletrain.launch.bounded import one_message
 from stabletrain.launch.cause import Cause, cause_of, traceback_text
 from stabletrain.launch.rank_ends import SPARE_ENV, RankEnd, read_ends, remove_own_end, this_rank, write_end
-from stabletrain.launch.result import Result, one_message
-from stabletrain.launch.streams import LogFile, tolerate_broken_output
+from stabletrain.launch.result import Result
 from stabletrain.runtime.records.run_files import ENDS, RESULT
 from stabletrain.runtime.signal_watch import SignalWatch
 
@@ -190,39 +189,6 @@ def newest_checkpoint(folder: Path) -> str | None:
 
     found = newest(folder) or checkpoint_of_run(folder)
     return str(found) if found else None
-
-
-def log_to(path: Path) -> None:
-    """Log records and warnings to a file, and those of stabletrain to the terminal as bare messages, too.
-
-    A file that cannot be opened is one line; the run goes on without it. Output to a closed terminal is dropped.
-
-    Args:
-        path: the log file.
-    """
-    tolerate_broken_output()
-    terminal = logging.StreamHandler(sys.stderr)
-    terminal.setFormatter(logging.Formatter("%(message)s"))
-    logging.getLogger("stabletrain").addHandler(terminal)
-    logging.getLogger("stabletrain").setLevel(logging.INFO)
-    try:
-        file: logging.Handler = LogFile(path)
-    except OSError as error:
-        logger.warning("%s cannot be written (%s); the run goes on without it", path, error.strerror or error)
-        file = logging.NullHandler()
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    for name in ("", "lightning", "lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).addHandler(file)
-        logging.getLogger(name).addFilter(_is_no_advertisement)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
-    # a deprecated call of torch's pytree inside Lightning, which users cannot change
-    warnings.filterwarnings(
-        "ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning
-    )
-
-
-def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    return "Tip: For seamless" not in record.getMessage()
 
 
 @contextlib.contextmanager

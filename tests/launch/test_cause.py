@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from stabletrain.errors import UserError
+from stabletrain.launch.bounded import MAX_MESSAGE
 from stabletrain.launch.cause import MAX_TRACEBACK, cause_of, traceback_text
-from stabletrain.launch.result import MAX_MESSAGE
 from stabletrain.runtime.signal_watch import Interrupted, Terminated
 from stabletrain.runtime.stop import TrainingStopped
 

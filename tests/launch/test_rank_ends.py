@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from stabletrain.launch import rank_ends
+from stabletrain.launch.bounded import MAX_MESSAGE
 from stabletrain.launch.final_status import final_result
 from stabletrain.launch.process import ProcessEnd
 from stabletrain.launch.rank_ends import (
@@ -24,7 +25,7 @@ from stabletrain.launch.rank_ends import (
     write_end,
     write_exit_codes,
 )
-from stabletrain.launch.result import MAX_MESSAGE, Result, read_result
+from stabletrain.launch.result import Result, read_result
 
 END = RankEnd(rank=1, result=Result(end="failed", message="a bug", steps=3, metrics={"loss": 2.0}), agreed=True)
 

@@ -14,10 +14,11 @@ import torch
 from stabletrain.chaos.disk import NoSpace
 from stabletrain.errors import UserError
 from stabletrain.launch.final_status import final_result
+from stabletrain.launch.logs import LogFile
 from stabletrain.launch.process import ProcessEnd
 from stabletrain.launch.rank_ends import SPARE_ENV, RankEnd, read_ends, write_end
 from stabletrain.launch.result import Result, read_result
-from stabletrain.launch.streams import LogFile, Tolerant
+from stabletrain.launch.streams import Tolerant
 from stabletrain.launch.worker_end import WorkerEnd, numbers_of
 from stabletrain.runtime.signal_watch import Interrupted, SignalWatch
 
