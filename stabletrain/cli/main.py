@@ -52,7 +52,9 @@ def train(words: Words = None, multirun: Multirun = False, trust: Trust = None) 
     """Run a recipe: stabletrain train char_gpt optimizer.lr=3e-3 plugins/clip=none."""
     from stabletrain.cli.starting import starting
     from stabletrain.cli.summary import PrintingReporter, exit_code, summarize
+    from stabletrain.launch.streams import tolerate_broken_output
 
+    tolerate_broken_output()
     with starting():
         from stabletrain.launch.launcher import check_jobs, prepare, run
 

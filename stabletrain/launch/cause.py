@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stabletrain.errors import UserError
-from stabletrain.launch.result import End, Result, one_message
+from stabletrain.launch.bounded import one_message
+from stabletrain.launch.result import End, Result
 from stabletrain.runtime.signal_watch import Interrupted, Terminated
 from stabletrain.runtime.stop import TrainingStopped
 
@@ -73,10 +74,11 @@ def cause_of(error: BaseException, *, started: bool) -> Cause:
         message = f"sys.exit({_code(error)}) was called{_place(error)} before the training was complete"
         return Cause(result=Result(end="failed", message=one_message(message)), show="message")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        where = f" for {error.filename}" if error.filename else _place(error)
+        name = error.filename2 or error.filename  # of a copy, the second is where it should go
+        where = f" for {name}" if name else _place(error).rstrip(",")
         message = f"{error.strerror}{where}; free some space, then resume from the last checkpoint"
         return Cause(result=Result(end="failed", message=one_message(message)), show="message")
-    message = f"{type(error).__name__}: {_text(error)}"
+    message = f"{type(error).__name__}: {_first_and_last_line(_text(error))}"
     lost = any(lost_peer(each) for each in _chain(error))
     return Cause(result=Result(end="failed", message=one_message(message)), show="traceback", lost_peer=lost)
 
@@ -120,6 +122,12 @@ def _text(error: BaseException) -> str:
         return str(error)
     except BaseException:
         return "(its message cannot be shown)"
+
+
+def _first_and_last_line(text: str) -> str:
+    """A message on one line; that of a data loader's exception is a traceback, with the cause in its last line."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " ... ".join(lines if len(lines) < 2 else [lines[0], lines[-1]])
 
 
 def _code(error: SystemExit) -> str:

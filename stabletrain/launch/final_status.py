@@ -67,7 +67,11 @@ def main(argv: Sequence[str]) -> int:
     Args:
         argv: path of run.yaml, and the worker's exit code as a shell sees it.
     """
-    config = yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8"))
+    try:
+        config = yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        print(f"error: {argv[0]} cannot be read, so the run has no final status: {error}", file=sys.stderr)
+        return int(argv[1]) or 1
     result = final_result(config, ProcessEnd(code=int(argv[1])))
     problem = finish_run(config, result)
     if problem:

@@ -10,9 +10,10 @@ import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from stabletrain.launch.bounded import one_message
 from stabletrain.launch.process import ProcessEnd
 from stabletrain.launch.rank_ends import RankEnd
-from stabletrain.launch.result import End, Result, one_message
+from stabletrain.launch.result import End, Result
 
 _BY_SIGNAL = ("interrupted", "terminated")
 

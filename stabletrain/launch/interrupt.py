@@ -59,11 +59,12 @@ class SaveAndStop(StopBetweenBatches):
         self._watch = watch
         self._folder = folder
         self._look_at = 0.0
-        self._is_gone = False
+        self._identity: tuple[int, int] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Become the signal handler again: Lightning installs its own handlers before this hook."""
         first_step = trainer.global_step
+        self._identity = _identity(self._folder.parent)
         self._watch.lost = lambda: _lost(trainer, first_step, self._folder)
         self._watch.install()
         self._watch.patient = True
@@ -75,6 +76,7 @@ class SaveAndStop(StopBetweenBatches):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From now on a signal ends the process at once."""
         self._watch.patient = False
+        self._look_for_folder(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -111,12 +113,12 @@ class SaveAndStop(StopBetweenBatches):
         raise Interrupted(signum if signum is not None else signal.SIGTERM, path, how=how, agreed=True)
 
     def _look_for_folder(self, trainer: Trainer) -> None:
-        if self._is_gone or not trainer.is_global_zero or self._folder.parent.is_dir():
+        if self._identity is None or not trainer.is_global_zero or _identity(self._folder.parent) == self._identity:
             return
-        self._is_gone = True
+        self._identity = None
         logger.warning(
             "the run's folder %s has been deleted during the run: training goes on, but what was in it is lost, and "
-            "whatever cannot make the folder again is not saved",
+            "what would be written to it later may be, too",
             self._folder.parent,
         )
 
@@ -130,6 +132,15 @@ class SaveAndStop(StopBetweenBatches):
         return str(path)
 
 
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """Device and inode of a folder: another one with the same name is not the same; None if there is none."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 _STEP = re.compile(r"step[-=_](\d+)")
 
 
@@ -140,7 +151,7 @@ def _lost(trainer: Trainer, first_step: int, folder: Path) -> str:
     names = [path.resolve().name for path in newest_files(folder)] + ([Path(last).name] if last else [])
     steps = [int(found[1]) for name in names if (found := _STEP.search(name))]
     lost = trainer.global_step - max([first_step, *(step for step in steps if step <= trainer.global_step)])
-    return f"without a checkpoint; {lost} steps since the last checkpoint are lost"
+    return f"without a checkpoint; steps lost since the last checkpoint: {lost}"
 
 
 def find_saver(callbacks: Iterable[Checkpoint]) -> SavesOnRequest | None:

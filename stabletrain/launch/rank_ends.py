@@ -1,7 +1,7 @@
 """Every process of a run writes how it ended before it leaves; the launcher reads that and finds the first cause.
 
-The files are in the folder of the run, in ``ends/``. If it is full, read-only or removed, they are in a second one that the
-launcher makes in memory for the time of the run and names in the environment.
+The files are in ``ends/`` of the run's folder. If that is full, read-only or removed, they are in a second folder that
+the launcher makes in memory for the time of the run and names in the environment.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from stabletrain.launch.result import Result, is_count, one_message, parse_result, read_json, write_json
+from stabletrain.launch.bounded import is_count, one_message, read_json, write_json
+from stabletrain.launch.result import Result, parse_result
 from stabletrain.runtime.records.run_files import ENDS, RESULT
 
 SPARE_ENV = "STABLETRAIN_ENDS"

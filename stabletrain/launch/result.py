@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import stat
-import unicodedata
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeGuard
+from typing import Literal, TypeGuard
 
+from stabletrain.launch.bounded import is_count, one_message, read_json, write_json
 from stabletrain.runtime.records.run_files import RESULT
 
 End = Literal["finished", "failed", "stopped", "refused", "interrupted", "terminated", "killed"]
@@ -36,10 +33,6 @@ MLFLOW_STATUS: dict[End, Literal["FINISHED", "FAILED", "KILLED"]] = {
     "killed": "KILLED",
 }
 
-MAX_MESSAGE = 2_000
-"""Longest message of a result, in characters; a longer one is cut in its middle."""
-
-_MAX_FILE = 4_000_000
 _MAX_METRICS = 10_000
 _MAX_NAME = 4_096
 
@@ -135,73 +128,6 @@ def parse_result(content: object) -> Result:
         checkpoint=None if checkpoint is None else one_message(checkpoint, _MAX_NAME),
         threads=threads,
     )
-
-
-def one_message(text: str, limit: int = MAX_MESSAGE) -> str:
-    """Return a text that any terminal can show: control characters and broken Unicode escaped, cut in the middle.
-
-    Args:
-        text: any text.
-        limit: in characters.
-
-    >>> one_message("a bell \\x07 and half a character \\udc80")
-    'a bell \\\\x07 and half a character \\\\udc80'
-    >>> one_message("0123456789" * 4, limit=24)
-    '01234567 [...] 123456789'
-    """
-    if len(text) > limit:
-        mark = " [...] "
-        left = (limit - len(mark)) // 2
-        text = text[:left] + mark + text[-(limit - len(mark) - left) :]
-    shown = "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else f"\\x{ord(c):02x}" for c in text)
-    return shown.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write a JSON file atomically: it is replaced as a whole, or unchanged if it cannot be written.
-
-    Args:
-        path: of the file; its folder exists.
-        content: that JSON can represent.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        scratch.replace(path)
-    except OSError:
-        scratch.unlink(missing_ok=True)
-        raise
-
-
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file.
-
-    Args:
-        path: of a regular file of at most 4 MB.
-
-    Raises:
-        OSError: if it cannot be read.
-        ValueError: if it is another kind of file (a FIFO would wait for ever), too large, or not JSON.
-    """
-    info = path.stat()
-    if not stat.S_ISREG(info.st_mode) or info.st_size > _MAX_FILE:
-        raise ValueError(f"{path}: expected a regular file of at most {_MAX_FILE} bytes")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ValueError(f"{path}: nested too deeply") from None
-
-
-def is_count(value: object) -> TypeGuard[int]:
-    """Whether a value is a whole number from 0 to 2**63 - 1, and not a bool.
-
-    Args:
-        value: any.
-    """
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from pathlib import Path
 from typing import Any
 
 
@@ -63,38 +62,3 @@ def tolerate_broken_output() -> None:
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, Tolerant):
             setattr(sys, name, Tolerant(stream))
-
-
-class LogFile(logging.FileHandler):
-    """A log file on a disk that may be full: the first record that cannot be written is one line on the terminal.
-
-    Args:
-        path: of the file, to which records are appended.
-
-    Raises:
-        OSError: if the file cannot be opened.
-    """
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, encoding="utf-8", errors="backslashreplace")
-        self._has_failed = False
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        """Say the first time that records are lost; logging's own way is a traceback for each record."""
-        if not self._has_failed and sys.stderr is not None:
-            self._has_failed = True
-            sys.stderr.write(f"{self.baseFilename} cannot be written ({sys.exc_info()[1]}); log records are lost\n")
-
-    def flush(self) -> None:
-        """Flush; a failure is handled like that of a record."""
-        try:
-            super().flush()
-        except OSError:
-            self.handleError(logging.makeLogRecord({}))
-
-    def close(self) -> None:
-        """Close the file; what cannot be written is lost."""
-        try:
-            super().close()
-        except OSError:
-            self.handleError(logging.makeLogRecord({}))

@@ -26,11 +26,11 @@ from stabletrain.launch.hand_over import (
     ignore_signals,
     wait_for_launcher,
 )
+from stabletrain.launch.logs import WorkerLog
 from stabletrain.launch.mlflow_run import finish_run
 from stabletrain.launch.process import AGREED_ENDS_EXIT_0
 from stabletrain.launch.result import Result
 from stabletrain.launch.worker_end import WorkerEnd
-from stabletrain.launch.worker_log import WorkerLog
 from stabletrain.runtime.records.run_files import WORKER_LOG
 from stabletrain.runtime.signal_watch import Interrupted, SignalWatch
 from stabletrain.safe_path import append_current_folder

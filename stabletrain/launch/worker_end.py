@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stabletrain.config.resume import checkpoint_of_run
+from stabletrain.launch.bounded import one_message
 from stabletrain.launch.cause import Cause, cause_of, traceback_text
-from stabletrain.launch.rank_ends import RankEnd, read_ends, remove_own_end, this_rank, write_end
-from stabletrain.launch.result import Result, one_message
+from stabletrain.launch.rank_ends import SPARE_ENV, RankEnd, read_ends, remove_own_end, this_rank, write_end
+from stabletrain.launch.result import Result
 from stabletrain.runtime.records.run_files import ENDS, RESULT
 from stabletrain.runtime.signal_watch import SignalWatch
 
@@ -110,11 +111,10 @@ class WorkerEnd:
                 result.write(self.folder)
         with _noting(problems):
             write_end(self._end(result), self.folder)
-        if problems and self.rank == 0:
-            written = "" if len(problems) > 1 else "; the launcher knows how the run ended"
-            logger.warning("%s cannot be written to %s: %s%s", RESULT, self.folder, problems[0], written)
-            if written == "":
-                logger.warning("the run has ended: %s: %s", result.end, result.message)
+        launcher_knows = bool(os.environ.get(SPARE_ENV)) and len(problems) < 2
+        if problems and not launcher_knows:
+            logger.warning("%s cannot be written to %s: %s", RESULT, self.folder, problems[0])
+            logger.warning("the run has ended after %d steps: %s: %s", result.steps, result.end, result.message)
         if result.end not in ("finished", "interrupted", "terminated") and _is_one_of_several():
             _leave_within(_LEAVE_WITHIN, result.exit_code)
         return result

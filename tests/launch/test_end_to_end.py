@@ -1,11 +1,22 @@
 """Whole runs through the command line: launcher, worker, MLflow, exit codes."""
 
+import fcntl
+import os
+import pty
 import signal
+import subprocess
+import sys
+import termios
 import time
 from pathlib import Path
 
 import pytest
 import yaml
+from processes import LAUNCH, environment
+
+from stabletrain.launch.result import read_result
+
+TINY = str(LAUNCH / "tiny.yaml")
 
 
 def test_a_run_writes_its_folder_and_prints_the_next_commands(cli) -> None:
@@ -149,3 +160,41 @@ def test_dry_run_makes_nothing(cli) -> None:
     assert done.returncode == 0
     assert "the config composes" in done.stdout
     assert list(cli.folder.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_module_that_exits_or_deletes_its_folder(cli) -> None:
+    """Bugs: sys.exit(0) in the user's module is a finished run; a deleted folder is a traceback, or goes unsaid."""
+    left = cli.tiny("model.does=exit", "model.at=2", "run_dir=left", "logger=mlflow")
+    assert left.returncode == 1
+    assert "error: sys.exit(0) was called in " in left.stderr
+    assert cli.runs()[0].info.status == "FAILED"
+    gone = cli.tiny("model.does=remove_folder", "model.at=2", "run_dir=gone")
+    assert gone.returncode == 0, gone.stderr
+    assert "finished after 5 steps" in gone.stdout
+    assert gone.stderr.count("has been deleted during the run") == 1
+    assert "Traceback" not in left.stderr + gone.stderr
+
+
+@pytest.mark.slow
+def test_a_terminal_that_is_closed(cli) -> None:
+    """Bug: SIGHUP, or an error in printing to the closed terminal, ends the run without a checkpoint."""
+    terminal, inner = pty.openpty()
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "stabletrain", "train", TINY, "--trust", "tiny_workload", "run_dir=run"),
+            *("model.pause=0.05", "model.does=tell", "model.at=1", "trainer.max_steps=2000"),
+        ],
+        cwd=cli.folder, env=environment(LAUNCH), stdin=inner, stdout=inner, stderr=inner, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(inner)
+    seen = b""
+    while b"tiny step 1" not in seen:
+        seen += os.read(terminal, 4096)
+    os.close(terminal)  # the kernel sends SIGHUP
+    assert process.wait(timeout=120) == 143
+    result = read_result(cli.folder / "run")
+    assert result is not None
+    assert (result.end, result.checkpoint) == ("terminated", str(cli.folder / "run/checkpoints/interrupted.ckpt"))
+    assert "SIGHUP" in result.message

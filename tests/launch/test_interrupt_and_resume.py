@@ -140,12 +140,36 @@ def test_only_a_callback_whose_save_can_wait_is_asked() -> None:
     assert find_saver([ModelCheckpoint(), SavesElsewhere(), saver]) is saver
 
 
-def test_the_first_signal_is_remembered_and_the_second_ends(watch: SignalWatch) -> None:
-    """Bug: a run that cannot be ended while a batch hangs; a signal before training that is only remembered."""
-    with pytest.raises(Interrupted):
-        watch._handle(signal.SIGINT, None)
-    watch.signum, watch.patient = None, True
-    watch._handle(signal.SIGTERM, None)
-    assert watch.received
-    with pytest.raises(Interrupted, match="SIGINT"):
-        watch._handle(signal.SIGINT, None)
+def test_the_second_signal_says_how_many_steps_are_lost(tmp_path: Path, watch: SignalWatch) -> None:
+    """Bug: the second Ctrl-C loses steps without a word."""
+
+    class PressTwice(Callback):
+        def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 9:
+                watch._handle(signal.SIGINT, None)
+                watch._last_at = 0.0  # as if it was a while ago
+                watch._handle(signal.SIGTERM, None)
+
+    saver = ModelCheckpoint(tmp_path / "checkpoints", filename="{step}", every_n_train_steps=4, save_top_k=-1)
+    trainer = quiet_trainer(saver, PressTwice(), SaveAndStop(watch, tmp_path / "checkpoints"), max_epochs=1)
+    lost = "ended by SIGINT without a checkpoint; steps lost since the last checkpoint: 1"
+    with pytest.raises(Interrupted, match=lost):
+        trainer.fit(ToyModule(), data())
+
+
+def test_a_deleted_folder_is_said_once(tmp_path: Path, watch: SignalWatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Bugs: a run whose folder was deleted goes on without a word; or says it at every step; or fails."""
+    run = tmp_path / "run"
+    run.mkdir()
+
+    class Delete(Callback):
+        def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            interrupt._look_at = 0.0
+            if batch_idx == 3:
+                run.rmdir()
+            if batch_idx == 6:
+                run.mkdir()  # another folder with the same name
+
+    interrupt = SaveAndStop(watch, run / "checkpoints")
+    quiet_trainer(Delete(), interrupt, max_epochs=1).fit(ToyModule(), data())
+    assert caplog.text.count("has been deleted during the run") == 1

@@ -10,6 +10,9 @@ import yaml
 
 from stabletrain.config.problems import ConfigError
 from stabletrain.errors import UserError
+from stabletrain.launch import final_status
+from stabletrain.launch.rank_ends import RankEnd, write_end
+from stabletrain.launch.result import Result, read_result
 from stabletrain.launch.slurm import batch_script, submit
 
 
@@ -46,6 +49,7 @@ def test_the_job_is_submitted_and_sets_its_final_status(
     # no launcher waits for a batch job: its script has to set the status, whatever happened to the worker
     program(tmp_path / "bin", "sbatch", 'echo "4711;cluster"')
     program(tmp_path / "bin", "srun", "exit 137")
+    Result(end="terminated").write(Path(slurm_config["run_dir"]))  # of an attempt before the job was requeued
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     run_yaml = Path(slurm_config["run_dir"]) / "run.yaml"
     run_yaml.write_text(yaml.safe_dump(slurm_config))
@@ -53,6 +57,22 @@ def test_the_job_is_submitted_and_sets_its_final_status(
     done = subprocess.run(["bash", str(run_yaml.parent / "job.sbatch")], capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     assert '"killed"' in (run_yaml.parent / "result.json").read_text()
+
+
+def test_the_first_cause_of_a_batch_job_is_its_end(slurm_config: dict[str, Any], capfd: Any) -> None:
+    """Bug: srun's SIGTERM to the other ranks makes a bug "terminated", and the job is requeued for ever."""
+    folder = Path(slurm_config["run_dir"])
+    run_yaml = folder / "run.yaml"
+    run_yaml.write_text(yaml.safe_dump(slurm_config))
+    write_end(RankEnd(rank=0, result=Result(end="terminated", steps=3)), folder)
+    write_end(RankEnd(rank=5, result=Result(end="failed", message="a bug")), folder)
+    assert final_status.main([str(run_yaml), "143"]) == 1
+    result = read_result(folder)
+    assert result is not None
+    assert (result.end, result.message, result.steps) == ("failed", "rank 5: a bug", 3)
+    run_yaml.unlink()
+    assert final_status.main([str(run_yaml), "0"]) == 1
+    assert "run.yaml cannot be read" in capfd.readouterr().err
 
 
 def test_a_rejected_job_is_an_error_with_its_reason(

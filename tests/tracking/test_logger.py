@@ -3,6 +3,7 @@ import json
 import logging
 import math
 import pickle
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from stabletrain.runtime.signal_watch import Interrupted, Terminated
 from stabletrain.tracking import MLflowLogger, StoreError, runs
 from stabletrain.tracking.runs import create_run
 
@@ -79,6 +81,9 @@ def test_a_plain_script(uri, client, tmp_path):
         (RuntimeError("boom"), RuntimeError, "FAILED"),
         (KeyboardInterrupt(), SystemExit, "KILLED"),
         (SIGTERMException(), SIGTERMException, "KILLED"),
+        (Interrupted(signal.SIGINT), Interrupted, "KILLED"),
+        (Terminated(143), SystemExit, "KILLED"),
+        (SystemExit(0), SystemExit, "FAILED"),
     ],
 )
 def test_status_after_an_exception(uri, client, tmp_path, error, left, status):

@@ -1,4 +1,4 @@
-"""The worker's log file, and what it prints."""
+"""The log of a worker: a file with everything, and what the user should see on the terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from stabletrain.launch.streams import LogFile, tolerate_broken_output
+from stabletrain.launch.streams import tolerate_broken_output
 
 logger = logging.getLogger("stabletrain")
 
@@ -30,14 +30,13 @@ class WorkerLog:
         """Keep records until the file is known. Call it before Lightning is imported, which looks for handlers."""
         tolerate_broken_output()
         self._early = logging.handlers.MemoryHandler(_MANY, flushLevel=logging.CRITICAL + 1)
-        for name in _LOGGERS:
-            logging.getLogger(name).addHandler(self._early)
+        _add(self._early)
+        for name in (*_LOGGERS, "lightning.pytorch.utilities.rank_zero"):
             logging.getLogger(name).addFilter(_is_no_advertisement)
-        logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
         terminal = logging.StreamHandler(sys.stderr)
         terminal.setFormatter(logging.Formatter("%(message)s"))
-        logging.getLogger("stabletrain").addHandler(terminal)
-        logging.getLogger("stabletrain").setLevel(logging.INFO)
+        logger.addHandler(terminal)
+        logger.setLevel(logging.INFO)
         # a deprecated call of torch's pytree inside Lightning, which users cannot change
         warnings.filterwarnings(
             "ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning
@@ -57,17 +56,58 @@ class WorkerLog:
         try:
             file: logging.Handler = LogFile(path)
         except OSError as error:
-            reason = error.strerror or error
-            logger.warning("%s cannot be written (%s); the run goes on without it", path, reason)
+            logger.warning("%s cannot be written (%s); the run goes on without it", path, error.strerror or error)
             file = logging.NullHandler()
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self._early.setTarget(file)
         self._early.flush()
         for name in _LOGGERS:
             logging.getLogger(name).removeHandler(self._early)
-            logging.getLogger(name).addHandler(file)
+        _add(file)
         self._early = None
+
+
+def _add(handler: logging.Handler) -> None:
+    """Add a handler to the root and to those loggers that do not pass their records on, so that each arrives once."""
+    for name in _LOGGERS:
+        if not name or not logging.getLogger(name).propagate:
+            logging.getLogger(name).addHandler(handler)
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:
     return "Tip: For seamless" not in record.getMessage()
+
+
+class LogFile(logging.FileHandler):
+    """A log file on a disk that may be full: the first record that cannot be written is one line on the terminal.
+
+    Args:
+        path: of the file, to which records are appended.
+
+    Raises:
+        OSError: if the file cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")
+        self._has_failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say the first time that records are lost; logging's own way is a traceback for each record."""
+        if not self._has_failed and sys.stderr is not None:
+            self._has_failed = True
+            sys.stderr.write(f"{self.baseFilename} cannot be written ({sys.exc_info()[1]}); log records are lost\n")
+
+    def flush(self) -> None:
+        """Flush; a failure is handled like that of a record."""
+        try:
+            super().flush()
+        except OSError:
+            self.handleError(logging.makeLogRecord({}))
+
+    def close(self) -> None:
+        """Close the file; what cannot be written is lost."""
+        try:
+            super().close()
+        except OSError:
+            self.handleError(logging.makeLogRecord({}))

@@ -1,0 +1,87 @@
+"""Text and JSON files of limited size, from anywhere: shown without effects on a terminal, read without surprises."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import unicodedata
+from pathlib import Path
+from typing import Any, TypeGuard
+
+MAX_MESSAGE = 2_000
+"""Longest message of a result, in characters; a longer one is cut in its middle."""
+
+_MAX_FILE = 4_000_000
+
+
+def one_message(text: str, limit: int = MAX_MESSAGE) -> str:
+    """Return a text that any terminal can show: control characters and broken Unicode escaped, cut in the middle.
+
+    Args:
+        text: any text.
+        limit: in characters.
+
+    >>> one_message("a bell \\x07 and half a character \\udc80")
+    'a bell \\\\x07 and half a character \\\\udc80'
+    >>> one_message("0123456789" * 4, limit=24)
+    '01234567 [...] 123456789'
+    """
+    text = _cut(text, limit)  # escaping megabytes would take long
+    shown = "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else f"\\x{ord(c):02x}" for c in text)
+    return _cut(shown.encode("utf-8", "backslashreplace").decode("utf-8"), limit)
+
+
+def _cut(text: str, limit: int) -> str:
+    if len(text) <= limit:
+        return text
+    mark = " [...] "
+    left = (limit - len(mark)) // 2
+    return text[:left] + mark + text[-(limit - len(mark) - left) :]
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a JSON file atomically: it is replaced as a whole, or unchanged if it cannot be written.
+
+    Args:
+        path: of the file; its folder exists.
+        content: that JSON can represent.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        scratch.replace(path)
+    except OSError:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file.
+
+    Args:
+        path: of a regular file of at most 4 MB.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is another kind of file (a FIFO would wait for ever), too large, or not JSON.
+    """
+    info = path.stat()
+    if not stat.S_ISREG(info.st_mode) or info.st_size > _MAX_FILE:
+        raise ValueError(f"{path}: expected a regular file of at most {_MAX_FILE} bytes")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply") from None
+
+
+def is_count(value: object) -> TypeGuard[int]:
+    """Whether a value is a whole number from 0 to 2**63 - 1, and not a bool.
+
+    Args:
+        value: any.
+    """
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
