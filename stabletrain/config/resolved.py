@@ -42,7 +42,7 @@ def resolve_once(config: DictConfig) -> dict[str, Any]:
     found = [Problem(key or repr(plain), text) for key, text in _not_plain(plain, "")]
     if found:
         raise ConfigError(found)
-    return plain
+    return {str(key): value for key, value in plain.items()}
 
 
 def missing_keys(node: object, key: str = "") -> Iterator[str]:
@@ -87,9 +87,7 @@ def _not_plain(node: object, key: str) -> Iterator[tuple[str, str]]:
 
 def _bad_text(text: str) -> str | None:
     if "${" in text:
-        return (
-            f"expected a plain value, got {text!r:.200}, which contains '${{' after everything was resolved; remove it"
-        )
+        return f"expected a plain value, got {text!r:.200}, with '${{' after everything was resolved; remove it"
     if "\0" in text:
         return f"expected text, got {text!r:.200} with a null character; remove it"
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):

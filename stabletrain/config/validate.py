@@ -8,9 +8,12 @@ Trainer.
 from __future__ import annotations
 
 import inspect
+import math
+import os
 import typing
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from stabletrain.config import discovery
@@ -20,6 +23,7 @@ from stabletrain.config.problems import Problem, suggestion
 from stabletrain.config.resume import checkpoint_of
 from stabletrain.config.trust import resolve
 from stabletrain.config.types import mismatch
+from stabletrain.config.values import check_values, unwritable
 from stabletrain.errors import UserError
 
 TRAINER_PARTS = ("trainer", "precision", "strategy")
@@ -70,6 +74,7 @@ def check(composed: Composed, trust: Iterable[str] = ()) -> list[Problem]:
         _trainer(config, trust),
         _launch(config),
         _resume(config),
+        check_values(config),
     ):
         found += [problem for problem in problems if problem.key not in reported]
     return found
@@ -131,12 +136,23 @@ def _arguments(
         if value == "???":
             continue
         text = None if _contains_node(value) else mismatch(value, hints.get(argument, named[argument].annotation))
+        text = text or _non_finite(value, named[argument].default)
         if text:
             yield Problem(f"{key}.{argument}", text)
     if complete:
         for argument, parameter in named.items():
             if parameter.default is parameter.empty and argument not in given:
                 yield Problem(f"{key}.{argument}", f"{name} needs this argument; set it")
+
+
+def _non_finite(value: object, default: object) -> str | None:
+    """Return what is wrong with NaN or an infinite number as a value; None if it is none, or the default is one."""
+    if isinstance(value, list):
+        return next(filter(None, (_non_finite(each, default) for each in value)), None)
+    if not isinstance(value, float) or math.isfinite(value):
+        return None
+    expected = isinstance(default, float) and not math.isfinite(default)
+    return None if expected else f"expected a finite number, got {value!r}"
 
 
 def hints_of(target: Callable[..., Any]) -> dict[str, Any]:
@@ -172,6 +188,10 @@ def _own_keys(config: Mapping[str, Any]) -> Iterator[Problem]:
             text = mismatch(value, _TOP_LEVEL[key])
             if text:
                 yield Problem(key, text)
+    for key in _TOP_LEVEL:
+        if key not in config:
+            advice = f"do not remove it (~{key}), and start the recipe's defaults list with train"
+            yield Problem(key, f"this key is needed, but has no value; {advice}")
     if isinstance(config.get("seed"), int) and not 0 <= config["seed"] < 2**32:
         yield Problem("seed", f"expected 0 to 2**32 - 1, got {config['seed']}")
 
@@ -220,9 +240,17 @@ def _constructed(config: Mapping[str, Any], trust: tuple[str, ...]) -> Iterator[
         if "???" in node.values():  # reported already: the key has no value
             continue
         try:
-            build_callback(node, key=key, trust=trust)
+            built = build_callback(node, key=key, trust=trust)
+            steps = trainer.get("max_steps") if isinstance(trainer := config.get("trainer"), Mapping) else None
+            if key == "schedule" and isinstance(steps, int) and steps > 0 and hasattr(built, "check_run"):
+                built.check_run(steps)
         except (ValueError, TypeError) as error:
             yield Problem(key, str(error).removeprefix(f"{key}: "))
+            continue
+        # a callback may say which of its arguments are paths that it writes to, at once or later
+        for argument, path in getattr(built, "writes_to", {}).items():
+            if reason := unwritable(str(path), parents=False):
+                yield Problem(f"{key}.{argument}", f"{reason}; choose another")
 
 
 def _guard(config: Mapping[str, Any]) -> Iterator[Problem]:
@@ -234,7 +262,9 @@ def _guard(config: Mapping[str, Any]) -> Iterator[Problem]:
     problems = list(_arguments(Guard, "Guard", given, "guard", complete=False))
     if not problems:
         try:
-            Guard(**given)
+            events = Guard(**given).events
+            if events is not None and (reason := unwritable(str(events), parents=False)):
+                problems = [Problem("guard.events", f"{reason}; choose another file, or null")]
         except UserError as error:
             problems = [Problem("guard", str(error))]
     yield from problems
@@ -273,8 +303,13 @@ def _launch(config: Mapping[str, Any]) -> Iterator[Problem]:
             yield Problem(f"launch.{key}", text)
         elif _LAUNCH_KEYS[key] is int and value < 1:
             yield Problem(f"launch.{key}", f"expected at least 1, got {value}")
+    for key in ("kind", "processes", "nodes", "threads"):
+        if key not in launch:
+            yield Problem(f"launch.{key}", "this key is needed, but has no value; set it, or do not remove it")
     for argument, source in (("devices", "processes"), ("num_nodes", "nodes")):
-        if argument in trainer and trainer[argument] != launch.get(source):
+        if argument not in trainer:
+            yield Problem(f"trainer.{argument}", f"launch.{source} sets it, but it was removed; do not remove it")
+        elif source in launch and trainer[argument] != launch[source]:
             yield Problem(
                 f"trainer.{argument}", f"launch.{source} sets it; use launch.{source}={trainer[argument]} instead"
             )
@@ -294,7 +329,18 @@ def _resume(config: Mapping[str, Any]) -> Iterator[Problem]:
     path = checkpoint_of(resume)
     if path is None:
         yield Problem("resume", f"there is no checkpoint at {resume!r}; expected a .ckpt file, or the folder of a run")
-    elif path.is_file() and not zipfile.is_zipfile(path):
+    elif not path.is_file():
+        if not path.is_dir() or not _holds_checkpoint(path):
+            yield Problem("resume", f"expected a .ckpt file, or the folder of a run or of a checkpoint, got {path}")
+    elif not os.access(path, os.R_OK):
+        yield Problem("resume", f"cannot read {path} (no permission); use another checkpoint")
+    elif not zipfile.is_zipfile(path):
         yield Problem(
             "resume", f"expected a checkpoint, got {path}, which is not a checkpoint, or is truncated; use another"
         )
+
+
+def _holds_checkpoint(folder: Path) -> bool:
+    """Return whether a folder is a checkpoint of a sharded strategy, or contains verified checkpoints or is one."""
+    names = (".metadata", "meta.pt", "manifest.json", "checkpoint", "latest")
+    return any((folder / name).exists() for name in names) or any(folder.glob("step-*/manifest.json"))
