@@ -247,10 +247,10 @@ def _constructed(config: Mapping[str, Any], trust: tuple[str, ...]) -> Iterator[
         except (ValueError, TypeError) as error:
             yield Problem(key, str(error).removeprefix(f"{key}: "))
             continue
-        # a callback may say which of its arguments are paths that it writes to, at once or later
+        # a callback may say which of its arguments are folders that it writes to, at once or later
         for argument, path in getattr(built, "writes_to", {}).items():
-            if reason := unwritable(str(path), parents=False):
-                yield Problem(f"{key}.{argument}", f"{reason}; choose another")
+            if reason := unwritable(str(path), folder=True):
+                yield Problem(f"{key}.{argument}", f"{reason}; choose another folder")
 
 
 def _guard(config: Mapping[str, Any]) -> Iterator[Problem]:
@@ -263,7 +263,7 @@ def _guard(config: Mapping[str, Any]) -> Iterator[Problem]:
     if not problems:
         try:
             events = Guard(**given).events
-            if events is not None and (reason := unwritable(str(events), parents=False)):
+            if events is not None and (reason := unwritable(str(events), folder=False)):
                 problems = [Problem("guard.events", f"{reason}; choose another file, or null")]
         except UserError as error:
             problems = [Problem("guard", str(error))]

@@ -55,7 +55,7 @@ def check_values(config: Mapping[str, Any]) -> Iterator[Problem]:
     yield from _launch(config.get("launch"))
     yield from _fault(config)
     run_dir = config.get("run_dir")
-    if isinstance(run_dir, str) and (reason := unwritable(run_dir, parents=True)):
+    if isinstance(run_dir, str) and (reason := unwritable(run_dir, folder=True, parents=True)):
         yield Problem("run_dir", f"{reason}; choose a folder with write permission, run_dir=FOLDER, or null")
 
 
@@ -64,8 +64,8 @@ def _trainer(node: object) -> Iterator[Problem]:
         return
     for argument, (expected, fits) in TRAINER.items():
         value = node.get(argument)
-        if isinstance(value, int | float) and not isinstance(value, bool) and not fits(value):
-            yield Problem(f"trainer.{argument}", f"expected a number {expected}, got {value!r}")
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and not fits(value):
+            yield Problem(f"trainer.{argument}", f"expected {expected}, got {value!r}")
     max_time = node.get("max_time")
     if isinstance(max_time, str) and max_time and not max_time.strip("0:"):
         yield Problem("trainer.max_time", f"expected more than no time (DD:HH:MM:SS), got {max_time!r}")
@@ -102,11 +102,12 @@ def _fault(config: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem("chaos.at_step", f"expected a step before the end, trainer.max_steps={steps}, got {at_step}")
 
 
-def unwritable(path: str, *, parents: bool) -> str | None:
+def unwritable(path: str, *, folder: bool, parents: bool = False) -> str | None:
     """Return why a file or folder cannot be written, without making anything; None if it probably can.
 
     Args:
-        path: of a file or folder.
+        path: of the file or folder.
+        folder: whether it is a folder.
         parents: whether folders above it may be missing, and are made.
     """
     if not path.strip():
@@ -120,6 +121,8 @@ def unwritable(path: str, *, parents: bool) -> str | None:
         return f"cannot write to {wanted} ({existing} is no folder)"
     if not parents and wanted.parent != existing and wanted != existing:
         return f"cannot write to {wanted} (there is no folder {wanted.parent}; make it)"
+    if existing == wanted and (not wanted.is_dir() if folder else not wanted.is_file()):
+        return f"cannot write to {wanted} (it is there already, and no {'folder' if folder else 'file'})"
     if not os.access(existing, os.W_OK | (os.X_OK if existing.is_dir() else 0)):
         return f"cannot write to {wanted} (no permission for {existing})"
     return None

@@ -15,9 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from stabletrain.config.resume import checkpoint_of_run
+from stabletrain.config.yaml_file import read_yaml
 from stabletrain.errors import UserError
 from stabletrain.launch.process import AGREED_ENDS_EXIT_0
 from stabletrain.launch.result import Result
@@ -59,13 +58,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: expected the run.yaml of a run, but it cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: expected valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(config, dict) or not {"run_dir", "model", "data", "trainer"} <= config.keys():
+    config = read_yaml(path, exponents=False)
+    if not {"run_dir", "model", "data", "trainer"} <= config.keys():
         raise UserError(f"{path}: expected the run.yaml of a run, with the keys run_dir, model, data and trainer")
     return config
 

@@ -67,7 +67,7 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
 
     @property
     def writes_to(self) -> dict[str, str]:
-        """Arguments that are paths to which it writes; a config is checked for them before the run."""
+        """Arguments that are folders to which it writes; a config is checked for them before the run."""
         return {} if self.spill is None else {"spill": self.spill}
 
     @property
