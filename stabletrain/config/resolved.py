@@ -132,7 +132,11 @@ class _Sizes:
         for dots, rest in _REFERENCE.findall(node):
             base = path[: -len(dots)] if dots else ()
             target = (*base, *re.sub(r"[\[\]]+", ".", rest).strip(".").split("."))
-            size = min(size + self._at(self._known_part(target)), LARGEST + 1)
+            known = self._known_part(target)
+            if not self._find(known)[1]:
+                text = f"refers to the key {'.'.join(target)!r}, which does not exist; correct the name"
+                raise ConfigError([Problem(".".join(path), text)])
+            size = min(size + self._at(known), LARGEST + 1)
         return size
 
     def _known_part(self, path: tuple[str, ...]) -> tuple[str, ...]:

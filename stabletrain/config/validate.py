@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
+import sys
 import typing
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -161,6 +162,7 @@ def hints_of(target: Callable[..., Any]) -> dict[str, Any]:
     Args:
         target: a class or function.
     """
+    classes = inspect.getmro(target) if inspect.isclass(target) else ()
     if inspect.isclass(target) and "__signature__" not in vars(target):
         target = target.__init__
     try:
@@ -169,8 +171,19 @@ def hints_of(target: Callable[..., Any]) -> dict[str, Any]:
         pass
     try:
         return typing.get_type_hints(target)
-    except Exception:  # an argument whose hint cannot be evaluated is not checked
-        return {}
+    except Exception:
+        pass
+    # a dataclass inherits fields whose hints have names of the base class's module
+    names: dict[str, Any] = {}
+    for owner in reversed(classes):
+        names |= vars(sys.modules.get(owner.__module__, typing))
+    found: dict[str, Any] = {}
+    for name, hint in getattr(target, "__annotations__", {}).items():
+        try:
+            found[name] = eval(hint, names) if isinstance(hint, str) else hint
+        except Exception:  # an argument whose hint cannot be evaluated is not checked
+            continue
+    return found
 
 
 def _contains_node(value: object) -> bool:
