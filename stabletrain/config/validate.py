@@ -257,7 +257,7 @@ def _constructed(config: Mapping[str, Any], trust: tuple[str, ...]) -> Iterator[
             steps = trainer.get("max_steps") if isinstance(trainer := config.get("trainer"), Mapping) else None
             if key == "schedule" and isinstance(steps, int) and steps > 0 and hasattr(built, "check_run"):
                 built.check_run(steps)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             yield Problem(key, str(error).removeprefix(f"{key}: "))
             continue
         # a callback may say which of its arguments are folders that it writes to, at once or later
@@ -273,6 +273,11 @@ def _guard(config: Mapping[str, Any]) -> Iterator[Problem]:
     if not isinstance(given, Mapping):
         return
     problems = list(_arguments(Guard, "Guard", given, "guard", complete=False))
+    problems += [
+        Problem(f"guard.{name}", f"expected a plain value, got {value!r:.200}")
+        for name, value in given.items()
+        if _contains_node(value)
+    ]
     if not problems:
         try:
             events = Guard(**given).events
