@@ -12,8 +12,10 @@ from typing import ClassVar, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 
-from stabletrain.chaos.fault import Fault, finite_positive
+from stabletrain.chaos.fault import Fault
 
+_LONGEST = 7 * 24 * 3600
+"""Seconds."""
 _CONTINUE = "import os, sys, time; time.sleep(float(sys.argv[1])); os.kill(int(sys.argv[2]), int(sys.argv[3]))"
 
 
@@ -46,7 +48,7 @@ class SendSignal(Fault):
         self.seconds = seconds
         allowed = ("SIGKILL", "SIGTERM", "SIGINT", "SIGSTOP")
         self.require(signal in allowed, "signal", f"one of {', '.join(allowed)}")
-        self.require(seconds is None or finite_positive(seconds), "seconds", "> 0 and finite, or None")
+        self.require(seconds is None or 0 < seconds <= _LONGEST, "seconds", f"> 0 and at most {_LONGEST}, or None")
         self.require(seconds is None or signal == "SIGSTOP", "seconds", "None unless signal is SIGSTOP")
 
     def apply(self, trainer: Trainer, module: LightningModule, step: int) -> None:
@@ -82,7 +84,7 @@ class SlowRank(Fault):
     ) -> None:
         super().__init__(at_step, steps, rank, once)
         self.seconds = seconds
-        self.require(finite_positive(seconds), "seconds", "> 0 and finite")
+        self.require(0 < seconds <= _LONGEST, "seconds", f"> 0 and at most {_LONGEST}")
 
     def apply(self, trainer: Trainer, module: LightningModule, step: int) -> None:
         """Sleep."""

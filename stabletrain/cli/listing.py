@@ -9,6 +9,7 @@ import yaml
 from stabletrain.config import discovery
 from stabletrain.config.discovery import Option, PluginInfo
 from stabletrain.config.problems import suggestion
+from stabletrain.config.yaml_file import read_text
 from stabletrain.errors import UserError
 
 _TABLES = ("recipes", "plugins", "slots")
@@ -94,12 +95,12 @@ def _print_plugin(plugin: PluginInfo) -> None:
         _print_option(option)
     if plugin.card is not None:
         print()
-        Console().print(Markdown(plugin.card.read_text(encoding="utf-8")))
+        Console().print(Markdown(plugin.card.read_text(encoding="utf-8", errors="replace")))
 
 
 def _print_option(option: Option) -> None:
     print(f"\n{_choice(option)}    {option.file}")
-    for line in option.file.read_text(encoding="utf-8").splitlines():
+    for line in read_text(option.file).splitlines():
         print(f"    {line}")
 
 

@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from stabletrain.errors import UserError
 
 if TYPE_CHECKING:
     from stabletrain.launch.launcher import Job, LaunchRequest
 
+
+class _Commands(TyperGroup):
+    """The commands, with the ends that all of them share."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command; a mistake of the user is one message, and Ctrl-C one line."""
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            from stabletrain.cli.messages import print_error
+
+            print_error(error)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
+    cls=_Commands,
     name="stabletrain",
     help="Train recipes with plugins that handle loss spikes and bad steps, and log every run to MLflow.",
     no_args_is_help=True,
@@ -109,17 +130,20 @@ def copy(
 ) -> None:
     """Copy a recipe to edit it, then run it: stabletrain train ./my_gpt.yaml."""
     from stabletrain.config.compose import find_recipe
+    from stabletrain.config.yaml_file import read_text
 
     if target.suffix not in (".yaml", ".yml"):
         raise UserError(f"cp: expected a new file that ends in .yaml, got {target}")
+    text = read_text(find_recipe(recipe))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("x", encoding="utf-8") as file:
-            file.write(find_recipe(recipe).read_text(encoding="utf-8"))
+            file.write(text)
     except FileExistsError:
         raise UserError(f"cp: {target} already exists; choose another file, or delete it") from None
-    except OSError as error:
-        raise UserError(f"cp: cannot write {target} ({error.strerror}); choose another file") from None
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cp: cannot write {str(target)!r} ({reason}); choose another file") from None
     print(f"wrote {target}; run it with: stabletrain train {target}")
 
 
@@ -149,14 +173,37 @@ def new_plugin(
 
 
 def main() -> None:
-    """Run the command line; a `UserError` becomes one message and exit code 2."""
+    """Run the command line; exit with its code.
+
+    A `UserError` becomes one message and exit code 2, Ctrl-C one line and 130. Output that cannot be written ends the
+    command with 1, without a traceback: ``stabletrain ls | head -1``.
+    """
+    if sys.stdout is None:  # closed by the shell: ``>&-``
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         app(standalone_mode=True)
-    except UserError as error:
-        from stabletrain.cli.messages import print_error
+    except SystemExit as end:
+        if _output_fails():
+            sys.exit(end.code or 1)
+        raise
+    except OSError:
+        if not _output_fails(probe="\n"):
+            raise
+        sys.exit(1)
 
-        print_error(error)
-        sys.exit(2)
+
+def _output_fails(probe: str = "") -> bool:
+    """Return whether standard output cannot be written; say so, unless its reader has just gone away."""
+    try:
+        sys.stdout.write(probe)
+        sys.stdout.flush()
+    except OSError as error:
+        # what is still buffered is discarded, or the interpreter would fail once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            print(f"error: cannot write the output ({error.strerror})", file=sys.stderr)
+        return True
+    return False
 
 
 def _request(words: list[str] | None, multirun: bool, trust: list[str] | None) -> LaunchRequest:

@@ -16,4 +16,5 @@ def print_error(error: object) -> None:
         print(f"error: {lines[0]}", file=sys.stderr)
     else:
         count = len(getattr(error, "problems", lines))
+        # as many as there are, not as many as are shown
         print(f"error: {count} mistakes", *(f"  {line}" for line in lines), sep="\n", file=sys.stderr)

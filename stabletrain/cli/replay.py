@@ -11,11 +11,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from stabletrain.config import discovery
 from stabletrain.config.discovery import Option, PluginInfo, content
 from stabletrain.config.problems import suggestion
+from stabletrain.config.yaml_file import parse_yaml
 from stabletrain.core.rule import Rule, replay
 from stabletrain.errors import UserError
 
@@ -78,7 +77,7 @@ def make_rule(name: str, arguments: Sequence[str] = ()) -> Rule[Any]:
         parameters = inspect.signature(build).parameters
         if key not in parameters:
             raise UserError(f"replay: {plugin.name} has no argument {key!r}{suggestion(key, parameters)}")
-        values[key] = _number(yaml.safe_load(text))
+        values[key] = _number(parse_yaml(f"value: {text}", Path(argument))["value"])
     from stabletrain.config.types import mismatch
     from stabletrain.config.validate import hints_of
 
@@ -101,7 +100,9 @@ def read_series(file: Path) -> Iterator[tuple[float, float]]:
         UserError: if the file cannot be read or a line has no two numbers; the message names the file and the line.
     """
     try:
-        with file.open(newline="", encoding="utf-8") as lines:
+        if file.exists() and not file.is_file():  # a named pipe or a device has no end
+            raise UserError(f"replay: expected a CSV file, got {file}, which is none; name a file")
+        with file.open(newline="", encoding="utf-8-sig") as lines:
             rows = csv.DictReader(lines)
             missing = [name for name in COLUMNS if name not in (rows.fieldnames or ())]
             if missing:
@@ -112,13 +113,17 @@ def read_series(file: Path) -> Iterator[tuple[float, float]]:
             for row in rows:
                 try:
                     loss, grad_norm = (float(row[name]) for name in COLUMNS)
+                    if grad_norm < 0:
+                        raise ValueError("a norm is not negative")
                 except (TypeError, ValueError):
                     values = ", ".join(f"{name}={row[name]!r}" for name in COLUMNS)
                     raise UserError(
-                        f"replay: {file}, line {rows.line_num}: expected two numbers, got {values}"
+                        f"replay: {file}, line {rows.line_num}: expected two numbers, grad_norm >= 0, got {values}"
                     ) from None
                 yield loss, grad_norm
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, ValueError, csv.Error) as error:  # ValueError: no UTF-8, or a null character in the name
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"replay: {file} cannot be read ({error}); expected a CSV file") from None
 
 

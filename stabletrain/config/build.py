@@ -58,10 +58,10 @@ def default_callbacks(**choices: str) -> list[Callback]:
     >>> stack = default_callbacks(clip="norm", resume="exactly")
     >>> trainer = Trainer(callbacks=stack, logger=False, enable_checkpointing=False, accelerator="cpu")
     """
-    import yaml
+    from stabletrain.config.yaml_file import read_yaml
 
     options = groups()
-    train = yaml.safe_load((data_dir("conf") / "train.yaml").read_text(encoding="utf-8"))
+    train = read_yaml(data_dir("conf") / "train.yaml")
     chosen = {group: name for entry in train["defaults"] if isinstance(entry, dict) for group, name in entry.items()}
     slots = {group.removeprefix("plugins/"): group for group in chosen if group.startswith(("plugins/", "schedule"))}
     for slot, name in choices.items():

@@ -157,9 +157,19 @@ def _translate(error: Exception, file: Path) -> Problem:
     if text.endswith("raised while composing config:"):  # the reason and the key are in the following lines
         text = f"{text.partition(':')[0]}: {lines[1]}" if len(lines) > 1 else text
         key = next((line.partition(":")[2].strip() for line in lines if line.startswith("full_key:")), key)
+    if not key and "Cannot merge DictConfig with ListConfig" in text:
+        lists = [name for name, value in read_yaml(file).items() if isinstance(value, list) and name != "defaults"]
+        key, text = ", ".join(lists), "expected keys with values, got a list"
     if text.startswith("You must specify"):
         group = text.split("'")[1]
         return Problem(group, f"the recipe selects no {group}; add {group}=OPTION")
+    if text.startswith(("Could not delete", "Could not override")):
+        wanted = text.split("'")[1].partition("=")[0]
+        return Problem(wanted, "there is no such value or entry in the defaults list; correct the name, or remove it")
+    if text.startswith("Error merging override"):
+        line = text.removeprefix("Error merging override").strip().lstrip("+")
+        reason = str(error.__cause__ or "").strip().splitlines() or ["it does not fit"]
+        return Problem(line, f"expected another value ({reason[0]})")
     where = f"{file}: {key}" if key else str(file)
     return Problem(where, text.replace(f"'{RECIPE}'", f"'{file.name}'"))
 

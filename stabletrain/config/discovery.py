@@ -213,14 +213,28 @@ def content(option: Option) -> dict[str, Any]:
 
     Args:
         option: an option without interpolations into other groups.
+
+    Raises:
+        UserError: if the file is no YAML, or its defaults list is not one of options of its group.
     """
+    return _content(option, ())
+
+
+def _content(option: Option, above: tuple[str, ...]) -> dict[str, Any]:
     from stabletrain.config.yaml_file import read_yaml
 
     own = read_yaml(option.file)
+    names = own.pop("defaults", [])
+    options = groups().get(option.group, {})
     merged: dict[str, Any] = {}
-    for name in own.pop("defaults", []):
-        if name != "_self_":
-            merged |= content(groups()[option.group][name])
+    for name in names if isinstance(names, list) else [names]:
+        if name == "_self_":
+            continue
+        if not isinstance(name, str) or name not in options or name in (*above, option.name):
+            raise DiscoveryError(
+                f"{option.file}: defaults: expected other options of {option.group}, got {name!r}; correct the file"
+            )
+        merged |= _content(options[name], (*above, option.name))
     return merged | own
 
 
@@ -230,7 +244,9 @@ def first_comment(file: Path) -> str:
     Args:
         file: a YAML file.
     """
-    with file.open(encoding="utf-8") as lines:
+    if not file.is_file():  # a named pipe has no end
+        return ""
+    with file.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             text = line.strip()
             if text.startswith("#") and not text.startswith("# @package"):

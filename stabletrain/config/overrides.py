@@ -11,6 +11,8 @@ from hydra.errors import HydraException, OverrideParseException
 
 from stabletrain.config.problems import ConfigError, Problem, suggestion
 
+_EXPECTED = "expected key=value, group=option or ~key, text with special characters in quotes (key='text')"
+
 LONGEST = 10_000
 """Characters of one override."""
 DEEPEST = 16
@@ -43,7 +45,7 @@ def parse(overrides: Sequence[str], loader: Any = None) -> list[Override]:
             except (ValueError, ArithmeticError, RecursionError, AssertionError) as error:
                 reason = f"{type(error).__name__}: {str(error).strip()[:200]}"
         if reason is not None:
-            problems.append(Problem(text, f"expected key=value, group=option or ~key ({reason})"))
+            problems.append(Problem(text, f"{_EXPECTED} ({reason})"))
     if problems:
         raise ConfigError(problems)
     return parsed
@@ -103,7 +105,8 @@ def _node_problem(override: Override, groups: Mapping[str, Mapping[str, Any]]) -
     """What is wrong with a value for a whole node, such as ``plugins.clip=0``, which is no way to select nothing."""
     key = override.key_or_group
     if override.type is OverrideType.DEL:
-        return None
+        text = "plugins are removed one by one: plugins/SLOT=none"
+        return Problem(key, text) if key == "plugins" else None
     value = override.value()
     group = key.replace(".", "/")
     if isinstance(value, dict) and value:
@@ -114,7 +117,7 @@ def _node_problem(override: Override, groups: Mapping[str, Mapping[str, Any]]) -
         advice = f"select an option: {_choices(group, groups[group])}"
         return Problem(key, f"expected _target_ and its arguments, got {value!r:.100}; {advice}")
     if key in NODES or (key.startswith("callbacks.") and key.count(".") == 1):
-        if value is None or (key == "callbacks" and value == {}):
+        if (value is None and key != "plugins") or (key == "callbacks" and value == {}):
             return None
         ways = {"plugins": "use plugins/SLOT=OPTION", "guard": "set its keys: guard.mode=exact"}
         advice = ways.get(key, "add callbacks.NAME._target_=..., or remove it with ~callbacks.NAME")

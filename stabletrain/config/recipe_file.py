@@ -50,8 +50,8 @@ def _interpolations(node: object, key: str) -> Iterator[tuple[str, str]]:
     elif isinstance(node, str) and "${" in node and ("\\" in node or "${" in _REFERENCE.sub("", node)):
         yield (
             key,
-            f"expected a value, or a reference to another key such as ${{seed}}, got {node!r:.200}; a file may not read "
-            "environment variables or call resolvers: write the value, or give it on the command line",
+            f"expected a value, or a reference to another key such as ${{seed}}, got {node!r:.200}; a file may not "
+            "read environment variables or call resolvers: write the value, or give it on the command line",
         )
 
 

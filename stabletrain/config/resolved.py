@@ -42,7 +42,7 @@ def resolve_once(config: DictConfig) -> dict[str, Any]:
     found = [Problem(key or repr(plain), text) for key, text in _not_plain(plain, "")]
     if found:
         raise ConfigError(found)
-    return plain
+    return {str(key): value for key, value in plain.items()}
 
 
 def missing_keys(node: object, key: str = "") -> Iterator[str]:
@@ -87,9 +87,7 @@ def _not_plain(node: object, key: str) -> Iterator[tuple[str, str]]:
 
 def _bad_text(text: str) -> str | None:
     if "${" in text:
-        return (
-            f"expected a plain value, got {text!r:.200}, which contains '${{' after everything was resolved; remove it"
-        )
+        return f"expected a plain value, got {text!r:.200}, with '${{' after everything was resolved; remove it"
     if "\0" in text:
         return f"expected text, got {text!r:.200} with a null character; remove it"
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
@@ -134,7 +132,11 @@ class _Sizes:
         for dots, rest in _REFERENCE.findall(node):
             base = path[: -len(dots)] if dots else ()
             target = (*base, *re.sub(r"[\[\]]+", ".", rest).strip(".").split("."))
-            size = min(size + self._at(self._known_part(target)), LARGEST + 1)
+            known = self._known_part(target)
+            if not self._find(known)[1]:
+                text = f"refers to the key {'.'.join(target)!r}, which does not exist; correct the name"
+                raise ConfigError([Problem(".".join(path), text)])
+            size = min(size + self._at(known), LARGEST + 1)
         return size
 
     def _known_part(self, path: tuple[str, ...]) -> tuple[str, ...]:

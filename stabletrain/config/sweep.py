@@ -68,8 +68,8 @@ def _values(override: Override, multirun: bool) -> list[str]:
     try:
         found = list(itertools.islice(override.sweep_string_iterator(), MOST_JOBS + 1))
     except (HydraException, ValueError, ArithmeticError, MemoryError) as error:
-        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise ConfigError([Problem(line, f"expected values for the runs, got none ({reason[0]})")]) from None
+        reason = "no number" if isinstance(error, ArithmeticError) else str(error).strip().splitlines()[0]
+        raise ConfigError([Problem(line, f"expected values for the runs, got none ({reason})")]) from None
     if not found:
         raise ConfigError([Problem(line, "expected values for the runs, but there are no values in it")])
     if len(found) > MOST_JOBS:

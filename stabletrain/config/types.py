@@ -54,6 +54,7 @@ def mismatch(value: object, hint: object) -> str | None:
     coerced = (
         isinstance(value, str | bool | float) and isinstance(result, int | float) and type(result) is not type(value)
     )
+    coerced = coerced or (isinstance(value, int) and isinstance(result, bool) and not isinstance(value, bool))
     return _message(value, hint) if coerced else None
 
 

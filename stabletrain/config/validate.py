@@ -8,6 +8,8 @@ Lightning's Trainer.
 from __future__ import annotations
 
 import inspect
+import math
+import sys
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -21,6 +23,7 @@ from stabletrain.config.outputs import check_outputs
 from stabletrain.config.problems import Problem, suggestion
 from stabletrain.config.resume import resume_problem
 from stabletrain.config.types import mismatch
+from stabletrain.config.values import check_values, unwritable
 from stabletrain.errors import UserError
 from stabletrain.runtime.records.run_files import RUN_YAML
 
@@ -92,7 +95,7 @@ def check_content(config: Mapping[str, Any]) -> list[Problem]:
         config: its content; in run.yaml there are also the keys ``trust``, ``typed`` and ``choices``.
     """
     own = {key: value for key, value in config.items() if key not in RUN_YAML_KEYS}
-    return [*_own_keys(own), *_launch(own), *_resume(own), *_unresolved(own)]
+    return [*_own_keys(own), *_launch(own), *_resume(own), *_unresolved(own), *check_values(own)]
 
 
 def check_signatures(config: Mapping[str, Any], trust: Iterable[str] = ()) -> list[Problem]:
@@ -161,6 +164,7 @@ def _arguments(
         if value == "???":
             continue
         text = None if _contains_node(value) else mismatch(value, hints.get(argument, named[argument].annotation))
+        text = text or _non_finite(value, named[argument].default)
         if text:
             yield Problem(f"{key}.{argument}", text)
     if complete:
@@ -169,12 +173,23 @@ def _arguments(
                 yield Problem(f"{key}.{argument}", f"{name} needs this argument; set it")
 
 
+def _non_finite(value: object, default: object) -> str | None:
+    """Return what is wrong with NaN or an infinite number as a value; None if it is none, or the default is one."""
+    if isinstance(value, list):
+        return next(filter(None, (_non_finite(each, default) for each in value)), None)
+    if not isinstance(value, float) or math.isfinite(value):
+        return None
+    expected = isinstance(default, float) and not math.isfinite(default)
+    return None if expected else f"expected a finite number, got {value!r}"
+
+
 def hints_of(target: Callable[..., Any]) -> dict[str, Any]:
     """Return the type hints of a callable's arguments; those that cannot be evaluated are missing.
 
     Args:
         target: a class or function.
     """
+    classes = inspect.getmro(target) if inspect.isclass(target) else ()
     if inspect.isclass(target) and "__signature__" not in vars(target):
         target = target.__init__
     try:
@@ -183,8 +198,19 @@ def hints_of(target: Callable[..., Any]) -> dict[str, Any]:
         pass
     try:
         return typing.get_type_hints(target)
-    except Exception:  # an argument whose hint cannot be evaluated is not checked
-        return {}
+    except Exception:
+        pass
+    # a dataclass inherits fields whose hints have names of the base class's module
+    names: dict[str, Any] = {}
+    for owner in reversed(classes):
+        names |= vars(sys.modules.get(owner.__module__, typing))
+    found: dict[str, Any] = {}
+    for name, hint in getattr(target, "__annotations__", {}).items():
+        try:
+            found[name] = eval(hint, names) if isinstance(hint, str) else hint
+        except Exception:  # an argument whose hint cannot be evaluated is not checked
+            continue
+    return found
 
 
 def _contains_node(value: object) -> bool:
@@ -202,6 +228,10 @@ def _own_keys(config: Mapping[str, Any]) -> Iterator[Problem]:
             text = mismatch(value, _TOP_LEVEL[key])
             if text:
                 yield Problem(key, text)
+    for key in _TOP_LEVEL:
+        if key not in config:
+            advice = f"do not remove it (~{key}), and start the recipe's defaults list with train"
+            yield Problem(key, f"this key is needed, but has no value; {advice}")
     if isinstance(config.get("seed"), int) and not 0 <= config["seed"] < 2**32:
         yield Problem("seed", f"expected 0 to 2**32 - 1, got {config['seed']}")
 
@@ -254,9 +284,17 @@ def check_constructors(config: Mapping[str, Any], trust: Iterable[str] = ()) -> 
         if "???" in node.values():  # reported already: the key has no value
             continue
         try:
-            build_callback(node, key=key, trust=trust)
-        except (ValueError, TypeError) as error:
+            built = build_callback(node, key=key, trust=trust)
+            steps = trainer.get("max_steps") if isinstance(trainer := config.get("trainer"), Mapping) else None
+            if key == "schedule" and isinstance(steps, int) and steps > 0 and hasattr(built, "check_run"):
+                built.check_run(steps)
+        except (ValueError, TypeError, AttributeError) as error:
             yield Problem(key, str(error).removeprefix(f"{key}: "))
+            continue
+        # a callback may say which of its arguments are folders that it writes to, at once or later
+        for argument, path in getattr(built, "writes_to", {}).items():
+            if reason := unwritable(str(path), folder=True):
+                yield Problem(f"{key}.{argument}", f"{reason}; choose another folder")
 
 
 def _guard(config: Mapping[str, Any]) -> Iterator[Problem]:
@@ -266,9 +304,16 @@ def _guard(config: Mapping[str, Any]) -> Iterator[Problem]:
     if not isinstance(given, Mapping):
         return
     problems = list(_arguments(Guard, "Guard", given, "guard", complete=False))
+    problems += [
+        Problem(f"guard.{name}", f"expected a plain value, got {value!r:.200}")
+        for name, value in given.items()
+        if _contains_node(value)
+    ]
     if not problems:
         try:
-            Guard(**given)
+            events = Guard(**given).events
+            if events is not None and (reason := unwritable(str(events), folder=False)):
+                problems = [Problem("guard.events", f"{reason}; choose another file, or null")]
         except UserError as error:
             problems = [Problem("guard", str(error))]
     yield from problems
@@ -311,8 +356,13 @@ def _launch(config: Mapping[str, Any]) -> Iterator[Problem]:
             yield Problem(f"launch.{key}", text)
         elif _LAUNCH_KEYS[key] is int and value < 1:
             yield Problem(f"launch.{key}", f"expected at least 1, got {value}")
+    for key in ("kind", "processes", "nodes", "threads"):
+        if key not in launch:
+            yield Problem(f"launch.{key}", "this key is needed, but has no value; set it, or do not remove it")
     for argument, source in (("devices", "processes"), ("num_nodes", "nodes")):
-        if argument in trainer and trainer[argument] != launch.get(source):
+        if argument not in trainer:
+            yield Problem(f"trainer.{argument}", f"launch.{source} sets it, but it was removed; do not remove it")
+        elif source in launch and trainer[argument] != launch[source]:
             yield Problem(
                 f"trainer.{argument}", f"launch.{source} sets it; use launch.{source}={trainer[argument]} instead"
             )

@@ -10,7 +10,7 @@ import os
 import re
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode
@@ -105,11 +105,7 @@ def read_text(file: Path) -> str:
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise ConfigError(
-            [
-                Problem(
-                    f"{file}, line {line}", f"expected text in UTF-8, got the byte {raw[error.start]:#04x}; convert it"
-                )
-            ]
+            [Problem(f"{file}, line {line}", f"expected UTF-8, got the byte {raw[error.start]:#04x}; convert it")]
         ) from None
     unprintable = yaml.reader.Reader.NON_PRINTABLE.search(text)
     if unprintable is not None:
@@ -141,7 +137,7 @@ def _place(file: Path, mark: yaml.Mark | None) -> str:
 class _PlainLoader(yaml.SafeLoader):
     """PyYAML's safe loader with limits, without tags, dates, sets, duplicate keys and keys that are no text."""
 
-    yaml_implicit_resolvers = {
+    yaml_implicit_resolvers: ClassVar = {  # type: ignore[misc]
         first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("timestamp", "value")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
@@ -154,7 +150,7 @@ class _PlainLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: Node | None, index: Any) -> Node | None:
         """Measure each node as it is composed, an alias with all that it stands for."""
-        event = self.peek_event()
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         mark = event.start_mark
         if isinstance(event, yaml.AliasEvent):
             node = super().compose_node(parent, index)
@@ -175,7 +171,7 @@ class _PlainLoader(yaml.SafeLoader):
         self._sizes[id(node)] = self._count - before
         return node
 
-    def compose_mapping_node(self, anchor: str | None) -> MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> MappingNode:
         """Compose a mapping, and check its keys before a merge (``<<``) adds others."""
         node = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
@@ -119,11 +120,36 @@ class Schedule:
         """Check everything that does not depend on the run, before the data is loaded."""
         names = ("lr_warmup", "total", "decay", "timescale", "gamma_every")
         given = [(name, getattr(self, name)) for name in names] + [("milestones", each) for each in self.milestones]
-        units = {Length.parse(value, name=f"schedule.{name}").unit for name, value in given if value is not None}
+        given = [(name, value) for name, value in given if value is not None or name == "milestones"]
+        lengths = [(name, Length.parse(value, name=f"schedule.{name}")) for name, value in given]
+        for name, length in lengths:
+            needed = name in ("total", "gamma_every", "milestones")
+            self._require(length.value > 0 or not needed, name, "above 0")
+        tokens = self.tokens_per_step
+        self._require(tokens is None or 0 < tokens < math.inf, "tokens_per_step", "above 0 and finite, or None")
+        units = {length.unit for _, length in lengths}
+        milestones = [length for name, length in lengths if name == "milestones"]
+        if len({length.unit for length in milestones}) == 1:  # else only the run decides which comes first
+            values = [length.value for length in milestones]
+            self._require(values == sorted(values), "milestones", "ascending")
         if self.kind == "step":
             curves.MultiStep((), self.gamma, self.min_factor)
         elif self.total is None or len(units - {"percent"}) <= 1:  # else only the run decides which is longer
             self.curve(RunLength(total_steps=_ENDLESS, steps_per_epoch=10**6, tokens_per_step=self.tokens_per_step))
+
+    def check_run(self, total_steps: int) -> None:
+        """Check the lengths in steps and percent against the length of a run, before the data is loaded.
+
+        Args:
+            total_steps: applied optimizer steps, >= 1.
+
+        Raises:
+            UserError: if the lengths are longer than the run.
+        """
+        names = ("lr_warmup", "total", "decay", "timescale", "gamma_every")
+        given = [*(getattr(self, name) for name in names), *self.milestones]
+        if {Length.parse(value).unit for value in given if value is not None} <= {"steps", "percent"}:
+            self.curve(RunLength(total_steps=total_steps))
 
     def curve(self, run: RunLength) -> Curve:
         """The curve for a run of known length.

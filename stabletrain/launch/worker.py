@@ -12,9 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from stabletrain.config.trust import ENV as TRUST_ENV
+from stabletrain.config.yaml_file import read_yaml
 from stabletrain.errors import UserError
 from stabletrain.launch.connection import OPTION
 from stabletrain.launch.hand_over import (
@@ -88,13 +87,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: expected the run.yaml of a run, but it cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: expected valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(config, dict) or not {"run_dir", "model", "data", "trainer"} <= config.keys():
+    config = read_yaml(path, exponents=False)
+    if not {"run_dir", "model", "data", "trainer"} <= config.keys():
         raise UserError(f"{path}: expected the run.yaml of a run, with the keys run_dir, model, data and trainer")
     return config
 

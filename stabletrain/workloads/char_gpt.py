@@ -6,11 +6,15 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from stabletrain.errors import UserError
 from stabletrain.runtime.records.run_files import SAMPLE
+from stabletrain.workloads.arguments import number, whole
 from stabletrain.workloads.base import Workload, decay_groups
 from stabletrain.workloads.gpt import GPT
 from stabletrain.workloads.metrics import Perplexity, WeightedMean
 from stabletrain.workloads.sampling import continue_tokens
+
+_MOST_PARAMETERS = 10**10
 
 
 class CharGPT(Workload):
@@ -57,26 +61,34 @@ class CharGPT(Workload):
         sample_prompt: str = "\n",
     ) -> None:
         super().__init__()
-        for key, number, least in (
-            ("layers", layers, 1),
-            ("heads", heads, 1),
-            ("width", width, 1),
-            ("context", context, 1),
-            ("vocab_size", vocab_size, 1),
-            ("z_loss", z_loss, 0),
-            ("weight_decay", weight_decay, 0),
-            ("sample_length", sample_length, 0),
-            ("sample_temperature", sample_temperature, 0),
+        for key, value, least, most in (
+            ("layers", layers, 1, 1000),
+            ("heads", heads, 1, 65_536),
+            ("width", width, 1, 65_536),
+            ("context", context, 1, 1_000_000),
+            ("vocab_size", vocab_size, 1, 10_000_000),
+            ("sample_length", sample_length, 0, 1_000_000),
         ):
-            if not number >= least:
-                raise ValueError(f"model.{key}: expected a number of at least {least}, got {number}")
+            whole(f"model.{key}", value, least, most)
         for key, share in (("dropout", dropout), ("label_smoothing", label_smoothing)):
-            if not 0 <= share < 1:
-                raise ValueError(f"model.{key}: expected 0 <= {key} < 1, got {share}; 0 disables it")
+            number(f"model.{key}", share, 0, 1)
+        for key, amount in (
+            ("z_loss", z_loss),
+            ("weight_decay", weight_decay),
+            ("sample_temperature", sample_temperature),
+        ):
+            number(f"model.{key}", amount)
+        number("model.lr", lr, above_least=True)
         if width % heads:
-            raise ValueError(f"model.width: expected a multiple of model.heads={heads}, got {width}")
+            raise UserError(f"model.width: expected a multiple of model.heads={heads}, got {width}")
         if not sample_prompt:
-            raise ValueError("model.sample_prompt: expected at least one character, got ''; the default is a line feed")
+            raise UserError("model.sample_prompt: expected at least one character, got ''; the default is a line feed")
+        parameters = width * (12 * layers * width + vocab_size * (1 if tie_embeddings else 2) + context)
+        if parameters > _MOST_PARAMETERS:
+            raise UserError(
+                f"model: expected at most {_MOST_PARAMETERS:.0e} parameters, got about {parameters:.0e} from "
+                f"model.layers={layers}, model.width={width}, model.vocab_size and model.context; lower them"
+            )
         self.save_hyperparameters(logger=False)
         self.net = GPT(layers, heads, width, context, vocab_size, dropout, qk_norm, tie_embeddings)
         self.context, self.vocab_size = context, vocab_size
@@ -91,14 +103,14 @@ class CharGPT(Workload):
         data: Any = getattr(self.trainer, "datamodule", None)
         needed = getattr(data, "vocab_size", 0)
         if self.vocab_size < needed:
-            raise ValueError(
+            raise UserError(
                 f"model.vocab_size: expected at least the {needed} tokens of the data, got {self.vocab_size}"
             )
         if self.sample_length and hasattr(data, "encode"):
             try:
                 data.encode(self.sample_prompt)
             except ValueError as error:
-                raise ValueError(f"model.sample_prompt: {error}") from error
+                raise UserError(f"model.sample_prompt: {error}") from error
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the logits (batch, time, vocab_size) of the next token for tokens (batch, time)."""

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
+from stabletrain.workloads.arguments import number, whole
 from stabletrain.workloads.base import Workload, decay_groups
 from stabletrain.workloads.metrics import WeightedMean
 
@@ -34,12 +35,12 @@ class DigitsCNN(Workload):
         weight_decay: float = 5e-4,
     ) -> None:
         super().__init__()
-        if width < 1:
-            raise ValueError(f"model.width: expected at least 1 channel, got {width}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"model.dropout: expected 0 <= dropout < 1, got {dropout}; 0 disables it")
-        if not 0 <= max_shift <= 3:
-            raise ValueError(f"model.max_shift: expected 0 to 3 pixels, got {max_shift}; 0 disables it")
+        whole("model.width", width, 1, 16_384)
+        whole("model.max_shift", max_shift, 0, 3)
+        number("model.dropout", dropout, 0, 1)
+        number("model.lr", lr, above_least=True)
+        number("model.momentum", momentum, 0, 1, above_least=True)
+        number("model.weight_decay", weight_decay)
         self.save_hyperparameters(logger=False)
         self.net = nn.Sequential(
             *_stage(1, width),

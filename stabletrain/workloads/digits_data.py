@@ -3,6 +3,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from stabletrain.workloads.arguments import MOST_WORKERS, whole
 from stabletrain.workloads.batches import Examples, as_gathered
 
 _VALIDATION_SHARE = 0.2
@@ -23,10 +24,8 @@ class DigitsData(L.LightningDataModule):
 
     def __init__(self, batch_size: int = 64, workers: int = 0) -> None:
         super().__init__()
-        if not 1 <= batch_size <= 1437:
-            raise ValueError(f"data.batch_size: expected 1 to 1437 digits, got {batch_size}")
-        if workers < 0:
-            raise ValueError(f"data.workers: expected at least 0, got {workers}")
+        whole("data.batch_size", batch_size, 1, 1437)
+        whole("data.workers", workers, 0, MOST_WORKERS)
         self.save_hyperparameters(logger=False)
         self.batch_size, self.workers = batch_size, workers
         self._split: tuple[Examples, Examples] | None = None

@@ -1,3 +1,4 @@
+import re
 from math import ceil
 from pathlib import Path
 
@@ -6,7 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
+from stabletrain.errors import UserError
 from stabletrain.workloads import text
+from stabletrain.workloads.arguments import MOST_WORKERS, whole
 from stabletrain.workloads.batches import Windows, as_gathered
 from stabletrain.workloads.errors import DataError
 
@@ -47,14 +50,18 @@ class ShakespeareData(L.LightningDataModule):
         workers: int = 0,
     ) -> None:
         super().__init__()
-        for key, value, least in (
-            ("context", context, 1),
-            ("batch_size", batch_size, 1),
-            ("validation_windows", validation_windows, 1),
-            ("workers", workers, 0),
+        for key, value, least, most in (
+            ("context", context, 1, 1_000_000),
+            ("batch_size", batch_size, 1, 1_000_000),
+            ("validation_windows", validation_windows, 1, 10**9),
+            ("workers", workers, 0, MOST_WORKERS),
+            ("seed", seed, -(2**63), 2**63 - 1),
         ):
-            if value < least:
-                raise ValueError(f"data.{key}: expected an integer of at least {least}, got {value}")
+            whole(f"data.{key}", value, least, most)
+        if path is not None and not path.strip():
+            raise UserError(f"data.path: expected a file, or null for the text of stabletrain, got {path!r}")
+        if sha256 is not None and not re.fullmatch("[0-9a-f]{64}", sha256):
+            raise UserError(f"data.sha256: expected 64 hexadecimal digits in lower case, or null, got {sha256!r}")
         self.save_hyperparameters(logger=False)
         self.path, self.sha256, self.context, self.batch_size = path, sha256, context, batch_size
         self.validation_windows, self.seed, self.shuffle, self.workers = validation_windows, seed, shuffle, workers

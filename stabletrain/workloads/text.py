@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import io
 import string
 import zlib
 from pathlib import Path
@@ -15,6 +16,8 @@ VOCABULARY: str = "\n !\"&'()*,-./0123456789:;?@" + string.ascii_uppercase + "[]
 """The 84 characters of the distributed text in code-point order; a character's index is its token."""
 
 _UNKNOWN = 255
+_LARGEST = 2**30
+"""Bytes of a text; it is held in memory several times while it is converted."""
 _TOKEN_OF_BYTE = torch.full((256,), _UNKNOWN, dtype=torch.uint8)
 _TOKEN_OF_BYTE[list(VOCABULARY.encode())] = torch.arange(len(VOCABULARY), dtype=torch.uint8)
 _BYTE_OF_TOKEN = torch.tensor(list(VOCABULARY.encode()), dtype=torch.uint8)
@@ -76,17 +79,25 @@ def read_text(path: Path, sha256: str | None) -> str:
     """
     remedy = "set data.path to a readable .txt or .txt.gz file, or to null for the text distributed with stabletrain"
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():  # reading a named pipe or a device has no end
+            raise DataError(f"data file {path}: expected a file, got a pipe or a device; {remedy}")
         raw = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"data file {path}: expected a readable file, got {error.strerror}; {remedy}") from error
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        if isinstance(error, DataError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"data file {path}: expected a readable file, got {reason}; {remedy}") from error
     if path.suffix == ".gz" and raw:
         try:
-            raw = gzip.decompress(raw)
+            with gzip.open(io.BytesIO(raw)) as unpacked:
+                raw = unpacked.read(_LARGEST + 1)
         except (EOFError, OSError, zlib.error) as error:
             raise DataError(
                 f"data file {path}: expected a whole gzip file, got a truncated or damaged one of {len(raw)} bytes "
                 f"({error}); download or write it again, or {remedy}"
             ) from error
+    if len(raw) > _LARGEST:
+        raise DataError(f"data file {path}: expected at most {_LARGEST // 2**20} MiB of text, got more; {remedy}")
     if not raw:
         raise DataError(f"data file {path}: expected text, got an empty file; {remedy}")
     digest = hashlib.sha256(raw).hexdigest()

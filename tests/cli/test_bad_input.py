@@ -1,6 +1,7 @@
 """Bad input through the real command line: one message that names the key and what to do, no traceback."""
 
 import gzip
+import os
 import shlex
 import sqlite3
 from pathlib import Path
@@ -39,6 +40,10 @@ TABLE = [
     (f"{GPT} data.path=empty.txt", 2, ["empty.txt"]),
     (f"{GPT} data.path=cut.txt.gz", 2, ["cut.txt.gz"]),
     ("show clip_nrom", 2, ["'clip_nrom'", "did you mean 'clip_norm'"]),
+    (f"{RUN} -m seed=range(3,1)", 2, ["seed=range(3,1)", "no values"]),
+    ("cp nowhere new.yaml", 2, ["'nowhere'"]),
+    ("replay clip_norm pipe.csv", 2, ["pipe.csv", "expected a CSV file"]),
+    ("replay clip_norm negative.csv", 2, ["negative.csv, line 2", "grad_norm >= 0"]),
     ("ls plugin", 2, ["'plugin'", "did you mean 'plugins'"]),
     ("cp char_gpt mine.txt", 2, ["mine.txt", ".yaml"]),
     ("cp char_gpt /dev/null/x.yaml", 2, ["/dev/null/x.yaml"]),
@@ -50,6 +55,8 @@ TABLE = [
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "corrupt.db").write_text("this is no database, whatever its name says\n" * 20)
     (tmp_path / "empty.txt").touch()
+    os.mkfifo(tmp_path / "pipe.csv")
+    (tmp_path / "negative.csv").write_text("loss,grad_norm\n1,-1\n")
     (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(b"to be or not to be " * 1000)[:-30])
     return tmp_path
 

@@ -149,3 +149,32 @@ def test_replay_of_a_wrong_rule(cli, series: Path, arguments: list[str], words: 
     assert "Traceback" not in done.stderr
     for word in words:
         assert word in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("redirect", "words"), [("> /dev/full", ["cannot write the output"]), ("| true", []), (">&-", [])]
+)
+def test_output_that_cannot_be_written(redirect: str, words: list[str]) -> None:
+    """Bug: a traceback, and a second one when the interpreter ends."""
+    command = f"{sys.executable} -m stabletrain ls {redirect}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bug: exit code 1, or a traceback, from Ctrl-C while a config is composed."""
+    from stabletrain.cli import listing
+    from stabletrain.cli.main import main
+
+    def interrupted(what: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(listing, "print_tables", interrupted)
+    monkeypatch.setattr(sys, "argv", ["stabletrain", "ls"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"

@@ -77,6 +77,42 @@ def test_every_option_that_we_ship_fits_its_signature(group: str) -> None:
         ("trainer.profiler._target_=torch.PyTorchFileWriter", ["trainer.profiler: expected a Profiler, got a"]),
         ("model.width={_target_:torch.nn.Identity}", ["model.width: expected int, got a node with _target_"]),
         ("guard.events='\\${oc.env:HOME}'", ["guard.events: expected a resolved value"]),
+        ("launch.threads=100000", ["launch.threads: expected at most 1024"]),
+        ("launch.processes=100000", ["launch.processes: expected at most 1024"]),
+        ("~launch.threads", ["launch.threads: this key is needed"]),
+        ("~trainer.devices", ["trainer.devices: launch.processes sets it"]),
+        ("~seed", ["seed: this key is needed"]),
+        ("seed=true", ["seed: expected int"]),
+        ("run_dir=", ["run_dir: expected a path, got ''"]),
+        ("run_dir=/dev/null/x", ["run_dir: cannot write to /dev/null/x", "run_dir=FOLDER"]),
+        ("guard.events=/nonexistent/x", ["guard.events: cannot write", "/nonexistent"]),
+        ("guard.events=/", ["guard.events: cannot write", "no file"]),
+        ("plugins/spike=rollback plugins.spike.spill=/nonexistent/x", ["plugins.spike.spill: cannot write"]),
+        ("plugins/spike=rollback plugins.spike.spill=/dev/null", ["plugins.spike.spill: cannot write"]),
+        ("plugins/spike=rollback plugins.spike.every=abc", ["plugins.spike.every: expected int"]),
+        ("+chaos=nan_grad chaos.at_step=1 chaos.rank=99", ["chaos.rank: expected null or one of the 1 ranks"]),
+        ("+chaos=nan_grad chaos.at_step=999", ["chaos.at_step: expected a step before the end"]),
+        ("schedule=cosine schedule.total=0", ["schedule: total must be above 0", "schedule.total"]),
+        ("schedule=cosine schedule.lr_warmup=99", ["lr_warmup must be no longer than the total of 5 steps"]),
+        ("optimizer=adamw optimizer.lr=nan", ["optimizer.lr: expected a finite number, got nan"]),
+        ("optimizer=adamw optimizer.betas=[0.9,inf]", ["optimizer.betas: expected a finite number, got inf"]),
+        ("trainer.max_steps=-5", ["trainer.max_steps: expected at least 1, or -1"]),
+        ("trainer.max_steps=0", ["trainer.max_steps: expected at least 1", "nothing is trained"]),
+        ("trainer.limit_train_batches=0", ["trainer.limit_train_batches", "nothing is trained"]),
+        ("trainer.val_check_interval=0", ["trainer.val_check_interval: expected above 0"]),
+        ("trainer.accumulate_grad_batches=0", ["trainer.accumulate_grad_batches: expected at least 1"]),
+        ("trainer.check_val_every_n_epoch=0", ["trainer.check_val_every_n_epoch: expected at least 1"]),
+        ("trainer.log_every_n_steps=-1", ["trainer.log_every_n_steps: expected at least 0"]),
+        ("trainer.max_time=00:00:00:00", ["trainer.max_time: expected more than no time"]),
+        ("trainer.detect_anomaly=1", ["trainer.detect_anomaly: expected bool"]),
+        ("plugins.clip=false", ["plugins.clip: expected _target_ and its arguments, got False", "plugins/clip=none"]),
+        ("plugins.clip=''", ["plugins.clip: expected _target_ and its arguments, got ''"]),
+        ("plugins.clip={}", ["plugins.clip: expected _target_ and its arguments, got {}"]),
+        ("plugins=0", ["plugins: expected keys with values, got 0", "plugins/SLOT=OPTION"]),
+        ("callbacks.x=0", ["callbacks.x: expected keys with values, got 0"]),
+        ("optimizer=[adamw]", ["optimizer: expected one option, got a list"]),
+        ("hydra.searchpath=[a]", ["hydra.searchpath", "remove it"]),
+        ("resume=/dev/zero", ["resume: "]),
         ("model._target_=os.system", ["model._target_: 'os.system' may not be built"]),
     ],
 )
@@ -141,3 +177,16 @@ def test_yaml_values_that_fit(value: object, hint: object) -> None:
 def test_values_that_would_arrive_as_something_else(value: object, hint: object) -> None:
     # pydantic's lax mode takes "3" for 3, but it is the text that reaches the constructor
     assert mismatch(value, hint) is not None
+
+
+@pytest.mark.parametrize("key", ["+chaos=inf_grad", "+chaos=nan_grad", "+chaos=nan_loss"])
+def test_a_fault_may_be_a_number_that_is_not_finite(key: str) -> None:
+    """Bug: NaN is refused where it is the default and the point."""
+    assert problems(key, "chaos.at_step=1") == []
+
+
+def test_nothing_is_made_while_a_path_is_checked(tmp_path: Path) -> None:
+    """Bug: validation leaves folders behind."""
+    words = [f"run_dir={tmp_path}/a/b", "plugins/spike=rollback", f"plugins.spike.spill={tmp_path}/c"]
+    assert problems(*words, f"guard.events={tmp_path}/d") == []
+    assert list(tmp_path.iterdir()) == []

@@ -179,6 +179,19 @@ KINDS = (
             "schedule: min_factor must be from 0 to 1, got 2.0 (config key schedule.min_factor)",
         ),
         (
+            {"kind": "step", "lr_warmup": 2, "milestones": (10, 5)},
+            "schedule: milestones must be ascending, got (10, 5) (config key schedule.milestones)",
+        ),
+        (
+            {"kind": "cosine", "total": 0},
+            "schedule: total must be above 0, got 0 (config key schedule.total)",
+        ),
+        (
+            {"kind": "constant", "tokens_per_step": float("nan")},
+            "schedule: tokens_per_step must be above 0 and finite, or None, got nan (config key "
+            "schedule.tokens_per_step)",
+        ),
+        (
             {"kind": "cyclical"},
             "schedule: min_factor must be above 0 (where cycles begin) and at most 1, got 0.0 (config key "
             "schedule.min_factor)",
@@ -220,7 +233,7 @@ def test_lengths_in_several_units_are_compared_when_the_run_is_known() -> None:
         mixed.curve(RunLength(steps_per_epoch=21))
 
 
-@pytest.mark.parametrize("milestones", [(10, 5), (1, 5)])
+@pytest.mark.parametrize("milestones", [("5", "50%", 8), (1, 5)])
 def test_milestones_must_ascend_from_the_end_of_the_warm_up(milestones: tuple[int, ...]) -> None:
     """Bug: a milestone within the warm-up, which would come to nothing."""
     with pytest.raises(UserError) as error:

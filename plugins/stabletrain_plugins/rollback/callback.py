@@ -67,6 +67,11 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
         self._accepting, self._incident_state = Accepting(), IncidentState()
 
     @property
+    def writes_to(self) -> dict[str, str]:
+        """Arguments that are folders to which it writes; a config is checked for them before the run."""
+        return {} if self.spill is None else {"spill": self.spill}
+
+    @property
     def rollbacks(self) -> int:
         """Rollbacks made in this run, those before a restart included."""
         return len(self._interventions)

@@ -126,6 +126,7 @@ class RollbackRule(SpikeDetection):
         self.require(1 < self.max_growth < math.inf, "max_growth", "> 1 and finite")
         self.require(self.where in ("host", "device"), "where", '"host" or "device"')
         self.require(self.on_slow_rise in ("report", "rollback"), "on_slow_rise", '"report" or "rollback"')
+        self.require(self.spill is None or bool(str(self.spill).strip()), "spill", "a folder, or null")
         if self.max_memory is not None:
             parse(self.max_memory, name=f"plugins.{self.slot}.max_memory")
 
