@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
@@ -5,6 +7,7 @@ from omegaconf import OmegaConf
 
 import stabletrain
 from stabletrain.config.compose import compose
+from stabletrain.config.trust import TrustError
 from stabletrain.errors import UserError
 
 
@@ -15,6 +18,45 @@ def test_omegaconf_and_plain_nodes_mean_the_same() -> None:
     (made,) = stabletrain.callbacks(config.plugins)
     assert isinstance(made, stabletrain.ClipNorm)
     assert made.max_norm == 0.5
+
+
+def test_a_config_is_resolved_once() -> None:
+    # the app's own interpolations are the app's; what is text after them stays text, and is refused
+    node = {"clip": {"_target_": "stabletrain.ClipNorm", "name": "${text}"}}
+    escaped = OmegaConf.create({"plugins": node, "text": "\\${oc.create:{_target_:psutil.Popen,args:[touch,PWNED]}}"})
+    for given in (escaped.plugins, node):
+        with pytest.raises(TrustError, match=r"plugins\.clip\.name: expected a resolved value"):
+            stabletrain.callbacks(given)
+
+
+def test_nothing_is_built_before_all_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: the callbacks before the one that is refused have been built."""
+    built: list[object] = []
+    monkeypatch.setattr(EarlyStopping, "__init__", lambda self, **_: built.append(self))
+    early = {"_target_": "lightning.pytorch.callbacks.EarlyStopping", "monitor": "loss"}
+    with pytest.raises(TrustError, match=r"plugins\.b: expected a Lightning callback"):
+        stabletrain.callbacks({"a": early, "b": {"_target_": "torch.nn.Identity"}})
+    assert not built
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "bitsandbytes.utils.execute_and_return",
+        "stabletrain.runtime.checkpoints.durable.discard",
+        "stabletrain.tracking.write_environment",
+        "torch.PyTorchFileWriter",
+        "torch.cuda.memory.CUDAPluggableAllocator",
+        "lightning.pytorch.Trainer",
+    ],
+)
+def test_what_is_no_callback_is_not_called(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: it is called, and only then found to be no callback; or it is called as the value of an argument."""
+    monkeypatch.chdir(tmp_path)
+    for node in ({"_target_": target}, {"_target_": "stabletrain.ClipNorm", "name": {"_target_": target}}):
+        with pytest.raises(TrustError, match=r"plugins\.x"):
+            stabletrain.callbacks({"x": {**node, "_args_": ["PWNED"]} if "name" not in node else node})
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_no_callback_is_refused() -> None:
@@ -39,8 +81,6 @@ def test_any_lightning_callback_can_be_in_a_slot() -> None:
 
 def test_default_callbacks_are_the_stack_of_train_yaml() -> None:
     # a script with default_callbacks() and a run of a recipe have to be protected alike
-    from pathlib import Path
-
     tiny = str(Path(__file__).parents[1] / "launch" / "tiny.yaml")
     off = ("schedule", "plugins/clip", "plugins/nonfinite", "plugins/outliers", "plugins/spike", "plugins/gradients")
     import yaml

@@ -70,3 +70,15 @@ def test_a_config_cannot_run_any_function(app: Path) -> None:
     """Bug: the check of trust is only in our own command line."""
     done = run(app, "+plugins.clip._target_=os.system", "+plugins.clip.command=false")
     assert "'os.system' may not be built from a config" in done.stderr
+    done = run(app, "+plugins/clip=norm", "+plugins.clip.name={_target_:torch.PyTorchFileWriter,_args_:[PWNED]}")
+    assert "plugins.clip.name: expected str or None, got a node" in done.stderr
+    assert not list(app.parent.rglob("PWNED"))
+
+
+def test_a_config_is_not_resolved_a_second_time(app: Path) -> None:
+    """Bug: an escaped interpolation is text for the check, and is resolved when the object is built."""
+    done = run(
+        app, "+plugins/clip=norm", r"plugins.clip.name='\${oc.create:{_target_:psutil.Popen,args:[touch,PWNED]}}'"
+    )
+    assert "plugins.clip.name: expected a resolved value" in done.stderr
+    assert not list(app.parent.rglob("PWNED"))

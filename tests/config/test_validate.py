@@ -71,6 +71,11 @@ def test_every_option_that_we_ship_fits_its_signature(group: str) -> None:
         ("launch=slurm launch.sbatch.a_b=3", ["launch.sbatch.a_b: expected a long option"]),
         ("resume=/no/such.ckpt", ["resume: there is no checkpoint at '/no/such.ckpt'"]),
         ("resume=https://example.com/x.ckpt", ["resume: there is no checkpoint"]),
+        ("optimizer._target_=torch.optim.SGD", ["optimizer._partial_: expected true"]),
+        ("callbacks.x._target_=torch.nn.Identity", ["callbacks.x: expected a Lightning callback, got a Identity"]),
+        ("trainer.profiler._target_=torch.PyTorchFileWriter", ["trainer.profiler: expected a Profiler, got a"]),
+        ("model.width={_target_:torch.nn.Identity}", ["model.width: expected int, got a node with _target_"]),
+        ("guard.events='\\${oc.env:HOME}'", ["guard.events: expected a resolved value"]),
         ("model._target_=os.system", ["model._target_: 'os.system' may not be built"]),
     ],
 )
