@@ -70,7 +70,7 @@ def check(composed: Composed, trust: Iterable[str] = ()) -> list[Problem]:
         trust: further packages that ``_target_`` may name.
     """
     found = check_keys(composed)
-    reported = {problem.key for problem in composed.problems}
+    reported = {problem.key for problem in found}
     trust = tuple(trust)
     named = [*check_signatures(composed.config, trust), *check_constructors(composed.config, trust)]
     return found + [problem for problem in named if problem.key not in reported]

@@ -116,7 +116,7 @@ def prepare(request: LaunchRequest) -> list[Job]:
         for number, (recipe, each) in enumerate(composed)
     ]
     if problems:
-        reported = {problem.key for _, each in composed for problem in each.problems}
+        reported = {problem.key for problem in problems}
         problems += [p for p in _problems_in(jobs, request, build=False) if p.key not in reported]
         raise ConfigError(dict.fromkeys(problems))
     return jobs

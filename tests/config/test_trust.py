@@ -39,7 +39,7 @@ FOREIGN = [
     "torch.sys.exit",
     "lightning.pytorch.os.system",
     "torch.optim.optimizer.functools.partial",
-    "stabletrain.tracking.store.subprocess.run",
+    "stabletrain.tracking.sqlite_file.subprocess.run",
     "stabletrain.config.trust.importlib.import_module",
 ]
 

@@ -76,7 +76,6 @@ def test_every_option_that_we_ship_fits_its_signature(group: str) -> None:
         ("callbacks.x._target_=torch.nn.Identity", ["callbacks.x: expected a Lightning callback, got a Identity"]),
         ("trainer.profiler._target_=torch.PyTorchFileWriter", ["trainer.profiler: expected a Profiler, got a"]),
         ("model.width={_target_:torch.nn.Identity}", ["model.width: expected int, got a node with _target_"]),
-        ("guard.events='\\${oc.env:HOME}'", ["guard.events: expected a resolved value"]),
         ("launch.threads=100000", ["launch.threads: expected at most 1024"]),
         ("launch.processes=100000", ["launch.processes: expected at most 1024"]),
         ("~launch.threads", ["launch.threads: this key is needed"]),
