@@ -44,6 +44,23 @@ app = typer.Typer(
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from stabletrain.version import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Train recipes with plugins that handle loss spikes and bad steps, and log every run to MLflow."""
+
+
 def _complete(context: typer.Context, incomplete: str) -> list[str]:
     from stabletrain.cli.completion import complete
 

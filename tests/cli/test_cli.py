@@ -9,7 +9,9 @@ import yaml
 HEAVY = ("torch", "lightning", "mlflow", "hydra", "numpy")
 
 
-@pytest.mark.parametrize("words", [["--help"], ["ls"], ["ls", "plugins"], ["train", "--help"], ["show", "clip_norm"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["--version"], ["ls"], ["ls", "plugins"], ["train", "--help"], ["show", "clip_norm"]]
+)
 def test_help_ls_and_show_import_nothing_heavy(words: list[str]) -> None:
     # lightning alone takes four seconds
     code = (
