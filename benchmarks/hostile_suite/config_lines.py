@@ -108,7 +108,8 @@ def _judge(words: list[str]) -> str:
 def _names_a_key(message: str, overrides: list[str]) -> bool:
     keys = [word.lstrip("+~").partition("=")[0].partition("@")[0] for word in overrides]
     tops = {key.split(".")[0].split("/")[0] for key in keys} | {"recipe"}
-    return any(top in message for top in tops if top)
+    # a word without a key is quoted as it was typed
+    return any(name in message for name in (*tops, *overrides) if name)
 
 
 class _Enough(BaseException):
