@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from stabletrain.config import construct, kinds
 from stabletrain.config.discovery import content, groups
-from stabletrain.config.outputs import Outputs
+from stabletrain.config.outputs import Outputs, check_outputs
 from stabletrain.config.problems import suggestion
 from stabletrain.errors import UserError
 from stabletrain.paths import data_dir
@@ -16,16 +16,18 @@ if TYPE_CHECKING:
     from lightning.pytorch import Callback
 
 
-def callbacks(node: object, *, trust: Iterable[str] = ()) -> list[Callback]:
+def callbacks(node: object, *, trust: Iterable[str] = (), paths_outside: bool = False) -> list[Callback]:
     """Build the callbacks of a ``plugins`` node for ``Trainer(callbacks=...)``, in the node's order.
 
     Args:
         node: an OmegaConf or plain mapping of slots to ``{_target_: ..., arguments}``; slots that are null or empty
             (option ``none``) are skipped.
         trust: packages of your own that ``_target_`` may name, besides stabletrain, its plugins, torch and lightning.
+        paths_outside: whether paths in the node may be absolute or lead out of the current folder with ``..``, as in a
+            config that you have written yourself.
 
     Raises:
-        UserError: if the node is no mapping, or a slot has arguments but no ``_target_``.
+        UserError: if the node is no mapping, a slot has arguments but no ``_target_``, or a path may not be used.
         TrustError: if a ``_target_`` may not be built from a config.
 
     >>> callbacks({"clip": None, "spike": {}})
@@ -39,6 +41,10 @@ def callbacks(node: object, *, trust: Iterable[str] = ()) -> list[Callback]:
     nodes = {f"plugins.{slot}": value for slot, value in plain.items() if value}
     for key, value in nodes.items():  # all are checked before the first is built
         construct.raise_first(construct.parse(_with_target(value, key), key, trust)[1])
+    if not paths_outside:
+        advice = "which needs stabletrain.callbacks(..., paths_outside=True); add it if you trust the config"
+        for problem in check_outputs({"plugins": plain}, (), advice):
+            raise UserError(str(problem).replace("the run's folder", "the current folder"))
     return [build_callback(value, key=key, trust=trust) for key, value in nodes.items()]
 
 

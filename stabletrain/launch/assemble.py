@@ -288,7 +288,8 @@ def trainer_arguments(config: Mapping[str, Any], attempt: Attempt = build_or_rai
     for part in TRAINER_PARTS:
         for name, value in (config.get(part) or {}).items():
             built = attempt(f"{part}.{name}", partial(_build_argument, part, name, value, outputs))
-            arguments[f"{part}.{name}"] = built
+            if built is not None or value is None:  # else it has failed
+                arguments[f"{part}.{name}"] = built
     return arguments
 
 

@@ -207,3 +207,13 @@ def test_overloads_and_texts_are_read() -> None:
     assert argument_hints(torch.nn.Sequential)["*args"] == [torch.nn.Module]
     assert CheckpointIO in argument_hints(AsyncCheckpointIO)["checkpoint_io"]
     assert "Module" in str(argument_hints(torch.nn.ModuleList)["modules"][0])
+
+
+def test_a_time_may_be_built() -> None:
+    """Bug: the timeout of a process group cannot be set."""
+    from lightning.pytorch import Trainer
+
+    timeout = {"_target_": "datetime.timedelta", "seconds": 30}
+    node = {"_target_": "lightning.pytorch.strategies.DDPStrategy", "timeout": timeout}
+    made = instantiate_arguments(Trainer, {"strategy": node}, key="strategy")["strategy"]
+    assert made._timeout.total_seconds() == 30
