@@ -106,7 +106,7 @@ def _judge(words: list[str]) -> str:
 
 
 def _names_a_key(message: str, overrides: list[str]) -> bool:
-    keys = [word.lstrip("+~").partition("=")[0].partition("@")[0] for word in overrides]
+    keys = [word.lstrip("+~").partition("=")[0].partition("@")[0] or word for word in overrides]
     tops = {key.split(".")[0].split("/")[0] for key in keys} | {"recipe"}
     return any(top in message for top in tops if top)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from stabletrain.config import construct, kinds
+from stabletrain.config import construct
 from stabletrain.config.discovery import content, groups
 from stabletrain.config.outputs import Outputs, check_outputs
 from stabletrain.config.problems import suggestion
@@ -97,31 +97,6 @@ def build_callback(
     """
     built: Callback = construct.instantiate(_with_target(node, key), trust=trust, key=key, outputs=outputs)
     return built
-
-
-def check_run(config: Mapping[str, Any]) -> None:
-    """Check every node in the content of a run.yaml, before anything of it is built.
-
-    Args:
-        config: the content of a run.yaml; only packages that the environment names are trusted in addition.
-
-    Raises:
-        UserError: the first mistake, with its key.
-    """
-    from lightning.pytorch import Trainer
-
-    for key, value in config.items():
-        nodes = {key: value}
-        if key in ("plugins", "callbacks") and isinstance(value, Mapping):
-            nodes = {f"{key}.{name}": node for name, node in value.items()}
-        for where, node in nodes.items():
-            if key in kinds.PLACES and isinstance(node, Mapping) and "_target_" in node:
-                faults = construct.parse(node, where)[1]
-            elif key in kinds.TRAINER_PARTS and isinstance(node, Mapping):
-                faults = construct.parse_arguments(Trainer, node, where)[1]
-            else:
-                faults = list(construct.unresolved(node, where))
-            construct.raise_first(faults)
 
 
 def _with_target(node: object, key: str) -> Mapping[str, Any]:

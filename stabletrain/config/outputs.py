@@ -40,6 +40,8 @@ threads-per-core time time-min tmp use-min-nodes wckey
 """
 _SBATCH = frozenset(_RESOURCES.split())
 """Options of sbatch that any file may set; ``--export=ALL,LD_PRELOAD=...`` would run code."""
+_MOST_FILES = 10_000
+"""In a folder that is there already when a recipe makes it the run's."""
 _ADVICE = "which only the command line may set; if you want it, add {key}={value}"
 _CHARACTER = re.compile(r"\{[^{}]*:[^{}]*(?:\{|c\})")
 """In a format such as that of a checkpoint's name: the character with a number. The 46th is a dot, the 47th a slash."""
@@ -53,6 +55,9 @@ def check_outputs(config: Mapping[str, Any], typed: Collection[str], advice: str
         typed: the keys that were set on the command line, which are not checked.
         advice: how the user can have them nevertheless.
     """
+    run_dir = config.get("run_dir")
+    if isinstance(run_dir, str) and "run_dir" not in typed and not _leaves(run_dir):
+        yield from _run_folder(Path(run_dir))
     for top in _WRITING_KEYS:
         for key, value in _texts(config.get(top), top):
             name = key.rpartition(".")[2].partition("[")[0]
@@ -67,6 +72,31 @@ def check_outputs(config: Mapping[str, Any], typed: Collection[str], advice: str
         if option not in _SBATCH and key not in typed:
             wanted = advice.format(key=key, value=value)
             yield Problem(key, f"expected an option that asks for resources, got {option!r:.100}, {wanted}")
+
+
+def _run_folder(folder: Path) -> Iterator[Problem]:
+    """Yield what is wrong with a run's folder that somebody may have prepared: links would lead the run elsewhere."""
+    here = os.path.realpath(Path.cwd())
+    if not _is_below(folder, here):
+        yield Problem("run_dir", f"expected a folder below {here}, got a link to {os.path.realpath(folder)}")
+        return
+    count = 0
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path, count = Path(parent, name), count + 1
+            if path.is_symlink() and not _is_below(path, os.path.realpath(folder)):
+                yield Problem("run_dir", f"{path} is a link out of the run's folder; choose another folder")
+                return
+            if not path.is_dir() and not path.is_file() and not path.is_symlink():
+                yield Problem("run_dir", f"expected files and folders in {folder}, got {path}; choose another folder")
+                return
+        if count > _MOST_FILES:
+            yield Problem("run_dir", f"{folder} contains more than {_MOST_FILES} files; choose another folder")
+            return
+
+
+def _is_below(path: Path, folder: str) -> bool:
+    return Path(os.path.realpath(path)).is_relative_to(folder)
 
 
 def typed_keys(overrides: Sequence[str]) -> frozenset[str]:

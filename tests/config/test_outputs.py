@@ -1,5 +1,6 @@
 """A recipe cannot make a run write outside of its folder; the command line can."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,27 @@ def test_any_option_of_sbatch_may_be_typed() -> None:
     overrides = ["+launch.sbatch.mail-user=me@example.com", "++launch.sbatch.output=/x"]
     config = {"launch": {"sbatch": {"mail-user": "me@example.com", "output": "/x"}}}
     assert list(check_outputs(config, typed_keys(overrides))) == []
+
+
+@pytest.mark.parametrize("made", ["link", "inner link", "deep link", "pipe"])
+def test_a_prepared_run_folder_leads_nowhere_else(made: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: a recipe comes with a folder in which worker.log is a link to ~/.bashrc, or a pipe without end."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "precious").write_text("")
+    monkeypatch.chdir(tmp_path / "here")
+    config = {"run_dir": "out"}
+    assert list(check_outputs(config, ())) == []
+    if made == "link":
+        Path("out").symlink_to(tmp_path)
+    else:
+        Path("out", "checkpoints").mkdir(parents=True)
+        Path("out", "last.ckpt").symlink_to("checkpoints/step.ckpt")
+        assert list(check_outputs(config, ())) == []
+    if made == "inner link":
+        Path("out", "worker.log").symlink_to(tmp_path / "precious")
+    if made == "deep link":
+        Path("out", "checkpoints", "a").symlink_to(tmp_path)
+    if made == "pipe":
+        os.mkfifo("out/worker.log")
+    assert [problem.key for problem in check_outputs(config, ())] == ["run_dir"]
+    assert list(check_outputs(config, ["run_dir"])) == []

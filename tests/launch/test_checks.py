@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, seed_everything
 
 from stabletrain.config.compose import compose
 from stabletrain.config.validate import check_keys
-from stabletrain.launch.assemble import assemble
+from stabletrain.launch.assemble import build_parts
 from stabletrain.launch.checks import ConstructorBug, check_and_build, check_config, problem_of
 from stabletrain.runtime.signal_watch import SignalWatch
 
@@ -144,7 +144,7 @@ def test_the_random_generators_are_as_after_building_alone(config: dict[str, Any
     config["optimizer"] = {"_target_": "torch.optim.AdamW", "_partial_": True}
     config["plugins"] = {"clip": {"_target_": "stabletrain.ClipNorm"}}
     states = []
-    for build in (assemble, lambda config, watch: check_and_build(config, watch)[0]):
+    for build in (build_parts, lambda config, watch: check_and_build(config, watch)[0]):
         seed_everything(99)
         run = build(config, SignalWatch())
         assert run is not None

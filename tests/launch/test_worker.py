@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from stabletrain.cli.summary import next_commands
 from stabletrain.config.trust import TrustError
 from stabletrain.errors import UserError
-from stabletrain.launch.assemble import assemble, outputs_of, override_optimizer, run_callbacks, trainer_arguments
+from stabletrain.launch.assemble import build_parts, outputs_of, override_optimizer, run_callbacks, trainer_arguments
 from stabletrain.launch.final_status import final_result
 from stabletrain.launch.hand_over import without_paths_outside
 from stabletrain.launch.launcher import FinishedJob
@@ -41,12 +41,13 @@ def signals_restored() -> Iterator[None]:
 def test_the_optimizer_of_any_module_can_be_replaced(config: dict[str, Any]) -> None:
     """Bug: the module's own optimizer is used; or frozen parameters are given to the optimizer."""
     config["optimizer"] = {"_target_": "torch.optim.AdamW", "_partial_": True, "lr": 0.5, "betas": [0.9, 0.95]}
-    run = assemble(config, SignalWatch())
-    run.model.layer.bias.requires_grad_(False)
-    optimizer = run.model.configure_optimizers()
+    model = build_parts(config, SignalWatch()).model
+    assert model is not None
+    model.layer.bias.requires_grad_(False)
+    optimizer = model.configure_optimizers()
     assert isinstance(optimizer, torch.optim.AdamW)
     assert optimizer.param_groups[0]["lr"] == 0.5
-    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(run.model.layer.weight)]
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(model.layer.weight)]
 
 
 def test_replacing_the_optimizer_does_not_change_the_class(config: dict[str, Any]) -> None:
@@ -110,14 +111,14 @@ def test_the_worker_does_not_trust_what_run_yaml_names(config: dict[str, Any], m
     monkeypatch.delenv("STABLETRAIN_TRUST")
     config["trust"] = ["tiny_workload"]
     with pytest.raises(TrustError, match=r"model\._target_: 'tiny_workload\.TinyModel'"):
-        assemble(config, SignalWatch())
+        build_parts(config, SignalWatch())
 
 
 def test_a_node_of_another_type_is_refused(config: dict[str, Any]) -> None:
     """Bug: an error far from its cause, when the Trainer calls a method that is missing."""
     config["model"] = {"_target_": "torch.nn.Identity"}
     with pytest.raises(UserError, match=r"model: expected a LightningModule, got a Identity from .*torch\.nn"):
-        assemble(config, SignalWatch())
+        build_parts(config, SignalWatch())
 
 
 @pytest.mark.usefixtures("signals_restored")
