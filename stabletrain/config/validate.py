@@ -230,7 +230,7 @@ def _own_keys(config: Mapping[str, Any]) -> Iterator[Problem]:
             if text:
                 yield Problem(key, text)
     for key in _TOP_LEVEL:
-        if key not in config:
+        if key not in config and key != "dry_run":  # which composing adds, and run.yaml leaves out
             advice = f"do not remove it (~{key}), and start the recipe's defaults list with train"
             yield Problem(key, f"this key is needed, but has no value; {advice}")
     if isinstance(config.get("seed"), int) and not 0 <= config["seed"] < 2**32:

@@ -29,10 +29,11 @@ class Model(LightningModule):
         self, net: torch.nn.Module | None = None, nets: Sequence[torch.nn.Module] = (), named: Mapping[str, Net] = {},
         pair: tuple[int, torch.nn.Module] | None = None, make: Callable[..., torch.optim.Optimizer] | None = None,
         optimizer: torch.optim.Optimizer = None, anything: Any = None, thing: object = None, text: str = "", bare=None,
-        call: Callable[[], None] = None, kind: type[torch.nn.Module] = None, missing: Missing = None, **others: Any,
+        call: Callable[[], None] = None, kind: type[torch.nn.Module] = None, missing: Missing = None,
+        quoted: "torch.nn.Module | None" = None, **others: Any,
     ):
         super().__init__()
-        self.given = dict(net=net, nets=nets, named=named, pair=pair, make=make, optimizer=optimizer)
+        self.given = dict(net=net, nets=nets, named=named, pair=pair, make=make, optimizer=optimizer, quoted=quoted)
 """
 LINEAR = {"_target_": "torch.nn.Linear", "in_features": 2, "out_features": 3}
 ADAM = {"_target_": "torch.optim.AdamW", "_partial_": True, "lr": 0.5}
@@ -57,6 +58,7 @@ def test_nodes_are_built_where_the_annotation_names_their_class(model: str) -> N
         "named": {"a": LINEAR},
         "pair": [3, LINEAR],
         "make": ADAM,
+        "quoted": LINEAR,
         "optimizer": ADAM,
     }
     given = instantiate(node, key="model").given

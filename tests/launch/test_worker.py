@@ -9,16 +9,24 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from stabletrain.cli.summary import next_commands
+from stabletrain.config.compose import compose
 from stabletrain.config.trust import TrustError
+from stabletrain.config.validate import check_content
 from stabletrain.errors import UserError
 from stabletrain.launch.assemble import build_parts, outputs_of, override_optimizer, run_callbacks, trainer_arguments
 from stabletrain.launch.final_status import final_result
 from stabletrain.launch.hand_over import without_paths_outside
-from stabletrain.launch.launcher import FinishedJob
+from stabletrain.launch.launcher import FinishedJob, run_config
 from stabletrain.launch.mlflow_run import MLFLOW_LOGGER, is_tracked, open_store
 from stabletrain.launch.process import AGREED_ENDS_EXIT_0, ProcessEnd, worker_command, worker_environment
 from stabletrain.launch.result import EXIT_CODES, MLFLOW_STATUS, Result, read_result
-from stabletrain.launch.run_folder import choose_run_folder, make_run_folder, remove_unused, write_run_yaml
+from stabletrain.launch.run_folder import (
+    choose_run_folder,
+    make_run_folder,
+    read_run_yaml,
+    remove_unused,
+    write_run_yaml,
+)
 from stabletrain.launch.worker import main
 from stabletrain.runtime.guard.options import Guard
 from stabletrain.runtime.signal_watch import SignalWatch
@@ -279,3 +287,12 @@ def test_a_tracking_uri_that_is_no_text_is_refused(config: dict[str, Any]) -> No
     config["logger"] = {"_target_": MLFLOW_LOGGER, "tracking_uri": {"_target_": "torch.PyTorchFileWriter"}}
     with pytest.raises(UserError, match=r"logger\.tracking_uri: expected text"):
         open_store(config)
+
+
+def test_what_a_launcher_writes_is_what_a_worker_accepts(tmp_path: Path) -> None:
+    """Bug: every SLURM job is refused, since run.yaml lacks a key that a config needs."""
+    composed = compose(str(Path(__file__).parent / "tiny.yaml"))
+    config = run_config(composed, []) | {"run_dir": str(tmp_path / "run")}
+    write_run_yaml_in(tmp_path / "run", config)
+    assert check_content(read_run_yaml(tmp_path / "run" / "run.yaml")) == []
+    assert without_paths_outside(config)
