@@ -48,11 +48,12 @@ def alternatives(hint: Any, names: Mapping[str, Any] | None = None) -> list[Any]
     names = names or {}
     if isinstance(hint, typing.ForwardRef):
         hint = hint.__forward_arg__
-    if isinstance(hint, str):
-        try:
-            hint = eval(hint, dict(names), _ForCheckersOnly(names))
-        except Exception:  # a name of a module that is not imported
-            return []
+    for _ in range(2):  # where all annotations are texts, one in quotes is a text of a text
+        if isinstance(hint, str):
+            try:
+                hint = eval(hint, dict(names), _ForCheckersOnly(names))
+            except Exception:  # a name of a module that is not imported
+                return []
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return [each for part in typing.get_args(hint) for each in alternatives(part, names)]
     if typing.get_origin(hint) is typing.Annotated:

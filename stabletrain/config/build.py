@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from stabletrain.config import construct, kinds
+from stabletrain.config import construct
 from stabletrain.config.discovery import content, groups
-from stabletrain.config.outputs import Outputs
+from stabletrain.config.outputs import Outputs, check_outputs
 from stabletrain.config.problems import suggestion
 from stabletrain.errors import UserError
 from stabletrain.paths import data_dir
@@ -16,16 +16,18 @@ if TYPE_CHECKING:
     from lightning.pytorch import Callback
 
 
-def callbacks(node: object, *, trust: Iterable[str] = ()) -> list[Callback]:
+def callbacks(node: object, *, trust: Iterable[str] = (), paths_outside: bool = False) -> list[Callback]:
     """Build the callbacks of a ``plugins`` node for ``Trainer(callbacks=...)``, in the node's order.
 
     Args:
         node: an OmegaConf or plain mapping of slots to ``{_target_: ..., arguments}``; slots that are null or empty
             (option ``none``) are skipped.
         trust: packages of your own that ``_target_`` may name, besides stabletrain, its plugins, torch and lightning.
+        paths_outside: whether paths in the node may be absolute or lead out of the current folder with ``..``, as in a
+            config that you have written yourself.
 
     Raises:
-        UserError: if the node is no mapping, or a slot has arguments but no ``_target_``.
+        UserError: if the node is no mapping, a slot has arguments but no ``_target_``, or a path may not be used.
         TrustError: if a ``_target_`` may not be built from a config.
 
     >>> callbacks({"clip": None, "spike": {}})
@@ -39,6 +41,10 @@ def callbacks(node: object, *, trust: Iterable[str] = ()) -> list[Callback]:
     nodes = {f"plugins.{slot}": value for slot, value in plain.items() if value}
     for key, value in nodes.items():  # all are checked before the first is built
         construct.raise_first(construct.parse(_with_target(value, key), key, trust)[1])
+    if not paths_outside:
+        advice = "which needs stabletrain.callbacks(..., paths_outside=True); add it if you trust the config"
+        for problem in check_outputs({"plugins": plain}, (), advice):
+            raise UserError(str(problem).replace("the run's folder", "the current folder"))
     return [build_callback(value, key=key, trust=trust) for key, value in nodes.items()]
 
 
@@ -91,31 +97,6 @@ def build_callback(
     """
     built: Callback = construct.instantiate(_with_target(node, key), trust=trust, key=key, outputs=outputs)
     return built
-
-
-def check_run(config: Mapping[str, Any]) -> None:
-    """Check every node in the content of a run.yaml, before anything of it is built.
-
-    Args:
-        config: the content of a run.yaml; only packages that the environment names are trusted in addition.
-
-    Raises:
-        UserError: the first mistake, with its key.
-    """
-    from lightning.pytorch import Trainer
-
-    for key, value in config.items():
-        nodes = {key: value}
-        if key in ("plugins", "callbacks") and isinstance(value, Mapping):
-            nodes = {f"{key}.{name}": node for name, node in value.items()}
-        for where, node in nodes.items():
-            if key in kinds.PLACES and isinstance(node, Mapping) and "_target_" in node:
-                faults = construct.parse(node, where)[1]
-            elif key in kinds.TRAINER_PARTS and isinstance(node, Mapping):
-                faults = construct.parse_arguments(Trainer, node, where)[1]
-            else:
-                faults = list(construct.unresolved(node, where))
-            construct.raise_first(faults)
 
 
 def _with_target(node: object, key: str) -> Mapping[str, Any]:

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from stabletrain.config import discovery
 from stabletrain.config.discovery import BUILT
-from stabletrain.config.hydra_session import BASE, RECIPE, hydra_session, is_installed, searchpath
+from stabletrain.config.hydra_session import BASE, RECIPE, hydra_session, is_installed
 from stabletrain.config.overrides import adapted, emptied, group_problem, parse
 from stabletrain.config.problems import ConfigError, Problem, suggestion
 from stabletrain.config.recipe_file import groups_in_defaults
@@ -126,7 +126,7 @@ def _groups_in_defaults(file: Path) -> set[str]:
 
 
 def _compose(file: Path, overrides: list[str], groups: Mapping[str, Mapping[str, Any]]) -> DictConfig:
-    location = searchpath(data_dir("conf")).replace("\\", "\\\\").replace("'", "\\'")
+    location = discovery.searchpath(data_dir("conf")).replace("\\", "\\\\").replace("'", "\\'")
     try:
         with warnings.catch_warnings():
             # the option `none` of each slot is both a file here and, for other Hydra apps, in the ConfigStore

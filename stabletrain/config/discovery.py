@@ -168,6 +168,15 @@ def groups(extra: Iterable[Option] = ()) -> dict[str, dict[str, Option]]:
     return {group: dict(sorted(found[group].items())) for group in sorted(found)}
 
 
+def searchpath(folder: Path) -> str:
+    """Return a folder as an entry of Hydra's search path, which does not decode ``%20`` in a URI.
+
+    Args:
+        folder: absolute.
+    """
+    return f"file://{folder}"
+
+
 def plugin_conf_dirs() -> list[Path]:
     """Return the ``conf/`` folder of every plugin, for Hydra's search path."""
     return [plugin.folder / "conf" for plugin in plugins().values()]

@@ -47,11 +47,6 @@ def hydra_session(recipe: Path) -> Iterator[Any]:
         types["file"] = before
 
 
-def searchpath(folder: Path) -> str:
-    """Return a folder as an entry of Hydra's search path; it knows no percent-encoding."""
-    return f"file://{folder}"
-
-
 def is_installed(file: Path) -> bool:
     """Return whether a config file belongs to stabletrain or to an installed plugin.
 

@@ -31,6 +31,8 @@ PLACES = {
 TRAINER_PARTS = ("trainer", "precision", "strategy")
 """Keys that hold arguments of Lightning's Trainer; its annotations are their hints."""
 
+_STANDARD_VALUES = frozenset({"datetime"})
+"""Modules of the standard library whose classes are plain values, such as the timeout of a process group."""
 _NAMES = {"Callback": "Lightning callback"}
 _SEQUENCES = (list, tuple, set, frozenset)
 
@@ -121,7 +123,8 @@ def described(found: Iterable[type]) -> str:
 def _says_nothing(found: type) -> bool:
     """Whether subclasses of a class may do anything: if it is of the standard library, as ``object``, or a protocol."""
     top = found.__module__.split(".")[0]
-    return top in sys.stdlib_module_names or bool(getattr(found, "_is_protocol", False))
+    effects = top in sys.stdlib_module_names and top not in _STANDARD_VALUES
+    return effects or bool(getattr(found, "_is_protocol", False))
 
 
 def is_callable(hint: Any) -> bool:

@@ -23,7 +23,9 @@ from stabletrain.errors import UserError
 
 ENV = "STABLETRAIN_TRUST"
 
-BUILT_IN = frozenset({"stabletrain", "stabletrain_plugins", "torch", "lightning", "torchmetrics", "bitsandbytes"})
+BUILT_IN = frozenset(
+    {"stabletrain", "stabletrain_plugins", "torch", "lightning", "torchmetrics", "bitsandbytes", "datetime"}
+)
 
 _COMPILES = "it compiles or loads code"
 _PROCESSES = "it starts processes or servers"
@@ -95,8 +97,8 @@ class TargetError(UserError):
 def trusted_packages(extra: Iterable[str] = ()) -> frozenset[str]:
     """Return the packages from which a config may build objects.
 
-    They are stabletrain, torch, lightning, torchmetrics and bitsandbytes; packages with an entry point of the group
-    ``stabletrain.plugins``; and those in the environment variable ``STABLETRAIN_TRUST``, separated by commas.
+    They are stabletrain, torch, lightning, torchmetrics, bitsandbytes and datetime; packages with an entry point of
+    the group ``stabletrain.plugins``; and those in the environment variable ``STABLETRAIN_TRUST``, separated by commas.
 
     Args:
         extra: further packages, from the command line or from code, never from a config.
@@ -181,7 +183,10 @@ def _locate(target: str, packages: frozenset[str]) -> Any:
     found: Any = _import(parts[0], target)
     for index, part in enumerate(parts[1:], start=1):
         path = ".".join(parts[:index])
-        following = getattr(found, part, None)
+        try:
+            following = getattr(found, part, None)
+        except RuntimeError as error:  # of torch.classes
+            raise TargetError(f"{target!r}: {path!r} has no {part!r} ({error})") from None
         if following is None and isinstance(found, ModuleType):
             following = _import(f"{path}.{part}", target, optional=True)
         if following is None:
@@ -206,6 +211,12 @@ def _import(name: str, target: str, *, optional: bool = False) -> Any:
         if optional:
             return None
         raise TargetError(f"{target!r}: there is no package {name!r}; install it or correct the name") from None
+    except ImportError as error:
+        raise TargetError(f"{target!r}: importing {name!r} failed: {error}") from error
+    except Exception as error:
+        if not _covered(name, BUILT_IN):  # a bug in the user's own module, which needs its traceback
+            raise
+        raise TargetError(f"{target!r}: importing {name!r} failed: {error}") from error
 
 
 def _check_object(target: str, found: Any, packages: frozenset[str], named: frozenset[str]) -> None:

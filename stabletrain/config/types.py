@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import types
 import typing
+from datetime import timedelta
 from typing import Any, Literal, cast
 
 from pydantic import (
@@ -54,6 +55,7 @@ def mismatch(value: object, hint: object) -> str | None:
     coerced = (
         isinstance(value, str | bool | float) and isinstance(result, int | float) and type(result) is not type(value)
     )
+    coerced = coerced or (isinstance(result, timedelta) and not isinstance(value, timedelta))
     coerced = coerced or (isinstance(value, int) and isinstance(result, bool) and not isinstance(value, bool))
     return _message(value, hint) if coerced else None
 

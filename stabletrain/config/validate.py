@@ -19,7 +19,7 @@ from stabletrain.config import construct, discovery, kinds
 from stabletrain.config.build import build_callback
 from stabletrain.config.discovery import BUILT
 from stabletrain.config.kinds import TRAINER_PARTS
-from stabletrain.config.outputs import check_outputs
+from stabletrain.config.outputs import check_outputs, typed_keys
 from stabletrain.config.problems import Problem, suggestion
 from stabletrain.config.resume import resume_problem
 from stabletrain.config.types import mismatch
@@ -84,7 +84,8 @@ def check_keys(composed: Composed) -> list[Problem]:
     """
     reported = {problem.key for problem in composed.problems}
     config = composed.config
-    found = [*check_content(config), *_run_dir(config), *check_outputs(config, composed.overrides)]
+    paths = check_outputs(config, typed_keys(composed.overrides))
+    found = [*check_content(config), *_run_dir(config), *paths]
     return [*composed.problems, *(problem for problem in found if problem.key not in reported)]
 
 
@@ -229,7 +230,7 @@ def _own_keys(config: Mapping[str, Any]) -> Iterator[Problem]:
             if text:
                 yield Problem(key, text)
     for key in _TOP_LEVEL:
-        if key not in config:
+        if key not in config and key != "dry_run":  # which composing adds, and run.yaml leaves out
             advice = f"do not remove it (~{key}), and start the recipe's defaults list with train"
             yield Problem(key, f"this key is needed, but has no value; {advice}")
     if isinstance(config.get("seed"), int) and not 0 <= config["seed"] < 2**32:
@@ -292,9 +293,16 @@ def check_constructors(config: Mapping[str, Any], trust: Iterable[str] = ()) -> 
             yield Problem(key, str(error).removeprefix(f"{key}: "))
             continue
         # a callback may say which of its arguments are folders that it writes to, at once or later
-        for argument, path in getattr(built, "writes_to", {}).items():
+        writes_to = {} if _is_elsewhere(config) else getattr(built, "writes_to", {})
+        for argument, path in writes_to.items():
             if reason := unwritable(str(path), folder=True):
                 yield Problem(f"{key}.{argument}", f"{reason}; choose another folder")
+
+
+def _is_elsewhere(config: Mapping[str, Any]) -> bool:
+    """Whether the run is executed on machines whose folders may be their own."""
+    launch = config.get("launch")
+    return isinstance(launch, Mapping) and launch.get("kind") == "slurm"
 
 
 def _guard(config: Mapping[str, Any]) -> Iterator[Problem]:
@@ -312,7 +320,8 @@ def _guard(config: Mapping[str, Any]) -> Iterator[Problem]:
     if not problems:
         try:
             events = Guard(**given).events
-            if events is not None and (reason := unwritable(str(events), folder=False)):
+            wanted = None if _is_elsewhere(config) else events
+            if wanted is not None and (reason := unwritable(str(wanted), folder=False)):
                 problems = [Problem("guard.events", f"{reason}; choose another file, or null")]
         except UserError as error:
             problems = [Problem("guard", str(error))]

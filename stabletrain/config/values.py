@@ -108,7 +108,7 @@ def unwritable(path: str, *, folder: bool, parents: bool = False) -> str | None:
     Args:
         path: of the file or folder.
         folder: whether it is a folder.
-        parents: whether folders above it may be missing, and are made.
+        parents: whether a folder directly below the root may be missing, too: a mistyped path usually begins there.
     """
     if not path.strip():
         return f"expected a path, got {path!r}"
@@ -119,8 +119,8 @@ def unwritable(path: str, *, folder: bool, parents: bool = False) -> str | None:
         return f"expected a path, got {path!r:.200} ({error})"
     if existing != wanted and not existing.is_dir():
         return f"cannot write to {wanted} ({existing} is no folder)"
-    if not parents and wanted.parent != existing and wanted != existing:
-        return f"cannot write to {wanted} (there is no folder {wanted.parent}; make it)"
+    if not parents and existing == Path(existing.anchor) and existing not in (wanted, wanted.parent):
+        return f"cannot write to {wanted} (there is no folder {wanted.parents[-2]}; make it)"
     if existing == wanted and (not wanted.is_dir() if folder else not wanted.is_file()):
         return f"cannot write to {wanted} (it is there already, and no {'folder' if folder else 'file'})"
     if not os.access(existing, os.W_OK | (os.X_OK if existing.is_dir() else 0)):

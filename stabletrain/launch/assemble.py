@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 
-from stabletrain.config.build import build_callback, check_run
+from stabletrain.config.build import build_callback
 from stabletrain.config.construct import instantiate, instantiate_arguments
 from stabletrain.config.kinds import TRAINER_PARTS
 from stabletrain.config.outputs import Outputs
@@ -101,20 +101,6 @@ class Parts:
     trainer: Trainer | None = None
 
 
-def assemble(config: Mapping[str, Any], watch: SignalWatch) -> Assembled:
-    """Build a run.
-
-    Args:
-        config: the content of a run.yaml.
-        watch: the handler of the process's signals.
-
-    Raises:
-        UserError: if a node builds an object of another type than its key needs.
-        TrustError: if a node names something that a config may not build.
-    """
-    return assembled(build_parts(config, watch), config)
-
-
 def assembled(parts: Parts, config: Mapping[str, Any]) -> Assembled:
     """Return the run that complete parts make.
 
@@ -144,15 +130,12 @@ def build_parts(
     """Build the objects of a run in the order in which they draw random numbers: first the model, then the data module.
 
     Args:
-        config: the content of a run.yaml.
+        config: the content of a run.yaml, checked (`stabletrain.config.validate.check_signatures`), so that nothing is
+            built if there is something in it that may not be.
         watch: the handler of the process's signals.
         attempt: builds each part.
         model: builds the model; None: from the config.
-
-    Raises:
-        UserError: if a node names something that a config may not build; nothing has been built then.
     """
-    check_run(config)
     torch.set_num_threads(config["launch"]["threads"])
     # in deterministic mode torch fills new tensors with NaN, which costs time and changes no result
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -288,7 +271,8 @@ def trainer_arguments(config: Mapping[str, Any], attempt: Attempt = build_or_rai
     for part in TRAINER_PARTS:
         for name, value in (config.get(part) or {}).items():
             built = attempt(f"{part}.{name}", partial(_build_argument, part, name, value, outputs))
-            arguments[f"{part}.{name}"] = built
+            if built is not None or value is None:  # else it has failed
+                arguments[f"{part}.{name}"] = built
     return arguments
 
 

@@ -12,14 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from stabletrain.config.resume import checkpoint_of_run
+from stabletrain.errors import UserError
 from stabletrain.launch.first_cause import by_signal, first_cause, without_result
 from stabletrain.launch.mlflow_run import finish_run
 from stabletrain.launch.process import ProcessEnd
 from stabletrain.launch.rank_ends import RankEnd, read_ends, read_exit_codes
 from stabletrain.launch.result import Result, read_result
+from stabletrain.launch.run_folder import read_run_yaml
 
 
 def final_result(
@@ -68,9 +68,9 @@ def main(argv: Sequence[str]) -> int:
         argv: path of run.yaml, and the worker's exit code as a shell sees it.
     """
     try:
-        config = yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        print(f"error: {argv[0]} cannot be read, so the run has no final status: {error}", file=sys.stderr)
+        config = read_run_yaml(Path(argv[0]))
+    except UserError as error:
+        print(f"error: the run has no final status: {error}", file=sys.stderr)
         return int(argv[1]) or 1
     result = final_result(config, ProcessEnd(code=int(argv[1])))
     problem = finish_run(config, result)

@@ -12,10 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stabletrain.config.outputs import check_outputs
 from stabletrain.config.problems import ConfigError, Problem
 from stabletrain.config.validate import check_content
 from stabletrain.launch.connection import Launcher, Report
 from stabletrain.launch.mlflow_run import is_tracked
+from stabletrain.launch.process import PATHS_OUTSIDE
 from stabletrain.runtime.records.run_files import WORKER_LOG
 from stabletrain.runtime.signal_watch import SignalWatch
 
@@ -113,6 +115,23 @@ def _print_to(log: Path) -> None:
     for descriptor in (1, 2):
         os.dup2(file, descriptor)
     os.close(file)
+
+
+def without_paths_outside(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run.yaml of which every relative path is in the run's folder.
+
+    Args:
+        config: its content. That a key was set on the command line may be a lie.
+
+    Raises:
+        ConfigError: if there are paths in it that lead out of the run's folder.
+    """
+    config = {**config, "typed": []}
+    advice = f"which needs the worker's option {PATHS_OUTSIDE}; add it if you trust the file"
+    problems = list(check_outputs({**config, "run_dir": None, "launch": None}, (), advice))
+    if problems:
+        raise ConfigError(problems)
+    return config
 
 
 def check_and_assemble(config: Mapping[str, Any], watch: SignalWatch) -> Assembled:

@@ -19,7 +19,8 @@ def is_tracked(config: Mapping[str, Any]) -> bool:
     Args:
         config: the resolved config.
     """
-    return bool(config.get("logger")) and config["logger"].get("_target_") == MLFLOW_LOGGER
+    logger = config.get("logger")
+    return isinstance(logger, Mapping) and logger.get("_target_") == MLFLOW_LOGGER
 
 
 def open_store(config: Mapping[str, Any]) -> str | None:
@@ -39,6 +40,8 @@ def open_store(config: Mapping[str, Any]) -> str | None:
     from stabletrain.tracking.store import absolute_uri, default_tracking_uri, ensure_store
 
     wanted = config["logger"].get("tracking_uri")
+    if not isinstance(wanted, str | None):
+        raise UserError(f"logger.tracking_uri: expected text or null, got {wanted!r:.200}")
     uri = absolute_uri(wanted) if wanted else default_tracking_uri()
     ensure_store(uri)
     settle_abandoned(uri, _status_in)

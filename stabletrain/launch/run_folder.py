@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import shutil
 import time
@@ -12,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from stabletrain.config.yaml_file import read_yaml
 from stabletrain.errors import UserError
 from stabletrain.runtime.records.run_files import CHECKPOINTS, RUN_YAML
 
@@ -77,6 +79,26 @@ def write_run_yaml(config: Mapping[str, Any]) -> Path:
             "run_dir=FOLDER"
         ) from None
     return path
+
+
+def read_run_yaml(path: Path) -> dict[str, Any]:
+    """Return the content of a run.yaml that anybody may have written.
+
+    Args:
+        path: in the run's folder; it is another run's file, or a copy, if it names another folder.
+
+    Raises:
+        UserError: if it cannot be read, is no run.yaml, or names another folder than its own as ``run_dir``.
+    """
+    config = read_yaml(path, exponents=False)
+    needed = ("run_dir", "launch", "model", "data", "trainer")
+    if not config.keys() >= set(needed):
+        raise UserError(f"{path}: expected the run.yaml of a run, with the keys {', '.join(needed)}")
+    folder = path.absolute().parent
+    named = config["run_dir"]
+    if not isinstance(named, str) or os.path.realpath(named) != os.path.realpath(folder):
+        raise UserError(f"{path}: run_dir: expected the file's own folder, {folder}, got {named!r:.200}; correct it")
+    return config
 
 
 def remove_unused(folder: Path, *, keep_folder: bool) -> None:

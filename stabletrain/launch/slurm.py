@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stabletrain.errors import UserError
-from stabletrain.launch.process import PYTHON
+from stabletrain.launch.process import PATHS_OUTSIDE, PYTHON
 from stabletrain.runtime.records.run_files import ENDS, RESULT, SLURM_SCRIPT, slurm_output
 
 
@@ -36,15 +37,20 @@ def batch_script(config: Mapping[str, Any], run_yaml: Path, environment: Mapping
         "signal": "TERM@120",
         **(launch.get("sbatch") or {}),
     }
-    head = [f"#SBATCH --{key}" + ("" if value is None else f"={value}") for key, value in options.items()]
+    head = [f"#SBATCH --{key}" + ("" if value is None else f"={_escaped(value)}") for key, value in options.items()]
     changed = {key: value for key, value in environment.items() if os.environ.get(key) != value}
     exports = [f"export {key}={shlex.quote(value)}" for key, value in changed.items()]
-    worker = shlex.join([*PYTHON, "-m", "stabletrain.worker", str(run_yaml)])
+    worker = shlex.join([*PYTHON, "-m", "stabletrain.worker", str(run_yaml), PATHS_OUTSIDE])
     set_status = shlex.join([*PYTHON, "-m", "stabletrain.launch.final_status", str(run_yaml)])
     # a job that SLURM has requeued runs in the same folder: the end of its last attempt is not this one's
     earlier = shlex.join(["rm", "-rf", "--", f"{config['run_dir']}/{RESULT}", f"{config['run_dir']}/{ENDS}"])
     body = [earlier, f"srun --kill-on-bad-exit=1 {worker}", f'{set_status} "$?"']
     return "\n".join(["#!/bin/bash", *head, "", *exports, *body, ""])
+
+
+def _escaped(value: str | int) -> str:
+    """Return a value for a line ``#SBATCH --option=value``, which sbatch splits at blanks as a shell does."""
+    return re.sub(r"""([\s'"\\#])""", r"\\\1", str(value))
 
 
 def submit(config: Mapping[str, Any], run_yaml: Path, environment: Mapping[str, str]) -> str:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stabletrain.config.trust import ENV as TRUST_ENV
-from stabletrain.config.yaml_file import read_yaml
 from stabletrain.errors import UserError
 from stabletrain.launch.connection import OPTION
 from stabletrain.launch.hand_over import (
@@ -24,11 +23,13 @@ from stabletrain.launch.hand_over import (
     connect,
     ignore_signals,
     wait_for_launcher,
+    without_paths_outside,
 )
 from stabletrain.launch.logs import WorkerLog
 from stabletrain.launch.mlflow_run import finish_run
-from stabletrain.launch.process import AGREED_ENDS_EXIT_0
+from stabletrain.launch.process import AGREED_ENDS_EXIT_0, PATHS_OUTSIDE
 from stabletrain.launch.result import Result
+from stabletrain.launch.run_folder import read_run_yaml
 from stabletrain.launch.worker_end import WorkerEnd
 from stabletrain.runtime.records.run_files import WORKER_LOG
 from stabletrain.runtime.signal_watch import Interrupted, SignalWatch
@@ -46,10 +47,11 @@ def main(argv: Sequence[str]) -> int:
     Args:
         argv: the path of a run.yaml, or ``--launcher`` and the folder of a launcher that names it later; with
             ``--agreed-ends-exit-0`` the exit code is 0 at an end on which all processes agree (by a plugin or a
-            signal), and only result.json records how the run ended.
+            signal), and only result.json records how the run ended; with ``--paths-outside`` a run.yaml that no
+            launcher has named may let the run write outside of its folder.
     """
     agreed_ends_exit_0 = AGREED_ENDS_EXIT_0 in argv
-    words = [word for word in argv if word != AGREED_ENDS_EXIT_0]
+    words = [word for word in argv if word not in (AGREED_ENDS_EXIT_0, PATHS_OUTSIDE)]
     if os.environ.get(TRUST_ENV):
         append_current_folder()  # where the user's own modules are
     watch, launcher, log = SignalWatch(), None, WorkerLog()
@@ -66,10 +68,12 @@ def main(argv: Sequence[str]) -> int:
         words = [str(wait_for_launcher(launcher, watch))]
     watch.install()
     if len(words) != 1:
-        print(f"usage: python -m stabletrain.worker run.yaml [{AGREED_ENDS_EXIT_0}]", file=sys.stderr)
+        print(f"usage: python -m stabletrain.worker run.yaml [{AGREED_ENDS_EXIT_0}] [{PATHS_OUTSIDE}]", file=sys.stderr)
         return 2
     try:
-        config = _read(Path(words[0]))
+        config = read_run_yaml(Path(words[0]))
+        if launcher is None and PATHS_OUTSIDE not in argv:
+            config = without_paths_outside(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -84,13 +88,6 @@ def main(argv: Sequence[str]) -> int:
     if launcher is not None and launcher.is_gone and run.is_rank_0:
         finish_run(config, result)  # what the launcher would do
     return 0 if agreed_ends_exit_0 and result.end in ("stopped", "interrupted", "terminated") else code
-
-
-def _read(path: Path) -> dict[str, Any]:
-    config = read_yaml(path, exponents=False)
-    if not {"run_dir", "model", "data", "trainer"} <= config.keys():
-        raise UserError(f"{path}: expected the run.yaml of a run, with the keys run_dir, model, data and trainer")
-    return config
 
 
 class _Run:

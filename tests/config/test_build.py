@@ -115,3 +115,14 @@ def _arguments(callback: Callback) -> dict[str, object]:
 
     names = inspect.signature(type(callback)).parameters
     return {name: getattr(callback, name, None) for name in names}
+
+
+@pytest.mark.parametrize("spill", ["/tmp/elsewhere", "../x", "~/x"])
+def test_a_node_writes_below_the_current_folder_unless_it_is_trusted(spill: str) -> None:
+    """Bug: a config from anywhere writes anywhere in somebody else's Hydra app."""
+    node = {"spike": {"_target_": "stabletrain.Rollback", "spill": spill}}
+    with pytest.raises(UserError, match=r"plugins\.spike\.spill: expected a path below the current .*outside=True"):
+        stabletrain.callbacks(node)
+    (made,) = stabletrain.callbacks(node, paths_outside=True)
+    assert made.spill == spill
+    assert stabletrain.callbacks({"spike": {"_target_": "stabletrain.Rollback", "spill": "snapshots"}})

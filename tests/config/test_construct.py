@@ -29,10 +29,11 @@ class Model(LightningModule):
         self, net: torch.nn.Module | None = None, nets: Sequence[torch.nn.Module] = (), named: Mapping[str, Net] = {},
         pair: tuple[int, torch.nn.Module] | None = None, make: Callable[..., torch.optim.Optimizer] | None = None,
         optimizer: torch.optim.Optimizer = None, anything: Any = None, thing: object = None, text: str = "", bare=None,
-        call: Callable[[], None] = None, kind: type[torch.nn.Module] = None, missing: Missing = None, **others: Any,
+        call: Callable[[], None] = None, kind: type[torch.nn.Module] = None, missing: Missing = None,
+        quoted: "torch.nn.Module | None" = None, **others: Any,
     ):
         super().__init__()
-        self.given = dict(net=net, nets=nets, named=named, pair=pair, make=make, optimizer=optimizer)
+        self.given = dict(net=net, nets=nets, named=named, pair=pair, make=make, optimizer=optimizer, quoted=quoted)
 """
 LINEAR = {"_target_": "torch.nn.Linear", "in_features": 2, "out_features": 3}
 ADAM = {"_target_": "torch.optim.AdamW", "_partial_": True, "lr": 0.5}
@@ -57,6 +58,7 @@ def test_nodes_are_built_where_the_annotation_names_their_class(model: str) -> N
         "named": {"a": LINEAR},
         "pair": [3, LINEAR],
         "make": ADAM,
+        "quoted": LINEAR,
         "optimizer": ADAM,
     }
     given = instantiate(node, key="model").given
@@ -207,3 +209,13 @@ def test_overloads_and_texts_are_read() -> None:
     assert argument_hints(torch.nn.Sequential)["*args"] == [torch.nn.Module]
     assert CheckpointIO in argument_hints(AsyncCheckpointIO)["checkpoint_io"]
     assert "Module" in str(argument_hints(torch.nn.ModuleList)["modules"][0])
+
+
+def test_a_time_may_be_built() -> None:
+    """Bug: the timeout of a process group cannot be set."""
+    from lightning.pytorch import Trainer
+
+    timeout = {"_target_": "datetime.timedelta", "seconds": 30}
+    node = {"_target_": "lightning.pytorch.strategies.DDPStrategy", "timeout": timeout}
+    made = instantiate_arguments(Trainer, {"strategy": node}, key="strategy")["strategy"]
+    assert made._timeout.total_seconds() == 30

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from stabletrain.config.discovery import searchpath
+
 APP = """
 import hydra
 from omegaconf import DictConfig, OmegaConf
@@ -49,6 +51,19 @@ def test_plugins_are_chosen_and_built(app: Path) -> None:
     done = run(app, "+plugins/clip=norm", "+plugins/nonfinite=skip", "+plugins/spike=none", "plugins.clip.max_norm=3")
     assert "CONFIG ['lr', 'plugins', 'trainer']" in done.stdout, done.stderr
     assert "CALLBACKS ['ClipNorm', 'SkipNonFinite']" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("name", ["a b", "a%20b", "é"])
+def test_a_folder_with_any_name_is_on_the_search_path(name: str, tmp_path: Path) -> None:
+    """Bug: Hydra does not decode a URI, so that plugins below a folder ``a b`` are not found."""
+    from hydra import compose, initialize_config_dir
+
+    (tmp_path / name / "clip").mkdir(parents=True)
+    (tmp_path / name / "clip" / "own.yaml").write_text("x: 1\n")
+    (tmp_path / "main.yaml").write_text("{}\n")
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        found = compose("main", ["+clip=own", f"hydra.searchpath=['{searchpath(tmp_path / name)}']"])
+    assert found == {"clip": {"x": 1}}
 
 
 def test_nothing_else_of_ours_is_on_the_search_path(app: Path) -> None:

@@ -40,6 +40,7 @@ FOREIGN = [
     "lightning.pytorch.os.system",
     "torch.optim.optimizer.functools.partial",
     "stabletrain.tracking.sqlite_file.subprocess.run",
+    "stabletrain.tracking.git.subprocess.run",
     "stabletrain.config.trust.importlib.import_module",
 ]
 
@@ -229,3 +230,16 @@ def test_a_near_name_is_offered() -> None:
     """Bug: a misspelt class without a suggestion."""
     with pytest.raises(TargetError, match=r"did you mean 'torch.optim.AdamW'"):
         resolve("torch.optim.AdmaW", [object])
+
+
+def test_a_module_whose_names_cannot_be_asked_for_is_a_wrong_name() -> None:
+    """Bug: a traceback, since ``torch.classes`` raises a RuntimeError for a name that it does not know."""
+    with pytest.raises(TargetError, match=r"'torch\.classes\.a' has no 'b'"):
+        resolve("torch.classes.a.b", [Callback])
+
+
+def test_a_module_that_cannot_be_imported_is_a_wrong_name(install: Callable[..., Path]) -> None:
+    """Bug: a traceback for an ImportError that is not about a missing module."""
+    install("half", {"broken.py": "from os import nothing_of_this_name"})
+    with pytest.raises(TargetError, match=r"importing 'half\.broken' failed: cannot import name"):
+        resolve("half.broken.Thing", [Callback], ["half"])

@@ -1,3 +1,4 @@
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,8 @@ def test_yaml_values_that_fit(value: object, hint: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "hint"), [("3", int), ("1e-3", float), (True, int), (1.5, int), (3, str), ([1], int)]
+    ("value", "hint"),
+    [("3", int), ("1e-3", float), (True, int), (1.5, int), (3, str), ([1], int), (30, timedelta), ("PT3S", timedelta)],
 )
 def test_values_that_would_arrive_as_something_else(value: object, hint: object) -> None:
     # pydantic's lax mode takes "3" for 3, but it is the text that reaches the constructor
@@ -189,3 +191,15 @@ def test_nothing_is_made_while_a_path_is_checked(tmp_path: Path) -> None:
     words = [f"run_dir={tmp_path}/a/b", "plugins/spike=rollback", f"plugins.spike.spill={tmp_path}/c"]
     assert problems(*words, f"guard.events={tmp_path}/d") == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_of_files_to_write_may_be_missing(tmp_path: Path) -> None:
+    """Bug: users have to make folders that the run makes itself."""
+    words = ["plugins/spike=rollback", f"plugins.spike.spill={tmp_path}/a/b", f"guard.events={tmp_path}/c/d/e.jsonl"]
+    assert problems(*words) == []
+
+
+def test_the_folders_of_another_machine_are_not_checked() -> None:
+    """Bug: a node's own disk is refused, because the login node has none."""
+    words = ["plugins/spike=rollback", "plugins.spike.spill=/nonexistent/x", "guard.events=/nonexistent/e.jsonl"]
+    assert problems(*words, "launch=slurm") == []

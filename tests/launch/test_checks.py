@@ -12,11 +12,13 @@ from lightning.pytorch import LightningModule, seed_everything
 
 from stabletrain.config.compose import compose
 from stabletrain.config.validate import check_keys
-from stabletrain.launch.assemble import assemble
+from stabletrain.launch.assemble import build_parts
 from stabletrain.launch.checks import ConstructorBug, check_and_build, check_config, problem_of
 from stabletrain.runtime.signal_watch import SignalWatch
 
 TINY = str(Path(__file__).parent / "tiny.yaml")
+DDP = "lightning.pytorch.strategies.DDPStrategy"
+LSF = "lightning.pytorch.plugins.environments.LSFEnvironment"
 EARLY = "callbacks.{0}._target_=lightning.pytorch.callbacks.EarlyStopping callbacks.{0}.monitor=x"
 
 
@@ -64,7 +66,8 @@ def found(recipe: str, overrides: str) -> list[tuple[str, str]]:
         ("plugins.clip.decay=-1", "plugins.clip.decay", "(0, 1)"),
         (f"{EARLY.format('a')} callbacks.a.mode=banana", "callbacks.a.mode", "min, max"),
         (f"{EARLY.format('a')} {EARLY.format('b')}", "callbacks.a", "together with callbacks.b"),
-        ("logger._target_=lightning.pytorch.loggers.CometLogger", "logger", "comet"),
+        ("logger._target_=lightning.pytorch.loggers.CometLogger", "logger._target_", "comet"),
+        (f"strategy.strategy={{_target_:{DDP},cluster_environment:{{_target_:{LSF}}}}}", "strategy.strategy", "LSB_"),
     ],
 )  # fmt: skip
 def test_a_mistake_that_only_building_shows_has_its_key(overrides: str, key: str, words: str) -> None:
@@ -76,9 +79,9 @@ def test_a_mistake_that_only_building_shows_has_its_key(overrides: str, key: str
 
 def test_mistakes_in_several_parts_are_found_together() -> None:
     """Bug: the user learns of one mistake per attempt."""
-    overrides = "trainer.max_steps=-5 trainer.profiler=banana plugins.clip.decay=-1 data.batch_size=0"
+    overrides = "trainer.max_time=soon trainer.profiler=banana plugins.clip.decay=-1 data.batch_size=0"
     keys = {key for key, _ in found("digits_cnn", overrides)}
-    assert keys == {"trainer.max_steps", "trainer.profiler", "plugins.clip.decay", "data.batch_size"}
+    assert keys == {"trainer.max_time", "trainer.profiler", "plugins.clip.decay", "data.batch_size"}
 
 
 @pytest.mark.parametrize(
@@ -141,7 +144,7 @@ def test_the_random_generators_are_as_after_building_alone(config: dict[str, Any
     config["optimizer"] = {"_target_": "torch.optim.AdamW", "_partial_": True}
     config["plugins"] = {"clip": {"_target_": "stabletrain.ClipNorm"}}
     states = []
-    for build in (assemble, lambda config, watch: check_and_build(config, watch)[0]):
+    for build in (build_parts, lambda config, watch: check_and_build(config, watch)[0]):
         seed_everything(99)
         run = build(config, SignalWatch())
         assert run is not None

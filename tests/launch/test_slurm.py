@@ -72,7 +72,7 @@ def test_the_first_cause_of_a_batch_job_is_its_end(slurm_config: dict[str, Any],
     assert (result.end, result.message, result.steps) == ("failed", "rank 5: a bug", 3)
     run_yaml.unlink()
     assert final_status.main([str(run_yaml), "0"]) == 1
-    assert "run.yaml cannot be read" in capfd.readouterr().err
+    assert "run.yaml: cannot be read" in capfd.readouterr().err
 
 
 def test_a_rejected_job_is_an_error_with_its_reason(
@@ -102,3 +102,11 @@ def test_a_line_break_cannot_add_a_line_to_the_script() -> None:
     tiny = str(Path(__file__).parent / "tiny.yaml")
     found = check(compose(tiny, ["launch=slurm", 'launch.sbatch.comment="a\nrm -rf ~"']), ["tiny_workload"])
     assert any(problem.key == "launch.sbatch.comment" for problem in found), str(ConfigError(found))
+
+
+def test_a_value_is_one_word_for_sbatch(slurm_config: dict[str, Any]) -> None:
+    """Bug: a blank begins another option, for instance one that sets the environment of the job."""
+    slurm_config["launch"]["sbatch"] = {"account": "a --export=ALL,X=1", "comment": "it's #1"}
+    script = batch_script(slurm_config, Path("/run.yaml"), os.environ)
+    assert r"#SBATCH --account=a\ --export=ALL,X=1" in script
+    assert r"#SBATCH --comment=it\'s\ \#1" in script

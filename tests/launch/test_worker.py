@@ -1,3 +1,5 @@
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,14 +9,24 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from stabletrain.cli.summary import next_commands
+from stabletrain.config.compose import compose
 from stabletrain.config.trust import TrustError
+from stabletrain.config.validate import check_content
 from stabletrain.errors import UserError
-from stabletrain.launch.assemble import assemble, override_optimizer, run_callbacks, trainer_arguments
+from stabletrain.launch.assemble import build_parts, outputs_of, override_optimizer, run_callbacks, trainer_arguments
 from stabletrain.launch.final_status import final_result
-from stabletrain.launch.launcher import FinishedJob
+from stabletrain.launch.hand_over import without_paths_outside
+from stabletrain.launch.launcher import FinishedJob, run_config
+from stabletrain.launch.mlflow_run import MLFLOW_LOGGER, is_tracked, open_store
 from stabletrain.launch.process import AGREED_ENDS_EXIT_0, ProcessEnd, worker_command, worker_environment
 from stabletrain.launch.result import EXIT_CODES, MLFLOW_STATUS, Result, read_result
-from stabletrain.launch.run_folder import choose_run_folder, make_run_folder, remove_unused, write_run_yaml
+from stabletrain.launch.run_folder import (
+    choose_run_folder,
+    make_run_folder,
+    read_run_yaml,
+    remove_unused,
+    write_run_yaml,
+)
 from stabletrain.launch.worker import main
 from stabletrain.runtime.guard.options import Guard
 from stabletrain.runtime.signal_watch import SignalWatch
@@ -26,15 +38,24 @@ def own_workload(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STABLETRAIN_TRUST", "tiny_workload")
 
 
+@pytest.fixture
+def signals_restored() -> Iterator[None]:
+    before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    for signum, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+        signal.signal(signum, handler)
+
+
 def test_the_optimizer_of_any_module_can_be_replaced(config: dict[str, Any]) -> None:
     """Bug: the module's own optimizer is used; or frozen parameters are given to the optimizer."""
     config["optimizer"] = {"_target_": "torch.optim.AdamW", "_partial_": True, "lr": 0.5, "betas": [0.9, 0.95]}
-    run = assemble(config, SignalWatch())
-    run.model.layer.bias.requires_grad_(False)
-    optimizer = run.model.configure_optimizers()
+    model = build_parts(config, SignalWatch()).model
+    assert model is not None
+    model.layer.bias.requires_grad_(False)
+    optimizer = model.configure_optimizers()
     assert isinstance(optimizer, torch.optim.AdamW)
     assert optimizer.param_groups[0]["lr"] == 0.5
-    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(run.model.layer.weight)]
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(model.layer.weight)]
 
 
 def test_replacing_the_optimizer_does_not_change_the_class(config: dict[str, Any]) -> None:
@@ -98,32 +119,26 @@ def test_the_worker_does_not_trust_what_run_yaml_names(config: dict[str, Any], m
     monkeypatch.delenv("STABLETRAIN_TRUST")
     config["trust"] = ["tiny_workload"]
     with pytest.raises(TrustError, match=r"model\._target_: 'tiny_workload\.TinyModel'"):
-        assemble(config, SignalWatch())
+        build_parts(config, SignalWatch())
 
 
 def test_a_node_of_another_type_is_refused(config: dict[str, Any]) -> None:
     """Bug: an error far from its cause, when the Trainer calls a method that is missing."""
     config["model"] = {"_target_": "torch.nn.Identity"}
     with pytest.raises(UserError, match=r"model: expected a LightningModule, got a Identity from .*torch\.nn"):
-        assemble(config, SignalWatch())
+        build_parts(config, SignalWatch())
 
 
+@pytest.mark.usefixtures("signals_restored")
 @pytest.mark.parametrize("text", ["", "[1]", "a: [", "recipe: x"])
 def test_another_file_than_run_yaml_is_a_usage_error(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Bug: a traceback for an empty, broken or missing file."""
-    import signal
-
-    before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
     (tmp_path / "run.yaml").write_text(text)
-    try:
-        assert main([str(tmp_path / "run.yaml")]) == 2
-        assert main([str(tmp_path / "no.yaml")]) == 2
-        assert main([]) == 2
-    finally:
-        for signum, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
-            signal.signal(signum, handler)
+    assert main([str(tmp_path / "run.yaml")]) == 2
+    assert main([str(tmp_path / "no.yaml")]) == 2
+    assert main([]) == 2
     assert "run.yaml" in capsys.readouterr().err
 
 
@@ -223,3 +238,61 @@ def test_the_checkpoint_of_a_killed_worker_is_found(config: dict[str, Any], tmp_
     assert result.checkpoint == str(folder / "checkpoints")
     job = FinishedJob(recipe="tiny", overrides=(), config={**config, "trust": []}, result=result)
     assert next_commands(job)[0] == f"stabletrain train tiny resume={folder}/checkpoints"
+
+
+@pytest.mark.usefixtures("signals_restored")
+@pytest.mark.parametrize("run_dir", ["elsewhere", "..", {"_target_": "x"}, None, 3])
+def test_a_run_yaml_of_another_folder_is_refused(
+    run_dir: object, config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bug: a file from anywhere says into which folder a run writes; a traceback for a folder that is no text."""
+    config["run_dir"] = str(tmp_path / "run" / run_dir) if isinstance(run_dir, str) else run_dir
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.yaml").write_text(yaml.safe_dump(config))
+    assert main([str(tmp_path / "run" / "run.yaml")]) == 2
+    assert "run_dir: expected the file's own folder" in capsys.readouterr().err
+    assert [each.name for each in tmp_path.rglob("*")] == ["run", "run.yaml"]
+
+
+@pytest.mark.usefixtures("signals_restored")
+def test_a_run_yaml_may_not_say_itself_that_its_paths_were_typed(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bug: with ``typed``, a run.yaml from anywhere makes a run write outside of its folder."""
+    checkpoint = {"_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "dirpath": str(tmp_path / "outside")}
+    config |= {"callbacks": {"x": checkpoint}, "typed": ["callbacks.x.dirpath"]}
+    write_run_yaml_in(tmp_path / "run", config)
+    assert main([str(tmp_path / "run" / "run.yaml")]) == 2
+    assert "callbacks.x.dirpath: expected a path below the run's folder" in capsys.readouterr().err
+    checkpoint["dirpath"] = "beside"
+    write_run_yaml_in(tmp_path / "run", config)
+    monkeypatch.chdir(tmp_path)
+    outputs = outputs_of(without_paths_outside(config))
+    assert outputs.place("callbacks.x.dirpath", "beside") == f"{config['run_dir']}/beside"
+
+
+def write_run_yaml_in(folder: Path, config: dict[str, Any]) -> None:
+    folder.mkdir(exist_ok=True)
+    write_run_yaml(config)
+
+
+@pytest.mark.parametrize("logger", ["text", ["list"], 1])
+def test_a_logger_that_is_no_node_is_not_tracked(logger: object) -> None:
+    """Bug: a traceback of the launcher, before the worker's check has said what is wrong."""
+    assert not is_tracked({"logger": logger})
+
+
+def test_a_tracking_uri_that_is_no_text_is_refused(config: dict[str, Any]) -> None:
+    """Bug: a traceback of the launcher, which makes the store ready while the worker checks."""
+    config["logger"] = {"_target_": MLFLOW_LOGGER, "tracking_uri": {"_target_": "torch.PyTorchFileWriter"}}
+    with pytest.raises(UserError, match=r"logger\.tracking_uri: expected text"):
+        open_store(config)
+
+
+def test_what_a_launcher_writes_is_what_a_worker_accepts(tmp_path: Path) -> None:
+    """Bug: every SLURM job is refused, since run.yaml lacks a key that a config needs."""
+    composed = compose(str(Path(__file__).parent / "tiny.yaml"))
+    config = run_config(composed, []) | {"run_dir": str(tmp_path / "run")}
+    write_run_yaml_in(tmp_path / "run", config)
+    assert check_content(read_run_yaml(tmp_path / "run" / "run.yaml")) == []
+    assert without_paths_outside(config)

@@ -17,7 +17,7 @@ class StabletrainSearchPath(SearchPathPlugin):
             search_path: Hydra's search path.
         """
         for folder in discovery.plugin_conf_dirs():
-            search_path.append("stabletrain", folder.as_uri())
+            search_path.append("stabletrain", discovery.searchpath(folder))
         for slot in discovery.slots():
             # not appended as a folder: conf/ would also add the groups model, trainer and others to the app
             ConfigStore.instance().store(group=f"plugins/{slot}", name="none", node={}, provider="stabletrain")

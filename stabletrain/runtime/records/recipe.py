@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,9 @@ from stabletrain.runtime.records.run_files import RUN_YAML
 
 _NOT_TRAINED = ("run_dir", "resume", "logger", "launch", "trust", "callbacks", "choices", "dry_run")
 """Keys that are excluded from the hash: they say where and how a run is executed and logged."""
+_MOST_BYTES = 2**20
+_MOST_VALUES = 20_000
+"""With aliases written out, of which a few lines can stand for billions of values."""
 
 
 def recipe_hash(folder: Path, but: tuple[str, ...] = ()) -> str | None:
@@ -23,10 +28,10 @@ def recipe_hash(folder: Path, but: tuple[str, ...] = ()) -> str | None:
         but: further keys to exclude.
     """
     try:
-        content = yaml.safe_load((folder / RUN_YAML).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        content = yaml.safe_load(_read(folder / RUN_YAML))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return None
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not _is_small(content):
         return None
     trained = {key: value for key, value in content.items() if key not in (*_NOT_TRAINED, *but)}
     plugins = trained.get("plugins")
@@ -36,6 +41,31 @@ def recipe_hash(folder: Path, but: tuple[str, ...] = ()) -> str | None:
     if isinstance(guard, dict) and guard.get("mode", "auto") != "auto":  # the other options change no weight
         trained["guard"] = guard["mode"]
     return xxhash.xxh3_128(json.dumps(trained, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _read(file: Path) -> str:
+    """Return the text of a file; a named pipe, a device and a large file are refused, since reading has no end."""
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as opened:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError(f"{file} is no regular file")
+        content = opened.read(_MOST_BYTES + 1)
+    if len(content) > _MOST_BYTES:
+        raise ValueError(f"{file} is larger than {_MOST_BYTES} bytes")
+    return content.decode("utf-8")
+
+
+def _is_small(content: object) -> bool:
+    """Whether a content can be walked through; one that contains itself cannot."""
+    waiting, count = [content], 0
+    while waiting and count <= _MOST_VALUES:
+        count += 1
+        node = waiting.pop()
+        if isinstance(node, dict):
+            waiting += node.values()
+        elif isinstance(node, list):
+            waiting += node
+    return not waiting
 
 
 def _without_replay(node: Any) -> Any:
