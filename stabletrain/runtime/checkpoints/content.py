@@ -121,8 +121,9 @@ def _check_progress(path: str, value: Any, template: Any) -> None:
     """Lightning copies all entries into the attributes of its counters, so names and types must be theirs."""
     if isinstance(template, dict):
         found = _mapping(path, value)
-        for key in found.keys() ^ template.keys():
-            _fail(f"{path}.{key}", "there" if key in template else "absent", found.get(key))
+        for key in [*template, *found]:
+            if key not in found or key not in template:
+                _fail(f"{path}.{key}", "there" if key in template else "absent", found.get(key))
         for key, each in template.items():
             _check_progress(f"{path}.{key}", found[key], each)
     elif isinstance(template, bool):
