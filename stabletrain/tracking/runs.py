@@ -197,13 +197,13 @@ def set_final_status(uri: str, run_id: str, status: Status, *, force: bool = Fal
 def upload_unsent(uri: str, path: str | Path, *, run_id: str | None = None) -> int:
     """Send the metrics in a run's ``metrics-unsent.jsonl`` to the store, then delete the file.
 
-    Sending a metric twice is harmless. What is no metric is left out with a warning, but for an incomplete last line,
-    of a process that was killed.
+    With ``run_id``, the metrics of other runs stay in the file. Sending a metric twice is harmless. What is no metric
+    is left out with a warning, but for an incomplete last line, of a process that was killed.
 
     Args:
         uri: MLflow tracking URI.
         path: the file.
-        run_id: send the metrics of this run only; None: those of all runs that the file names.
+        run_id: of the run whose metrics are sent; None: all runs that the file names.
 
     Returns:
         The number of metrics sent.
