@@ -1,7 +1,5 @@
 """Damaged and changed checkpoints: resuming reads the previous good one, or ends in one message.
 
-    python -m hostile_suite.checkpoints [SEED] [DAMAGED] [RESEALED]        from the folder benchmarks
-
 A run of a small model with SaveCheckpoints, ResumeExactly and three more plugins makes two checkpoints. The newest is
 damaged (`damage`), or changed and sealed anew (`reseal`). Then the run is resumed from the folder with both, and from a
 folder with the newest alone. Held means: the older one is read, with a warning that names the newest; or one message
@@ -18,19 +16,18 @@ import random
 import resource
 import shutil
 import signal
-import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch.utils.data import DataLoader
 
-from hostile_suite.damage import DAMAGES, FILES
+from hostile_suite.damage import DAMAGES, FILES, Damage
 from hostile_suite.reseal import Change, changes
+from hostile_suite.trial import Trial
 from stabletrain import ClipZScore, ResumeExactly, Rollback, SaveCheckpoints, ScheduleLR, SkipNonFinite
 from stabletrain.errors import UserError
 from stabletrain.launch.checkpoint_mismatch import explain_mismatch
@@ -42,14 +39,6 @@ LIMIT_SECONDS = 2.0
 LIMIT_MB = 1000
 HANG_SECONDS = 30
 OLDER, NEWEST = 8, 12
-
-
-class Result(NamedTuple):
-    """What was tried and what held; of each failure one line."""
-
-    tried: int
-    held: int
-    failures: list[str]
 
 
 class _Records(logging.Handler):
@@ -67,12 +56,13 @@ class Bench:
     """The two checkpoints of a run, and a folder in which copies of them are damaged.
 
     Args:
-        root: an empty folder.
+        root: a folder that does not exist yet.
     """
 
     def __init__(self, root: Path) -> None:
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
         self.source, self.work, self.outside = root / "source", root / "work", root / "outside"
-        self.outside.mkdir()
+        self.outside.mkdir(parents=True)
         self._fit(None, NEWEST, SaveCheckpoints(folder=self.source, every=OLDER, keep_last=None))
         self.older, self.newest = sorted(self.source.iterdir())
 
@@ -146,49 +136,37 @@ class Bench:
         return trainer.global_step
 
 
-def run(seed: int = 0, count: int = 460) -> Result:
-    """Try damaged and resealed checkpoints, 20 to 3.
+def damaged(folder: Path, seed: int, count: int) -> Iterator[Trial]:
+    """Try checkpoints whose checksums do not fit: every kind of damage to every file in turn, at random places.
 
     Args:
+        folder: for the checkpoints; made here.
         seed: of the generator.
         count: how many.
     """
-    resealed = max(1, round(count * 3 / 23))
-    one, other = run_damaged(seed, count - resealed), run_resealed(seed, resealed)
-    return Result(one.tried + other.tried, one.held + other.held, one.failures + other.failures)
-
-
-def run_damaged(seed: int, count: int) -> Result:
-    """Try checkpoints whose checksums do not fit: every kind of damage to every file in turn, at random places."""
     generator = random.Random(seed)
     cases = [(damage, name) for damage in DAMAGES for name in FILES]
     if count < len(cases):
         generator.shuffle(cases)
-    failures = []
-    with _bench() as bench:
-        for i in range(count):
-            damage, name = cases[i % len(cases)]
+    bench = Bench(folder)
+    for damage, name in islice(cycle(cases), count):
 
-            def apply(folder: Path, damage: Any = damage, name: str = name) -> None:
-                damage(folder, bench.older, name, generator)
+        def apply(copy: Path, damage: Damage = damage, name: str = name) -> None:
+            damage(copy, bench.older, name, generator)
 
-            change = Change(f"{damage.__name__} {name}", apply)
-            problem = bench.try_change(change, _is_harmless(bench, change, generator))
-            if problem is not None:
-                failures.append(f"{change.name}: {problem}")
-    return Result(count, count - len(failures), failures)
+        change = Change(f"{damage.__name__} {name}", apply)
+        yield _trial("damaged checkpoints", change, bench.try_change(change, _is_harmless(bench, change, generator)))
 
 
-def run_resealed(seed: int, count: int) -> Result:
-    """Try checkpoints with a content that no run writes, and checksums that fit."""
-    generator = random.Random(seed)
-    failures = []
-    with _bench() as bench:
-        for change in islice(changes(bench.newest, generator), count):
-            problem = bench.try_change(change, None)
-            if problem is not None:
-                failures.append(f"{change.name}: {problem}")
-    return Result(count, count - len(failures), failures)
+def resealed(folder: Path, seed: int, count: int) -> Iterator[Trial]:
+    """Try checkpoints with a content that no run writes, and checksums that fit; arguments as for `damaged`."""
+    bench = Bench(folder)
+    for change in islice(changes(bench.newest, random.Random(seed)), count):
+        yield _trial("resealed checkpoints", change, bench.try_change(change, None))
+
+
+def _trial(kind: str, change: Change, problem: str | None) -> Trial:
+    return Trial(kind, change.name, problem or "")
 
 
 def _is_harmless(bench: Bench, change: Change, generator: random.Random) -> bool | None:
@@ -205,13 +183,6 @@ def _is_harmless(bench: Bench, change: Change, generator: random.Random) -> bool
     return is_file and all(
         mine.stat().st_size == good.stat().st_size and mine.read_bytes() == good.read_bytes() for mine, good in files
     )
-
-
-@contextlib.contextmanager
-def _bench() -> Iterator[Bench]:
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory() as folder:
-        yield Bench(Path(folder))
 
 
 @contextlib.contextmanager
@@ -232,18 +203,3 @@ def _alarm() -> Iterator[None]:
 
 def _peak_mb() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-
-
-def main(seed: int = 0, damaged: int = 400, resealed: int = 60) -> int:
-    """Print what was tried and what held."""
-    failed = 0
-    for kind, result in (("damaged", run_damaged(seed, damaged)), ("re-sealed", run_resealed(seed, resealed))):
-        print(f"{kind} checkpoints: tried {result.tried}, held {result.held}")
-        for failure in result.failures:
-            print(f"    {failure}")
-        failed += result.tried - result.held
-    return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(*map(int, sys.argv[1:])))

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from hostile_suite.trial import HANG, Trial, prepare, problems_of, run, running, stabletrain, trial
+from hostile_suite.trial import HANG, Trial, prepare, problems_of, run, running, stabletrain, statuses, trial
 
 KIND = "faults of storage"
 TRAIN = ("train", "./faulty.yaml", "--trust", "faulty_workload", "run_dir=disk/run", "trainer.max_steps=40")
@@ -25,12 +25,16 @@ FAULTS = (
     ("fill:run", 12), ("fill:run", 39), (f"fill:run {WITH_STORE}", 12),
 )  # fmt: skip
 """What the module does in the worker, and at which of the 40 steps."""
+WRITES_NOTHING = "small_files:0"
+"""The worker can write no byte to any file: not its last checkpoint, not its result, and not even a message to a
+terminal that is a file. The launcher then says that there is no result, and the run has FAILED: what it trained since
+the last checkpoint is lost."""
 SMALL_DISK = 8
 """MiB of the file system that is filled."""
 
 
 def trials(folder: Path, seed: int, count: int) -> Iterator[Trial]:
-    """Run ``count`` trainings with a fault; each must finish all of its steps, or end with one message.
+    """Run ``count`` trainings with a fault; each must finish all of its steps, except with `WRITES_NOTHING`.
 
     Args:
         folder: for the runs.
@@ -52,8 +56,11 @@ def _try(folder: Path, does: str, at: int) -> Trial:
         disk = f"mount -t tmpfs -o size={SMALL_DISK}m tmpfs disk && exec {shlex.join(command)}"
         command = ["unshare", "--map-root-user", "--mount", "sh", "-c", disk]
     ended = run(command, folder, limit=2 * HANG)
-    problems = problems_of(ended, codes=(0,))
-    if "finished after 40 steps" not in ended.output:
+    lost = does == WRITES_NOTHING
+    problems = problems_of(ended, codes=(1 if lost else 0,))
+    if lost and ("before it wrote a result" not in ended.output or statuses(folder) != ["FAILED"]):
+        problems.append(f"no message that there is no result, or the status {statuses(folder)}")
+    if not lost and "finished after 40 steps" not in ended.output:
         problems.append("not finished, though the training itself was not touched")
     if (loud := ended.output.count("ERROR")) > 3:
         problems.append(f"{loud} error lines on the terminal")

@@ -28,7 +28,13 @@ WORKER = "stabletrain.owner.worker"
 RUN_DIR = "stabletrain.run_dir"
 """The run's folder, which may hold the result of a worker that ended after its launcher."""
 
+ELSEWHERE = "elsewhere"
+"""In place of a process: the run will be on a machine that is not known yet."""
+
 _MAX_RUNS = 100
+
+_OF_THE_MACHINE = (str(0xEFFFFFFC), "none")
+"""Namespaces of process ids outside of containers: Linux's first one, and systems without any."""
 
 
 class Owner(NamedTuple):
@@ -73,17 +79,19 @@ def is_gone(owner: Owner, *, same_disk: bool) -> bool:
 
     Args:
         owner: its identity.
-        same_disk: whether owner and this process share a local file. Only then is another boot of the same host
-            evidence; hosts in different networks may have equal names.
+        same_disk: whether owner and this process share a file. Only then is another boot of the same host evidence,
+            and only outside of containers: those on different machines may have equal names and addresses, and a file
+            on a network disk in common.
     """
     mine = this_process()
-    if owner.host != mine.host:
+    if owner.host != mine.host or owner.namespace != mine.namespace:
         return False
     if owner.boot != mine.boot:
-        return same_disk
-    if owner.namespace != mine.namespace or owner.started == "unknown":
+        return same_disk and mine.namespace in _OF_THE_MACHINE
+    if owner.started == "unknown":
         return False
-    return _started(owner.pid) != owner.started
+    started = _started(owner.pid)
+    return started != owner.started and not (started is None and _is_hidden(owner.pid))
 
 
 def abandoned_runs(client: Any) -> Iterator[tuple[str, dict[str, str], str]]:
@@ -120,6 +128,19 @@ def _namespace() -> str:
         return str(os.stat("/proc/self/ns/pid").st_ino)
     except OSError:
         return "none"
+
+
+def _is_hidden(pid: int) -> bool:
+    """Whether a process exists, but /proc does not show it (mount option hidepid, processes of other users)."""
+    if Path(f"/proc/{pid}").exists():
+        return False
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def _started(pid: int) -> str | None:

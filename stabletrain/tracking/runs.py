@@ -14,7 +14,7 @@ from typing import Any, Literal
 from stabletrain.runtime.records.run_files import RUN_YAML
 from stabletrain.tracking.artifacts import require_safe_artifacts, require_safe_location
 from stabletrain.tracking.naming import MAX_PARAM, MAX_TAG, chunks, flatten, safe_key, shorten
-from stabletrain.tracking.ownership import OWNER, RUN_DIR, abandoned_runs, this_process
+from stabletrain.tracking.ownership import ELSEWHERE, OWNER, RUN_DIR, abandoned_runs, this_process
 from stabletrain.tracking.sqlite_file import check_file
 from stabletrain.tracking.store import ensure_store, open_client, store_lock
 from stabletrain.tracking.store_errors import StoreError, no_tracebacks, sqlite_path, translate_errors
@@ -56,7 +56,6 @@ def start_run(
         run_id: the run to resume; its status becomes RUNNING again.
         tags: further tags.
         code: folder of the user's code, for its git state; None: the current folder.
-
         owner: whether this process owns the run, so that the run is settled if the process is killed; False for a job
             that another machine will run.
 
@@ -82,6 +81,8 @@ def start_run(
             else:
                 resumes = reopen(client, run_id)
                 folder = f"resume-{resumes}"
+                if not owner:  # else the process that it had before would count, and has ended
+                    all_tags[OWNER] = ELSEWHERE
                 all_tags["stabletrain.resumes"] = str(resumes)
                 write_tags(client, run_id, all_tags)
             write_params(client, run_id, {key: value for key, value in config.items() if key not in _NOT_PARAMS})
@@ -196,13 +197,13 @@ def set_final_status(uri: str, run_id: str, status: Status, *, force: bool = Fal
 def upload_unsent(uri: str, path: str | Path, *, run_id: str | None = None) -> int:
     """Send the metrics in a run's ``metrics-unsent.jsonl`` to the store, then delete the file.
 
-    Sending a metric twice is harmless. What is no metric is left out with a warning, but for an incomplete last line,
-    of a process that was killed.
+    With ``run_id``, the metrics of other runs stay in the file. Sending a metric twice is harmless. What is no metric
+    is left out with a warning, but for an incomplete last line, of a process that was killed.
 
     Args:
         uri: MLflow tracking URI.
         path: the file.
-        run_id: send the metrics of this run only; None: those of all runs that the file names.
+        run_id: of the run whose metrics are sent; None: all runs that the file names.
 
     Returns:
         The number of metrics sent.

@@ -31,6 +31,10 @@ _CAUSES = (
 )
 
 
+_NO_CAUSE = "(raised as a result of Query-invoked autoflush"
+"""With such a line SQLAlchemy begins some errors."""
+
+
 class StoreError(UserError):
     """The tracking store cannot be used; the message names the store, the cause and what to do."""
 
@@ -66,10 +70,10 @@ def translate_errors(uri: str) -> Iterator[None]:
         if isinstance(error, sqlite3.Error) or type(error).__module__.startswith(("sqlalchemy", "mlflow", "alembic")):
             for word, advice in _CAUSES:
                 if word in text.lower():
-                    raise StoreError(_message(uri, text, advice)) from error
+                    raise StoreError(_message(uri, error, advice)) from error
             if any(word in text.lower() for word in ("connection", "max retries", "timed out")):
                 raise StoreError(
-                    _message(uri, text, "the server does not respond; start it or correct the URI")
+                    _message(uri, error, "the server does not respond; start it or correct the URI")
                 ) from error
         raise
 
@@ -96,16 +100,16 @@ def _without_traceback(record: logging.LogRecord) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text; its class if it has none.
+    """Return the first line of an error's text that says something of the cause; the error's class if there is none.
 
     Args:
         error: any.
     """
-    lines = str(error).strip().splitlines()
+    lines = [line for line in str(error).strip().splitlines() if not line.startswith(_NO_CAUSE)]
     return lines[0] if lines else type(error).__name__
 
 
-def _message(uri: str, text: str, advice: str) -> str:
+def _message(uri: str, error: Exception, advice: str) -> str:
     path = sqlite_path(uri)
     what = f"database {path}" if path is not None else uri
-    return f"tracking store: {what}: {text.strip().splitlines()[0]}: {advice} {OTHER_STORE}"
+    return f"tracking store: {what}: {first_line(error)}: {advice} {OTHER_STORE}"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from stabletrain.runtime.records.json_lines import read_lines
+from stabletrain.runtime.records.json_lines import append_lines, read_lines
 from stabletrain.tracking.naming import chunks, safe_key
 from stabletrain.tracking.writer import BATCH, Point
 
@@ -16,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def send_unsent(client: Any, path: Path, *, run_id: str | None = None) -> int:
-    """Send the metrics in a file, then delete it; return their number.
+    """Send the metrics in a file, then delete it, except for those of other runs; return their number.
 
     Args:
         client: of MLflow.
@@ -26,6 +27,7 @@ def send_unsent(client: Any, path: Path, *, run_id: str | None = None) -> int:
     from mlflow.entities import Metric
 
     by_run: dict[str, list[Point]] = {}
+    of_others: list[str] = []  # of scripts that share a current folder, each line as it is
     left_out: list[int] = []
     last_is_cut = False
     for line in read_lines(path):
@@ -33,6 +35,8 @@ def send_unsent(client: Any, path: Path, *, run_id: str | None = None) -> int:
         run = line.record.get("run_id") if line.record else None
         if point is not None and isinstance(run, str) and run_id in (None, run):
             by_run.setdefault(run, []).append(point)
+        elif point is not None and isinstance(run, str):
+            of_others.append(json.dumps(line.record) + "\n")
         else:
             left_out.append(line.number)
         last_is_cut = line.record is None
@@ -40,7 +44,7 @@ def send_unsent(client: Any, path: Path, *, run_id: str | None = None) -> int:
         left_out.pop()
     if left_out:
         log.warning(
-            "%s: %d lines hold no metric of the run and are left out, the first is line %d",
+            "%s: %d lines hold no metric and are left out, the first is line %d",
             path,
             len(left_out),
             left_out[0],
@@ -48,7 +52,13 @@ def send_unsent(client: Any, path: Path, *, run_id: str | None = None) -> int:
     for run, points in by_run.items():
         for part in chunks(points, BATCH):
             client.log_batch(run, metrics=[Metric(*point) for point in part])
-    path.unlink()
+    if of_others:
+        part_of_it = path.with_name(f"{path.name}.part")
+        part_of_it.unlink(missing_ok=True)
+        append_lines(part_of_it, "".join(of_others))
+        part_of_it.replace(path)
+    else:
+        path.unlink()
     return sum(map(len, by_run.values()))
 
 

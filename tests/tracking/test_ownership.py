@@ -130,13 +130,39 @@ def test_other_runs_are_left_alone(uri, client, dead, tags):
     assert statuses(client) == ["RUNNING"]
 
 
-def test_process_ids_that_are_used_again_and_reboots(uri, client, dead):
+def test_process_ids_that_are_used_again_and_reboots(uri, client, monkeypatch):
     """Bug: a later process with the same id keeps a dead run RUNNING, as does every restart of the machine."""
+    monkeypatch.setattr(ownership, "_namespace", lambda: str(0xEFFFFFFC))
     mine = this_process()
     for owner in (mine._replace(started="1"), mine._replace(boot="earlier")):
         create_run(uri, "demo", tags={OWNER: owner.to_tag()})
     assert settle_abandoned(uri) == 2
     assert not ownership.is_gone(mine._replace(boot="earlier"), same_disk=False), "of a server, hosts may be confused"
+
+
+def test_containers_of_equal_names_on_two_machines(monkeypatch):
+    """Bug: with a store on a network disk, a container settles the live run of its namesake on another machine."""
+    monkeypatch.setattr(ownership, "_namespace", lambda: "4026532500")
+    assert not ownership.is_gone(this_process()._replace(boot="of another machine"), same_disk=True)
+
+
+def test_a_process_that_proc_does_not_show(monkeypatch, dead):
+    """Bug: where /proc hides the processes of other users (hidepid), their live runs are set to KILLED."""
+    assert ownership.is_gone(dead, same_disk=True)
+
+    def refuse(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", refuse)
+    assert not ownership.is_gone(dead, same_disk=True)
+
+
+def test_a_run_that_is_resumed_on_another_machine(uri, client, dead):
+    """Bug: a run that a scheduler will resume is set to KILLED, as the process that it once had has ended."""
+    run_id = create_run(uri, "demo", tags={OWNER: dead.to_tag(), WORKER: dead.to_tag()})
+    start_run({}, uri=uri, experiment="demo", run_id=run_id, owner=False)
+    assert settle_abandoned(uri) == 0
+    assert statuses(client) == ["RUNNING"]
 
 
 def test_a_killed_process_that_its_parent_has_not_collected(uri, client):

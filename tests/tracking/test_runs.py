@@ -180,7 +180,6 @@ def test_upload_unsent(uri, client, tmp_path):
         b'{"run_id": "ID", "key": "a", "value": "x", "timestamp": 1, "step": 1}',
         b'{"run_id": "ID", "key": "a", "value": 1.0, "timestamp": 1, "step": 1e3}',
         b'{"run_id": "ID", "key": "a", "value": 1.0, "timestamp": 1, "step": 99999999999999999999999}',
-        b'{"run_id": "other", "key": "a", "value": 1.0, "timestamp": 1, "step": 1}',
         b'{"run_id": ["ID"], "key": "a", "value": 1.0, "timestamp": 1, "step": 1}',
     ],
 )
@@ -192,3 +191,15 @@ def test_a_damaged_line_costs_no_other_metric(uri, client, tmp_path, line, caplo
     path.write_bytes(b"\n".join([good[0].encode(), line.replace(b"ID", run_id.encode()), good[1].encode()]))
     assert upload_unsent(uri, path, run_id=run_id) == 2
     assert "line 2" in caplog.text
+
+
+def test_metrics_of_another_run_wait_for_it(uri, client, tmp_path):
+    """Bug: of two scripts in one folder, the first to end deletes the other's metrics."""
+    runs = [create_run(uri, "demo") for _ in range(2)]
+    path = tmp_path / "metrics-unsent.jsonl"
+    point = {"key": "a", "value": float("nan"), "timestamp": 1, "step": 1}
+    path.write_text("".join(json.dumps({"run_id": run} | point) + "\n" for run in runs))
+    for run in runs:
+        assert upload_unsent(uri, path, run_id=run) == 1
+        assert len(client.get_metric_history(run, "a")) == 1
+    assert list(tmp_path.glob("metrics-*")) == []

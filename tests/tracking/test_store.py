@@ -11,7 +11,7 @@ import pytest
 
 from stabletrain.errors import UserError
 from stabletrain.tracking import StoreError, default_tracking_uri, ensure_store
-from stabletrain.tracking.store_errors import translate_errors
+from stabletrain.tracking.store_errors import first_line, translate_errors
 
 
 def test_default_is_an_absolute_path(tmp_path, monkeypatch):
@@ -169,6 +169,14 @@ def test_schema_of_a_newer_mlflow(uri, tmp_path):
         connection.commit()
     with pytest.raises(StoreError, match=r"could not be upgraded.*mlflow db upgrade.*before-upgrade"):
         ensure_store(uri)
+
+
+def test_a_message_begins_with_the_cause():
+    """Bug: SQLAlchemy's advice about its own sessions is shown in place of what is wrong with the store."""
+    advice = "(raised as a result of Query-invoked autoflush; consider using a session.no_autoflush block)"
+    assert first_line(RuntimeError(f"{advice}\n(sqlite3.OperationalError) no such table: metrics\n[SQL: ]")) == (
+        "(sqlite3.OperationalError) no such table: metrics"
+    )
 
 
 def test_other_errors_keep_their_type():

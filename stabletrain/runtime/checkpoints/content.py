@@ -40,20 +40,24 @@ def check_content(checkpoint: dict[str, Any], trainer: Trainer) -> None:
         CheckpointError: naming the first entry that does not fit.
     """
     _require_version(checkpoint)
-    for key in ("epoch", "global_step"):
-        _require_count(key, checkpoint.get(key))
     _check_weights(checkpoint.get("state_dict"), trainer.lightning_module)
-    loops = _mapping("loops", checkpoint.get("loops"))
-    for name, template in trainer_internals.loop_states(trainer).items():
-        if name in loops or name == "fit_loop":
-            _check_loop(f"loops.{name}", loops.get(name), template)
-    _check_training(checkpoint, trainer)
+    is_fit = trainer.state.fn == TrainerFn.FITTING
+    for key in ("epoch", "global_step"):
+        if is_fit or key in checkpoint:
+            _require_count(key, checkpoint.get(key))
+    if is_fit or "loops" in checkpoint:
+        loops = _mapping("loops", checkpoint.get("loops"))
+        for name, template in trainer_internals.loop_states(trainer).items():
+            if name in loops or (is_fit and name == "fit_loop"):
+                _check_loop(f"loops.{name}", loops.get(name), template)
+    _check_training(checkpoint, is_fit)
 
 
 def report_conversions(checkpoint: Mapping[str, Any], module: LightningModule) -> None:
     """Log a warning if loading the weights changes their precision."""
     mine = _own_tensors(module)
-    pairs = [(each.dtype, mine[name].dtype) for name, each in checkpoint["state_dict"].items() if name in mine]
+    found = checkpoint["state_dict"].items()
+    pairs = [(each.dtype, mine[name].dtype) for name, each in found if name in mine and isinstance(each, Tensor)]
     changed = [f"{saved} to {own}".replace("torch.", "") for saved, own in pairs if saved != own]
     if changed:
         logger.warning(
@@ -84,12 +88,12 @@ def _require_version(checkpoint: dict[str, Any]) -> None:
 def _check_weights(weights: Any, module: LightningModule) -> None:
     mine = _own_tensors(module)
     for name, value in _mapping("state_dict", weights).items():
-        if name.endswith("_extra_state"):
+        own = mine.get(name)
+        if own is None:  # what a module adds in its own state_dict can be anything: metrics, for example, add lists
             continue
         if not isinstance(value, Tensor):
             _fail(f"state_dict.{name}", "a tensor", value)
-        own = mine.get(name)
-        if own is not None and _kind(own.dtype) != _kind(value.dtype):
+        if _kind(own.dtype) != _kind(value.dtype):
             _fail(f"state_dict.{name}", f"a tensor of {own.dtype}, as in the model", value.dtype)
 
 
@@ -121,8 +125,9 @@ def _check_progress(path: str, value: Any, template: Any) -> None:
     """Lightning copies all entries into the attributes of its counters, so names and types must be theirs."""
     if isinstance(template, dict):
         found = _mapping(path, value)
-        for key in found.keys() ^ template.keys():
-            _fail(f"{path}.{key}", "there" if key in template else "absent", found.get(key))
+        for key in [*template, *found]:
+            if key not in found or key not in template:
+                _fail(f"{path}.{key}", "there" if key in template else "absent", found.get(key))
         for key, each in template.items():
             _check_progress(f"{path}.{key}", found[key], each)
     elif isinstance(template, bool):
@@ -132,9 +137,9 @@ def _check_progress(path: str, value: Any, template: Any) -> None:
         _require_count(path, value)
 
 
-def _check_training(checkpoint: Mapping[str, Any], trainer: Trainer) -> None:
+def _check_training(checkpoint: Mapping[str, Any], is_fit: bool) -> None:
     """The states of callbacks, optimizers and schedulers, which files with weights only lack."""
-    if trainer.state.fn == TrainerFn.FITTING and not {"optimizer_states", "lr_schedulers"} <= checkpoint.keys():
+    if is_fit and not {"optimizer_states", "lr_schedulers"} <= checkpoint.keys():
         raise CheckpointError(
             "it holds the weights only (save_weights_only): training cannot be resumed from it; load it in the model"
         )
@@ -162,16 +167,20 @@ def _check_optimizer(path: str, state: Mapping[str, Any]) -> None:
             _fail(f"{where}.params", "a list", group.get("params"))
         if not all(type(each) in (int, str) for each in group["params"]):
             _fail(f"{where}.params", "numbers or names", group["params"])
-        if not _is_number(group.get("lr", 0.0), math.inf):
+        if group.get("lr") is not None and not _is_number(group["lr"], math.inf):
             _fail(f"{where}.lr", "a number >= 0", group["lr"])
         betas = group.get("betas", ())
         if not isinstance(betas, list | tuple) or not all(_is_number(each, 1.0) for each in betas):
             _fail(f"{where}.betas", "numbers from 0 to 1", betas)
-        _check_averages(f"{path}.state", [state["state"].get(each) for each in group["params"]])
+        if "amsgrad" in group:
+            _check_averages(f"{path}.state", [state["state"].get(each) for each in group["params"]])
 
 
 def _check_averages(path: str, states: Sequence[Any]) -> None:
-    """Optimizers of Adam's kind fail at their first step if a parameter has one of these entries without the others."""
+    """Adam and AdamW fail at their first step if a parameter has one of these entries without the others.
+
+    Their groups have the option ``amsgrad``. Optimizers such as Adafactor use the same names, but for some parameters.
+    """
     known = [each for each in states if isinstance(each, dict) and each]
     needed = {name for each in known for name in each if name in _OF_ADAM}
     for each in known:
@@ -183,7 +192,7 @@ def _check_averages(path: str, states: Sequence[Any]) -> None:
 def _is_number(value: Any, below: float) -> bool:
     if isinstance(value, Tensor):
         return value.numel() == 1
-    return type(value) in (int, float) and 0 <= value < below
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < below
 
 
 def _mapping(path: str, value: Any) -> Mapping[str, Any]:

@@ -25,14 +25,26 @@ def parse(raw: bytes, name: str) -> Any:
     Raises:
         CheckpointError: if it is not JSON, or holds too many values.
     """
-    if sum(raw.count(mark) for mark in (b",", b"[", b"{")) > VALUES_LIMIT:
-        raise CheckpointError(f"{name} holds more than {VALUES_LIMIT} values")
+    require_few_values(raw, name)
     try:
         return json.loads(raw, parse_constant=_refuse)
     except RecursionError:
         raise CheckpointError(f"{name} is nested too deeply") from None
     except ValueError:
         raise CheckpointError(f"{name} is not valid JSON") from None
+
+
+def require_few_values(raw: bytes, name: str) -> None:
+    """Raise a `CheckpointError` for JSON with more than `VALUES_LIMIT` values: when it is written, and when it is read.
+
+    Args:
+        raw: the text; the commas in its strings count, too.
+        name: for the error.
+    """
+    if sum(raw.count(mark) for mark in (b",", b"[", b"{")) > VALUES_LIMIT:
+        raise CheckpointError(
+            f"{name} holds more than {VALUES_LIMIT} values besides tensors: keep large lists of numbers as tensors"
+        )
 
 
 class Fields:

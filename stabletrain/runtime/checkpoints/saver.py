@@ -44,6 +44,7 @@ class Saver:
         self._buffers = SnapshotBuffers() if background else None
         self._thread: threading.Thread | None = None
         self._warned_waiting = self._warned_omitted = False
+        self._failures = 0  # writes that failed since one succeeded
 
     @property
     def nbytes(self) -> int:
@@ -85,6 +86,8 @@ class Saver:
     def save(self, checkpoint: Mapping[str, Any], info: CheckpointInfo, wait: bool = False) -> None:
         """Save a checkpoint. If it cannot be written, a warning is logged and training continues.
 
+        Of writes that fail one after the other, the 1st, 2nd, 4th, 8th ... is logged, and each that is waited for.
+
         Args:
             checkpoint: its content; may change again when this returns.
             info: its step, run and metric.
@@ -97,7 +100,7 @@ class Saver:
         encoded = Encoded(checkpoint)
         self._warn_omitted(encoded)
         if wait or self._buffers is None:
-            self._write(info, encoded)
+            self._write(info, encoded, is_last=wait)
             return
         self._buffers.copy_in(encoded.tensors)
         encoded.tensors = self._buffers.tensors
@@ -122,16 +125,21 @@ class Saver:
             return math.isfinite(value)
         return value < known if self.store.retention.mode == "min" else value > known
 
-    def _write(self, info: CheckpointInfo, encoded: Encoded) -> None:
+    def _write(self, info: CheckpointInfo, encoded: Encoded, is_last: bool = False) -> None:
         try:
             self.newest = self.store.write(info, encoded.tree, encoded.names, encoded.tensors)
+            self._failures = 0
         except (OSError, CheckpointError) as error:
+            self._failures += 1
+            if self._failures & (self._failures - 1) and not is_last:
+                return
             good = "there is none yet" if self.newest is None else f"the newest complete one is {self.newest.name}"
             logger.warning(
-                "the checkpoint of step %d could not be written to %s: %s; %s. Training continues, and the next "
+                "the checkpoint of step %d could not be written to %s%s: %s; %s. Training continues, and the next "
                 "checkpoint is written as planned",
                 info.step,
                 self.store.folder,
+                "" if self._failures == 1 else f" (failure {self._failures} in a row)",
                 getattr(error, "strerror", None) or error,
                 good,
             )

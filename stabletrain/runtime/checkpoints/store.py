@@ -26,6 +26,7 @@ from torch import Tensor
 
 from stabletrain.runtime.checkpoints import durable, tensor_file
 from stabletrain.runtime.checkpoints.errors import CheckpointError
+from stabletrain.runtime.checkpoints.fields import require_few_values
 from stabletrain.runtime.checkpoints.manifest import NAME as MANIFEST
 from stabletrain.runtime.checkpoints.manifest import STATE, TENSORS, CheckpointInfo, Manifest
 from stabletrain.version import __version__
@@ -92,7 +93,7 @@ class Store:
 
         Raises:
             OSError: if it cannot be written; older checkpoints are untouched, and the new one is removed.
-            CheckpointError: if everything but the tensors is larger than `STATE_LIMIT`.
+            CheckpointError: if everything but the tensors is larger than `STATE_LIMIT`, or has too many values.
         """
         older = self.entries()
         name = self._free_name(info.step)
@@ -105,6 +106,7 @@ class Store:
                 f"checkpoint: everything but its tensors takes {len(state) >> 20} MB, expected at most "
                 f"{STATE_LIMIT >> 20} MB: keep large lists of numbers as tensors"
             )
+        require_few_values(state, "checkpoint: it")
         folder = durable.new_folder(self.folder, name)
         try:
             files = {
