@@ -94,7 +94,7 @@ def trials(folder: Path, seed: int, count: int) -> Iterator[Trial]:
 
 
 def _ordinary(folder: Path) -> Trial:
-    """Train a run.yaml with nothing hostile in it: the others differ from it at one key, which must be why they fail."""
+    """Train a run.yaml with nothing hostile in it, from which the others differ at one key only."""
     prepare(folder, workload=False)
     (folder / "run").mkdir()
     file = folder / "run" / "run.yaml"

@@ -53,6 +53,7 @@ EFFECTS = {
     "lightning.pytorch.loggers.litlogger": _SENDS,
     "lightning.pytorch.loggers.wandb": _SENDS,
     "lightning.pytorch.loggers.mlflow": "it writes to mlruns/ in the current folder; use logger=mlflow",
+    "lightning.pytorch.trainer": "a run has one Trainer; its arguments are in the config key trainer",
     "lightning.pytorch.demos.lstm": _DOWNLOADS,
     "lightning.pytorch.demos.mnist_datamodule": _DOWNLOADS,
     "lightning.pytorch.demos.transformer": _DOWNLOADS,

@@ -11,7 +11,8 @@ from stabletrain.config.problems import ConfigError, Problem
 from stabletrain.config.validate import check
 
 LINES = config_lines(seed=8, count=1500)
-QUICK = LINES[:60]
+QUICK, MORE = LINES[:60], LINES[60:300]
+"""benchmarks/hostile.py tries 1,500, and trains what is accepted."""
 _SECONDS = 20
 """For one line; it takes about 0.2 s, but the machine may be shared, and the first imports Lightning."""
 
@@ -51,7 +52,7 @@ def test_a_line_is_valid_or_has_messages(line: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_all_lines() -> None:
+def test_more_lines() -> None:
     """Bugs: those of the quick test, in rarer combinations."""
-    failed = [line for line in LINES if not all(names_a_key(str(problem), line) for problem in problems_of(line))]
+    failed = [line for line in MORE if not all(names_a_key(str(problem), line) for problem in problems_of(line))]
     assert not failed, failed[:10]
