@@ -26,7 +26,7 @@ def problems_of(line: list[str]) -> list[Problem]:
 
 
 def names_a_key(text: str, line: list[str]) -> bool:
-    """Whether a message names a key of the line, or the beginning of one."""
+    """Whether a message names a key of the line, or the beginning of one, or there are no keys in it."""
     for word in line[1:]:
         key = re.split(r"[./@]", word.lstrip("+~").partition("=")[0])
         if not any(key) or any(joint.join(key[:n]) in text for n in range(1, len(key) + 1) for joint in "./@"):
@@ -41,18 +41,23 @@ def test_lines_are_distinct_and_a_function_of_the_seed() -> None:
     assert config_lines(seed=9, count=200) != LINES[:200]
 
 
+def refused_in_the_dark(line: list[str]) -> bool:
+    """Whether there are messages, and none names a key of the line: another key may refer to one of them."""
+    problems = problems_of(line)
+    assert all(len(str(problem).splitlines()) == 1 for problem in problems)
+    return bool(problems) and not any(names_a_key(str(problem), line) for problem in problems)
+
+
 @pytest.mark.parametrize("line", QUICK, ids=" ".join)
 def test_a_line_is_valid_or_has_messages(line: list[str]) -> None:
     """Bugs: a traceback from Hydra, OmegaConf or a constructor; a message without the key; a value without end."""
     started = time.perf_counter()
-    for problem in problems_of(line):
-        assert len(str(problem).splitlines()) == 1
-        assert names_a_key(str(problem), line)
+    assert not refused_in_the_dark(line)
     assert time.perf_counter() - started < _SECONDS
 
 
 @pytest.mark.slow
 def test_more_lines() -> None:
     """Bugs: those of the quick test, in rarer combinations."""
-    failed = [line for line in MORE if not all(names_a_key(str(problem), line) for problem in problems_of(line))]
+    failed = [line for line in MORE if refused_in_the_dark(line)]
     assert not failed, failed[:10]

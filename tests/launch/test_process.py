@@ -13,7 +13,7 @@ import pytest
 
 from stabletrain.launch import process
 from stabletrain.launch.final_status import final_result
-from stabletrain.launch.process import ProcessEnd, run_process
+from stabletrain.launch.process import ProcessEnd, start_process, wait_for
 from stabletrain.launch.process_tree import children, descendants, kill_tree
 
 STUBBORN = """
@@ -32,6 +32,10 @@ time.sleep(60)
 while True:
     time.sleep(1)
 """
+
+
+def run_process(*command: str) -> ProcessEnd:
+    return wait_for(start_process([sys.executable, *command], dict(os.environ)), lambda: None)
 
 
 @pytest.fixture
@@ -60,9 +64,8 @@ class Press:
 
         thread = threading.Thread(target=send)
         thread.start()
-        command = [sys.executable, "-c", STUBBORN, str(self.log), str(ends_at)]
         try:
-            return run_process(command, dict(os.environ))
+            return run_process("-c", STUBBORN, str(self.log), str(ends_at))
         finally:
             thread.join()
 
@@ -118,7 +121,7 @@ def test_one_press_that_arrives_twice_counts_once(press: Press) -> None:
 
 def test_a_worker_killed_from_outside_was_not_interrupted(tmp_path: Path) -> None:
     """Bug: the end by the kernel's memory killer looks like the user's."""
-    ended = run_process([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], dict(os.environ))
+    ended = run_process("-c", "import os; os.kill(os.getpid(), 9)")
     assert ended == ProcessEnd(code=-KILL)
 
 
