@@ -32,8 +32,9 @@ def trials(folder: Path, seed: int, count: int) -> Iterator[Trial]:
         seed: of the generator.
         count: how many lines.
     """
-    import stabletrain.launch.checks  # imported before the forks
     from config_lines import config_lines  # of tests/helpers
+
+    import stabletrain.launch.checks  # imported before the forks
 
     assert stabletrain.launch.checks
     folder.mkdir()
@@ -74,12 +75,11 @@ def _in_a_fork(words: list[str], folder: Path) -> str:
 
 
 def _judge(words: list[str]) -> str:
-    from stabletrain.launch.checks import check_config
-
     from stabletrain.config.compose import compose, expand
     from stabletrain.config.problems import ConfigError
     from stabletrain.config.validate import check_keys
     from stabletrain.errors import UserError
+    from stabletrain.launch.checks import check_config
 
     multirun = "-m" in words
     recipe, *overrides = [word for word in words if word != "-m"]
@@ -117,9 +117,9 @@ class _Enough(BaseException):
 
 def _train(config: dict[str, Any]) -> str:
     from lightning.pytorch import Callback
-    from stabletrain.launch.checks import check_and_build
 
     from stabletrain.errors import UserError
+    from stabletrain.launch.checks import check_and_build
     from stabletrain.runtime.signal_watch import SignalWatch
     from stabletrain.runtime.stop import TrainingStopped
 
