@@ -94,7 +94,7 @@ def trials(folder: Path, seed: int, count: int) -> Iterator[Trial]:
 
 
 def _ordinary(folder: Path) -> Trial:
-    """Train a run.yaml with nothing hostile in it, from which the others differ at one key only."""
+    """Train a run.yaml with nothing hostile in it: the others differ from it at one key only."""
     prepare(folder, workload=False)
     (folder / "run").mkdir()
     file = folder / "run" / "run.yaml"
@@ -155,7 +155,7 @@ def run_yaml_with(place: str, content: object, run_dir: Path) -> str:
         "chaos": None,
         "precision": {"precision": "32-true"},
         "strategy": {"strategy": "auto"},
-        "trainer": {"max_steps": 1, "accelerator": "cpu", "devices": 1},
+        "trainer": {"max_steps": 1, "accelerator": "cpu", "devices": 1, "num_nodes": 1},
         "logger": None,
         "launch": {"kind": "local", "processes": 1, "nodes": 1, "threads": 1},
         "trust": [],

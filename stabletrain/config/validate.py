@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import sys
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -389,8 +390,8 @@ def _run_dir(config: Mapping[str, Any]) -> Iterator[Problem]:
     wanted = config.get("run_dir")
     if not isinstance(wanted, str):
         return
-    path = Path(wanted).expanduser().absolute()
-    if (path / RUN_YAML).exists():
+    path = Path(os.path.abspath(os.path.expanduser(wanted)))
+    if os.path.lexists(path / RUN_YAML):  # False for a name that is too long
         yield Problem("run_dir", f"{path} already contains a run; choose another folder, or delete it")
 
 

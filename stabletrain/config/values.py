@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,9 @@ def check_values(config: Mapping[str, Any]) -> Iterator[Problem]:
     yield from _launch(config.get("launch"))
     yield from _fault(config)
     run_dir = config.get("run_dir")
-    if isinstance(run_dir, str) and (reason := unwritable(run_dir, folder=True, parents=True)):
+    if isinstance(run_dir, str) and not run_dir.isprintable():
+        yield Problem("run_dir", f"expected a path without control characters, got {run_dir!r:.200}")
+    elif isinstance(run_dir, str) and (reason := unwritable(run_dir, folder=True, parents=True)):
         yield Problem("run_dir", f"{reason}; choose a folder with write permission, run_dir=FOLDER, or null")
 
 
@@ -114,6 +117,8 @@ def unwritable(path: str, *, folder: bool, parents: bool = False) -> str | None:
         return f"expected a path, got {path!r}"
     try:
         wanted = Path(path).expanduser().absolute()
+        with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            os.lstat(wanted)  # raises for a name that is too long
         existing = next(each for each in (wanted, *wanted.parents) if os.path.lexists(each))
     except (OSError, ValueError, RuntimeError) as error:
         return f"expected a path, got {path!r:.200} ({error})"

@@ -26,6 +26,9 @@ def batch_script(config: Mapping[str, Any], run_yaml: Path, environment: Mapping
         environment: the worker's environment; the script sets the variables that differ from the current ones.
     """
     launch = config["launch"]
+    folders = (os.getcwd(), config["run_dir"])
+    if not all(folder.isprintable() for folder in folders):  # a line of the script would end there
+        raise UserError(f"launch: expected folders without control characters for a batch script, got {folders!r:.400}")
     options = {
         "job-name": config["recipe"],
         "nodes": launch["nodes"],

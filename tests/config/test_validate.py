@@ -113,6 +113,8 @@ def test_every_option_that_we_ship_fits_its_signature(group: str) -> None:
         ("optimizer=[adamw]", ["optimizer: expected one option, got a list"]),
         ("hydra.searchpath=[a]", ["hydra.searchpath", "remove it"]),
         ("resume=/dev/zero", ["resume: "]),
+        ("run_dir='a\ab'", ["run_dir: expected a path without control characters"]),
+        (f"run_dir={'a' * 5000}", ["run_dir: expected a path"]),
         ("model._target_=os.system", ["model._target_: 'os.system' may not be built"]),
     ],
 )

@@ -110,3 +110,10 @@ def test_a_value_is_one_word_for_sbatch(slurm_config: dict[str, Any]) -> None:
     script = batch_script(slurm_config, Path("/run.yaml"), os.environ)
     assert r"#SBATCH --account=a\ --export=ALL,X=1" in script
     assert r"#SBATCH --comment=it\'s\ \#1" in script
+
+
+def test_a_folder_with_a_line_break_ends_no_line_of_the_script(slurm_config: dict[str, Any]) -> None:
+    """Bug: ``run_dir`` of a recipe becomes a command of the batch script."""
+    slurm_config["run_dir"] = "/runs/a\ntouch PWNED #"
+    with pytest.raises(UserError, match="without control characters"):
+        batch_script(slurm_config, Path("/run.yaml"), os.environ)
