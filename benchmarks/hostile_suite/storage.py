@@ -21,7 +21,7 @@ FAULTS = (
     ("remove:run", 12), ("remove:run", 39), ("become_file:run", 12), ("remove:checkpoints", 12),
     ("become_file:checkpoints", 12), ("become_folder:events.jsonl", 12), ("become_folder:result.json", 39),
     ("become_folder:worker.log", 12), ("garbage:run.yaml", 12), ("cut:events.jsonl", 30),
-    ("small_files:4096", 12), ("small_files:0", 39), ("few_files:8", 12), ("few_files:8", 39),
+    ("small_files:4096", 12), ("small_files:0", 39), ("few_files:2", 12), ("few_files:2", 39),
     ("fill:run", 12), ("fill:run", 39), (f"fill:run {WITH_STORE}", 12),
 )  # fmt: skip
 """What the module does in the worker, and at which of the 40 steps."""

@@ -163,8 +163,11 @@ def small_files(folder: Path, argument: str) -> None:
 
 
 def few_files(folder: Path, argument: str) -> None:
-    """From now on this process can open no further file."""
-    resource.setrlimit(resource.RLIMIT_NOFILE, (int(argument), resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    """From now on this process can open at most so many files at a time in addition to those that are open."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + int(argument), limit))
 
 
 FAULTS = {
