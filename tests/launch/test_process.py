@@ -13,7 +13,7 @@ import pytest
 
 from stabletrain.launch import process
 from stabletrain.launch.final_status import final_result
-from stabletrain.launch.process import ProcessEnd, run_process
+from stabletrain.launch.process import ProcessEnd, start_process, wait_for
 from stabletrain.launch.process_tree import children, descendants, kill_tree
 
 STUBBORN = """
@@ -62,7 +62,7 @@ class Press:
         thread.start()
         command = [sys.executable, "-c", STUBBORN, str(self.log), str(ends_at)]
         try:
-            return run_process(command, dict(os.environ))
+            return wait_for(start_process(command, dict(os.environ)), lambda: None)
         finally:
             thread.join()
 
@@ -118,7 +118,8 @@ def test_one_press_that_arrives_twice_counts_once(press: Press) -> None:
 
 def test_a_worker_killed_from_outside_was_not_interrupted(tmp_path: Path) -> None:
     """Bug: the end by the kernel's memory killer looks like the user's."""
-    ended = run_process([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], dict(os.environ))
+    process = start_process([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], dict(os.environ))
+    ended = wait_for(process, lambda: None)
     assert ended == ProcessEnd(code=-KILL)
 
 
