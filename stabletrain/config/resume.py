@@ -39,8 +39,9 @@ def checkpoint_of_run(folder: Path) -> Path | None:
         folder: the run's folder.
 
     Returns:
-        The newest complete ``.ckpt`` file, symbolic links resolved; a full disk leaves cut ones. If the folder holds verified checkpoints, the
-        folder that contains them: the newest undamaged one is chosen when it is loaded.
+        The newest complete ``.ckpt`` file (a full disk leaves cut ones), symbolic links resolved. If the folder
+        holds verified checkpoints, the folder that contains them: the newest undamaged one is chosen when it is
+        loaded.
     """
     checkpoints = folder / CHECKPOINTS
     if _verified_in(checkpoints):

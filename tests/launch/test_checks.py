@@ -76,11 +76,9 @@ def test_a_mistake_that_only_building_shows_has_its_key(overrides: str, key: str
 
 def test_mistakes_in_several_parts_are_found_together() -> None:
     """Bug: the user learns of one mistake per attempt."""
-    overrides = "trainer.max_steps=-5 trainer.profiler=banana plugins.clip.decay=-1 data.batch_size=0"
-    composed = compose("digits_cnn", overrides.split())
-    problems = [*check_keys(composed), *check_config(composed.config, build=False)]  # as the launcher does
-    keys = {problem.key for problem in problems}
-    assert keys == {"trainer.max_steps", "trainer.profiler", "plugins.clip.decay", "data.batch_size"}
+    overrides = "trainer.profiler=banana plugins.clip.decay=-1 data.batch_size=0"
+    keys = {key for key, _ in found("digits_cnn", overrides)}
+    assert keys == {"trainer.profiler", "plugins.clip.decay", "data.batch_size"}
 
 
 @pytest.mark.parametrize(
