@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 import unicodedata
@@ -43,6 +44,8 @@ def _cut(text: str, limit: int) -> str:
 def write_json(path: Path, content: object) -> None:
     """Write a JSON file atomically: it is replaced as a whole, or unchanged if it cannot be written.
 
+    Numbers that JSON does not have are written as the strings "nan", "inf" and "-inf".
+
     Args:
         path: of the file; its folder exists.
         content: that JSON can represent.
@@ -52,11 +55,19 @@ def write_json(path: Path, content: object) -> None:
     """
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        scratch.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
         scratch.replace(path)
     except OSError:
         scratch.unlink(missing_ok=True)
         raise
+
+
+def _finite(content: object) -> object:
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return str(content) if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def read_json(path: Path) -> Any:

@@ -272,10 +272,10 @@ def _run_job(job: Job, sweep: _Sweep, start_up: StartUp, report: Reporter) -> Fi
         start_up.doing = AFTER_TRAINING
         try:
             result = final_result(config, ended, spare)
-        except BaseException as error:
-            mlflow_run.finish_run(config, read_result(folder) or _result_of(error))
+            warning = mlflow_run.finish_run(config, result)
+        except BaseException as error:  # a second signal, for instance during a long upload
+            mlflow_run.settle_run(config, read_result(folder) or _result_of(error))
             raise
-    warning = mlflow_run.finish_run(config, result)
     return FinishedJob(recipe=recipe, overrides=composed.overrides, config=config, result=result, warning=warning)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -141,3 +142,19 @@ def finish_run(config: Mapping[str, Any], result: Result) -> str | None:
         text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         return f"{text}\n  the run's files are complete, in {config['run_dir']}"
     return None
+
+
+def settle_run(config: Mapping[str, Any], result: Result) -> None:
+    """Set the final status only, without sending anything; a store that fails is ignored.
+
+    Args:
+        config: the resolved config.
+        result: how the run ended.
+    """
+    if is_tracked(config) and config["logger"].get("run_id"):
+        from stabletrain.tracking.runs import set_final_status
+
+        with suppress(Exception):
+            set_final_status(
+                config["logger"]["tracking_uri"], config["logger"]["run_id"], MLFLOW_STATUS[result.end], force=True
+            )

@@ -1,12 +1,14 @@
 """The table of a run folder's files, and the modules that must not import torch to use it."""
 
+import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
-from stabletrain.config.resume import checkpoint_of_run
+from stabletrain.config.resume import checkpoint_of_run, resume_problem
 from stabletrain.runtime.records import run_files
 
 
@@ -39,3 +41,19 @@ def test_no_checkpoint_of_a_run_that_saved_none(tmp_path: Path) -> None:
     assert checkpoint_of_run(tmp_path) is None
     (tmp_path / "checkpoints").mkdir()
     assert checkpoint_of_run(tmp_path) is None
+
+
+def test_a_cut_checkpoint_is_no_checkpoint_to_resume_from(tmp_path: Path) -> None:
+    """Bug: a full disk leaves a cut step=3.ckpt, and the summary suggests to resume from it."""
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for name, cut, time in (("step=2.ckpt", 0, 1), ("step=3.ckpt", 30, 2)):
+        with zipfile.ZipFile(folder / name, "w") as archive:
+            archive.writestr("archive/data.pkl", b"x" * 100)
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: len(content) - cut])
+        os.utime(folder / name, (time, time))
+    assert checkpoint_of_run(tmp_path) == (folder / "step=2.ckpt").resolve()
+    (folder / "step=2.ckpt").unlink()
+    assert checkpoint_of_run(tmp_path) is None
+    assert "truncated" in str(resume_problem(str(tmp_path)))
