@@ -1,8 +1,10 @@
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 from torch import Tensor, nn
+
+from stabletrain.errors import UserError
 
 
 class Workload(L.LightningModule):
@@ -13,8 +15,25 @@ class Workload(L.LightningModule):
     Non-finite losses are excluded from the mean; the guard reports them as events.
     """
 
+    data_option: ClassVar[str | None] = None
+    """The option of the config group ``data`` whose batches the module trains on; None: any."""
+
     _loss_sum: Tensor | None = None
     _loss_count: Tensor | None = None
+
+    def setup(self, stage: str) -> None:
+        """Refuse the data module of another workload, whose batches have other shapes.
+
+        Raises:
+            UserError: if the data module has a ``data_option``, and it is another one.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        given = getattr(data, "data_option", self.data_option)
+        if self.data_option is not None and given != self.data_option:
+            raise UserError(
+                f"data: {type(self).__name__} trains on data={self.data_option}, got {type(data).__name__}; "
+                f"use data={self.data_option}"
+            )
 
     def on_train_batch_end(self, outputs: Tensor | Mapping[str, Any] | None, batch: Any, batch_idx: int) -> None:
         """Add the loss to the mean."""

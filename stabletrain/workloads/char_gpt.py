@@ -42,6 +42,8 @@ class CharGPT(Workload):
         sample_prompt: the beginning of the sample, at least one character.
     """
 
+    data_option = "shakespeare"
+
     def __init__(
         self,
         layers: int = 2,
@@ -100,6 +102,7 @@ class CharGPT(Workload):
 
     def setup(self, stage: str) -> None:
         """Check the vocabulary and the prompt against the data before training."""
+        super().setup(stage)
         data: Any = getattr(self.trainer, "datamodule", None)
         needed = getattr(data, "vocab_size", 0)
         if self.vocab_size < needed:

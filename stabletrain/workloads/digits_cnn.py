@@ -25,6 +25,8 @@ class DigitsCNN(Workload):
         weight_decay: of the default SGD, on weights but not on biases and norms, at least 0.
     """
 
+    data_option = "digits"
+
     def __init__(
         self,
         width: int = 32,

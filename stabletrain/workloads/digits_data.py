@@ -22,6 +22,8 @@ class DigitsData(L.LightningDataModule):
         workers: processes of the loader; 0 is fastest for these data.
     """
 
+    data_option = "digits"
+
     def __init__(self, batch_size: int = 64, workers: int = 0) -> None:
         super().__init__()
         whole("data.batch_size", batch_size, 1, 1437)

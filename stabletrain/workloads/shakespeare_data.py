@@ -38,6 +38,8 @@ class ShakespeareData(L.LightningDataModule):
         DataError: in `setup`, if the file is missing, empty, truncated, too short or has other characters.
     """
 
+    data_option = "shakespeare"
+
     def __init__(
         self,
         path: str | None = None,
