@@ -293,11 +293,21 @@ def check_constructors(config: Mapping[str, Any], trust: Iterable[str] = ()) -> 
         except (ValueError, TypeError, AttributeError) as error:
             yield Problem(key, str(error).removeprefix(f"{key}: "))
             continue
-        # a callback may say which of its arguments are folders that it writes to, at once or later
-        writes_to = {} if _is_elsewhere(config) else getattr(built, "writes_to", {})
-        for argument, path in writes_to.items():
-            if reason := unwritable(str(path), folder=True):
-                yield Problem(f"{key}.{argument}", f"{reason}; choose another folder")
+        yield from unwritable_folders(built, key, config)
+
+
+def unwritable_folders(callback: object, key: str, config: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield the folders that a callback writes to, at once or later, and cannot; its ``writes_to`` names them.
+
+    Args:
+        callback: built; ``writes_to`` has the folders by the names of arguments.
+        key: its config key.
+        config: of the run; a batch job may have folders of its own.
+    """
+    writes_to = {} if _is_elsewhere(config) else getattr(callback, "writes_to", {})
+    for argument, path in writes_to.items():
+        if reason := unwritable(str(path), folder=True):
+            yield Problem(f"{key}.{argument}", f"{reason}; choose another folder")
 
 
 def _is_elsewhere(config: Mapping[str, Any]) -> bool:

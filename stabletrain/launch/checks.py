@@ -24,7 +24,7 @@ from stabletrain.config.discovery import BUILT
 from stabletrain.config.kinds import TRAINER_PARTS
 from stabletrain.config.problems import Problem
 from stabletrain.config.trust import ENV as TRUST_ENV
-from stabletrain.config.validate import check_constructors, check_signatures
+from stabletrain.config.validate import check_constructors, check_signatures, unwritable_folders
 from stabletrain.errors import UserError
 from stabletrain.launch.assemble import Assembled, Parts, assembled, build_model, build_parts
 from stabletrain.runtime import rng
@@ -127,6 +127,8 @@ def _build(
     model: Callable[[], LightningModule] | None = None,
 ) -> Parts:
     parts = build_parts(config, watch, attempt, model=model)
+    for key, callback in parts.callbacks:
+        attempt.problems += unwritable_folders(callback, key, config)
     with rng.preserved(), quiet():
         if attempt.trainer_error is not None:
             attempt.problems += _blame(attempt.trainer_error, parts, is_complete=not attempt.problems)

@@ -44,6 +44,8 @@ def first_cause(ends: Sequence[RankEnd], ended: ProcessEnd, *, size: int, exits:
 def _cause(ends: Sequence[RankEnd], ended: ProcessEnd, size: int, exits: Mapping[int, int]) -> RankEnd | Result:
     in_time = sorted(ends, key=lambda end: end.time_ns)
     own = [end for end in in_time if not end.consequence and end.result.end != "finished"]
+    if ended.abandoned and all(end.result.end in _BY_SIGNAL for end in own):
+        return Result(end="killed", message=f"torchrun was ended by signal {-ended.code}{_name(-ended.code)}")
     # a SIGTERM that no launcher sent is the user's if all processes ended together, else perhaps torchrun's
     sure = [end for end in own if end.agreed or ended.signum is not None or end.result.end not in _BY_SIGNAL]
     if sure:

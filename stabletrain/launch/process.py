@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+import psutil
+
 from stabletrain.config.trust import ENV as TRUST_ENV
 from stabletrain.launch.process_tree import children, kill_tree
 from stabletrain.runtime.signal_watch import SAME_PRESS
@@ -38,13 +40,17 @@ class ProcessEnd:
         code: its exit code; negative: minus the number of the signal that ended it.
         signum: the first signal that was forwarded to it; None if none was.
         killed: whether the launcher's user had it killed, by a third signal.
+        abandoned: whether torchrun was killed from outside, and its workers were ended for that reason.
     """
 
     code: int
     signum: int | None = None
     killed: bool = False
+    abandoned: bool = False
 
 
+_SAVES_WITHIN = 10.0
+"""Seconds that the workers of a killed torchrun get to save and end."""
 PYTHON = (sys.executable, "-P")
 """Python that does not import from the current folder."""
 _WORKER = ("-m", "stabletrain.worker")
@@ -117,12 +123,27 @@ def wait_for(process: subprocess.Popen[bytes], begin: Callable[[], None]) -> Pro
         begin: called when signals are forwarded.
     """
     command = process.args
-    forwarder = _Forwarder(process, through_torchrun=isinstance(command, Sequence) and TORCHRUN in command)
+    through_torchrun = isinstance(command, Sequence) and TORCHRUN in command
+    forwarder = _Forwarder(process, through_torchrun=through_torchrun)
     with _forward_signals(forwarder):
         begin()
+        workers = [psutil.Process(pid) for pid in children(process.pid)] if through_torchrun else []
         code = process.wait()
+        # only the third signal of the user kills torchrun from here
+        abandoned = through_torchrun and code < 0 and forwarder.count <= 2
+        if abandoned:
+            _end_all(workers)
     kill(process)
-    return ProcessEnd(code=code, signum=forwarder.first, killed=forwarder.count > 2)
+    return ProcessEnd(code=code, signum=forwarder.first, killed=forwarder.count > 2, abandoned=abandoned)
+
+
+def _end_all(processes: Sequence[psutil.Process]) -> None:
+    """Let processes save and end, as for SIGTERM; kill those that take too long."""
+    for each in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.terminate()
+    for each in psutil.wait_procs(processes, timeout=_SAVES_WITHIN)[1]:
+        kill_tree(each.pid)
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:

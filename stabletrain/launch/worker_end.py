@@ -28,6 +28,10 @@ logger = logging.getLogger("stabletrain")
 _log_file_only = logging.getLogger("worker")
 """Its records go to the log file, and not to the terminal."""
 
+_ORDERLY = ("finished", "interrupted", "terminated")
+"""Ends at which a process has things to save, and leaves when it is done."""
+_TEAR_DOWN_WITHIN = 60.0
+"""Seconds after which a process that has failed is ended, if it hangs in what callbacks and Lightning do then."""
 _LEAVE_WITHIN = 20.0
 """Seconds after which a process that has failed is ended, if it still waits for its threads or its process group."""
 
@@ -66,6 +70,8 @@ class WorkerEnd:
             if _is_one_of_several():
                 with contextlib.suppress(OSError):  # it is written again at the end
                     write_end(self._end(cause.result), self.folder)
+                if cause.result.end not in _ORDERLY:
+                    _leave_within(_TEAR_DOWN_WITHIN, cause.result.exit_code)
         return self._cause
 
     def show(self, error: BaseException, *, started: bool) -> Result:
@@ -115,7 +121,7 @@ class WorkerEnd:
         if problems and not launcher_knows:
             logger.warning("%s cannot be written to %s: %s", RESULT, self.folder, problems[0])
             logger.warning("the run has ended after %d steps: %s: %s", result.steps, result.end, result.message)
-        if result.end not in ("finished", "interrupted", "terminated") and _is_one_of_several():
+        if result.end not in _ORDERLY and _is_one_of_several():
             _leave_within(_LEAVE_WITHIN, result.exit_code)
         return result
 

@@ -38,6 +38,7 @@ def found(recipe: str, overrides: str) -> list[tuple[str, str]]:
     ("overrides", "key", "words"),
     [
         ("trainer.max_steps=-5", "trainer.max_steps", "-5"),
+        ("plugins.spike.spill=/nonexistent/x", "plugins.spike.spill", "cannot write to /nonexistent/x"),
         ("trainer.max_epochs=-5", "trainer.max_epochs", "-5"),
         ("trainer.max_time=soon", "trainer.max_time", "DD:HH:MM:SS"),
         pytest.param(

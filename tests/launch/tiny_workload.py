@@ -31,6 +31,8 @@ class TinyModel(LightningModule):
                 logging.getLogger("stabletrain").warning("tiny step %d", self.global_step)
             if self.does == "raise":
                 raise RuntimeError("a bug in the user's module")
+            if self.does == "kill_torchrun":
+                os.kill(os.getppid(), signal.SIGKILL)
             if self.does == "sigkill":
                 os.kill(os.getpid(), signal.SIGKILL)
             if self.does == "mistake":
