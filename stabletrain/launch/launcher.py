@@ -167,7 +167,7 @@ def run(request: LaunchRequest, jobs: Sequence[Job], report: Reporter) -> list[F
             with suppress(Exception):  # the error that is on its way matters more
                 sweep.finish([*_results(finished), _result_of(error)])
             raise
-    sweep.finish(_results(finished))
+        sweep.finish(_results(finished))
     return finished
 
 
@@ -263,13 +263,13 @@ def _run_job(job: Job, sweep: _Sweep, start_up: StartUp, report: Reporter) -> Fi
 
                 def begin() -> None:
                     start_up.check()
+                    start_up.doing = AFTER_TRAINING  # a signal is the worker's while it runs
                     opened.is_used = True
                     workers.train(opened.run_yaml)
 
                 ended = wait_for(process, begin)
         finally:
             end(workers, process)
-        start_up.doing = AFTER_TRAINING
         try:
             result = final_result(config, ended, spare)
         except BaseException as error:
@@ -302,7 +302,7 @@ def _opened(config: dict[str, Any], job: Job, sweep: _Sweep, uri: str | None, st
         start_up.check()
         yield opened
     except BaseException as error:
-        mlflow_run.finish_run(config, _result_of(error))
+        mlflow_run.finish_run(config, (opened.is_used and read_result(folder)) or _result_of(error))
         if not opened.is_used:
             remove_unused(folder, keep_folder=existed)
         raise
