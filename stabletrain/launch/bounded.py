@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 import unicodedata
@@ -45,18 +46,28 @@ def write_json(path: Path, content: object) -> None:
 
     Args:
         path: of the file; its folder exists.
-        content: that JSON can represent.
+        content: that JSON can represent; numbers that it cannot are written as "NaN", "Infinity", "-Infinity".
 
     Raises:
         OSError: if it cannot be written.
     """
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        scratch.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
         scratch.replace(path)
     except OSError:
         scratch.unlink(missing_ok=True)
         raise
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return "NaN" if math.isnan(content) else "Infinity" if content > 0 else "-Infinity"
+    return content
 
 
 def read_json(path: Path) -> Any:

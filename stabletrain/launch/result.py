@@ -34,6 +34,7 @@ MLFLOW_STATUS: dict[End, Literal["FINISHED", "FAILED", "KILLED"]] = {
 }
 
 _MAX_METRICS = 10_000
+_NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 _MAX_NAME = 4_096
 
 
@@ -113,7 +114,7 @@ def parse_result(content: object) -> Result:
         "seconds": _is_number(seconds) and math.isfinite(seconds) and seconds >= 0,
         "metrics": isinstance(metrics, dict)
         and len(metrics) <= _MAX_METRICS
-        and all(map(_is_number, metrics.values())),
+        and all(_is_number(value) or value in _NOT_FINITE for value in metrics.values()),
         "checkpoint": checkpoint is None or (isinstance(checkpoint, str) and len(checkpoint) <= _MAX_NAME),
         "threads": threads is None or is_count(threads),
     }
