@@ -29,7 +29,8 @@ _log_file_only = logging.getLogger("worker")
 """Its records go to the log file, and not to the terminal."""
 
 _LEAVE_WITHIN = 20.0
-"""Seconds after which a process that has failed is ended, if it still waits for its threads or its process group."""
+"""Seconds after which a process that has failed is ended, if it still tears down, or waits for its threads or its
+process group."""
 
 
 class WorkerEnd:
@@ -48,6 +49,7 @@ class WorkerEnd:
         self._cause: Cause | None = None
         self._is_consequence = False
         self._time_ns = 0
+        self._leaving: threading.Timer | None = None
         watch.must_not_wait = self._another_has_failed
         remove_own_end(folder, self.rank)
 
@@ -66,6 +68,8 @@ class WorkerEnd:
             if _is_one_of_several():
                 with contextlib.suppress(OSError):  # it is written again at the end
                     write_end(self._end(cause.result), self.folder)
+                if cause.result.end in ("failed", "refused") and not cause.agreed:  # its teardown may wait for others
+                    self._leaving = _leave_within(_LEAVE_WITHIN, cause.result.exit_code)
         return self._cause
 
     def show(self, error: BaseException, *, started: bool) -> Result:
@@ -116,7 +120,9 @@ class WorkerEnd:
             logger.warning("%s cannot be written to %s: %s", RESULT, self.folder, problems[0])
             logger.warning("the run has ended after %d steps: %s: %s", result.steps, result.end, result.message)
         if result.end not in ("finished", "interrupted", "terminated") and _is_one_of_several():
-            _leave_within(_LEAVE_WITHIN, result.exit_code)
+            if self._leaving is not None:  # the teardown has come to its end, and what follows gets the time anew
+                self._leaving.cancel()
+            self._leaving = _leave_within(_LEAVE_WITHIN, result.exit_code)
         return result
 
     def _complete(self, result: Result, trainer: Trainer | None) -> Result:
@@ -204,8 +210,9 @@ def _is_one_of_several() -> bool:
     return any(size.isdecimal() and int(size) > 1 for size in sizes)
 
 
-def _leave_within(seconds: float, code: int) -> None:
+def _leave_within(seconds: float, code: int) -> threading.Timer:
     """End this process after some seconds, whatever it still waits for: the other ranks wait for it to leave."""
     timer = threading.Timer(seconds, lambda: os._exit(code))
     timer.daemon = True
     timer.start()
+    return timer
