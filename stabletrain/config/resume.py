@@ -25,8 +25,8 @@ def checkpoint_of(resume: str) -> Path | None:
     try:
         path = Path(resume).expanduser().absolute()
         if (path / CHECKPOINTS).is_dir():
-            # of a run with damaged files only, the newest: `resume_problem` says what is wrong with it
-            return checkpoint_of_run(path) or next(iter(newest_files(path / CHECKPOINTS)), None)
+            damaged = newest_files(path / CHECKPOINTS)[:1]  # so that what is wrong with it can be said
+            return checkpoint_of_run(path) or (damaged[0].resolve() if damaged else None)
         return path if path.exists() else None
     except (OSError, RuntimeError, ValueError):  # too long, forbidden, of a user that does not exist, with a NUL
         return None
@@ -39,16 +39,16 @@ def checkpoint_of_run(folder: Path) -> Path | None:
         folder: the run's folder.
 
     Returns:
-        The newest complete ``.ckpt`` file (a full disk leaves cut ones), symbolic links resolved. If the folder
-        holds verified checkpoints, the folder that contains them: the newest undamaged one is chosen when it is
-        loaded.
+        The newest ``.ckpt`` file that has the form of one (a full disk truncates it), symbolic links resolved. If the
+        folder holds verified checkpoints, the folder that contains them: the newest undamaged one is chosen when it
+        is loaded.
     """
     checkpoints = folder / CHECKPOINTS
     if _verified_in(checkpoints):
         return checkpoints
-    complete = (path for path in newest_files(checkpoints) if path.is_dir() or file_problem(path) is None)
-    found = next(complete, None)
-    return found.resolve() if found else None
+    found = (path for path in newest_files(checkpoints) if path.is_dir() or file_problem(path) is None)
+    newest = next(found, None)
+    return newest.resolve() if newest else None
 
 
 def resume_problem(resume: str) -> str | None:

@@ -44,11 +44,9 @@ def _cut(text: str, limit: int) -> str:
 def write_json(path: Path, content: object) -> None:
     """Write a JSON file atomically: it is replaced as a whole, or unchanged if it cannot be written.
 
-    Numbers that JSON does not have are written as the strings "nan", "inf" and "-inf".
-
     Args:
         path: of the file; its folder exists.
-        content: that JSON can represent.
+        content: that JSON can represent; numbers that it cannot are written as "NaN", "Infinity", "-Infinity".
 
     Raises:
         OSError: if it cannot be written.
@@ -62,12 +60,14 @@ def write_json(path: Path, content: object) -> None:
         raise
 
 
-def _finite(content: object) -> object:
+def _finite(content: Any) -> Any:
     if isinstance(content, dict):
         return {key: _finite(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
         return [_finite(value) for value in content]
-    return str(content) if isinstance(content, float) and not math.isfinite(content) else content
+    if isinstance(content, float) and not math.isfinite(content):
+        return "NaN" if math.isnan(content) else "Infinity" if content > 0 else "-Infinity"
+    return content
 
 
 def read_json(path: Path) -> Any:

@@ -9,8 +9,9 @@ whole command line, and under a sweep every rank would compose other hyper-param
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from stabletrain.launch.run_folder import choose_run_folder, make_run_folder, re
 from stabletrain.launch.slurm import submit
 from stabletrain.launch.start_up import AFTER_TRAINING, BEFORE_TRAINING, StartInterrupted, StartUp, checked, end
 from stabletrain.runtime.records.run_files import RUN_YAML
+
+_logger = logging.getLogger("stabletrain")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,10 +167,9 @@ def run(request: LaunchRequest, jobs: Sequence[Job], report: Reporter) -> list[F
                 if start_up.signum or (done.result is not None and done.result.end in ("interrupted", "terminated")):
                     break
         except BaseException as error:
-            with suppress(Exception):  # the error that is on its way matters more
-                sweep.finish([*_results(finished), _result_of(error)])
+            sweep.finish([*_results(finished), _result_of(error)])
             raise
-    sweep.finish(_results(finished))
+        sweep.finish(_results(finished))
     return finished
 
 
@@ -211,7 +213,10 @@ class _Sweep:
             results: of the jobs that have run.
         """
         if self._opened is not None:
-            mlflow_run.finish_sweep(*self._opened, results)
+            try:
+                mlflow_run.finish_sweep(*self._opened, results)
+            except Exception as error:  # the jobs have run, and each has its own status
+                _logger.warning("the sweep's run in MLflow has no final status: %s", error)
 
 
 def _names(jobs: Sequence[Composed]) -> list[str | None]:
@@ -263,13 +268,13 @@ def _run_job(job: Job, sweep: _Sweep, start_up: StartUp, report: Reporter) -> Fi
 
                 def begin() -> None:
                     start_up.check()
+                    start_up.doing = AFTER_TRAINING  # a signal is the worker's while it runs
                     opened.is_used = True
                     workers.train(opened.run_yaml)
 
                 ended = wait_for(process, begin)
         finally:
             end(workers, process)
-        start_up.doing = AFTER_TRAINING
         try:
             result = final_result(config, ended, spare)
             warning = mlflow_run.finish_run(config, result)
@@ -302,7 +307,7 @@ def _opened(config: dict[str, Any], job: Job, sweep: _Sweep, uri: str | None, st
         start_up.check()
         yield opened
     except BaseException as error:
-        mlflow_run.finish_run(config, _result_of(error))
+        mlflow_run.finish_run(config, (opened.is_used and read_result(folder)) or _result_of(error))
         if not opened.is_used:
             remove_unused(folder, keep_folder=existed)
         raise

@@ -37,6 +37,7 @@ _NOT_FINITE = ("nan", "inf", "-inf")
 """How `write_json` writes numbers that JSON does not have."""
 
 _MAX_METRICS = 10_000
+_NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 _MAX_NAME = 4_096
 
 

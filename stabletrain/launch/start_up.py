@@ -29,8 +29,10 @@ class StartFailed(Exception):
     """The user's own code failed before training, or a worker died; the message is a traceback, or says how."""
 
 
-class StartInterrupted(Exception):
-    """Ctrl-C, SIGTERM or SIGHUP ended a run before training.
+class StartInterrupted(BaseException):
+    """Ctrl-C, SIGTERM or SIGHUP ended a run before training, or cut short what follows it.
+
+    No `Exception`: it is raised at any place, and a store's client that catches all of those would go on.
 
     Args:
         signum: the signal.
@@ -84,7 +86,8 @@ class StartUp:
         self.signum = self.signum or signum
         # not print: a handler may run while something else is being printed
         with contextlib.suppress(OSError):  # the terminal may be gone
-            os.write(2, f"\n{signal.Signals(signum).name}: {self.doing}\n".encode())
+            what = "ending at once" if is_second else self.doing
+            os.write(2, f"\n{signal.Signals(signum).name}: {what}\n".encode())
         if is_second:
             raise StartInterrupted(self.signum)
 

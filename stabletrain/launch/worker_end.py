@@ -30,10 +30,9 @@ _log_file_only = logging.getLogger("worker")
 
 _ORDERLY = ("finished", "interrupted", "terminated")
 """Ends at which a process has things to save, and leaves when it is done."""
-_TEAR_DOWN_WITHIN = 60.0
-"""Seconds after which a process that has failed is ended, if it hangs in what callbacks and Lightning do then."""
 _LEAVE_WITHIN = 20.0
-"""Seconds after which a process that has failed is ended, if it still waits for its threads or its process group."""
+"""Seconds after which a process that has failed is ended, if it still tears down, or waits for its threads or its
+process group."""
 
 
 class WorkerEnd:
@@ -52,6 +51,7 @@ class WorkerEnd:
         self._cause: Cause | None = None
         self._is_consequence = False
         self._time_ns = 0
+        self._leaving: threading.Timer | None = None
         watch.must_not_wait = self._another_has_failed
         remove_own_end(folder, self.rank)
 
@@ -70,8 +70,8 @@ class WorkerEnd:
             if _is_one_of_several():
                 with contextlib.suppress(OSError):  # it is written again at the end
                     write_end(self._end(cause.result), self.folder)
-                if cause.result.end not in _ORDERLY:
-                    _leave_within(_TEAR_DOWN_WITHIN, cause.result.exit_code)
+                if cause.result.end in ("failed", "refused") and not cause.agreed:  # its teardown may wait for others
+                    self._leaving = _leave_within(_LEAVE_WITHIN, cause.result.exit_code)
         return self._cause
 
     def show(self, error: BaseException, *, started: bool) -> Result:
@@ -122,7 +122,9 @@ class WorkerEnd:
             logger.warning("%s cannot be written to %s: %s", RESULT, self.folder, problems[0])
             logger.warning("the run has ended after %d steps: %s: %s", result.steps, result.end, result.message)
         if result.end not in _ORDERLY and _is_one_of_several():
-            _leave_within(_LEAVE_WITHIN, result.exit_code)
+            if self._leaving is not None:  # the teardown has come to its end, and what follows gets the time anew
+                self._leaving.cancel()
+            self._leaving = _leave_within(_LEAVE_WITHIN, result.exit_code)
         return result
 
     def _complete(self, result: Result, trainer: Trainer | None) -> Result:
@@ -210,8 +212,9 @@ def _is_one_of_several() -> bool:
     return any(size.isdecimal() and int(size) > 1 for size in sizes)
 
 
-def _leave_within(seconds: float, code: int) -> None:
+def _leave_within(seconds: float, code: int) -> threading.Timer:
     """End this process after some seconds, whatever it still waits for: the other ranks wait for it to leave."""
     timer = threading.Timer(seconds, lambda: os._exit(code))
     timer.daemon = True
     timer.start()
+    return timer

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stabletrain.config.resume import checkpoint_of, resume_problem
+from stabletrain.config.resume import checkpoint_of, checkpoint_of_run, resume_problem
 from stabletrain.runtime.checkpoints import CheckpointInfo, Saver, Store
 
 
@@ -78,6 +78,21 @@ def test_the_newest_file_is_a_file(tmp_path: Path) -> None:
     torch.save({"x": 1}, folder / "good.ckpt")
     os.mkfifo(folder / "pipe.ckpt")
     assert checkpoint_of(str(tmp_path)) == folder / "good.ckpt"
+
+
+def test_a_truncated_file_is_not_the_one_to_resume_from(tmp_path: Path) -> None:
+    """Bugs: after a full disk the summary suggests the truncated file; if there is no other, nobody says why."""
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    torch.save({"x": 1}, folder / "good.ckpt")
+    cut = folder / "later.ckpt"
+    cut.write_bytes((folder / "good.ckpt").read_bytes()[:-30])
+    os.utime(folder / "good.ckpt", (1, 1))
+    assert checkpoint_of_run(tmp_path) == folder / "good.ckpt"
+    assert resume_problem(str(tmp_path)) is None
+    (folder / "good.ckpt").unlink()
+    assert checkpoint_of_run(tmp_path) is None
+    assert "later.ckpt is not a checkpoint, or is truncated" in str(resume_problem(str(tmp_path)))
 
 
 def test_a_folder_of_a_sharded_strategy(tmp_path: Path) -> None:

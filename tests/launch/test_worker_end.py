@@ -3,7 +3,9 @@
 import errno
 import logging
 import os
+import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +30,9 @@ GLOO = "gloo/transport/tcp/pair.cc:553] Connection closed by peer"
 @pytest.fixture
 def several(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("stabletrain.launch.worker_end._leave_within", lambda seconds, code: None)
+    monkeypatch.setattr(
+        "stabletrain.launch.worker_end._leave_within", lambda seconds, code: threading.Timer(seconds, lambda: None)
+    )
 
 
 def ending(folder: Path, rank: int, monkeypatch: pytest.MonkeyPatch) -> WorkerEnd:
@@ -56,6 +60,19 @@ def test_the_first_exception_counts(several: None, tmp_path: Path, monkeypatch: 
     result = end.show(RuntimeError("teardown"), started=True)
     end.hand_over(result, None)
     assert read_ends(tmp_path)[0].result.message == "data.path: missing"
+
+
+def test_a_rank_that_hangs_while_it_tears_down_leaves(tmp_path: Path) -> None:
+    """Bug: a failed rank waits for ever for the others in its own teardown, and they for its end."""
+    code = (
+        "import sys, time; from pathlib import Path; from stabletrain.launch import worker_end as w\n"
+        "w._LEAVE_WITHIN = 0.2; end = w.WorkerEnd(Path(sys.argv[1]), w.SignalWatch())\n"
+        "end.note(RuntimeError('a bug'), started=True); time.sleep(30)"
+    )
+    env = {**os.environ, "WORLD_SIZE": "2", "RANK": "1"}
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=env, timeout=20, check=False)
+    assert done.returncode == 1
+    assert read_ends(tmp_path)[0].result.message == "RuntimeError: a bug"
 
 
 def test_a_sigterm_after_another_rank_has_failed_is_a_consequence(
