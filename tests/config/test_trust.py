@@ -134,7 +134,6 @@ OTHER_KIND = [
     ("torch.PyTorchFileWriter", torch.nn.Module),
     ("torch.cuda.memory.CUDAPluggableAllocator", torch.nn.Module),
     ("torch.nn.Identity", Callback),
-    ("lightning.pytorch.Trainer", Callback),
     ("torch.optim.SGD", LightningModule),
     ("stabletrain.ClipZScore.zclip", Logger),
 ]

@@ -3,6 +3,7 @@
 import json
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -74,12 +75,10 @@ def test_nothing_is_imported_from_the_current_folder(cli) -> None:
         pytest.param(signal.SIGINT, 130, "opened", marks=pytest.mark.slow),
     ],
 )
-def test_a_signal_before_training_leaves_nothing(
-    cli, tmp_path: Path, signum: signal.Signals, code: int, moment: str
-) -> None:
+def test_a_signal_before_training_leaves_nothing(cli, signum: signal.Signals, code: int, moment: str) -> None:
     """Bugs: "ended by signal 11", a traceback, a run that stays open, or an empty run folder, after an early Ctrl-C."""
-    private = tmp_path / "private"  # where the launcher and the worker meet
-    private.mkdir()
+    # where the launcher and the worker meet; the path of a socket must be short, and pytest's folders have long names
+    private = Path(tempfile.mkdtemp(prefix="start"))
     words = ("train", TINY, "--trust", "tiny_workload", "logger=mlflow", "run_dir=r", "trainer.max_steps=-1")
     process = cli.start(*words, "model.pause=0.01", TMPDIR=str(private))
     if moment == "composes":
@@ -94,6 +93,7 @@ def test_a_signal_before_training_leaves_nothing(
     assert "Traceback" not in err
     assert signum.name in err
     assert list(private.glob("stabletrain-*")) == []
+    private.rmdir()
     assert {run.info.status for run in cli.runs()} <= {"KILLED"}
     result = cli.folder / "r" / "result.json"
     assert result.exists() or not (cli.folder / "r").exists()  # it may have begun to train
