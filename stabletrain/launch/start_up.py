@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -58,12 +59,14 @@ class StartUp:
         self.signum: int | None = None
         self.doing = BEFORE_TRAINING
         self._before: dict[signal.Signals, Any] = {}
+        self._hook = sys.unraisablehook
 
     def __enter__(self) -> StartUp:
         handled = [signal.SIGINT, signal.SIGTERM]
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup ignores
             handled.append(signal.SIGHUP)
         self._before = {signum: signal.signal(signum, self._handle) for signum in handled}
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._not_raised
         return self
 
     def __exit__(
@@ -71,6 +74,12 @@ class StartUp:
     ) -> None:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
+        sys.unraisablehook = self._hook
+
+    def _not_raised(self, what: sys.UnraisableHookArgs) -> None:
+        """Print no traceback if the second signal arrived in a destructor, which drops it; `check` raises it again."""
+        if not isinstance(what.exc_value, StartInterrupted):
+            self._hook(what)
 
     def check(self) -> None:
         """End the start if a signal has arrived.
