@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 import typer
 
@@ -20,18 +19,16 @@ def starting() -> Iterator[None]:
     Raises:
         typer.Exit: with that code.
     """
-    before: dict[signal.Signals, Any] = {
-        signum: signal.signal(signum, _end) for signum in (signal.SIGINT, signal.SIGTERM)
-    }
+    handled = (signal.SIGINT, signal.SIGTERM)
+    before = {signum: signal.signal(signum, _end) for signum in handled}
     from stabletrain.launch.start_up import StartFailed, StartInterrupted
 
     try:
         yield
     except StartInterrupted as error:
-        # another signal while Python shuts down must not change the exit code
-        code = error.result.exit_code
-        before = dict.fromkeys(before, lambda signum, frame: os._exit(code))
-        raise typer.Exit(code) from None
+        # another signal while Python shuts down, where it restores the system's handlers, must not change the exit code
+        signal.pthread_sigmask(signal.SIG_BLOCK, handled)
+        raise typer.Exit(error.result.exit_code) from None
     except StartFailed as error:
         print(error, file=sys.stderr)
         raise typer.Exit(1) from None
