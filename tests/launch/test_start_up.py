@@ -45,7 +45,7 @@ def test_a_mistake_under_torchrun_is_one_message(cli) -> None:
 @pytest.mark.slow
 def test_the_mistakes_of_all_jobs_are_found_before_the_first_one_trains(cli) -> None:
     """Bug: the twentieth job of a sweep ends with a mistake that was there at the beginning."""
-    done = cli.tiny("-m", "trainer.max_steps=3,-5", "trainer.profiler=simple,banana", "run_dir=r")
+    done = cli.tiny("-m", "trainer.max_time=00:00:09:00,soon", "trainer.profiler=simple,banana", "run_dir=r")
     assert done.returncode == 2
     assert "error: 2 mistakes" in done.stderr
     assert not (cli.folder / "r").exists()
