@@ -13,21 +13,22 @@ from hostile_suite.trial import (
     HANG,
     Trial,
     descendants,
+    duration,
     finish,
     kill_tree,
     prepare,
     problems_of,
     run,
     running,
-    stabletrain,
     start,
+    train,
     trial,
     wait_until,
 )  # fmt: skip
 from stabletrain.runtime.checkpoints import CheckpointError, Store, verify
 
 KIND = "kills"
-TRAIN = ("train", "./faulty.yaml", "--trust", "faulty_workload", "model.pause=0.05")
+WORDS = ("model.pause=0.05",)
 NOTICES = 10.0
 """Seconds in which a worker must notice that its launcher is gone."""
 
@@ -41,8 +42,7 @@ def trials(folder: Path, seed: int, count: int) -> Iterator[Trial]:
         count: how many; a third each for the launcher, the worker and both.
     """
     generator = random.Random(seed)
-    whole = prepare(folder / "whole")
-    took = run(stabletrain(*TRAIN, "run_dir=run", "trainer.max_steps=40"), whole, limit=3 * HANG).seconds
+    took = duration(folder / "whole", train(*WORDS, "run_dir=run", "trainer.max_steps=40"))
     for number in range(count):
         victim = ("launcher", "worker", "both")[number % 3]
         yield _try(prepare(folder / str(number)), victim, generator.uniform(0.3, 1.0) * took)
@@ -51,7 +51,7 @@ def trials(folder: Path, seed: int, count: int) -> Iterator[Trial]:
 def _try(folder: Path, victim: str, delay: float) -> Trial:
     name = f"{victim} killed after {delay:.1f} s"
     began, output = time.monotonic(), folder.with_name(f"{folder.name}.output")
-    process = start(stabletrain(*TRAIN, "run_dir=run", "trainer.max_steps=100000"), folder, output)
+    process = start(train(*WORDS, "run_dir=run", "trainer.max_steps=100000"), folder, output)
     time.sleep(delay)
     below = descendants(process.pid)
     for each in (*(below if victim != "launcher" else ()),):
@@ -65,7 +65,7 @@ def _try(folder: Path, victim: str, delay: float) -> Trial:
         for each in below:
             _kill(each)
     resume = ["resume=run"] if _has_checkpoint(folder / "run", problems) else []
-    after = run(stabletrain(*TRAIN, "run_dir=after", "trainer.max_steps=40", *resume), folder, limit=2 * HANG)
+    after = run(train(*WORDS, "run_dir=after", "trainer.max_steps=40", *resume), folder, limit=2 * HANG)
     problems += [f"the next command: {each}" for each in problems_of(after, codes=(0,))]
     if left := running(folder):
         problems.append(f"{left} stays RUNNING after the next command")

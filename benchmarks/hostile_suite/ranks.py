@@ -6,10 +6,10 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from hostile_suite.trial import HANG, Trial, prepare, problems_of, run, stabletrain, statuses, trial
+from hostile_suite.trial import HANG, Trial, prepare, problems_of, run, statuses, train, trial
 
 KIND = "faults on one of two ranks"
-TRAIN = ("train", "./faulty.yaml", "--trust", "faulty_workload", "run_dir=run", "trainer.max_steps=40")
+WORDS = ("run_dir=run", "trainer.max_steps=40")
 TWO = "launch.processes=2"
 
 FAULTS = {
@@ -39,7 +39,7 @@ def trials(folder: Path, seed: int, count: int) -> Iterator[Trial]:
 def _try(folder: Path, does: str, rank: int) -> Trial:
     code, end, status = FAULTS[does]
     faulty = (f"model.does={does}", "model.at=12", f"model.rank={rank}")
-    ended = run(stabletrain(*TRAIN, TWO, *faulty), folder, limit=2 * HANG)
+    ended = run(train(*WORDS, TWO, *faulty), folder, limit=2 * HANG)
     problems = problems_of(ended, codes=(code,), traceback=does == "raises")
     if does == "raises" and ended.output.count("a bug in the user's module") == 0:
         problems.append("the cause is not named")

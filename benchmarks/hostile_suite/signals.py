@@ -13,19 +13,19 @@ from hostile_suite.trial import (
     INTERRUPTS,
     Trial,
     descendants,
+    duration,
     finish,
     prepare,
     problems_of,
-    run,
     running,
-    stabletrain,
     start,
+    train,
     trial,
     wait_until,
 )  # fmt: skip
 
 KIND = "signals at every stage of start-up"
-TRAIN = ("train", "./faulty.yaml", "--trust", "faulty_workload", "run_dir=run", "model.pause=0.1")
+WORDS = ("run_dir=run", "model.pause=0.1")
 
 
 def trials(folder: Path, seed: int, count: int) -> Iterator[Trial]:
@@ -40,8 +40,7 @@ def trials(folder: Path, seed: int, count: int) -> Iterator[Trial]:
         count: how many.
     """
     generator = random.Random(seed)
-    whole = prepare(folder / "whole")
-    took = run(stabletrain(*TRAIN, "trainer.max_steps=10"), whole, limit=3 * HANG).seconds
+    took = duration(folder / "whole", train(*WORDS, "trainer.max_steps=10"))
     for number in range(count):
         signum = (signal.SIGINT, signal.SIGTERM)[number % 2]
         delay = (number + generator.random()) / count * took
@@ -51,7 +50,7 @@ def trials(folder: Path, seed: int, count: int) -> Iterator[Trial]:
 def _try(folder: Path, signum: signal.Signals, delay: float, *, twice: bool) -> Trial:
     name = f"{signum.name}{' twice' if twice else ''} after {delay:.1f} s"
     began, output = time.monotonic(), folder.with_name(f"{folder.name}.output")
-    process = start(stabletrain(*TRAIN, "trainer.max_steps=100000"), folder, output)
+    process = start(train(*WORDS, "trainer.max_steps=100000"), folder, output)
     time.sleep(delay)
     started = descendants(process.pid)
     process.send_signal(signum)

@@ -7,10 +7,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from hostile_suite.trial import HANG, Trial, prepare, problems_of, run, running, stabletrain, statuses, trial
+from hostile_suite.trial import HANG, Trial, prepare, problems_of, run, running, statuses, train, trial
 
 KIND = "faults of storage"
-TRAIN = ("train", "./faulty.yaml", "--trust", "faulty_workload", "run_dir=disk/run", "trainer.max_steps=40")
+WORDS = ("run_dir=disk/run", "trainer.max_steps=40")
 
 WITH_STORE = "with the store"
 
@@ -49,7 +49,7 @@ def trials(folder: Path, seed: int, count: int) -> Iterator[Trial]:
 
 def _try(folder: Path, does: str, at: int) -> Trial:
     (folder / "disk").mkdir()
-    command = stabletrain(*TRAIN, f"model.does={does.removesuffix(f' {WITH_STORE}')}", f"model.at={at}")
+    command = train(*WORDS, f"model.does={does.removesuffix(f' {WITH_STORE}')}", f"model.at={at}")
     if does.endswith(WITH_STORE):
         command.append(f"logger.tracking_uri=sqlite:///{folder}/disk/mlflow.db")
     if does.startswith("fill"):  # a file system of its own, which only this command sees

@@ -76,6 +76,25 @@ def stabletrain(*words: str) -> list[str]:
     return [sys.executable, "-P", "-m", "stabletrain", *words]
 
 
+def train(*words: str) -> list[str]:
+    """Return the command line that trains the small workload of `prepare`.
+
+    Args:
+        words: overrides.
+    """
+    return stabletrain("train", "./faulty.yaml", "--trust", "faulty_workload", *words)
+
+
+def duration(folder: Path, command: Sequence[str]) -> float:
+    """Return the seconds that a training of the small workload takes.
+
+    Args:
+        folder: for the run.
+        command: from `train`.
+    """
+    return run(command, prepare(folder), limit=3 * HANG).seconds
+
+
 def start(command: Sequence[str], folder: Path, output: Path) -> subprocess.Popen[bytes]:
     """Start a command in a folder; both of its streams go to a file, which no killed reader can close.
 

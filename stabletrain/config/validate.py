@@ -26,7 +26,7 @@ from stabletrain.config.resume import resume_problem
 from stabletrain.config.types import mismatch
 from stabletrain.config.values import check_values, unwritable
 from stabletrain.errors import UserError
-from stabletrain.runtime.records.run_files import RUN_YAML
+from stabletrain.runtime.records.run_files import RUN_YAML, RUN_YAML_RECORD
 
 if TYPE_CHECKING:
     from stabletrain.config.compose import Composed
@@ -45,8 +45,6 @@ _TOP_LEVEL: dict[str, Any] = {
     "precision": dict | None,
     "strategy": dict | None,
 }
-RUN_YAML_KEYS = ("trust", "typed", "choices")
-"""Keys of run.yaml that no config has."""
 _LAUNCH_KEYS: dict[str, Any] = {
     "kind": Literal["local", "torchrun", "slurm"],
     "processes": int,
@@ -96,7 +94,7 @@ def check_content(config: Mapping[str, Any]) -> list[Problem]:
     Args:
         config: its content; in run.yaml there are also the keys ``trust``, ``typed`` and ``choices``.
     """
-    own = {key: value for key, value in config.items() if key not in RUN_YAML_KEYS}
+    own = {key: value for key, value in config.items() if key not in RUN_YAML_RECORD}
     return [*_own_keys(own), *_launch(own), *_resume(own), *_unresolved(own), *check_values(own)]
 
 

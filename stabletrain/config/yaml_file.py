@@ -6,9 +6,7 @@ stand for billions of values.
 
 from __future__ import annotations
 
-import os
 import re
-import stat
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +14,7 @@ import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode
 
 from stabletrain.config.problems import ConfigError, Problem
+from stabletrain.runtime.records.regular_file import only_regular, unusual_kind
 
 LARGEST_FILE = 2**20
 """Bytes. A recipe has a few hundred; a run.yaml a few thousand."""
@@ -87,17 +86,15 @@ def read_text(file: Path) -> str:
         ConfigError: if it cannot be read, or is no text.
     """
     try:
-        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
-        try:
-            mode = os.fstat(descriptor).st_mode
-            raw = _read(descriptor, LARGEST_FILE + 1) if stat.S_ISREG(mode) else b""
-        finally:
-            os.close(descriptor)
+        kind, raw = unusual_kind(file.stat().st_mode), b""
+        if kind is None:
+            with open(file, "rb", opener=only_regular) as opened:
+                raw = opened.read(LARGEST_FILE + 1)
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
         reason = getattr(error, "strerror", None) or error
         raise ConfigError([Problem(str(file), f"cannot be read ({reason}); expected a YAML file")]) from None
-    if not stat.S_ISREG(mode):
-        raise ConfigError([Problem(str(file), f"expected a file, got a {_kind(mode)}; name a YAML file")])
+    if kind is not None:
+        raise ConfigError([Problem(str(file), f"expected a file, got {kind}; name a YAML file")])
     if len(raw) > LARGEST_FILE:
         raise ConfigError([Problem(str(file), f"expected YAML of at most {LARGEST_FILE // 1024} KiB, got more")])
     try:
@@ -115,19 +112,6 @@ def read_text(file: Path) -> str:
             [Problem(f"{file}, line {line}", f"expected text, got the control character {found!r}; remove it")]
         )
     return text
-
-
-def _read(descriptor: int, most: int) -> bytes:
-    parts: list[bytes] = []
-    while most > 0 and (part := os.read(descriptor, most)):
-        parts.append(part)
-        most -= len(part)
-    return b"".join(parts)
-
-
-def _kind(mode: int) -> str:
-    kinds = ((stat.S_ISDIR, "folder"), (stat.S_ISFIFO, "named pipe"), (stat.S_ISSOCK, "socket"))
-    return next((name for test, name in kinds if test(mode)), "device")
 
 
 def _place(file: Path, mark: yaml.Mark | None) -> str:

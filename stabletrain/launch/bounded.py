@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
-import stat
 import unicodedata
 from pathlib import Path
 from typing import Any, TypeGuard
+
+from stabletrain.runtime.records.regular_file import only_regular
 
 MAX_MESSAGE = 2_000
 """Longest message of a result, in characters; a longer one is cut in its middle."""
@@ -77,14 +78,15 @@ def read_json(path: Path) -> Any:
         path: of a regular file of at most 4 MB.
 
     Raises:
-        OSError: if it cannot be read.
-        ValueError: if it is another kind of file (a FIFO would wait for ever), too large, or not JSON.
+        OSError: if it cannot be read, or is no regular file.
+        ValueError: if it is too large, or not JSON.
     """
-    info = path.stat()
-    if not stat.S_ISREG(info.st_mode) or info.st_size > _MAX_FILE:
-        raise ValueError(f"{path}: expected a regular file of at most {_MAX_FILE} bytes")
+    with open(path, "rb", opener=only_regular) as file:
+        content = file.read(_MAX_FILE + 1)
+    if len(content) > _MAX_FILE:
+        raise ValueError(f"{path}: expected at most {_MAX_FILE} bytes")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(content.decode("utf-8"))
     except RecursionError:
         raise ValueError(f"{path}: nested too deeply") from None
 

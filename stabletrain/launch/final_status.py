@@ -17,14 +17,12 @@ from stabletrain.errors import UserError
 from stabletrain.launch.first_cause import by_signal, first_cause, without_result
 from stabletrain.launch.mlflow_run import finish_run
 from stabletrain.launch.process import ProcessEnd
-from stabletrain.launch.rank_ends import RankEnd, read_ends, read_exit_codes
+from stabletrain.launch.rank_ends import read_ends, read_exit_codes
 from stabletrain.launch.result import Result, read_result
 from stabletrain.launch.run_folder import read_run_yaml
 
 
-def final_result(
-    config: Mapping[str, Any], ended: ProcessEnd, spare: Path | None = None, handed: Sequence[RankEnd] = ()
-) -> Result:
+def final_result(config: Mapping[str, Any], ended: ProcessEnd, spare: Path | None = None) -> Result:
     """Return how a run ended, from what its processes wrote and how they ended, and write it to result.json.
 
     A result.json that cannot be written is a warning: the run has ended as it did.
@@ -33,15 +31,12 @@ def final_result(
         config: the resolved config.
         ended: how the worker's process ended.
         spare: the second folder of the processes' ends; None if there is none.
-        handed: ends that the processes have handed over in another way than by files.
     """
     folder = Path(config["run_dir"])
-    ends = {end.rank: end for end in (*read_ends(folder, spare), *handed)}
     launch = config["launch"]
     size = launch["processes"] * (launch["nodes"] if launch["kind"] == "slurm" else 1)
-    result = first_cause(
-        [ends[rank] for rank in sorted(ends)], ended, size=size, exits=read_exit_codes(spare)
-    ) or _without_ends(folder, ended)
+    ends = read_ends(folder, spare)
+    result = first_cause(ends, ended, size=size, exits=read_exit_codes(spare)) or _without_ends(folder, ended)
     if result.checkpoint is None:
         checkpoint = checkpoint_of_run(folder)
         result = replace(result, checkpoint=str(checkpoint) if checkpoint else None)

@@ -277,10 +277,10 @@ def _run_job(job: Job, sweep: _Sweep, start_up: StartUp, report: Reporter) -> Fi
             end(workers, process)
         try:
             result = final_result(config, ended, spare)
-            warning = mlflow_run.finish_run(config, result)
-        except BaseException as error:  # a second signal, for instance during a long upload
+        except BaseException as error:  # a second signal
             mlflow_run.settle_run(config, read_result(folder) or _result_of(error))
             raise
+        warning = mlflow_run.finish_run(config, result)
     return FinishedJob(recipe=recipe, overrides=composed.overrides, config=config, result=result, warning=warning)
 
 

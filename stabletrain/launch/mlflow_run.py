@@ -135,18 +135,16 @@ def finish_run(config: Mapping[str, Any], result: Result) -> str | None:
 
     folder = Path(config["run_dir"])
     uri, run_id, unsent = config["logger"]["tracking_uri"], config["logger"]["run_id"], folder / UNSENT_METRICS
-    status = MLFLOW_STATUS[result.end]
     try:
         if unsent.is_file():
             upload_unsent(uri, unsent, run_id=run_id)
         upload_files(uri, run_id, artifacts(folder))
-        set_final_status(uri, run_id, status, force=True)
+        set_final_status(uri, run_id, MLFLOW_STATUS[result.end], force=True)
     except Exception as error:  # a store that fails must not change the exit code of a run that has ended
         text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         return f"{text}\n  the run's files are complete, in {config['run_dir']}"
-    except BaseException:  # a signal
-        with suppress(Exception):  # the signal matters more
-            set_final_status(uri, run_id, status, force=True)
+    except BaseException:  # a signal, which matters more than a store that fails
+        settle_run(config, result)
         raise
     return None
 

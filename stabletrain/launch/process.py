@@ -23,9 +23,10 @@ from stabletrain.runtime.signal_watch import SAME_PRESS
 TORCHRUN = "stabletrain.launch.torchrun"
 """The module that runs torchrun."""
 
-AGREED_ENDS_EXIT_0 = "--agreed-ends-exit-0"
 PATHS_OUTSIDE = "--paths-outside"
 """Option of a worker without a launcher: the paths in its run.yaml may lead out of the run's folder."""
+
+AGREED_ENDS_EXIT_0 = "--agreed-ends-exit-0"
 """Option of the worker under torchrun, which prints a long report about any exit code but 0 and itself exits with 1.
 
 With it, an end on which all processes agree exits with 0, and the launcher takes the exit code from result.json.

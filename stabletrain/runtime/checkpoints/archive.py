@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import stat
 import struct
 import zipfile
 from pathlib import Path
 from typing import BinaryIO
 
-from stabletrain.runtime.checkpoints.regular_file import unusual_kind
+from stabletrain.runtime.records.regular_file import only_regular, unusual_kind
 
 _PICKLE = b"\x80"
 _NOT_A_ZIP = (zipfile.BadZipFile, ValueError, RuntimeError, EOFError, struct.error, OverflowError, LookupError)
@@ -32,9 +30,7 @@ def file_problem(path: Path) -> str | None:
         kind = unusual_kind(found.st_mode)
         if kind is not None:
             return f"is {kind}, expected a file"
-        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                return "is not a regular file"
+        with open(path, "rb", opener=only_regular) as file:
             return _content_problem(file, found.st_size)
     except OSError as error:
         return f"cannot be read ({error.strerror or error})"

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import io
 import os
-import stat
 from pathlib import Path
 
 from stabletrain.runtime.checkpoints.errors import CheckpointError
+from stabletrain.runtime.records.regular_file import unusual_kind
 
 _FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
-_KINDS = (
-    (stat.S_ISLNK, "a symbolic link"),
-    (stat.S_ISDIR, "a folder"),
-    (stat.S_ISFIFO, "a named pipe"),
-    (stat.S_ISSOCK, "a socket"),
-)
 
 
 def open_regular(path: Path) -> io.FileIO:
@@ -74,13 +68,6 @@ def size_of(path: Path) -> int:
         raise _unreadable(path, error) from None
     _require_regular(path, found)
     return found.st_size
-
-
-def unusual_kind(mode: int) -> str | None:
-    """What a file that is not regular is, such as "a named pipe"; None for a regular one."""
-    if stat.S_ISREG(mode):
-        return None
-    return next((name for is_kind, name in _KINDS if is_kind(mode)), "a device")
 
 
 def _require_regular(path: Path, found: os.stat_result) -> None:

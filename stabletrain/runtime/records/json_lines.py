@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from stabletrain.runtime.records.regular_file import only_regular
+
 logger = logging.getLogger("stabletrain")
 
 CUT = " <- incomplete: the process was ended while it wrote this line"
@@ -121,7 +123,7 @@ def read_lines(path: Path) -> Iterator[Line]:
     Raises:
         OSError: if it cannot be read, or is no regular file.
     """
-    with open(path, "rb", opener=_open_without_waiting) as file:
+    with open(path, "rb", opener=only_regular) as file:
         number = 0
         while line := file.readline(_MAX_LINE):
             number += 1
@@ -134,14 +136,6 @@ def read_lines(path: Path) -> Iterator[Line]:
                 if part.strip():
                     record = None if part.startswith(b"\0") else _object(part)
                     yield Line(number, record, "" if record is not None else _shown(part))
-
-
-def _open_without_waiting(path: str, flags: int) -> int:
-    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # a named pipe would wait for a writer
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(0, "it is no regular file", path)
-    return descriptor
 
 
 def _object(text: bytes) -> dict[str, Any] | None:

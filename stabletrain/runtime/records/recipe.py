@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import stat
 from pathlib import Path
 from typing import Any
 
 import xxhash
 import yaml
 
-from stabletrain.runtime.records.run_files import RUN_YAML
+from stabletrain.runtime.records.regular_file import only_regular
+from stabletrain.runtime.records.run_files import RUN_YAML, RUN_YAML_RECORD
 
-_NOT_TRAINED = ("run_dir", "resume", "logger", "launch", "trust", "callbacks", "choices", "dry_run")
+_NOT_TRAINED = ("run_dir", "resume", "logger", "launch", "callbacks", "dry_run", *RUN_YAML_RECORD)
 """Keys that are excluded from the hash: they say where and how a run is executed and logged."""
 _MOST_BYTES = 2**20
 _MOST_VALUES = 20_000
@@ -44,11 +43,8 @@ def recipe_hash(folder: Path, but: tuple[str, ...] = ()) -> str | None:
 
 
 def _read(file: Path) -> str:
-    """Return the text of a file; a named pipe, a device and a large file are refused, since reading has no end."""
-    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as opened:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ValueError(f"{file} is no regular file")
+    """Return the text of a regular file that is not large."""
+    with open(file, "rb", opener=only_regular) as opened:
         content = opened.read(_MOST_BYTES + 1)
     if len(content) > _MOST_BYTES:
         raise ValueError(f"{file} is larger than {_MOST_BYTES} bytes")

@@ -19,6 +19,8 @@
 from pathlib import Path
 
 RUN_YAML = "run.yaml"
+RUN_YAML_RECORD = ("trust", "typed", "choices")
+"""Keys of run.yaml that no config has: they say how the command line named the run's parts."""
 WORKER_LOG = "worker.log"
 RESULT = "result.json"
 ENDS = "ends"

@@ -32,3 +32,12 @@ def test_an_ordinary_file_has_one(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("model: {width: 3}\nrun_dir: b\n")
     assert found is not None
     assert recipe_hash(tmp_path) == found
+
+
+def test_what_only_the_command_line_says_is_no_part_of_it(tmp_path: Path) -> None:
+    """Bug: a run that is resumed with another word on the command line seems to have another recipe."""
+    found = set()
+    for words in ("", "trust: [mine]\n", "typed: [resume, seed]\n", "choices: {model: a}\n"):
+        (tmp_path / "run.yaml").write_text(f"model: {{width: 3}}\n{words}")
+        found.add(recipe_hash(tmp_path))
+    assert len(found) == 1
