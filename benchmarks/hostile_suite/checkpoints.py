@@ -3,8 +3,8 @@
 A run of a small model with SaveCheckpoints, ResumeExactly and three more plugins makes two checkpoints. The newest is
 damaged (`damage`), or changed and sealed anew (`reseal`). Then the run is resumed from the folder with both, and from a
 folder with the newest alone. Held means: the older one is read, with a warning that names the newest; or one message
-(`UserError`); or, if the change is harmless, the newest itself. Never another exception, never longer than
-`LIMIT_SECONDS` of processor time or a hang, no more than `LIMIT_MB` of memory, and no file outside.
+(`UserError`); or, if the change is harmless, the newest itself. Never another exception, never a hang of
+`HANG_SECONDS`, no more than `LIMIT_MB` of memory, and no file outside.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import random
 import resource
 import shutil
 import signal
-import time
 import warnings
 from collections.abc import Iterator
 from itertools import cycle, islice
@@ -35,7 +34,6 @@ from stabletrain.runtime.checkpoints.lightning_io import check_when_reading
 from stabletrain.testing.toy import ToyBatches, ToyModule
 from stabletrain.testing.trainer import quiet_trainer
 
-LIMIT_SECONDS = 2.0
 LIMIT_MB = 1000
 HANG_SECONDS = 30
 OLDER, NEWEST = 8, 12
@@ -95,7 +93,7 @@ class Bench:
     def _attempt(self, folder: Path, with_older: bool, harmless: bool | None) -> str | None:
         records = _Records()
         logging.getLogger("stabletrain").addHandler(records)
-        started, memory = time.process_time(), _peak_mb()
+        memory = _peak_mb()
         end, step = "", 0
         try:
             with _alarm(), warnings.catch_warnings():
@@ -112,8 +110,6 @@ class Bench:
             return f"{type(error).__name__}: {str(error)[:200]}"
         finally:
             logging.getLogger("stabletrain").removeHandler(records)
-        if time.process_time() - started > LIMIT_SECONDS:
-            return f"took {time.process_time() - started:.1f} s"
         if _peak_mb() - memory > LIMIT_MB:
             return f"took {_peak_mb() - memory} MB"
         fell_back = any("is damaged" in each and self.newest.name in each for each in records.messages)
