@@ -1,9 +1,24 @@
-"""``python -m stabletrain`` runs the command line."""
+"""The command ``stabletrain`` and ``python -m stabletrain``."""
 
+import sys
+
+from stabletrain.extras import pip_line
 from stabletrain.safe_path import leave_out_current_folder
 
-leave_out_current_folder()
 
-from stabletrain.cli.main import main  # noqa: E402
+def main() -> None:
+    """Run the command line; if its packages are not installed, say how to install them, and exit with 2."""
+    try:
+        from stabletrain.cli.main import main as run
+    except ModuleNotFoundError as error:
+        line = pip_line(error.name)
+        if line is None:
+            raise
+        print(f"stabletrain: the command line needs the package {error.name}: {line}", file=sys.stderr)
+        sys.exit(2)
+    run()
 
-main()
+
+if __name__ == "__main__":
+    leave_out_current_folder()
+    main()

@@ -14,7 +14,7 @@ FOLDERS = sorted(p.name for p in PLUGINS.iterdir() if (p / "conf").is_dir())
 
 LAYERS = [
     ["errors", "version", "paths", "lazy", "safe_path"],
-    ["core"],
+    ["core", "extras"],
     ["runtime.internals"],
     ["runtime"],  # the modules directly in it
     ["runtime.records", "runtime.data"],
@@ -31,7 +31,7 @@ LAYERS = [
 """Rooms of the package, lowest first; a room imports itself and those in layers below it."""
 
 PURE = {"stabletrain.core", "stabletrain.errors"}
-ALLOWED_TO_PLUGINS = {"stabletrain.core", "stabletrain.errors", "stabletrain.runtime"}
+ALLOWED_TO_PLUGINS = {"stabletrain.core", "stabletrain.errors", "stabletrain.extras", "stabletrain.runtime"}
 
 
 def code(folder: Path) -> list[Path]:

@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -160,6 +161,21 @@ def known_elsewhere(name: str) -> bool:
 
 
 LOG_EVERY = "log_every_n_steps"
+
+
+def test_links_of_the_readme_are_absolute_and_name_files_of_the_repository() -> None:
+    """Bug: a relative link or picture is dead on the package's page; an absolute one names a file that was moved."""
+    repository = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
+    raw = repository.replace("github.com", "raw.githubusercontent.com")
+    links = re.findall(r"\]\(([^)]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert links
+    for link in links:
+        own = (
+            link.removeprefix(f"{raw}/main/")
+            if link.endswith(".png")
+            else link.removeprefix(f"{repository}/blob/main/")
+        )
+        assert (ROOT / own).exists(), link
 
 
 def test_names_and_links_of_the_architecture_page_exist() -> None:

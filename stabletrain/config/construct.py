@@ -13,9 +13,9 @@ from typing import Any
 
 from stabletrain.config import kinds
 from stabletrain.config.annotations import argument_hints
+from stabletrain.config.hints import readable
 from stabletrain.config.outputs import Outputs
 from stabletrain.config.trust import TrustError, resolve
-from stabletrain.config.types import readable
 from stabletrain.errors import UserError
 
 DEPTH = 32

@@ -20,6 +20,7 @@ from typing import Any
 from stabletrain.config.discovery import owner_packages
 from stabletrain.config.kinds import described
 from stabletrain.errors import UserError
+from stabletrain.extras import pip_line
 
 ENV = "STABLETRAIN_TRUST"
 
@@ -211,7 +212,9 @@ def _import(name: str, target: str, *, optional: bool = False) -> Any:
             raise TargetError(f"{target!r}: importing {name!r} failed: {error}") from error
         if optional:
             return None
-        raise TargetError(f"{target!r}: there is no package {name!r}; install it or correct the name") from None
+        line = pip_line(error.name)
+        advice = f"install it: {line}" if line else "install it or correct the name"
+        raise TargetError(f"{target!r}: there is no package {name!r}; {advice}") from None
     except ImportError as error:
         raise TargetError(f"{target!r}: importing {name!r} failed: {error}") from error
     except Exception as error:

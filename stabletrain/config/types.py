@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import types
 import typing
 from datetime import timedelta
 from typing import Any, Literal, cast
@@ -16,6 +15,7 @@ from pydantic import (
     ValidationError,
 )
 
+from stabletrain.config.hints import readable
 from stabletrain.config.problems import suggestion
 
 _ANY = (Any, object, inspect.Parameter.empty)
@@ -58,33 +58,6 @@ def mismatch(value: object, hint: object) -> str | None:
     coerced = coerced or (isinstance(result, timedelta) and not isinstance(value, timedelta))
     coerced = coerced or (isinstance(value, int) and isinstance(result, bool) and not isinstance(value, bool))
     return _message(value, hint) if coerced else None
-
-
-def readable(hint: object) -> str:
-    """Return a type hint as text for messages.
-
-    Args:
-        hint: a type hint.
-
-    >>> readable(dict[str, int] | None)
-    'dict[str, int] or None'
-    """
-    return " or ".join(_alternatives(hint))
-
-
-def _alternatives(hint: object) -> list[str]:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return list(dict.fromkeys(text for part in arguments for text in _alternatives(part)))
-    if origin is Literal:
-        return [repr(choice) for choice in arguments]
-    if origin is typing.Annotated:
-        return _alternatives(arguments[0])
-    if hint is type(None):
-        return ["None"]
-    if isinstance(hint, type) and origin is None:
-        return [hint.__name__]
-    return [str(hint).replace("typing.", "").replace("collections.abc.", "")]
 
 
 def _choices(hint: object) -> list[str]:

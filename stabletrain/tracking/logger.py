@@ -20,6 +20,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_only
 
+from stabletrain.extras import require
 from stabletrain.runtime.records.run_files import UNSENT_METRICS
 from stabletrain.runtime.signal_watch import Interrupted, Terminated
 from stabletrain.tracking import runs
@@ -75,6 +76,7 @@ class MLflowLogger(Logger):
         parent_run_id: str | None = None,
     ) -> None:
         super().__init__()
+        require("mlflow", "MLflowLogger")
         self.tracking_uri = absolute_uri(tracking_uri) if tracking_uri else default_tracking_uri()
         self._experiment_name = experiment
         self._run_id = run_id

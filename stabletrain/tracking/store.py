@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from stabletrain.extras import require
 from stabletrain.tracking.sqlite_file import note_file, probe, refuse_foreign, upgrade
 from stabletrain.tracking.store_errors import OTHER_STORE, SQLITE_URI, StoreError, sqlite_path, translate_errors
 
@@ -54,7 +55,9 @@ def ensure_store(uri: str, *, timeout: float = 10.0) -> None:
     Raises:
         StoreError: if the database is locked, damaged, not writable, or of another program; or if the URI is a file
             store (which MLflow 3 refuses) or none that MLflow knows.
+        UserError: if MLflow is not installed.
     """
+    require("mlflow", "a tracking store")
     path = sqlite_path(uri)
     if path is None:
         _refuse_file_store(uri)
@@ -126,7 +129,9 @@ def open_client(uri: str) -> Any:
 
     Raises:
         StoreError: if MLflow does not know this kind of store, or lacks a package for it.
+        UserError: if MLflow is not installed.
     """
+    require("mlflow", "a tracking store")
     for name, value in _SERVER_LIMITS.items():
         os.environ.setdefault(name, value)
     with quiet_mlflow():

@@ -3,6 +3,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from stabletrain.extras import require
 from stabletrain.workloads.arguments import MOST_WORKERS, whole
 from stabletrain.workloads.batches import Examples, as_gathered
 
@@ -26,6 +27,7 @@ class DigitsData(L.LightningDataModule):
 
     def __init__(self, batch_size: int = 64, workers: int = 0) -> None:
         super().__init__()
+        require("sklearn", "data=digits")
         whole("data.batch_size", batch_size, 1, 1437)
         whole("data.workers", workers, 0, MOST_WORKERS)
         self.save_hyperparameters(logger=False)

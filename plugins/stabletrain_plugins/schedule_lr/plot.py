@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stabletrain.core.curves import Curve
+from stabletrain.extras import require
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,6 +25,7 @@ def draw(curve: Curve, steps: int, base: float | None, title: str, path: str | P
     Returns:
         The matplotlib figure.
     """
+    require("matplotlib", "ScheduleLR.plot")
     from matplotlib.figure import Figure
 
     xs = sorted({*range(0, steps, max(1, steps // 2000)), steps - 1})
