@@ -11,7 +11,6 @@ import typer
 from typer.core import TyperGroup
 
 from stabletrain.errors import UserError
-from stabletrain.extras import pip_line
 
 if TYPE_CHECKING:
     from stabletrain.launch.launcher import Job, LaunchRequest
@@ -28,12 +27,6 @@ class _Commands(TyperGroup):
             from stabletrain.cli.messages import print_error
 
             print_error(error)
-            raise typer.Exit(2) from None
-        except ModuleNotFoundError as error:
-            line = pip_line(error.name)
-            if line is None:
-                raise
-            print(f"stabletrain {ctx.invoked_subcommand} needs the package {error.name}: {line}", file=sys.stderr)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
