@@ -29,9 +29,9 @@ INTRODUCTION = """# Compatibility
 What `default_callbacks()` does to trainings that use one feature of Lightning or torch each. This page is written by
 `python tests/helpers/compatibility.py --write`, and a test holds it equal to what happens.
 
-- **nothing triggers**: against the same run without plugins (`clip="none"`): weights, buffers, optimizer state, learning
-  rates, random generators at the end, what the module logged, and the order of the data. *identical* means equal bit for
-  bit, without a word from stabletrain.
+- **nothing triggers**: against the same run without plugins (`clip="none"`): weights, buffers, optimizer state,
+  learning rates, random generators at the end, what the module logged, and the order of the data. *identical* means
+  equal bit for bit, without a word from stabletrain.
 - **a NaN batch**: one batch in the middle is NaN. *skipped* means that one step was dropped and all weights and buffers
   are finite at the end.
 - **resumed**: stopped at a checkpoint in the middle and resumed in a new Trainer with another seed, with
