@@ -3,6 +3,7 @@
 import compatibility
 import pytest
 from features import FEATURES, Feature
+from foreign_modules import FOREIGN
 
 FAULTS = ("DIFFERENT", "ERROR", "NOT FINITE", "SKIPPED")
 QUICK = (
@@ -40,3 +41,15 @@ def test_the_page_names_every_feature() -> None:
     """Bug: a feature was removed from the table and is still promised on the page."""
     rows = [row for row in compatibility.PAGE.read_text(encoding="utf-8").splitlines() if row.startswith("| ")]
     assert [row.split(" | ")[0].removeprefix("| ") for row in rows[1:]] == [each.name for each in FEATURES]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("feature", FOREIGN, ids=lambda each: each.name)
+def test_modules_of_other_projects(feature: Feature) -> None:
+    """Bug: as above, in a module that nobody here wrote."""
+    package = "pytorch_lightning" if feature.name.startswith("pytorch-tabular") else "lightning.pytorch"
+    try:
+        cells = compatibility.row(feature, package)
+    except ModuleNotFoundError as error:
+        pytest.skip(f"{error.name} is not installed")
+    assert cells == ("identical", "skipped", "exact")

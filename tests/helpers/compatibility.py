@@ -3,8 +3,11 @@
 `python tests/helpers/compatibility.py` prints the page; with ``--write`` it writes it.
 """
 
+import functools
 import importlib
+import itertools
 import logging
+import math
 import random
 import sys
 import tempfile
@@ -72,22 +75,36 @@ def messages() -> Iterator[list[str]]:
         logger.removeHandler(handler)
 
 
-def spoiler(pl: Any, at: int, inputs: bool) -> Any:
-    """A callback that makes the batch with number `at` of the run NaN."""
+def spoiler(pl: Any, at: int, spoil: str) -> Any:
+    """A callback that makes the batch with number `at` of the run NaN, or its loss."""
 
     class Spoiler(pl.Callback):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             self.count = 0
 
         def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-            if self.count == at:
+            if self.count == at and spoil != "loss":
                 parts = list(batch.values()) if isinstance(batch, dict) else batch
                 for part in [batch] if isinstance(parts[0], Tensor) else parts:
-                    for tensor in (part or ()) if inputs else part[1:]:
+                    for tensor in (part or ()) if spoil == "inputs" else part[1:]:
                         tensor.fill_(float("nan"))
             self.count += 1
 
     return Spoiler()
+
+
+def spoil_loss(module: Any, at: int) -> None:
+    """Multiply the loss of the micro-batch with number `at` by NaN."""
+    step, count = module.training_step, itertools.count()
+
+    @functools.wraps(step)
+    def training_step(*arguments: Any, **named: Any) -> Any:
+        output = step(*arguments, **named)
+        if next(count) != at:
+            return output
+        return {**output, "loss": output["loss"] * math.nan} if isinstance(output, dict) else output * math.nan
+
+    module.training_step = training_step
 
 
 def watcher(pl: Any) -> Any:
@@ -106,8 +123,8 @@ def watcher(pl: Any) -> Any:
 
 def first_numbers(batch: Any) -> list[float]:
     if isinstance(batch, Tensor):
-        return [float(batch.flatten()[0])] if batch.is_floating_point() else []
-    parts = batch.values() if isinstance(batch, dict) else batch or ()
+        return batch.flatten()[:1].tolist() if batch.is_floating_point() else []
+    parts = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, list | tuple) else ()
     return [number for part in parts for number in first_numbers(part)]
 
 
@@ -125,7 +142,9 @@ def run(
     """Train; the module and the order of the data depend on the seed, unless a checkpoint is resumed."""
     pl.seed_everything(7, verbose=False)
     parts = feature.make(pl)
-    spoil = [] if nan_at is None else [spoiler(pl, nan_at, feature.spoil_inputs)]
+    spoil = [] if nan_at is None else [spoiler(pl, nan_at, feature.spoil)]
+    if nan_at is not None and feature.spoil == "loss":
+        spoil_loss(parts.module, nan_at)
     options: dict[str, Any] = {
         "max_steps": feature.steps,
         "max_epochs": -1,
@@ -144,9 +163,10 @@ def run(
     callbacks = [*protection, *feature.callbacks(pl), *spoil, watch]
     with messages() as said, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer = pl.Trainer(callbacks=callbacks, **options)
+        trainer = (parts.trainer or pl.Trainer)(callbacks=callbacks, **options)
+        data = getattr(trainer, "data_module", None) if parts.train is None else parts.train
         pl.seed_everything(seed, verbose=False)
-        trainer.fit(parts.module, parts.train, parts.validation, ckpt_path=resume and str(resume), weights_only=False)
+        trainer.fit(parts.module, data, parts.validation, ckpt_path=resume and str(resume), weights_only=False)
         module = trainer.lightning_module
         own = {name: float(value) for name, value in trainer.callback_metrics.items() if name in ("tl", "vl")}
         state = {

@@ -3,7 +3,7 @@
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,12 @@ TARGETS = INPUTS.sum(1, keepdim=True)
 
 @dataclass(frozen=True)
 class Parts:
-    """What one training needs: a module and its data."""
+    """What one training needs: a module, its data (if None, the Trainer's own), and another class of Trainer."""
 
     module: Any
     train: Any
     validation: Any = None
+    trainer: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Feature:
         options: arguments of the Trainer.
         callbacks: from the package to further callbacks.
         steps: optimizer steps of the run.
-        spoil_inputs: whether a bad batch has NaN inputs, too, not targets alone.
+        spoil: what is NaN in a bad batch: its ``inputs`` and targets, its ``targets``, or only the ``loss``.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Feature:
     options: dict[str, Any] = field(default_factory=dict)
     callbacks: Callable[[Any], list[Any]] = lambda pl: []
     steps: int = 40
-    spoil_inputs: bool = True
+    spoil: Literal["inputs", "targets", "loss"] = "inputs"
 
 
 def loader(count: int = 400, size: int = 4, shuffle: bool = True, **options: Any) -> DataLoader[Any]:
@@ -348,11 +349,11 @@ FEATURES = [
     Feature("16-mixed with a GradScaler", alone(), {"plugins": half_precision}),
     Feature("fused AdamW", alone(optimizer=lambda p: torch.optim.AdamW(p, 0.01, fused=True))),
     Feature("complex parameters", complex_weights),
-    Feature("sparse embedding, SGD", lambda pl: sparse(pl, lambda p: torch.optim.SGD(p, 0.05)), spoil_inputs=False),
+    Feature("sparse embedding, SGD", lambda pl: sparse(pl, lambda p: torch.optim.SGD(p, 0.05)), spoil="targets"),
     Feature(
         "sparse embedding, SparseAdam",
         lambda pl: sparse(pl, lambda p: torch.optim.SparseAdam(list(p), 0.05)),
-        spoil_inputs=False,
+        spoil="targets",
     ),
     Feature("frozen layers", frozen),
     Feature("parameters unused in some steps", alone(training_step=unused)),
