@@ -10,7 +10,9 @@ from typing import Any, NoReturn
 from lightning.pytorch import LightningModule, Trainer
 
 from stabletrain.core.events import Event, Request, RequestKind
+from stabletrain.core.metric_names import MetricInfo
 from stabletrain.core.outcome import Outcome
+from stabletrain.core.spikes import SPIKE_SCORE
 from stabletrain.runtime.data.train_loader import TrainLoader
 from stabletrain.runtime.guard.callbacks import RuleCallback
 from stabletrain.runtime.guard.step_guard import StepGuard
@@ -36,6 +38,12 @@ from stabletrain_plugins.rollback.rollback_rule import RollbackRule
 from stabletrain_plugins.rollback.snapshot_ring import SnapshotRing
 from stabletrain_plugins.rollback.weight_check import WeightCheck
 from stabletrain_plugins.rollback.weight_monitor import WeightHistory, WeightMonitor, WeightProblem
+
+METRICS = (
+    MetricInfo("stability/rollbacks", "rollbacks", "made since the run began"),
+    MetricInfo("stability/batches_excluded", "batches", "that are excluded from training"),
+    SPIKE_SCORE,
+)
 
 _SUSPICIOUS_STEPS = 2
 """Unhealthy steps in a row after which the weights are checked out of turn. A single one may be a rare batch, which

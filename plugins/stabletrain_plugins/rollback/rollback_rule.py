@@ -69,7 +69,7 @@ class RollbackRule(SpikeDetection):
         regime_after: steps after which a raised gradient norm is a new level, 2 to ``window``.
         min_sigma_norm: floor of the norm's standard deviation, in nats of its logarithm, > 0.
         min_sigma_loss: floor of the loss's standard deviation, as a share of its median, >= 0.
-        score_window: steps over which the metric ``spike_score`` is computed, >= 1.
+        score_window: steps over which the metric ``stability/spike_score`` is computed, >= 1.
         expect: positions at which the training changes by design, such as ``[600, "3ep"]``: from there all rules learn
             their baselines anew. Applied steps, epochs or percent of the run, above 0; None: none.
         name: name in events, metrics and checkpoints.

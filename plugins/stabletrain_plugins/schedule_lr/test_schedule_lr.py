@@ -328,7 +328,7 @@ def test_learning_rate_monitor_and_our_own_log_see_the_rate_that_is_used(
     header, *lines = [line.split(",") for line in Path(logger.log_dir, "metrics.csv").read_text().splitlines()]
     columns = [dict(zip(header, line, strict=True)) for line in lines]
     monitored = {row["step"]: float(row["lr-SGD/pg1"]) for row in columns if row["lr-SGD/pg1"]}
-    ours = {row["step"]: float(row["lr"]) for row in columns if row["lr"]}
+    ours = {row["step"]: float(row["stability/lr"]) for row in columns if row["stability/lr"]}
     assert list(monitored.values()) == list(ours.values()) == [rate for rate, _ in net.used]
     assert list(monitored) == list(ours) == [str(step) for step in range(8)]
 

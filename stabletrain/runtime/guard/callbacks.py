@@ -24,6 +24,7 @@ from stabletrain.core.plugin import Plugin
 from stabletrain.core.positions import resolve
 from stabletrain.core.rule import Rule
 from stabletrain.core.state import from_plain, to_plain
+from stabletrain.runtime.guard.publishing import warn_of_old_names
 from stabletrain.runtime.guard.step_guard import StepGuard
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.plugin_state import names_its_plugin
@@ -77,7 +78,10 @@ class GuardMember(Callback):
         """
 
     def metrics(self) -> dict[str, float]:
-        """Metrics for the loggers, in addition to the guard's; called at each flush."""
+        """Metrics for the loggers, in addition to the guard's; called at each flush.
+
+        They are logged as ``stability/<name>``; a name that begins so stays as it is.
+        """
         return {}
 
     def guard_options(self) -> dict[str, Any]:
@@ -160,15 +164,23 @@ class GuardMember(Callback):
         """Observe the outcome in flight and send the metrics before validation."""
         self._settle_and_flush()
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Name the callbacks that monitor a metric by its old name."""
+        if self._leads:
+            warn_of_old_names(trainer)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Observe the outcome in flight and send the metrics: other callbacks monitor them at the epoch's end."""
         self._settle_and_flush()
+        if self._leads:
+            warn_of_old_names(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Observe the last outcome, send the last metrics, and warn if many steps were dropped."""
         self._settle_and_flush()
         if self._leads and self._guard is not None:
             self._guard.is_training = False
+            warn_of_old_names(trainer)
             self._guard.warn_of_dropped_steps()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -266,7 +278,7 @@ class RuleCallback(PluginMember):
         self.state = self.rule.forget(self.state)
 
     def metrics(self) -> dict[str, float]:
-        """The rule's readings; prefixed by ``name/`` if the instance has a name."""
+        """The rule's readings, without ``stability/``; prefixed by ``name/`` if the instance has a name."""
         readings = self.rule.readings(self.state)
         return {f"{self.rule.name}/{key}": value for key, value in readings.items()} if self.rule.name else readings
 

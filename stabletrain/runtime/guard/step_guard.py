@@ -36,7 +36,7 @@ from stabletrain.core.outcome import Outcome
 from stabletrain.core.state import from_plain, to_plain
 from stabletrain.runtime import gradients
 from stabletrain.runtime.accumulation import AccumulationWindow
-from stabletrain.runtime.guard import device_limits, dropped_steps, support
+from stabletrain.runtime.guard import device_limits, dropped_steps, publishing, support
 from stabletrain.runtime.guard.changes import Changes
 from stabletrain.runtime.guard.dropped_steps import DroppedStep, StepSamples
 from stabletrain.runtime.guard.loss_scaling import LossScaling
@@ -52,7 +52,8 @@ from stabletrain.runtime.ranks import Ranks
 from stabletrain.runtime.records import run_files
 from stabletrain.runtime.records.event_log import EventLog, logger
 
-_PROGRESS_BAR: tuple[str, ...] = ("loss", "grad_norm", "clipped", "skipped")
+_PROGRESS_BAR = {"loss": "loss", "grad_norm": "grad_norm", "clipped": "clipped_share", "skipped": "skipped"}
+"""Words in the progress bar, and the metrics that they show."""
 
 
 class StepGuard:
@@ -434,15 +435,11 @@ class StepGuard:
         if metrics:
             metrics |= self._scaling.metrics(self.counters)
             metrics["lr"] = float(self._lr)
-        shown = {key: metrics[key] for key in _PROGRESS_BAR if key in metrics}
+        shown = {word: metrics[name] for word, name in _PROGRESS_BAR.items() if name in metrics}
         for member in self.members:
             metrics.update(member.metrics())
-        if not metrics:
-            return
-        trainer_internals.publish_metrics(self.trainer, metrics, shown)
-        if self.trainer.is_global_zero:
-            for logger in self.trainer.loggers:
-                logger.log_metrics(metrics, step=trainer_internals.logger_step(self.trainer))
+        if metrics:
+            publishing.publish(self.trainer, metrics, shown)
 
 
 def _drops(limits: Limits, outcome: Outcome) -> bool:
