@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from stabletrain import ClipNorm, DetectSpikes, SaveCheckpoints, ScheduleLR, default_callbacks
+from stabletrain.cli.replay import replay_file
 from stabletrain.core.metric_names import without_old_names
 from stabletrain.tracking import MLflowLogger, compare
 
@@ -182,3 +183,16 @@ def test_runs_of_before_are_compared_with_new_ones(uri: str, client: Any) -> Non
     asked = compare(uri, list(ids.values()), metrics=["clipped", "skipped", "grad_norm/*", "loss"])
     names = ("stability/clipped_share", "stability/skipped", "stability_layers/grad_norm/net", "loss")
     assert tuple(asked.metrics) == names
+
+
+@pytest.mark.parametrize("header", ["loss,grad_norm", "stability/loss,stability/grad_norm,loss", "grad_norm,loss,lr"])
+def test_a_series_is_replayed_under_old_and_new_names(header: str, tmp_path: Path) -> None:
+    """Bugs: a file of a new run lacks its columns; the module's own `loss` is replayed in place of ours."""
+    rows = [
+        [("nan" if step == 2 else "1.0") if name != "lr" else "0" for name in header.split(",")] for step in range(4)
+    ]
+    if header.endswith(",loss"):
+        rows = [[*row[:2], "1e9"] for row in rows]
+    file = tmp_path / "series.csv"
+    file.write_text("\n".join([header, *(",".join(row) for row in rows)]) + "\n")
+    assert "4 steps, 0 clipped (0.00%), 1 skipped" in replay_file("skip_nonfinite", file)
