@@ -194,7 +194,7 @@ class SpikeDetection(Rule[SpikeState]):
 
     def expected_changes(self) -> tuple[Length, ...]:
         """The positions of ``expect``."""
-        return positions.parse(self.expect or (), name=f"plugins.{self.slot}.expect")
+        return positions.parse(self.expect or (), name=self.setting("expect"))
 
     def requests_rollback(self) -> bool:
         """Whether a divergence requests a rollback."""

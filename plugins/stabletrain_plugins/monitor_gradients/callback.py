@@ -59,7 +59,7 @@ class MonitorGradients(GuardMember):
 
     def __init__(self, every: int = 50, depth: int | None = 1, weights: bool = True) -> None:
         for key, value in (("every", every), ("depth", 1 if depth is None else depth)):
-            require(value >= 1, self.plugin, key, ">= 1", value, f"plugins.{self.slot}")
+            require(value >= 1, self.plugin, key, ">= 1", value, f"plugins.{self.slot}", type(self).__name__)
         self.every = every
         self.depth = depth
         self.weights = weights

@@ -84,7 +84,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
             (mode in ("min", "max"), "mode", '"min" or "max"', mode),
             (finite, "tokens_per_step", "> 0 and finite, or null", tokens_per_step),
         ):
-            require(ok, self.plugin, argument, expected, got, f"plugins.{self.slot}")
+            require(ok, self.plugin, argument, expected, got, f"plugins.{self.slot}", type(self).__name__)
         self.folder, self.every, self.keep_last = folder, every, keep_last
         self.monitor, self.mode = monitor, mode
         self.tokens_per_step, self.background, self.on_sigterm = tokens_per_step, background, on_sigterm

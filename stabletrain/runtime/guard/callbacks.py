@@ -18,17 +18,20 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from stabletrain import settings
 from stabletrain.core.lengths import Length
 from stabletrain.core.outcome import Outcome
 from stabletrain.core.plugin import Plugin
 from stabletrain.core.positions import resolve
 from stabletrain.core.rule import Rule
 from stabletrain.core.state import from_plain, to_plain
+from stabletrain.errors import UserError
 from stabletrain.runtime.guard.publishing import warn_of_old_names
 from stabletrain.runtime.guard.step_guard import StepGuard
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.plugin_state import names_its_plugin
 from stabletrain.runtime.run_length import run_length
+from stabletrain.runtime.stop import TrainingStopped
 
 
 class GuardMember(Callback):
@@ -118,6 +121,7 @@ class GuardMember(Callback):
         members = [c for c in trainer.callbacks if isinstance(c, GuardMember)]  # type: ignore[attr-defined]
         self._leads = self is members[0]
         if self._leads:
+            settings.register(trainer.callbacks)  # type: ignore[attr-defined]
             options = {key: value for m in members for key, value in m.guard_options().items()}
             guard = StepGuard(trainer, trainer_internals.unwrapped(pl_module), members, **options)
             if self._guard is not None and self._guard.trainer is trainer:
@@ -181,7 +185,7 @@ class GuardMember(Callback):
         if self._leads and self._guard is not None:
             self._guard.is_training = False
             warn_of_old_names(trainer)
-            self._guard.warn_of_dropped_steps()
+            self._guard.say_end()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restore everything that the guard replaced."""
@@ -192,7 +196,11 @@ class GuardMember(Callback):
         if self._leads and self._guard is not None and self._guard.is_open:
             if not isinstance(exception, Exception):
                 self._guard.settle(alone=True)
-            self._guard.warn_of_dropped_steps()
+            self._guard.say_end()
+        if self._leads and isinstance(exception, UserError) and len(exception.args) == 1:
+            exception.args = (settings.worded(str(exception)),)
+        if isinstance(exception, TrainingStopped):
+            exception.shorten()
         self._close()
 
     def state_dict(self) -> dict[str, Any]:
@@ -215,6 +223,7 @@ class GuardMember(Callback):
         if self._leads and self._guard is not None and self._guard.is_open:
             self._guard.settle()
             self._guard.flush()
+            self._guard.events.show()
 
     def _close(self) -> None:
         if self._leads and self._guard is not None:
@@ -323,7 +332,7 @@ def as_callback(rule: type[Rule[Any]]) -> type[RuleCallback]:
 
 def _expected(rule: Rule[Any], positions: Sequence[Length], trainer: Trainer) -> dict[int, str]:
     """The reasons of expected changes, by the number of applied steps before them."""
-    key = f"plugins.{rule.slot}.expect"
+    key = rule.setting("expect")
     run = run_length(trainer)
     if trainer_internals.is_fast_dev_run(trainer):
         run = replace(run, total_steps=None)  # so short that no position need come

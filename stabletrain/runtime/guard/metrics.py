@@ -34,6 +34,7 @@ class Counters(NamedTuple):
         overflows: dropped by the fp16 loss scaler.
         clipped: applied with a gradient that a transform or a bound made smaller.
         overflows_in_a_row: consecutive overflows up to the last step.
+        rollbacks: events of rollbacks.
         dropped_by: steps that each plugin dropped; a step may be dropped by several.
         dropped_samples: how often each sample was in a step that a rule dropped, where samples are known. If there are
             more than `MAX_COUNTED_SAMPLES`, only the most frequent ones, and their counts are lower bounds.
@@ -44,6 +45,7 @@ class Counters(NamedTuple):
     overflows: int = 0
     clipped: int = 0
     overflows_in_a_row: int = 0
+    rollbacks: int = 0
     dropped_by: Mapping[str, int] = {}
     dropped_samples: Mapping[int | str, int] = {}
 

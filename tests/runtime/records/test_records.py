@@ -50,6 +50,7 @@ def test_a_storm_of_events_is_said_sparingly(caplog: pytest.LogCaptureFixture) -
         for step in range(1000):
             log.append(Event(step, "clip", "spike", 2.0, 1.0, "two is above one"))
         log.append(Event(1000, "clip", "skip", 2.0, 1.0, "another kind"))
+        log.show()
     assert len(caplog.records) == 11
     assert log.counts == {("clip", "spike"): 1000, ("clip", "skip"): 1}
 
