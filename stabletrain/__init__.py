@@ -11,7 +11,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from stabletrain import terminal
 from stabletrain.version import __version__ as __version__
+
+terminal.install()
 
 _EXPORTS = {
     "Guard": "stabletrain.runtime.guard.options:Guard",

@@ -13,7 +13,8 @@ PLUGINS = ROOT / "plugins" / "stabletrain_plugins"
 FOLDERS = sorted(p.name for p in PLUGINS.iterdir() if (p / "conf").is_dir())
 
 LAYERS = [
-    ["errors", "version", "paths", "lazy", "safe_path"],
+    ["settings"],
+    ["errors", "version", "paths", "lazy", "safe_path", "terminal"],
     ["core", "extras"],
     ["runtime.internals"],
     ["runtime"],  # the modules directly in it
@@ -30,8 +31,8 @@ LAYERS = [
 ]
 """Rooms of the package, lowest first; a room imports itself and those in layers below it."""
 
-PURE = {"stabletrain.core", "stabletrain.errors"}
-ALLOWED_TO_PLUGINS = {"stabletrain.core", "stabletrain.errors", "stabletrain.extras", "stabletrain.runtime"}
+PURE = {"stabletrain.core", "stabletrain.errors", "stabletrain.settings"}
+ALLOWED_TO_PLUGINS = {*PURE, "stabletrain.extras", "stabletrain.runtime"}
 
 
 def code(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Generate the export table of stabletrain/__init__.py and the catalogue plugins/README.md from the plugins' folders.
+"""Generate the export table of stabletrain/__init__.py, the catalogue plugins/README.md and docs/metrics.md.
 
 Run ``python tools/generate.py`` in a checkout; with ``--check`` it only lists outdated files.
 """
@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import metrics_page
 import yaml
 
 from stabletrain.config import discovery
@@ -78,6 +79,7 @@ def generated() -> dict[Path, str]:
     return {
         init: _between(init, BEGIN, END, _export_table(exports(own))),
         ROOT / "plugins" / "README.md": _CATALOGUE + _catalogue(own) + _ADD_A_PLUGIN,
+        ROOT / "docs" / "metrics.md": metrics_page.page(own),
     }
 
 

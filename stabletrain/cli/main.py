@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from stabletrain.errors import UserError
 from stabletrain.extras import pip_line
+from stabletrain.settings import speak_of_keys
 
 if TYPE_CHECKING:
     from stabletrain.launch.launcher import Job, LaunchRequest
@@ -202,6 +203,7 @@ def main() -> None:
     A `UserError` becomes one message and exit code 2, Ctrl-C one line and 130. Output that cannot be written ends the
     command with 1, without a traceback: ``stabletrain ls | head -1``.
     """
+    speak_of_keys()
     if sys.stdout is None:  # closed by the shell: ``>&-``
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:

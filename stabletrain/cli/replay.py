@@ -15,6 +15,7 @@ from stabletrain.config import discovery
 from stabletrain.config.discovery import Option, PluginInfo, content
 from stabletrain.config.problems import suggestion
 from stabletrain.config.yaml_file import parse_yaml
+from stabletrain.core.metric_names import find, full_name
 from stabletrain.core.rule import Rule, replay
 from stabletrain.errors import UserError
 
@@ -94,7 +95,8 @@ def read_series(file: Path) -> Iterator[tuple[float, float]]:
     """Yield pairs of loss and gradient norm from a CSV file.
 
     Args:
-        file: with the columns ``loss`` and ``grad_norm``; non-finite values are written ``nan`` and ``inf``.
+        file: with the columns ``loss`` and ``grad_norm``, or ``stability/loss`` and ``stability/grad_norm``; non-finite
+            values are written ``nan`` and ``inf``.
 
     Raises:
         UserError: if the file cannot be read or a line has no two numbers; the message names the file and the line.
@@ -104,7 +106,8 @@ def read_series(file: Path) -> Iterator[tuple[float, float]]:
             raise UserError(f"replay: expected a CSV file, got {file}, which is none; name a file")
         with file.open(newline="", encoding="utf-8-sig") as lines:
             rows = csv.DictReader(lines)
-            missing = [name for name in COLUMNS if name not in (rows.fieldnames or ())]
+            columns = {name: find(full_name(name), rows.fieldnames or ()) for name in COLUMNS}
+            missing = [name for name, column in columns.items() if column is None]
             if missing:
                 raise UserError(
                     f"replay: {file} lacks the column {' and '.join(missing)}; expected {', '.join(COLUMNS)}, "
@@ -112,11 +115,11 @@ def read_series(file: Path) -> Iterator[tuple[float, float]]:
                 )
             for row in rows:
                 try:
-                    loss, grad_norm = (float(row[name]) for name in COLUMNS)
+                    loss, grad_norm = (float(row[columns[name] or name]) for name in COLUMNS)
                     if grad_norm < 0:
                         raise ValueError("a norm is not negative")
                 except (TypeError, ValueError):
-                    values = ", ".join(f"{name}={row[name]!r}" for name in COLUMNS)
+                    values = ", ".join(f"{name}={row[column or name]!r}" for name, column in columns.items())
                     raise UserError(
                         f"replay: {file}, line {rows.line_num}: expected two numbers, grad_norm >= 0, got {values}"
                     ) from None

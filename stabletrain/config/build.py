@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from stabletrain import settings
 from stabletrain.config import construct
 from stabletrain.config.discovery import content, groups
 from stabletrain.config.outputs import Outputs, check_outputs
@@ -78,7 +79,7 @@ def default_callbacks(**choices: str) -> list[Callback]:
             raise UserError(f"default_callbacks: {slot} has no option {name!r}{known}")
         chosen[slots[slot]] = name
     nodes = {group: content(options[group][chosen[group]]) for group in slots.values()}
-    return [build_callback(node, key=group.replace("/", ".")) for group, node in nodes.items() if node]
+    return [construct.instantiate(node, key=group.replace("/", ".")) for group, node in nodes.items() if node]
 
 
 def build_callback(
@@ -95,7 +96,9 @@ def build_callback(
     Raises:
         UserError: if the node has no ``_target_``, or something in it may not be built; nothing has been built then.
     """
-    built: Callback = construct.instantiate(_with_target(node, key), trust=trust, key=key, outputs=outputs)
+    with settings.by_config():
+        built: Callback = construct.instantiate(_with_target(node, key), trust=trust, key=key, outputs=outputs)
+    settings.mark(built)
     return built
 
 

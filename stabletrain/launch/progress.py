@@ -9,8 +9,14 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 
-_SHOWN = ("train_loss", "grad_norm", "clipped", "skipped", "val_loss")
-"""Metrics to show, of those that the module and the plugins publish in ``trainer.callback_metrics``."""
+_SHOWN = {
+    "train/loss": "train/loss",
+    "stability/grad_norm": "grad_norm",
+    "stability/clipped_share": "clipped",
+    "stability/skipped": "skipped",
+    "val/loss": "val/loss",
+}
+"""Metrics to show, of those in ``trainer.callback_metrics``, and the words to show for them."""
 
 
 def progress_bar() -> ProgressBar:
@@ -24,7 +30,8 @@ def shown_metrics(trainer: Trainer) -> dict[str, Any]:
     Args:
         trainer: of the run.
     """
-    return {name: f"{float(trainer.callback_metrics[name]):.4g}" for name in _SHOWN if name in trainer.callback_metrics}
+    metrics = trainer.callback_metrics
+    return {word: f"{float(metrics[name]):.4g}" for name, word in _SHOWN.items() if name in metrics}
 
 
 class RunBar(RichProgressBar):

@@ -34,6 +34,7 @@ from stabletrain.launch.worker_end import WorkerEnd
 from stabletrain.runtime.records.run_files import WORKER_LOG
 from stabletrain.runtime.signal_watch import Interrupted, SignalWatch
 from stabletrain.safe_path import append_current_folder
+from stabletrain.settings import speak_of_keys
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -50,6 +51,7 @@ def main(argv: Sequence[str]) -> int:
             signal), and only result.json records how the run ended; with ``--paths-outside`` a run.yaml that no
             launcher has named may let the run write outside of its folder.
     """
+    speak_of_keys()
     agreed_ends_exit_0 = AGREED_ENDS_EXIT_0 in argv
     words = [word for word in argv if word not in (AGREED_ENDS_EXIT_0, PATHS_OUTSIDE)]
     if os.environ.get(TRUST_ENV):

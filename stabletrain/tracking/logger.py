@@ -20,6 +20,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_only
 
+from stabletrain.core import metric_names
 from stabletrain.extras import require
 from stabletrain.runtime.records.run_files import UNSENT_METRICS
 from stabletrain.runtime.signal_watch import Interrupted, Terminated
@@ -31,6 +32,10 @@ from stabletrain.tracking.store import absolute_uri, default_tracking_uri, ensur
 from stabletrain.tracking.store_errors import first_line, no_tracebacks, translate_errors
 from stabletrain.tracking.unsent import send_unsent
 from stabletrain.tracking.writer import MetricWriter, Point
+
+METRICS = (
+    metric_names.MetricInfo("stability_nonfinite/<metric>", "values", "NaN and infinite values of a metric; in MLflow"),
+)
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +49,8 @@ class MLflowLogger(Logger):
     The run is created (or, with ``run_id``, reopened with status RUNNING) when training begins. It ends as FINISHED,
     FAILED (exception) or KILLED (Ctrl-C, SIGTERM). Metrics that the store does not accept are written to
     ``metrics-unsent.jsonl`` and sent at the end. NaN and infinities are stored as NaN and counted by
-    ``nonfinite/<name>``. Names that MLflow does not accept are changed and get a hash, so that different names stay
-    different.
+    ``stability_nonfinite/<name>``. Names that MLflow does not accept are changed and get a hash, so that different ones
+    stay different.
 
     Args:
         tracking_uri: MLflow store; None: ``MLFLOW_TRACKING_URI``, or else ``sqlite:///<current folder>/mlflow.db``.
@@ -255,8 +260,12 @@ class _Session:
         self.client = client
         self.run_id = run_id
         metrics = client.get_run(run_id).data.metrics
-        prefix = "nonfinite/"
-        counts = {key.removeprefix(prefix): int(value) for key, value in metrics.items() if key.startswith(prefix)}
+        counts = {
+            key.removeprefix(prefix): int(value)
+            for prefix in ("nonfinite/", metric_names.NONFINITE)  # the first of runs that an earlier version began
+            for key, value in metric_names.renamed(metrics).items()
+            if key.startswith(prefix)
+        }
         self.writer = MetricWriter(self._send, unsent, run_id, nonfinite=counts)
         self._waiting: dict[str, Callable[[], None]] = {}
         atexit.register(self._at_exit)

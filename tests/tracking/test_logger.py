@@ -194,7 +194,7 @@ def test_non_finite_metrics(uri, client, bad):
     again.log_metrics({"loss": bad}, step=2)
     again.finalize("success")
     assert all(math.isnan(point.value) for point in client.get_metric_history(logger.version, "loss"))
-    counts = client.get_metric_history(logger.version, "nonfinite/loss")
+    counts = client.get_metric_history(logger.version, "stability_nonfinite/loss")
     assert [(point.step, point.value) for point in counts] == [(1, 1.0), (2, 2.0)]
 
 

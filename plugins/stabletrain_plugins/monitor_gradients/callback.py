@@ -10,11 +10,19 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from stabletrain.core import metric_names
 from stabletrain.core.events import Event
+from stabletrain.core.metric_names import MetricInfo
 from stabletrain.core.outcome import Outcome
 from stabletrain.errors import require
 from stabletrain.runtime import gradients
 from stabletrain.runtime.guard.callbacks import GuardMember
+
+METRICS = (
+    MetricInfo("stability/nonfinite_layers", "layers", "with a non-finite gradient, at most, in one step"),
+    MetricInfo("stability_layers/grad_norm/<layer>", "L2", "norm of the layer's gradients, before any clipping"),
+    MetricInfo("stability_layers/weight_norm/<layer>", "L2", "norm of the layer's weights, before the step"),
+)
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Name parts that torch.compile, FSDP and activation checkpointing insert."""
@@ -24,10 +32,11 @@ class MonitorGradients(GuardMember):
     """Log the norms of gradients and weights layer by layer, and report where a gradient became non-finite.
 
     In the first attempted step and every ``every`` steps the norms are computed on the device. They are copied to the
-    host when the guard logs its metrics (``Trainer(log_every_n_steps=...)``): ``grad_norm/<layer>`` and
-    ``weight_norm/<layer>``, means over the measurements since then, and ``nonfinite_layers``, the largest number of
-    layers with a non-finite gradient in one step. Gradients are unscaled, before any transform or clipping. The guard
-    itself logs the global ``grad_norm``, ``clipped`` and ``skipped``, from every step.
+    host when the guard logs its metrics (``Trainer(log_every_n_steps=...)``): ``stability_layers/grad_norm/<layer>``
+    and ``stability_layers/weight_norm/<layer>``, means over the measurements since then, and
+    ``stability/nonfinite_layers``, the largest number of layers with a non-finite gradient in one step. Gradients are
+    unscaled, before any transform or clipping. The guard itself logs ``stability/grad_norm`` of all parameters,
+    ``stability/clipped_share`` and ``stability/skipped``, from every step.
 
     After a non-finite step an event names the parameters with a non-finite gradient. With decisions on the device
     (``Guard(mode="device")``) it does not: those gradients have been freed when the host gets the outcome.
@@ -50,7 +59,7 @@ class MonitorGradients(GuardMember):
 
     def __init__(self, every: int = 50, depth: int | None = 1, weights: bool = True) -> None:
         for key, value in (("every", every), ("depth", 1 if depth is None else depth)):
-            require(value >= 1, self.plugin, key, ">= 1", value, f"plugins.{self.slot}")
+            require(value >= 1, self.plugin, key, ">= 1", value, f"plugins.{self.slot}", type(self).__name__)
         self.every = every
         self.depth = depth
         self.weights = weights
@@ -124,7 +133,7 @@ class MonitorGradients(GuardMember):
             for column, layer in enumerate(self._layers):
                 finite = [each[row][column] for each in table if math.isfinite(each[row][column])]
                 if finite:
-                    metrics[f"{what}/{layer}"] = math.fsum(finite) / len(finite)
+                    metrics[f"{metric_names.LAYERS}{what}/{layer}"] = math.fsum(finite) / len(finite)
         return metrics
 
     def _group(self, parameters: Sequence[Tensor]) -> None:

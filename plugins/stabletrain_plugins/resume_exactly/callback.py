@@ -50,7 +50,7 @@ class ResumeExactly(Callback):
     def __init__(self, fast_forward: FastForward = "auto") -> None:
         known = fast_forward in ("auto", "indices", "batches")
         expected = '"auto", "indices" or "batches"'
-        require(known, _NAME, "fast_forward", expected, fast_forward, "plugins.resume")
+        require(known, _NAME, "fast_forward", expected, fast_forward, "plugins.resume", "ResumeExactly")
         self.fast_forward: FastForward = fast_forward
         self._trainer: Trainer | None = None
         self._loader: TrainLoader | None = None

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NoReturn
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from stabletrain.core import metric_names
 from stabletrain.core.intervals import SaveTriggers
 from stabletrain.core.lengths import LengthLike
 from stabletrain.errors import UserError, require
@@ -83,7 +84,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
             (mode in ("min", "max"), "mode", '"min" or "max"', mode),
             (finite, "tokens_per_step", "> 0 and finite, or null", tokens_per_step),
         ):
-            require(ok, self.plugin, argument, expected, got, f"plugins.{self.slot}")
+            require(ok, self.plugin, argument, expected, got, f"plugins.{self.slot}", type(self).__name__)
         self.folder, self.every, self.keep_last = folder, every, keep_last
         self.monitor, self.mode = monitor, mode
         self.tokens_per_step, self.background, self.on_sigterm = tokens_per_step, background, on_sigterm
@@ -235,13 +236,14 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         """Save if the monitored metric has its best value so far."""
         if not self._active or self.monitor is None or trainer.sanity_checking:
             return
-        if self.monitor not in trainer.callback_metrics:
+        metric = metric_names.find(self.monitor, trainer.callback_metrics)
+        if metric is None:
             known = ", ".join(sorted(trainer.callback_metrics)) or "none"
             raise UserError(
                 f"save_checkpoints: monitor must be a metric that is logged until the end of validation, got "
                 f"{self.monitor!r}; there are: {known} (config key plugins.checkpoints.monitor)"
             )
-        value = float(trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor])))
+        value = float(trainer.strategy.broadcast(float(trainer.callback_metrics[metric])))
         is_best = self._saver is not None and self._saver.is_best(self._run, value)
         if trainer.strategy.broadcast(is_best):
             self.save(trainer, value=value)

@@ -19,12 +19,16 @@ from stabletrain.core.outcome import Outcome
 from stabletrain.core.schedule import Schedule
 from stabletrain.errors import UserError
 from stabletrain.runtime.guard.callbacks import GuardMember
+from stabletrain.runtime.guard.metrics import LEARNING_RATE
+from stabletrain.runtime.guard.publishing import publish
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.run_length import run_length
 from stabletrain_plugins.schedule_lr.plot import draw
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+METRICS = (LEARNING_RATE,)
 
 logger = logging.getLogger("stabletrain")
 _SET_RATES = ("StochasticWeightAveraging", "BackboneFinetuning")
@@ -175,11 +179,8 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
         due = (attempted + 1) % trainer_internals.log_interval(trainer) == 0 and attempted != self._logged
         if due:
             self._logged = attempted
-            metrics = {"lr": float(self._used)} if self._used is not None else {}
-            trainer_internals.publish_metrics(trainer, metrics, {})
-            if trainer.is_global_zero:
-                for each in trainer.loggers:
-                    each.log_metrics(metrics, step=attempted)
+            if self._used is not None:
+                publish(trainer, {"lr": float(self._used)}, {})
         self._set(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -18,16 +18,20 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from stabletrain import settings
 from stabletrain.core.lengths import Length
 from stabletrain.core.outcome import Outcome
 from stabletrain.core.plugin import Plugin
 from stabletrain.core.positions import resolve
 from stabletrain.core.rule import Rule
 from stabletrain.core.state import from_plain, to_plain
+from stabletrain.errors import UserError
+from stabletrain.runtime.guard.publishing import warn_of_old_names
 from stabletrain.runtime.guard.step_guard import StepGuard
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.plugin_state import names_its_plugin
 from stabletrain.runtime.run_length import run_length
+from stabletrain.runtime.stop import TrainingStopped
 
 
 class GuardMember(Callback):
@@ -77,7 +81,10 @@ class GuardMember(Callback):
         """
 
     def metrics(self) -> dict[str, float]:
-        """Metrics for the loggers, in addition to the guard's; called at each flush."""
+        """Metrics for the loggers, in addition to the guard's; called at each flush.
+
+        They are logged as ``stability/<name>``; a name that begins so stays as it is.
+        """
         return {}
 
     def guard_options(self) -> dict[str, Any]:
@@ -114,6 +121,7 @@ class GuardMember(Callback):
         members = [c for c in trainer.callbacks if isinstance(c, GuardMember)]  # type: ignore[attr-defined]
         self._leads = self is members[0]
         if self._leads:
+            settings.register(trainer.callbacks)  # type: ignore[attr-defined]
             options = {key: value for m in members for key, value in m.guard_options().items()}
             guard = StepGuard(trainer, trainer_internals.unwrapped(pl_module), members, **options)
             if self._guard is not None and self._guard.trainer is trainer:
@@ -160,16 +168,24 @@ class GuardMember(Callback):
         """Observe the outcome in flight and send the metrics before validation."""
         self._settle_and_flush()
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Name the callbacks that monitor a metric by its old name."""
+        if self._leads:
+            warn_of_old_names(trainer)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Observe the outcome in flight and send the metrics: other callbacks monitor them at the epoch's end."""
         self._settle_and_flush()
+        if self._leads:
+            warn_of_old_names(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Observe the last outcome, send the last metrics, and warn if many steps were dropped."""
         self._settle_and_flush()
         if self._leads and self._guard is not None:
             self._guard.is_training = False
-            self._guard.warn_of_dropped_steps()
+            warn_of_old_names(trainer)
+            self._guard.say_end()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restore everything that the guard replaced."""
@@ -180,7 +196,11 @@ class GuardMember(Callback):
         if self._leads and self._guard is not None and self._guard.is_open:
             if not isinstance(exception, Exception):
                 self._guard.settle(alone=True)
-            self._guard.warn_of_dropped_steps()
+            self._guard.say_end()
+        if self._leads and isinstance(exception, UserError) and len(exception.args) == 1:
+            exception.args = (settings.worded(str(exception)),)
+        if isinstance(exception, TrainingStopped):
+            exception.shorten()
         self._close()
 
     def state_dict(self) -> dict[str, Any]:
@@ -203,6 +223,7 @@ class GuardMember(Callback):
         if self._leads and self._guard is not None and self._guard.is_open:
             self._guard.settle()
             self._guard.flush()
+            self._guard.events.show()
 
     def _close(self) -> None:
         if self._leads and self._guard is not None:
@@ -266,7 +287,7 @@ class RuleCallback(PluginMember):
         self.state = self.rule.forget(self.state)
 
     def metrics(self) -> dict[str, float]:
-        """The rule's readings; prefixed by ``name/`` if the instance has a name."""
+        """The rule's readings, without ``stability/``; prefixed by ``name/`` if the instance has a name."""
         readings = self.rule.readings(self.state)
         return {f"{self.rule.name}/{key}": value for key, value in readings.items()} if self.rule.name else readings
 
@@ -311,7 +332,7 @@ def as_callback(rule: type[Rule[Any]]) -> type[RuleCallback]:
 
 def _expected(rule: Rule[Any], positions: Sequence[Length], trainer: Trainer) -> dict[int, str]:
     """The reasons of expected changes, by the number of applied steps before them."""
-    key = f"plugins.{rule.slot}.expect"
+    key = rule.setting("expect")
     run = run_length(trainer)
     if trainer_internals.is_fast_dev_run(trainer):
         run = replace(run, total_steps=None)  # so short that no position need come

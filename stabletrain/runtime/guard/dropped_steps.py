@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning.pytorch import Trainer
@@ -83,6 +84,21 @@ class StepSamples:
             return ()
         everyone = [mine] if alone else self._ranks.gather(mine)
         return tuple(dict.fromkeys(name for names in everyone for name in names))
+
+
+def summary(counters: Counters, events: Path | None) -> str:
+    """The sentence at the end of a fit: what became of the run's steps.
+
+    Args:
+        counters: of the run.
+        events: file with the events; None: there were none.
+    """
+    counts = f"{counters.applied} applied, {counters.skipped} skipped, {counters.clipped} clipped"
+    if counters.overflows:
+        counts += f", {counters.overflows} fp16 overflows"
+    rollbacks = f"{counters.rollbacks} rollback{'' if counters.rollbacks == 1 else 's'}"
+    where = "no events" if events is None else f"events: {events}"
+    return f"{counters.attempted} steps: {counts}; {rollbacks}; {where}"
 
 
 def warning(counters: Counters, keys: Mapping[str, str]) -> str | None:

@@ -36,7 +36,7 @@ from stabletrain.core.outcome import Outcome
 from stabletrain.core.state import from_plain, to_plain
 from stabletrain.runtime import gradients
 from stabletrain.runtime.accumulation import AccumulationWindow
-from stabletrain.runtime.guard import device_limits, dropped_steps, support
+from stabletrain.runtime.guard import device_limits, dropped_steps, publishing, support
 from stabletrain.runtime.guard.changes import Changes
 from stabletrain.runtime.guard.dropped_steps import DroppedStep, StepSamples
 from stabletrain.runtime.guard.loss_scaling import LossScaling
@@ -50,9 +50,11 @@ from stabletrain.runtime.guard.support import DecisionMode
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.ranks import Ranks
 from stabletrain.runtime.records import run_files
-from stabletrain.runtime.records.event_log import EventLog, logger
+from stabletrain.runtime.records.event_log import EventLog, say_end
+from stabletrain.settings import worded
 
-_PROGRESS_BAR: tuple[str, ...] = ("loss", "grad_norm", "clipped", "skipped")
+_PROGRESS_BAR = {"loss": "loss", "grad_norm": "grad_norm", "clipped": "clipped_share", "skipped": "skipped"}
+"""Words in the progress bar, and the metrics that they show."""
 
 
 class StepGuard:
@@ -136,6 +138,7 @@ class StepGuard:
     def close(self) -> None:
         """``teardown`` and ``on_exception``: restore everything that was replaced; a second call does nothing."""
         self.is_open = self.is_training = False
+        self.events.show()
         while self._undo:
             self._undo.pop()()
         self.window.clear()
@@ -155,6 +158,7 @@ class StepGuard:
 
     def decide(self, optimizer: Optimizer) -> None:
         """``on_before_optimizer_step``: gradients are complete. Measure, get the limits, act."""
+        self.events.show()  # of an earlier step: what follows from it at the end of its batch is in the same line
         self.settle()
         self._samples.end_window()
         if self.window.is_empty and self.ranks.size == 1:
@@ -184,7 +188,8 @@ class StepGuard:
             if self.counters.attempted % self._log_every == 0 or self.trainer.is_last_batch:
                 self.flush()
         if self._max_attempts is not None and self._max_attempts <= self.counters.attempted and not self._complete:
-            reason = f"{self.counters.attempted} steps attempted, {self.counters.applied} applied (guard.max_attempts)"
+            steps = f"{self.counters.attempted} steps attempted, {self.counters.applied} applied"
+            reason = f"{steps} (config key guard.max_attempts)"
             self._requests.append(Request(RequestKind.STOP, "guard", reason))
         if self._requests:
             requests, self._requests = self._requests, []
@@ -225,6 +230,7 @@ class StepGuard:
             transform.commit(outcome.applied)
         for observer in self._outcome_observers:
             observer.on_outcome(outcome)
+        self.events.conclude(outcome)
 
     def _count_drop(self, outcome: Outcome, alone: bool) -> None:
         """Before the rules observe it: their limits are still those that dropped the step."""
@@ -416,17 +422,23 @@ class StepGuard:
         """Write an event to the log, then pass it to every callback with ``on_stability_event`` (see `hooks`)."""
         if self._dropped is not None:
             event = self._dropped.describe(event)
+        event = event._replace(reason=worded(event.reason))
         self.events.append(event)
+        if event.kind == "rollback":
+            self.counters = self.counters._replace(rollbacks=self.counters.rollbacks + 1)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             listen: Any = getattr(callback, "on_stability_event", None)
             if listen is not None:
                 listen(self.trainer, self.module, event)
 
-    def warn_of_dropped_steps(self) -> None:
-        """Called when the fit ends, for whatever reason: say that many of the run's steps were dropped."""
+    def say_end(self) -> None:
+        """Called when the fit ends, for whatever reason: one line about its steps, a warning if many were dropped."""
+        if not self.trainer.is_global_zero:
+            return
+        self.events.show()
         keys = {each.rule.label: f"plugins.{each.rule.slot}" for each in self._rules}
-        if self.trainer.is_global_zero and (warning := dropped_steps.warning(self.counters, keys)):
-            logger.warning(warning)
+        warning = dropped_steps.warning(self.counters, keys)
+        say_end(dropped_steps.summary(self.counters, self.events.path if self.events.counts else None), warning)
 
     def flush(self) -> None:
         """Send the metrics since the last flush to the loggers, the progress bar and ``callback_metrics``."""
@@ -434,15 +446,11 @@ class StepGuard:
         if metrics:
             metrics |= self._scaling.metrics(self.counters)
             metrics["lr"] = float(self._lr)
-        shown = {key: metrics[key] for key in _PROGRESS_BAR if key in metrics}
+        shown = {word: metrics[name] for word, name in _PROGRESS_BAR.items() if name in metrics}
         for member in self.members:
             metrics.update(member.metrics())
-        if not metrics:
-            return
-        trainer_internals.publish_metrics(self.trainer, metrics, shown)
-        if self.trainer.is_global_zero:
-            for logger in self.trainer.loggers:
-                logger.log_metrics(metrics, step=trainer_internals.logger_step(self.trainer))
+        if metrics:
+            publishing.publish(self.trainer, metrics, shown)
 
 
 def _drops(limits: Limits, outcome: Outcome) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -62,11 +62,47 @@ def logger_step(trainer: Trainer) -> int:
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
-def publish_metrics(trainer: Trainer, metrics: dict[str, float], progress_bar: dict[str, float]) -> None:
-    """Publish metrics for ModelCheckpoint, EarlyStopping and the progress bar, without `LightningModule.log`."""
+def logged_names(trainer: Trainer, progress_bar: bool = False) -> set[str]:
+    """The names under which the module and callbacks have logged in training and validation, by ``self.log``.
+
+    Args:
+        trainer: in a fit.
+        progress_bar: only those that they show in the progress bar.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    names: set[str] = set()
+    for results in (loop._results, loop.val_loop._results):
+        for each in results.values():
+            if each.meta.prog_bar or not progress_bar:
+                names |= {name for on_step in (True, False) for name in results._forked_name(each, on_step)}
+    return names
+
+
+def publish_metrics(
+    trainer: Trainer,
+    metrics: Mapping[str, float],
+    progress_bar: Mapping[str, float],
+    copies: Mapping[str, str] | None = None,
+) -> None:
+    """Publish metrics for ModelCheckpoint, EarlyStopping and the progress bar, without `LightningModule.log`.
+
+    Args:
+        trainer: in a fit.
+        metrics: by name.
+        progress_bar: by name.
+        copies: further names in ``callback_metrics``, each with the name in ``metrics`` of its value, which is the same
+            object. A name under which there is another value is left alone.
+    """
     connector = trainer._logger_connector
+    present = connector._callback_metrics
+    free = {
+        other: name
+        for other, name in (copies or {}).items()
+        if other not in present or present[other] is present.get(name)
+    }
     tensors = {key: torch.tensor(value) for key, value in metrics.items()}
-    connector._callback_metrics.update(tensors)
+    present.update(tensors)
+    present.update({other: tensors[name] for other, name in free.items()})
     connector._logged_metrics.update(tensors)
     connector._progress_bar_metrics.update(progress_bar)
 

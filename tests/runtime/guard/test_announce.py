@@ -188,7 +188,7 @@ def test_positions_are_applied_steps() -> None:
 )
 def test_positions_that_never_come_are_errors(positions: Any, options: Any, message: str) -> None:
     """Bugs: a change that is silently never expected; a length that is guessed."""
-    with pytest.raises(UserError, match=f"^plugins.spike.expect: .*{message}"):
+    with pytest.raises(UserError, match=rf"^\w+\(expect=\.\.\.\): .*{message}"):
         train(Model(), *stack(expect=positions), **options)
 
 
@@ -205,7 +205,7 @@ def test_positions_that_never_come_are_errors(positions: Any, options: Any, mess
 def test_bad_positions_are_errors_at_once(plugin: Any, positions: Any, message: str | None) -> None:
     """Bugs: a mistake found after hours of training, or with a traceback of a comparison."""
     message = message or f"expected positions after the start of the run, such as .*, got {positions[0]!r}$"
-    with pytest.raises(UserError, match=f"^plugins.spike.expect: {message}"):
+    with pytest.raises(UserError, match=rf"^{plugin.__name__}\(expect=\.\.\.\): {message}"):
         plugin(expect=positions)
 
 
