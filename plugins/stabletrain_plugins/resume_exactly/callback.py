@@ -17,6 +17,7 @@ from stabletrain.runtime.data.position import LoaderState
 from stabletrain.runtime.data.train_loader import TrainLoader
 from stabletrain.runtime.internals import loader as loader_internals
 from stabletrain.runtime.internals import trainer as trainer_internals
+from stabletrain.runtime.internals.fabric import refuse_in_fabric
 from stabletrain.runtime.plugin_state import names_its_plugin
 
 FastForward: TypeAlias = Literal["auto", "indices", "batches"]
@@ -25,6 +26,7 @@ _NAME = "resume_exactly"
 _OPT_OUT = "remove ResumeExactly (config key plugins.resume=none)"
 
 
+@refuse_in_fabric
 class ResumeExactly(Callback):
     """``Trainer.fit(ckpt_path=...)`` resumes at the right batch with the right random numbers.
 

@@ -44,11 +44,6 @@ class StepControl:
         self._wrap_optimizer_step()
         self._wrap_scheduler_step()
 
-    @property
-    def has_buffers(self) -> bool:
-        """Whether the module has buffers; without buffers `start_window` does nothing."""
-        return len(self._buffers) > 0
-
     def start_window(self) -> None:
         """Copy the buffers at the start of an accumulation window; a dropped step restores them."""
         self._buffers.stash()
