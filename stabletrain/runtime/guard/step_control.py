@@ -2,8 +2,9 @@
 
 Parameters and optimizer state: ``optimizer.step`` of this one instance is wrapped; a dropped step runs forward and
 backward (the closure) but not the update. In device mode, the fused kernel does nothing if ``found_inf`` is set.
-Buffers that forward changed (BatchNorm statistics) are restored to their values before the accumulation window. The
-module's own per-step scheduler and the global step do not advance. For the loss scaler see `LossScaling`.
+Buffers that forward changed (BatchNorm statistics), and tensors in attributes of modules (the hidden state of an LSTM),
+are restored to their values before the accumulation window. The module's own per-step scheduler and the global step do
+not advance. For the loss scaler see `LossScaling`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from torch.optim import Optimizer
 
 from stabletrain.runtime.guard.module_buffers import ModuleBuffers
 from stabletrain.runtime.guard.rewarming import Rewarming
+from stabletrain.runtime.hidden_state import HiddenState
 from stabletrain.runtime.internals import trainer as trainer_internals
+from stabletrain.runtime.records.event_log import logger
 
 
 class StepControl:
@@ -38,6 +41,8 @@ class StepControl:
         self._module = module
         self._rewarming = rewarming
         self._buffers = ModuleBuffers(module)
+        self.hidden = HiddenState(module)
+        """The tensors in the module's attributes."""
         self._drop = False
         self._frozen = False
         self._replaced: list[tuple[object, str, Any]] = []
@@ -45,8 +50,12 @@ class StepControl:
         self._wrap_scheduler_step()
 
     def start_window(self) -> None:
-        """Copy the buffers at the start of an accumulation window; a dropped step restores them."""
+        """Copy buffers and hidden state at the start of an accumulation window; a dropped step restores them."""
         self._buffers.stash()
+        self.hidden.stash()
+        for message in self.hidden.news():
+            if self.trainer.is_global_zero:
+                logger.warning(message)
 
     def start_decision(self) -> None:
         """Reset the marks of the last step, before the next decision."""
@@ -58,6 +67,7 @@ class StepControl:
         self._drop = True
         self.freeze_step()
         self._buffers.restore()
+        self.hidden.restore()
 
     def freeze_step(self) -> None:
         """Keep the global step and the module's own per-step scheduler from advancing at the step in progress."""
@@ -69,6 +79,7 @@ class StepControl:
         self.optimizer.grad_scale = grad_scale  # type: ignore[attr-defined]
         self.optimizer.found_inf = dropped  # type: ignore[attr-defined]
         self._buffers.restore_where(dropped)
+        self.hidden.restore_where(dropped)
 
     def undo(self) -> None:
         """Restore the methods of optimizer and module that were replaced for the fit."""

@@ -118,11 +118,12 @@ class Snapshot:
         flattener = Flattener()
         live = list(_parts(guard))
         parts = [flattener.flatten(_values(part)) for part in live]
+        hidden = flattener.flatten(guard.control.hidden.values())
         members = [flattener.flatten(member.state_dict()) for member in _stateful_members(guard)]
         self.step = -1  # empty until it is complete
         self._buffers.copy_in(flattener.tensors)
         self._names, self._parts, self._members = [part.name for part in live], parts, members
-        self._groups = guard.parameters.capture()
+        self._groups, self._hidden = guard.parameters.capture(), hidden
         self._rules = [member.state for member in _rules(guard)]
         self._schedulers = [copy.deepcopy(each.scheduler.state_dict()) for each in trainer.lr_scheduler_configs]
         self._precision = copy.deepcopy(trainer.precision_plugin.state_dict())
@@ -172,8 +173,13 @@ class Snapshot:
                 restorer.restore(node, part.live, part.name)
             else:
                 part.live.update(restorer.restore(node, _values(part), part.name))
+        hidden = guard.control.hidden
+        # tensors that were replaced since are restored as new ones: other code may still hold those of today
+        current = {path: each for path, each in hidden.values().items() if hidden.in_place(path)}
+        attributes = restorer.restore(self._hidden, current, "hidden state")
         members = [restorer.restore(each, None, "a plugin's state") for each in self._members]
         restorer.finish()
+        hidden.put(attributes)
         for config, state in zip(trainer.lr_scheduler_configs, self._schedulers, strict=True):
             config.scheduler.load_state_dict(copy.deepcopy(state))
         trainer.precision_plugin.load_state_dict(copy.deepcopy(self._precision))
@@ -225,6 +231,7 @@ def _tensors(guard: StepGuard) -> list[Tensor]:
     flattener = Flattener()
     for part in _parts(guard):
         flattener.flatten(_values(part))
+    flattener.flatten(guard.control.hidden.values())
     return flattener.tensors
 
 
