@@ -242,19 +242,21 @@ class HiddenState:
         for slot in self._slots.values():
             if slot.path not in values and slot.changed and slot.first is not _UNKNOWN:
                 slot.put(slot.first)
-        owners = {owner.prefix: owner for owner, _ in reversed(self._library)}
-        owners |= {owner.prefix: owner for owner in reversed(self._owners)}
+        owners: dict[str, list[_Owner]] = {}
+        for owner in (*self._owners, *(each for each, _ in self._library)):
+            owners.setdefault(owner.prefix, []).append(owner)
         unknown = []
         for path, value in values.items():
             prefix, _, key = path.rpartition(".")
             slot = self._slots.get(path)
             if is_container(value) and not value and (slot is None or not holds_tensors(slot.value)):
                 continue  # a list of other values is not restored
-            owner = slot.owner if slot is not None else owners.get(f"{prefix}." if prefix else "")
-            if owner is None:
-                unknown.append(path)
-                continue
             if slot is None:
+                found = owners.get(f"{prefix}." if prefix else "", [])
+                if not found or hasattr(type(found[0].module), key):  # a method, say
+                    unknown.append(path)
+                    continue
+                owner = next((each for each in found if key in each.names), found[0])
                 slot = self._slots[path] = _Slot(owner, key, owner.names.get(key, _MISSING))
             slot.changed = True
             self._told.add(path)
