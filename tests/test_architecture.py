@@ -17,7 +17,7 @@ LAYERS = [
     ["core"],
     ["runtime.internals"],
     ["runtime"],  # the modules directly in it
-    ["runtime.records", "runtime.data"],
+    ["runtime.records", "runtime.data", "runtime.hidden"],
     ["runtime.guard"],
     ["runtime.snapshots"],
     ["runtime.checkpoints"],

@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader
 from stabletrain.errors import UserError, require
 from stabletrain.runtime import rng
 from stabletrain.runtime.accumulation import AccumulationWindow
-from stabletrain.runtime.attribute_files import Unsaved, from_plain, to_plain
 from stabletrain.runtime.data.position import LoaderState
 from stabletrain.runtime.data.train_loader import TrainLoader
-from stabletrain.runtime.hidden_state import HiddenState
+from stabletrain.runtime.hidden.hidden_state import HiddenState
+from stabletrain.runtime.hidden.plain import Unsaved, from_plain, to_plain
 from stabletrain.runtime.internals import loader as loader_internals
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.internals.fabric import refuse_in_fabric
@@ -225,6 +225,8 @@ class ResumeExactly(Callback):
             return self._saved_hidden
         found, unsaved = {}, []
         for path, value in self._hidden.values(changed=True).items():
+            if self._is_of_ended_epoch(value):
+                continue
             try:
                 found[path] = to_plain(value)
             except Unsaved:
@@ -236,6 +238,16 @@ class ResumeExactly(Callback):
                 "tuples, lists and dictionaries of them. Register a buffer, or save it in on_save_checkpoint"
             )
         return found
+
+    def _is_of_ended_epoch(self, value: Any) -> bool:
+        """Whether a list was collected over an epoch whose last batch is done, for a hook at the epoch's end.
+
+        Lightning does not call that hook in a fit that resumes here, so the list would stay in the next epoch.
+        """
+        assert self._trainer is not None
+        if not isinstance(value, list) or not loader_internals.epoch_is_over(self._trainer):
+            return False
+        return len(value) > 2 and 2 * len(value) >= self._trainer.num_training_batches
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles and copies do not include the running fit."""

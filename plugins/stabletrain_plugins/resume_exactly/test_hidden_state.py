@@ -45,6 +45,16 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(kind: str, guarded: bool) 
         assert_same(end(resumed, theirs), expected)
 
 
+def test_a_list_that_a_hook_clears_does_not_reach_the_next_epoch() -> None:
+    """Bug: saved after an epoch's last batch, before the hook that clears it, which a resumed fit does not call."""
+    reference, resumed = Recurrent(), Recurrent()
+    save = SaveCheckpoints("saved", every=STEPS, keep_last=None)
+    train(reference, data(), ResumeExactly(), save, max_epochs=2)
+    again = SaveCheckpoints("again", every=None)
+    train(resumed, data(), ResumeExactly(), again, max_epochs=2, ckpt_path=f"saved/step-{STEPS:08d}")
+    assert resumed.means[-1] == reference.means[-1]
+
+
 def test_lightnings_own_checkpoints_hold_it_too() -> None:
     """Bug: content that torch.load refuses with weights_only."""
     reference, resumed = Recurrent("dict"), Recurrent("dict")

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from stabletrain.runtime.guard.module_buffers import ModuleBuffers
 from stabletrain.runtime.guard.rewarming import Rewarming
-from stabletrain.runtime.hidden_state import HiddenState
+from stabletrain.runtime.hidden.hidden_state import HiddenState
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.records.event_log import logger
 

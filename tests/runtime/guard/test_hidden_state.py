@@ -20,7 +20,7 @@ from recurrent import KINDS, STEPS, Recurrent, data, end, train
 from torch import nn
 
 from stabletrain import Guard, SkipNonFinite
-from stabletrain.runtime.hidden_state import HiddenState
+from stabletrain.runtime.hidden.hidden_state import HiddenState
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stabletrain.runtime.attribute_values import Saved, Uncopied, holds_tensors, is_container, is_data, may_hold_later
+from stabletrain.runtime.hidden.opaque_state import OpaqueState
+from stabletrain.runtime.hidden.values import Saved, Uncopied, holds_tensors, is_container, is_data, may_hold_later
 from stabletrain.runtime.internals import attributes
-from stabletrain.runtime.opaque_state import OpaqueState
 
 _LIMIT = 64 << 20
 """Bytes of all copies together that are always kept; more, if half of the parameters is more."""
@@ -245,22 +245,21 @@ class HiddenState:
         owners: dict[str, list[_Owner]] = {}
         for owner in (*self._owners, *(each for each, _ in self._library)):
             owners.setdefault(owner.prefix, []).append(owner)
-        unknown = []
+        unknown: list[str] = []
         for path, value in values.items():
             prefix, _, key = path.rpartition(".")
-            slot = self._slots.get(path)
-            if is_container(value) and not value and (slot is None or not holds_tensors(slot.value)):
+            known = self._slots.get(path)
+            if is_container(value) and not value and (known is None or not holds_tensors(known.value)):
                 continue  # a list of other values is not restored
-            if slot is None:
+            if known is None:
                 found = owners.get(f"{prefix}." if prefix else "", [])
                 if not found or hasattr(type(found[0].module), key):  # a method, say
                     unknown.append(path)
                     continue
                 owner = next((each for each in found if key in each.names), found[0])
-                slot = self._slots[path] = _Slot(owner, key, owner.names.get(key, _MISSING))
-            slot.changed = True
-            self._told.add(path)
-            slot.put(value)
+                known = self._slots[path] = _Slot(owner, key, owner.names.get(key, _MISSING))
+            known.changed = True
+            known.put(value)
         return unknown
 
     def in_place(self, path: str) -> bool:
