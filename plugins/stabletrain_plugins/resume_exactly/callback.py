@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
@@ -16,6 +17,7 @@ from stabletrain.runtime import rng
 from stabletrain.runtime.accumulation import AccumulationWindow
 from stabletrain.runtime.data.position import LoaderState
 from stabletrain.runtime.data.train_loader import TrainLoader
+from stabletrain.runtime.guard.callbacks import GuardMember
 from stabletrain.runtime.hidden.hidden_state import HiddenState
 from stabletrain.runtime.hidden.plain import Unsaved, from_plain, to_plain
 from stabletrain.runtime.internals import loader as loader_internals
@@ -24,6 +26,8 @@ from stabletrain.runtime.internals.fabric import refuse_in_fabric
 from stabletrain.runtime.plugin_state import names_its_plugin
 
 FastForward: TypeAlias = Literal["auto", "indices", "batches"]
+
+logger = logging.getLogger("stabletrain")
 
 _NAME = "resume_exactly"
 _OPT_OUT = "remove ResumeExactly (config key plugins.resume=none)"
@@ -80,6 +84,9 @@ class ResumeExactly(Callback):
         if stage != "fit":
             return
         self._close()
+        if trainer.precision_plugin.precision == "64-true":
+            # Lightning does this after it has loaded a checkpoint, whose numbers are rounded to float32 by then
+            trainer.precision_plugin.convert_module(pl_module)
         self._trainer, self._final, self._loaded = trainer, None, False
         self._hidden, self._saved_hidden = HiddenState(trainer_internals.unwrapped(pl_module), False, True), {}
         self._hidden_is_known = False
@@ -224,6 +231,7 @@ class ResumeExactly(Callback):
         if not self._hidden_is_known:
             return self._saved_hidden
         found, unsaved = {}, []
+        assert self._trainer is not None
         for path, value in self._hidden.values(changed=True).items():
             if self._is_of_ended_epoch(value):
                 continue
@@ -237,6 +245,10 @@ class ResumeExactly(Callback):
                 f"{_NAME}: {', '.join(new)} cannot be saved, so a resumed run starts without: expected tensors, and "
                 "tuples, lists and dictionaries of them. Register a buffer, or save it in on_save_checkpoint"
             )
+        guarded = any(isinstance(each, GuardMember) for each in self._trainer.callbacks)  # type: ignore[attr-defined]
+        if not guarded and self._trainer.is_global_zero:  # else the guard says it
+            for message in self._hidden.news():
+                logger.warning(message)
         return found
 
     def _is_of_ended_epoch(self, value: Any) -> bool:

@@ -66,8 +66,8 @@ class StepControl:
         """Do not apply the step in progress (decided on the host)."""
         self._drop = True
         self.freeze_step()
+        self.hidden.restore()  # first: attributes may share memory with buffers whose changes are not counted
         self._buffers.restore()
-        self.hidden.restore()
 
     def freeze_step(self) -> None:
         """Keep the global step and the module's own per-step scheduler from advancing at the step in progress."""
@@ -78,8 +78,8 @@ class StepControl:
         """Make the fused kernel divide the gradient by ``grad_scale``, or do nothing if ``dropped`` is 1."""
         self.optimizer.grad_scale = grad_scale  # type: ignore[attr-defined]
         self.optimizer.found_inf = dropped  # type: ignore[attr-defined]
-        self._buffers.restore_where(dropped)
         self.hidden.restore_where(dropped)
+        self._buffers.restore_where(dropped)
 
     def undo(self) -> None:
         """Restore the methods of optimizer and module that were replaced for the fit."""

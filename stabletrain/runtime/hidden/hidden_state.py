@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stabletrain.runtime.hidden.contents import holds_tensors, is_container, is_data, may_hold_later
 from stabletrain.runtime.hidden.opaque_state import OpaqueState
-from stabletrain.runtime.hidden.values import Saved, Uncopied, holds_tensors, is_container, is_data, may_hold_later
+from stabletrain.runtime.hidden.slots import MISSING, UNKNOWN, Owner, Slot
+from stabletrain.runtime.hidden.values import Saved, Uncopied
 from stabletrain.runtime.internals import attributes
 
 _LIMIT = 64 << 20
@@ -25,90 +27,6 @@ _SHORT = 64
 """Items of a container without tensors that is copied when it is found."""
 _LOOKS = (1, 2, 8, 32)
 """Windows at whose start objects that cannot be kept are looked at."""
-_MISSING: Any = object()
-_UNKNOWN: Any = object()
-"""Instead of a value before there were tensors: there were some from the beginning."""
-
-
-class _Owner:
-    """The attributes of one module.
-
-    Args:
-        prefix: of the attributes' paths: the module's name and a dot.
-        module: the module.
-        names: its attributes, or its buffers: the dictionary itself.
-        ignored: names of those that are no state of its own.
-    """
-
-    def __init__(self, prefix: str, module: nn.Module, names: dict[str, Any], ignored: frozenset[str]) -> None:
-        self.prefix, self.module, self.names, self.ignored = prefix, module, names, ignored
-        self.was_examined = False
-        self.ids: list[int] = []
-        """Of all values when they were last examined."""
-        self.others: dict[str, Any] = {}
-        """The values without tensors then; while they are kept, no other value can have one of their ids."""
-
-
-class _Slot:
-    """One attribute that holds tensors, or has held them, or is a container to which they may be added."""
-
-    def __init__(self, owner: _Owner, key: str, before: Any) -> None:
-        self.owner, self.key, self.path = owner, key, f"{owner.prefix}{key}"
-        self.saved: Saved | None = None  # None: it held no tensors, and no containers to which some may be added
-        self.held = False  # tensors
-        self.plain = before  # its value without tensors
-        self.length = 0  # of a container without tensors
-        self.first = before
-        self.changed = self.in_place = self.uncopied = False
-
-    @property
-    def value(self) -> Any:
-        return self.owner.names.get(self.key, _MISSING)
-
-    @property
-    def is_current(self) -> bool:
-        value = self.value
-        if self.saved is not None:
-            return self.saved.is_current(value)
-        return value is self.plain and (not is_container(value) or len(value) == self.length)
-
-    @property
-    def has_only_grown(self) -> bool:
-        """Whether it is a list to which items were added."""
-        value = self.value
-        if self.saved is not None:
-            return self.saved.is_beginning_of(value)
-        return value is self.plain and isinstance(value, list) and len(value) > self.length
-
-    def put(self, value: Any) -> None:
-        """Set the attribute; a container that is there keeps its identity."""
-        module, names, live = self.owner.module, self.owner.names, self.value
-        if value is live:
-            return
-        if is_container(value) and type(live) is type(value):
-            live.clear()
-            live.update(value) if isinstance(value, dict) else live.extend(value)
-        elif value is _MISSING:
-            names.pop(self.key, None)
-        elif names is module._buffers or not any(
-            self.key in each for each in (module._parameters, module._buffers, module._modules)
-        ):
-            names[self.key] = value
-
-    def put_back(self) -> None:
-        value = self.value
-        if not (self.held or holds_tensors(value)):
-            return
-        if self.saved is not None:
-            try:
-                self.put(self.saved.restored(value))
-            except Uncopied:
-                return
-        elif value is self.plain and is_container(value):
-            while len(value) > self.length:  # what was added last is at the end
-                value.popitem() if isinstance(value, dict) else value.pop()
-        else:
-            self.put(self.plain)
 
 
 class HiddenState:
@@ -125,16 +43,17 @@ class HiddenState:
 
     def __init__(self, module: nn.Module, copies: bool = True, buffers: bool = False) -> None:
         self._copies = copies
-        self._slots: dict[str, _Slot] = {}
+        self._slots: dict[str, Slot] = {}
         self._told: set[str] = set()
         self._windows = self._bytes = 0
         self._limit = max(_LIMIT, sum(p.numel() * p.element_size() for p in module.parameters()) // 2)
         self._opaque = OpaqueState()
-        self._owners: list[_Owner] = []
-        self._library: list[tuple[_Owner, int]] = []  # classes of torch: watched from when something is added
+        self._registered = {} if buffers else {id(each): each for each in module.buffers()}
+        self._owners: list[Owner] = []
+        self._library: list[tuple[Owner, int]] = []  # classes of torch: watched from when something is added
         for name, child in attributes.attribute_owners(module):
             names, ignored = attributes.names_of(child), attributes.ignored_attributes(child)
-            owner = _Owner(f"{name}." if name else "", child, names, ignored)
+            owner = Owner(f"{name}." if name else "", child, names, ignored)
             if attributes.is_of_library(child) and not any(
                 holds_tensors(value) for key, value in names.items() if key not in ignored
             ):
@@ -143,7 +62,7 @@ class HiddenState:
                 self._owners.append(owner)
             if buffers and (kept := attributes.buffers_not_saved(child)):
                 left_out = frozenset(child._buffers) - kept
-                self._owners.append(_Owner(owner.prefix, child, child._buffers, left_out))
+                self._owners.append(Owner(owner.prefix, child, child._buffers, left_out))
 
     # ---- accumulation windows ---------------------------------------------------------------------------------------
 
@@ -228,7 +147,7 @@ class HiddenState:
                 slot.changed |= slot.held or holds_tensors(value)
             small = slot.held and slot.saved is not None and slot.saved.nbytes <= _LARGE
             is_empty = is_container(value) and not value
-            if value is not _MISSING and is_data(value) and (slot.changed or (not changed and (small or is_empty))):
+            if value is not MISSING and is_data(value) and (slot.changed or (not changed and (small or is_empty))):
                 found[slot.path] = value
         return found
 
@@ -240,9 +159,9 @@ class HiddenState:
         """
         self._find(within=not self._copies)
         for slot in self._slots.values():
-            if slot.path not in values and slot.changed and slot.first is not _UNKNOWN:
+            if slot.path not in values and slot.changed and slot.first is not UNKNOWN:
                 slot.put(slot.first)
-        owners: dict[str, list[_Owner]] = {}
+        owners: dict[str, list[Owner]] = {}
         for owner in (*self._owners, *(each for each, _ in self._library)):
             owners.setdefault(owner.prefix, []).append(owner)
         unknown: list[str] = []
@@ -257,7 +176,7 @@ class HiddenState:
                     unknown.append(path)
                     continue
                 owner = next((each for each in found if key in each.names), found[0])
-                known = self._slots[path] = _Slot(owner, key, owner.names.get(key, _MISSING))
+                known = self._slots[path] = Slot(owner, key, owner.names.get(key, MISSING))
             known.changed = True
             known.put(value)
         return unknown
@@ -286,8 +205,8 @@ class HiddenState:
                 path = f"{owner.prefix}{key}"
                 if key in owner.ignored or path in self._slots or not (is_container(value) or holds_tensors(value)):
                     continue
-                before = owner.others.get(key, _MISSING) if owner.was_examined else _UNKNOWN
-                slot = self._slots[path] = _Slot(owner, key, before)
+                before = owner.others.get(key, MISSING) if owner.was_examined else UNKNOWN
+                slot = self._slots[path] = Slot(owner, key, before)
                 if not within:
                     self._save(slot, first=not owner.was_examined)
             if not within:
@@ -295,16 +214,16 @@ class HiddenState:
                 owner.ids = [*map(id, names.values())]
                 owner.others = {k: v for k, v in names.items() if f"{owner.prefix}{k}" not in self._slots}
 
-    def _save(self, slot: _Slot, first: bool = False) -> None:
+    def _save(self, slot: Slot, first: bool = False) -> None:
         value, before = slot.value, slot.saved
         self._bytes -= before.nbytes if before is not None else 0
         had, slot.held = slot.held, holds_tensors(value)
         slot.saved, slot.uncopied = None, False
         if slot.held or may_hold_later(value):
             try:
-                slot.saved = Saved(value, before, self._copy if self._copies else None)
+                slot.saved = Saved(value, before, self._copy if self._copies else None, self._registered)
             except Uncopied:
-                slot.saved, slot.uncopied = Saved(value), True
+                slot.saved, slot.uncopied = Saved(value, registered=self._registered), True
             self._bytes += slot.saved.nbytes
             slot.in_place |= before is not None and slot.saved.has_objects_of(before)
         else:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric, MetricCollection
 
-from stabletrain.runtime.hidden.values import is_container, tensors_in
+from stabletrain.runtime.hidden.contents import is_container, tensors_in
 from stabletrain.runtime.internals.attributes import names_of, version_of
 
 _KEPT_ELSEWHERE = (torch.Tensor, Optimizer, LRScheduler, Metric, MetricCollection, type)

@@ -3,66 +3,19 @@
 from __future__ import annotations
 
 import weakref
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stabletrain.runtime.hidden.contents import DEPTH, EXAMINED
 from stabletrain.runtime.internals.attributes import version_of
-
-_DEPTH = 8
-_EXAMINED = 64
-"""Items of a long container that are examined: those at its ends. A list to which every step appends is long."""
-
-
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 
 
 class Uncopied(Exception):
     """A value is too large to copy, or was not copied."""
-
-
-def is_container(value: Any) -> bool:
-    """Whether a value may come to hold tensors without being replaced."""
-    return isinstance(value, list | deque | dict)
-
-
-def tensors_in(value: Any, depth: int = _DEPTH) -> Iterator[Tensor]:
-    """The tensors in a value; of a long container, those in its first and last items."""
-    if isinstance(value, Tensor):
-        yield value
-    elif depth and (is_container(value) or isinstance(value, tuple)):
-        for each in _ends(value):
-            yield from tensors_in(each, depth - 1)
-
-
-def holds_tensors(value: Any) -> bool:
-    """Whether there are tensors in a value that are no parameters."""
-    return any(not isinstance(each, nn.Parameter) for each in tensors_in(value))
-
-
-def may_hold_later(value: Any) -> bool:
-    """Whether tensors may be added to a container within a short container, which its own length does not show."""
-    return is_container(value) and len(value) <= _EXAMINED and any(map(is_container, _ends(value)))
-
-
-def is_data(value: Any, depth: int = _DEPTH) -> bool:
-    """Whether a value is made of tensors, plain values, tuples, lists and dictionaries only."""
-    if isinstance(value, (Tensor, *_PLAIN)):
-        return True
-    if not depth or (type(value) not in (list, tuple, dict, deque, OrderedDict) and not hasattr(value, "_fields")):
-        return False
-    return all(is_data(each, depth - 1) for each in _ends(value))
-
-
-def _ends(value: Any) -> list[Any]:
-    if len(value) <= _EXAMINED:
-        return list(value.values()) if isinstance(value, dict) else list(value)
-    if isinstance(value, dict):
-        return [next(iter(value.values())), next(reversed(value.values()))]
-    return [value[0], value[-1]]
 
 
 class Leaf:
@@ -151,21 +104,26 @@ class Saved:
         value: holds tensors.
         before: the same value as it was saved earlier; copies of unchanged tensors are taken over.
         copy: copies a tensor, given the bytes of the copies so far, or raises `Uncopied`; None: only changes are found.
+        registered: ids of tensors that are kept otherwise, as buffers are.
 
     Raises:
         Uncopied: from ``copy``.
     """
 
     def __init__(
-        self, value: Any, before: Saved | None = None, copy: Callable[[Tensor, int], Tensor] | None = None
+        self,
+        value: Any,
+        before: Saved | None = None,
+        copy: Callable[[Tensor, int], Tensor] | None = None,
+        registered: Container[int] = (),
     ) -> None:
-        self._copy = copy
+        self._copy, self._registered = copy, registered
         self._known = {} if before is None else before.leaves
         self.nbytes = 0
         """Size of the copies, bytes."""
         self.leaves: dict[int, Leaf] = {}
         """By the ids of their tensors."""
-        self._node = self._save(value, _DEPTH)
+        self._node = self._save(value, DEPTH)
         self._known = {}
 
     def has_objects_of(self, before: Saved) -> bool:
@@ -214,7 +172,7 @@ class Saved:
         return _restored(self._node, live)
 
     def _save(self, value: Any, depth: int) -> Any:
-        if isinstance(value, nn.Parameter):
+        if isinstance(value, nn.Parameter) or id(value) in self._registered:
             return value
         if isinstance(value, Tensor):
             if (known := self.leaves.get(id(value))) is not None:
@@ -229,7 +187,7 @@ class Saved:
             return value
         if isinstance(value, dict):
             return _Mapping(value, {key: self._save(each, depth - 1) for key, each in value.items()})
-        if len(value) > _EXAMINED:
+        if len(value) > EXAMINED:
             return _Long(value)
         return _Sequence(value, [self._save(each, depth - 1) for each in value])
 

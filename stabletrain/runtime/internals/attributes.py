@@ -24,7 +24,8 @@ def attribute_owners(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def is_of_library(module: nn.Module) -> bool:
     """Whether the class of a module is torch's: its forward sets no attributes, but code elsewhere may add some."""
-    return type(module).__module__.partition(".")[0] == "torch"
+    bases = (base.__module__.partition(".")[0] for base in type(module).__mro__)  # FSDP2 derives a class of its own
+    return all(package in ("torch", "abc", "builtins", "typing") for package in bases)
 
 
 def ignored_attributes(module: nn.Module) -> frozenset[str]:

@@ -17,7 +17,7 @@ import torchmetrics
 from fits import assert_same
 from going_back import GoBack
 from recurrent import KINDS, STEPS, Recurrent, data, end, train
-from torch import nn
+from torch import Tensor, nn
 
 from stabletrain import Guard, SkipNonFinite
 from stabletrain.runtime.hidden.hidden_state import HiddenState
@@ -213,3 +213,20 @@ def test_every_change_is_undone_or_kept(change: Change, dropped: float | None) -
     expected = after if dropped == 0.0 else {**before, "d": None}
     now = {key: module.__dict__.get(key) for key in "abcd"}
     assert str(now) == str(expected)
+
+
+def test_an_alias_of_a_buffer_is_the_buffers_business() -> None:
+    """Bug: changes of running statistics are not counted: an old copy of them overwrites the right ones."""
+
+    class Aliases(Recurrent):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4)
+            self.alias, self.view = self.norm.running_mean, [self.norm.running_var[:2]]  # type: ignore[index]
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step((self.norm(batch[0]), batch[1]), batch_idx)
+
+    module, reference = Aliases(), Aliases()
+    mine, theirs = train(module, data((5,)), SkipNonFinite()), train(reference, data(missing=(5,)))
+    assert_same(end(module, mine), end(reference, theirs))
