@@ -18,7 +18,7 @@ LAYERS = [
     ["core", "extras"],
     ["runtime.internals"],
     ["runtime"],  # the modules directly in it
-    ["runtime.records", "runtime.data"],
+    ["runtime.records", "runtime.data", "runtime.hidden"],
     ["runtime.guard"],
     ["runtime.snapshots"],
     ["runtime.checkpoints"],

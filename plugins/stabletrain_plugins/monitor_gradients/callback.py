@@ -66,11 +66,12 @@ class MonitorGradients(GuardMember):
         self._clear()
 
     def _clear(self) -> None:
-        self._measurements: list[Tensor] = []
+        self._measurements: list[tuple[list[str], Tensor]] = []
         self._worst: int | None = None
         self._told = False
         self._layers: list[str] = []
         self._layer_of: list[int] = []
+        self._parameters: list[Tensor] = []
         self._index: dict[int, tuple[list[int], Tensor]] = {}
 
     @property
@@ -88,14 +89,14 @@ class MonitorGradients(GuardMember):
         """Compute the norms on the device, in the first step and every `every` steps."""
         if (step + 1) % self.every and step:
             return
-        if not self._layers:
+        if [*map(id, parameters)] != [*map(id, self._parameters)]:  # at first, and when others are trained
             self._group(parameters)
         grads = gradients.of(parameters)
         present = [layer for layer, p in zip(self._layer_of, parameters, strict=True) if gradients.of((p,))]
         norms = [self._norms(0, grads, present, parameters[0].device)]
         if self.weights:
             norms.append(self._norms(1, [p.detach() for p in parameters], self._layer_of, parameters[0].device))
-        self._measurements.append(torch.stack(norms))
+        self._measurements.append((self._layers, torch.stack(norms)))
 
     def on_outcome(self, outcome: Outcome) -> None:
         """After a non-finite step: name the parameters where its gradient is non-finite; of applied steps only once."""
@@ -126,15 +127,18 @@ class MonitorGradients(GuardMember):
         worst, self._worst = self._worst, None
         if not measurements:
             return {} if worst is None else {"nonfinite_layers": float(worst)}
-        table: list[list[list[float]]] = torch.stack(measurements).tolist()
-        seen = max(sum(not math.isfinite(norm) for norm in each[0]) for each in table)
-        metrics = {"nonfinite_layers": float(max(seen, worst or 0))}
-        for row, what in enumerate(("grad_norm", "weight_norm")[: len(table[0])]):
-            for column, layer in enumerate(self._layers):
-                finite = [each[row][column] for each in table if math.isfinite(each[row][column])]
-                if finite:
-                    metrics[f"{metric_names.LAYERS}{what}/{layer}"] = math.fsum(finite) / len(finite)
-        return metrics
+        values: list[float] = torch.cat([each.flatten() for _, each in measurements]).tolist()
+        seen, found = 0, dict[str, list[float]]()
+        for layers, norms in measurements:
+            rows = [values[i : i + len(layers)] for i in range(0, norms.numel(), len(layers))]
+            values = values[norms.numel() :]
+            seen = max(seen, sum(not math.isfinite(norm) for norm in rows[0]))
+            for what, row in zip(("grad_norm", "weight_norm"), rows, strict=False):
+                for layer, norm in zip(layers, row, strict=True):
+                    if math.isfinite(norm):
+                        found.setdefault(f"{metric_names.LAYERS}{what}/{layer}", []).append(norm)
+        means = {key: math.fsum(norms) / len(norms) for key, norms in found.items()}
+        return {"nonfinite_layers": float(max(seen, worst or 0)), **means}
 
     def _group(self, parameters: Sequence[Tensor]) -> None:
         assert self._guard is not None, "on_gradients is called by the guard"
@@ -145,6 +149,7 @@ class MonitorGradients(GuardMember):
         self._layers = list(dict.fromkeys(layer for _, layer in forward))
         at = {layer: i for i, layer in enumerate(self._layers)}
         self._layer_of = [at[layer] for layer in layers]
+        self._parameters = list(parameters)
 
     def _norms(self, row: int, tensors: Sequence[Tensor], layer_of: list[int], device: torch.device) -> Tensor:
         """The norm of each layer, in float64, in which the square of a float32 does not overflow."""

@@ -126,7 +126,8 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
             self._log.record_resume(guard.counters.attempted, (*self._interventions, *self._levels))
         if excluded := self.excluded:
             loader.exclude(excluded)
-        self._weights = WeightMonitor(WeightCheck(named, self.max_growth), self.check_every, self._weight_history)
+        check = WeightCheck(guard.module.named_parameters, self.max_growth)
+        self._weights = WeightMonitor(check, self.check_every, self._weight_history)
         self._incidents.on_step_end(guard.decided, trainer.global_step, loader.mark())
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -26,6 +26,7 @@ from stabletrain.runtime.checkpoints.preemption import EXIT_CODE, PreemptionWatc
 from stabletrain.runtime.checkpoints.saver import Saver
 from stabletrain.runtime.checkpoints.store import MetricMode, Retention, Store
 from stabletrain.runtime.internals import trainer as trainer_internals
+from stabletrain.runtime.internals.fabric import refuse_in_fabric
 from stabletrain.runtime.plugin_state import names_its_plugin
 from stabletrain.runtime.ranks import Ranks
 from stabletrain.runtime.records import run_files
@@ -39,6 +40,7 @@ _EVERY = "save_checkpoints.every"
 """Name of the argument ``every`` in messages."""
 
 
+@refuse_in_fabric
 class SaveCheckpoints(StopBetweenBatches, Checkpoint):
     """Save checkpoints that are complete or absent, verified when they are read, and written while training continues.
 

@@ -29,11 +29,13 @@ from stabletrain.errors import UserError
 from stabletrain.runtime.guard.publishing import warn_of_old_names
 from stabletrain.runtime.guard.step_guard import StepGuard
 from stabletrain.runtime.internals import trainer as trainer_internals
+from stabletrain.runtime.internals.fabric import refuse_in_fabric
 from stabletrain.runtime.plugin_state import names_its_plugin
 from stabletrain.runtime.run_length import run_length
 from stabletrain.runtime.stop import TrainingStopped
 
 
+@refuse_in_fabric
 class GuardMember(Callback):
     """A callback that shares one guard with all others of its Trainer: the base class of every plugin.
 
@@ -134,8 +136,6 @@ class GuardMember(Callback):
         """The optimizer exists: open the guard, which wraps the optimizer's step."""
         if self._leads and self._guard is not None:
             self._guard.open()
-            if not self._guard.control.has_buffers:
-                self.__dict__["on_train_batch_start"] = None  # one hook less at every step
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn if the fit resumes from a checkpoint that holds no state of this plugin."""

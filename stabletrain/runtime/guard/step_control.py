@@ -2,8 +2,9 @@
 
 Parameters and optimizer state: ``optimizer.step`` of this one instance is wrapped; a dropped step runs forward and
 backward (the closure) but not the update. In device mode, the fused kernel does nothing if ``found_inf`` is set.
-Buffers that forward changed (BatchNorm statistics) are restored to their values before the accumulation window. The
-module's own per-step scheduler and the global step do not advance. For the loss scaler see `LossScaling`.
+Buffers that forward changed (BatchNorm statistics), and tensors in attributes of modules (the hidden state of an LSTM),
+are restored to their values before the accumulation window. The module's own per-step scheduler and the global step do
+not advance. For the loss scaler see `LossScaling`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from torch.optim import Optimizer
 
 from stabletrain.runtime.guard.module_buffers import ModuleBuffers
 from stabletrain.runtime.guard.rewarming import Rewarming
+from stabletrain.runtime.hidden.hidden_state import HiddenState
 from stabletrain.runtime.internals import trainer as trainer_internals
+from stabletrain.runtime.records.event_log import logger
 
 
 class StepControl:
@@ -38,20 +41,21 @@ class StepControl:
         self._module = module
         self._rewarming = rewarming
         self._buffers = ModuleBuffers(module)
+        self.hidden = HiddenState(module)
+        """The tensors in the module's attributes."""
         self._drop = False
         self._frozen = False
         self._replaced: list[tuple[object, str, Any]] = []
         self._wrap_optimizer_step()
         self._wrap_scheduler_step()
 
-    @property
-    def has_buffers(self) -> bool:
-        """Whether the module has buffers; without buffers `start_window` does nothing."""
-        return len(self._buffers) > 0
-
     def start_window(self) -> None:
-        """Copy the buffers at the start of an accumulation window; a dropped step restores them."""
+        """Copy buffers and hidden state at the start of an accumulation window; a dropped step restores them."""
         self._buffers.stash()
+        self.hidden.stash()
+        for message in self.hidden.news():
+            if self.trainer.is_global_zero:
+                logger.warning(message)
 
     def start_decision(self) -> None:
         """Reset the marks of the last step, before the next decision."""
@@ -62,6 +66,7 @@ class StepControl:
         """Do not apply the step in progress (decided on the host)."""
         self._drop = True
         self.freeze_step()
+        self.hidden.restore()  # first: attributes may share memory with buffers whose changes are not counted
         self._buffers.restore()
 
     def freeze_step(self) -> None:
@@ -73,6 +78,7 @@ class StepControl:
         """Make the fused kernel divide the gradient by ``grad_scale``, or do nothing if ``dropped`` is 1."""
         self.optimizer.grad_scale = grad_scale  # type: ignore[attr-defined]
         self.optimizer.found_inf = dropped  # type: ignore[attr-defined]
+        self.hidden.restore_where(dropped)
         self._buffers.restore_where(dropped)
 
     def undo(self) -> None:

@@ -47,6 +47,7 @@ from stabletrain.runtime.guard.rewarming import Rewarming
 from stabletrain.runtime.guard.signals import Signals
 from stabletrain.runtime.guard.step_control import StepControl
 from stabletrain.runtime.guard.support import DecisionMode
+from stabletrain.runtime.guard.trained_parameters import TrainedParameters
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.ranks import Ranks
 from stabletrain.runtime.records import run_files
@@ -128,10 +129,9 @@ class StepGuard:
         self._control = StepControl(self.trainer, self.module, self.rewarming)
         self._samples = StepSamples(self.trainer, self.ranks)
         self._undo = [self._control.undo, trainer_internals.before_checkpoint(self.trainer, self._before_checkpoint)]
-        self._parameters = [p for group in self._control.optimizer.param_groups for p in group["params"]]
-        names = {id(p): name for name, p in self.module.named_parameters()}
-        self._names = [names.get(id(p), f"parameter {i}") for i, p in enumerate(self._parameters)]
-        self.on_device = support.decides_on_device(self.trainer, self.mode, self._parameters[0].device)
+        self.parameters = TrainedParameters(self._control.optimizer, self.module)
+        device = self.parameters.read(self.trainer.global_step)[0].device
+        self.on_device = support.decides_on_device(self.trainer, self.mode, device)
         self._log_every = trainer_internals.log_interval(self.trainer)
         self.is_open = self.is_training = True
 
@@ -149,6 +149,7 @@ class StepGuard:
     def start_batch(self) -> None:
         """``on_train_batch_start``: copy the buffers before the first micro-batch of a window."""
         if self.window.is_empty and self._control is not None:
+            self.parameters.put_back(self.trainer.global_step)
             self._control.start_window()
 
     def take_loss(self, loss: Tensor) -> None:
@@ -167,10 +168,11 @@ class StepGuard:
         loss, changed = self._window_loss()  # a collective: also called by ranks without a loss
         if loss is None or not self._scaling.unscale(optimizer):
             return
-        grads = gradients.of(self._parameters)
+        parameters = self.parameters.read(self.trainer.global_step)  # groups may have been added since the last step
+        grads = gradients.of(parameters)
         grad_norm = gradients.global_norm(grads)
         for member in self._gradient_observers:
-            member.on_gradients(self.counters.attempted, self._parameters)
+            member.on_gradients(self.counters.attempted, parameters)
         for plugin, reason in self.changes.expected_at(self.trainer.global_step):
             self._learn_anew(plugin, reason)
         self._lr = self.rewarming.rate(optimizer)
@@ -394,9 +396,8 @@ class StepGuard:
 
     def _transform(self, grads: list[Tensor]) -> Tensor:
         if grads:
-            present = [i for i, p in enumerate(self._parameters) if p.grad is not None]
-            names = [self._names[i] for i in present]
-            parameters = [self._parameters[i] for i in present]
+            parameters = [p for p in self.parameters.read(self.trainer.global_step) if p.grad is not None]
+            names = self.parameters.names(parameters)
             for transform in self._transforms:
                 transform.transform(names, parameters, grads)
         return gradients.global_norm(grads)
