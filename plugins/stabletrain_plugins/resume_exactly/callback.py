@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
 import torch.distributed as dist
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
@@ -17,6 +17,7 @@ from stabletrain.runtime.data.position import LoaderState
 from stabletrain.runtime.data.train_loader import TrainLoader
 from stabletrain.runtime.internals import loader as loader_internals
 from stabletrain.runtime.internals import trainer as trainer_internals
+from stabletrain.runtime.internals.packages import Callback
 from stabletrain.runtime.plugin_state import names_its_plugin
 
 FastForward: TypeAlias = Literal["auto", "indices", "batches"]

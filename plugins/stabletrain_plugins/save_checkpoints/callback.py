@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
 
 from stabletrain.core.intervals import SaveTriggers
 from stabletrain.core.lengths import LengthLike
@@ -25,6 +24,7 @@ from stabletrain.runtime.checkpoints.preemption import EXIT_CODE, PreemptionWatc
 from stabletrain.runtime.checkpoints.saver import Saver
 from stabletrain.runtime.checkpoints.store import MetricMode, Retention, Store
 from stabletrain.runtime.internals import trainer as trainer_internals
+from stabletrain.runtime.internals.packages import Checkpoint
 from stabletrain.runtime.plugin_state import names_its_plugin
 from stabletrain.runtime.ranks import Ranks
 from stabletrain.runtime.records import run_files
