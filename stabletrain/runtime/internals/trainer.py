@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import Strategy
 from torch.optim import Optimizer
 
-from stabletrain.runtime.internals.packages import own
+from stabletrain.runtime.internals.packages import both, own
 
 STEP_HOOKS = (
     "on_train_batch_start",
@@ -40,7 +40,7 @@ def silence_step_hooks(callback: Callback, among: type[Callback]) -> None:
         among: the base class whose own hooks are not needed on this instance.
     """
     for hook in STEP_HOOKS:
-        if getattr(type(callback), hook) in (getattr(Callback, hook), getattr(among, hook)):
+        if getattr(type(callback), hook) in [getattr(each, hook) for each in (*both(Callback), among)]:
             callback.__dict__[hook] = None
 
 

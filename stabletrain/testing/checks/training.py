@@ -37,10 +37,10 @@ def parts(subject: Subject, option: Option) -> Parts:
     if kind == "optimizer":
         return Parts([], subject.build(option), {})
     if kind in ("precision", "strategy"):
-        from lightning.pytorch import Trainer
+        from stabletrain.testing.trainer import lightning_package
 
         arguments: Mapping[str, Any] = subject.node(option) or {}
-        built = instantiate_arguments(Trainer, arguments, trust=subject.trust, key=choice(option))
+        built = instantiate_arguments(lightning_package().Trainer, arguments, trust=subject.trust, key=choice(option))
         return Parts([], None, built)
     return Parts([subject.build(option)], None, {})
 
