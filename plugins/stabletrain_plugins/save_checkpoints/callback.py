@@ -9,7 +9,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, cast
 
 from lightning.pytorch import LightningModule, Trainer
 
@@ -31,6 +31,9 @@ from stabletrain.runtime.records import run_files
 from stabletrain.runtime.records.recipe import recipe_hash
 from stabletrain.runtime.run_length import run_length
 from stabletrain.runtime.signal_watch import Terminated
+
+if TYPE_CHECKING:
+    from stabletrain.runtime.internals.packages import AnyTrainer
 
 logger = logging.getLogger("stabletrain")
 
@@ -117,7 +120,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         best = None if self._saver is None else self._saver.best(self._run)
         return str(best.path) if best else self.last or ""
 
-    def save(self, trainer: Trainer, *, wait: bool = False, value: float | None = None) -> Path | None:
+    def save(self, trainer: AnyTrainer, *, wait: bool = False, value: float | None = None) -> Path | None:
         """Save a checkpoint now. Call it on all ranks, between batches.
 
         If the checkpoint cannot be written, a warning is logged and training continues.
@@ -130,6 +133,9 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         Returns:
             The newest complete checkpoint, on rank 0 with ``wait``; else None.
         """
+        return self._save(cast(Trainer, trainer), wait, value)
+
+    def _save(self, trainer: Trainer, wait: bool, value: float | None) -> Path | None:
         checkpoint = trainer_internals.dump_checkpoint(trainer)
         self._saved_at = _position(trainer)
         self._triggers.saved(time.monotonic())
