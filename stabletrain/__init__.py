@@ -45,32 +45,49 @@ _PLUGINS = {
 
 if TYPE_CHECKING:
     from stabletrain.runtime.guard.callbacks import RuleCallback
+    from stabletrain.runtime.internals.packages import AcceptedByBoth
     from stabletrain_plugins.clip_norm.rule import ClipNormRule
     from stabletrain_plugins.clip_percentile.rule import ClipPercentileRule
-    from stabletrain_plugins.clip_tensorwise.transform import ClipTensorwise as ClipTensorwise
-    from stabletrain_plugins.clip_unitwise.transform import ClipUnitwise as ClipUnitwise
-    from stabletrain_plugins.clip_value.transform import ClipValue as ClipValue
+    from stabletrain_plugins.clip_tensorwise.transform import ClipTensorwise as _ClipTensorwise
+    from stabletrain_plugins.clip_unitwise.transform import ClipUnitwise as _ClipUnitwise
+    from stabletrain_plugins.clip_value.transform import ClipValue as _ClipValue
     from stabletrain_plugins.clip_zscore.rule import ClipZScoreRule
     from stabletrain_plugins.detect_spikes.rule import DetectSpikesRule
-    from stabletrain_plugins.monitor_gradients.callback import MonitorGradients as MonitorGradients
-    from stabletrain_plugins.resume_exactly.callback import ResumeExactly as ResumeExactly
-    from stabletrain_plugins.rollback.callback import Rollback as Rollback
-    from stabletrain_plugins.save_checkpoints.callback import SaveCheckpoints as SaveCheckpoints
-    from stabletrain_plugins.schedule_lr.schedule import ScheduleLR as ScheduleLR
+    from stabletrain_plugins.monitor_gradients.callback import MonitorGradients as _MonitorGradients
+    from stabletrain_plugins.resume_exactly.callback import ResumeExactly as _ResumeExactly
+    from stabletrain_plugins.rollback.callback import Rollback as _Rollback
+    from stabletrain_plugins.save_checkpoints.callback import SaveCheckpoints as _SaveCheckpoints
+    from stabletrain_plugins.schedule_lr.schedule import ScheduleLR as _ScheduleLR
     from stabletrain_plugins.skip_nonfinite.rule import SkipNonFiniteRule
     from stabletrain_plugins.skip_outliers.rule import SkipOutliersRule
 
-    class ClipNorm(RuleCallback, ClipNormRule): ...
+    class ClipNorm(RuleCallback, ClipNormRule, AcceptedByBoth): ...
 
-    class ClipPercentile(RuleCallback, ClipPercentileRule): ...
+    class ClipPercentile(RuleCallback, ClipPercentileRule, AcceptedByBoth): ...
 
-    class ClipZScore(RuleCallback, ClipZScoreRule): ...
+    class ClipTensorwise(_ClipTensorwise, AcceptedByBoth): ...
 
-    class DetectSpikes(RuleCallback, DetectSpikesRule): ...
+    class ClipUnitwise(_ClipUnitwise, AcceptedByBoth): ...
 
-    class SkipNonFinite(RuleCallback, SkipNonFiniteRule): ...
+    class ClipValue(_ClipValue, AcceptedByBoth): ...
 
-    class SkipOutliers(RuleCallback, SkipOutliersRule): ...
+    class ClipZScore(RuleCallback, ClipZScoreRule, AcceptedByBoth): ...
+
+    class DetectSpikes(RuleCallback, DetectSpikesRule, AcceptedByBoth): ...
+
+    class MonitorGradients(_MonitorGradients, AcceptedByBoth): ...
+
+    class ResumeExactly(_ResumeExactly, AcceptedByBoth): ...
+
+    class Rollback(_Rollback, AcceptedByBoth): ...
+
+    class SaveCheckpoints(_SaveCheckpoints, AcceptedByBoth): ...
+
+    class ScheduleLR(_ScheduleLR, AcceptedByBoth): ...
+
+    class SkipNonFinite(RuleCallback, SkipNonFiniteRule, AcceptedByBoth): ...
+
+    class SkipOutliers(RuleCallback, SkipOutliersRule, AcceptedByBoth): ...
 # end of the generated part
 
 if TYPE_CHECKING:
@@ -78,8 +95,11 @@ if TYPE_CHECKING:
     from stabletrain.config.build import default_callbacks as default_callbacks
     from stabletrain.errors import UserError as UserError
     from stabletrain.runtime.guard.announce import announce as announce
-    from stabletrain.runtime.guard.options import Guard as Guard
+    from stabletrain.runtime.guard.options import Guard as _Guard
     from stabletrain.runtime.stop import TrainingStopped as TrainingStopped
+
+    class Guard(_Guard, AcceptedByBoth): ...
+
 
 __all__ = [*_EXPORTS, *_PLUGINS]
 

@@ -146,18 +146,20 @@ def _export(plugin: PluginInfo, name: str) -> Export:
 
 
 def _export_table(found: list[Export]) -> str:
-    rules = [each for each in found if each.is_rule]
     lines = ["_PLUGINS = {", *(f'    "{each.name}": "{each.module}:{each.attribute}",' for each in found), "}"]
     imports = [
-        f"    from {each.module} import {each.attribute}" + ("" if each.is_rule else f" as {each.attribute}")
+        f"    from {each.module} import {each.attribute}" + ("" if each.is_rule else f" as _{each.attribute}")
         for each in found
     ]
-    if rules:
+    if imports:
+        imports.append("    from stabletrain.runtime.internals.packages import AcceptedByBoth")
+    if any(each.is_rule for each in found):
         imports.append("    from stabletrain.runtime.guard.callbacks import RuleCallback")
     if imports:
         lines += ["", "if TYPE_CHECKING:", *sorted(imports, key=lambda line: (line.split()[1], line))]
-    for each in rules:
-        lines += ["", f"    class {each.name}(RuleCallback, {each.attribute}): ..."]
+    for each in found:
+        bases = f"RuleCallback, {each.attribute}" if each.is_rule else f"_{each.attribute}"
+        lines += ["", f"    class {each.name}({bases}, AcceptedByBoth): ..."]
     return "\n".join(lines) + "\n"
 
 

@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from lightning.pytorch import Callback
 
 
-def callbacks(node: object, *, trust: Iterable[str] = (), paths_outside: bool = False) -> list[Callback]:
+def callbacks(node: object, *, trust: Iterable[str] = (), paths_outside: bool = False) -> list[Any]:
     """Build the callbacks of a ``plugins`` node for ``Trainer(callbacks=...)``, in the node's order.
+
+    The list may be passed to the Trainers of ``lightning.pytorch`` and ``pytorch_lightning``, which name different
+    types of callbacks.
 
     Args:
         node: an OmegaConf or plain mapping of slots to ``{_target_: ..., arguments}``; slots that are null or empty
@@ -49,7 +52,7 @@ def callbacks(node: object, *, trust: Iterable[str] = (), paths_outside: bool = 
     return [build_callback(value, key=key, trust=trust) for key, value in nodes.items()]
 
 
-def default_callbacks(**choices: str) -> list[Callback]:
+def default_callbacks(**choices: str) -> list[Any]:
     """Return the callbacks of conf/train.yaml: clipping, skipping of bad steps, rollback, gradient monitor.
 
     The options are read from their files without Hydra.

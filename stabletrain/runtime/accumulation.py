@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 
 from stabletrain.runtime.internals import trainer as trainer_internals
+from stabletrain.runtime.internals.packages import both
 
 
 class AccumulationWindow:
@@ -39,7 +40,7 @@ class AccumulationWindow:
     def size_in(self, epoch: int) -> int:
         """Number of micro-batches in a window of an epoch; a GradientAccumulationScheduler may change it."""
         for callback in self._trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, GradientAccumulationScheduler):
+            if isinstance(callback, both(GradientAccumulationScheduler)):
                 return int(callback.get_accumulate_grad_batches(epoch))
         return self.size
 
@@ -48,7 +49,7 @@ class AccumulationWindow:
         """Number of micro-batches in a window, in the epoch that has most."""
         sizes = [self.size]
         for callback in self._trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, GradientAccumulationScheduler):
+            if isinstance(callback, both(GradientAccumulationScheduler)):
                 sizes += callback.scheduling.values()
         return max(sizes)
 

@@ -12,6 +12,8 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from stabletrain.runtime.internals.packages import both
+
 T = TypeVar("T")
 
 Placement: TypeAlias = Literal["sharded", "replicated", "local"]
@@ -82,7 +84,7 @@ class Ranks:
         """
         if isinstance(parameter, DTensor):
             return "replicated" if all(each.is_replicate() for each in parameter.placements) else "sharded"
-        if isinstance(self._strategy, FSDPStrategy):
+        if isinstance(self._strategy, both(FSDPStrategy)):
             return "sharded"
         return "local" if self._averages_sharded_modules_only else "replicated"
 
@@ -93,4 +95,4 @@ class Ranks:
     @property
     def _averages_sharded_modules_only(self) -> bool:
         strategy = self._strategy
-        return isinstance(strategy, ModelParallelStrategy) and strategy.device_mesh["data_parallel"].size() > 1
+        return isinstance(strategy, both(ModelParallelStrategy)) and strategy.device_mesh["data_parallel"].size() > 1

@@ -16,12 +16,12 @@ from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from stabletrain.core import metric_names
 from stabletrain.extras import require
+from stabletrain.runtime.internals.packages import Logger, both
 from stabletrain.runtime.records.run_files import UNSENT_METRICS
 from stabletrain.runtime.signal_watch import Interrupted, Terminated
 from stabletrain.tracking import runs
@@ -199,7 +199,8 @@ class MLflowLogger(Logger):
         if self._session is None:
             return
         # Lightning passes "failed" for every exception, from within its handler
-        interrupted = isinstance(sys.exc_info()[1], KeyboardInterrupt | SIGTERMException | Interrupted | Terminated)
+        signals = (KeyboardInterrupt, Interrupted, Terminated, *both(SIGTERMException))
+        interrupted = isinstance(sys.exc_info()[1], signals)
         if status in ("success", "finished"):
             final: runs.Status = "FINISHED"
         elif interrupted or status in ("killed", "aborted"):

@@ -19,6 +19,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from stabletrain.runtime.internals.packages import both
 from stabletrain.runtime.signal_watch import Interrupted, Terminated
 from stabletrain.tracking import MLflowLogger, StoreError, runs
 from stabletrain.tracking.runs import create_run
@@ -80,7 +81,7 @@ def test_a_plain_script(uri, client, tmp_path):
     [
         (RuntimeError("boom"), RuntimeError, "FAILED"),
         (KeyboardInterrupt(), SystemExit, "KILLED"),
-        (SIGTERMException(), SIGTERMException, "KILLED"),
+        *((each(), each, "KILLED") for each in both(SIGTERMException)),
         (Interrupted(signal.SIGINT), Interrupted, "KILLED"),
         (Terminated(143), SystemExit, "KILLED"),
         (SystemExit(0), SystemExit, "FAILED"),

@@ -22,6 +22,7 @@ from stabletrain.runtime.guard.callbacks import RuleCallback
 from stabletrain.runtime.guard.step_guard import StepGuard
 from stabletrain.runtime.internals import state as state_internals
 from stabletrain.runtime.internals import trainer as trainer_internals
+from stabletrain.runtime.internals.packages import both
 from stabletrain.runtime.records.event_log import logger
 
 
@@ -79,7 +80,7 @@ def _candidates(trainer: Trainer) -> Iterator[Path]:
     """Checkpoints of this run, newest first."""
     seen: set[Path] = set()
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if not isinstance(callback, Checkpoint):
+        if not isinstance(callback, both(Checkpoint)):
             continue
         if callable(wait := getattr(callback, "wait", None)):
             wait()  # when a write in progress ends, an older checkpoint is deleted: it could be the one chosen here
@@ -119,7 +120,7 @@ def restore(guard: StepGuard, path: str, cause: str) -> None:
     trainer, module = guard.trainer, guard.module
     checkpoint = load(path)
     module.on_load_checkpoint(checkpoint)
-    averaging = [each for each in trainer.callbacks if isinstance(each, WeightAveraging)]  # type: ignore[attr-defined]
+    averaging = [each for each in trainer.callbacks if isinstance(each, both(WeightAveraging))]  # type: ignore[attr-defined]
     trainer.strategy.load_model_state_dict(checkpoint, strict=module.strict_loading)
     for callback in averaging:
         callback.on_load_checkpoint(trainer, module, checkpoint)

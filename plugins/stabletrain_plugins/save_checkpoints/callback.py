@@ -9,10 +9,9 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, cast
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
 
 from stabletrain.core import metric_names
 from stabletrain.core.intervals import SaveTriggers
@@ -27,12 +26,16 @@ from stabletrain.runtime.checkpoints.saver import Saver
 from stabletrain.runtime.checkpoints.store import MetricMode, Retention, Store
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.internals.fabric import refuse_in_fabric
+from stabletrain.runtime.internals.packages import Checkpoint
 from stabletrain.runtime.plugin_state import names_its_plugin
 from stabletrain.runtime.ranks import Ranks
 from stabletrain.runtime.records import run_files
 from stabletrain.runtime.records.recipe import recipe_hash
 from stabletrain.runtime.run_length import run_length
 from stabletrain.runtime.signal_watch import Terminated
+
+if TYPE_CHECKING:
+    from stabletrain.runtime.internals.packages import AnyTrainer
 
 logger = logging.getLogger("stabletrain")
 
@@ -120,7 +123,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         best = None if self._saver is None else self._saver.best(self._run)
         return str(best.path) if best else self.last or ""
 
-    def save(self, trainer: Trainer, *, wait: bool = False, value: float | None = None) -> Path | None:
+    def save(self, trainer: AnyTrainer, *, wait: bool = False, value: float | None = None) -> Path | None:
         """Save a checkpoint now. Call it on all ranks, between batches.
 
         If the checkpoint cannot be written, a warning is logged and training continues.
@@ -133,6 +136,9 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         Returns:
             The newest complete checkpoint, on rank 0 with ``wait``; else None.
         """
+        return self._save(cast(Trainer, trainer), wait, value)
+
+    def _save(self, trainer: Trainer, wait: bool, value: float | None) -> Path | None:
         checkpoint = trainer_internals.dump_checkpoint(trainer)
         self._saved_at = _position(trainer)
         self._triggers.saved(time.monotonic())

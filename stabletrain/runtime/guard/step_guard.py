@@ -25,7 +25,6 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -379,7 +378,7 @@ class StepGuard:
     def _before_checkpoint(self) -> None:
         """Observe the outcome in flight, and learn anew if any rank announced a change since the last decision."""
         # after an exception of one rank the others do not get here
-        together = self.trainer.state.status == TrainerStatus.RUNNING
+        together = self.trainer.state.status == "running"
         self.settle(alone=not together)
         announced = bool(self.changes.announced)
         if self.ranks.any(announced) if together else announced:

@@ -17,6 +17,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import Strategy
 from torch.optim import Optimizer
 
+from stabletrain.runtime.internals.packages import both, own
+
 STEP_HOOKS = (
     "on_train_batch_start",
     "on_before_zero_grad",
@@ -38,7 +40,7 @@ def silence_step_hooks(callback: Callback, among: type[Callback]) -> None:
         among: the base class whose own hooks are not needed on this instance.
     """
     for hook in STEP_HOOKS:
-        if getattr(type(callback), hook) in (getattr(Callback, hook), getattr(among, hook)):
+        if getattr(type(callback), hook) in [getattr(each, hook) for each in (*both(Callback), among)]:
             callback.__dict__[hook] = None
 
 
@@ -240,7 +242,8 @@ def batches_seen(trainer: Trainer) -> int:
 def reads_own_checkpoints(trainer: Trainer) -> bool:
     """Whether the strategy reads and writes checkpoints itself, without a CheckpointIO (sharded ones)."""
     mine = type(trainer.strategy)
-    return mine.load_checkpoint is not Strategy.load_checkpoint or mine.save_checkpoint is not Strategy.save_checkpoint
+    base = own(Strategy, trainer.strategy)  # type: ignore[type-abstract]
+    return mine.load_checkpoint is not base.load_checkpoint or mine.save_checkpoint is not base.save_checkpoint
 
 
 def sigterm_is_lightnings(trainer: Trainer) -> bool:

@@ -26,6 +26,7 @@ from stabletrain.runtime.guard.hooks import HasOwnState, has_own_state
 from stabletrain.runtime.guard.members import Member
 from stabletrain.runtime.guard.step_guard import StepGuard
 from stabletrain.runtime.internals import state as state_internals
+from stabletrain.runtime.internals.packages import both
 from stabletrain.runtime.snapshots.buffers import SnapshotBuffers, bytes_of
 from stabletrain.runtime.snapshots.state_tree import Flattener, Restorer, SnapshotError
 
@@ -255,7 +256,7 @@ def _parts(guard: StepGuard, groups: Sequence[Sequence[dict[str, Any]]] | None =
         averages = state_internals.averages_in(callback, module)
         for average in averages:
             yield from _model_parts(f"{type(callback).__name__}'s model", average)
-        if averages or isinstance(callback, EarlyStopping):
+        if averages or isinstance(callback, both(EarlyStopping)):
             names = tuple(name for name, value in vars(callback).items() if isinstance(value, _SCALARS))
             yield _Part(type(callback).__name__, vars(callback), names)
 

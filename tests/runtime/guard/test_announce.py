@@ -321,7 +321,7 @@ def test_wrong_arguments_are_errors(arguments: Any) -> None:
         st.announce(mine, arguments[1])  # type: ignore[arg-type]
 
 
-def test_a_trainer_of_another_package_ignores_it() -> None:
-    """Bug: a pytorch_lightning Trainer, which can have no plugins of ours, taken for a mistake."""
+def test_what_has_a_trainers_state_is_a_trainer() -> None:
+    """Bug: a Trainer of pytorch_lightning, or one that another library wraps, taken for a mistake."""
     state = types.SimpleNamespace(fn="fit", status="running")
     st.announce(types.SimpleNamespace(state=state, callbacks=[object()]), TERM)  # type: ignore[arg-type]
