@@ -28,6 +28,8 @@ class AccumulationWindow:
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         self._losses: list[Tensor] = []
+        self.lacks_loss = False
+        """Whether a micro-batch of the window in progress had a backward pass, but no loss."""
 
     # ---- where windows begin and end --------------------------------------------------------------------------------
 
@@ -72,11 +74,17 @@ class AccumulationWindow:
         """Add a micro-batch's loss, as passed to backward: one element, divided by the size of the window."""
         self._losses.append(loss.detach().reshape(()) if loss.ndim else loss.detach())
 
+    @property
+    def held(self) -> int:
+        """Number of micro-batches of the window in progress that have a loss."""
+        return len(self._losses)
+
     def take(self) -> list[Tensor]:
-        """Return the losses of the window, 0-d tensors divided by its size, and remove them."""
-        losses, self._losses = self._losses, []
+        """Return the losses of the window, 0-d tensors divided by its size, and start a new one."""
+        losses = self._losses
+        self.clear()
         return losses
 
     def clear(self) -> None:
-        """Remove the losses of the window in progress."""
-        self._losses.clear()
+        """Forget the window in progress."""
+        self._losses, self.lacks_loss = [], False

@@ -163,6 +163,8 @@ class GuardMember(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Observe the outcome in flight and send the metrics: other callbacks monitor them at the epoch's end."""
         self._settle_and_flush()
+        if self._leads and self._guard is not None:
+            self._guard.end_epoch()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Observe the last outcome, send the last metrics, and warn if many steps were dropped."""

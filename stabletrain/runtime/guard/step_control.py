@@ -64,6 +64,10 @@ class StepControl:
         self.freeze_step()
         self._buffers.restore()
 
+    def restore_nonfinite_buffers(self) -> None:
+        """Restore the buffers if a batch without a loss has made one of them non-finite."""
+        self._buffers.restore_if_nonfinite()
+
     def freeze_step(self) -> None:
         """Keep the global step and the module's own per-step scheduler from advancing at the step in progress."""
         self._frozen = True

@@ -1,0 +1,172 @@
+"""Run by two processes: one rank has no loss for a batch; the result is compared with a fit that never saw its step."""
+
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fits
+import torch
+import torch.distributed as dist
+import two_ranks
+from fits import EventRecorder, Recorder, everything
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
+
+from stabletrain import ClipNorm, Guard, SkipNonFinite
+
+STEPS = 6
+
+
+class Case(NamedTuple):
+    """A fit in which a rank has no loss for some batches.
+
+    Args:
+        missing: batches for which it has none, of `STEPS` windows.
+        how: ``none``; ``none after forward``; ``leaf``: a zero that is not connected to the model; ``scaled leaf``: one
+            with a graph; ``dict``: the leaf in a dictionary.
+        ranks: that have none.
+        accumulate: micro-batches in a window.
+        mode: of the guard.
+        fp16: with a loss scaler.
+        ddp: arguments of DistributedDataParallel.
+        net: ``plain``, ``sparse``, ``unused`` (each rank leaves out another layer) or ``checkpoint`` (reentrant).
+    """
+
+    missing: tuple[int, ...] = (2,)
+    how: str = "none"
+    ranks: tuple[int, ...] = (1,)
+    accumulate: int = 1
+    mode: Any = "exact"
+    fp16: bool = False
+    ddp: tuple[str, ...] = ()
+    net: str = "plain"
+
+
+CASES = {
+    "none": Case(),
+    "none on rank 0": Case(ranks=(0,)),
+    "none on both": Case(ranks=(0, 1)),
+    "none at first and last": Case(missing=(0, 5)),
+    "after forward": Case(how="none after forward"),
+    "leaf": Case(how="leaf"),
+    "scaled leaf": Case(how="scaled leaf"),
+    "dict": Case(how="dict"),
+    "inside a window": Case(missing=(6,), accumulate=3),
+    "last of a window": Case(missing=(8,), accumulate=3),
+    "a whole window": Case(missing=(6, 7, 8), accumulate=3, how="none after forward"),
+    "device": Case(missing=(2, 3), mode="device"),
+    "device, in a window": Case(missing=(4,), accumulate=2, mode="device", how="none after forward"),
+    "device, none on both": Case(ranks=(0, 1), mode="device"),
+    "fp16": Case(fp16=True),
+    "fp16, in a window": Case(fp16=True, missing=(4, 7), accumulate=2),
+    "find_unused": Case(ddp=("find_unused_parameters",), net="unused"),
+    "find_unused, leaf": Case(ddp=("find_unused_parameters",), net="unused", how="leaf"),
+    "static_graph": Case(ddp=("static_graph",)),
+    "static_graph, at first": Case(ddp=("static_graph",), missing=(0,), ranks=(0,)),
+    "bucket_view": Case(ddp=("gradient_as_bucket_view",), missing=(4,), accumulate=2),
+    "sparse": Case(net="sparse"),
+    "checkpoint": Case(net="checkpoint"),
+}
+
+
+class Net(LightningModule):
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 1))
+        self.other = nn.ModuleList([nn.Linear(6, 1) for _ in range(2)]) if case.net == "unused" else None
+        self.table = nn.Embedding(4, 6, sparse=True) if case.net == "sparse" else None
+        self.frozen = nn.Linear(6, 1).requires_grad_(False)
+        self.case = case
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table is not None:
+            x = x + self.table(torch.arange(len(x)) % 4)
+        y = self.net(x)
+        if self.other is not None:
+            y = y + self.other[self.global_rank](x)
+        return y + self.frozen(x)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        number = int(batch)
+        mine = number in self.case.missing and self.global_rank in self.case.ranks
+        how = self.case.how
+        if mine and how == "none":
+            return None
+        x = torch.randn(8, 6, generator=torch.Generator().manual_seed(2 * number + self.global_rank))
+        if self.case.net == "checkpoint":
+            # its graph ends at the input: the loss reaches the parameters in a backward pass of their own
+            y = checkpoint(self, x.requires_grad_(), use_reentrant=True)
+        else:
+            y = self(x)
+        loss = (y - x.detach().sum(1, keepdim=True)).square().mean()
+        if not mine:
+            return loss
+        leaf = torch.zeros((), requires_grad=True)
+        return {"none after forward": None, "leaf": leaf, "scaled leaf": 2 * leaf, "dict": {"loss": leaf, "n": 1}}[how]
+
+    def configure_optimizers(self) -> Any:
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        if self.table is not None:
+            optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters, 0.01)
+        else:
+            optimizer = torch.optim.AdamW(parameters, 0.01, fused=self.case.mode == "device")
+        decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
+        epoch = self.case.mode == "device"
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "epoch" if epoch else "step"}}
+
+
+class Outputs(Callback):
+    """Records which batches had an output."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[str]] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.seen.append(sorted(outputs))
+
+
+def train(folder: Path, case: Case, numbers: list[int]) -> dict[str, Any]:
+    recorder, events, outputs = Recorder(), EventRecorder(), Outputs()
+    strategy = DDPStrategy(process_group_backend="gloo", **dict.fromkeys(case.ddp, True))
+    module = Net(case)
+    clip = [] if case.net == "sparse" else [ClipNorm(max_norm=1.0)]
+    mine = fits.fit(
+        module,
+        DataLoader(numbers, batch_size=1),  # type: ignore[arg-type]
+        *[recorder, *clip, SkipNonFinite(max_in_a_row=1), Guard(mode=case.mode), events, outputs],
+        default_root_dir=folder,
+        strategy=strategy,
+        devices=2,
+        use_distributed_sampler=False,
+        accumulate_grad_batches=case.accumulate,
+        fp16=case.fp16,
+    )
+    assert "training_step" not in vars(module)
+    return {
+        "end": everything(mine),
+        "outcomes": [tuple(o)[1:] for o in recorder.state],
+        "skipped": mine.callback_metrics["skipped"].item(),
+        "loss": mine.callback_metrics["loss"].item() if "loss" in mine.callback_metrics else None,
+        "events": [(e.step, e.plugin, e.kind) for e in events.events if e.plugin != "recorder"],
+        "outputs": outputs.seen,
+    }
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    chosen = sys.argv[2:] or list(CASES)
+    for name in chosen:
+        case = CASES[name]
+        every = list(range(STEPS * case.accumulate))
+        lost = {number // case.accumulate for number in case.missing}
+        results = {
+            "dropped": train(folder, case, every),
+            "never seen": train(folder, case, [n for n in every if n // case.accumulate not in lost]),
+        }
+        torch.save(results, folder / f"{name}-{dist.get_rank()}.pt")
+        print(name, "ok", flush=True)
+    two_ranks.leave()
