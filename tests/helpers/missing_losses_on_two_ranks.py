@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from stabletrain import ClipNorm, Guard, SkipNonFinite
+from stabletrain import AccumulateMean, ClipNorm, Guard, SkipNonFinite
 
 STEPS = 6
 
@@ -129,7 +129,7 @@ class Outputs(Callback):
         self.seen.append(sorted(outputs))
 
 
-def train(folder: Path, case: Case, numbers: list[int]) -> dict[str, Any]:
+def train(folder: Path, case: Case, numbers: list[int], *plugins: Callback) -> dict[str, Any]:
     recorder, events, outputs = Recorder(), EventRecorder(), Outputs()
     strategy = DDPStrategy(process_group_backend="gloo", **dict.fromkeys(case.ddp, True))
     module = Net(case)
@@ -137,7 +137,7 @@ def train(folder: Path, case: Case, numbers: list[int]) -> dict[str, Any]:
     mine = fits.fit(
         module,
         DataLoader(numbers, batch_size=1),  # type: ignore[arg-type]
-        *[recorder, *clip, SkipNonFinite(max_in_a_row=1), Guard(mode=case.mode), events, outputs],
+        *[recorder, *clip, SkipNonFinite(max_in_a_row=1), Guard(mode=case.mode), events, outputs, *plugins],
         default_root_dir=folder,
         strategy=strategy,
         devices=2,
@@ -158,8 +158,11 @@ def train(folder: Path, case: Case, numbers: list[int]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    chosen = sys.argv[2:] or list(CASES)
-    for name in chosen:
+    for mode in ("exact", "device"):
+        case = Case((), accumulate=4, mode=mode)
+        rest = [train(folder, case, list(range(6)), *plugins)["outcomes"] for plugins in ([], [AccumulateMean()])]
+        torch.save(rest, folder / f"rest-{mode}-{dist.get_rank()}.pt")
+    for name in sys.argv[2:] or CASES:
         case = CASES[name]
         every = list(range(STEPS * case.accumulate))
         lost = {number // case.accumulate for number in case.missing}
@@ -168,5 +171,4 @@ if __name__ == "__main__":
             "never seen": train(folder, case, [n for n in every if n // case.accumulate not in lost]),
         }
         torch.save(results, folder / f"{name}-{dist.get_rank()}.pt")
-        print(name, "ok", flush=True)
     two_ranks.leave()

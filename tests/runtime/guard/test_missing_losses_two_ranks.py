@@ -36,3 +36,13 @@ def test_a_step_without_a_loss_on_one_rank_is_never_seen(folder: Path, name: str
     for key, value in ranks[0]["dropped"]["end"].items():
         if not key.startswith(("module.net.1.", "module.other", "scaler")):  # statistics are each rank's own
             assert torch.equal(value, ranks[1]["dropped"]["end"][key]), key
+
+
+@pytest.mark.parametrize("mode", ["exact", "device"])
+def test_two_ranks_weigh_the_rest_of_an_epoch_alike(folder: Path, mode: str) -> None:
+    """Bugs: a rank weighs its gradient before the ranks have averaged theirs, or by the micro-batches of all ranks."""
+    ranks = [torch.load(folder / f"rest-{mode}-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert repr(ranks[0]) == repr(ranks[1])
+    (full, bare), (same, weighted) = ranks[0]
+    assert full == same
+    assert weighted[:2] == (bare[0], 2 * bare[1])
