@@ -1,5 +1,6 @@
 """Run by two processes: one rank has no loss for a batch; the result is compared with a fit that never saw its step."""
 
+import functools
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,13 +27,14 @@ class Case(NamedTuple):
     Args:
         missing: batches for which it has none, of `STEPS` windows.
         how: ``none``; ``none after forward``; ``leaf``: a zero that is not connected to the model; ``scaled leaf``: one
-            with a graph; ``dict``: the leaf in a dictionary.
+            with a graph; ``dict``: the leaf in a dictionary; ``batch``: the loader gives None.
         ranks: that have none.
         accumulate: micro-batches in a window.
         mode: of the guard.
         fp16: with a loss scaler.
         ddp: arguments of DistributedDataParallel.
-        net: ``plain``, ``sparse``, ``unused`` (each rank leaves out another layer) or ``checkpoint`` (reentrant).
+        net: ``plain``, ``sparse``, ``unused`` (each rank leaves out another layer), ``checkpoint`` (reentrant) or
+            ``decorated`` (its ``training_step``).
     """
 
     missing: tuple[int, ...] = (2,)
@@ -54,6 +56,10 @@ CASES = {
     "leaf": Case(how="leaf"),
     "scaled leaf": Case(how="scaled leaf"),
     "dict": Case(how="dict"),
+    "batch": Case(how="batch"),
+    "batch, in a window": Case(how="batch", missing=(6, 11), accumulate=3),
+    "batch, first of a window": Case(how="batch", missing=(6, 7, 8), accumulate=3, ranks=(0, 1)),
+    "decorated": Case(net="decorated"),
     "inside a window": Case(missing=(6,), accumulate=3),
     "last of a window": Case(missing=(8,), accumulate=3),
     "a whole window": Case(missing=(6, 7, 8), accumulate=3, how="none after forward"),
@@ -119,6 +125,27 @@ class Net(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "epoch" if epoch else "step"}}
 
 
+def collate(case: Case, numbers: list[int]) -> Tensor | None:
+    lost = case.how == "batch" and numbers[0] in case.missing and dist.get_rank() in case.ranks
+    return None if lost else torch.tensor(numbers)
+
+
+def passed_on(method: Any) -> Any:
+    @functools.wraps(method)
+    def same(*args: Any, **kwargs: Any) -> Any:
+        return method(*args, **kwargs)
+
+    return same
+
+
+class Decorated(Net):
+    """Its ``training_step`` takes no ``batch_idx``, which Lightning sees behind the decorator."""
+
+    @passed_on
+    def training_step(self, batch: Tensor) -> Any:
+        return super().training_step(batch, 0)
+
+
 class Outputs(Callback):
     """Records which batches had an output."""
 
@@ -132,11 +159,11 @@ class Outputs(Callback):
 def train(folder: Path, case: Case, numbers: list[int], *plugins: Callback) -> dict[str, Any]:
     recorder, events, outputs = Recorder(), EventRecorder(), Outputs()
     strategy = DDPStrategy(process_group_backend="gloo", **dict.fromkeys(case.ddp, True))
-    module = Net(case)
+    module = Decorated(case) if case.net == "decorated" else Net(case)
     clip = [] if case.net == "sparse" else [ClipNorm(max_norm=1.0)]
     mine = fits.fit(
         module,
-        DataLoader(numbers, batch_size=1),  # type: ignore[arg-type]
+        DataLoader(numbers, batch_size=1, collate_fn=functools.partial(collate, case)),  # type: ignore[arg-type]
         *[recorder, *clip, SkipNonFinite(max_in_a_row=1), Guard(mode=case.mode), events, outputs, *plugins],
         default_root_dir=folder,
         strategy=strategy,

@@ -24,11 +24,16 @@ from torch.nn.parallel import DistributedDataParallel
 from stabletrain.runtime.internals import trainer as trainer_internals
 
 
+class NoBatch:
+    """Stands for a batch that is None, on a rank that takes part in the step of the others."""
+
+
 class MissingLosses:
     """Replaces missing losses for one fit under DistributedDataParallel; under other strategies it does nothing.
 
     A loss is missing if ``training_step`` returns None, or a loss whose graph has no parameter, such as
-    ``torch.zeros((), requires_grad=True)``: its backward pass reaches no gradient that the other ranks wait for.
+    ``torch.zeros((), requires_grad=True)``: its backward pass reaches no gradient that the other ranks wait for. And it
+    is if the loader gives None for a batch, which Lightning passes over; hooks then get a `NoBatch`.
 
     Args:
         trainer: in a fit; its strategy has set up the model.
@@ -42,7 +47,8 @@ class MissingLosses:
         self._without_output = False
         self._undo: list[Callable[[], None]] = []
         if isinstance(trainer.strategy.model, DistributedDataParallel):
-            self._wrap_training_step()
+            self._replace(module, "training_step", self._training_step(module.training_step))
+            self._replace(trainer.strategy, "batch_to_device", _keep_none(trainer, trainer.strategy.batch_to_device))
             self._undo.append(trainer_internals.hide_output(trainer, self._take_without_output))
 
     def take(self) -> bool:
@@ -59,26 +65,29 @@ class MissingLosses:
         without, self._without_output = self._without_output, False
         return without
 
-    def _wrap_training_step(self) -> None:
-        owner, inner = self._module.__dict__, self._module.training_step
-        before = owner.get("training_step")
-
-        @functools.wraps(inner)
-        def training_step(*args: Any, **kwargs: Any) -> Any:
-            self._missing = self._without_output = False
-            return self._with_loss(inner(*args, **kwargs))
-
-        # Lightning reads the argument names behind one decorator; the module's own may be one already
-        training_step.__wrapped__ = getattr(inner, "__wrapped__", inner)
-        owner["training_step"] = training_step
+    def _replace(self, owner: object, name: str, method: Callable[..., Any]) -> None:
+        attributes = vars(owner)
+        before = attributes.get(name)
+        attributes[name] = method
 
         def undo() -> None:
             if before is None:
-                owner.pop("training_step", None)
+                attributes.pop(name, None)
             else:
-                owner["training_step"] = before
+                attributes[name] = before
 
         self._undo.append(undo)
+
+    def _training_step(self, inner: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(inner)
+        def training_step(*args: Any, **kwargs: Any) -> Any:
+            self._missing = self._without_output = False
+            batch = next(iter((*args, *kwargs.values())), None)
+            return self._with_loss(None if isinstance(batch, NoBatch) else inner(*args, **kwargs))
+
+        # Lightning reads the names of the arguments behind one decorator, and the module's own may be one
+        training_step.__wrapped__ = getattr(inner, "__wrapped__", inner)
+        return training_step
 
     def _with_loss(self, output: Any) -> Any:
         """The output of ``training_step``, with a loss that reaches all parameters if its own is missing."""
@@ -114,6 +123,15 @@ class _Zero(torch.autograd.Function):
         return (None, None, *(_no_rows(p) if sparse else torch.zeros_like(p) for sparse, p in pairs))
 
 
+def _keep_none(trainer: Trainer, inner: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(inner)
+    def batch_to_device(*args: Any, **kwargs: Any) -> Any:
+        batch = inner(*args, **kwargs)
+        return NoBatch() if batch is None and trainer.training else batch
+
+    return batch_to_device
+
+
 def _no_rows(weight: Tensor) -> Tensor:
     """A sparse gradient of an embedding without entries."""
     indices = torch.zeros((1, 0), dtype=torch.long, device=weight.device)
@@ -134,9 +152,11 @@ def _may_reach_parameters(loss: Tensor) -> bool:
         node = waiting.popleft()
         if node is None:
             continue
-        if isinstance(node, BackwardCFunction) or isinstance(getattr(node, "variable", None), nn.Parameter):
+        if isinstance(node, BackwardCFunction):
             return True
-        new = [each for each, _ in node.next_functions if each not in seen]
+        if not (functions := node.next_functions) and isinstance(getattr(node, "variable", None), nn.Parameter):
+            return True
+        new = [each for each, _ in functions if each not in seen]
         seen.update(new)
         waiting.extend(new)
     return False

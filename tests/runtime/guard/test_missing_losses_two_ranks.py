@@ -30,7 +30,7 @@ def test_a_step_without_a_loss_on_one_rank_is_never_seen(folder: Path, name: str
         assert (dropped["skipped"], never["skipped"]) == (len(steps), 0)
         assert dropped["events"] == [(step, "guard", "skip") for step in steps]
         assert dropped["loss"] == never["loss"] or 5 in steps, "metrics of the last step"
-        kept = {"none": [], "none after forward": [], "dict": ["loss", "n"]}.get(case.how, ["loss"])
+        kept = {"none": [], "none after forward": [], "batch": [], "dict": ["loss", "n"]}.get(case.how, ["loss"])
         mine = case.missing if rank in case.ranks else ()
         assert dropped["outputs"] == [kept if n in mine else ["loss"] for n in range(script.STEPS * case.accumulate)]
     for key, value in ranks[0]["dropped"]["end"].items():
