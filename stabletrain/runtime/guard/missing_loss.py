@@ -46,7 +46,8 @@ class MissingLosses:
         self._missing = False
         self._without_output = False
         self._undo: list[Callable[[], None]] = []
-        if isinstance(trainer.strategy.model, DistributedDataParallel):
+        several = trainer.world_size > 1 and isinstance(trainer.strategy.model, DistributedDataParallel)
+        if several and module.automatic_optimization:
             self._replace(module, "training_step", self._training_step(module.training_step))
             self._replace(trainer.strategy, "batch_to_device", _keep_none(trainer, trainer.strategy.batch_to_device))
             self._undo.append(trainer_internals.hide_output(trainer, self._take_without_output))
