@@ -44,9 +44,8 @@ class Ranks:
             flags: of this rank.
 
         Returns:
-            The mean, a 0-d tensor. Without any loss: None on one process; of several, which would have to read the
-            device to know it, NaN. And the flags: of one process as they are, of several 0-d tensors, the number of
-            ranks on which each is set, so that no rank has to read the device.
+            The mean, a 0-d tensor, None if no rank had a loss. And the flags: of one process as they are, of several
+            0-d tensors, the number of ranks on which each is set, so that no rank has to read the device.
         """
         if self.size == 1:
             if not losses:
@@ -57,6 +56,8 @@ class Ranks:
         numbers = (torch.full((), float(each), device=device) for each in (len(losses), *flags))
         packed = torch.stack([total, *numbers])
         dist.all_reduce(packed)
+        if not losses and not packed[1]:  # only a rank without a loss has to read the device
+            return None, list(packed[2:])
         return packed[0] / packed[1], list(packed[2:])
 
     def any(self, flag: bool) -> bool:

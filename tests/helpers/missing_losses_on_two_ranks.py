@@ -1,6 +1,7 @@
 """Run by two processes: one rank has no loss for a batch; the result is compared with a fit that never saw its step."""
 
 import functools
+import os
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from stabletrain import AccumulateMean, ClipNorm, Guard, SkipNonFinite
+from stabletrain import AccumulateMean, ClipNorm, Guard, SkipNonFinite, default_callbacks
 
 STEPS = 6
 
@@ -50,22 +51,21 @@ class Case(NamedTuple):
 CASES = {
     "none": Case(),
     "none on rank 0": Case(ranks=(0,)),
-    "none on both": Case(ranks=(0, 1)),
     "none at first and last": Case(missing=(0, 5)),
     "after forward": Case(how="none after forward"),
     "leaf": Case(how="leaf"),
+    "leaf at the end of a window": Case(how="leaf", missing=(7, 8), accumulate=3),
     "scaled leaf": Case(how="scaled leaf"),
     "dict": Case(how="dict"),
     "batch": Case(how="batch"),
     "batch, in a window": Case(how="batch", missing=(6, 11), accumulate=3),
-    "batch, first of a window": Case(how="batch", missing=(6, 7, 8), accumulate=3, ranks=(0, 1)),
     "decorated": Case(net="decorated"),
-    "inside a window": Case(missing=(6,), accumulate=3),
+    "inside a window": Case(missing=(7,), accumulate=3),
+    "first of a window": Case(missing=(6,), accumulate=3, how="none after forward"),
     "last of a window": Case(missing=(8,), accumulate=3),
     "a whole window": Case(missing=(6, 7, 8), accumulate=3, how="none after forward"),
     "device": Case(missing=(2, 3), mode="device"),
     "device, in a window": Case(missing=(4,), accumulate=2, mode="device", how="none after forward"),
-    "device, none on both": Case(ranks=(0, 1), mode="device"),
     "fp16": Case(fp16=True),
     "fp16, in a window": Case(fp16=True, missing=(4, 7), accumulate=2),
     "find_unused": Case(ddp=("find_unused_parameters",), net="unused"),
@@ -76,6 +76,20 @@ CASES = {
     "sparse": Case(net="sparse"),
     "checkpoint": Case(net="checkpoint"),
 }
+NOBODY = {
+    "none": Case(ranks=(0, 1)),
+    "none at first and last": Case(missing=(0, 5), ranks=(0, 1)),
+    "after forward": Case(ranks=(0, 1), how="none after forward"),
+    "leaf": Case(ranks=(0, 1), how="leaf"),
+    "device": Case(ranks=(0, 1), mode="device"),
+    "fp16": Case(ranks=(0, 1), fp16=True),
+    "window": Case(ranks=(0, 1), missing=(4, 5), accumulate=2),
+    "batch": Case(ranks=(0, 1), missing=(4, 5), accumulate=2, how="batch"),
+    "unused": Case(ranks=(0, 1), net="unused", ddp=("find_unused_parameters",)),
+}
+"""No rank has a loss in some windows."""
+IN_WINDOW = Case(how="leaf", missing=(6, 10), accumulate=3)
+"""A zero without a graph where no rank waits for it."""
 
 
 class Net(LightningModule):
@@ -156,15 +170,15 @@ class Outputs(Callback):
         self.seen.append(sorted(outputs))
 
 
-def train(folder: Path, case: Case, numbers: list[int], *plugins: Callback) -> dict[str, Any]:
+def train(folder: Path, case: Case, numbers: list[int], *plugins: Callback, clip: float = 1.0) -> dict[str, Any]:
     recorder, events, outputs = Recorder(), EventRecorder(), Outputs()
     strategy = DDPStrategy(process_group_backend="gloo", **dict.fromkeys(case.ddp, True))
     module = Decorated(case) if case.net == "decorated" else Net(case)
-    clip = [] if case.net == "sparse" else [ClipNorm(max_norm=1.0)]
+    clips = [] if case.net == "sparse" else [ClipNorm(max_norm=clip)]
     mine = fits.fit(
         module,
         DataLoader(numbers, batch_size=1, collate_fn=functools.partial(collate, case)),  # type: ignore[arg-type]
-        *[recorder, *clip, SkipNonFinite(max_in_a_row=1), Guard(mode=case.mode), events, outputs, *plugins],
+        *[recorder, *clips, SkipNonFinite(max_in_a_row=1), Guard(mode=case.mode), events, outputs, *plugins],
         default_root_dir=folder,
         strategy=strategy,
         devices=2,
@@ -178,13 +192,63 @@ def train(folder: Path, case: Case, numbers: list[int], *plugins: Callback) -> d
         "outcomes": [tuple(o)[1:] for o in recorder.state],
         "skipped": mine.callback_metrics["skipped"].item(),
         "loss": mine.callback_metrics["loss"].item() if "loss" in mine.callback_metrics else None,
+        "attempted": recorder._guard.counters.attempted,  # type: ignore[union-attr]
         "events": [(e.step, e.plugin, e.kind) for e in events.events if e.plugin != "recorder"],
         "outputs": outputs.seen,
     }
 
 
+def bare_end(folder: Path, case: Case, numbers: list[int]) -> Any:
+    """What Lightning alone does, with a zero without a graph in place of no loss; None if it raises an error."""
+    if case.fp16:
+        return None
+    mine = fits.fit(
+        Net(case),
+        DataLoader(numbers, batch_size=1),  # type: ignore[arg-type]
+        default_root_dir=folder,
+        strategy=DDPStrategy(process_group_backend="gloo", **dict.fromkeys(case.ddp, True)),
+        devices=2,
+        use_distributed_sampler=False,
+        accumulate_grad_batches=case.accumulate,
+    )
+    return everything(mine)
+
+
+def train_resumed(folder: Path) -> dict[str, Any]:
+    """The default stack over two epochs, uninterrupted, and resumed from a checkpoint of the dropped step."""
+    case = Case(missing=(3, 10), accumulate=2, how="none after forward")
+    path = folder / "resumed.ckpt"
+    results = {}
+    for name, ckpt_path in (("whole", None), ("resumed", path)):
+        stack = default_callbacks(resume="exactly", gradients="none")
+        save = [fits.SaveAfter(7, path)] if ckpt_path is None else []
+        options = {"strategy": DDPStrategy(process_group_backend="gloo"), "devices": 2, "accumulate_grad_batches": 2}
+        loader = DataLoader(list(range(12)), batch_size=1, shuffle=True)  # type: ignore[arg-type]
+        torch.manual_seed(1)
+        mine = fits.fit(
+            Net(case),
+            loader,
+            *[*stack, *save],
+            default_root_dir=folder,
+            max_epochs=2,
+            use_distributed_sampler=False,
+            ckpt_path=ckpt_path,
+            **options,
+        )
+        states = {each.state_key: each.state_dict() for each in stack}
+        results[name] = {"end": everything(mine), "skipped": mine.callback_metrics["skipped"], "states": repr(states)}
+    return results
+
+
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
+    for name, case in {**NOBODY, "in window": IN_WINDOW}.items():
+        every = list(range(STEPS * case.accumulate))
+        how = "leaf" if name != "in window" and not case.fp16 else case.how
+        bare = bare_end(folder, case._replace(how=how), every)
+        result = {**train(folder, case, every, clip=1e6), "bare": bare}
+        torch.save(result, folder / f"nobody-{name}-{os.environ['RANK']}.pt")
+    torch.save(train_resumed(folder), folder / f"resumed-{os.environ['RANK']}.pt")
     for mode in ("exact", "device"):
         case = Case((), accumulate=4, mode=mode)
         rest = [train(folder, case, list(range(6)), *plugins)["outcomes"] for plugins in ([], [AccumulateMean()])]

@@ -2,9 +2,8 @@
 
 The other ranks wait in their backward pass until every parameter's gradient has arrived from this rank. So instead of
 no loss at all this rank gets one that is zero and reaches every trained parameter; its gradients are zero. The ranks
-learn of it with the all-reduce of the loss, and drop the step.
-
-Lightning does the same as for no loss on one process, where nothing is replaced. Under strategies that shard the model
+learn of it with the all-reduce of the loss, and drop the step. If no rank has a loss there is nothing to drop, and the
+run goes on as on one process, where nothing is replaced. Under strategies that shard the model
 a rank takes part in the forward pass of the others too, and Lightning raises an error.
 """
 
@@ -13,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -22,6 +21,9 @@ from torch.autograd.function import BackwardCFunction
 from torch.nn.parallel import DistributedDataParallel
 
 from stabletrain.runtime.internals import trainer as trainer_internals
+
+Missing: TypeAlias = Literal["drop", "ignore"]
+"""What follows from a missing loss: the window is dropped, or the micro-batch has no part in the window's loss."""
 
 
 class NoBatch:
@@ -32,8 +34,8 @@ class MissingLosses:
     """Replaces missing losses for one fit under DistributedDataParallel; under other strategies it does nothing.
 
     A loss is missing if ``training_step`` returns None, or a loss whose graph has no parameter, such as
-    ``torch.zeros((), requires_grad=True)``: its backward pass reaches no gradient that the other ranks wait for. And it
-    is if the loader gives None for a batch, which Lightning passes over; hooks then get a `NoBatch`.
+    ``torch.zeros((), requires_grad=True)``, where the other ranks wait for gradients that its backward pass does not
+    reach. And it is if the loader gives None for a batch, which Lightning passes over; hooks then get a `NoBatch`.
 
     Args:
         trainer: in a fit; its strategy has set up the model.
@@ -43,18 +45,19 @@ class MissingLosses:
     def __init__(self, trainer: Trainer, module: LightningModule) -> None:
         self._module = module
         self._device = trainer.strategy.root_device
-        self._missing = False
+        self._missing: Missing | None = None
         self._without_output = False
         self._undo: list[Callable[[], None]] = []
-        several = trainer.world_size > 1 and isinstance(trainer.strategy.model, DistributedDataParallel)
+        self._model = trainer.strategy.model
+        several = trainer.world_size > 1 and isinstance(self._model, DistributedDataParallel)
         if several and module.automatic_optimization:
             self._replace(module, "training_step", self._training_step(module.training_step))
             self._replace(trainer.strategy, "batch_to_device", _keep_none(trainer, trainer.strategy.batch_to_device))
             self._undo.append(trainer_internals.hide_output(trainer, self._take_without_output))
 
-    def take(self) -> bool:
-        """Whether the loss of this micro-batch is missing; the next call is about the next micro-batch."""
-        missing, self._missing = self._missing, False
+    def take(self) -> Missing | None:
+        """What follows from the missing loss of this micro-batch, None if it has one; the next call is for the next."""
+        missing, self._missing = self._missing, None
         return missing
 
     def undo(self) -> None:
@@ -82,7 +85,7 @@ class MissingLosses:
     def _training_step(self, inner: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(inner)
         def training_step(*args: Any, **kwargs: Any) -> Any:
-            self._missing = self._without_output = False
+            self._missing, self._without_output = None, False
             batch = next(iter((*args, *kwargs.values())), None)
             return self._with_loss(None if isinstance(batch, NoBatch) else inner(*args, **kwargs))
 
@@ -93,12 +96,15 @@ class MissingLosses:
     def _with_loss(self, output: Any) -> Any:
         """The output of ``training_step``, with a loss that reaches all parameters if its own is missing."""
         if output is None:
-            self._missing = self._without_output = True
+            self._missing, self._without_output = "drop", True
             return self._zero()
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor) or not loss.requires_grad or _may_reach_parameters(loss):
             return output
-        self._missing = True
+        if not getattr(self._model, "require_backward_grad_sync", True):
+            self._missing = "ignore"  # within an accumulation window no rank waits: Lightning goes on
+            return output
+        self._missing = "drop"
         loss = loss + self._zero().to(loss.dtype)
         return {**output, "loss": loss} if isinstance(output, Mapping) else loss
 

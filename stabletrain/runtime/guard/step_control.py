@@ -68,6 +68,10 @@ class StepControl:
         """Restore the buffers if a batch without a loss has made one of them non-finite."""
         self._buffers.restore_if_nonfinite()
 
+    def pass_over(self) -> None:
+        """Do not call the optimizer in the step in progress; schedulers and the global step advance."""
+        self._drop = True
+
     def freeze_step(self) -> None:
         """Keep the global step and the module's own per-step scheduler from advancing at the step in progress."""
         self._frozen = True

@@ -160,16 +160,18 @@ class StepGuard:
 
     def start_batch(self) -> None:
         """``on_train_batch_start``: copy the buffers before the first micro-batch of a window."""
-        if self.window.is_empty and self._control is not None:
+        if not self.window.is_started and self._control is not None:
+            self.window.is_started = True
             self._control.start_window()
 
     def take_loss(self, loss: Tensor) -> None:
         """``on_before_backward``: store a micro-batch's loss, divided by the window's size, times the loss scale."""
         self._batch_has_loss = True
-        if self._missing_losses.take():
-            self.window.lacks_loss = True
-        else:
+        missing = self._missing_losses.take()
+        if missing is None:
             self.window.add(loss)
+        else:
+            self.window.add_without_loss(drop=missing == "drop")
         self._samples.add_batch()
 
     def decide(self, optimizer: Optimizer) -> None:
@@ -178,11 +180,17 @@ class StepGuard:
         self._samples.end_window()
         self.control.start_decision()
         if not self._batch_has_loss and (self.window.is_empty or self._scaling.is_active):
-            self._pass_over(optimizer)
+            self._pass_over(optimizer)  # one process: Lightning calls the optimizer without gradients
             return
         held, size = self.window.held, self.window.size
         loss, flags = self._window_loss()  # a collective: also called by ranks without a loss
-        if loss is None or not self._scaling.unscale(optimizer):
+        if not self._scaling.unscale(optimizer):
+            return
+        if loss is None:
+            self.control.pass_over()  # several ranks: the gradients are zeros, not None
+            self.control.restore_nonfinite_buffers()
+            self._scaling.freeze()
+            self._pass_over(optimizer)
             return
         grads = gradients.of(self._parameters)
         if self._short_windows is not None:
@@ -198,11 +206,7 @@ class StepGuard:
         self._attempted = True
 
     def _pass_over(self, optimizer: Optimizer) -> None:
-        """Count a step without a loss: ``training_step`` returned None, on one process.
-
-        Lightning supports that, and is left to it: the optimizer is called without gradients, or under a loss scaler
-        not at all, and the global step and schedulers advance.
-        """
+        """Count a step for which no rank has a loss. As in Lightning, the global step and schedulers advance."""
         self.window.clear()
         step, unknown = self.counters.attempted, math.nan
         nothing = Outcome(step, unknown, unknown, unknown, unknown, skipped=True, no_loss=True)
@@ -215,8 +219,8 @@ class StepGuard:
         """``on_train_batch_end``: rules observe the outcome, requests are executed, metrics are sent."""
         if not self._batch_has_loss:
             self.control.restore_nonfinite_buffers()
-            if not self.window.is_empty and not self.window.is_open:
-                self.window.clear()  # a batch that is None ends a window without a step
+            if not self.window.is_open:
+                self.window.clear()  # a batch that is None may end a window, without a step
         self._batch_has_loss = False
         # in device mode the next step settles this one, unless this may be the last batch
         if not self.on_device or trainer_internals.may_be_last_batch(self.trainer):
@@ -241,13 +245,13 @@ class StepGuard:
         Args:
             alone: not all ranks call it; no collective, and the events name the samples of this rank only.
         """
+        self._scaling.put_back()
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
         outcome = pending()
         if self.on_device and not outcome.applied:
             self.control.freeze_step()
-        self._scaling.put_back()
         if self._scaling.is_active:
             self._scales = self._scales.add(outcome)
         self.counters = self.counters.add(outcome)

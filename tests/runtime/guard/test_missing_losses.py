@@ -104,6 +104,15 @@ def test_a_nan_that_the_module_itself_leaves_out_does_not_stay_in_batch_normalis
         assert_same({**everything(mine), "global_step": never["global_step"]}, never)
 
 
+def test_a_dropped_window_that_began_without_a_loss() -> None:
+    """Bug: the buffers are restored to what the first micro-batch, which had no loss, has made of them."""
+    items = batches(*[HIGH_LOSS if i == 4 else HEALTHY for i in range(9)])
+    module = Choosy((3,), "adamw-loop")
+    mine = fit(module, items, SkipHighLoss(), accumulate_grad_batches=3)
+    never = fit(Choosy((), "adamw-loop"), [*items[:3], *items[6:]], SkipHighLoss(), accumulate_grad_batches=3)
+    assert_same(everything(mine), everything(never))
+
+
 @pytest.mark.parametrize("missing", [(1,), (2,), (3, 4, 5), (8,)])
 def test_a_batch_that_is_none(missing: tuple[int, ...]) -> None:
     """Bug: Lightning passes over the batch, and the losses of its window are counted in the next one."""
