@@ -82,7 +82,10 @@ def default_callbacks(**choices: str) -> list[Any]:
             raise UserError(f"default_callbacks: {slot} has no option {name!r}{known}")
         chosen[slots[slot]] = name
     nodes = {group: content(options[group][chosen[group]]) for group in slots.values()}
-    return [construct.instantiate(node, key=group.replace("/", ".")) for group, node in nodes.items() if node]
+    stack = [construct.instantiate(node, key=group.replace("/", ".")) for group, node in nodes.items() if node]
+    for each in stack:  # a clip that nobody has chosen makes way for Trainer(gradient_clip_val=...)
+        each.__dict__["steps_back"] = getattr(each, "slot", None) == "clip" and "clip" not in choices
+    return stack
 
 
 def build_callback(

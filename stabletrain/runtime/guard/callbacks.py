@@ -179,6 +179,8 @@ class GuardMember(Callback):
         self._settle_and_flush()
         if self._leads:
             warn_of_old_names(trainer)
+            if self._guard is not None:
+                self._guard.end_epoch()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Observe the last outcome, send the last metrics, and warn if many steps were dropped."""

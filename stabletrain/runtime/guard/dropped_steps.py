@@ -104,13 +104,14 @@ def summary(counters: Counters, events: Path | None) -> str:
 def warning(counters: Counters, keys: Mapping[str, str]) -> str | None:
     """The sentence at the end of a run that dropped more than 1 % of at least 100 attempted steps; else None.
 
-    Steps that a rollback undid count as attempted, and as dropped if they were.
+    Steps that a rollback undid count as attempted, and as dropped if they were. Steps without a loss are not
+    counted as dropped: the module has decided that.
 
     Args:
         counters: of the run.
         keys: config keys of the plugins that may drop steps, by name.
     """
-    attempted, dropped = counters.attempted, counters.skipped
+    attempted, dropped = counters.attempted, counters.skipped - counters.without_loss
     if attempted < _AT_LEAST or dropped <= _SHARE * attempted:
         return None
     text = f"{dropped} of {attempted} attempted steps ({dropped / attempted:.1%}) were dropped"

@@ -30,7 +30,7 @@ class Counters(NamedTuple):
 
     Args:
         attempted: attempted optimizer steps.
-        skipped: dropped by a rule.
+        skipped: dropped by a rule, or because there was no loss.
         overflows: dropped by the fp16 loss scaler.
         clipped: applied with a gradient that a transform or a bound made smaller.
         overflows_in_a_row: consecutive overflows up to the last step.
@@ -38,6 +38,7 @@ class Counters(NamedTuple):
         dropped_by: steps that each plugin dropped; a step may be dropped by several.
         dropped_samples: how often each sample was in a step that a rule dropped, where samples are known. If there are
             more than `MAX_COUNTED_SAMPLES`, only the most frequent ones, and their counts are lower bounds.
+        without_loss: skipped steps for which ``training_step`` gave no loss, on one rank or more.
     """
 
     attempted: int = 0
@@ -48,6 +49,7 @@ class Counters(NamedTuple):
     rollbacks: int = 0
     dropped_by: Mapping[str, int] = {}
     dropped_samples: Mapping[int | str, int] = {}
+    without_loss: int = 0
 
     @property
     def applied(self) -> int:
@@ -61,7 +63,8 @@ class Counters(NamedTuple):
             skipped=self.skipped + outcome.skipped,
             overflows=self.overflows + outcome.overflow,
             clipped=self.clipped + outcome.clipped,
-            overflows_in_a_row=outcome.overflows_in_a_row,
+            overflows_in_a_row=self.overflows_in_a_row if outcome.no_loss else outcome.overflows_in_a_row,
+            without_loss=self.without_loss + outcome.no_loss,
         )
 
     def add_drop(self, plugins: Iterable[str], samples: Iterable[int | str]) -> Counters:

@@ -61,6 +61,12 @@ class ModuleBuffers:
             child._buffers[name] = tensor
             self._versions[i] = _version(tensor)
 
+    def restore_if_nonfinite(self) -> None:
+        """As `restore`, if a NaN or infinity has come into a buffer since it was copied; reads changed buffers."""
+        pairs = [(tensor, self._copies[i]) for i, tensor in self._changed()]
+        if any(tensor is not None and _fits(copy, tensor) and _spoilt(tensor, copy) for tensor, copy in pairs):
+            self.restore()
+
     def restore_where(self, dropped: Tensor) -> None:
         """As `restore` where ``dropped`` is 1, else as `stash`, decided on the device.
 
@@ -93,3 +99,7 @@ def _version(tensor: Tensor | None) -> int:
 
 def _fits(copy: Tensor | None, tensor: Tensor) -> TypeGuard[Tensor]:
     return copy is not None and copy.shape == tensor.shape and copy.dtype == tensor.dtype
+
+
+def _spoilt(tensor: Tensor, copy: Tensor) -> bool:
+    return bool((copy.isfinite() & ~tensor.isfinite()).any())

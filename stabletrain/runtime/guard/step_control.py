@@ -69,6 +69,14 @@ class StepControl:
         self.hidden.restore()  # first: attributes may share memory with buffers whose changes are not counted
         self._buffers.restore()
 
+    def restore_nonfinite_buffers(self) -> None:
+        """Restore the buffers if a batch without a loss has made one of them non-finite."""
+        self._buffers.restore_if_nonfinite()
+
+    def pass_over(self) -> None:
+        """Do not call the optimizer in the step in progress; schedulers and the global step advance."""
+        self._drop = True
+
     def freeze_step(self) -> None:
         """Keep the global step and the module's own per-step scheduler from advancing at the step in progress."""
         self._frozen = True

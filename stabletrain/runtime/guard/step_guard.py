@@ -41,8 +41,10 @@ from stabletrain.runtime.guard.dropped_steps import DroppedStep, StepSamples
 from stabletrain.runtime.guard.loss_scaling import LossScaling
 from stabletrain.runtime.guard.members import Member, RuleMember, TransformMember
 from stabletrain.runtime.guard.metrics import Counters, MetricsWindow
+from stabletrain.runtime.guard.missing_loss import MissingLosses
 from stabletrain.runtime.guard.requests import execute
 from stabletrain.runtime.guard.rewarming import Rewarming
+from stabletrain.runtime.guard.short_windows import ShortWindows
 from stabletrain.runtime.guard.signals import Signals
 from stabletrain.runtime.guard.step_control import StepControl
 from stabletrain.runtime.guard.support import DecisionMode
@@ -67,6 +69,8 @@ class StepGuard:
         mode: where decisions are made; ``"auto"`` chooses by device, optimizer and loss scaler.
         max_attempts: attempted steps after which the run is stopped; None: twice ``max_steps``, if that is set.
         events: file for the event log; None: ``events.jsonl`` in the logger's folder.
+        weigh_windows: divide the gradient of a shorter accumulation window by the micro-batches that it holds, and not
+            by the size of a full one as Lightning does.
 
     Raises:
         UserError: if the guard does not support the module, the strategy or a hook.
@@ -80,6 +84,7 @@ class StepGuard:
         mode: DecisionMode = "auto",
         max_attempts: int | None = None,
         events: Path | None = None,
+        weigh_windows: bool = False,
     ) -> None:
         support.check_setup(trainer, module, cast(Sequence[Callback], members))
         self.trainer = trainer
@@ -98,13 +103,16 @@ class StepGuard:
         quiet = not trainer.is_global_zero or trainer_internals.is_fast_dev_run(trainer)
         self.events = EventLog(None if quiet else path, log_warnings=trainer.is_global_zero)
         self._max_attempts = max_attempts or (2 * trainer.max_steps if trainer.max_steps > 0 else None)
-        self._rules = [cast(RuleMember, m) for m in members if m.sets_limits]
+        self._active = support.active_members(trainer, members)
+        self._rules = [cast(RuleMember, m) for m in self._active if m.sets_limits]
         # transforms do not commute: they run in the order of their names, whatever the order of the list
-        transforms = [cast(TransformMember, m) for m in members if m.transforms_gradients]
+        transforms = [cast(TransformMember, m) for m in self._active if m.transforms_gradients]
         self._transforms = sorted(transforms, key=lambda m: (m.plugin, m.state_key))
-        self._gradient_observers = [m for m in members if m.observes_gradients]
-        self._outcome_observers = [m for m in members if m.observes_outcomes]
+        self._gradient_observers = [m for m in self._active if m.observes_gradients]
+        self._outcome_observers = [m for m in self._active if m.observes_outcomes]
         self.window = AccumulationWindow(trainer)
+        self._short_windows = ShortWindows(trainer.is_global_zero) if weigh_windows else None
+        self._batch_has_loss = False
         self._pending: Callable[[], Outcome] | None = None
         self._requests: list[Request] = []
         self._dropped: DroppedStep | None = None
@@ -127,7 +135,9 @@ class StepGuard:
         support.warn_of_local_parameters(self.ranks, self.module)
         self._control = StepControl(self.trainer, self.module, self.rewarming)
         self._samples = StepSamples(self.trainer, self.ranks)
+        self._missing_losses = MissingLosses(self.trainer, self.module)
         self._undo = [self._control.undo, trainer_internals.before_checkpoint(self.trainer, self._before_checkpoint)]
+        self._undo.append(self._missing_losses.undo)
         self.parameters = TrainedParameters(self._control.optimizer, self.module)
         device = self.parameters.read(self.trainer.global_step)[0].device
         self.on_device = support.decides_on_device(self.trainer, self.mode, device)
@@ -145,15 +155,26 @@ class StepGuard:
 
     # ---- one step ---------------------------------------------------------------------------------------------------
 
+    def end_epoch(self) -> None:
+        """``on_train_epoch_end``: forget a window that was not finished, after ``on_train_batch_start`` returned -1."""
+        self.window.clear()
+        self._samples.clear()
+
     def start_batch(self) -> None:
         """``on_train_batch_start``: copy the buffers before the first micro-batch of a window."""
-        if self.window.is_empty and self._control is not None:
+        if not self.window.is_started and self._control is not None:
+            self.window.is_started = True
             self.parameters.put_back(self.trainer.global_step)
             self._control.start_window()
 
     def take_loss(self, loss: Tensor) -> None:
         """``on_before_backward``: store a micro-batch's loss, divided by the window's size, times the loss scale."""
-        self.window.add(loss)
+        self._batch_has_loss = True
+        missing = self._missing_losses.take()
+        if missing is None:
+            self.window.add(loss)
+        else:
+            self.window.add_without_loss(drop=missing == "drop")
         self._samples.add_batch()
 
     def decide(self, optimizer: Optimizer) -> None:
@@ -161,14 +182,24 @@ class StepGuard:
         self.events.show()  # of an earlier step: what follows from it at the end of its batch is in the same line
         self.settle()
         self._samples.end_window()
-        if self.window.is_empty and self.ranks.size == 1:
-            return  # training_step returned None: there was no backward pass, so there is no step
         self.control.start_decision()
-        loss, changed = self._window_loss()  # a collective: also called by ranks without a loss
-        if loss is None or not self._scaling.unscale(optimizer):
+        if not self._batch_has_loss and (self.window.is_empty or self._scaling.is_active):
+            self._pass_over(optimizer)  # one process: Lightning calls the optimizer without gradients
+            return
+        held, size = self.window.held, self.window.size
+        loss, flags = self._window_loss()  # a collective: also called by ranks without a loss
+        if not self._scaling.unscale(optimizer):
+            return
+        if loss is None:
+            self.control.pass_over()  # several ranks: the gradients are zeros, not None
+            self.control.restore_nonfinite_buffers()
+            self._scaling.freeze()
+            self._pass_over(optimizer)
             return
         parameters = self.parameters.read(self.trainer.global_step)  # groups may have been added since the last step
         grads = gradients.of(parameters)
+        if self._short_windows is not None:
+            self._short_windows.weigh(grads, held, size)
         grad_norm = gradients.global_norm(grads)
         for member in self._gradient_observers:
             member.on_gradients(self.counters.attempted, parameters)
@@ -176,11 +207,26 @@ class StepGuard:
             self._learn_anew(plugin, reason)
         self._lr = self.rewarming.rate(optimizer)
         decide = self._decide_on_device if self.on_device else self._decide_exactly
-        self._pending = decide(loss, grad_norm, grads, changed)
+        self._pending = decide(loss, grad_norm, grads, *flags)
+        self._attempted = True
+
+    def _pass_over(self, optimizer: Optimizer) -> None:
+        """Count a step for which no rank has a loss. As in Lightning, the global step and schedulers advance."""
+        self.window.clear()
+        step, unknown = self.counters.attempted, math.nan
+        nothing = Outcome(step, unknown, unknown, unknown, unknown, skipped=True, no_loss=True)
+        self.counters = self.counters.add(nothing)
+        self.metrics.add(nothing)
+        self._lr = self.rewarming.rate(optimizer)
         self._attempted = True
 
     def end_batch(self) -> None:
         """``on_train_batch_end``: rules observe the outcome, requests are executed, metrics are sent."""
+        if not self._batch_has_loss:
+            self.control.restore_nonfinite_buffers()
+            if not self.window.is_open:
+                self.window.clear()  # a batch that is None may end a window, without a step
+        self._batch_has_loss = False
         # in device mode the next step settles this one, unless this may be the last batch
         if not self.on_device or trainer_internals.may_be_last_batch(self.trainer):
             self.settle()
@@ -205,17 +251,20 @@ class StepGuard:
         Args:
             alone: not all ranks call it; no collective, and the events name the samples of this rank only.
         """
+        self._scaling.put_back()
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
         outcome = pending()
         if self.on_device and not outcome.applied:
             self.control.freeze_step()
-        self._scaling.put_back()
         if self._scaling.is_active:
             self._scales = self._scales.add(outcome)
         self.counters = self.counters.add(outcome)
         self.metrics.add(outcome)
+        if outcome.no_loss:
+            self._report_missing_loss(outcome, alone)
+            return
         if outcome.skipped:
             self._count_drop(outcome, alone)
         told = self._tell_of_nonfinite(outcome)
@@ -240,6 +289,11 @@ class StepGuard:
         limits = [each.rule.limits(each.state) for each in self._rules]
         plugins = [r.label for r, each in zip(rules, limits, strict=True) if _drops(each, outcome)]
         self.counters = self.counters.add_drop(plugins, self._dropped.samples)
+
+    def _report_missing_loss(self, outcome: Outcome, alone: bool) -> None:
+        self._dropped = DroppedStep(outcome.step, self._samples.of_step(alone))
+        reason = f"training_step gave no loss on one of {self.ranks.size} ranks or more: step skipped"
+        self.report(Event(outcome.step, "guard", "skip", float(self.counters.without_loss), math.nan, reason))
 
     @property
     def decided(self) -> int:
@@ -304,20 +358,29 @@ class StepGuard:
         assert self._control is not None, "the guard acts only after on_fit_start"
         return self._control
 
-    def _window_loss(self) -> tuple[Tensor | None, Tensor | bool]:
-        """The unscaled mean loss of the window over all ranks, None if no rank had one; was a change announced?"""
-        loss, changed = self.ranks.mean_loss(self.window.take(), bool(self.changes.announced))
+    def _window_loss(self) -> tuple[Tensor | None, list[Tensor | bool]]:
+        """The unscaled mean loss of the window over all ranks; was a change announced, and is a loss missing?"""
+        lacks_loss, announced = self.window.lacks_loss, bool(self.changes.announced)
+        loss, flags = self.ranks.mean_loss(self.window.take(), announced, lacks_loss)
         factor = self.window.size / self._scaling.scale
-        return loss if loss is None or factor == 1.0 else loss * factor, changed
+        return loss if loss is None or factor == 1.0 else loss * factor, flags
 
-    def _limits(self) -> Limits:
-        return join([each.rule.limits(each.state) for each in self._rules])
+    def _limits(self, states: Sequence[Any] | None = None) -> Limits:
+        """The limits of all rules.
+
+        Args:
+            states: of the rules; None: their own.
+        """
+        states = [each.state for each in self._rules] if states is None else states
+        limits = join([each.rule.limits(state) for each, state in zip(self._rules, states, strict=True)])
+        # the fallback is for steps that nobody clips
+        return limits._replace(fallback=frozenset()) if self.trainer.gradient_clip_val else limits
 
     def _decide_exactly(
-        self, loss: Tensor, grad_norm: Tensor, grads: list[Tensor], changed: Tensor | bool
+        self, loss: Tensor, grad_norm: Tensor, grads: list[Tensor], *flags: Tensor | bool
     ) -> Callable[[], Outcome]:
         limits = self._limits()
-        loss_value, norm, changed = _read(loss, grad_norm, changed)
+        loss_value, norm, changed, no_loss = _read(loss, grad_norm, *flags)
         if changed:
             self._apply_announced(self.changes.take())
             limits = self._limits()
@@ -325,7 +388,7 @@ class StepGuard:
         # a non-finite gradient at a finite loss is an overflow, unless the scale cannot be the cause: the loss scaler
         # drops the step and lowers the scale. It also drops what no rule wants to skip, so NaN is never applied
         due_to_scale = overflow and math.isfinite(loss_value) and not self._scales.blames_batch(scale)
-        skipped = limits.skips_step(loss_value, norm) and not due_to_scale
+        skipped = bool(no_loss or limits.skips_step(loss_value, norm)) and not due_to_scale
         overflow = overflow and not skipped
         transformed = norm
         applied_norm = math.nan
@@ -343,35 +406,41 @@ class StepGuard:
         in_a_row = self.counters.overflows_in_a_row + 1 if overflow else 0
         step = self.counters.attempted
         outcome = Outcome(step, loss_value, norm, transformed, applied_norm, skipped, overflow, scale, in_a_row)
+        if no_loss and skipped:
+            outcome = _without_loss(outcome)
         return lambda: outcome
 
     def _decide_on_device(
-        self, loss: Tensor, grad_norm: Tensor, grads: list[Tensor], changed: Tensor | bool
+        self, loss: Tensor, grad_norm: Tensor, grads: list[Tensor], *flags: Tensor | bool
     ) -> Callable[[], Outcome]:
         announced = self.changes.take()
-        flag = [changed] if isinstance(changed, Tensor) else []
-        if announced and not flag:
+        on_device = [flag for flag in flags if isinstance(flag, Tensor)]  # of several ranks
+        if announced and not on_device:
             self._apply_announced(announced)
         transformed = self._transform(grads) if self._transforms else grad_norm
         signals = Signals(loss, grad_norm, transformed)
         usual = if_changed = self._limits()
         decision = device_limits.decide(usual, *signals)
-        if flag:  # only the device knows whether another rank has announced a change: it chooses between both limits
-            if_changed = join([each.rule.limits(each.rule.forget(each.state)) for each in self._rules])
+        if on_device:  # only the device knows whether another rank announced a change: it chooses between both limits
+            if_changed = self._limits([each.rule.forget(each.state) for each in self._rules])
         if if_changed != usual:
-            decision = decision.or_if(flag[0] > 0, device_limits.decide(if_changed, *signals))
+            decision = decision.or_if(on_device[0] > 0, device_limits.decide(if_changed, *signals))
+        if on_device:
+            decision = decision.or_drop(on_device[1] > 0)
         self.control.decide_on_device(*decision)
-        copy, step = signals.start_copy(*flag), self.counters.attempted
+        copy, step = signals.start_copy(*on_device), self.counters.attempted
 
         def outcome() -> Outcome:
-            loss_value, norm, transformed_norm, *flags = copy.read()
+            loss_value, norm, transformed_norm, *read = copy.read()
+            changed, no_loss = read or (0.0, 0.0)
             limits = usual
-            if any(flags):
+            if changed:
                 self._apply_announced(announced)
                 limits = if_changed
-            skipped = limits.skips_step(loss_value, norm)
+            skipped = bool(no_loss or limits.skips_step(loss_value, norm))
             applied_norm = math.nan if skipped else limits.clip(transformed_norm)
-            return Outcome(step, loss_value, norm, transformed_norm, applied_norm, skipped)
+            outcome = Outcome(step, loss_value, norm, transformed_norm, applied_norm, skipped)
+            return _without_loss(outcome) if no_loss else outcome
 
         return outcome
 
@@ -447,7 +516,7 @@ class StepGuard:
             metrics |= self._scaling.metrics(self.counters)
             metrics["lr"] = float(self._lr)
         shown = {word: metrics[name] for word, name in _PROGRESS_BAR.items() if name in metrics}
-        for member in self.members:
+        for member in self._active:
             metrics.update(member.metrics())
         if metrics:
             publishing.publish(self.trainer, metrics, shown)
@@ -457,10 +526,15 @@ def _drops(limits: Limits, outcome: Outcome) -> bool:
     return limits.skips_step(outcome.loss, outcome.grad_norm)
 
 
-def _read(loss: Tensor, grad_norm: Tensor, changed: Tensor | bool) -> tuple[float, float, bool]:
+def _without_loss(outcome: Outcome) -> Outcome:
+    """The outcome of a step whose loss and gradient are of some ranks only."""
+    return outcome._replace(loss=math.nan, grad_norm=math.nan, transformed_norm=math.nan, no_loss=True)
+
+
+def _read(loss: Tensor, grad_norm: Tensor, *flags: Tensor | bool) -> list[float]:
     if loss.device.type == "cpu" or loss.device != grad_norm.device:
-        return loss.item(), grad_norm.item(), bool(changed)
+        return [loss.item(), grad_norm.item(), *map(float, flags)]
     # one device synchronization instead of several
-    flag = [changed.double()] if isinstance(changed, Tensor) else []
-    loss_value, norm, *flags = torch.stack([loss.double(), grad_norm.double(), *flag]).tolist()
-    return loss_value, norm, any(flags) or changed is True
+    on_device = [flag.double() for flag in flags if isinstance(flag, Tensor)]
+    loss_value, norm, *read = torch.stack([loss.double(), grad_norm.double(), *on_device]).tolist()
+    return [loss_value, norm, *(read or map(float, flags))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, TypeVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,6 +17,7 @@ from stabletrain.runtime.ranks import Ranks
 from stabletrain.runtime.records.event_log import logger
 
 DecisionMode: TypeAlias = Literal["auto", "exact", "device"]
+_Member = TypeVar("_Member")
 
 
 def check_setup(trainer: Trainer, module: LightningModule, members: Sequence[Callback]) -> None:
@@ -41,13 +42,33 @@ def check_setup(trainer: Trainer, module: LightningModule, members: Sequence[Cal
             f"{_listed(members)}: {type(trainer.strategy).__name__} accumulates, clips and steps in its own engine. "
             "Use strategy=ddp or a ModelParallelStrategy (FSDP2), or remove these plugins."
         )
-    clippers = [m for m in members if getattr(m, "clips", False)]
+    clippers = [m for m in members if _clips(m) and not _steps_back(m)]
     if trainer.gradient_clip_val and clippers:
         raise UserError(
             f"Trainer(gradient_clip_val={trainer.gradient_clip_val}) and {_listed(clippers)} would both clip. Remove "
             "gradient_clip_val (config key trainer.gradient_clip_val); ClipNorm(max_norm) does the same and is counted."
         )
     check_hooks([*trainer.callbacks, module, trainer.datamodule])  # type: ignore[attr-defined]
+
+
+def active_members(trainer: Trainer, members: Sequence[_Member]) -> list[_Member]:
+    """The members without those that step back from the Trainer's own clipping; the first time that is logged.
+
+    Args:
+        trainer: in ``setup`` of a fit.
+        members: the callbacks that share the guard.
+    """
+    if not trainer.gradient_clip_val:
+        return list(members)
+    idle = [m for m in members if _clips(m) and _steps_back(m)]
+    if idle and trainer.is_global_zero:
+        logger.warning(
+            "Trainer(gradient_clip_val=%s) clips in this run: %s, a default, is off. To have it, remove "
+            "gradient_clip_val",
+            trainer.gradient_clip_val,
+            _listed(idle),
+        )
+    return [m for m in members if not any(m is each for each in idle)]
 
 
 def check_optimizer(trainer: Trainer) -> None:
@@ -110,5 +131,13 @@ def _obstacle_to_device_mode(trainer: Trainer) -> str | None:
     return None
 
 
-def _listed(members: Sequence[Callback]) -> str:
+def _clips(member: object) -> bool:
+    return bool(getattr(member, "clips", False))
+
+
+def _steps_back(member: object) -> bool:
+    return bool(getattr(member, "steps_back", False))
+
+
+def _listed(members: Sequence[object]) -> str:
     return ", ".join(type(member).__name__ for member in members)

@@ -161,6 +161,31 @@ def around_restoring(trainer: Trainer, wrap: Callable[[str, Callable[[], None]],
     return undo
 
 
+def hide_output(trainer: Trainer, hides: Callable[[], bool]) -> Callable[[], None]:
+    """Make a batch's output empty if ``hides`` says so, as Lightning's is when ``training_step`` returned None.
+
+    Args:
+        trainer: in a fit.
+        hides: called after each batch.
+
+    Returns:
+        The function that undoes this.
+    """
+    loop = trainer.fit_loop.epoch_loop.automatic_optimization
+    run = loop.run
+
+    def run_and_hide(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        output = run(*args, **kwargs)
+        return {} if hides() else output
+
+    loop.run = run_and_hide  # type: ignore[method-assign]
+
+    def undo() -> None:
+        loop.__dict__.pop("run", None)
+
+    return undo
+
+
 def grad_scaler(trainer: Trainer) -> torch.amp.GradScaler | None:
     """The precision plugin's GradScaler, if there is an active one."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from fits import HEALTHY, Net, SkipHighLoss, batches, fit
+from fits import HEALTHY, Net, SkipHighLoss, assert_same, batches, everything, fit
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
-from stabletrain import ClipNorm, Guard, SkipNonFinite, UserError
+from stabletrain import ClipNorm, ClipZScore, Guard, SkipNonFinite, UserError, default_callbacks
 
 ITEMS = batches(HEALTHY, HEALTHY)
 
@@ -90,3 +90,35 @@ def test_wrong_options(options: dict[str, Any], argument: str) -> None:
     """Bug: a typo that silently means the default; a message that names another argument."""
     with pytest.raises(UserError, match=rf"\(Guard\({argument}=\.\.\.\)\)"):
         Guard(**options)
+
+
+def test_a_default_clip_makes_way_for_the_trainers(caplog: pytest.LogCaptureFixture) -> None:
+    """Bugs: a refusal of Trainer(gradient_clip_val) with the default stack; both clip, the fallback of another rule
+    included; a default that is silently off, or said to be so in each of several fits' steps; a metric of the idle."""
+    ends = []
+    for stack in ([], default_callbacks(spike="none"), default_callbacks(clip="none", spike="none")):
+        caplog.clear()
+        trained = fit(Net(), batches(*[HEALTHY] * 40), *stack, gradient_clip_val=0.05)
+        ends.append(everything(trained))
+        said = [r.getMessage() for r in caplog.records if "gradient_clip_val" in r.getMessage()]
+        assert len(said) == any(isinstance(each, ClipZScore) for each in stack)
+        assert all("gradient_clip_val=0.05" in text and "ClipZScore" in text for text in said)
+        if stack:
+            assert trained.callback_metrics["clipped"] == 0
+    assert_same(ends[0], ends[1])
+    assert_same(ends[0], ends[2])
+    stack = default_callbacks(spike="none")
+    fit(Net(), ITEMS, *stack, gradient_clip_val=0.05)
+    free = [
+        everything(fit(Net(), batches(*[HEALTHY] * 40), *each)) for each in (stack, default_callbacks(spike="none"))
+    ]
+    assert_same(*free)
+
+
+@pytest.mark.parametrize(
+    "stack", [lambda: default_callbacks(clip="zscore"), lambda: [*default_callbacks(), ClipNorm()]]
+)
+def test_a_clip_that_was_chosen_is_refused_beside_the_trainers(stack: Any) -> None:
+    """Bug: the user's own choice is dropped without an error."""
+    with pytest.raises(UserError, match="would both clip"):
+        fit(Net(), ITEMS, *stack(), gradient_clip_val=0.5)
