@@ -251,7 +251,8 @@ class StepGuard:
         Args:
             alone: not all ranks call it; no collective, and the events name the samples of this rank only.
         """
-        self._scaling.put_back()
+        if self.is_open:
+            self._scaling.put_back()
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
