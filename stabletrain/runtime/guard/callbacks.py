@@ -24,13 +24,15 @@ from stabletrain.core.plugin import Plugin
 from stabletrain.core.positions import resolve
 from stabletrain.core.rule import Rule
 from stabletrain.core.state import from_plain, to_plain
+from stabletrain.runtime.guard.given_twice import check_slots, given_once
+from stabletrain.runtime.guard.hidden_fields import HiddenFields
 from stabletrain.runtime.guard.step_guard import StepGuard
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.plugin_state import names_its_plugin
 from stabletrain.runtime.run_length import run_length
 
 
-class GuardMember(Callback):
+class GuardMember(Callback, metaclass=HiddenFields):
     """A callback that shares one guard with all others of its Trainer: the base class of every plugin.
 
     The members are found in ``trainer.callbacks``; there is no other registry. In ``setup`` the first member of the
@@ -41,6 +43,11 @@ class GuardMember(Callback):
     sets_limits: ClassVar[bool] = False
     transforms_gradients: ClassVar[bool] = False
 
+    chosen_by_default: bool = False
+    """Whether ``default_callbacks`` has chosen it, and not the user."""
+    is_attached: bool = False
+    """Whether a Trainer has called `setup`."""
+
     _guard: StepGuard | None = None
     _leads: bool = False
     _fitted: weakref.ref[Trainer] | None = None
@@ -50,6 +57,13 @@ class GuardMember(Callback):
         super().__init_subclass__(**kwargs)
         if "load_state_dict" in cls.__dict__:  # a checkpoint may hold anything as its state
             cls.load_state_dict = names_its_plugin(cls.load_state_dict)  # type: ignore[method-assign]
+        if isinstance(key := cls.__dict__.get("state_key"), property) and key.fget is not None:
+            cls.state_key = given_once(key.fget)  # type: ignore[method-assign]
+
+    @given_once
+    def state_key(self) -> str:
+        """The key of this callback's state in a checkpoint."""
+        return super().state_key
 
     # ---- what subclasses override -----------------------------------------------------------------------------------
 
@@ -105,6 +119,7 @@ class GuardMember(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Register with the guard of this Trainer; the first member creates it."""
+        self.is_attached = True
         if stage != "fit":
             return
         if self._fitted is None or self._fitted() is not trainer:
@@ -114,6 +129,7 @@ class GuardMember(Callback):
         members = [c for c in trainer.callbacks if isinstance(c, GuardMember)]  # type: ignore[attr-defined]
         self._leads = self is members[0]
         if self._leads:
+            check_slots(members)
             options = {key: value for m in members for key, value in m.guard_options().items()}
             guard = StepGuard(trainer, trainer_internals.unwrapped(pl_module), members, **options)
             if self._guard is not None and self._guard.trainer is trainer:
@@ -196,7 +212,7 @@ class GuardMember(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Exclude the running fit from pickles and copies; Lightning sets ``log`` and ``log_dict`` to the module's."""
-        fit = {"_guard", "_leads", "_fitted", "log", "log_dict", *trainer_internals.STEP_HOOKS}
+        fit = {"_guard", "_leads", "_fitted", "is_attached", "log", "log_dict", *trainer_internals.STEP_HOOKS}
         return {key: value for key, value in self.__dict__.items() if key not in fit}
 
     def _settle_and_flush(self) -> None:
