@@ -166,16 +166,38 @@ def copy(
 
 @app.command()
 def replay(
-    plugin: Annotated[str, typer.Argument(help="A plugin of kind rule, or one of its options, such as zscore.")],
-    file: Annotated[
-        Path, typer.Argument(help="CSV file with the columns loss and grad_norm, one row per attempted step.")
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[PLUGIN] SERIES [KEY=VALUE]...",
+            help="A rule or one of its options, such as zscore; a CSV file, or the id of a run in MLflow; arguments of "
+            "the rule. With --stack: the series, and SLOT=OPTION.",
+            show_default=False,
+        ),
     ],
-    arguments: Annotated[list[str] | None, typer.Argument(help="Arguments of the rule, key=value.")] = None,
+    stack: Annotated[
+        bool, typer.Option("--stack", help="Replay the whole default stack, as the guard joins it.")
+    ] = False,
+    run: Annotated[
+        str | None,
+        typer.Option("--run", metavar="RUN", help="The run, in a file that has several.", show_default=False),
+    ] = None,
 ) -> None:
-    """Run a rule over recorded losses and gradient norms, and print what it would have done."""
-    from stabletrain.cli.replay import replay_file
+    """Print what a rule would have done at recorded steps.
 
-    print(replay_file(plugin, file, arguments or []))
+    A series is a CSV file with the columns loss and grad_norm, of CSVLogger or your own, one row for each attempted
+    step; or MLflow's export with the columns run, key, step and value; or the id of a run in MLflow.
+    """
+    from stabletrain.cli.replay import replay_file, replay_stack
+
+    if stack:
+        print(replay_stack(words[0], words[1:], run))
+        return
+    if len(words) < 2 or "=" in words[1]:
+        raise UserError(
+            f"replay: expected a rule and a series, got {' '.join(words)!r}; for the whole default stack add --stack"
+        )
+    print(replay_file(words[0], words[1], words[2:], run))
 
 
 @app.command("new-plugin")
