@@ -24,7 +24,7 @@ from stabletrain.core.plugin import Plugin
 from stabletrain.core.positions import resolve
 from stabletrain.core.rule import Rule
 from stabletrain.core.state import from_plain, to_plain
-from stabletrain.runtime.guard.given_twice import check_slots, given_once
+from stabletrain.runtime.guard.given_twice import attach, check_slots, given_once
 from stabletrain.runtime.guard.hidden_fields import HiddenFields
 from stabletrain.runtime.guard.step_guard import StepGuard
 from stabletrain.runtime.internals import trainer as trainer_internals
@@ -45,8 +45,6 @@ class GuardMember(Callback, metaclass=HiddenFields):
 
     chosen_by_default: bool = False
     """Whether ``default_callbacks`` has chosen it, and not the user."""
-    is_attached: bool = False
-    """Whether a Trainer has called `setup`."""
 
     _guard: StepGuard | None = None
     _leads: bool = False
@@ -119,7 +117,7 @@ class GuardMember(Callback, metaclass=HiddenFields):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Register with the guard of this Trainer; the first member creates it."""
-        self.is_attached = True
+        attach(self)
         if stage != "fit":
             return
         if self._fitted is None or self._fitted() is not trainer:
@@ -212,7 +210,7 @@ class GuardMember(Callback, metaclass=HiddenFields):
 
     def __getstate__(self) -> dict[str, Any]:
         """Exclude the running fit from pickles and copies; Lightning sets ``log`` and ``log_dict`` to the module's."""
-        fit = {"_guard", "_leads", "_fitted", "is_attached", "log", "log_dict", *trainer_internals.STEP_HOOKS}
+        fit = {"_guard", "_leads", "_fitted", "log", "log_dict", *trainer_internals.STEP_HOOKS}
         return {key: value for key, value in self.__dict__.items() if key not in fit}
 
     def _settle_and_flush(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ def given_once(state_key: Callable[[Any], str]) -> property:
     ``default_callbacks``. So until the first ``setup``, keys of two callbacks that are equal raise when compared.
 
     Args:
-        state_key: the getter; its object has ``is_attached``.
+        state_key: the getter.
 
     Returns:
         The property; its value is a plain str from ``setup`` on, so that none other gets into a checkpoint.
@@ -29,9 +30,20 @@ def given_once(state_key: Callable[[Any], str]) -> property:
     @functools.wraps(state_key)
     def key(callback: Any) -> str:
         text = state_key(callback)
-        return text if callback.is_attached else _Key(text, callback)
+        reference = _attached.get(id(callback))
+        return text if reference is not None and reference() is callback else _Key(text, callback)
 
     return property(key)
+
+
+def attach(callback: Any) -> None:
+    """Note that a Trainer has called ``setup``, for any purpose: from now on the callback's key is a plain str."""
+    key = id(callback)
+    _attached[key] = weakref.ref(callback, lambda _: _attached.pop(key, None))
+
+
+_attached: dict[int, weakref.ref[Any]] = {}
+"""By id: an attribute would change a callback that is only in ``Trainer.validate``, and a callback may have no hash."""
 
 
 def check_slots(members: Sequence[Any]) -> None:

@@ -62,9 +62,7 @@ OURS = [getattr(st, name)() for name in st._PLUGINS]
 OTHERS = [Halve(0.1), Third(more=(1,)), Cooler(cooling=0.2, name="mine"), Plain(3.0), Member(4), st.Guard("exact")]
 
 
-@pytest.mark.parametrize(
-    "made", [*(getattr(st, name)() for name in OURS), *OTHERS], ids=lambda made: type(made).__name__
-)
+@pytest.mark.parametrize("made", [*OURS, *OTHERS], ids=lambda made: type(made).__name__)
 def test_hydra_passes_a_callback_on(made: Callback) -> None:
     """Bug: OmegaConf turns a callback into a DictConfig, whose methods do nothing, or fails at its fields."""
     assert not is_structured_config(made)
