@@ -9,7 +9,7 @@ Importing this package is cheap: every public name is loaded on first use.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from stabletrain import terminal
 from stabletrain.version import __version__ as __version__
@@ -45,6 +45,8 @@ _PLUGINS = {
 }
 
 if TYPE_CHECKING:
+    from lightning.pytorch import Callback
+
     from stabletrain.runtime.guard.callbacks import RuleCallback
     from stabletrain.runtime.internals.packages import AcceptedByBoth
     from stabletrain_plugins.accumulate_mean.callback import AccumulateMean as _AccumulateMean
@@ -92,11 +94,48 @@ if TYPE_CHECKING:
     class SkipNonFinite(RuleCallback, SkipNonFiniteRule, AcceptedByBoth): ...
 
     class SkipOutliers(RuleCallback, SkipOutliersRule, AcceptedByBoth): ...
+
+    _Schedule = Literal[
+        "none",
+        "constant",
+        "cosine",
+        "cosine_restarts",
+        "cyclical",
+        "exponential",
+        "inverse_sqrt",
+        "linear",
+        "one_cycle",
+        "polynomial",
+        "power",
+        "step",
+        "wsd",
+    ]
+    _Resume = Literal["none", "exactly"]
+    _Clip = Literal["none", "norm", "percentile", "tensorwise", "unitwise", "value", "zclip", "zscore"]
+    _Nonfinite = Literal["none", "skip"]
+    _Outliers = Literal["none", "olmo", "skip"]
+    _Spike = Literal["none", "detect", "rollback"]
+    _Accumulate = Literal["none", "mean"]
+    _Gradients = Literal["none", "monitor"]
+    _Checkpoints = Literal["none", "save"]
+
+    def default_callbacks(
+        *,
+        schedule: _Schedule | Callback | None = "none",
+        resume: _Resume | Callback | None = "none",
+        clip: _Clip | Callback | None = "zscore",
+        nonfinite: _Nonfinite | Callback | None = "skip",
+        outliers: _Outliers | Callback | None = "skip",
+        spike: _Spike | Callback | None = "rollback",
+        accumulate: _Accumulate | Callback | None = "none",
+        gradients: _Gradients | Callback | None = "monitor",
+        checkpoints: _Checkpoints | Callback | None = "none",
+    ) -> list[Any]:
+        """Return the callbacks of conf/train.yaml; a slot's choice may be an option, a callback or None."""
 # end of the generated part
 
 if TYPE_CHECKING:
     from stabletrain.config.build import callbacks as callbacks
-    from stabletrain.config.build import default_callbacks as default_callbacks
     from stabletrain.errors import UserError as UserError
     from stabletrain.runtime.guard.announce import announce as announce
     from stabletrain.runtime.guard.options import Guard as _Guard

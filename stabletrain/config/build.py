@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from stabletrain import settings
 from stabletrain.config import construct
-from stabletrain.config.discovery import content, groups
+from stabletrain.config.discovery import content, default_options, groups
 from stabletrain.config.outputs import Outputs, check_outputs
 from stabletrain.config.problems import suggestion
+from stabletrain.config.slot_choice import check_choice, is_slot
 from stabletrain.errors import UserError
-from stabletrain.paths import data_dir
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
@@ -52,39 +52,42 @@ def callbacks(node: object, *, trust: Iterable[str] = (), paths_outside: bool = 
     return [build_callback(value, key=key, trust=trust) for key, value in nodes.items()]
 
 
-def default_callbacks(**choices: str) -> list[Any]:
+def default_callbacks(**choices: str | Callback | None) -> list[Any]:
     """Return the callbacks of conf/train.yaml: clipping, skipping of bad steps, rollback, gradient monitor.
 
     The options are read from their files without Hydra.
 
     Args:
-        choices: another option for a slot, or a ``schedule`` (by default there is none): ``spike="none"`` means
-            ``plugins/spike=none`` on the command line.
+        choices: for a slot, or ``schedule`` (by default there is none), what to use instead: the name of an option, as
+            in ``plugins/spike=detect`` on the command line; a callback, such as ``ClipNorm(0.5)``; None: nothing, as
+            ``"none"``.
 
     Raises:
-        UserError: if there is no such slot or option.
+        UserError: if there is no such slot or option, or a callback belongs to another slot.
 
     >>> from lightning.pytorch import Trainer
-    >>> stack = default_callbacks(clip="norm", resume="exactly")
+    >>> from stabletrain import ClipNorm
+    >>> stack = default_callbacks(clip=ClipNorm(0.5), spike=None, resume="exactly")
     >>> trainer = Trainer(callbacks=stack, logger=False, enable_checkpointing=False, accelerator="cpu")
     """
-    from stabletrain.config.yaml_file import read_yaml
-
     options = groups()
-    train = read_yaml(data_dir("conf") / "train.yaml")
-    chosen = {group: name for entry in train["defaults"] if isinstance(entry, dict) for group, name in entry.items()}
-    slots = {group.removeprefix("plugins/"): group for group in chosen if group.startswith(("plugins/", "schedule"))}
-    for slot, name in choices.items():
+    chosen = default_options()
+    slots = {group.removeprefix("plugins/"): group for group in (*chosen, *options) if is_slot(group)}
+    for slot, choice in choices.items():
         if slot not in slots:
             raise UserError(f"default_callbacks: there is no slot {slot!r}{suggestion(slot, slots)}")
-        if name not in options[slots[slot]]:
-            known = suggestion(str(name), options[slots[slot]])
-            raise UserError(f"default_callbacks: {slot} has no option {name!r}{known}")
-        chosen[slots[slot]] = name
-    nodes = {group: content(options[group][chosen[group]]) for group in slots.values()}
-    stack = [construct.instantiate(node, key=group.replace("/", ".")) for group, node in nodes.items() if node]
-    for each in stack:  # a clip that nobody has chosen makes way for Trainer(gradient_clip_val=...)
-        each.__dict__["steps_back"] = getattr(each, "slot", None) == "clip" and "clip" not in choices
+        check_choice(slot, choice, options)
+    stack: list[Callback] = []
+    for slot, group in slots.items():
+        choice = choices.get(slot, chosen.get(group))
+        if isinstance(choice, str):
+            node = content(options[group][choice])
+            choice = construct.instantiate(node, key=group.replace("/", ".")) if node else None
+        if choice is None:
+            continue
+        if slot not in choices:
+            vars(choice)["chosen_by_default"] = True
+        stack.append(choice)
     return stack
 
 

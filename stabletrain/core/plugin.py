@@ -21,8 +21,6 @@ class Plugin:
     """The plugin's slot in the config, such as ``clip``."""
     clips: ClassVar[bool] = False
     """Whether it clips gradients; then the Trainer's own ``gradient_clip_val`` is an error."""
-    steps_back: bool = False
-    """Whether it is a default that nobody asked for: then it is off, instead of that error."""
 
     name: str | None
     """Name in events and checkpoints, needed if a run has two instances of a plugin; a field of the subclass."""

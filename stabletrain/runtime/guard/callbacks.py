@@ -26,6 +26,8 @@ from stabletrain.core.positions import resolve
 from stabletrain.core.rule import Rule
 from stabletrain.core.state import from_plain, to_plain
 from stabletrain.errors import UserError
+from stabletrain.runtime.guard.given_twice import attach, check_slots, given_once
+from stabletrain.runtime.guard.hidden_fields import HiddenFields
 from stabletrain.runtime.guard.publishing import warn_of_old_names
 from stabletrain.runtime.guard.step_guard import StepGuard
 from stabletrain.runtime.internals import trainer as trainer_internals
@@ -37,7 +39,7 @@ from stabletrain.runtime.stop import TrainingStopped
 
 
 @refuse_in_fabric
-class GuardMember(Callback):
+class GuardMember(Callback, metaclass=HiddenFields):
     """A callback that shares one guard with all others of its Trainer: the base class of every plugin.
 
     The members are found in ``trainer.callbacks``; there is no other registry. In ``setup`` the first member of the
@@ -48,6 +50,9 @@ class GuardMember(Callback):
     sets_limits: ClassVar[bool] = False
     transforms_gradients: ClassVar[bool] = False
 
+    chosen_by_default: bool = False
+    """Whether ``default_callbacks`` has chosen it, and not the user."""
+
     _guard: StepGuard | None = None
     _leads: bool = False
     _fitted: weakref.ref[Trainer] | None = None
@@ -57,6 +62,13 @@ class GuardMember(Callback):
         super().__init_subclass__(**kwargs)
         if "load_state_dict" in cls.__dict__:  # a checkpoint may hold anything as its state
             cls.load_state_dict = names_its_plugin(cls.load_state_dict)  # type: ignore[method-assign]
+        if isinstance(key := cls.__dict__.get("state_key"), property) and key.fget is not None:
+            cls.state_key = given_once(key.fget)  # type: ignore[method-assign]
+
+    @given_once
+    def state_key(self) -> str:
+        """The key of this callback's state in a checkpoint."""
+        return super().state_key
 
     # ---- what subclasses override -----------------------------------------------------------------------------------
 
@@ -115,6 +127,7 @@ class GuardMember(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Register with the guard of this Trainer; the first member creates it."""
+        attach(self)
         if stage != "fit":
             return
         if self._fitted is None or self._fitted() is not trainer:
@@ -125,6 +138,7 @@ class GuardMember(Callback):
         self._leads = self is members[0]
         if self._leads:
             settings.register(trainer.callbacks)  # type: ignore[attr-defined]
+            check_slots(members)
             options = {key: value for m in members for key, value in m.guard_options().items()}
             guard = StepGuard(trainer, trainer_internals.unwrapped(pl_module), members, **options)
             if self._guard is not None and self._guard.trainer is trainer:

@@ -42,7 +42,7 @@ def check_setup(trainer: Trainer, module: LightningModule, members: Sequence[Cal
             f"{_listed(members)}: {type(trainer.strategy).__name__} accumulates, clips and steps in its own engine. "
             "Use strategy=ddp or a ModelParallelStrategy (FSDP2), or remove these plugins."
         )
-    clippers = [m for m in members if _clips(m) and not _steps_back(m)]
+    clippers = [m for m in members if _clips(m) and not _is_default(m)]
     if trainer.gradient_clip_val and clippers:
         raise UserError(
             f"Trainer(gradient_clip_val={trainer.gradient_clip_val}) and {_listed(clippers)} would both clip. Remove "
@@ -60,7 +60,7 @@ def active_members(trainer: Trainer, members: Sequence[_Member]) -> list[_Member
     """
     if not trainer.gradient_clip_val:
         return list(members)
-    idle = [m for m in members if _clips(m) and _steps_back(m)]
+    idle = [m for m in members if _clips(m) and _is_default(m)]
     if idle and trainer.is_global_zero:
         logger.warning(
             "Trainer(gradient_clip_val=%s) clips in this run: %s, a default, is off. To have it, remove "
@@ -135,8 +135,8 @@ def _clips(member: object) -> bool:
     return bool(getattr(member, "clips", False))
 
 
-def _steps_back(member: object) -> bool:
-    return bool(getattr(member, "steps_back", False))
+def _is_default(member: object) -> bool:
+    return bool(getattr(member, "chosen_by_default", False))
 
 
 def _listed(members: Sequence[object]) -> str:
