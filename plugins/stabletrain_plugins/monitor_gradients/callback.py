@@ -47,6 +47,7 @@ class MonitorGradients(GuardMember):
 
     plugin: ClassVar[str] = "monitor_gradients"
     slot: ClassVar[str] = "gradients"
+    per_optimizer = ("_measurements", "_layers", "_layer_of", "_index", "_told")
 
     def __init__(self, every: int = 50, depth: int | None = 1, weights: bool = True) -> None:
         for key, value in (("every", every), ("depth", 1 if depth is None else depth)):
@@ -57,8 +58,13 @@ class MonitorGradients(GuardMember):
         self._clear()
 
     def _clear(self) -> None:
-        self._measurements: list[Tensor] = []
         self._worst: int | None = None
+        for _ in self.each_optimizer():
+            self.start_optimizer()
+
+    def start_optimizer(self) -> None:
+        """No measurements of an optimizer's parameters yet."""
+        self._measurements: list[Tensor] = []
         self._told = False
         self._layers: list[str] = []
         self._layer_of: list[int] = []
@@ -95,7 +101,11 @@ class MonitorGradients(GuardMember):
         guard = self._guard
         if guard is None or guard.on_device:
             return
-        named = [(name, grad) for name, p in guard.module.named_parameters() for grad in gradients.of((p,))]
+        parameters = list(guard.module.named_parameters())
+        if not guard.module.automatic_optimization:  # other optimizers' gradients may be those of an earlier step
+            mine = {id(p) for p in guard.parameters}
+            parameters = [(name, p) for name, p in parameters if id(p) in mine]
+        named = [(name, grad) for name, p in parameters for grad in gradients.of((p,))]
         if not named:
             return
         norms = gradients.tensor_norms([grad for _, grad in named]).tolist()
@@ -113,13 +123,20 @@ class MonitorGradients(GuardMember):
 
     def metrics(self) -> dict[str, float]:
         """Means over the measurements since the last call, copied from the device in one transfer."""
-        measurements, self._measurements = self._measurements, []
-        worst, self._worst = self._worst, None
-        if not measurements:
-            return {} if worst is None else {"nonfinite_layers": float(worst)}
-        table: list[list[list[float]]] = torch.stack(measurements).tolist()
-        seen = max(sum(not math.isfinite(norm) for norm in each[0]) for each in table)
-        metrics = {"nonfinite_layers": float(max(seen, worst or 0))}
+        metrics: dict[str, float] = {}
+        worst = [self._worst] if self._worst is not None else []
+        self._worst = None
+        for _ in self.each_optimizer():
+            measurements, self._measurements = self._measurements, []
+            if measurements:
+                table: list[list[list[float]]] = torch.stack(measurements).tolist()
+                worst.append(max(sum(not math.isfinite(norm) for norm in each[0]) for each in table))
+                metrics |= self._means(table)
+        return {"nonfinite_layers": float(max(worst)), **metrics} if worst else {}
+
+    def _means(self, table: list[list[list[float]]]) -> dict[str, float]:
+        """The means of the finite norms of each layer; the table has a list of rows for each measurement."""
+        metrics: dict[str, float] = {}
         for row, what in enumerate(("grad_norm", "weight_norm")[: len(table[0])]):
             for column, layer in enumerate(self._layers):
                 finite = [each[row][column] for each in table if math.isfinite(each[row][column])]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -23,6 +23,21 @@ from stabletrain.runtime.guard.rewarming import Rewarming
 from stabletrain.runtime.internals import trainer as trainer_internals
 
 
+class Restorable(Protocol):
+    """Tensors besides parameters and optimizer state that forward may change, such as `ModuleBuffers`."""
+
+    def __len__(self) -> int: ...
+
+    def stash(self) -> None:
+        """Copy them."""
+
+    def restore(self) -> None:
+        """Write the copies back."""
+
+    def restore_where(self, dropped: Tensor) -> None:
+        """As `restore` where ``dropped`` is 1, else as `stash`, decided on the device."""
+
+
 class StepControl:
     """Undoes the changes of dropped steps, and prevents further ones, in one fit.
 
@@ -30,16 +45,29 @@ class StepControl:
         trainer: in a fit, with its optimizer set up.
         module: the module that is trained.
         rewarming: lowers the learning rate within the optimizer's step.
+        optimizer: the one that is controlled; None: the module has only one.
+        buffers: what a dropped step restores besides; None: all buffers of the module.
+        undecided: called for a step that nothing has decided; None: such a step is made.
     """
 
-    def __init__(self, trainer: Trainer, module: LightningModule, rewarming: Rewarming) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        rewarming: Rewarming,
+        optimizer: Optimizer | None = None,
+        buffers: Restorable | None = None,
+        undecided: Callable[[], None] | None = None,
+    ) -> None:
         self.trainer = trainer
-        self.optimizer: Optimizer = trainer.optimizers[0]
+        self.optimizer: Optimizer = trainer.optimizers[0] if optimizer is None else optimizer
         self._module = module
         self._rewarming = rewarming
-        self._buffers = ModuleBuffers(module)
+        self._buffers: Restorable = ModuleBuffers(module) if buffers is None else buffers
+        self._undecided = undecided
         self._drop = False
         self._frozen = False
+        self._decided = False
         self._replaced: list[tuple[object, str, Any]] = []
         self._wrap_optimizer_step()
         self._wrap_scheduler_step()
@@ -57,6 +85,7 @@ class StepControl:
         """Reset the marks of the last step, before the next decision."""
         # after an overflow the loss scaler does not call optimizer.step, which would reset the mark of a drop
         self._drop = self._frozen = False
+        self._decided = True
 
     def drop(self) -> None:
         """Do not apply the step in progress (decided on the host)."""
@@ -100,6 +129,9 @@ class StepControl:
             if closure is not None:
                 with torch.enable_grad():
                     result = closure()
+            if self._undecided is not None and not self._decided:
+                self._undecided()
+            self._decided = False
             if self._drop:
                 self._drop = False
             else:

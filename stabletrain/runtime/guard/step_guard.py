@@ -40,8 +40,10 @@ from stabletrain.runtime.guard import device_limits, dropped_steps, support
 from stabletrain.runtime.guard.changes import Changes
 from stabletrain.runtime.guard.dropped_steps import DroppedStep, StepSamples
 from stabletrain.runtime.guard.loss_scaling import LossScaling
+from stabletrain.runtime.guard.manual_steps import ManualSteps
 from stabletrain.runtime.guard.members import Member, RuleMember, TransformMember
 from stabletrain.runtime.guard.metrics import Counters, MetricsWindow
+from stabletrain.runtime.guard.per_optimizer import PerOptimizer
 from stabletrain.runtime.guard.requests import execute
 from stabletrain.runtime.guard.rewarming import Rewarming
 from stabletrain.runtime.guard.signals import Signals
@@ -52,6 +54,18 @@ from stabletrain.runtime.ranks import Ranks
 from stabletrain.runtime.records import run_files
 from stabletrain.runtime.records.event_log import EventLog, logger
 
+_PER_OPTIMIZER = (
+    "window",
+    "metrics",
+    "_of_optimizer",
+    "_scales",
+    "_lr",
+    "_samples",
+    "_control",
+    "_parameters",
+    "_names",
+)
+"""The attributes of the guard of which each optimizer has its own."""
 _PROGRESS_BAR: tuple[str, ...] = ("loss", "grad_norm", "clipped", "skipped")
 
 
@@ -85,11 +99,8 @@ class StepGuard:
         self.members = list(members)
         self.mode = mode
         self.counters = Counters()
-        self.metrics = MetricsWindow()
         self.changes = Changes()
         self.rewarming = Rewarming(trainer)
-        self._scales = ScaleHistory()
-        self._lr: float | Tensor = math.nan
         self._told_of_nonfinite = False
         folder = trainer.log_dir or trainer.default_root_dir  # log_dir is a collective: called on every rank
         path = events or Path(folder) / run_files.EVENTS
@@ -103,10 +114,16 @@ class StepGuard:
         self._gradient_observers = [m for m in members if m.observes_gradients]
         self._outcome_observers = [m for m in members if m.observes_outcomes]
         self.window = AccumulationWindow(trainer)
+        self._manual: ManualSteps | None = None
+        self._optimizer_name = ""
+        """While an outcome is passed on: the name of its optimizer, if there are several."""
+        self._optimizers = PerOptimizer(self, _PER_OPTIMIZER, self._start_optimizer)
+        self._start_optimizer()
         self._pending: Callable[[], Outcome] | None = None
         self._requests: list[Request] = []
         self._dropped: DroppedStep | None = None
-        self._attempted = False
+        self._attempted = 0
+        """Steps that were decided in the batch in progress."""
         self.is_open = False
         self.is_training = False
         """As ``is_open``, but only until the training loop has ended."""
@@ -123,39 +140,102 @@ class StepGuard:
         self._scaling = LossScaling(self.trainer)
         self.ranks = Ranks(self.trainer)
         support.warn_of_local_parameters(self.ranks, self.module)
-        self._control = StepControl(self.trainer, self.module, self.rewarming)
-        self._samples = StepSamples(self.trainer, self.ranks)
-        self._undo = [self._control.undo, trainer_internals.before_checkpoint(self.trainer, self._before_checkpoint)]
-        self._parameters = [p for group in self._control.optimizer.param_groups for p in group["params"]]
-        names = {id(p): name for name, p in self.module.named_parameters()}
-        self._names = [names.get(id(p), f"parameter {i}") for i, p in enumerate(self._parameters)]
+        self._undo = [trainer_internals.before_checkpoint(self.trainer, self._before_checkpoint)]
+        if self.module.automatic_optimization:
+            self._control_steps(StepControl(self.trainer, self.module, self.rewarming))
+        else:
+            self._control_manual_steps()
+        for member in self.members:
+            member.use_optimizers([""] if self._manual is None else self._manual.names)
         self.on_device = support.decides_on_device(self.trainer, self.mode, self._parameters[0].device)
         self._log_every = trainer_internals.log_interval(self.trainer)
         self.is_open = self.is_training = True
+
+    def _start_optimizer(self) -> None:
+        """What is known of an optimizer before its first step."""
+        self.metrics = MetricsWindow()
+        self._of_optimizer = Counters()
+        self._scales = ScaleHistory()
+        self._lr: float | Tensor = math.nan
+
+    def _control_steps(self, control: StepControl) -> None:
+        """Control the steps of one optimizer."""
+        self._control = control
+        self._samples = StepSamples(self.trainer, self.ranks)
+        self._undo.append(control.undo)
+        self._parameters = [p for group in control.optimizer.param_groups for p in group["params"]]
+        names = {id(p): name for name, p in self.module.named_parameters()}
+        self._names = [names.get(id(p), f"parameter {i}") for i, p in enumerate(self._parameters)]
+
+    def _control_manual_steps(self) -> None:
+        """Control the steps of all optimizers, which the module makes by hand."""
+        manual = self._manual = ManualSteps(self.trainer, self.module, self.ranks)
+        self._optimizers.grow(len(manual.optimizers))
+        for i in self._optimizers:
+            optimizer, buffers = manual.optimizers[i], manual.buffers[i]
+            control = StepControl(
+                self.trainer, self.module, self.rewarming, optimizer, buffers, manual.refuse_undecided
+            )
+            self._control_steps(control)
+            self.window = manual.windows[i]
+        self._undo.append(trainer_internals.after_manual_step(self.trainer, self._after_manual_step))
 
     def close(self) -> None:
         """``teardown`` and ``on_exception``: restore everything that was replaced; a second call does nothing."""
         self.is_open = self.is_training = False
         while self._undo:
             self._undo.pop()()
-        self.window.clear()
+        for _ in self._optimizers:
+            self.window.clear()
         self._pending = None
 
     # ---- one step ---------------------------------------------------------------------------------------------------
 
     def start_batch(self) -> None:
         """``on_train_batch_start``: copy the buffers before the first micro-batch of a window."""
-        if self.window.is_empty and self._control is not None:
+        if self._manual is not None:
+            for i in self._optimizers:
+                if not self._manual.windows[i].may_be_open:
+                    self.control.start_window()
+        elif self.window.is_empty and self._control is not None:
             self._control.start_window()
 
     def take_loss(self, loss: Tensor) -> None:
         """``on_before_backward``: store a micro-batch's loss, divided by the window's size, times the loss scale."""
+        if self._manual is not None:
+            self._manual.before_backward(loss)
+            return
         self.window.add(loss)
         self._samples.add_batch()
+
+    def end_backward(self) -> None:
+        """``on_after_backward``, with manual optimization: store the loss for the optimizers that it reaches."""
+        if self._manual is not None:
+            for index, loss in self._manual.after_backward():
+                self._select(index)
+                self.window.add(loss)
+                self._samples.add_batch()
+
+    def _select(self, index: int) -> None:
+        """Select an optimizer, with the histories of all members."""
+        self._optimizers.select(index)
+        for member in self.members:
+            member.select_optimizer(index)
+
+    def _after_manual_step(self) -> None:
+        """The module has stepped an optimizer by hand: its outcome is history before the next backward pass."""
+        self.settle()
+        self.control.start_window()
 
     def decide(self, optimizer: Optimizer) -> None:
         """``on_before_optimizer_step``: gradients are complete. Measure, get the limits, act."""
         self.settle()
+        if self._manual is not None:
+            index = self._manual.index(optimizer)
+            self._select(index)
+            self.control.start_decision()
+            if not self._manual.has_step(index):
+                return
         self._samples.end_window()
         if self.window.is_empty and self.ranks.size == 1:
             return  # training_step returned None: there was no backward pass, so there is no step
@@ -166,22 +246,25 @@ class StepGuard:
         grads = gradients.of(self._parameters)
         grad_norm = gradients.global_norm(grads)
         for member in self._gradient_observers:
-            member.on_gradients(self.counters.attempted, self._parameters)
+            member.on_gradients(self._counted.attempted, self._parameters)
         for plugin, reason in self.changes.expected_at(self.trainer.global_step):
             self._learn_anew(plugin, reason)
         self._lr = self.rewarming.rate(optimizer)
         decide = self._decide_on_device if self.on_device else self._decide_exactly
         self._pending = decide(loss, grad_norm, grads, changed)
-        self._attempted = True
+        self._attempted += 1
 
     def end_batch(self) -> None:
         """``on_train_batch_end``: rules observe the outcome, requests are executed, metrics are sent."""
         # in device mode the next step settles this one, unless this may be the last batch
         if not self.on_device or trainer_internals.may_be_last_batch(self.trainer):
             self.settle()
+        if self._manual is not None:
+            self._select(0)  # between two batches always the first one
         if self._attempted:
-            self._attempted = False
-            if self.counters.attempted % self._log_every == 0 or self.trainer.is_last_batch:
+            due = self.counters.attempted % self._log_every < self._attempted
+            self._attempted = 0
+            if due or self.trainer.is_last_batch:
                 self.flush()
         if self._max_attempts is not None and self._max_attempts <= self.counters.attempted and not self._complete:
             reason = f"{self.counters.attempted} steps attempted, {self.counters.applied} applied (guard.max_attempts)"
@@ -202,29 +285,43 @@ class StepGuard:
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
+        self._optimizer_name = self._manual.names[self._optimizers.selected] if self._manual is not None else ""
         outcome = pending()
         if self.on_device and not outcome.applied:
             self.control.freeze_step()
         self._scaling.put_back()
         if self._scaling.is_active:
             self._scales = self._scales.add(outcome)
-        self.counters = self.counters.add(outcome)
+        self.counters, self._of_optimizer = self.counters.add(outcome), self._of_optimizer.add(outcome)
         self.metrics.add(outcome)
         if outcome.skipped:
             self._count_drop(outcome, alone)
+        several = self._manual is not None and len(self._manual.optimizers) > 1
         told = self._tell_of_nonfinite(outcome)
+        without_loss = outcome._replace(loss=0.0) if several and math.isfinite(outcome.loss) else outcome
         for each in self._rules:
             if not outcome.overflow or each.rule.sees_overflow:
-                observation = each.rule.observe(each.state, outcome)
+                observation = each.rule.observe(each.state, without_loss if each.rule.compares_loss else outcome)
                 each.state = observation.state
                 for event in observation.events:
                     if not (told and event.kind == "nonfinite"):  # the guard's event says the same, and what to do
                         self.report(event)
-                self._requests.extend(observation.requests)
+                self._requests.extend(self._named(request) for request in observation.requests)
         for transform in self._transforms:
             transform.commit(outcome.applied)
         for observer in self._outcome_observers:
             observer.on_outcome(outcome)
+        self._optimizer_name = ""
+
+    @property
+    def _counted(self) -> Counters:
+        """The steps of the run; with manual optimization, those of the selected optimizer."""
+        return self.counters if self._manual is None else self._of_optimizer
+
+    def _named(self, request: Request) -> Request:
+        """A request that says of which optimizer it is, if there are several."""
+        name = self._optimizer_name
+        return request._replace(reason=f"{name}: {request.reason}") if name else request
 
     def _count_drop(self, outcome: Outcome, alone: bool) -> None:
         """Before the rules observe it: their limits are still those that dropped the step."""
@@ -256,6 +353,10 @@ class StepGuard:
             "announced": list(self.changes.announced),
             "passed": self.changes.passed,
         }
+        if self._manual is not None:
+            own["optimizers"] = [
+                {"counters": self._of_optimizer._asdict(), "scales": to_plain(self._scales)} for _ in self._optimizers
+            ]
         return {"counters": self.counters._asdict(), "guard": own}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -267,6 +368,12 @@ class StepGuard:
             self._scales = from_plain(ScaleHistory, state["guard"]["scales"])
             self.changes.announced = from_plain(tuple[str, ...], state["guard"]["announced"])
             self.changes.passed = from_plain(dict[str, int], state["guard"].get("passed", {}))
+            saved = state["guard"].get("optimizers", [])
+            self._optimizers.grow(len(saved))
+            for i in self._optimizers:
+                if i < len(saved):
+                    self._of_optimizer = from_plain(Counters, saved[i]["counters"])
+                    self._scales = from_plain(ScaleHistory, saved[i]["scales"])
 
     def drop_requests(self) -> None:
         """Drop the requests that are not executed yet: something else has answered them."""
@@ -282,10 +389,21 @@ class StepGuard:
         """
         self.changes.passed = {}  # positions are passed again
         in_a_row = state.get("counters", {}).get("overflows_in_a_row", 0)
+        counted = [self._of_optimizer for _ in self._optimizers]
         self.load_state_dict({**state, "counters": {**self.counters._asdict(), "overflows_in_a_row": in_a_row}})
-        self.window.clear()
-        self._samples.clear()
+        for i in self._optimizers:
+            self._of_optimizer = counted[i]
+        for _ in self._optimizers:
+            self.window.clear()
+            self._samples.clear()
+        if self._manual is not None:
+            self._manual.clear()
         self._requests.clear()
+
+    @property
+    def parameters(self) -> list[Any]:
+        """Those of the optimizer that steps; with manual optimization, between two batches those of the first one."""
+        return self._parameters
 
     @property
     def _complete(self) -> bool:
@@ -416,6 +534,8 @@ class StepGuard:
         """Write an event to the log, then pass it to every callback with ``on_stability_event`` (see `hooks`)."""
         if self._dropped is not None:
             event = self._dropped.describe(event)
+        if name := self._optimizer_name:
+            event = event._replace(optimizer=name, reason=f"{name}: {event.reason}")
         self.events.append(event)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             listen: Any = getattr(callback, "on_stability_event", None)
@@ -430,11 +550,15 @@ class StepGuard:
 
     def flush(self) -> None:
         """Send the metrics since the last flush to the loggers, the progress bar and ``callback_metrics``."""
-        metrics = self.metrics.take(self.counters)
-        if metrics:
-            metrics |= self._scaling.metrics(self.counters)
-            metrics["lr"] = float(self._lr)
-        shown = {key: metrics[key] for key in _PROGRESS_BAR if key in metrics}
+        metrics: dict[str, float] = {}
+        for i in self._optimizers:
+            taken = self.metrics.take(self._counted)
+            if taken:
+                taken |= self._scaling.metrics(self._counted)
+                taken["lr"] = float(self._lr)
+            suffix = f"/{self._manual.names[i]}" if self._manual is not None and self._manual.names[i] else ""
+            metrics.update({f"{key}{suffix}": value for key, value in taken.items()})
+        shown = {key: value for key, value in metrics.items() if key.split("/")[0] in _PROGRESS_BAR}
         for member in self.members:
             metrics.update(member.metrics())
         if not metrics:

@@ -49,9 +49,17 @@ def restore_step_hooks(callback: Callback) -> None:
             del callback.__dict__[hook]
 
 
+def step_progress(trainer: Trainer) -> Any:
+    """The loop's counters of optimizer steps, from which ``trainer.global_step`` is read."""
+    loop = trainer.fit_loop.epoch_loop
+    if trainer.lightning_module.automatic_optimization:
+        return loop.automatic_optimization.optim_progress.optimizer.step
+    return loop.manual_optimization.optim_step_progress
+
+
 def undo_global_step(trainer: Trainer) -> None:
     """Subtract one optimizer step from the loop's counters: the step in progress, or the last one, was not applied."""
-    progress = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step
+    progress = step_progress(trainer)
     for counters in (progress.total, progress.current):
         counters.ready -= 1
         counters.completed -= 1
@@ -218,3 +226,24 @@ def sigterm_is_lightnings(trainer: Trainer) -> bool:
 def may_be_last_batch(trainer: Trainer) -> bool:
     """Whether the epoch or the fit may end with the batch in progress."""
     return bool(trainer.is_last_batch) or 0 < trainer.max_steps <= trainer.global_step or trainer.should_stop
+
+
+def after_manual_step(trainer: Trainer, call: Callable[[], None]) -> Callable[[], None]:
+    """Call ``call`` after each ``step`` of an optimizer of ``self.optimizers()``, for a module that steps by hand.
+
+    Returns:
+        The function that undoes this.
+    """
+    loop: Any = trainer.fit_loop.epoch_loop.manual_optimization
+    after = loop._on_after_step
+
+    def call_after() -> None:
+        after()
+        call()
+
+    loop._on_after_step = call_after  # Lightning passes it to its optimizers at every batch
+
+    def undo() -> None:
+        loop.__dict__.pop("_on_after_step", None)
+
+    return undo

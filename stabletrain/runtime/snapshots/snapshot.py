@@ -121,7 +121,7 @@ class Snapshot:
         self.step = -1  # empty until it is complete
         self._buffers.copy_in(flattener.tensors)
         self._names, self._parts, self._members = [part.name for part in live], parts, members
-        self._rules = [member.state for member in _rules(guard)]
+        self._rules = [member.states for member in _rules(guard)]
         self._schedulers = [copy.deepcopy(each.scheduler.state_dict()) for each in trainer.lr_scheduler_configs]
         self._precision = copy.deepcopy(trainer.precision_plugin.state_dict())
         self._progress = state_internals.progress(trainer)
@@ -195,8 +195,8 @@ class Snapshot:
         own = guard.state_dict()
         for member, state in zip(_stateful_members(guard), members, strict=True):
             member.load_state_dict({**state, **own})
-        for rule, state in zip(_rules(guard), self._rules, strict=True):
-            rule.state = rule.rule.rebase(state, cause)
+        for rule, states in zip(_rules(guard), self._rules, strict=True):
+            rule.states = [rule.rule.rebase(state, cause) for state in states]
         if rewind:
             rng.restore(self._rng)
 

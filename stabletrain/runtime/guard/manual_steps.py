@@ -1,0 +1,262 @@
+"""Steps of a module that calls its optimizers by hand (manual optimization), of which it may have several.
+
+Lightning calls ``on_before_backward`` for each ``manual_backward``, and ``on_before_optimizer_step`` for each ``step``
+of an optimizer from ``self.optimizers()``. In between, the module does what it wants. So what belongs to a step is
+observed: its loss is the sum of the losses whose backward passes have changed a gradient of its optimizer since these
+gradients were removed or applied. See docs/decisions/0016-steps-by-hand.md.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Iterator, Sequence
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from stabletrain.errors import UserError
+from stabletrain.runtime import gradients
+from stabletrain.runtime.accumulation import AccumulationWindow
+from stabletrain.runtime.guard.module_buffers import ModuleBuffers
+from stabletrain.runtime.internals import trainer as trainer_internals
+from stabletrain.runtime.ranks import Ranks
+
+
+class BackwardWindow(AccumulationWindow):
+    """The backward passes whose gradients the next step of one optimizer applies.
+
+    Args:
+        trainer: in a fit.
+        windows: those of all optimizers; this one is added.
+    """
+
+    def __init__(self, trainer: Trainer, windows: list[BackwardWindow]) -> None:
+        super().__init__(trainer)
+        self._windows = windows
+        windows.append(self)
+        self._batches: list[int] = []
+        self.spans_batches: bool | None = None
+        """Whether the last step had gradients of several batches; None before the first."""
+
+    @property
+    def is_open(self) -> bool:
+        """Between two batches: whether an optimizer that steps once for several batches has not stepped yet."""
+        return any(each.spans_batches and not each.is_empty for each in self._windows)
+
+    @property
+    def may_be_open(self) -> bool:
+        """Between two batches: whether the gradients that there are may be applied by the next step."""
+        return not self.is_empty and self.spans_batches is not False
+
+    def add(self, loss: Tensor) -> None:
+        """Add a loss, as passed to backward."""
+        super().add(loss if loss.numel() == 1 else loss.detach().sum())
+        self._batches.append(trainer_internals.batches_seen(self._trainer))
+
+    def take(self) -> list[Tensor]:
+        """Return the sum of the losses and remove them: backward passes add up gradients, and average none."""
+        losses = super().take()
+        if losses:
+            self.spans_batches = len(set(self._batches)) > 1
+        self._batches.clear()
+        return [functools.reduce(operator.add, losses)] if losses else []
+
+    def clear(self) -> None:
+        """Remove the losses."""
+        super().clear()
+        self._batches.clear()
+
+
+class BuffersOfOptimizer:
+    """The buffers that a dropped step of one optimizer restores.
+
+    Those of modules which it alone trains are as before its first backward pass for this step. Forward has changed
+    those of others too, such as the discriminator's when the generator's loss was computed: they are as after the last
+    step of their own optimizer, or as at the beginning of the batch if that is later.
+
+    Args:
+        own: buffers of the modules that only this optimizer trains.
+        others: all other buffers.
+        shared: those of ``others`` that belong to no optimizer alone; they are copied with ``own``.
+    """
+
+    def __init__(self, own: ModuleBuffers, others: Sequence[ModuleBuffers], shared: ModuleBuffers) -> None:
+        self._own, self._others, self._shared = own, others, shared
+
+    def __len__(self) -> int:
+        return len(self._own) + sum(len(each) for each in self._others)
+
+    def stash(self) -> None:
+        """Copy those that are its own or shared."""
+        self._own.stash()
+        self._shared.stash()
+
+    def restore(self) -> None:
+        """Restore all."""
+        for each in (self._own, *self._others):
+            each.restore()
+
+    def restore_where(self, dropped: Tensor) -> None:
+        """Decided on the device: never, with manual optimization the host decides."""
+        raise NotImplementedError("manual optimization decides on the host")
+
+
+class ManualSteps:
+    """What belongs to the next step of each optimizer, observed from outside of ``training_step``.
+
+    Args:
+        trainer: in a fit, with its optimizers.
+        module: the module, with manual optimization.
+        ranks: of the fit.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule, ranks: Ranks) -> None:
+        self._module, self._ranks = module, ranks
+        self.optimizers: list[Optimizer] = list(trainer.optimizers)
+        self.windows: list[BackwardWindow] = []
+        for _ in self.optimizers:
+            BackwardWindow(trainer, self.windows)
+        several = len(self.optimizers) > 1
+        self.names = optimizer_names(module, self.optimizers) if several else [""]
+        """Names of the optimizers for events and metrics; of a single one empty."""
+        self.buffers = _buffers(module, self.optimizers)
+        self._index = {id(optimizer): i for i, optimizer in enumerate(self.optimizers)}
+        self._marks: list[list[tuple[Tensor | None, int]]] = []
+        self._loss: Tensor | None = None
+
+    def index(self, optimizer: Optimizer) -> int:
+        """The position of an optimizer in ``self.optimizers()``."""
+        return self._index[id(optimizer)]
+
+    def before_backward(self, loss: Tensor) -> None:
+        """A backward pass begins: what came before gradients were removed belongs to no step any more."""
+        self._loss = loss
+        self._marks = [_marks(optimizer) for optimizer in self.optimizers]
+        for window, marks in zip(self.windows, self._marks, strict=True):
+            if not window.is_empty and all(grad is None for grad, _ in marks):
+                window.clear()
+
+    def after_backward(self) -> Iterator[tuple[int, Tensor]]:
+        """The optimizers for which the backward pass has computed gradients, by index, and its loss."""
+        before, self._marks = self._marks, []
+        loss, self._loss = self._loss, None
+        if loss is None:
+            return
+        for index, (optimizer, marks) in enumerate(zip(self.optimizers, before, strict=True)):
+            if any(now is not then or version != old for (now, version), (then, old) in _pairs(optimizer, marks)):
+                yield index, loss
+
+    def has_step(self, index: int) -> bool:
+        """Whether a call of an optimizer's ``step`` has gradients to apply, on any rank. A collective.
+
+        Raises:
+            UserError: if there are gradients, but the loss they come from is not known.
+        """
+        optimizer = self.optimizers[index]
+        if self._ranks.any(not self.windows[index].is_empty):
+            return True
+        grads = gradients.of(_parameters(optimizer))
+        if self._ranks.any(bool(grads) and gradients.global_norm(grads).item() != 0.0):
+            raise UserError(
+                f"{type(self._module).__name__} steps {type(optimizer).__name__} with gradients whose loss stabletrain "
+                "has not seen, so the step cannot be judged. In training_step, call self.manual_backward(loss) before "
+                "the step instead of loss.backward(), and step once for each backward pass; or remove the plugins that "
+                "skip, clip, measure or roll back"
+            )
+        return False
+
+    def refuse_undecided(self) -> None:
+        """Called for a step of which Lightning did not tell.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(
+            f"{type(self._module).__name__} steps an optimizer past Lightning, which then calls no hook in which the "
+            "step could be judged. In training_step, take the optimizers from self.optimizers(), without "
+            "use_pl_optimizer=False, and call step() on those; or remove the plugins that skip, clip, measure or roll "
+            "back"
+        )
+
+    def clear(self) -> None:
+        """The state was restored: gradients are those of undone steps."""
+        for window in self.windows:
+            window.clear()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+
+def optimizer_names(module: nn.Module, optimizers: Sequence[Optimizer]) -> list[str]:
+    """The submodule that each optimizer trains, such as ``discriminator``; ``optimizer_0`` where that is ambiguous.
+
+    >>> gan = nn.ModuleDict({"generator": nn.Linear(1, 1), "discriminator": nn.Linear(1, 1)})
+    >>> optimizer_names(gan, [torch.optim.SGD(gan[name].parameters()) for name in ("generator", "discriminator")])
+    ['generator', 'discriminator']
+    """
+    paths = {id(p): name.split(".")[:-1] for name, p in module.named_parameters()}
+    shared = [_common([paths.get(id(p), []) for p in _parameters(each)]) for each in optimizers]
+    names = []
+    for i, path in enumerate(shared):
+        others = [each for j, each in enumerate(shared) if j != i]
+        depths = range(1, len(path) + 1)
+        unique = [path[:d] for d in depths if not any(each[:d] == path[:d] or len(each) < d for each in others)]
+        names.append(".".join(unique[0]) if unique else f"optimizer_{i}")
+    return names
+
+
+def _common(paths: Sequence[list[str]]) -> list[str]:
+    """The beginning that all paths share."""
+    levels = [set(level) for level in zip(*paths, strict=False)]
+    length = next((depth for depth, level in enumerate(levels) if len(level) > 1), len(levels))
+    return paths[0][:length] if paths else []
+
+
+def _buffers(module: nn.Module, optimizers: Sequence[Optimizer]) -> list[BuffersOfOptimizer]:
+    """The buffers that a dropped step restores, for each optimizer."""
+    owner = _owners(module, optimizers)
+
+    def of(index: int | None) -> ModuleBuffers:
+        return ModuleBuffers(module, lambda child: owner.get(child) == index)
+
+    shared = of(None)
+    own = [of(index) for index in range(len(optimizers))]
+    return [BuffersOfOptimizer(each, [shared, *(other for other in own if other is not each)], shared) for each in own]
+
+
+def _owners(module: nn.Module, optimizers: Sequence[Optimizer]) -> dict[nn.Module, int]:
+    """Of submodules with buffers: the only optimizer that trains its parameters, or else the nearest ones around it."""
+    of = {id(p): index for index, optimizer in enumerate(optimizers) for p in _parameters(optimizer)}
+    owners: dict[nn.Module, int] = {}
+    for path, child in module.named_modules():
+        if next(child.buffers(recurse=False), None) is None:
+            continue
+        names = path.split(".") if path else []
+        for depth in range(len(names), -1, -1):
+            around = module.get_submodule(".".join(names[:depth]))
+            trained = {of[id(p)] for p in around.parameters() if id(p) in of}
+            if trained:
+                if len(trained) == 1:
+                    owners[child] = trained.pop()
+                break
+    return owners
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _marks(optimizer: Optimizer) -> list[tuple[Tensor | None, int]]:
+    """The gradients, and their version counters, by which it shows that a backward pass has changed them."""
+    return [(p.grad, 0 if p.grad is None else _version(p.grad)) for p in _parameters(optimizer)]
+
+
+def _version(gradient: Tensor) -> int:
+    return (gradient if gradient.is_sparse else gradients.local(gradient))._version
+
+
+def _pairs(
+    optimizer: Optimizer, marks: list[tuple[Tensor | None, int]]
+) -> Iterator[tuple[tuple[Tensor | None, int], tuple[Tensor | None, int]]]:
+    return zip(_marks(optimizer), marks, strict=False)  # parameters may have been added

@@ -1,0 +1,204 @@
+"""Manual optimization: each step of each optimizer is measured, judged and counted for itself."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fits import EventRecorder, Recorder, SaveAfter, assert_same, fit, scaler
+from gan import Gan, batches, end
+
+from stabletrain import (
+    ClipTensorwise,
+    ClipZScore,
+    MonitorGradients,
+    ResumeExactly,
+    Rollback,
+    SkipNonFinite,
+    SkipOutliers,
+)
+from stabletrain.core.outcome import Outcome
+
+G, D = "generator", "discriminator"
+
+
+@pytest.fixture(autouse=True)
+def _in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events and interventions are written there."""
+    monkeypatch.chdir(tmp_path)
+
+
+def train(items: Any, *callbacks: Any, ckpt_path: Any = None, plugins: Any = None, **options: Any) -> Any:
+    module = Gan(**options)
+    torch.manual_seed(1)
+    return fit(module, items, *callbacks, ckpt_path=ckpt_path, plugins=plugins)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"toggle": True, "order": (G, D)}, {"closure": True}, {"together": True, "order": (G, D)}],
+    ids=["before", "toggled", "closure", "together"],
+)
+def test_the_history_of_each_optimizer_is_its_own_and_nothing_else_changes(options: Any) -> None:
+    """Bug: a loss that is counted for another optimizer's step, one history for both, or weights that change."""
+    items = batches([""] * 6)
+    recorder = Recorder()
+    watched = train(items, recorder, SkipNonFinite(), SkipOutliers(), Rollback(), MonitorGradients(), **options)
+    assert_same(end(watched), end(train(items, **options)))
+    assert watched.global_step == 12
+    seen: list[tuple[Outcome, ...]] = recorder.states
+    for which, outcomes in zip((G, D), seen, strict=True):
+        assert [outcome.loss for outcome in outcomes] == pytest.approx(watched.lightning_module.losses[which])
+        assert all(outcome.grad_norm > 0 for outcome in outcomes)
+    first = options.get("order", (D, G))[0]
+    assert [outcome.step for outcome in seen[0 if first == G else 1]] == [0, 2, 4, 6, 8, 10]
+
+
+@pytest.mark.parametrize("which", [G, D])
+@pytest.mark.parametrize(("order", "toggle"), [((D, G), False), ((G, D), True)])
+def test_a_nan_drops_the_step_of_one_optimizer(which: str, order: Any, toggle: bool) -> None:
+    """Bug: the other optimizer's step is dropped or changed too, or running statistics stay NaN; at any position."""
+    for position in (0, 2, 4):
+        faults = [""] * 5
+        faults[position] = which
+        events = EventRecorder()
+        guarded = train(batches(faults), events, SkipNonFinite(), MonitorGradients(every=1), order=order, toggle=toggle)
+        omitted = train(batches([""] * 5), order=order, toggle=toggle, omit=(position, which))
+        mine, theirs = end(guarded), end(omitted)
+        if which == order[-1]:  # its network's statistics are as at the beginning of the batch, before the other's step
+            weights = [name for name, _ in Gan().named_parameters()]
+            for each in (mine, theirs):
+                each["module"] = {name: each["module"][name] for name in weights}
+        assert_same(mine, theirs)
+        assert all(bool(value.isfinite().all()) for value in guarded.lightning_module.state_dict().values())
+        assert guarded.global_step == omitted.global_step == 9
+        assert {event.optimizer for event in events.events} == {which}
+        assert all(event.reason.startswith(f"{which}: ") for event in events.events)
+        assert guarded.callback_metrics[f"skipped/{which}"] == 1
+        assert guarded.callback_metrics[f"skipped/{D if which == G else G}"] == 0
+
+
+def stack() -> list[Any]:
+    return [
+        Recorder(),
+        SkipNonFinite(),
+        ClipZScore(warmup_steps=2),
+        SkipOutliers(min_samples=2, window=4),
+        ClipTensorwise(warmup_steps=3),
+        Rollback(every=4, trust_after=2),
+        MonitorGradients(every=2),
+        ResumeExactly(),
+    ]
+
+
+def states(callbacks: list[Any]) -> Any:
+    return {each.state_key: repr(each.states) for each in callbacks if hasattr(each, "states")}
+
+
+def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
+    """Bug: the history, or the count of steps, of the second optimizer is lost in a checkpoint; at any cut."""
+    items = batches(["", "", D, "", G, ""])
+    whole = stack()
+    uninterrupted = train(items, *whole)
+    for cut in (0, 2, 4):
+        path = tmp_path / f"{cut}.ckpt"
+        train(items, *stack(), SaveAfter(cut, path))
+        rest = stack()
+        torch.manual_seed(99)
+        resumed = train(items, *rest, ckpt_path=path)
+        assert_same(end(resumed), end(uninterrupted))
+        assert resumed.global_step == uninterrupted.global_step == 10
+        assert states(rest) == states(whole)
+        assert [each["applied"] for each in rest[4].state_dict()["optimizers"]] == [5]
+
+
+def test_a_rollback_restores_both_optimizers() -> None:
+    """Bug: after a rollback the second optimizer's state or history, or the count of steps, is that of undone steps."""
+    items = batches(["", "", "", "", D, D, "", ""])
+    events = EventRecorder()
+    plugins = [Recorder(), SkipNonFinite(max_in_a_row=2), Rollback(every=2, trust_after=1, rewarm=0)]
+    mine = train(items, *plugins, events)
+    assert [event.optimizer for event in events.events if event.kind == "rollback"] == [""]
+    bare = train([item for item in items if not item[2]])
+    assert mine.global_step == bare.global_step == 12
+    assert_same(end(mine), end(bare))
+    recorded: Any = plugins[0]
+    assert [len(states) for states in recorded.states] == [6, 6]
+
+
+class ByHand(Gan):
+    """One optimizer; gradients of two batches, each with two backward passes, make a step."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+        for _ in range(2):
+            loss = self.loss("discriminator", batch)
+            self.losses["discriminator"].append(loss.item() / 4)
+            self.manual_backward(loss / 4)
+        if batch_idx % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.discriminator.parameters(), 0.1)
+
+
+def test_gradients_accumulated_by_hand() -> None:
+    """Bug: the loss of such a step is that of its last backward pass, or a NaN in its first batch stays in buffers."""
+    recorder = Recorder()
+    module = ByHand()
+    mine = fit(module, batches([""] * 6), recorder, SkipNonFinite())
+    losses = module.losses["discriminator"]
+    expected = [sum(losses[i : i + 4]) for i in range(0, 12, 4)]
+    assert [outcome.loss for outcome in recorder.state] == pytest.approx(expected)
+    assert not any("/" in key for key in mine.callback_metrics)  # one optimizer needs no name
+    for faulty in (2, 3):
+        faults = [""] * 6
+        faults[faulty] = D
+        module = ByHand()
+        mine = fit(module, batches(faults), SkipNonFinite())
+        assert mine.global_step == 2
+        kept = ByHand()
+        items = batches([""] * 6)
+        torch.manual_seed(0)
+        fit(kept, [items[i] for i in (0, 1, 4, 5)])
+        names = [key for key in module.state_dict() if key.startswith("discriminator")]
+        assert_same({key: module.state_dict()[key] for key in names}, {key: kept.state_dict()[key] for key in names})
+
+
+class Split(Gan):
+    """One loss whose gradients two optimizers apply, as with one for matrices and one for vectors."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizers: Any = self.optimizers()
+        loss = self.loss("discriminator", batch)
+        self.losses["discriminator"].append(loss.item())
+        self.manual_backward(loss)
+        for optimizer in optimizers:
+            optimizer.step()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+
+    def configure_optimizers(self) -> Any:
+        net = self.discriminator
+        vectors = [p for p in net.parameters() if p.ndim == 1]
+        return torch.optim.SGD([net[0].weight, net[3].weight], 0.1), torch.optim.Adam(vectors, 0.1)
+
+
+def test_one_loss_for_two_optimizers() -> None:
+    """Bug: only the first of them has the loss, so that the other's step is refused or judged by nothing."""
+    recorder = Recorder()
+    module = Split()
+    mine = fit(module, batches(["", D, ""]), recorder, SkipNonFinite())
+    assert mine.global_step == 4
+    for outcomes in recorder.states:
+        assert [outcome.loss for outcome in outcomes] == pytest.approx(module.losses[D], nan_ok=True)
+    assert {"loss/optimizer_0", "loss/optimizer_1"} <= set(mine.callback_metrics)
+
+
+def test_a_loss_scale_that_two_optimizers_share() -> None:
+    """Bug: with fp16, a bad batch of one optimizer lowers the scale, or its step is taken for an overflow for ever."""
+    items = batches(["", D, "", ""])
+    mine = train(items, Recorder(), SkipNonFinite(), plugins=[scaler(init_scale=64.0, growth_interval=100)])
+    assert mine.global_step == 7
+    assert mine.precision_plugin.scaler.get_scale() == 64.0
