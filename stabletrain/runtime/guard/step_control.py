@@ -134,6 +134,7 @@ class StepControl:
             self._decided = False
             if self._drop:
                 self._drop = False
+                trainer_internals.count_as_stepped(optimizer)
             else:
                 with self._rewarming.lowered(optimizer):
                     applied = inner(**kwargs)

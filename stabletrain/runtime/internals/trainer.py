@@ -228,6 +228,11 @@ def may_be_last_batch(trainer: Trainer) -> bool:
     return bool(trainer.is_last_batch) or 0 < trainer.max_steps <= trainer.global_step or trainer.should_stop
 
 
+def count_as_stepped(optimizer: Optimizer) -> None:
+    """Let torch's schedulers take a dropped step for one that was made: they warn if they are stepped before it."""
+    optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
 def after_manual_step(trainer: Trainer, call: Callable[[], None]) -> Callable[[], None]:
     """Call ``call`` after each ``step`` of an optimizer of ``self.optimizers()``, for a module that steps by hand.
 

@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from fits import EventRecorder, Recorder, SaveAfter, assert_same, fit, scaler
+from fits import HEALTHY, EventRecorder, Net, Recorder, SaveAfter, assert_same, fit, scaler
+from fits import batches as net_batches
 from gan import Gan, batches, end
+from lightning.pytorch import Callback
 
 from stabletrain import (
     ClipTensorwise,
@@ -14,8 +16,11 @@ from stabletrain import (
     MonitorGradients,
     ResumeExactly,
     Rollback,
+    SaveCheckpoints,
+    ScheduleLR,
     SkipNonFinite,
     SkipOutliers,
+    UserError,
 )
 from stabletrain.core.outcome import Outcome
 
@@ -110,6 +115,61 @@ def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
         assert resumed.global_step == uninterrupted.global_step == 10
         assert states(rest) == states(whole)
         assert [each["applied"] for each in rest[4].state_dict()["optimizers"]] == [5]
+
+
+class Crash(Callback):
+    """The process ends in the middle of a batch: one optimizer has stepped, the other has not."""
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        if trainer.fit_loop.epoch_loop.batch_idx == 4 and optimizer is trainer.optimizers[0]:
+            raise KeyError("crash")
+
+
+def test_resumed_from_saved_checkpoints_after_a_crash(tmp_path: Path) -> None:
+    """Bug: checkpoints at intervals of steps miss them, since a batch has two, or do not resume exactly."""
+    items = batches(["", D, "", "", "", G, ""])
+    uninterrupted = train(items, *stack())
+    with pytest.raises(KeyError):
+        train(items, *stack(), SaveCheckpoints(tmp_path / "saved", every=3), Crash())
+    torch.manual_seed(99)
+    resumed = train(items, *stack(), SaveCheckpoints(tmp_path / "saved", every=3), ckpt_path=tmp_path / "saved")
+    assert_same(end(resumed), end(uninterrupted))
+    assert resumed.global_step == uninterrupted.global_step == 12
+
+
+class Scheduled(Gan):
+    """Steps a schedule by hand after each step of the generator."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        super().training_step(batch, batch_idx)
+        self.lr_schedulers().step()  # type: ignore[union-attr,call-arg]
+
+    def configure_optimizers(self) -> Any:
+        optimizers = super().configure_optimizers()
+        return optimizers, [torch.optim.lr_scheduler.ExponentialLR(optimizers[0], 0.5)]
+
+
+def test_schedules_stepped_by_hand() -> None:
+    """Bug: a warning of torch's for a first step that is dropped; a schedule of ours that overwrites the module's."""
+    mine = fit(Scheduled(), batches([G, "", ""]), SkipNonFinite())
+    assert [each.param_groups[0]["lr"] for each in mine.optimizers] == [0.01 / 8, 0.01]
+    with pytest.raises(UserError, match=r"Scheduled steps its own scheduler \(ExponentialLR\) by hand"):
+        fit(Scheduled(), batches(["", ""]), ScheduleLR("constant"))
+    with pytest.raises(UserError, match="unless the module steps by hand"):
+        fit(Gan(), batches(["", ""]), ScheduleLR("cosine"))
+    mine = fit(Gan(), batches([""] * 3), ScheduleLR("linear", lr_warmup=2), SkipNonFinite(), max_steps=6, max_epochs=-1)
+    assert {each.param_groups[0]["lr"] for each in mine.optimizers} == {0.01}  # base rates again
+
+
+def test_the_same_callbacks_in_another_fit() -> None:
+    """Bug: the history of a second optimizer is taken over into a module with one, or another one is selected."""
+    recorder, skip = Recorder(), SkipNonFinite()
+    fit(Gan(), batches(["", D, ""]), recorder, skip)
+    fit(Net(), net_batches(HEALTHY, HEALTHY), recorder, skip)
+    assert [len(states) for states in recorder.states] == [2]
+    assert "optimizers" not in skip.state_dict()
+    fit(Gan(), batches(["", ""]), recorder, skip)
+    assert [len(states) for states in recorder.states] == [2, 2]
 
 
 def test_a_rollback_restores_both_optimizers() -> None:
