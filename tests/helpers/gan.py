@@ -33,6 +33,7 @@ class Gan(LightningModule):
             so that the generator's backward pass leaves gradients in the discriminator.
         closure: pass closures to ``step``.
         together: compute both losses before the first backward pass.
+        to_none: remove gradients, instead of setting them to zero.
         omit: batch and submodule of a step that is left out, as if it had been dropped.
     """
 
@@ -43,6 +44,7 @@ class Gan(LightningModule):
         closure: bool = False,
         together: bool = False,
         omit: tuple[int, str] | None = None,
+        to_none: bool = True,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -50,6 +52,7 @@ class Gan(LightningModule):
         self.generator = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
         self.discriminator = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.LeakyReLU(0.2), nn.Linear(8, 1))
         self.order, self.toggle, self.closure, self.together, self.omit = order, toggle, closure, together, omit
+        self.to_none = to_none
         self.losses: dict[str, list[float]] = {"generator": [], "discriminator": []}
 
     def loss(self, which: Which, batch: Batch) -> Tensor:
@@ -78,7 +81,7 @@ class Gan(LightningModule):
             def backward(which: Which = which, optimizer: Any = optimizer) -> None:
                 loss = losses[which] if self.together else self.loss(which, batch)
                 if not self.toggle:
-                    optimizer.zero_grad()
+                    optimizer.zero_grad(set_to_none=self.to_none)
                 self.manual_backward(loss)
                 self.losses[which].append(loss.item())
 

@@ -8,8 +8,6 @@ gradients were removed or applied. See docs/decisions/0016-steps-by-hand.md.
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Iterator, Sequence
 
 from lightning.pytorch import LightningModule, Trainer
@@ -19,9 +17,13 @@ from torch.optim import Optimizer
 from stabletrain.errors import UserError
 from stabletrain.runtime import gradients
 from stabletrain.runtime.accumulation import AccumulationWindow
-from stabletrain.runtime.guard.module_buffers import ModuleBuffers
+from stabletrain.runtime.guard.optimizer_buffers import buffers_of_optimizers, parameters_of
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.ranks import Ranks
+from stabletrain.runtime.records.event_log import logger
+
+_IDLE_BATCHES = 100
+"""Batches without a step after which there is a warning; more than are accumulated by hand."""
 
 
 class BackwardWindow(AccumulationWindow):
@@ -36,7 +38,7 @@ class BackwardWindow(AccumulationWindow):
         super().__init__(trainer)
         self._windows = windows
         windows.append(self)
-        self._batches: list[int] = []
+        self._batches: tuple[int, int] | None = None
         self.spans_batches: bool | None = None
         """Whether the last step had gradients of several batches; None before the first."""
 
@@ -51,56 +53,23 @@ class BackwardWindow(AccumulationWindow):
         return not self.is_empty and self.spans_batches is not False
 
     def add(self, loss: Tensor) -> None:
-        """Add a loss, as passed to backward."""
-        super().add(loss if loss.numel() == 1 else loss.detach().sum())
-        self._batches.append(trainer_internals.batches_seen(self._trainer))
+        """Add a loss, as passed to backward: backward passes add up gradients, and average none."""
+        so_far = super().take()  # a sum takes no more memory if the optimizer never steps
+        super().add(sum(so_far, loss.detach().sum()))
+        batch = trainer_internals.batches_seen(self._trainer)
+        self._batches = (self._batches[0] if self._batches else batch, batch)
 
     def take(self) -> list[Tensor]:
-        """Return the sum of the losses and remove them: backward passes add up gradients, and average none."""
-        losses = super().take()
-        if losses:
-            self.spans_batches = len(set(self._batches)) > 1
-        self._batches.clear()
-        return [functools.reduce(operator.add, losses)] if losses else []
+        """Return the sum of the losses, and remove it."""
+        if self._batches is not None:
+            self.spans_batches = self._batches[0] != self._batches[1]
+        self._batches = None
+        return super().take()
 
     def clear(self) -> None:
         """Remove the losses."""
         super().clear()
-        self._batches.clear()
-
-
-class BuffersOfOptimizer:
-    """The buffers that a dropped step of one optimizer restores.
-
-    Those of modules which it alone trains are as before its first backward pass for this step. Forward has changed
-    those of others too, such as the discriminator's when the generator's loss was computed: they are as after the last
-    step of their own optimizer, or as at the beginning of the batch if that is later.
-
-    Args:
-        own: buffers of the modules that only this optimizer trains.
-        others: all other buffers.
-        shared: those of ``others`` that belong to no optimizer alone; they are copied with ``own``.
-    """
-
-    def __init__(self, own: ModuleBuffers, others: Sequence[ModuleBuffers], shared: ModuleBuffers) -> None:
-        self._own, self._others, self._shared = own, others, shared
-
-    def __len__(self) -> int:
-        return len(self._own) + sum(len(each) for each in self._others)
-
-    def stash(self) -> None:
-        """Copy those that are its own or shared."""
-        self._own.stash()
-        self._shared.stash()
-
-    def restore(self) -> None:
-        """Restore all."""
-        for each in (self._own, *self._others):
-            each.restore()
-
-    def restore_where(self, dropped: Tensor) -> None:
-        """Decided on the device: never, with manual optimization the host decides."""
-        raise NotImplementedError("manual optimization decides on the host")
+        self._batches = None
 
 
 class ManualSteps:
@@ -121,10 +90,12 @@ class ManualSteps:
         several = len(self.optimizers) > 1
         self.names = optimizer_names(module, self.optimizers) if several else [""]
         """Names of the optimizers for events and metrics; of a single one empty."""
-        self.buffers = _buffers(module, self.optimizers)
+        self.buffers = buffers_of_optimizers(module, self.optimizers)
         self._index = {id(optimizer): i for i, optimizer in enumerate(self.optimizers)}
         self._marks: list[list[tuple[Tensor | None, int]]] = []
         self._loss: Tensor | None = None
+        self._had_backward = False
+        self._idle: int | None = 0  # batches with a backward pass and without a step; None: there was a step
 
     def index(self, optimizer: Optimizer) -> int:
         """The position of an optimizer in ``self.optimizers()``."""
@@ -140,6 +111,7 @@ class ManualSteps:
 
     def after_backward(self) -> Iterator[tuple[int, Tensor]]:
         """The optimizers for which the backward pass has computed gradients, by index, and its loss."""
+        self._had_backward = True
         before, self._marks = self._marks, []
         loss, self._loss = self._loss, None
         if loss is None:
@@ -157,7 +129,7 @@ class ManualSteps:
         optimizer = self.optimizers[index]
         if self._ranks.any(not self.windows[index].is_empty):
             return True
-        grads = gradients.of(_parameters(optimizer))
+        grads = gradients.of(parameters_of(optimizer))
         if self._ranks.any(bool(grads) and gradients.global_norm(grads).item() != 0.0):
             raise UserError(
                 f"{type(self._module).__name__} steps {type(optimizer).__name__} with gradients whose loss stabletrain "
@@ -180,6 +152,25 @@ class ManualSteps:
             "back"
         )
 
+    def end_batch(self, stepped: bool) -> None:
+        """Warn once if the module trains, and no optimizer steps where Lightning knows of it (such as in SAM's way)."""
+        if self._idle is None:
+            return
+        self._idle = None if stepped else self._idle + self._had_backward
+        self._had_backward = False
+        if self._idle == _IDLE_BATCHES:
+            self._idle = None
+            if self._ranks.is_first:
+                logger.warning(
+                    "%d batches had a backward pass, and no step() of an optimizer of self.optimizers() was called: "
+                    "stabletrain judges no other steps, so nothing is skipped, clipped or measured",
+                    _IDLE_BATCHES,
+                )
+
+    def remove(self, optimizer: Optimizer) -> None:
+        """The gradients of an optimizer were removed, by its ``zero_grad``."""
+        self.windows[self.index(optimizer)].clear()
+
     def clear(self) -> None:
         """The state was restored: gradients are those of undone steps."""
         for window in self.windows:
@@ -191,18 +182,22 @@ class ManualSteps:
 def optimizer_names(module: nn.Module, optimizers: Sequence[Optimizer]) -> list[str]:
     """The submodule that each optimizer trains, such as ``discriminator``; ``optimizer_0`` where that is ambiguous.
 
+    >>> import torch
     >>> gan = nn.ModuleDict({"generator": nn.Linear(1, 1), "discriminator": nn.Linear(1, 1)})
     >>> optimizer_names(gan, [torch.optim.SGD(gan[name].parameters()) for name in ("generator", "discriminator")])
     ['generator', 'discriminator']
+    >>> optimizer_names(gan, [torch.optim.SGD(gan.parameters()), torch.optim.SGD(gan["generator"].parameters())])
+    ['optimizer_0', 'optimizer_1']
     """
-    paths = {id(p): name.split(".")[:-1] for name, p in module.named_parameters()}
-    shared = [_common([paths.get(id(p), []) for p in _parameters(each)]) for each in optimizers]
+    modules = {id(p): name.split(".")[:-1] for name, p in module.named_parameters()}
+    paths = [[modules.get(id(p), []) for p in parameters_of(each)] for each in optimizers]
     names = []
-    for i, path in enumerate(shared):
-        others = [each for j, each in enumerate(shared) if j != i]
-        depths = range(1, len(path) + 1)
-        unique = [path[:d] for d in depths if not any(each[:d] == path[:d] or len(each) < d for each in others)]
-        names.append(".".join(unique[0]) if unique else f"optimizer_{i}")
+    for i, mine in enumerate(paths):
+        others = [path for j, each in enumerate(paths) if j != i for path in each]
+        shared = _common(mine)
+        levels = (shared[:depth] for depth in range(1, len(shared) + 1))
+        alone = next((level for level in levels if all(path[: len(level)] != level for path in others)), None)
+        names.append(".".join(alone) if alone else f"optimizer_{i}")
     return names
 
 
@@ -213,43 +208,9 @@ def _common(paths: Sequence[list[str]]) -> list[str]:
     return paths[0][:length] if paths else []
 
 
-def _buffers(module: nn.Module, optimizers: Sequence[Optimizer]) -> list[BuffersOfOptimizer]:
-    """The buffers that a dropped step restores, for each optimizer."""
-    owner = _owners(module, optimizers)
-
-    def of(index: int | None) -> ModuleBuffers:
-        return ModuleBuffers(module, lambda child: owner.get(child) == index)
-
-    shared = of(None)
-    own = [of(index) for index in range(len(optimizers))]
-    return [BuffersOfOptimizer(each, [shared, *(other for other in own if other is not each)], shared) for each in own]
-
-
-def _owners(module: nn.Module, optimizers: Sequence[Optimizer]) -> dict[nn.Module, int]:
-    """Of submodules with buffers: the only optimizer that trains its parameters, or else the nearest ones around it."""
-    of = {id(p): index for index, optimizer in enumerate(optimizers) for p in _parameters(optimizer)}
-    owners: dict[nn.Module, int] = {}
-    for path, child in module.named_modules():
-        if next(child.buffers(recurse=False), None) is None:
-            continue
-        names = path.split(".") if path else []
-        for depth in range(len(names), -1, -1):
-            around = module.get_submodule(".".join(names[:depth]))
-            trained = {of[id(p)] for p in around.parameters() if id(p) in of}
-            if trained:
-                if len(trained) == 1:
-                    owners[child] = trained.pop()
-                break
-    return owners
-
-
-def _parameters(optimizer: Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
 def _marks(optimizer: Optimizer) -> list[tuple[Tensor | None, int]]:
     """The gradients, and their version counters, by which it shows that a backward pass has changed them."""
-    return [(p.grad, 0 if p.grad is None else _version(p.grad)) for p in _parameters(optimizer)]
+    return [(p.grad, 0 if p.grad is None else _version(p.grad)) for p in parameters_of(optimizer)]
 
 
 def _version(gradient: Tensor) -> int:

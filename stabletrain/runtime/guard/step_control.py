@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from stabletrain.runtime.guard.module_buffers import ModuleBuffers
 from stabletrain.runtime.guard.rewarming import Rewarming
+from stabletrain.runtime.internals import manual as manual_internals
 from stabletrain.runtime.internals import trainer as trainer_internals
 
 
@@ -134,7 +135,7 @@ class StepControl:
             self._decided = False
             if self._drop:
                 self._drop = False
-                trainer_internals.count_as_stepped(optimizer)
+                manual_internals.count_as_stepped(optimizer)
             else:
                 with self._rewarming.lowered(optimizer):
                     applied = inner(**kwargs)

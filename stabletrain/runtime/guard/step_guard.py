@@ -49,6 +49,7 @@ from stabletrain.runtime.guard.rewarming import Rewarming
 from stabletrain.runtime.guard.signals import Signals
 from stabletrain.runtime.guard.step_control import StepControl
 from stabletrain.runtime.guard.support import DecisionMode
+from stabletrain.runtime.internals import manual as manual_internals
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.ranks import Ranks
 from stabletrain.runtime.records import run_files
@@ -178,7 +179,8 @@ class StepGuard:
             )
             self._control_steps(control)
             self.window = manual.windows[i]
-        self._undo.append(trainer_internals.after_manual_step(self.trainer, self._after_manual_step))
+        self._undo.append(manual_internals.after_manual_step(self.trainer, self._after_manual_step))
+        self._undo.append(manual_internals.before_zero_grad(self.trainer, manual.remove))
 
     def close(self) -> None:
         """``teardown`` and ``on_exception``: restore everything that was replaced; a second call does nothing."""
@@ -260,6 +262,7 @@ class StepGuard:
         if not self.on_device or trainer_internals.may_be_last_batch(self.trainer):
             self.settle()
         if self._manual is not None:
+            self._manual.end_batch(stepped=self._attempted > 0)
             self._select(0)  # between two batches always the first one
         if self._attempted:
             due = self.counters.attempted % self._log_every < self._attempted

@@ -1,8 +1,8 @@
 """Every use of private attributes of Lightning's Trainer and of torch, each with a test.
 
-The modules `loader` and `state` contain those of the train loaders and of the state of a run. No other module uses
-private attributes, so if a new version of Lightning changes one, a single function and its test in
-tests/runtime/internals fail.
+The modules `loader`, `manual` and `state` contain those of the train loaders, of steps by hand and of the state of a
+run. No other module uses private attributes, so if a new version of Lightning changes one, a single function and its
+test in tests/runtime/internals fail.
 """
 
 from __future__ import annotations
@@ -226,29 +226,3 @@ def sigterm_is_lightnings(trainer: Trainer) -> bool:
 def may_be_last_batch(trainer: Trainer) -> bool:
     """Whether the epoch or the fit may end with the batch in progress."""
     return bool(trainer.is_last_batch) or 0 < trainer.max_steps <= trainer.global_step or trainer.should_stop
-
-
-def count_as_stepped(optimizer: Optimizer) -> None:
-    """Let torch's schedulers take a dropped step for one that was made: they warn if they are stepped before it."""
-    optimizer._opt_called = True  # type: ignore[attr-defined]
-
-
-def after_manual_step(trainer: Trainer, call: Callable[[], None]) -> Callable[[], None]:
-    """Call ``call`` after each ``step`` of an optimizer of ``self.optimizers()``, for a module that steps by hand.
-
-    Returns:
-        The function that undoes this.
-    """
-    loop: Any = trainer.fit_loop.epoch_loop.manual_optimization
-    after = loop._on_after_step
-
-    def call_after() -> None:
-        after()
-        call()
-
-    loop._on_after_step = call_after  # Lightning passes it to its optimizers at every batch
-
-    def undo() -> None:
-        loop.__dict__.pop("_on_after_step", None)
-
-    return undo

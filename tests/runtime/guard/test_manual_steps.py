@@ -41,7 +41,7 @@ def train(items: Any, *callbacks: Any, ckpt_path: Any = None, plugins: Any = Non
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"toggle": True, "order": (G, D)}, {"closure": True}, {"together": True, "order": (G, D)}],
+    [{}, {"toggle": True, "order": (G, D)}, {"closure": True, "to_none": False}, {"together": True, "order": (G, D)}],
     ids=["before", "toggled", "closure", "together"],
 )
 def test_the_history_of_each_optimizer_is_its_own_and_nothing_else_changes(options: Any) -> None:

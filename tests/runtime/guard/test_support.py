@@ -73,6 +73,33 @@ def test_refusals(make: Any, options: dict[str, Any], words: list[str]) -> None:
         assert word in str(refused.value)
 
 
+class OwnStep(torch.optim.SGD):
+    """Steps by another method, as sharpness-aware minimisation does."""
+
+    def second_step(self) -> None:
+        torch.optim.SGD.step(self)
+
+
+class StepsOtherwise(PastLightning):
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        self.manual_backward(Net.training_step(self, batch, batch_idx))
+        optimizer: Any = self.optimizers()
+        optimizer.second_step()
+        optimizer.zero_grad()
+
+    def configure_optimizers(self) -> Any:
+        return OwnStep(self.parameters(), 0.01)
+
+
+def test_steps_that_cannot_be_seen_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    """Bug: a run whose plugins do nothing, without a word."""
+    fit(StepsOtherwise(), batches(*[HEALTHY] * 101), SkipNonFinite())
+    assert [record.message for record in caplog.records if "100 batches" in record.message] == [
+        "100 batches had a backward pass, and no step() of an optimizer of self.optimizers() was called: stabletrain "
+        "judges no other steps, so nothing is skipped, clipped or measured"
+    ]
+
+
 def test_a_step_without_gradients_is_no_step() -> None:
     """Bug: a module that calls ``step`` where it has computed nothing is refused, or such a step counts."""
     skip = SkipNonFinite()

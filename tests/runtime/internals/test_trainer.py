@@ -6,8 +6,6 @@ from typing import Any
 import pytest
 import torch
 from fits import FUSED, HEALTHY, OPTIMIZERS, Net, batches, fit, scaler, trainer
-from gan import Gan
-from gan import batches as gan_batches
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
@@ -166,23 +164,3 @@ def test_unwrapped() -> None:
     module = Net()
     assert trainer_internals.unwrapped(torch.compile(module, backend="eager")) is module  # type: ignore[arg-type]
     assert trainer_internals.unwrapped(module) is module
-
-
-def test_after_manual_step() -> None:
-    """Bug: nothing is called after a step by hand, or Lightning's own count of it is lost, or the wrapper stays."""
-    counts: list[int] = []
-
-    class Install(Callback):
-        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-            self.undo = trainer_internals.after_manual_step(trainer, lambda: counts.append(trainer.global_step))
-
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            if batch_idx == 1:
-                self.undo()
-            if batch_idx == 2:
-                trainer_internals.undo_global_step(trainer)
-                counts.append(trainer.global_step)
-
-    mine = fit(Gan(), gan_batches([""] * 3), Install())
-    assert counts == [1, 2, 3, 4, 5]
-    assert mine.global_step == 5
