@@ -11,8 +11,13 @@ from gan import Gan, batches, end
 from lightning.pytorch import Callback
 
 from stabletrain import (
+    ClipNorm,
+    ClipPercentile,
     ClipTensorwise,
+    ClipUnitwise,
+    ClipValue,
     ClipZScore,
+    DetectSpikes,
     MonitorGradients,
     ResumeExactly,
     Rollback,
@@ -21,6 +26,7 @@ from stabletrain import (
     SkipNonFinite,
     SkipOutliers,
     UserError,
+    announce,
 )
 from stabletrain.core.outcome import Outcome
 
@@ -105,9 +111,10 @@ def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     items = batches(["", "", D, "", G, ""])
     whole = stack()
     uninterrupted = train(items, *whole)
-    for cut in (0, 2, 4):
+    for cut, before_the_guard in ((0, False), (1, True), (2, False), (3, True), (4, False)):
         path = tmp_path / f"{cut}.ckpt"
-        train(items, *stack(), SaveAfter(cut, path))
+        save = SaveAfter(cut, path)
+        train(items, *([save, *stack()] if before_the_guard else [*stack(), save]))
         rest = stack()
         torch.manual_seed(99)
         resumed = train(items, *rest, ckpt_path=path)
@@ -186,6 +193,30 @@ def test_a_rollback_restores_both_optimizers() -> None:
     assert [len(states) for states in recorded.states] == [6, 6]
 
 
+class Rising(Gan):
+    """The discriminator's loss leaves its level for good, with the same gradients; later this is announced."""
+
+    def loss(self, which: Any, batch: Any) -> torch.Tensor:
+        if which == D and batch[2] == "announced":
+            announce(self.trainer, "another loss")
+        return super().loss(which, batch) + (100.0 if batch[2] and which == D else 0.0)
+
+
+def test_a_higher_loss_of_one_of_several_is_not_worse() -> None:
+    """Bug: a GAN whose generator gets better is rolled back, or its steps are dropped; or an announced change is
+    learned only for the optimizer that steps next."""
+    short: Any = {"window": 4, "min_samples": 2, "regime_after": 2, "min_sigma_norm": 10.0}
+    outliers = SkipOutliers(max_in_a_row=3, tolerance=0, **short)
+    rollback = Rollback(patience=2, delay=0, **short)
+    recorder, events = Recorder(), EventRecorder()
+    faults = [""] * 6 + ["high"] * 6 + ["announced"] + ["high"] * 2
+    options: Any = {"max_steps": 200}  # so long that the loss has to fall in the first steps
+    mine = fit(Rising(), batches(faults), outliers, rollback, recorder, events, **options)
+    assert {event.kind for event in events.events if event.plugin != "recorder"} == {"announced"}
+    assert mine.global_step == 30
+    assert [len(states) for states in recorder.states] == [3, 3]
+
+
 class ByHand(Gan):
     """One optimizer; gradients of two batches, each with two backward passes, make a step."""
 
@@ -201,6 +232,15 @@ class ByHand(Gan):
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.discriminator.parameters(), 0.1)
+
+
+def test_all_other_plugins() -> None:
+    """Bug: a plugin that ends the run where there are two optimizers, or clips only the first one."""
+    clippers = [ClipNorm(0.01), ClipPercentile(), ClipValue(0.5), ClipUnitwise()]
+    mine = train(batches(["", D, G, ""]), *clippers, DetectSpikes(), SaveCheckpoints("saved"), SkipNonFinite())
+    assert mine.global_step == 6
+    assert mine.callback_metrics[f"clipped/{D}"] == mine.callback_metrics[f"clipped/{G}"] == 1.0
+    assert {f"spike_score/{D}", f"spike_score/{G}"} <= set(mine.callback_metrics)
 
 
 def test_gradients_accumulated_by_hand() -> None:
