@@ -1,5 +1,6 @@
 """Manual optimization: each step of each optimizer is measured, judged and counted for itself."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -264,6 +265,35 @@ def test_gradients_accumulated_by_hand() -> None:
         fit(kept, [items[i] for i in (0, 1, 4, 5)])
         names = [key for key in module.state_dict() if key.startswith("discriminator")]
         assert_same({key: module.state_dict()[key] for key in names}, {key: kept.state_dict()[key] for key in names})
+
+
+class SideBySide(Gan):
+    """Two networks that have nothing to do with each other accumulate gradients of two batches by hand."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        real, noise, fault = batch
+        for which, net, x in ((G, self.generator, noise), (D, self.discriminator, real)):
+            loss = net(x * (math.nan if fault == which else 1.0)).square().mean() / 2
+            self.losses[which].append(loss.item())
+            self.manual_backward(loss)
+        if batch_idx % 2:
+            for optimizer in self.optimizers():  # type: ignore[union-attr]
+                optimizer.step()
+                optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("which", [G, D])
+def test_two_networks_that_accumulate_side_by_side(which: str) -> None:
+    """Bug: a loss counts for every optimizer that has gradients, so that a NaN of one network drops both steps."""
+    recorder = Recorder()
+    module = SideBySide()
+    mine = fit(module, batches(["", "", which, "", "", ""]), recorder, SkipNonFinite())
+    assert mine.global_step == 5
+    for name, outcomes in zip((G, D), recorder.states, strict=True):
+        expected = [sum(module.losses[name][i : i + 2]) for i in range(0, 6, 2)]
+        assert [outcome.loss for outcome in outcomes] == pytest.approx(expected, nan_ok=True)
+        assert [outcome.skipped for outcome in outcomes] == [False, name == which, False]
+    assert all(bool(value.isfinite().all()) for value in module.state_dict().values())
 
 
 class Split(Gan):
