@@ -11,8 +11,12 @@ from torch.optim import Optimizer
 
 
 def count_as_stepped(optimizer: Optimizer) -> None:
-    """Let torch's schedulers take a dropped step for one that was made: they warn if they are stepped before it."""
-    optimizer._opt_called = True  # type: ignore[attr-defined]
+    """Let torch's schedulers take a dropped step for one that was made: they warn if they are stepped before it.
+
+    Does nothing for an optimizer without one, as torch does.
+    """
+    if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+        optimizer._opt_called = True  # type: ignore[attr-defined]
 
 
 def before_zero_grad(trainer: Trainer, call: Callable[[Optimizer], None]) -> Callable[[], None]:

@@ -52,6 +52,8 @@ def test_before_zero_grad() -> None:
 def test_count_as_stepped() -> None:
     """Bug: torch warns of a schedule that is stepped before its optimizer's first step, which was dropped."""
     optimizer = torch.optim.SGD([torch.zeros(1)])
+    manual.count_as_stepped(optimizer)
+    assert "_opt_called" not in vars(optimizer)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
     manual.count_as_stepped(optimizer)
     schedule.step()  # warnings are errors
