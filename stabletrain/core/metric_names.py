@@ -62,6 +62,7 @@ _RECIPES: tuple[tuple[str, str], ...] = (
 ALIASES: tuple[tuple[str, str], ...] = (*_PLUGINS, *_RECIPES)
 """Pairs of an old name and the present one, of the plugins' metrics and of those of the recipes' modules; ``*`` stands
 for any text. ``nonfinite/<metric>`` follows from them (`new_name`)."""
+_PRESENT = frozenset(new for _, new in _PLUGINS)
 _IN_EVERY_OLD_RUN = frozenset(("clipped", "skipped"))
 
 
@@ -99,12 +100,17 @@ def old_names(name: str) -> list[str]:
     (['clipped'], ['grad_norm/net'], ['val_loss'])
     >>> old_names("stability/batches_excluded"), old_names("stability/coolness"), old_names("acc")
     (['batches_excluded', 'batches_left_out'], ['coolness'], [])
+    >>> old_names("stability/grad_norm/generator")  # of one of several optimizers, which is newer than the prefix
+    []
     """
     found = [old for pattern, new in ALIASES if (old := _translated(name, new, pattern)) is not None]
     if name.startswith(NONFINITE):
         metric = name.removeprefix(NONFINITE)
         return [f"nonfinite/{each}" for each in (*old_names(metric), metric)]
-    return found or ([name.removeprefix(OWN)] if name.startswith(OWN) else [])
+    metric, _, optimizer = name.removeprefix(OWN).partition("/")
+    if not name.startswith(OWN) or (optimizer and OWN + metric in _PRESENT):
+        return found
+    return found or [name.removeprefix(OWN)]
 
 
 def find(name: str, names: Container[str]) -> str | None:

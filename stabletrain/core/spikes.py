@@ -94,6 +94,8 @@ class SpikeDetection(Rule[SpikeState]):
         UserError: if an argument is out of range.
     """
 
+    compares_loss = True
+
     z_threshold: float = 6.0
     window: int = 128
     delay: int = 32

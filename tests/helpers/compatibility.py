@@ -190,7 +190,8 @@ def unchanged(feature: Feature, pl: Any, bare: End, folder: Path) -> str:
 
 def nan_skipped(feature: Feature, pl: Any, folder: Path) -> str:
     per_step = feature.options.get("accumulate_grad_batches", 1)
-    found = run(feature, pl, default_callbacks(clip="none"), folder, nan_at=(feature.steps // 2 + 4) * per_step)
+    at = (feature.steps // 2 + 4) * per_step // feature.per_batch
+    found = run(feature, pl, default_callbacks(clip="none"), folder, nan_at=at)
     tensors = found.state["module"]
     broken = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:

@@ -35,6 +35,7 @@ class Feature:
         options: arguments of the Trainer.
         callbacks: from the package to further callbacks.
         steps: optimizer steps of the run.
+        per_batch: optimizer steps for each batch, if the module makes several.
         spoil: what is NaN in a bad batch: its ``inputs`` and targets, its ``targets``, or only the ``loss``.
     """
 
@@ -43,6 +44,7 @@ class Feature:
     options: dict[str, Any] = field(default_factory=dict)
     callbacks: Callable[[Any], list[Any]] = lambda pl: []
     steps: int = 40
+    per_batch: int = 1
     spoil: Literal["inputs", "targets", "loss"] = "inputs"
 
 
@@ -364,7 +366,7 @@ FEATURES = [
     Feature("training_step returns a dictionary", alone(training_step=as_dictionary)),
     Feature("on_train_batch_start returns -1", alone(on_train_batch_start=leave_epoch)),
     Feature("LBFGS", alone(optimizer=lambda p: torch.optim.LBFGS(p, lr=0.1)), steps=10),
-    Feature("manual optimization, two optimizers (GAN)", two_optimizers),
+    Feature("manual optimization, two optimizers (GAN)", two_optimizers, per_batch=2),
     Feature("overfit_batches=3", alone(), {"overfit_batches": 3}),
     Feature(
         "limit_train_batches=7, limit_val_batches=2, sanity check",

@@ -17,6 +17,7 @@ from stabletrain.core.outcome import Outcome
 from stabletrain.errors import require
 from stabletrain.runtime import gradients
 from stabletrain.runtime.guard.callbacks import GuardMember
+from stabletrain.runtime.guard.optimizer_buffers import parameters_of
 
 METRICS = (
     MetricInfo("stability/nonfinite_layers", "layers", "with a non-finite gradient, at most, in one step"),
@@ -56,6 +57,7 @@ class MonitorGradients(GuardMember):
 
     plugin: ClassVar[str] = "monitor_gradients"
     slot: ClassVar[str] = "gradients"
+    per_optimizer = ("_measurements", "_layers", "_layer_of", "_parameters", "_index", "_told")
 
     def __init__(self, every: int = 50, depth: int | None = 1, weights: bool = True) -> None:
         for key, value in (("every", every), ("depth", 1 if depth is None else depth)):
@@ -66,8 +68,13 @@ class MonitorGradients(GuardMember):
         self._clear()
 
     def _clear(self) -> None:
-        self._measurements: list[tuple[list[str], Tensor]] = []
         self._worst: int | None = None
+        for _ in self.each_optimizer():
+            self.start_optimizer()
+
+    def start_optimizer(self) -> None:
+        """No measurements of an optimizer's parameters yet."""
+        self._measurements: list[tuple[list[str], Tensor]] = []
         self._told = False
         self._layers: list[str] = []
         self._layer_of: list[int] = []
@@ -105,7 +112,11 @@ class MonitorGradients(GuardMember):
         guard = self._guard
         if guard is None or guard.on_device:
             return
-        named = [(name, grad) for name, p in guard.module.named_parameters() for grad in gradients.of((p,))]
+        parameters = list(guard.module.named_parameters())
+        if not guard.module.automatic_optimization:  # other optimizers' gradients may be those of an earlier step
+            mine = {id(p) for p in parameters_of(guard.control.optimizer)}
+            parameters = [(name, p) for name, p in parameters if id(p) in mine]
+        named = [(name, grad) for name, p in parameters for grad in gradients.of((p,))]
         if not named:
             return
         norms = gradients.tensor_norms([grad for _, grad in named]).tolist()
@@ -123,22 +134,17 @@ class MonitorGradients(GuardMember):
 
     def metrics(self) -> dict[str, float]:
         """Means over the measurements since the last call, copied from the device in one transfer."""
-        measurements, self._measurements = self._measurements, []
-        worst, self._worst = self._worst, None
-        if not measurements:
-            return {} if worst is None else {"nonfinite_layers": float(worst)}
-        values: list[float] = torch.cat([each.flatten() for _, each in measurements]).tolist()
-        seen, found = 0, dict[str, list[float]]()
-        for layers, norms in measurements:
-            rows = [values[i : i + len(layers)] for i in range(0, norms.numel(), len(layers))]
-            values = values[norms.numel() :]
-            seen = max(seen, sum(not math.isfinite(norm) for norm in rows[0]))
-            for what, row in zip(("grad_norm", "weight_norm"), rows, strict=False):
-                for layer, norm in zip(layers, row, strict=True):
-                    if math.isfinite(norm):
-                        found.setdefault(f"{metric_names.LAYERS}{what}/{layer}", []).append(norm)
-        means = {key: math.fsum(norms) / len(norms) for key, norms in found.items()}
-        return {"nonfinite_layers": float(max(seen, worst or 0)), **means}
+        metrics: dict[str, float] = {}
+        worst = [] if self._worst is None else [self._worst]
+        self._worst = None
+        for _ in self.each_optimizer():
+            measurements, self._measurements = self._measurements, []
+            if measurements:
+                count, means = _means(measurements)
+                worst.append(count)
+                for key, mean in means.items():  # two optimizers may train parts of one layer
+                    metrics[key] = math.hypot(metrics.get(key, 0.0), mean)
+        return {"nonfinite_layers": float(max(worst)), **metrics} if worst else {}
 
     def _group(self, parameters: Sequence[Tensor]) -> None:
         assert self._guard is not None, "on_gradients is called by the guard"
@@ -184,6 +190,21 @@ def layer_names(parameters: Sequence[str], depth: int | None) -> list[str]:
         shared = max(0, shared - 1)  # one module alone: it is the layer
     end = None if depth is None else shared + depth
     return [".".join(path[:end]) if len(path) > shared else name for name, path in zip(names, paths, strict=True)]
+
+
+def _means(measurements: list[tuple[list[str], Tensor]]) -> tuple[int, dict[str, float]]:
+    """The largest number of non-finite layers, and the means of the finite norms of each layer."""
+    values: list[float] = torch.cat([each.flatten() for _, each in measurements]).tolist()
+    seen, found = 0, dict[str, list[float]]()
+    for layers, norms in measurements:
+        rows = [values[i : i + len(layers)] for i in range(0, norms.numel(), len(layers))]
+        values = values[norms.numel() :]
+        seen = max(seen, sum(not math.isfinite(norm) for norm in rows[0]))
+        for what, row in zip(("grad_norm", "weight_norm"), rows, strict=False):
+            for layer, norm in zip(layers, row, strict=True):
+                if math.isfinite(norm):
+                    found.setdefault(f"{metric_names.LAYERS}{what}/{layer}", []).append(norm)
+    return seen, {key: math.fsum(norms) / len(norms) for key, norms in found.items()}
 
 
 def _levels(parameter: str) -> list[str]:

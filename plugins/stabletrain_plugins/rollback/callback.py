@@ -256,6 +256,8 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
         guard, loader = self._guard_and_loader()
         guard.settle()
         level = new_level.level_of(self._incidents, self.state, guard.counters.attempted, weights)
+        if self._several:
+            level = None  # no loss asks for a rollback then, so none is a level that may be meant
         if level is not None:
             verdict = new_level.verdict(self, level, self._accepting, self._interventions)
             if verdict is Verdict.ACCEPT:

@@ -6,6 +6,7 @@ checkpoint. The data position and the random number generators stay as they are.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -132,7 +133,8 @@ def restore(guard: StepGuard, path: str, cause: str) -> None:
     if state := checkpoint.get(type(precision).__qualname__):
         precision.load_state_dict(state)
     state_internals.set_global_step(trainer, checkpoint["global_step"])
-    trainer.optimizers[0].zero_grad()
+    for optimizer in trainer.optimizers:
+        optimizer.zero_grad()
     saved = checkpoint.get("callbacks", {})
     guard.after_restore(next((saved[m.state_key] for m in guard.members if saved.get(m.state_key)), {}))
     own = guard.state_dict()
@@ -141,4 +143,4 @@ def restore(guard: StepGuard, path: str, cause: str) -> None:
         if state:
             member.load_state_dict({**state, **own})
         if isinstance(member, RuleCallback):
-            member.state = member.rule.rebase(member.state, cause)
+            member.change_states(functools.partial(member.rule.rebase, cause=cause))

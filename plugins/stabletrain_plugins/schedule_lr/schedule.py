@@ -114,6 +114,12 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
         strategy, configs = trainer.strategy, list(trainer.strategy.lr_scheduler_configs)
         names = ", ".join(type(config.scheduler).__name__ for config in configs)
         self._bases = []
+        if configs and not trainer.lightning_module.automatic_optimization:
+            raise UserError(
+                f"ScheduleLR: {type(trainer.lightning_module).__name__} steps its own scheduler ({names}) by hand, and "
+                "both would set the learning rate. Return no scheduler from configure_optimizers, or remove ScheduleLR "
+                "(config key schedule=none)"
+            )
         if configs:
             keep = "to keep it, remove ScheduleLR (config key schedule=none)"
             self._warn(trainer, f"ScheduleLR replaces the module's own scheduler ({names}) for this run; {keep}")

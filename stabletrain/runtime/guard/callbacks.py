@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import typing
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -28,6 +28,7 @@ from stabletrain.core.state import from_plain, to_plain
 from stabletrain.errors import UserError
 from stabletrain.runtime.guard.given_twice import attach, check_slots, given_once
 from stabletrain.runtime.guard.hidden_fields import HiddenFields
+from stabletrain.runtime.guard.per_optimizer import PerOptimizer
 from stabletrain.runtime.guard.publishing import warn_of_old_names
 from stabletrain.runtime.guard.step_guard import StepGuard
 from stabletrain.runtime.internals import trainer as trainer_internals
@@ -36,6 +37,8 @@ from stabletrain.runtime.internals.packages import Callback
 from stabletrain.runtime.plugin_state import names_its_plugin
 from stabletrain.runtime.run_length import run_length
 from stabletrain.runtime.stop import TrainingStopped
+
+T = typing.TypeVar("T")
 
 
 @refuse_in_fabric
@@ -52,8 +55,12 @@ class GuardMember(Callback, metaclass=HiddenFields):
 
     chosen_by_default: bool = False
     """Whether ``default_callbacks`` has chosen it, and not the user."""
+    per_optimizer: ClassVar[tuple[str, ...]] = ()
+    """Attributes of which each optimizer has its own value, if the module has several; see `start_optimizer`."""
 
     _guard: StepGuard | None = None
+    _optimizers: PerOptimizer | None = None
+    _optimizer_names: Sequence[str] = ("",)
     _leads: bool = False
     _fitted: weakref.ref[Trainer] | None = None
     _loaded: bool = False
@@ -74,6 +81,9 @@ class GuardMember(Callback, metaclass=HiddenFields):
 
     def reset(self) -> None:
         """Clear the history; called when a fit starts with another Trainer than the last one."""
+
+    def start_optimizer(self) -> None:
+        """Set the attributes of ``per_optimizer`` to their values before the first step."""
 
     def on_optimizer_ready(self, trainer: Trainer) -> None:
         """Called once per fit, when the optimizer exists and before the guard reads it; a schedule takes over here."""
@@ -123,6 +133,41 @@ class GuardMember(Callback, metaclass=HiddenFields):
         self._guard.changes.announce(reason, trainer.global_step)
         return True
 
+    # ---- several optimizers -----------------------------------------------------------------------------------------
+
+    def use_optimizers(self, names: Sequence[str]) -> None:
+        """A fit begins: the names of the optimizers; of a single one empty."""
+        self._optimizer_names = names
+        self._of_optimizers.restart(len(names))
+
+    def select_optimizer(self, index: int) -> None:
+        """The attributes of ``per_optimizer`` become those of this optimizer."""
+        self._of_optimizers.select(index)
+
+    @property
+    def _several(self) -> bool:
+        """Whether the module has several optimizers."""
+        return len(self._optimizer_names) > 1
+
+    @property
+    def _of_optimizers(self) -> PerOptimizer:
+        if self._optimizers is None:
+            self._optimizers = PerOptimizer(self, self.per_optimizer, self.start_optimizer)
+        return self._optimizers
+
+    def each_optimizer(self) -> Iterator[str]:
+        """Select one optimizer after another; the ending of its metrics' names, empty if there is only one."""
+        for index in self._of_optimizers:
+            name = self._optimizer_names[index] if index < len(self._optimizer_names) else ""
+            yield f"/{name}" if name else ""
+
+    def each_of(self, values: Sequence[T]) -> Iterator[T]:
+        """Select one optimizer after another; the value of each, first that of the first one."""
+        self._of_optimizers.grow(len(values))
+        for index in self._of_optimizers:
+            if index < len(values):
+                yield values[index]
+
     # ---- Lightning's hooks ------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -131,6 +176,7 @@ class GuardMember(Callback, metaclass=HiddenFields):
         if stage != "fit":
             return
         if self._fitted is None or self._fitted() is not trainer:
+            self._optimizers, self._optimizer_names = None, ("",)
             self.reset()
         self._fitted = weakref.ref(trainer)
         self._loaded = False
@@ -151,6 +197,8 @@ class GuardMember(Callback, metaclass=HiddenFields):
         """The optimizer exists: open the guard, which wraps the optimizer's step."""
         if self._leads and self._guard is not None:
             self._guard.open()
+            if pl_module.automatic_optimization:
+                self.__dict__["on_after_backward"] = None  # needed with manual optimization only
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn if the fit resumes from a checkpoint that holds no state of this plugin."""
@@ -166,6 +214,11 @@ class GuardMember(Callback, metaclass=HiddenFields):
         """Pass the loss of a micro-batch to the guard."""
         if self._leads and self._guard is not None:
             self._guard.take_loss(loss)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """With manual optimization: find out to which optimizers the loss belongs."""
+        if self._leads and self._guard is not None:
+            self._guard.end_backward()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Decide the step: the gradients are complete."""
@@ -233,7 +286,7 @@ class GuardMember(Callback, metaclass=HiddenFields):
 
     def __getstate__(self) -> dict[str, Any]:
         """Exclude the running fit from pickles and copies; Lightning sets ``log`` and ``log_dict`` to the module's."""
-        fit = {"_guard", "_leads", "_fitted", "log", "log_dict", *trainer_internals.STEP_HOOKS}
+        fit = {"_guard", "_optimizers", "_leads", "_fitted", "log", "log_dict", *trainer_internals.STEP_HOOKS}
         return {key: value for key, value in self.__dict__.items() if key not in fit}
 
     def _settle_and_flush(self) -> None:
@@ -277,6 +330,7 @@ class RuleCallback(PluginMember):
     """
 
     sets_limits = True
+    per_optimizer = ("state",)
 
     state: Any = None
 
@@ -289,37 +343,66 @@ class RuleCallback(PluginMember):
 
     def reset(self) -> None:
         """Start with an empty history."""
+        self.start_optimizer()
+
+    def start_optimizer(self) -> None:
+        """Start with an empty history of an optimizer."""
         self.state = self.rule.init()
+
+    def change_states(self, change: Callable[[Any], Any]) -> None:
+        """Replace the state by a function of it; with several optimizers, that of each."""
+        for _ in self.each_optimizer():
+            self.state = change(self.state)
+
+    @property
+    def states(self) -> list[Any]:
+        """The states, one for each optimizer."""
+        return [self.state for _ in self.each_optimizer()]
+
+    @states.setter
+    def states(self, states: Sequence[Any]) -> None:
+        for state in self.each_of(states):
+            self.state = state
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The length of the run is known: begin, and find the steps from which on baselines are learned anew."""
         super().on_train_start(trainer, pl_module)
         if type(self.rule).begin is not Rule.begin:
-            self.state = self.rule.begin(self.state, run_length(trainer), trainer.global_step)
+            run, applied = run_length(trainer), trainer.global_step
+            if self._several and self.rule.compares_loss:
+                run = replace(run, total_steps=None)  # its loss need not fall
+            self.change_states(lambda state: self.rule.begin(state, run, applied))
         if self._guard is not None and (positions := self.rule.expected_changes()):
             self._guard.changes.expect(self.rule.label, _expected(self.rule, positions, trainer))
 
     def on_change(self) -> None:
         """Learn the baselines anew."""
-        self.state = self.rule.forget(self.state)
+        self.change_states(self.rule.forget)
 
     def metrics(self) -> dict[str, float]:
         """The rule's readings, without ``stability/``; prefixed by ``name/`` if the instance has a name."""
-        readings = self.rule.readings(self.state)
-        return {f"{self.rule.name}/{key}": value for key, value in readings.items()} if self.rule.name else readings
+        prefix = f"{self.rule.name}/" if self.rule.name else ""
+        return {
+            f"{prefix}{key}{suffix}": value
+            for suffix in self.each_optimizer()
+            for key, value in self.rule.readings(self.state).items()
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """The rule's state and arguments, as plain Python types."""
-        return {**super().state_dict(), "state": to_plain(self.state)}
+        own = super().state_dict()  # observes an outcome in flight
+        first, *others = [to_plain(state) for state in self.states]
+        return {**own, "state": first, **({"optimizers": others} if others else {})}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore from a checkpoint."""
         super().load_state_dict(state_dict)
         try:
-            self.state = from_plain(self.rule.state_type(), state_dict["state"])
+            saved = [state_dict["state"], *state_dict.get("optimizers", ())]
+            self.states = [from_plain(self.rule.state_type(), each) for each in saved]
         except (ValueError, KeyError):
             rank_zero_warn(f"{self.state_key}: the checkpoint was written by another version: its history starts empty")
-            self.state = self.rule.init()
+            self.change_states(lambda _: self.rule.init())
 
     def __eq__(self, other: object) -> bool:
         """Compare by identity: two callbacks with equal arguments are not equal."""

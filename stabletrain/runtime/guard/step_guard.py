@@ -39,9 +39,11 @@ from stabletrain.runtime.guard import device_limits, dropped_steps, publishing, 
 from stabletrain.runtime.guard.changes import Changes
 from stabletrain.runtime.guard.dropped_steps import DroppedStep, StepSamples
 from stabletrain.runtime.guard.loss_scaling import LossScaling
+from stabletrain.runtime.guard.manual_steps import ManualSteps
 from stabletrain.runtime.guard.members import Member, RuleMember, TransformMember
 from stabletrain.runtime.guard.metrics import Counters, MetricsWindow
 from stabletrain.runtime.guard.missing_loss import MissingLosses
+from stabletrain.runtime.guard.per_optimizer import PerOptimizer
 from stabletrain.runtime.guard.requests import execute
 from stabletrain.runtime.guard.rewarming import Rewarming
 from stabletrain.runtime.guard.short_windows import ShortWindows
@@ -49,12 +51,16 @@ from stabletrain.runtime.guard.signals import Signals
 from stabletrain.runtime.guard.step_control import StepControl
 from stabletrain.runtime.guard.support import DecisionMode
 from stabletrain.runtime.guard.trained_parameters import TrainedParameters
+from stabletrain.runtime.hidden.hidden_state import HiddenState
+from stabletrain.runtime.internals import manual as manual_internals
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.ranks import Ranks
 from stabletrain.runtime.records import run_files
 from stabletrain.runtime.records.event_log import EventLog, say_end
 from stabletrain.settings import worded
 
+_PER_OPTIMIZER = ("window", "metrics", "parameters", "_of_optimizer", "_scales", "_lr", "_samples", "_control")
+"""The attributes of the guard of which each optimizer has its own."""
 _PROGRESS_BAR = {"loss": "loss", "grad_norm": "grad_norm", "clipped": "clipped_share", "skipped": "skipped"}
 """Words in the progress bar, and the metrics that they show."""
 
@@ -92,11 +98,8 @@ class StepGuard:
         self.members = list(members)
         self.mode = mode
         self.counters = Counters()
-        self.metrics = MetricsWindow()
         self.changes = Changes()
         self.rewarming = Rewarming(trainer)
-        self._scales = ScaleHistory()
-        self._lr: float | Tensor = math.nan
         self._told_of_nonfinite = False
         folder = trainer.log_dir or trainer.default_root_dir  # log_dir is a collective: called on every rank
         path = events or Path(folder) / run_files.EVENTS
@@ -111,12 +114,19 @@ class StepGuard:
         self._gradient_observers = [m for m in self._active if m.observes_gradients]
         self._outcome_observers = [m for m in self._active if m.observes_outcomes]
         self.window = AccumulationWindow(trainer)
-        self._short_windows = ShortWindows(trainer.is_global_zero) if weigh_windows else None
+        weighs = weigh_windows and module.automatic_optimization  # by hand, the module divides the losses
+        self._short_windows = ShortWindows(trainer.is_global_zero) if weighs else None
         self._batch_has_loss = False
+        self._manual: ManualSteps | None = None
+        self._optimizer_name = ""
+        """While an outcome is passed on: the name of its optimizer, if there are several."""
+        self._optimizers = PerOptimizer(self, _PER_OPTIMIZER, self._start_optimizer)
+        self._start_optimizer()
         self._pending: Callable[[], Outcome] | None = None
         self._requests: list[Request] = []
         self._dropped: DroppedStep | None = None
-        self._attempted = False
+        self._attempted = 0
+        """Steps that were decided in the batch in progress."""
         self.is_open = False
         self.is_training = False
         """As ``is_open``, but only until the training loop has ended."""
@@ -133,16 +143,48 @@ class StepGuard:
         self._scaling = LossScaling(self.trainer)
         self.ranks = Ranks(self.trainer)
         support.warn_of_local_parameters(self.ranks, self.module)
-        self._control = StepControl(self.trainer, self.module, self.rewarming)
-        self._samples = StepSamples(self.trainer, self.ranks)
         self._missing_losses = MissingLosses(self.trainer, self.module)
-        self._undo = [self._control.undo, trainer_internals.before_checkpoint(self.trainer, self._before_checkpoint)]
+        self._undo = [trainer_internals.before_checkpoint(self.trainer, self._before_checkpoint)]
         self._undo.append(self._missing_losses.undo)
-        self.parameters = TrainedParameters(self._control.optimizer, self.module)
+        if self.module.automatic_optimization:
+            self._optimizers.restart(1)
+            self._control_steps(StepControl(self.trainer, self.module, self.rewarming))
+        else:
+            self._control_manual_steps()
+        for member in self.members:
+            member.use_optimizers([""] if self._manual is None else self._manual.names)
         device = self.parameters.read(self.trainer.global_step)[0].device
         self.on_device = support.decides_on_device(self.trainer, self.mode, device)
         self._log_every = trainer_internals.log_interval(self.trainer)
         self.is_open = self.is_training = True
+
+    def _start_optimizer(self) -> None:
+        """What is known of an optimizer before its first step."""
+        self.metrics = MetricsWindow()
+        self._of_optimizer = Counters()
+        self._scales = ScaleHistory()
+        self._lr: float | Tensor = math.nan
+
+    def _control_steps(self, control: StepControl) -> None:
+        """Control the steps of one optimizer."""
+        self._control = control
+        self._samples = StepSamples(self.trainer, self.ranks)
+        self._undo.append(control.undo)
+        self.parameters = TrainedParameters(control.optimizer, self.module)
+
+    def _control_manual_steps(self) -> None:
+        """Control the steps of all optimizers, which the module makes by hand."""
+        manual = self._manual = ManualSteps(self.trainer, self.module, self.ranks)
+        self._optimizers.restart(len(manual.optimizers))
+        hidden = HiddenState(self.module)
+        for i in self._optimizers:
+            own = (manual.optimizers[i], manual.buffers[i], hidden)
+            self._control_steps(
+                StepControl(self.trainer, self.module, self.rewarming, *own, undecided=manual.refuse_undecided)
+            )
+            self.window = manual.windows[i]
+        self._undo.append(manual_internals.after_manual_step(self.trainer, self._after_manual_step))
+        self._undo.append(manual_internals.before_zero_grad(self.trainer, manual.remove))
 
     def close(self) -> None:
         """``teardown`` and ``on_exception``: restore everything that was replaced; a second call does nothing."""
@@ -150,25 +192,37 @@ class StepGuard:
         self.events.show()
         while self._undo:
             self._undo.pop()()
-        self.window.clear()
+        for _ in self._optimizers:
+            self.window.clear()
         self._pending = None
 
     # ---- one step ---------------------------------------------------------------------------------------------------
 
     def end_epoch(self) -> None:
         """``on_train_epoch_end``: forget a window that was not finished, after ``on_train_batch_start`` returned -1."""
-        self.window.clear()
-        self._samples.clear()
+        if self._manual is None:  # by hand, gradients may be accumulated over the end of an epoch
+            self.window.clear()
+            self._samples.clear()
 
     def start_batch(self) -> None:
         """``on_train_batch_start``: copy the buffers before the first micro-batch of a window."""
-        if not self.window.is_started and self._control is not None:
+        if self._manual is not None:
+            for i in self._optimizers:
+                if not self._manual.windows[i].may_be_open:
+                    self._start_window()
+        elif not self.window.is_started and self._control is not None:
             self.window.is_started = True
-            self.parameters.put_back(self.trainer.global_step)
-            self._control.start_window()
+            self._start_window()
+
+    def _start_window(self) -> None:
+        self.parameters.put_back(self.trainer.global_step)
+        self.control.start_window()
 
     def take_loss(self, loss: Tensor) -> None:
         """``on_before_backward``: store a micro-batch's loss, divided by the window's size, times the loss scale."""
+        if self._manual is not None:
+            self._manual.before_backward(loss)
+            return
         self._batch_has_loss = True
         missing = self._missing_losses.take()
         if missing is None:
@@ -177,15 +231,40 @@ class StepGuard:
             self.window.add_without_loss(drop=missing == "drop")
         self._samples.add_batch()
 
+    def end_backward(self) -> None:
+        """``on_after_backward``, with manual optimization: store the loss for the optimizers that it reaches."""
+        if self._manual is not None:
+            for index, loss in self._manual.after_backward():
+                self._select(index)
+                self.window.add(loss)
+                self._samples.add_batch()
+
+    def _select(self, index: int) -> None:
+        """Select an optimizer, with the histories of all members."""
+        self._optimizers.select(index)
+        for member in self.members:
+            member.select_optimizer(index)
+
+    def _after_manual_step(self) -> None:
+        """The module has stepped an optimizer by hand: its outcome is history before the next backward pass."""
+        self.settle()
+        self.control.start_window()
+
     def decide(self, optimizer: Optimizer) -> None:
         """``on_before_optimizer_step``: gradients are complete. Measure, get the limits, act."""
         self.events.show()  # of an earlier step: what follows from it at the end of its batch is in the same line
         self.settle()
-        self._samples.end_window()
+        if self._manual is not None:
+            self._select(self._manual.index(optimizer))
         self.control.start_decision()
-        if not self._batch_has_loss and (self.window.is_empty or self._scaling.is_active):
+        if self._manual is not None:
+            if not self._manual.has_step(self._optimizers.selected):
+                return
+        elif not self._batch_has_loss and (self.window.is_empty or self._scaling.is_active):
+            self._samples.end_window()
             self._pass_over(optimizer)  # one process: Lightning calls the optimizer without gradients
             return
+        self._samples.end_window()
         held, size = self.window.held, self.window.size
         loss, flags = self._window_loss()  # a collective: also called by ranks without a loss
         if not self._scaling.unscale(optimizer):
@@ -202,13 +281,13 @@ class StepGuard:
             self._short_windows.weigh(grads, held, size)
         grad_norm = gradients.global_norm(grads)
         for member in self._gradient_observers:
-            member.on_gradients(self.counters.attempted, parameters)
+            member.on_gradients(self._counted.attempted, parameters)
         for plugin, reason in self.changes.expected_at(self.trainer.global_step):
             self._learn_anew(plugin, reason)
         self._lr = self.rewarming.rate(optimizer)
         decide = self._decide_on_device if self.on_device else self._decide_exactly
         self._pending = decide(loss, grad_norm, grads, *flags)
-        self._attempted = True
+        self._attempted += 1
 
     def _pass_over(self, optimizer: Optimizer) -> None:
         """Count a step for which no rank has a loss. As in Lightning, the global step and schedulers advance."""
@@ -218,21 +297,25 @@ class StepGuard:
         self.counters = self.counters.add(nothing)
         self.metrics.add(nothing)
         self._lr = self.rewarming.rate(optimizer)
-        self._attempted = True
+        self._attempted += 1
 
     def end_batch(self) -> None:
         """``on_train_batch_end``: rules observe the outcome, requests are executed, metrics are sent."""
-        if not self._batch_has_loss:
+        if not (self._batch_has_loss if self._manual is None else self._manual.had_backward):
             self.control.restore_nonfinite_buffers()
-            if not self.window.is_open:
+            if self._manual is None and not self.window.is_open:
                 self.window.clear()  # a batch that is None may end a window, without a step
         self._batch_has_loss = False
         # in device mode the next step settles this one, unless this may be the last batch
         if not self.on_device or trainer_internals.may_be_last_batch(self.trainer):
             self.settle()
+        if self._manual is not None:
+            self._manual.end_batch(stepped=self._attempted > 0)
+            self._select(0)  # between two batches always the first one
         if self._attempted:
-            self._attempted = False
-            if self.counters.attempted % self._log_every == 0 or self.trainer.is_last_batch:
+            due = self.counters.attempted % self._log_every < self._attempted
+            self._attempted = 0
+            if due or self.trainer.is_last_batch:
                 self.flush()
         if self._max_attempts is not None and self._max_attempts <= self.counters.attempted and not self._complete:
             steps = f"{self.counters.attempted} steps attempted, {self.counters.applied} applied"
@@ -256,32 +339,46 @@ class StepGuard:
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
+        self._optimizer_name = self._manual.names[self._optimizers.selected] if self._manual is not None else ""
         outcome = pending()
         if self.on_device and not outcome.applied:
             self.control.freeze_step()
         if self._scaling.is_active:
             self._scales = self._scales.add(outcome)
-        self.counters = self.counters.add(outcome)
+        self.counters, self._of_optimizer = self.counters.add(outcome), self._of_optimizer.add(outcome)
         self.metrics.add(outcome)
         if outcome.no_loss:
             self._report_missing_loss(outcome, alone)
             return
         if outcome.skipped:
             self._count_drop(outcome, alone)
+        several = self._manual is not None and len(self._manual.optimizers) > 1
         told = self._tell_of_nonfinite(outcome)
+        without_loss = outcome._replace(loss=0.0) if several and math.isfinite(outcome.loss) else outcome
         for each in self._rules:
             if not outcome.overflow or each.rule.sees_overflow:
-                observation = each.rule.observe(each.state, outcome)
+                observation = each.rule.observe(each.state, without_loss if each.rule.compares_loss else outcome)
                 each.state = observation.state
                 for event in observation.events:
                     if not (told and event.kind == "nonfinite"):  # the guard's event says the same, and what to do
                         self.report(event)
-                self._requests.extend(observation.requests)
+                self._requests.extend(self._named(request) for request in observation.requests)
         for transform in self._transforms:
             transform.commit(outcome.applied)
         for observer in self._outcome_observers:
             observer.on_outcome(outcome)
         self.events.conclude(outcome)
+        self._optimizer_name = ""
+
+    @property
+    def _counted(self) -> Counters:
+        """The steps of the run; with manual optimization, those of the selected optimizer."""
+        return self.counters if self._manual is None else self._of_optimizer
+
+    def _named(self, request: Request) -> Request:
+        """A request that says of which optimizer it is, if there are several."""
+        name = self._optimizer_name
+        return request._replace(reason=f"{name}: {request.reason}") if name else request
 
     def _count_drop(self, outcome: Outcome, alone: bool) -> None:
         """Before the rules observe it: their limits are still those that dropped the step."""
@@ -318,6 +415,10 @@ class StepGuard:
             "announced": list(self.changes.announced),
             "passed": self.changes.passed,
         }
+        if self._manual is not None:
+            own["optimizers"] = [
+                {"counters": self._of_optimizer._asdict(), "scales": to_plain(self._scales)} for _ in self._optimizers
+            ]
         return {"counters": self.counters._asdict(), "guard": own}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -329,6 +430,13 @@ class StepGuard:
             self._scales = from_plain(ScaleHistory, state["guard"]["scales"])
             self.changes.announced = from_plain(tuple[str, ...], state["guard"]["announced"])
             self.changes.passed = from_plain(dict[str, int], state["guard"].get("passed", {}))
+            saved = state["guard"].get("optimizers", [])
+            if not self.is_open:
+                self._optimizers.grow(len(saved))
+            for i in self._optimizers:
+                if i < len(saved):
+                    self._of_optimizer = from_plain(Counters, {**Counters()._asdict(), **saved[i]["counters"]})
+                    self._scales = from_plain(ScaleHistory, saved[i]["scales"])
 
     def drop_requests(self) -> None:
         """Drop the requests that are not executed yet: something else has answered them."""
@@ -344,10 +452,21 @@ class StepGuard:
         """
         self.changes.passed = {}  # positions are passed again
         in_a_row = state.get("counters", {}).get("overflows_in_a_row", 0)
+        counted = [self._of_optimizer for _ in self._optimizers]
         self.load_state_dict({**state, "counters": {**self.counters._asdict(), "overflows_in_a_row": in_a_row}})
-        self.window.clear()
-        self._samples.clear()
+        for i in self._optimizers:
+            self._of_optimizer = counted[i]
+        for _ in self._optimizers:
+            self.window.clear()
+            self._samples.clear()
+        if self._manual is not None:
+            self._manual.clear()
         self._requests.clear()
+
+    @property
+    def all_parameters(self) -> list[TrainedParameters]:
+        """Those of each optimizer."""
+        return [self.parameters for _ in self._optimizers]
 
     @property
     def _complete(self) -> bool:
@@ -493,6 +612,8 @@ class StepGuard:
         if self._dropped is not None:
             event = self._dropped.describe(event)
         event = event._replace(reason=worded(event.reason))
+        if name := self._optimizer_name:
+            event = event._replace(optimizer=name, reason=f"{name}: {event.reason}")
         self.events.append(event)
         if event.kind == "rollback":
             self.counters = self.counters._replace(rollbacks=self.counters.rollbacks + 1)
@@ -512,11 +633,18 @@ class StepGuard:
 
     def flush(self) -> None:
         """Send the metrics since the last flush to the loggers, the progress bar and ``callback_metrics``."""
-        metrics = self.metrics.take(self.counters)
-        if metrics:
-            metrics |= self._scaling.metrics(self.counters)
-            metrics["lr"] = float(self._lr)
-        shown = {word: metrics[name] for word, name in _PROGRESS_BAR.items() if name in metrics}
+        metrics: dict[str, float] = {}
+        shown: dict[str, float] = {}
+        for i in self._optimizers:
+            taken = self.metrics.take(self._counted)
+            if taken:
+                taken |= self._scaling.metrics(self._counted)
+                taken["lr"] = float(self._lr)
+            suffix = f"/{self._manual.names[i]}" if self._manual is not None and self._manual.names[i] else ""
+            metrics |= {f"{name}{suffix}": value for name, value in taken.items()}
+            shown |= {f"{word}{suffix}": taken[name] for word, name in _PROGRESS_BAR.items() if name in taken}
+        if metrics and len(self._optimizers) > 1:  # of all optimizers together
+            metrics |= {"skipped": float(self.counters.skipped), **self._scaling.metrics(self.counters)}
         for member in self._active:
             metrics.update(member.metrics())
         if metrics:

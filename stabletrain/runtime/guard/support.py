@@ -29,14 +29,8 @@ def check_setup(trainer: Trainer, module: LightningModule, members: Sequence[Cal
         members: the callbacks that share the guard.
 
     Raises:
-        UserError: for manual optimization, a strategy that steps by itself, a second clipper, or a wrong hook
-            (see `check_hooks`).
+        UserError: for a strategy that steps by itself, a second clipper, or a wrong hook (see `check_hooks`).
     """
-    if not module.automatic_optimization:
-        raise UserError(
-            f"{_listed(members)}: {type(module).__name__} uses manual optimization, where Lightning calls no hook "
-            "between backward and step. Use automatic optimization, or remove these plugins."
-        )
     if trainer_internals.handles_own_steps(trainer):
         raise UserError(
             f"{_listed(members)}: {type(trainer.strategy).__name__} accumulates, clips and steps in its own engine. "
@@ -77,12 +71,12 @@ def check_optimizer(trainer: Trainer) -> None:
     Raises:
         UserError: for no optimizer, and for LBFGS.
     """
-    if not any(group["params"] for group in trainer.optimizers[0].param_groups):
+    if not any(group["params"] for each in trainer.optimizers for group in each.param_groups):
         raise UserError(
             "stabletrain plugins need an optimizer, but configure_optimizers returned none. Return one, or remove the "
             "plugins."
         )
-    if isinstance(trainer.optimizers[0], torch.optim.LBFGS):
+    if any(isinstance(each, torch.optim.LBFGS) for each in trainer.optimizers):
         raise UserError(
             "stabletrain plugins do not support LBFGS: it evaluates the loss several times within one step, so there "
             "is no single gradient to measure. Use a first-order optimizer, or remove the plugins."
@@ -122,6 +116,8 @@ def decides_on_device(trainer: Trainer, mode: DecisionMode, device: torch.device
 
 def _obstacle_to_device_mode(trainer: Trainer) -> str | None:
     optimizer: Optimizer = trainer.optimizers[0]
+    if not trainer.lightning_module.automatic_optimization:
+        return "the module steps by hand, and may step schedules too, before the outcome of a step would be known"
     if not trainer_internals.supports_device_decisions(optimizer):
         return f"{type(optimizer).__name__} has no kernel that can drop a step; torch's fused=True optimizers have"
     if LossScaling(trainer).is_active:

@@ -7,7 +7,7 @@ and dictionaries. What torch, Lightning and torchmetrics keep in attributes is l
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -66,12 +66,16 @@ class HiddenState:
 
     # ---- accumulation windows ---------------------------------------------------------------------------------------
 
-    def stash(self) -> None:
-        """Copy what has changed since the last call."""
+    def stash(self, modules: Collection[nn.Module] | None = None) -> None:
+        """Copy what has changed since the last call.
+
+        Args:
+            modules: those whose attributes are copied; of others the last copies stay. None: all.
+        """
         self._windows += 1
-        self._find()
+        self._find(modules)
         for slot in self._slots.values():
-            if not slot.is_current:
+            if (modules is None or slot.owner.module in modules) and not slot.is_current:
                 self._save(slot)
         if self._windows == _CONSTANT_AFTER:
             self._drop_constants()
@@ -80,7 +84,7 @@ class HiddenState:
 
     def restore(self) -> None:
         """Put everything back as it was at the last `stash`."""
-        self._find(within=True)
+        self._find(())
         for slot in self._slots.values():
             if not slot.is_current:
                 slot.put_back()
@@ -91,7 +95,7 @@ class HiddenState:
         Where a value has come or gone, or has another shape, the host waits for the device; not for a list that has
         only become longer, which stays.
         """
-        self._find(within=True)
+        self._find(())
         others = []
         for slot in self._slots.values():
             if not slot.is_current and not slot.has_only_grown:
@@ -139,7 +143,7 @@ class HiddenState:
         Args:
             changed: only those that have changed since the first `stash`.
         """
-        self._find(within=not self._copies)
+        self._find(None if self._copies else ())
         found = {}
         for slot in self._slots.values():
             value = slot.value
@@ -157,7 +161,7 @@ class HiddenState:
         Returns:
             The paths that the module does not have.
         """
-        self._find(within=not self._copies)
+        self._find(None if self._copies else ())
         for slot in self._slots.values():
             if slot.path not in values and slot.changed and slot.first is not UNKNOWN:
                 slot.put(slot.first)
@@ -187,11 +191,11 @@ class HiddenState:
 
     # ---- finding and copying ----------------------------------------------------------------------------------------
 
-    def _find(self, within: bool = False) -> None:
+    def _find(self, modules: Collection[nn.Module] | None) -> None:
         """Find attributes that hold tensors now and did not at the last `stash`.
 
         Args:
-            within: within a window: they are not copied.
+            modules: those at whose windows' start this is: what is found there is copied. None: all.
         """
         for each in [each for each in self._library if len(each[0].names) != each[1]]:
             self._library.remove(each)
@@ -199,6 +203,7 @@ class HiddenState:
             self._owners.append(each[0])
         for owner in self._owners:
             names = owner.names
+            within = modules is not None and owner.module not in modules
             if [*map(id, names.values())] == owner.ids:
                 continue
             for key, value in names.items():

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from stabletrain.runtime.internals.packages import both
+from stabletrain.runtime.internals.trainer import step_progress
 
 _METRIC_FIELDS = ("_update_count", "_computed", "_forward_cache")
 """Attributes of a metric that change at each update, besides its states."""
@@ -44,7 +45,7 @@ def _trackers(loop: _Loop) -> Iterator[_BaseProgress]:
 
 def set_global_step(trainer: Trainer, step: int) -> None:
     """Set the count of applied optimizer steps."""
-    counts = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
+    counts = step_progress(trainer).total
     counts.ready = counts.completed = step
 
 

@@ -1,8 +1,8 @@
 """Every use of private attributes of Lightning's Trainer and of torch, each with a test.
 
-The modules `loader` and `state` contain those of the train loaders and of the state of a run. No other module uses
-private attributes, so if a new version of Lightning changes one, a single function and its test in
-tests/runtime/internals fail.
+The modules `loader`, `manual` and `state` contain those of the train loaders, of steps by hand and of the state of a
+run. No other module uses private attributes, so if a new version of Lightning changes one, a single function and its
+test in tests/runtime/internals fail.
 """
 
 from __future__ import annotations
@@ -51,9 +51,17 @@ def restore_step_hooks(callback: Callback) -> None:
             del callback.__dict__[hook]
 
 
+def step_progress(trainer: Trainer) -> Any:
+    """The loop's counters of optimizer steps, from which ``trainer.global_step`` is read."""
+    loop = trainer.fit_loop.epoch_loop
+    if trainer.lightning_module.automatic_optimization:
+        return loop.automatic_optimization.optim_progress.optimizer.step
+    return loop.manual_optimization.optim_step_progress
+
+
 def undo_global_step(trainer: Trainer) -> None:
     """Subtract one optimizer step from the loop's counters: the step in progress, or the last one, was not applied."""
-    progress = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step
+    progress = step_progress(trainer)
     for counters in (progress.total, progress.current):
         counters.ready -= 1
         counters.completed -= 1

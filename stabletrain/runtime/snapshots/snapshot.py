@@ -124,8 +124,8 @@ class Snapshot:
         self.step = -1  # empty until it is complete
         self._buffers.copy_in(flattener.tensors)
         self._names, self._parts, self._members = [part.name for part in live], parts, members
-        self._groups, self._hidden = guard.parameters.capture(), hidden
-        self._rules = [member.state for member in _rules(guard)]
+        self._groups, self._hidden = [each.capture() for each in guard.all_parameters], hidden
+        self._rules = [member.states for member in _rules(guard)]
         self._schedulers = [copy.deepcopy(each.scheduler.state_dict()) for each in trainer.lr_scheduler_configs]
         self._precision = copy.deepcopy(trainer.precision_plugin.state_dict())
         self._progress = state_internals.progress(trainer)
@@ -165,7 +165,8 @@ class Snapshot:
         guard.settle()
         trainer = guard.trainer
         live = self._live_parts(guard, rewind)
-        guard.parameters.restore(self._groups, trainer.global_step, rewind)
+        for parameters, groups in zip(guard.all_parameters, self._groups, strict=True):
+            parameters.restore(groups, trainer.global_step, rewind)
         restorer = Restorer(self._buffers.tensors)
         for part, node in zip(live, self._parts, strict=True):
             if part.of_epoch and not rewind:
@@ -197,8 +198,8 @@ class Snapshot:
         own = guard.state_dict()
         for member, state in zip(_stateful_members(guard), members, strict=True):
             member.load_state_dict({**state, **own})
-        for rule, state in zip(_rules(guard), self._rules, strict=True):
-            rule.state = rule.rule.rebase(state, cause)
+        for rule, states in zip(_rules(guard), self._rules, strict=True):
+            rule.states = [rule.rule.rebase(state, cause) for state in states]
         if rewind:
             rng.restore(self._rng)
 
@@ -208,7 +209,7 @@ class Snapshot:
         Parameter groups are those of the capture: the run that is rewound comes again to where others were added, and
         one that is not rewound keeps the others as they are.
         """
-        groups = [[group for group, _ in holder] for holder in self._groups.groups]
+        groups = [[group for group, _ in holder] for each in self._groups for holder in each.groups]
         if not rewind:
             present = {id(group) for each in _holders(guard) for group in each.param_groups}
             groups = [[group for group in holder if id(group) in present] for holder in groups]

@@ -12,10 +12,25 @@ from stabletrain import ClipNorm, ClipZScore, Guard, SkipNonFinite, UserError, d
 ITEMS = batches(HEALTHY, HEALTHY)
 
 
-class Manual(Net):
+class PastLightning(Net):
     def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        self.manual_backward(super().training_step(batch, batch_idx))
+        self.optimizers(use_pl_optimizer=False).step()  # type: ignore[union-attr]
+
+
+class LossUnseen(PastLightning):
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        Net.training_step(self, batch, batch_idx).backward()
+        self.optimizers().step()  # type: ignore[union-attr]
+
+
+class NothingToApply(PastLightning):
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        self.optimizers().step()  # type: ignore[union-attr]
 
 
 class Unoptimized(Net):
@@ -39,7 +54,8 @@ class Engine(SingleDeviceStrategy):
 @pytest.mark.parametrize(
     ("make", "options", "words"),
     [
-        (Manual, {}, ["ClipNorm", "Manual", "manual optimization", "Use automatic optimization"]),
+        (PastLightning, {}, ["PastLightning", "self.optimizers()", "use_pl_optimizer=False", "remove the plugins"]),
+        (LossUnseen, {}, ["LossUnseen", "AdamW", "self.manual_backward(loss)", "remove the plugins"]),
         (SecondOrder, {}, ["LBFGS", "several times", "first-order"]),
         (Net, {"strategy": Engine("cpu")}, ["Engine", "steps in its own engine", "strategy=ddp"]),
         (
@@ -55,6 +71,40 @@ def test_refusals(make: Any, options: dict[str, Any], words: list[str]) -> None:
         fit(make(), ITEMS, ClipNorm(), SkipNonFinite(), **options)
     for word in words:
         assert word in str(refused.value)
+
+
+class OwnStep(torch.optim.SGD):
+    """Steps by another method, as sharpness-aware minimisation does."""
+
+    def second_step(self) -> None:
+        torch.optim.SGD.step(self)
+
+
+class StepsOtherwise(PastLightning):
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        self.manual_backward(Net.training_step(self, batch, batch_idx))
+        optimizer: Any = self.optimizers()
+        optimizer.second_step()
+        optimizer.zero_grad()
+
+    def configure_optimizers(self) -> Any:
+        return OwnStep(self.parameters(), 0.01)
+
+
+def test_steps_that_cannot_be_seen_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    """Bug: a run whose plugins do nothing, without a word."""
+    fit(StepsOtherwise(), batches(*[HEALTHY] * 101), SkipNonFinite())
+    assert [record.message for record in caplog.records if "100 batches" in record.message] == [
+        "100 batches had a backward pass, and no step() of an optimizer of self.optimizers() was called: stabletrain "
+        "judges no other steps, so nothing is skipped, clipped or measured"
+    ]
+
+
+def test_a_step_without_gradients_is_no_step() -> None:
+    """Bug: a module that calls ``step`` where it has computed nothing is refused, or such a step counts."""
+    skip = SkipNonFinite()
+    fit(NothingToApply(), ITEMS, ClipNorm(), skip)
+    assert skip.state_dict()["counters"]["attempted"] == 0
 
 
 @pytest.mark.filterwarnings("ignore:.*`LightningModule.configure_optimizers` returned `None`:UserWarning")
