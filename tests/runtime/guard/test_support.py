@@ -45,7 +45,7 @@ class Engine(SingleDeviceStrategy):
         (
             Net,
             {"gradient_clip_val": 0.5},
-            ["gradient_clip_val=0.5", "ClipNorm", "both clip", "trainer.gradient_clip_val"],
+            ["gradient_clip_val=0.5", "ClipNorm", "both clip", "Trainer(gradient_clip_val=...)"],
         ),
     ],
 )
