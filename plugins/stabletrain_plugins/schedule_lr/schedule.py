@@ -19,6 +19,7 @@ from stabletrain.core.outcome import Outcome
 from stabletrain.core.schedule import Schedule
 from stabletrain.errors import UserError
 from stabletrain.runtime.guard.callbacks import GuardMember
+from stabletrain.runtime.guard.given_twice import attach
 from stabletrain.runtime.guard.metrics import LEARNING_RATE
 from stabletrain.runtime.guard.publishing import publish
 from stabletrain.runtime.internals import trainer as trainer_internals
@@ -95,6 +96,7 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Join the guard if other plugins use one; a schedule alone needs none."""
+        attach(self)
         if stage != "fit":
             return
         self._curve, self._logged, self._written, self._told_of_others = None, -1, None, False
