@@ -12,12 +12,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+_VALUE = r"[\w-]+(?:\.[\w-]+)*%?"
 _PLUGIN = re.compile(
     r"(?:config keys? )?\bplugins(?:\.(?P<slot>\w+)(?:\.(?P<argument>\w+))?|/(?P<group>\w+))"
-    r"(?:=(?P<value>[\w.-]+|<\w+>))?"
+    rf"(?:=(?P<value>{_VALUE}|<\w+>))?"
 )
 _LISTED = re.compile(r"config keys? (?P<keys>(?:\w+(?:\.\w+)?(?:=[\w.-]+)?(?:, | and )?)+)")
-_OTHER = re.compile(r"\b(?P<node>guard|schedule|trainer|resume)(?:\.(?P<argument>\w+))?(?:=(?P<value>[\w.-]+))?")
+_OTHER = re.compile(rf"\b(?P<node>guard|schedule|trainer|resume)(?:\.(?P<argument>\w+))?(?:=(?P<value>{_VALUE}))?")
 _CLASSES = {"guard": "Guard", "schedule": "ScheduleLR", "trainer": "Trainer"}
 _VALUES = {"null": "None", "true": "True", "false": "False"}
 
@@ -70,6 +71,8 @@ def worded(text: str, slot: str | None = None, owner: str | None = None) -> str:
     'loss nan (SkipNonFinite(max_in_a_row=10))'
     >>> worded("use another (config key guard.mode), or plugins/spike=detect")
     'use another (Guard(mode=...)), or default_callbacks(spike="detect")'
+    >>> worded("Rollback: plugins.spike.accept=null, plugins.spike.expect=50%, plugins.spike.every=5.")
+    'Rollback: accept=None, expect="50%", every=5.'
     >>> with by_config():
     ...     worded("use another (config key guard.mode)")
     'use another (config key guard.mode)'
@@ -104,5 +107,16 @@ def worded(text: str, slot: str | None = None, owner: str | None = None) -> str:
 
 
 def _call(owner: str | None, argument: str, value: str | None) -> str:
-    given = f"{argument}={'...' if value is None else _VALUES.get(value, value)}"
+    given = f"{argument}={_python(value)}"
     return given if owner is None else f"{owner}({given})"
+
+
+def _python(value: str | None) -> str:
+    """A value as it is written in a script."""
+    if value is None:
+        return "..."
+    try:
+        float(value)
+    except ValueError:
+        return _VALUES.get(value) or (value if value.startswith("<") else f'"{value}"')
+    return value

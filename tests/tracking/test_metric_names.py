@@ -195,4 +195,4 @@ def test_a_series_is_replayed_under_old_and_new_names(header: str, tmp_path: Pat
         rows = [[*row[:2], "1e9"] for row in rows]
     file = tmp_path / "series.csv"
     file.write_text("\n".join([header, *(",".join(row) for row in rows)]) + "\n")
-    assert "4 steps, 0 clipped (0.00%), 1 skipped" in replay_file("skip_nonfinite", file)
+    assert "4 steps, 0 clipped (0.00%), 1 skipped" in replay_file("skip_nonfinite", str(file))

@@ -25,6 +25,7 @@ from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.internals.fabric import refuse_in_fabric
 from stabletrain.runtime.internals.packages import Callback
 from stabletrain.runtime.plugin_state import names_its_plugin
+from stabletrain_plugins.resume_exactly.trained import Trained, check
 
 FastForward: TypeAlias = Literal["auto", "indices", "batches"]
 
@@ -72,6 +73,8 @@ class ResumeExactly(Callback):
         self._warned_of_hidden: set[str] = set()
         self._hidden_is_known = False
         self._saved_hidden: dict[str, Any] = {}
+        self._trained: Trained | None = None
+        self._saved_trained: dict[str, Any] | None = None
 
     @property
     def state_key(self) -> str:
@@ -91,6 +94,7 @@ class ResumeExactly(Callback):
         self._trainer, self._final, self._loaded = trainer, None, False
         self._hidden, self._saved_hidden = HiddenState(trainer_internals.unwrapped(pl_module), False, True), {}
         self._hidden_is_known = False
+        self._trained, self._saved_trained = None, None
         self._loader = TrainLoader.of(trainer)
         self._loader.record_positions(self.fast_forward, _NAME, _OPT_OUT)
         self._undo = [
@@ -98,6 +102,13 @@ class ResumeExactly(Callback):
             loader_internals.after_train_start(trainer, self._on_loop_start),
             loader_internals.around_validation(trainer, self._stash_rng, self._restore_rng),
         ]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before the optimizers' states are loaded: give them the parameters that they had at the checkpoint."""
+        if self._loader is not None:
+            self._trained = Trained(trainer_internals.unwrapped(pl_module), trainer.optimizers)
+            if self._saved_trained is not None:
+                self._trained.restore_groups(self._saved_trained)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the loaders against the checkpoint."""
@@ -120,6 +131,8 @@ class ResumeExactly(Callback):
         assert self._loader is not None
         assert self._trainer is not None
         self._loader.on_loop_start()
+        if self._trained is not None and self._saved_trained is not None:
+            self._trained.restore_flags(self._saved_trained)
         self._hidden.stash()
         self._hidden_is_known = True
         device = self._trainer.strategy.root_device
@@ -198,6 +211,8 @@ class ResumeExactly(Callback):
         mine = everyone[rank % len(everyone)]
         if mine["rng"] is not None:
             rng.check(mine["rng"])
+        if "trained" in mine:
+            self._saved_trained = check(mine["trained"])
         if len(everyone) == size:
             self._saved_hidden = dict(mine.get("hidden", {}))
             for each in self._saved_hidden.values():
@@ -225,7 +240,8 @@ class ResumeExactly(Callback):
             )
         state = self._training_rng if self._training_rng is not None else self._loader.run_rng
         positions = [position.to_plain() for position in self._loader.positions()]
-        return {"rng": state, "loaders": positions, "hidden": self._hidden_state()}
+        own: dict[str, Any] = {"rng": state, "loaders": positions, "hidden": self._hidden_state()}
+        return own if self._trained is None else {**own, "trained": self._trained.state()}
 
     def _hidden_state(self) -> dict[str, Any]:
         """The tensors in attributes of modules, and in buffers that no state_dict holds, that training has changed."""
@@ -265,7 +281,7 @@ class ResumeExactly(Callback):
     def __getstate__(self) -> dict[str, Any]:
         """Pickles and copies do not include the running fit."""
         fit: dict[str, Any] = {"_trainer": None, "_loader": None, "_undo": [], "_training_rng": None, "_final": None}
-        fit |= {"_hidden_is_known": False, "_saved_hidden": {}}
+        fit |= {"_trained": None, "_saved_trained": None, "_hidden_is_known": False, "_saved_hidden": {}}
         return {key: value for key, value in {**self.__dict__, **fit}.items() if key != "_hidden"}
 
 

@@ -437,7 +437,7 @@ def _expected(rule: Rule[Any], positions: Sequence[Length], trainer: Trainer) ->
     if trainer_internals.is_fast_dev_run(trainer):
         run = replace(run, total_steps=None)  # so short that no position need come
         positions = [each for each in positions if each.unit != "percent"]
-    return {step: f"{key}={length}" for step, length in resolve(positions, run, name=key).items()}
+    return {step: f"plugins.{rule.slot}.expect={length}" for step, length in resolve(positions, run, name=key).items()}
 
 
 def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:

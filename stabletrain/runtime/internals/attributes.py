@@ -63,8 +63,10 @@ def _of_module() -> frozenset[str]:
 def _of_lightning_module() -> frozenset[str]:
     from lightning.pytorch import LightningModule
 
+    from stabletrain.runtime.internals.packages import both
+
     hyper_parameters = {"_hparams", "_hparams_initial", "_hparams_name", "_log_hyperparams"}
-    return frozenset({*vars(LightningModule()), *hyper_parameters})
+    return frozenset({*vars(both(LightningModule)[0]()), *hyper_parameters})
 
 
 def names_of(owner: Any) -> dict[str, Any]:

@@ -128,10 +128,11 @@ def test_an_expected_change_is_not_judged(position: Any, mode: str) -> None:
         on_train_batch_start = on_train_batch_end = None  # type: ignore[assignment]
 
     fit(Epochs(), items, *stack(mode, expect=[10, position]), record, max_epochs=4)
-    at = {AT: f"{AT}", "50%": "50%", "2ep": "2ep"}.get(position, f"{AT}")
+    at = {"50%": '"50%"', "2ep": '"2ep"'}.get(str(position), f"{AT}")
     texts = [(e.step, e.plugin, e.kind, e.reason) for e in record.events]
-    key = "plugins.spike.expect"
-    assert texts == [(10, "detect_spikes", "announced", f"{key}=10"), (AT, "detect_spikes", "announced", f"{key}={at}")]
+    assert texts == [
+        (step, "detect_spikes", "announced", f"DetectSpikes(expect={value})") for step, value in ((10, "10"), (AT, at))
+    ]
     assert not record.outcomes[AT].skipped
 
 

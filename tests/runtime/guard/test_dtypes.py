@@ -44,7 +44,7 @@ class Spectral(LightningModule):
 @pytest.mark.parametrize("precision", ["64-true", "32-true", "bf16-true"])
 def test_every_plugin_works_in_every_precision(precision: Any, tmp_path: Path) -> None:
     """Bug: the weight check, or clamping, raises an error for a dtype that torch trains."""
-    stack = default_callbacks(spike="none", gradients="monitor")
+    stack = default_callbacks(clip="zscore", spike="none", gradients="monitor")
     extra = [
         ClipTensorwise(warmup_steps=2),
         ClipUnitwise(),

@@ -55,7 +55,7 @@ def test_a_rollback_is_one_line_and_is_counted(terminal: Any, tmp_path: Path) ->
     """Bugs: the request, the second warm-up and the rollback in a line each; an end that knows of no rollback."""
     items = batches(*[HEALTHY] * 12, *[NAN_LOSS] * 2, *[HEALTHY] * 2)
     stack = [SkipNonFinite(max_in_a_row=2), stabletrain.Rollback(every=4, trust_after=1)]
-    lines = terminal(lambda: fit(Net(), items, *stack, Guard(events=tmp_path / "events.jsonl")))
+    lines = terminal(lambda: fit(Net(), items, *stack, default_root_dir=tmp_path))
     (rollback,) = [line for line in lines if "rollback: back to" in line]
     assert rollback.startswith("stabletrain: step 13: rollback: ")
     assert "2 non-finite steps in a row (SkipNonFinite(max_in_a_row=2))" in rollback
