@@ -16,8 +16,8 @@ Trainer, every `log_every_n_steps` steps, before a validation and at the end of 
 `trainer.callback_metrics`, where ModelCheckpoint and EarlyStopping find them. An instance of a plugin with `name=NAME`
 writes `stability/NAME/...`. Of a module with several optimizers (manual optimization) each has its own value, with the
 optimizer's name at the end, such as `stability/loss/discriminator`; `stability/skipped` and `stability/overflows` also
-exist without one, for all together. Names that the module logs are its own: if it logs one of these, its value is kept, the
-plugin's is not written, and a warning says so. The progress bar shows `loss`, `grad_norm`, `clipped` and `skipped`,
+exist without one, for all together. Names that the module logs are its own: if it logs one of these, its value is kept,
+the plugin's is not written, and a warning says so. The progress bar shows `loss`, `grad_norm`, `clipped` and `skipped`,
 unless the module shows something under that word.
 
 Before version 0.1 the names had no prefix. They are still understood by `compare` and `replay`, in runs that were
