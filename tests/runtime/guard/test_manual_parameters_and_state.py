@@ -117,7 +117,7 @@ class Unfreeze(Callback):
             layer = getattr(pl_module, self.which)[0].requires_grad_(True)
             trainer.optimizers[self.which == D].add_param_group({"params": list(layer.parameters())})
 
-    def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if optimizer is trainer.optimizers[self.which == D] and grads:
             self.norms.append(torch.stack([each.norm() for each in grads]).norm().item())
@@ -147,7 +147,7 @@ def test_groups_that_are_added_to_one_of_several(which: str) -> None:
     """Bug: a NaN in a group that is added during training is applied, or its gradient is not clipped or measured."""
     unfreeze, recorder = Unfreeze(which), Recorder()
     module = Late(nan_at=1, which=which)
-    mine = run(module, [""] * 5, unfreeze, ClipNorm(0.05), SkipNonFinite(), MonitorGradients(every=1), recorder)
+    mine = run(module, [""] * 5, ClipNorm(0.05), SkipNonFinite(), MonitorGradients(every=1), recorder, unfreeze)
     assert mine.callback_metrics[f"stability/skipped/{which}"] == mine.callback_metrics["stability/skipped"] == 1
     assert all(bool(p.isfinite().all()) for p in module.parameters())
     assert [len(group["params"]) for group in mine.optimizers[which == D].param_groups] == [4, 2]
