@@ -39,10 +39,15 @@ def by_config() -> Iterator[None]:
         _from_config.reset(token)
 
 
-def speak_of_keys() -> None:
-    """From now on all messages of this process name config keys: it is the command line, or a worker."""
+@contextmanager
+def speak_of_keys() -> Iterator[None]:
+    """Within it, all messages of this process, in all threads, name config keys: the command line, and a worker."""
     global _process_has_config
-    _process_has_config = True
+    before, _process_has_config = _process_has_config, True
+    try:
+        yield
+    finally:
+        _process_has_config = before
 
 
 def mark(callback: object) -> None:

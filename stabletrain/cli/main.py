@@ -219,13 +219,13 @@ def new_plugin(
     print(create(name, folder))
 
 
+@speak_of_keys()
 def main() -> None:
     """Run the command line; exit with its code.
 
     A `UserError` becomes one message and exit code 2, Ctrl-C one line and 130. Output that cannot be written ends the
     command with 1, without a traceback: ``stabletrain ls | head -1``.
     """
-    speak_of_keys()
     if sys.stdout is None:  # closed by the shell: ``>&-``
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from stabletrain.launch.assemble import Assembled
 
 
+@speak_of_keys()
 def main(argv: Sequence[str]) -> int:
     """Run the worker and return its exit code.
 
@@ -51,7 +52,6 @@ def main(argv: Sequence[str]) -> int:
             signal), and only result.json records how the run ended; with ``--paths-outside`` a run.yaml that no
             launcher has named may let the run write outside of its folder.
     """
-    speak_of_keys()
     agreed_ends_exit_0 = AGREED_ENDS_EXIT_0 in argv
     words = [word for word in argv if word not in (AGREED_ENDS_EXIT_0, PATHS_OUTSIDE)]
     if os.environ.get(TRUST_ENV):
