@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 EXPECTED = Path(__file__).parents[1] / "recipes" / "expected"
+SKIPPED = "stability/skipped"
 PACKAGES = ("torch", "lightning", "torchmetrics", "numpy")
 
 
@@ -44,7 +45,7 @@ def main() -> None:
     for recipe in sys.argv[1:]:
         with tempfile.TemporaryDirectory() as temporary:
             result = run(recipe, Path(temporary) / "run")
-        kept = {key: value for key, value in result["metrics"].items() if key.startswith("val_")}
+        kept = {key: value for key, value in result["metrics"].items() if key.startswith("val/")}
         record = {
             "recipe": recipe,
             "command": f"python benchmarks/expected.py {recipe}",
@@ -52,7 +53,7 @@ def main() -> None:
             "steps": result["steps"],
             "seconds": round(result["seconds"], 1),
             "threads": result["threads"],
-            "metrics": kept | {"skipped": result["metrics"]["skipped"]},
+            "metrics": kept | {SKIPPED: result["metrics"][SKIPPED]},
             "surroundings": surroundings(),
         }
         target = EXPECTED / f"{recipe}.json"

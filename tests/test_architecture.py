@@ -13,11 +13,12 @@ PLUGINS = ROOT / "plugins" / "stabletrain_plugins"
 FOLDERS = sorted(p.name for p in PLUGINS.iterdir() if (p / "conf").is_dir())
 
 LAYERS = [
-    ["errors", "version", "paths", "lazy", "safe_path"],
+    ["settings"],
+    ["errors", "version", "paths", "lazy", "safe_path", "terminal"],
     ["core", "extras"],
     ["runtime.internals"],
     ["runtime"],  # the modules directly in it
-    ["runtime.records", "runtime.data"],
+    ["runtime.records", "runtime.data", "runtime.hidden"],
     ["runtime.guard"],
     ["runtime.snapshots"],
     ["runtime.checkpoints"],
@@ -30,8 +31,8 @@ LAYERS = [
 ]
 """Rooms of the package, lowest first; a room imports itself and those in layers below it."""
 
-PURE = {"stabletrain.core", "stabletrain.errors"}
-ALLOWED_TO_PLUGINS = {"stabletrain.core", "stabletrain.errors", "stabletrain.extras", "stabletrain.runtime"}
+PURE = {"stabletrain.core", "stabletrain.errors", "stabletrain.settings"}
+ALLOWED_TO_PLUGINS = {*PURE, "stabletrain.extras", "stabletrain.runtime"}
 
 
 def code(folder: Path) -> list[Path]:
@@ -185,3 +186,69 @@ def test_every_public_name_exists() -> None:
     for name in stabletrain.__all__:
         assert getattr(stabletrain, name) is getattr(stabletrain, name)
         assert name in dir(stabletrain)
+
+
+LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric"}
+OWN_TRAINER = {"config", "launch", "workloads"}
+"""Rooms whose Trainer is that of a recipe, which the launcher makes: it is always lightning.pytorch's."""
+BOTH_PACKAGES = {"stabletrain.runtime.internals.packages", "stabletrain.testing.toy"}
+"""Modules that have a class for each package."""
+WORKS_FOR_BOTH = {"migrate_checkpoint", "is_param_in_hook_signature", "rank_zero_experiment"}
+"""Functions of Lightning that look at no class."""
+
+
+def uses_of_lightning(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Lines and names of uses of Lightning's objects that run, except in ``both(...)`` and ``own(...)``."""
+    names: set[str] = set()
+    allowed: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if below(alias.name, LIGHTNING):
+                    names.add(alias.asname or alias.name.partition(".")[0])
+        elif isinstance(node, ast.ImportFrom) and below(node.module or "", LIGHTNING):
+            names |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("both", "own", "cast"):
+            allowed |= {id(part) for part in ast.walk(node.args[0])}
+        for field in ("annotation", "returns"):
+            if (annotation := getattr(node, field, None)) is not None:
+                allowed |= {id(part) for part in ast.walk(annotation)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id in names - WORKS_FOR_BOTH and id(node) not in allowed:
+            yield node.lineno, node.id
+
+
+def test_lightnings_classes_are_compared_in_one_place() -> None:
+    """Bug: an ``isinstance``, ``except`` or base class that fails silently under Lightning's other name.
+
+    Annotations do not run. All other uses go through stabletrain.runtime.internals.packages.
+    """
+    wrong = []
+    for module, path in MODULES.items():
+        if room(module) in OWN_TRAINER or module in BOTH_PACKAGES:
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        wrong += [f"{path.relative_to(ROOT)}:{line}: {name}" for line, name in uses_of_lightning(tree)]
+    assert not wrong, "use both(), own() or a base class of runtime/internals/packages.py:\n" + "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "isinstance(x, Timer)",
+        "issubclass(x, (int, Timer))",
+        "type(x) is Timer",
+        "x.fn == Timer.FITTING",
+        "class Mine(Timer): ...",
+        "ERRORS = (ValueError, Timer)",
+        "try: f()\nexcept Timer: ...",
+        "match x:\n    case Timer(): ...",
+        "Timer.setup(x)",
+        "isinstance(both(int), Timer)",
+    ],
+)
+def test_a_comparison_with_one_package_would_be_found(use: str) -> None:
+    """Bug: a search that finds nothing, and so proves nothing."""
+    tree = ast.parse(f"from lightning.pytorch.callbacks import Timer\ndef f(x: Timer) -> Timer: ...\n{use}")
+    assert [name for _, name in uses_of_lightning(tree)] == ["Timer"]
+    assert not list(uses_of_lightning(ast.parse("import lightning as L\nisinstance(x, both(L.Trainer))")))

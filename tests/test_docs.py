@@ -170,12 +170,12 @@ def test_links_of_the_readme_are_absolute_and_name_files_of_the_repository() -> 
     links = re.findall(r"\]\(([^)]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
     assert links
     for link in links:
-        own = (
-            link.removeprefix(f"{raw}/main/")
-            if link.endswith(".png")
-            else link.removeprefix(f"{repository}/blob/main/")
-        )
-        assert (ROOT / own).exists(), link
+        assert link.startswith("https://"), link
+        base = f"{raw}/main/" if link.endswith(".png") else f"{repository}/blob/main/"
+        if link.startswith(base):
+            assert (ROOT / link.removeprefix(base)).exists(), link
+        else:
+            assert not link.startswith((raw, repository)), link
 
 
 def test_names_and_links_of_the_architecture_page_exist() -> None:

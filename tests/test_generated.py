@@ -23,6 +23,7 @@ def test_writing_twice_changes_nothing(tmp_path: Path, monkeypatch: pytest.Monke
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(generate.ROOT / file, tmp_path / file)
     (tmp_path / "plugins").mkdir()
+    (tmp_path / "docs").mkdir()
     monkeypatch.setattr(generate, "ROOT", tmp_path)
     generate.main([])
     assert generate.outdated() == []

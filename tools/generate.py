@@ -1,4 +1,4 @@
-"""Generate the export table of stabletrain/__init__.py and the catalogue plugins/README.md from the plugins' folders.
+"""Generate the export table of stabletrain/__init__.py, the catalogue plugins/README.md and docs/metrics.md.
 
 Run ``python tools/generate.py`` in a checkout; with ``--check`` it only lists outdated files.
 """
@@ -11,11 +11,14 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import metrics_page
 import yaml
 
 from stabletrain.config import discovery
-from stabletrain.config.discovery import KINDS, PluginInfo
+from stabletrain.config.discovery import KINDS, Option, PluginInfo
+from stabletrain.config.slot_choice import is_slot
 from stabletrain.errors import UserError
+from stabletrain.paths import data_dir
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -76,8 +79,9 @@ def generated() -> dict[Path, str]:
     init = ROOT / "stabletrain" / "__init__.py"
     own = [plugin for plugin in discovery.plugins().values() if plugin.package.split(".")[0] == OWN]
     return {
-        init: _between(init, BEGIN, END, _export_table(exports(own))),
+        init: _between(init, BEGIN, END, _export_table(exports(own)) + _default_callbacks(own)),
         ROOT / "plugins" / "README.md": _CATALOGUE + _catalogue(own) + _ADD_A_PLUGIN,
+        ROOT / "docs" / "metrics.md": metrics_page.page(own),
     }
 
 
@@ -144,19 +148,51 @@ def _export(plugin: PluginInfo, name: str) -> Export:
 
 
 def _export_table(found: list[Export]) -> str:
-    rules = [each for each in found if each.is_rule]
     lines = ["_PLUGINS = {", *(f'    "{each.name}": "{each.module}:{each.attribute}",' for each in found), "}"]
     imports = [
-        f"    from {each.module} import {each.attribute}" + ("" if each.is_rule else f" as {each.attribute}")
+        f"    from {each.module} import {each.attribute}" + ("" if each.is_rule else f" as _{each.attribute}")
         for each in found
     ]
-    if rules:
-        imports.append("    from stabletrain.runtime.guard.callbacks import RuleCallback")
     if imports:
-        lines += ["", "if TYPE_CHECKING:", *sorted(imports, key=lambda line: (line.split()[1], line))]
-    for each in rules:
-        lines += ["", f"    class {each.name}(RuleCallback, {each.attribute}): ..."]
+        imports.append("    from stabletrain.runtime.internals.packages import AcceptedByBoth")
+    if any(each.is_rule for each in found):
+        imports.append("    from stabletrain.runtime.guard.callbacks import RuleCallback")
+    lines += ["", "if TYPE_CHECKING:", "    from lightning.pytorch import Callback", ""]
+    lines += sorted(imports, key=lambda line: (line.split()[1], line))
+    for each in found:
+        bases = f"RuleCallback, {each.attribute}" if each.is_rule else f"_{each.attribute}"
+        lines += ["", f"    class {each.name}({bases}, AcceptedByBoth): ..."]
     return "\n".join(lines) + "\n"
+
+
+def _default_callbacks(plugins: list[PluginInfo]) -> str:
+    """The typed signature of ``default_callbacks``: the options of each slot, and the one that is the default."""
+    options = [*discovery.options_in(data_dir("conf")), *(option for plugin in plugins for option in plugin.options)]
+    chosen = discovery.default_options()
+    groups = {group: _names(group, options) for group in chosen if is_slot(group)}
+    lines = [""]
+    parameters = []
+    for group, names in groups.items():
+        slot = group.split("/")[-1]
+        alias = f"_{slot.capitalize()}"
+        line = f"    {alias} = Literal[{', '.join(map(_quoted, names))}]"
+        if len(line) > 120:
+            line = "\n".join([f"    {alias} = Literal[", *(f"        {_quoted(name)}," for name in names), "    ]"])
+        lines.append(line)
+        parameters.append(f"        {slot}: {alias} | Callback | None = {_quoted(chosen[group])},")
+    lines += ["", "    def default_callbacks(", "        *,", *parameters, "    ) -> list[Any]:"]
+    lines.append(
+        '        """Return the callbacks of conf/train.yaml; a slot\'s choice may be an option, a callback or None."""'
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _names(group: str, options: list[Option]) -> list[str]:
+    return sorted({option.name for option in options if option.group == group}, key=lambda name: (name != "none", name))
+
+
+def _quoted(text: str) -> str:
+    return f'"{text}"'
 
 
 def _catalogue(plugins: list[PluginInfo]) -> str:

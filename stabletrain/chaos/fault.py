@@ -7,12 +7,13 @@ import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from stabletrain.chaos.marker import Marker
 from stabletrain.errors import require
 from stabletrain.runtime.accumulation import AccumulationWindow
 from stabletrain.runtime.internals import trainer as trainer_internals
+from stabletrain.runtime.internals.packages import Callback
 from stabletrain.runtime.records.event_log import logger
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import yaml
 
@@ -12,14 +12,28 @@ from stabletrain.config.problems import suggestion
 from stabletrain.config.yaml_file import read_text
 from stabletrain.errors import UserError
 
-_TABLES = ("recipes", "plugins", "slots")
+_TABLES = ("recipes", "plugins", "slots", "groups")
+
+_GROUPS = {
+    "model": "Which LightningModule is trained?",
+    "data": "On which data?",
+    "optimizer": "Which optimizer, in place of the module's own?",
+    "schedule": "How does the learning rate change during the run?",
+    "precision": "In which number formats is computed?",
+    "strategy": "How is the work divided between devices?",
+    "trainer": "Which arguments does Lightning's Trainer get?",
+    "logger": "Where are metrics, parameters and artifacts recorded?",
+    "launch": "Where and how are the training processes started?",
+    "chaos": "Which fault is made on purpose, to see what the plugins do? (+chaos=OPTION)",
+}
+"""What the options of a group answer; slots have their question in none.yaml."""
 
 
 def print_tables(what: str) -> None:
-    """Print the tables of recipes, plugins and slots.
+    """Print the tables of recipes, plugins, slots, and the other config groups.
 
     Args:
-        what: ``recipes``, ``plugins``, ``slots`` or ``all``.
+        what: ``recipes``, ``plugins``, ``slots``, ``groups`` or ``all``.
 
     Raises:
         UserError: for any other value.
@@ -33,10 +47,34 @@ def print_tables(what: str) -> None:
         plugins = discovery.plugins().values()
         entries = [(p.name, p.kind, " ".join(map(_choice, p.options)), p.distribution) for p in plugins]
         _print_table("plugins: stabletrain show NAME", ("plugin", "kind", "selected by", "distribution"), entries)
+    chosen = discovery.default_options()
     if what in ("slots", "all"):
-        found = discovery.slots().values()
-        questions = [(slot.name, slot.question, " ".join(option.name for option in slot.options)) for slot in found]
-        _print_table("slots: plugins/SLOT=OPTION", ("slot", "question", "options"), questions)
+        slots = [
+            _answers(slot.name, slot.question, slot.options, chosen.get(f"{discovery.SLOTS}/{slot.name}", "none"))
+            for slot in discovery.slots().values()
+        ]
+        _print_table("slots: plugins/SLOT=OPTION", ("slot", "default", "question and options"), slots)
+    if what in ("groups", "all"):
+        others = [
+            _answers(name, group_sentence(name, options), list(options.values()), chosen.get(name, ""))
+            for name, options in discovery.groups().items()
+            if not name.startswith(f"{discovery.SLOTS}/")
+        ]
+        _print_table("groups: GROUP=OPTION", ("group", "default", "question and options"), others)
+
+
+def group_sentence(name: str, options: Mapping[str, Option]) -> str:
+    """Return one sentence on a config group: what its options answer.
+
+    Args:
+        name: of the group.
+        options: of the group, by name.
+    """
+    return _GROUPS.get(name) or (options["none"].summary if "none" in options else "")
+
+
+def _answers(name: str, question: str, options: Sequence[Option], default: str) -> tuple[str, str, str]:
+    return name, default, "\n".join(filter(None, (question, " ".join(option.name for option in options))))
 
 
 def print_details(name: str, overrides: Sequence[str]) -> None:
@@ -59,9 +97,11 @@ def print_details(name: str, overrides: Sequence[str]) -> None:
         _print_plugin(plugins[name])
     elif name in slots or name in groups:
         group = name if name in groups else f"{discovery.SLOTS}/{name}"
-        slot = slots.get(group.removeprefix(f"{discovery.SLOTS}/"))
-        if slot is not None:
-            print(f"{slot.name}: {slot.question}\n")
+        slot = slots.get(group.removeprefix(f"{discovery.SLOTS}/")) if group.startswith(discovery.SLOTS) else None
+        print(f"{name}: {slot.question if slot is not None else group_sentence(name, groups[group])}")
+        if default := discovery.default_options().get(group):
+            print(f"default: {default}")
+        print()
         _print_table(f"{group}=OPTION", ("option", "summary"), [(o.name, o.summary) for o in groups[group].values()])
     elif len(owners) == 1 and name != "none":
         _print_plugin(owners[0])
@@ -90,7 +130,7 @@ def _print_plugin(plugin: PluginInfo) -> None:
     from rich.console import Console
     from rich.markdown import Markdown
 
-    print(f"{plugin.name}: a {plugin.kind} of {plugin.distribution}, in {plugin.folder}")
+    print(f"{plugin.name}: a {plugin.kind} of {plugin.distribution}, in\n{plugin.folder}")
     for option in plugin.options:
         _print_option(option)
     if plugin.card is not None:
@@ -99,7 +139,7 @@ def _print_plugin(plugin: PluginInfo) -> None:
 
 
 def _print_option(option: Option) -> None:
-    print(f"\n{_choice(option)}    {option.file}")
+    print(f"\n{_choice(option)}\n{option.file}")
     for line in read_text(option.file).splitlines():
         print(f"    {line}")
 

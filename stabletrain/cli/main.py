@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from stabletrain.errors import UserError
+from stabletrain.settings import speak_of_keys
 
 if TYPE_CHECKING:
     from stabletrain.launch.launcher import Job, LaunchRequest
@@ -85,7 +86,7 @@ Multirun = Annotated[
 ]
 
 
-@app.command()
+@app.command(short_help="Run a recipe: stabletrain train char_gpt plugins/clip=none")
 def train(words: Words = None, multirun: Multirun = False, trust: Trust = None) -> None:
     """Run a recipe: stabletrain train char_gpt optimizer.lr=3e-3 plugins/clip=none."""
     from stabletrain.cli.starting import starting
@@ -107,7 +108,7 @@ def train(words: Words = None, multirun: Multirun = False, trust: Trust = None) 
     raise typer.Exit(exit_code(finished))
 
 
-@app.command()
+@app.command(short_help="Compose a recipe and build all that it names; train nothing.")
 def validate(words: Words = None, multirun: Multirun = False, trust: Trust = None) -> None:
     """Compose a recipe, and build all that it names. Prints all mistakes at once; reads no data, trains nothing."""
     from stabletrain.cli.starting import starting
@@ -121,15 +122,15 @@ def validate(words: Words = None, multirun: Multirun = False, trust: Trust = Non
         _print_valid(jobs)
 
 
-@app.command("ls")
-def list_names(what: Annotated[str, typer.Argument(help="recipes, plugins, slots or all")] = "all") -> None:
-    """List recipes, plugins and slots."""
+@app.command("ls", short_help="List recipes, plugins, slots and groups, with defaults.")
+def list_names(what: Annotated[str, typer.Argument(help="recipes, plugins, slots, groups or all")] = "all") -> None:
+    """List recipes, plugins, slots and the other config groups, with their defaults."""
     from stabletrain.cli.listing import print_tables
 
     print_tables(what)
 
 
-@app.command()
+@app.command(short_help="Show a plugin, a slot, a group, or a composed recipe.")
 def show(
     name: Annotated[str, typer.Argument(help="Name of a recipe, plugin, slot, group or option.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Hydra overrides of a recipe.")] = None,
@@ -140,7 +141,7 @@ def show(
     print_details(name, overrides or [])
 
 
-@app.command("cp")
+@app.command("cp", short_help="Copy a recipe to edit it.")
 def copy(
     recipe: Annotated[str, typer.Argument(help="Name or file of the recipe.")],
     target: Annotated[Path, typer.Argument(help="The new file, such as my_gpt.yaml.")],
@@ -164,21 +165,43 @@ def copy(
     print(f"wrote {target}; run it with: stabletrain train {target}")
 
 
-@app.command()
+@app.command(short_help="Print what plugins would have done at recorded steps.")
 def replay(
-    plugin: Annotated[str, typer.Argument(help="A plugin of kind rule, or one of its options, such as zscore.")],
-    file: Annotated[
-        Path, typer.Argument(help="CSV file with the columns loss and grad_norm, one row per attempted step.")
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[PLUGIN] SERIES [KEY=VALUE]...",
+            help="A rule or one of its options, such as zscore; a CSV file, or the id of a run in MLflow; arguments of "
+            "the rule. With --stack: the series, and SLOT=OPTION.",
+            show_default=False,
+        ),
     ],
-    arguments: Annotated[list[str] | None, typer.Argument(help="Arguments of the rule, key=value.")] = None,
+    stack: Annotated[
+        bool, typer.Option("--stack", help="Replay the whole default stack, as the guard joins it.")
+    ] = False,
+    run: Annotated[
+        str | None,
+        typer.Option("--run", metavar="RUN", help="The run, in a file with several.", show_default=False),
+    ] = None,
 ) -> None:
-    """Run a rule over recorded losses and gradient norms, and print what it would have done."""
-    from stabletrain.cli.replay import replay_file
+    """Print what a rule would have done at recorded steps.
 
-    print(replay_file(plugin, file, arguments or []))
+    A series is a CSV file with the columns loss and grad_norm, of CSVLogger or your own, one row for each attempted
+    step; or MLflow's export with the columns run, key, step and value; or the id of a run in MLflow.
+    """
+    from stabletrain.cli.replay import replay_file, replay_stack
+
+    if stack:
+        print(replay_stack(words[0], words[1:], run))
+        return
+    if len(words) < 2 or "=" in words[1]:
+        raise UserError(
+            f"replay: expected a rule and a series, got {' '.join(words)!r}; for the whole default stack add --stack"
+        )
+    print(replay_file(words[0], words[1], words[2:], run))
 
 
-@app.command("new-plugin")
+@app.command("new-plugin", short_help="Make a distribution with a complete plugin, to edit.")
 def new_plugin(
     name: Annotated[str, typer.Argument(help="verb_noun, such as clip_median.")],
     folder: Annotated[Path, typer.Option("--in", help="Folder in which to make the new distribution.")] = Path("."),
@@ -189,6 +212,7 @@ def new_plugin(
     print(create(name, folder))
 
 
+@speak_of_keys()
 def main() -> None:
     """Run the command line; exit with its code.
 

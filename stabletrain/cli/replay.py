@@ -1,57 +1,134 @@
-"""``stabletrain replay``: run a rule over recorded losses and gradient norms, without training."""
+"""``stabletrain replay``: run a rule, or the default stack, over recorded losses and gradient norms."""
 
 from __future__ import annotations
 
-import csv
 import inspect
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from stabletrain.cli.recorded import read
 from stabletrain.config import discovery
 from stabletrain.config.discovery import Option, PluginInfo, content
 from stabletrain.config.problems import suggestion
 from stabletrain.config.yaml_file import parse_yaml
+from stabletrain.core.events import Event, Request
+from stabletrain.core.joint_replay import Snapshots, replay_together
+from stabletrain.core.outcome import Outcome
 from stabletrain.core.rule import Rule, replay
 from stabletrain.errors import UserError
 
-COLUMNS = ("loss", "grad_norm")
 
-
-def replay_file(name: str, file: Path, arguments: Sequence[str] = ()) -> str:
+def replay_file(name: str, source: str, arguments: Sequence[str] = (), run: str | None = None) -> str:
     """Return the events of a rule over a recorded series, and a summary.
 
     Args:
         name: a plugin that is a rule, or one of its config options.
-        file: CSV with the columns ``loss`` (nats) and ``grad_norm``, one row for each attempted step.
+        source: a CSV file, or the id of a run in MLflow; see `stabletrain.cli.recorded.read`.
         arguments: ``key=value``; they override the option's values.
+        run: of a file with several runs.
 
     Raises:
-        UserError: if there is no such rule, an argument is invalid, or the file cannot be read.
+        UserError: if there is no such rule, an argument is invalid, or the series cannot be read.
     """
     rule = make_rule(name, arguments)
-    lines: list[str] = []
-    counts: Counter[str] = Counter()
-    steps = clipped = skipped = 0
-    for step in replay(rule, read_series(file)):
-        steps += 1
-        outcome = step.outcome
-        skipped += outcome.skipped
-        clipped += not outcome.skipped and outcome.applied_norm < outcome.grad_norm
-        for event in step.events:
-            counts[event.kind] += 1
-            lines.append(f"step {outcome.step}: {event.kind}: {event.reason}")
+    series = read(source, run)
+    report = _Report()
+    for step in replay(rule, series.pairs):
+        report.add(step.outcome, step.events)
         for request in step.requests:
-            counts[f"request {request.kind}"] += 1
-            lines.append(f"step {outcome.step}: requests {request.kind}: {request.reason}")
-    if not steps:
-        raise UserError(f"replay: expected one row for each attempted step, got {file} with a header and no rows")
-    shares = f"{clipped} clipped ({clipped / steps:.2%}), {skipped} skipped ({skipped / steps:.2%})"
-    events = ", ".join(f"{count} x {kind}" for kind, count in sorted(counts.items())) or "no events"
-    return "\n".join([*lines, f"{rule.label}: {steps} steps, {shares}; {events}"])
+            report.add_request(step.outcome, request)
+    return report.text(rule.label, series.note)
+
+
+def replay_stack(source: str, choices: Sequence[str] = (), run: str | None = None) -> str:
+    """Return the events of the default stack over a recorded series, joined as the guard joins it, and a summary.
+
+    Args:
+        source: as in `replay_file`.
+        choices: ``SLOT=OPTION``, such as ``clip=norm`` or ``plugins/clip=norm``.
+        run: of a file with several runs.
+
+    Raises:
+        UserError: if there is no such slot or option, or the series cannot be read.
+    """
+    given = [choice.partition("=") for choice in choices]
+    for slot, equals, option in given:
+        if not equals or not option:
+            raise UserError(f"replay --stack: expected SLOT=OPTION, such as clip=norm, got {slot!r}")
+    series = read(source, run)
+    from stabletrain.config.build import default_callbacks
+
+    stack = default_callbacks(**{slot.removeprefix(f"{discovery.SLOTS}/"): option for slot, _, option in given})
+    rules = [callback for callback in stack if isinstance(callback, Rule)]
+    others = [type(callback).__name__ for callback in stack if not isinstance(callback, Rule)]
+    report = _Report()
+    for step in replay_together(rules, series.pairs, _snapshots(rules)):
+        report.add(step.outcome, step.events)
+        if step.request is not None:
+            report.add_request(step.outcome, step.request)
+        if step.back_to is not None:
+            report.add_rollback(step.outcome, step.back_to)
+        if step.accepted:
+            report.add_accepted(step.outcome)
+        if step.ends:
+            report.lines.append(f"step {step.outcome.step}: the run would stop here: {step.ends}")
+    labels = ", ".join(rule.label for rule in rules)
+    notes = [series.note, f"not replayed: {', '.join(others)}" if others else ""]
+    if report.counts["rollback"]:
+        notes.append("the recorded steps follow, whatever a run would have recorded after a rollback")
+    return report.text(labels, "; ".join(filter(None, notes)))
+
+
+class _Report:
+    """Lines for events, and counts."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.counts: Counter[str] = Counter()
+        self._steps = self._clipped = self._skipped = 0
+
+    def add(self, outcome: Outcome, events: Sequence[Event]) -> None:
+        self._steps += 1
+        self._skipped += outcome.skipped
+        self._clipped += outcome.clipped
+        for event in events:
+            self.counts[event.kind] += 1
+            self.lines.append(f"step {outcome.step}: {event.kind}: {event.reason}")
+
+    def add_request(self, outcome: Outcome, request: Request) -> None:
+        kind = request.kind.name.lower()
+        self.counts[f"request {kind}"] += 1
+        self.lines.append(f"step {outcome.step}: requests {kind}: {request.reason}")
+
+    def add_rollback(self, outcome: Outcome, back_to: int) -> None:
+        self.counts["rollback"] += 1
+        undone = outcome.step + 1 - back_to
+        self.lines.append(f"step {outcome.step}: rollback: {undone} steps, to the snapshot before step {back_to}")
+
+    def add_accepted(self, outcome: Outcome) -> None:
+        self.counts["accept"] += 1
+        self.lines.append(f"step {outcome.step}: accept: the level came again after going back, and is learned")
+
+    def text(self, label: str, note: str) -> str:
+        """The lines, and a summary with the notes."""
+        clipped, skipped, steps = self._clipped, self._skipped, self._steps
+        shares = f"{clipped} clipped ({clipped / steps:.2%}), {skipped} skipped ({skipped / steps:.2%})"
+        events = ", ".join(f"{count} x {kind}" for kind, count in sorted(self.counts.items())) or "no events"
+        summary = f"{label}: {steps} steps, {shares}; {events}"
+        return "\n".join([*self.lines, summary, *([f"note: {note}"] if note else [])])
+
+
+def _snapshots(rules: Sequence[Rule[Any]]) -> Snapshots | None:
+    """The arguments of the rule that has snapshots; None: there is none."""
+    for rule in rules:
+        arguments = rule.arguments()
+        if set(Snapshots._fields) <= arguments.keys():
+            return Snapshots(**{name: arguments[name] for name in Snapshots._fields})
+    return None
 
 
 def make_rule(name: str, arguments: Sequence[str] = ()) -> Rule[Any]:
@@ -88,43 +165,6 @@ def make_rule(name: str, arguments: Sequence[str] = ()) -> Rule[Any]:
             raise UserError(f"replay: {key}: {problem}")
     rule: Rule[Any] = build(**values)
     return rule
-
-
-def read_series(file: Path) -> Iterator[tuple[float, float]]:
-    """Yield pairs of loss and gradient norm from a CSV file.
-
-    Args:
-        file: with the columns ``loss`` and ``grad_norm``; non-finite values are written ``nan`` and ``inf``.
-
-    Raises:
-        UserError: if the file cannot be read or a line has no two numbers; the message names the file and the line.
-    """
-    try:
-        if file.exists() and not file.is_file():  # a named pipe or a device has no end
-            raise UserError(f"replay: expected a CSV file, got {file}, which is none; name a file")
-        with file.open(newline="", encoding="utf-8-sig") as lines:
-            rows = csv.DictReader(lines)
-            missing = [name for name in COLUMNS if name not in (rows.fieldnames or ())]
-            if missing:
-                raise UserError(
-                    f"replay: {file} lacks the column {' and '.join(missing)}; expected {', '.join(COLUMNS)}, "
-                    f"got {', '.join(rows.fieldnames or ()) or 'an empty file'}"
-                )
-            for row in rows:
-                try:
-                    loss, grad_norm = (float(row[name]) for name in COLUMNS)
-                    if grad_norm < 0:
-                        raise ValueError("a norm is not negative")
-                except (TypeError, ValueError):
-                    values = ", ".join(f"{name}={row[name]!r}" for name in COLUMNS)
-                    raise UserError(
-                        f"replay: {file}, line {rows.line_num}: expected two numbers, grad_norm >= 0, got {values}"
-                    ) from None
-                yield loss, grad_norm
-    except (OSError, ValueError, csv.Error) as error:  # ValueError: no UTF-8, or a null character in the name
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"replay: {file} cannot be read ({error}); expected a CSV file") from None
 
 
 def _find(name: str) -> tuple[PluginInfo, Option | None]:

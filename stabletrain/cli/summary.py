@@ -12,7 +12,16 @@ from stabletrain.launch.mlflow_run import is_tracked
 from stabletrain.launch.result import Result
 from stabletrain.runtime.records.run_files import CHECKPOINTS, EVENTS, WORKER_LOG, slurm_output
 
-_HEADLINE = ("val_loss", "val_accuracy", "train_loss", "loss", "grad_norm", "clipped", "skipped")
+_HEADLINE = {
+    "val/loss": "val/loss",
+    "val/accuracy": "val/accuracy",
+    "train/loss": "train/loss",
+    "stability/loss": "loss",
+    "stability/grad_norm": "grad_norm",
+    "stability/clipped_share": "clipped",
+    "stability/skipped": "skipped",
+}
+"""Metrics to print, and the words to print for them."""
 
 
 class PrintingReporter(Reporter):
@@ -79,7 +88,7 @@ def _describe(job: FinishedJob) -> Iterator[str]:
 
 def _headline(result: Result) -> str:
     names = [name for name in _HEADLINE if name in result.metrics] or sorted(result.metrics)[:5]
-    return "  ".join(f"{name} {result.metrics[name]:.4g}" for name in names)
+    return "  ".join(f"{_HEADLINE.get(name, name)} {result.metrics[name]:.4g}" for name in names)
 
 
 def next_commands(job: FinishedJob) -> tuple[str, str]:

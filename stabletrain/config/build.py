@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from stabletrain import settings
 from stabletrain.config import construct
-from stabletrain.config.discovery import content, groups
+from stabletrain.config.discovery import content, default_options, groups
 from stabletrain.config.outputs import Outputs, check_outputs
 from stabletrain.config.problems import suggestion
+from stabletrain.config.slot_choice import check_choice, is_slot
 from stabletrain.errors import UserError
-from stabletrain.paths import data_dir
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
 
 
-def callbacks(node: object, *, trust: Iterable[str] = (), paths_outside: bool = False) -> list[Callback]:
+def callbacks(node: object, *, trust: Iterable[str] = (), paths_outside: bool = False) -> list[Any]:
     """Build the callbacks of a ``plugins`` node for ``Trainer(callbacks=...)``, in the node's order.
+
+    The list may be passed to the Trainers of ``lightning.pytorch`` and ``pytorch_lightning``, which name different
+    types of callbacks.
 
     Args:
         node: an OmegaConf or plain mapping of slots to ``{_target_: ..., arguments}``; slots that are null or empty
@@ -48,37 +52,43 @@ def callbacks(node: object, *, trust: Iterable[str] = (), paths_outside: bool = 
     return [build_callback(value, key=key, trust=trust) for key, value in nodes.items()]
 
 
-def default_callbacks(**choices: str) -> list[Callback]:
+def default_callbacks(**choices: str | Callback | None) -> list[Any]:
     """Return the callbacks of conf/train.yaml: clipping, skipping of bad steps, rollback, gradient monitor.
 
     The options are read from their files without Hydra.
 
     Args:
-        choices: another option for a slot, or a ``schedule`` (by default there is none): ``spike="none"`` means
-            ``plugins/spike=none`` on the command line.
+        choices: for a slot, or ``schedule`` (by default there is none), what to use instead: the name of an option, as
+            in ``plugins/spike=detect`` on the command line; a callback, such as ``ClipNorm(0.5)``; None: nothing, as
+            ``"none"``.
 
     Raises:
-        UserError: if there is no such slot or option.
+        UserError: if there is no such slot or option, or a callback belongs to another slot.
 
     >>> from lightning.pytorch import Trainer
-    >>> stack = default_callbacks(clip="norm", resume="exactly")
+    >>> from stabletrain import ClipNorm
+    >>> stack = default_callbacks(clip=ClipNorm(0.5), spike=None, resume="exactly")
     >>> trainer = Trainer(callbacks=stack, logger=False, enable_checkpointing=False, accelerator="cpu")
     """
-    from stabletrain.config.yaml_file import read_yaml
-
     options = groups()
-    train = read_yaml(data_dir("conf") / "train.yaml")
-    chosen = {group: name for entry in train["defaults"] if isinstance(entry, dict) for group, name in entry.items()}
-    slots = {group.removeprefix("plugins/"): group for group in chosen if group.startswith(("plugins/", "schedule"))}
-    for slot, name in choices.items():
+    chosen = default_options()
+    slots = {group.removeprefix("plugins/"): group for group in (*chosen, *options) if is_slot(group)}
+    for slot, choice in choices.items():
         if slot not in slots:
             raise UserError(f"default_callbacks: there is no slot {slot!r}{suggestion(slot, slots)}")
-        if name not in options[slots[slot]]:
-            known = suggestion(str(name), options[slots[slot]])
-            raise UserError(f"default_callbacks: {slot} has no option {name!r}{known}")
-        chosen[slots[slot]] = name
-    nodes = {group: content(options[group][chosen[group]]) for group in slots.values()}
-    return [build_callback(node, key=group.replace("/", ".")) for group, node in nodes.items() if node]
+        check_choice(slot, choice, options)
+    stack: list[Callback] = []
+    for slot, group in slots.items():
+        choice = choices.get(slot, chosen.get(group))
+        if isinstance(choice, str):
+            node = content(options[group][choice])
+            choice = construct.instantiate(node, key=group.replace("/", ".")) if node else None
+        if choice is None:
+            continue
+        if slot not in choices:
+            vars(choice)["chosen_by_default"] = True
+        stack.append(choice)
+    return stack
 
 
 def build_callback(
@@ -95,7 +105,9 @@ def build_callback(
     Raises:
         UserError: if the node has no ``_target_``, or something in it may not be built; nothing has been built then.
     """
-    built: Callback = construct.instantiate(_with_target(node, key), trust=trust, key=key, outputs=outputs)
+    with settings.by_config():
+        built: Callback = construct.instantiate(_with_target(node, key), trust=trust, key=key, outputs=outputs)
+    settings.mark(built)
     return built
 
 

@@ -168,6 +168,14 @@ def groups(extra: Iterable[Option] = ()) -> dict[str, dict[str, Option]]:
     return {group: dict(sorted(found[group].items())) for group in sorted(found)}
 
 
+def default_options() -> dict[str, str]:
+    """Return the option of each config group that conf/train.yaml selects, the base of every recipe."""
+    from stabletrain.config.yaml_file import read_yaml
+
+    entries = read_yaml(data_dir("conf") / "train.yaml")["defaults"]
+    return {group: name for entry in entries if isinstance(entry, dict) for group, name in entry.items()}
+
+
 def searchpath(folder: Path) -> str:
     """Return a folder as an entry of Hydra's search path, which does not decode ``%20`` in a URI.
 

@@ -141,10 +141,23 @@ def resolve(target: object, bases: Collection[type], trust: Iterable[str] = ()) 
     found = _locate(target, packages)
     _check_object(target, found, packages, _named(trust))
     if not is_a(found, bases):
-        raise TrustError(f"expected a {described(bases)}, got a {_class_of(found).__name__} from _target_ {target!r}")
+        got = f"got a {_class_of(found).__name__} from _target_ {target!r}"
+        raise TrustError(f"expected a {described(bases)}, {got}{_other_lightning(_class_of(found), bases)}")
     if inspect.isabstract(_class_of(found)):
         raise TrustError(f"{target!r} is an abstract class: choose one of its subclasses")
     return found
+
+
+def _other_lightning(found: type, bases: Collection[type]) -> str:
+    """What to do about a class of ``pytorch_lightning``, whose classes have the same names; else nothing."""
+    names = {base.__name__ for base in bases if base.__module__.startswith("lightning.")}
+    for base in found.__mro__:
+        if base.__name__ in names and base.__module__.startswith("pytorch_lightning."):
+            return (
+                f", whose {base.__name__} is that of pytorch_lightning; a config builds those of lightning.pytorch: "
+                "import lightning.pytorch in its module, or make the object in your own script"
+            )
+    return ""
 
 
 def is_a(found: Any, bases: Collection[type]) -> bool:

@@ -27,6 +27,7 @@ from stabletrain.config.types import mismatch
 from stabletrain.config.values import check_values, unwritable
 from stabletrain.errors import UserError
 from stabletrain.runtime.records.run_files import RUN_YAML, RUN_YAML_RECORD
+from stabletrain.settings import by_config
 
 if TYPE_CHECKING:
     from stabletrain.config.compose import Composed
@@ -328,7 +329,8 @@ def _guard(config: Mapping[str, Any]) -> Iterator[Problem]:
     ]
     if not problems:
         try:
-            events = Guard(**given).events
+            with by_config():
+                events = Guard(**given).events
             wanted = None if _is_elsewhere(config) else events
             if wanted is not None and (reason := unwritable(str(wanted), folder=False)):
                 problems = [Problem("guard.events", f"{reason}; choose another file, or null")]

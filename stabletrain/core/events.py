@@ -35,6 +35,7 @@ class Event(NamedTuple):
         reason: one sentence that contains the number.
         samples: of a dropped step: the indices of its samples on all ranks, where the train loader knows them.
         more_samples: how many others the step had.
+        optimizer: the name of the optimizer whose step it is, if the module has several.
     """
 
     step: int
@@ -45,18 +46,19 @@ class Event(NamedTuple):
     reason: str
     samples: tuple[int | str, ...] = ()
     more_samples: int = 0
+    optimizer: str = ""
 
     def to_json(self) -> str:
         """The event as one line of strict JSON.
 
-        Non-finite numbers become the strings "nan", "inf" and "-inf"; ``samples`` and ``more_samples`` are left out if
-        there are none.
+        Non-finite numbers become the strings "nan", "inf" and "-inf"; ``samples``, ``more_samples`` and
+        ``optimizer`` are left out if there are none.
 
         >>> Event(3, "clip", "skip", float("inf"), 1.0, "norm inf > 1").to_json()
         '{"step": 3, "plugin": "clip", "kind": "skip", "value": "inf", "limit": 1.0, "reason": "norm inf > 1"}'
         """
         record = self._asdict()
-        for key in ("samples", "more_samples"):
+        for key in ("samples", "more_samples", "optimizer"):
             if not record[key]:
                 del record[key]
         for key in ("value", "limit"):

@@ -38,7 +38,8 @@ _SUFFIXES: dict[Unit, str] = {"epochs": "ep", "tokens": "tok", "percent": "%", "
 FORMS = "500 (optimizer steps), '3ep' (epochs), '1e9tok' (tokens) or '2%' (of the run)"
 """The forms of a length, for messages."""
 _REMEDY: dict[str, str] = {
-    "total_steps": "the run has no known end: set trainer.max_steps or trainer.max_epochs, or give the length in steps",
+    "total_steps": "the run has no known end: set trainer.max_steps or, unless the module steps by hand, "
+    "trainer.max_epochs, or give the length in steps",
     "steps_per_epoch": "the training data has no known length: give the length in steps",
     "tokens_per_step": "set tokens_per_step (tokens in one step, over all ranks), or give the length in steps",
 }

@@ -14,10 +14,11 @@ class Outcome(NamedTuple):
         grad_norm: global L2 norm of the gradient, unscaled, before any transform or clipping.
         transformed_norm: the same norm after per-tensor transforms; equals ``grad_norm`` where there are none.
         applied_norm: norm of the gradient that the optimizer used, after all bounds; NaN for a skipped step.
-        skipped: dropped by a rule.
+        skipped: dropped by a rule, or because there was no loss.
         overflow: dropped by the fp16 loss scaler (gradient non-finite, loss finite); expected now and then.
         loss_scale: the scaler's scale at this step; 1 without a scaler.
         overflows_in_a_row: number of consecutive overflows up to and including this step; 0 if it is not an overflow.
+        no_loss: ``training_step`` gave no loss, on one rank or more. Loss and norms are NaN; rules do not see the step.
     """
 
     step: int
@@ -29,6 +30,7 @@ class Outcome(NamedTuple):
     overflow: bool = False
     loss_scale: float = 1.0
     overflows_in_a_row: int = 0
+    no_loss: bool = False
 
     @property
     def applied(self) -> bool:

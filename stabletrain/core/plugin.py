@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import Any, ClassVar
 
 from stabletrain.errors import require
+from stabletrain.settings import worded
 
 
 class Plugin:
@@ -39,4 +40,14 @@ class Plugin:
         Raises:
             UserError: unless ``ok``.
         """
-        require(ok, self.plugin, argument, expected, getattr(self, argument), f"plugins.{self.slot}")
+        node, name = f"plugins.{self.slot}", self.class_name
+        require(ok, self.plugin, argument, expected, getattr(self, argument), node, name)
+
+    def setting(self, argument: str) -> str:
+        """The config key of an argument, or in a script ``Class(argument=...)``, to begin a message with."""
+        return worded(f"plugins.{self.slot}.{argument}", self.slot, self.class_name)
+
+    @property
+    def class_name(self) -> str:
+        """The name of the public class: that of the callback, also for the rule that it is made from."""
+        return type(self).__name__.removesuffix("Rule")

@@ -48,6 +48,10 @@ class Rule(Plugin, ABC, Generic[S]):
     sees_overflow: ClassVar[bool] = False
     """Whether `observe` is also called for fp16 overflows."""
 
+    compares_loss: ClassVar[bool] = False
+    """Whether the loss is compared with earlier ones. With several optimizers, which may train against each other, a
+    higher loss of one is not worse: the rule then sees 0 instead of a finite loss."""
+
     name: str | None = None
 
     @abstractmethod

@@ -11,6 +11,7 @@ from stabletrain.core import curves
 from stabletrain.core.curves import Curve, TailShape
 from stabletrain.core.lengths import Length, LengthLike, RunLength
 from stabletrain.errors import UserError, require
+from stabletrain.settings import worded
 
 Kind = Literal[
     "constant",
@@ -111,8 +112,10 @@ class Schedule:
             argument, kinds = field.name, USED_BY.get(field.name, get_args(Kind))
             if self.kind not in kinds and getattr(self, argument) != field.default:
                 raise UserError(
-                    f"schedule: {argument}={getattr(self, argument)!r} has no effect with kind={self.kind!r}; "
-                    f"it belongs to {', '.join(kinds)} (config key schedule.{argument})"
+                    worded(
+                        f"schedule: {argument}={getattr(self, argument)!r} has no effect with kind={self.kind!r}; "
+                        f"it belongs to {', '.join(kinds)} (config key schedule.{argument})"
+                    )
                 )
         self._check_early()
 
@@ -227,8 +230,10 @@ class Schedule:
         steps = self.steps("decay", run)
         if steps > rest:
             raise UserError(
-                f"schedule: lr_warmup={self.lr_warmup!r} and decay={self.decay!r} together are longer than "
-                f"{_whole(run)} (config keys schedule.lr_warmup, schedule.decay)"
+                worded(
+                    f"schedule: lr_warmup={self.lr_warmup!r} and decay={self.decay!r} together are longer than "
+                    f"{_whole(run)} (config keys schedule.lr_warmup, schedule.decay)"
+                )
             )
         return steps
 
@@ -236,12 +241,14 @@ class Schedule:
         steps = warmup if self.timescale is None else self.steps("timescale", run)
         if steps < 1:
             raise UserError(
-                f"schedule: kind={self.kind!r} without a warm-up needs a timescale (config key schedule.timescale)"
+                worded(
+                    f"schedule: kind={self.kind!r} without a warm-up needs a timescale (config key schedule.timescale)"
+                )
             )
         return steps
 
     def _require(self, ok: bool, argument: str, expected: str) -> None:
-        require(ok, "schedule", argument, expected, getattr(self, argument), "schedule")
+        require(ok, "schedule", argument, expected, getattr(self, argument), "schedule", "ScheduleLR")
 
 
 def _whole(run: RunLength) -> str:

@@ -17,9 +17,13 @@ from stabletrain.core.events import Event, EventKind, Request, RequestKind
 from stabletrain.core.learning import Learning, NotLearning
 from stabletrain.core.lengths import Length, LengthLike, RunLength
 from stabletrain.core.limits import NO_LIMITS, Limits
+from stabletrain.core.metric_names import MetricInfo
 from stabletrain.core.outcome import Outcome
 from stabletrain.core.rule import Observation, Rule
 from stabletrain.core.slow_rise import IN_A_ROW, MEAN_OF, Rise, SlowRise
+
+SPIKE_SCORE = MetricInfo("stability/spike_score", "0 to 1", "share of flagged steps among the last `score_window`")
+"""The metric of a detector."""
 
 
 class Excursion(NamedTuple):
@@ -82,13 +86,15 @@ class SpikeDetection(Rule[SpikeState]):
         regime_after: steps after which an excursion of the norm alone is a level shift, 2 to ``window``.
         min_sigma_norm: floor of the norm's standard deviation, in nats of its logarithm, > 0.
         min_sigma_loss: floor of the loss's standard deviation, as a share of its median, >= 0.
-        score_window: steps over which ``spike_score`` is computed, >= 1.
+        score_window: steps over which ``stability/spike_score`` is computed, >= 1.
         expect: positions at which the training changes by design, such as ``[600, "3ep"]``: from there all rules learn
             their baselines anew. Applied steps, epochs or percent of the run, above 0; None: none.
 
     Raises:
         UserError: if an argument is out of range.
     """
+
+    compares_loss = True
 
     z_threshold: float = 6.0
     window: int = 128
@@ -122,7 +128,7 @@ class SpikeDetection(Rule[SpikeState]):
         return NO_LIMITS
 
     def readings(self, state: SpikeState) -> dict[str, float]:
-        """``spike_score``: share of flagged steps among the last ``score_window``."""
+        """`SPIKE_SCORE`: share of flagged steps among the last ``score_window``."""
         steps = min(state.seen, self.score_window)
         return {"spike_score": len(state.flagged) / steps} if steps else {}
 
@@ -190,7 +196,7 @@ class SpikeDetection(Rule[SpikeState]):
 
     def expected_changes(self) -> tuple[Length, ...]:
         """The positions of ``expect``."""
-        return positions.parse(self.expect or (), name=f"plugins.{self.slot}.expect")
+        return positions.parse(self.expect or (), name=self.setting("expect"))
 
     def requests_rollback(self) -> bool:
         """Whether a divergence requests a rollback."""

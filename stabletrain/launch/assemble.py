@@ -25,6 +25,7 @@ from stabletrain.runtime.guard.options import Guard, changed_options
 from stabletrain.runtime.internals.trainer import reads_own_checkpoints
 from stabletrain.runtime.records.run_files import CHECKPOINTS
 from stabletrain.runtime.signal_watch import SignalWatch
+from stabletrain.settings import by_config
 
 T = TypeVar("T")
 
@@ -252,7 +253,8 @@ def run_callbacks(
 
 def _build_callback(key: str, node: Mapping[str, Any], outputs: Outputs) -> Callback:
     if key == "guard":
-        return Guard(**{name: outputs.place(f"guard.{name}", value) for name, value in node.items()})
+        with by_config():
+            return Guard(**{name: outputs.place(f"guard.{name}", value) for name, value in node.items()})
     return build_callback(node, key=key, outputs=outputs)
 
 

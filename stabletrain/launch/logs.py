@@ -9,6 +9,8 @@ import warnings
 from pathlib import Path
 
 from stabletrain.launch.streams import tolerate_broken_output
+from stabletrain.runtime.records.event_log import END
+from stabletrain.terminal import Prefixed
 
 logger = logging.getLogger("stabletrain")
 
@@ -34,9 +36,10 @@ class WorkerLog:
         for name in (*_LOGGERS, "lightning.pytorch.utilities.rank_zero"):
             logging.getLogger(name).addFilter(_is_no_advertisement)
         terminal = logging.StreamHandler(sys.stderr)
-        terminal.setFormatter(logging.Formatter("%(message)s"))
+        terminal.setFormatter(Prefixed())
         logger.addHandler(terminal)
         logger.setLevel(logging.INFO)
+        END.disabled = True
         # a deprecated call of torch's pytree inside Lightning, which users cannot change
         warnings.filterwarnings(
             "ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning

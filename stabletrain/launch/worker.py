@@ -34,6 +34,7 @@ from stabletrain.launch.worker_end import WorkerEnd
 from stabletrain.runtime.records.run_files import WORKER_LOG
 from stabletrain.runtime.signal_watch import Interrupted, SignalWatch
 from stabletrain.safe_path import append_current_folder
+from stabletrain.settings import speak_of_keys
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from stabletrain.launch.assemble import Assembled
 
 
+@speak_of_keys()
 def main(argv: Sequence[str]) -> int:
     """Run the worker and return its exit code.
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stabletrain.config.resume import checkpoint_of_run
+from stabletrain.core.metric_names import without_old_names
 from stabletrain.launch.bounded import one_message
 from stabletrain.launch.cause import Cause, cause_of, traceback_text
 from stabletrain.launch.rank_ends import SPARE_ENV, RankEnd, read_ends, remove_own_end, this_rank, write_end
@@ -133,7 +134,7 @@ class WorkerEnd:
             with contextlib.suppress(Exception):  # of a Trainer that is built in part
                 steps = int(trainer.global_step)
             with contextlib.suppress(Exception):
-                metrics = numbers_of(trainer.callback_metrics)
+                metrics = numbers_of(without_old_names(trainer.callback_metrics))
         if "torch" in sys.modules:
             with contextlib.suppress(Exception):  # an import of torch that was cut short
                 threads = sys.modules["torch"].get_num_threads()

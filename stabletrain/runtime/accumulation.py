@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 
 from stabletrain.runtime.internals import trainer as trainer_internals
+from stabletrain.runtime.internals.packages import both
 
 
 class AccumulationWindow:
@@ -28,6 +29,12 @@ class AccumulationWindow:
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         self._losses: list[Tensor] = []
+        self.held = 0
+        """Number of micro-batches of the window in progress that had a backward pass; on all ranks the same."""
+        self.is_started = False
+        """Whether the buffers were copied for the window in progress."""
+        self.lacks_loss = False
+        """Whether the window in progress has to be dropped, because one of them had no loss on this rank."""
 
     # ---- where windows begin and end --------------------------------------------------------------------------------
 
@@ -39,7 +46,7 @@ class AccumulationWindow:
     def size_in(self, epoch: int) -> int:
         """Number of micro-batches in a window of an epoch; a GradientAccumulationScheduler may change it."""
         for callback in self._trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, GradientAccumulationScheduler):
+            if isinstance(callback, both(GradientAccumulationScheduler)):
                 return int(callback.get_accumulate_grad_batches(epoch))
         return self.size
 
@@ -48,7 +55,7 @@ class AccumulationWindow:
         """Number of micro-batches in a window, in the epoch that has most."""
         sizes = [self.size]
         for callback in self._trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, GradientAccumulationScheduler):
+            if isinstance(callback, both(GradientAccumulationScheduler)):
                 sizes += callback.scheduling.values()
         return max(sizes)
 
@@ -65,18 +72,29 @@ class AccumulationWindow:
 
     @property
     def is_empty(self) -> bool:
-        """Whether no micro-batch of the window in progress has had a backward pass yet."""
+        """Whether no micro-batch of the window in progress has had a loss yet."""
         return not self._losses
 
     def add(self, loss: Tensor) -> None:
         """Add a micro-batch's loss, as passed to backward: one element, divided by the size of the window."""
         self._losses.append(loss.detach().reshape(()) if loss.ndim else loss.detach())
+        self.held += 1
+
+    def add_without_loss(self, drop: bool) -> None:
+        """Add a micro-batch that has no loss on this rank, but a backward pass.
+
+        Args:
+            drop: whether the window has to be dropped for it.
+        """
+        self.held += 1
+        self.lacks_loss = self.lacks_loss or drop
 
     def take(self) -> list[Tensor]:
-        """Return the losses of the window, 0-d tensors divided by its size, and remove them."""
-        losses, self._losses = self._losses, []
+        """Return the losses of the window, 0-d tensors divided by its size, and start a new one."""
+        losses = self._losses
+        self.clear()
         return losses
 
     def clear(self) -> None:
-        """Remove the losses of the window in progress."""
-        self._losses.clear()
+        """Forget the window in progress."""
+        self._losses, self.held, self.lacks_loss, self.is_started = [], 0, False, False

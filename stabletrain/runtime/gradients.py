@@ -115,12 +115,12 @@ def scale_each_(gradients: Sequence[Tensor], factors: Tensor) -> None:
 
 
 def clamp_(gradients: Sequence[Tensor], limit: float) -> None:
-    """Clamp every element to [-limit, limit], in place. NaN stays NaN."""
+    """Clamp every element to [-limit, limit], in place: of complex numbers both parts. NaN stays NaN."""
     with torch.no_grad():
         for g in gradients:
             if g.is_sparse and not g.is_coalesced():
                 g.copy_(g.coalesce())  # an element is the sum of its entries
-        for group in _by_device_and_dtype([local(g) for g in gradients]):
+        for group in _by_device_and_dtype([_real(local(g)) for g in gradients]):
             torch._foreach_clamp_max_(group, limit)
             torch._foreach_clamp_min_(group, -limit)
 
@@ -128,6 +128,13 @@ def clamp_(gradients: Sequence[Tensor], limit: float) -> None:
 def _alike(tensors: Sequence[Tensor]) -> bool:
     dtype, device = tensors[0].dtype, tensors[0].device
     return all(type(t) is Tensor and t.dtype is dtype and t.device == device and not t.is_sparse for t in tensors)
+
+
+def _real(values: Tensor) -> Tensor:
+    """The same memory as real numbers; a conjugate view is undone, since only the signs differ."""
+    if not values.is_complex():
+        return values
+    return torch.view_as_real(values.conj() if values.is_conj() else values)
 
 
 def _accumulate(dtype: torch.dtype) -> torch.dtype:

@@ -12,6 +12,8 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from stabletrain.runtime.internals.packages import both
+
 T = TypeVar("T")
 
 Placement: TypeAlias = Literal["sharded", "replicated", "local"]
@@ -32,33 +34,33 @@ class Ranks:
         self.is_first: bool = trainer.is_global_zero
         """Whether this is rank 0, which logs and writes files."""
 
-    def mean_loss(self, losses: list[Tensor], flag: bool = False) -> tuple[Tensor | None, Tensor | bool]:
-        """The mean loss over the window and over all ranks, and whether a flag is set on any of them. A collective.
+    def mean_loss(self, losses: list[Tensor], *flags: bool) -> tuple[Tensor | None, list[Tensor | bool]]:
+        """The mean loss over the window and over all ranks, and on how many of them each flag is set. A collective.
 
-        Sum, count and flag are added over all ranks in one all-reduce, so that all ranks get the same bits. Ranks that
+        Sum, count and flags are added over all ranks in one all-reduce, so that all ranks get the same bits. Ranks that
         see the same data (tensor parallelism) do not change the mean. A NaN or infinity on any rank makes the mean
         non-finite on all ranks.
 
         Args:
             losses: 0-d tensors, one for each micro-batch of this rank; may be empty.
-            flag: of this rank.
+            flags: of this rank.
 
         Returns:
-            The mean, a 0-d tensor, None if no rank had a loss; and the flag: of one process as it is, of several a 0-d
-            tensor, above 0 if it is set on any rank, so that no rank has to read the device.
+            The mean, a 0-d tensor, None if no rank had a loss. And the flags: of one process as they are, of several
+            0-d tensors, the number of ranks on which each is set, so that no rank has to read the device.
         """
         if self.size == 1:
             if not losses:
-                return None, flag
-            return losses[0] if len(losses) == 1 else torch.stack(losses).mean(), flag
+                return None, list(flags)
+            return losses[0] if len(losses) == 1 else torch.stack(losses).mean(), list(flags)
         device = losses[0].device if losses else self._strategy.root_device
         total = torch.stack(losses).sum(dtype=torch.float32) if losses else torch.zeros((), device=device)
-        count, flagged = (torch.full((), float(each), device=device) for each in (len(losses), flag))
-        packed = torch.stack([total, count, flagged])
+        numbers = (torch.full((), float(each), device=device) for each in (len(losses), *flags))
+        packed = torch.stack([total, *numbers])
         dist.all_reduce(packed)
         if not losses and not packed[1]:  # only a rank without a loss has to read the device
-            return None, packed[2]
-        return packed[0] / packed[1], packed[2]
+            return None, list(packed[2:])
+        return packed[0] / packed[1], list(packed[2:])
 
     def any(self, flag: bool) -> bool:
         """Whether a flag is set on any rank. A collective."""
@@ -82,7 +84,7 @@ class Ranks:
         """
         if isinstance(parameter, DTensor):
             return "replicated" if all(each.is_replicate() for each in parameter.placements) else "sharded"
-        if isinstance(self._strategy, FSDPStrategy):
+        if isinstance(self._strategy, both(FSDPStrategy)):
             return "sharded"
         return "local" if self._averages_sharded_modules_only else "replicated"
 
@@ -93,4 +95,4 @@ class Ranks:
     @property
     def _averages_sharded_modules_only(self) -> bool:
         strategy = self._strategy
-        return isinstance(strategy, ModelParallelStrategy) and strategy.device_mesh["data_parallel"].size() > 1
+        return isinstance(strategy, both(ModelParallelStrategy)) and strategy.device_mesh["data_parallel"].size() > 1

@@ -23,8 +23,17 @@ def run_length(trainer: Trainer, tokens_per_step: float | None = None) -> RunLen
     Returns:
         Unknown quantities are None: the total of an endless run, and the steps per epoch of unsized data. Steps that
         will be skipped are included: a run limited by ``max_epochs`` ends that many steps before ``total_steps``.
+        Of a module with manual optimization, which steps in a batch as often as it wants, only ``max_steps`` is known;
+        its epochs are counted as if every optimizer stepped once for each batch.
     """
     batches, epochs = trainer.num_training_batches, trainer.max_epochs
+    if not trainer.lightning_module.automatic_optimization:
+        sized = math.isfinite(batches) and batches > 0
+        return RunLength(
+            total_steps=trainer.max_steps if trainer.max_steps >= 0 else None,
+            steps_per_epoch=batches * len(trainer.optimizers) if sized else None,
+            tokens_per_step=tokens_per_step,
+        )
     total: int | None = None
     per_epoch: float | None = None
     if math.isfinite(batches) and batches > 0:

@@ -17,5 +17,13 @@ class TrainingStopped(Exception):
         self.plugin = plugin
         self.reason = reason
 
+    def shorten(self) -> None:
+        """Drop the frames of Lightning and stabletrain, which a decision has nothing to do with, from the traceback.
+
+        What remains are the frames that the exception passes from here on: the script's call of ``Trainer.fit``.
+        """
+        self.__traceback__ = None
+        self.__suppress_context__ = True
+
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
         return type(self), (self.plugin, self.reason)

@@ -13,6 +13,7 @@ from stabletrain.testing.checks import (
     extremes,
     imports,
     nonfinite,
+    packages,
     pickling,
     reasons,
     replaying,
@@ -55,6 +56,7 @@ CHECKS: tuple[tuple[Check, tuple[str, ...]], ...] = (
     (training.second_fit_equals_first, TRAINED),
     (resuming.resumed_equals_uninterrupted, TRAINED),
     (cleanup.fit_leaves_no_changes, CALLBACKS),
+    (packages.both_packages_agree, (*CALLBACKS, "optimizer")),
 )
 """Every check with the kinds of plugin that it applies to, cheap ones first."""
 

@@ -11,18 +11,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
 from stabletrain.core.outcome import Outcome
 from stabletrain.runtime.guard.callbacks import GuardMember
+from stabletrain.runtime.internals.packages import Callback, both
 from stabletrain.runtime.stop import TrainingStopped
-from stabletrain.testing.trainer import quiet_trainer
+from stabletrain.testing.trainer import lightning_package, quiet_trainer
 
 STEPS = 96
 """Length of a run in batches, more than the warm-up of stabletrain's own plugins."""
+
+_LOGGERS = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric", "stabletrain")
 
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
 
@@ -43,7 +46,7 @@ class ToyBatches(IterableDataset[tuple[int, float]]):
         return ((index, self.faults.get(index, 1.0)) for index in range(self.start, self.steps))
 
 
-class ToyModule(LightningModule):
+class _Toy(nn.Module):
     """A regression with 66 parameters and batch normalisation; its inputs are a function of the batch's number.
 
     Args:
@@ -74,6 +77,14 @@ class ToyModule(LightningModule):
         """The optimizer of ``make_optimizer``, or AdamW."""
         parameters = list(self.parameters())
         return self._make_optimizer(parameters) if self._make_optimizer else AdamW(parameters, lr=1e-3)
+
+
+class ToyModule(_Toy, LightningModule):
+    """The toy model, as a module of ``lightning.pytorch``."""
+
+
+class OtherToyModule(_Toy, both(LightningModule)[-1]):  # type: ignore[misc]
+    """The toy model, as a module of ``pytorch_lightning``."""
 
 
 class ToyError(Exception):
@@ -129,7 +140,7 @@ class Fitted(NamedTuple):
     states: list[dict[str, Any]]
     outcomes: list[Outcome]
     rates: list[float]
-    module: ToyModule
+    module: LightningModule
     stopped: str | None
 
 
@@ -164,7 +175,8 @@ def fit(
     """
     watcher = Watcher(save)
     members = [*callbacks, *([watcher] if watch else [])]
-    module = ToyModule(make_optimizer, raise_at)
+    is_other = lightning_package().LightningModule is not LightningModule
+    module = (OtherToyModule if is_other else ToyModule)(make_optimizer, raise_at)
     end = _End(callbacks, steps - 1)
     loader = DataLoader(ToyBatches(start, faults, steps), batch_size=None)
     stopped = None
@@ -189,7 +201,7 @@ def fit(
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence log messages and warnings, and use one thread, which is fastest for such small tensors."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "stabletrain")]
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels, threads = [each.level for each in loggers], torch.get_num_threads()
     try:
         for each in loggers:

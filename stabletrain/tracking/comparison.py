@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
+from stabletrain.core import metric_names
 from stabletrain.errors import UserError
 from stabletrain.tracking.store import ensure_store, open_client
 from stabletrain.tracking.store_errors import translate_errors
@@ -77,7 +78,8 @@ def compare(
         uri: MLflow tracking URI.
         run_ids: the runs, in the order of the columns; None: those of ``experiment``.
         experiment: all runs of this experiment, the newest first; None: those of ``run_ids``.
-        metrics: names or patterns such as ``val/*``; None: all.
+        metrics: names or patterns such as ``val/*``; None: all. A plugin's metric has its present name, also if a run
+            has logged it under an earlier one; both names are accepted.
         params: names or patterns, also of equal parameters; None: those that differ.
         limit: the maximum number of runs read from an experiment.
 
@@ -116,7 +118,7 @@ def side_by_side(
         param_rows = _matching(param_rows, params)
     metric_rows = {key: tuple(run.metrics.get(key) for run in runs) for key in _keys(run.metrics for run in runs)}
     if metrics is not None:
-        metric_rows = _matching(metric_rows, metrics)
+        metric_rows = _matching(metric_rows, [_present(each, metric_rows) for each in metrics])
     return Comparison(runs=tuple(runs), params=param_rows, metrics=metric_rows)
 
 
@@ -143,6 +145,13 @@ def _matching(rows: Mapping[str, _Row], patterns: Iterable[str]) -> dict[str, _R
     return {key: rows[key] for pattern in patterns for key in rows if fnmatchcase(key, pattern)}
 
 
+def _present(pattern: str, rows: Mapping[str, Any]) -> str:
+    """A pattern for metrics; one that matches none of them because it is an old name is replaced by the present one."""
+    if any(fnmatchcase(key, pattern) for key in rows):
+        return pattern
+    return metric_names.find(pattern, rows) or metric_names.new_name(pattern)
+
+
 def _number(value: float | None) -> str:
     if value is None:
         return "-"
@@ -155,8 +164,12 @@ def _summary(run: Any) -> RunSummary:
         name=run.info.run_name or run.info.run_id[:8],
         status=run.info.status,
         params=dict(run.data.params),
-        metrics=dict(run.data.metrics),
+        metrics=metric_names.renamed(run.data.metrics, of_recipe=_is_of_recipe(run.data.params)),
     )
+
+
+def _is_of_recipe(params: Mapping[str, str]) -> bool:
+    return params.get("model._target_", "").startswith("stabletrain.workloads.")
 
 
 def _by_id(client: Any, run_ids: Sequence[str]) -> list[Any]:

@@ -10,27 +10,36 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_only
 
+from stabletrain.core import metric_names
 from stabletrain.extras import require
+from stabletrain.runtime.internals.packages import Logger, both
 from stabletrain.runtime.records.run_files import UNSENT_METRICS
 from stabletrain.runtime.signal_watch import Interrupted, Terminated
 from stabletrain.tracking import runs
 from stabletrain.tracking.artifacts import require_safe_artifacts, write_artifact
+from stabletrain.tracking.enclosing import enclosing_run, end_autologged, is_autologged
+from stabletrain.tracking.end_signals import EndSignals
 from stabletrain.tracking.ownership import WORKER, this_process
 from stabletrain.tracking.sqlite_file import check_file
 from stabletrain.tracking.store import absolute_uri, default_tracking_uri, ensure_store, open_client
 from stabletrain.tracking.store_errors import first_line, no_tracebacks, translate_errors
 from stabletrain.tracking.unsent import send_unsent
 from stabletrain.tracking.writer import MetricWriter, Point
+
+METRICS = (
+    metric_names.MetricInfo("stability_nonfinite/<metric>", "values", "NaN and infinite values of a metric; in MLflow"),
+)
 
 log = logging.getLogger(__name__)
 
@@ -42,20 +51,23 @@ class MLflowLogger(Logger):
     parameters at 250 characters, and leaves a resumed run FINISHED; a subclass cannot correct any of this.
 
     The run is created (or, with ``run_id``, reopened with status RUNNING) when training begins. It ends as FINISHED,
-    FAILED (exception) or KILLED (Ctrl-C, SIGTERM). Metrics that the store does not accept are written to
+    FAILED (exception) or KILLED (Ctrl-C, SIGTERM and other signals). Within an active MLflow run, of
+    ``mlflow.start_run()`` or autologging, nothing is created: all is logged to that run, and whoever started it ends
+    it; ``experiment`` and ``run_name`` are ignored then. Metrics that the store does not accept are written to
     ``metrics-unsent.jsonl`` and sent at the end. NaN and infinities are stored as NaN and counted by
-    ``nonfinite/<name>``. Names that MLflow does not accept are changed and get a hash, so that different names stay
-    different.
+    ``stability_nonfinite/<name>``. Names that MLflow does not accept are changed and get a hash, so that different ones
+    stay different.
 
     Args:
-        tracking_uri: MLflow store; None: ``MLFLOW_TRACKING_URI``, or else ``sqlite:///<current folder>/mlflow.db``.
+        tracking_uri: MLflow store; None: that of the active run, ``MLFLOW_TRACKING_URI``, or else
+            ``sqlite:///<current folder>/mlflow.db``.
         experiment: name of the experiment, made if missing.
-        run_id: a run to continue; None: a new one.
+        run_id: a run to continue; None: the active run, or else a new one.
         run_name: shown in the UI; None: MLflow chooses one.
         save_dir: folder for local files (unsent metrics, and checkpoints of a ModelCheckpoint without ``dirpath``);
             None: the Trainer's ``default_root_dir`` and, for unsent metrics, the current folder.
         tags: tags of the run.
-        parent_run_id: the run under which MLflow shows a new one.
+        parent_run_id: the run under which MLflow shows a new one, which is created also within an active run.
 
     Raises:
         StoreError: when training begins, if the store cannot be used.
@@ -78,6 +90,9 @@ class MLflowLogger(Logger):
         super().__init__()
         require("mlflow", "MLflowLogger")
         self.tracking_uri = absolute_uri(tracking_uri) if tracking_uri else default_tracking_uri()
+        self._given_uri = tracking_uri
+        self._given_run_id = run_id
+        self._is_enclosing = False
         self._experiment_name = experiment
         self._run_id = run_id
         self._run_name = run_name
@@ -194,7 +209,8 @@ class MLflowLogger(Logger):
         if self._session is None:
             return
         # Lightning passes "failed" for every exception, from within its handler
-        interrupted = isinstance(sys.exc_info()[1], KeyboardInterrupt | SIGTERMException | Interrupted | Terminated)
+        signals = (KeyboardInterrupt, Interrupted, Terminated, *both(SIGTERMException))
+        interrupted = isinstance(sys.exc_info()[1], signals)
         if status in ("success", "finished"):
             final: runs.Status = "FINISHED"
         elif interrupted or status in ("killed", "aborted"):
@@ -217,17 +233,50 @@ class MLflowLogger(Logger):
         session = self._session
         if session is not None and session.writer.pid == os.getpid():
             return session
+        self._look_around()
         ensure_store(self.tracking_uri)
+        if self._is_enclosing:
+            return self._join()
         with translate_errors(self.tracking_uri), runs.settled_if_it_fails(self.tracking_uri, self._run_id) as launch:
             client = open_client(self.tracking_uri)
+            is_new = self._run_id is None
             if self._run_id is None:
+                runs.settle_abandoned(self.tracking_uri, of_scripts=True)
                 self._run_id = self._create(client, launch)
             else:
                 runs.reopen(client, self._run_id)
                 runs.write_tags(client, self._run_id, {WORKER: this_process().to_tag()})
-            unsent = Path(self._save_dir or Path.cwd()) / UNSENT_METRICS
-            self._session = _Session(client, self._run_id, unsent)
+            end = partial(_set_terminated, client, self._run_id)
+            self._session = _Session(client, self._run_id, self._unsent, end=end, ends_at_signals=is_new)
         return self._session
+
+    def _look_around(self) -> None:
+        """Find the run around this one. A logger that is used in several, one after the other, changes with them."""
+        if self._parent_run_id is not None:
+            return
+        found = enclosing_run(self._given_uri)
+        if found is None or self._given_run_id not in (None, found.run_id):
+            return
+        if self._run_id in (None, found.run_id) or self._is_enclosing:
+            self._run_id, self.tracking_uri, self._is_enclosing = found.run_id, found.tracking_uri, True
+
+    def _join(self) -> _Session:
+        """Log to a run of somebody else, whose status, tags and artifacts are left as they are."""
+        assert self._run_id is not None
+        with translate_errors(self.tracking_uri):
+            client = open_client(self.tracking_uri)
+            run = client.get_run(self._run_id)
+            self._experiment_name = str(client.get_experiment(run.info.experiment_id).name)
+            if self._tags:
+                runs.write_tags(client, self._run_id, self._tags)
+            end = partial(end_autologged, self._run_id) if is_autologged(run) else None
+            self._session = _Session(client, self._run_id, self._unsent, end=end, ends_at_signals=end is not None)
+        log.info("logging to the active MLflow run %s", self._run_id)
+        return self._session
+
+    @property
+    def _unsent(self) -> Path:
+        return Path(self._save_dir or Path.cwd()) / UNSENT_METRICS
 
     def _create(self, client: Any, launch: runs.Launch) -> str:
         from stabletrain.tracking.git import git_state
@@ -244,30 +293,55 @@ class MLflowLogger(Logger):
         return run_id
 
     def __getstate__(self) -> dict[str, Any]:
-        # threads and database connections cannot be copied; a copy in another process opens its own
+        # threads and database connections cannot be copied; a copy in another process opens its own, to the same run
+        if self._session is None and _rank() == 0:
+            self._look_around()
         return {**self.__dict__, "_session": None}
 
 
 class _Session:
-    """Client and writer of one run in one process; sets the final status at exit if `finalize` was not called."""
+    """Client and writer of one run in one process; sets the final status at exit if `finalize` was not called.
 
-    def __init__(self, client: Any, run_id: str, unsent: Path) -> None:
+    Args:
+        client: of MLflow.
+        run_id: the run.
+        unsent: file for metrics that the store does not accept.
+        end: ends the run with a status; None: it is somebody else's.
+        ends_at_signals: whether it is ended, too, when a signal ends the process.
+    """
+
+    def __init__(
+        self, client: Any, run_id: str, unsent: Path, *, end: Callable[[str], None] | None, ends_at_signals: bool
+    ) -> None:
         self.client = client
+        self._end = end
         self.run_id = run_id
         metrics = client.get_run(run_id).data.metrics
-        prefix = "nonfinite/"
-        counts = {key.removeprefix(prefix): int(value) for key, value in metrics.items() if key.startswith(prefix)}
+        counts = {
+            key.removeprefix(prefix): int(value)
+            for prefix in ("nonfinite/", metric_names.NONFINITE)  # the first of runs that an earlier version began
+            for key, value in metric_names.renamed(metrics).items()
+            if key.startswith(prefix)
+        }
         self.writer = MetricWriter(self._send, unsent, run_id, nonfinite=counts)
         self._waiting: dict[str, Callable[[], None]] = {}
+        self._signals = EndSignals(lambda: self.close("KILLED")) if ends_at_signals else None
         atexit.register(self._at_exit)
 
     def close(self, status: runs.Status) -> None:
         """Write everything, then set the final status; log one warning for what the store does not accept."""
         atexit.unregister(self._at_exit)
+        with self._postponed():
+            self._close(status)
+        if self._signals is not None:
+            self._signals.remove()
+
+    def _close(self, status: runs.Status) -> None:
         self.writer.close()
         if self.writer.unsent.is_file():
             self._waiting[f"metrics in {self.writer.unsent}"] = self._send_unsent
-        self._waiting["final status"] = lambda: self.client.set_terminated(self.run_id, status)
+        if self._end is not None:
+            self._waiting["final status"] = partial(self._end, status)
         failed: dict[str, Exception] = {}
         for what, action in self._waiting.items():
             # what has failed once is not waited for again
@@ -290,6 +364,9 @@ class _Session:
         if self.writer.failing or self._try(action, waits=(0.1,)) is not None:
             self._waiting[what] = action
 
+    def _postponed(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._signals is None else self._signals.postponed()
+
     def _try(self, action: Callable[[], None], waits: Sequence[float]) -> Exception | None:
         """Call ``action``, and again after each of ``waits`` (seconds); return the last error, None: it succeeded."""
         error: Exception | None = None
@@ -297,7 +374,7 @@ class _Session:
             time.sleep(wait)
             started = time.monotonic()
             try:
-                with no_tracebacks():
+                with self._postponed(), no_tracebacks():
                     check_file(self.client.tracking_uri)
                     action()
             except Exception as caught:
@@ -326,6 +403,10 @@ class _Session:
             self.close("KILLED")
         else:
             self.close("FINISHED" if last is None else "FAILED")
+
+
+def _set_terminated(client: Any, run_id: str, status: str) -> None:
+    client.set_terminated(run_id, status)
 
 
 def _rank() -> int:

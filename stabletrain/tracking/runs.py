@@ -148,12 +148,15 @@ def owner_tags(config: Mapping[str, Any] | None = None) -> dict[str, str]:
     return {OWNER: this_process().to_tag()} | ({RUN_DIR: str(folder)} if folder else {})
 
 
-def settle_abandoned(uri: str, status_of: Callable[[Path], Status | None] | None = None) -> int:
+def settle_abandoned(
+    uri: str, status_of: Callable[[Path], Status | None] | None = None, *, of_scripts: bool = False
+) -> int:
     """Set the status of runs of this host that are RUNNING although their processes have ended. Never raises.
 
     Args:
         uri: MLflow tracking URI of a store that `ensure_store` has made ready.
         status_of: returns the status that the result in a run's folder gives; None, also of a run without one: KILLED.
+        of_scripts: only those without a folder, which have no other status than this.
 
     Returns:
         The number of runs.
@@ -162,6 +165,8 @@ def settle_abandoned(uri: str, status_of: Callable[[Path], Status | None] | None
     with suppress(Exception), no_tracebacks():
         client = open_client(uri)
         for run_id, tags, reason in abandoned_runs(client):
+            if of_scripts and RUN_DIR in tags:
+                continue
             known = status_of(Path(tags[RUN_DIR])) if status_of is not None and tags.get(RUN_DIR) else None
             if client.get_run(run_id).info.status == "RUNNING":
                 write_tags(client, run_id, {"stabletrain.settled": reason})

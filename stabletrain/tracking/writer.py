@@ -13,6 +13,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
+from stabletrain.core.metric_names import NONFINITE
 from stabletrain.runtime.records.json_lines import append_lines
 from stabletrain.tracking.naming import safe_key
 from stabletrain.tracking.store_errors import StoreError, first_line
@@ -58,7 +59,7 @@ class MetricWriter:
     most. That it works again is logged too; of stores that fail again and again, the 1st, 2nd, 4th, 8th ... time.
 
     NaN and infinities are written as NaN (MLflow would store an infinity as 1.8e308, which ruins every plot), and a
-    metric ``nonfinite/<name>`` counts them.
+    metric ``stability_nonfinite/<name>`` counts them.
 
     Args:
         send: writes a batch of points, or raises.
@@ -183,7 +184,7 @@ class MetricWriter:
                 continue
             count = self._nonfinite[key] = self._nonfinite.get(key, 0) + 1
             points.append(Point(key, math.nan, entry.timestamp, entry.step))
-            points.append(Point(safe_key(f"nonfinite/{key}"), float(count), entry.timestamp, entry.step))
+            points.append(Point(safe_key(f"{NONFINITE}{key}"), float(count), entry.timestamp, entry.step))
 
     def _deliver(self, points: Sequence[Point]) -> None:
         if self._failing and time.monotonic() < self._not_before:

@@ -1,14 +1,21 @@
+import logging
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import lightning as L
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 
+from stabletrain.core.metric_names import MetricInfo, is_own, new_name
 from stabletrain.errors import UserError
+
+METRICS = (MetricInfo("train/loss", "nats", "mean of the finite steps since the last validation; at each validation"),)
+
+logger = logging.getLogger("stabletrain")
 
 
 class Workload(L.LightningModule):
-    """A LightningModule that logs `train_loss`, the mean since the last validation, at each validation.
+    """A LightningModule that logs `train/loss`, the mean since the last validation, at each validation.
 
     Metrics are updated and logged in hooks, not in steps, so that `torch.compile` compiles tensor operations only.
     `self.log` at every step would cost more than a small model's optimizer; two sums on the device cost microseconds.
@@ -20,6 +27,21 @@ class Workload(L.LightningModule):
 
     _loss_sum: Tensor | None = None
     _loss_count: Tensor | None = None
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Let callbacks that monitor a metric of this module by an old name, such as `val_loss`, use the present one.
+
+        Lightning calls it before the callbacks are set up.
+        """
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            monitor = getattr(callback, "monitor", None)
+            present = new_name(monitor) if isinstance(monitor, str) else ""
+            if present not in ("", monitor) and not is_own(present):
+                callback.monitor = present
+                if self.trainer.is_global_zero:
+                    name = type(callback).__name__
+                    logger.warning("%s monitors %r, which is now called %r: use that", name, monitor, present)
+        return []
 
     def setup(self, stage: str) -> None:
         """Refuse the data module of another workload, whose batches have other shapes.
@@ -47,7 +69,7 @@ class Workload(L.LightningModule):
         """Log the mean and reset it."""
         if self._loss_sum is None or self._loss_count is None:
             return
-        self.log("train_loss", self._loss_sum / self._loss_count, sync_dist=True)
+        self.log("train/loss", self._loss_sum / self._loss_count, sync_dist=True)
         self._loss_sum = self._loss_count = None
 
     def _add(self, loss: Tensor, count: Tensor) -> None:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from stabletrain.core.metric_names import MetricInfo
 from stabletrain.errors import UserError
 from stabletrain.runtime.records.run_files import SAMPLE
 from stabletrain.workloads.arguments import number, whole
@@ -14,14 +15,19 @@ from stabletrain.workloads.gpt import GPT
 from stabletrain.workloads.metrics import Perplexity, WeightedMean
 from stabletrain.workloads.sampling import continue_tokens
 
+METRICS = (
+    MetricInfo("val/loss", "nats per character", "mean over the validation, without smoothing and z-loss"),
+    MetricInfo("val/perplexity", "characters", "exponential of val/loss"),
+)
+
 _MOST_PARAMETERS = 10**10
 
 
 class CharGPT(Workload):
     """Decoder-only GPT that predicts the next character.
 
-    A batch is an integer tensor (batch, time + 1). Logs `val_loss` (nats per character, without smoothing and z-loss),
-    `val_perplexity` and `train_loss`. At the end of a fit it writes `sample.txt` into the Trainer's default_root_dir.
+    A batch is an integer tensor (batch, time + 1). Logs `val/loss` (nats per character, without smoothing and z-loss),
+    `val/perplexity` and `train/loss`. At the end of a fit it writes `sample.txt` into the Trainer's default_root_dir.
 
     Args:
         layers: number of blocks, at least 1.
@@ -150,8 +156,8 @@ class CharGPT(Workload):
     def on_validation_epoch_end(self) -> None:
         """Log validation loss, perplexity and training loss."""
         super().on_validation_epoch_end()
-        self.log("val_loss", self.val_loss, prog_bar=True)
-        self.log("val_perplexity", self.val_perplexity)
+        self.log("val/loss", self.val_loss, prog_bar=True)
+        self.log("val/perplexity", self.val_perplexity)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW with a constant learning rate and betas (0.9, 0.95)."""

@@ -5,16 +5,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
+from stabletrain.core.metric_names import MetricInfo
 from stabletrain.workloads.arguments import number, whole
 from stabletrain.workloads.base import Workload, decay_groups
 from stabletrain.workloads.metrics import WeightedMean
+
+METRICS = (
+    MetricInfo("val/loss", "nats", "mean over the validation"),
+    MetricInfo("val/accuracy", "0 to 1", "share of the validation's images that are recognised"),
+)
 
 
 class DigitsCNN(Workload):
     """Small convolutional network with batch normalisation and dropout for 8 x 8 digits.
 
-    Training images are shifted at random by up to one pixel each way. Logs `val_loss` (nats), `val_accuracy` (0 .. 1)
-    and `train_loss`.
+    Training images are shifted at random by up to one pixel each way. Logs `val/loss` (nats), `val/accuracy` (0 .. 1)
+    and `train/loss`.
 
     Args:
         width: channels of the first stage, at least 1; the second has twice as many.
@@ -85,8 +91,8 @@ class DigitsCNN(Workload):
     def on_validation_epoch_end(self) -> None:
         """Log validation loss, accuracy and training loss."""
         super().on_validation_epoch_end()
-        self.log("val_loss", self.val_loss)
-        self.log("val_accuracy", self.val_accuracy, prog_bar=True)
+        self.log("val/loss", self.val_loss)
+        self.log("val/accuracy", self.val_accuracy, prog_bar=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """SGD with Nesterov momentum and a constant learning rate."""

@@ -180,3 +180,36 @@ def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         main()
     assert end.value.code == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["train"], ["validate"], ["ls"], ["show"], ["cp"], ["replay"], ["new-plugin"]], ids=" ".join
+)
+def test_help_fits_80_columns(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: lines that a terminal wraps, or a sentence that is cut off with an ellipsis."""
+    from typer.testing import CliRunner
+
+    from stabletrain.cli.main import app
+
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = CliRunner().invoke(app, [*command, "--help"]).output.splitlines()
+    assert lines
+    assert max(map(len, lines)) <= 80
+    assert command or not [line for line in lines if line.endswith("...") and not line.startswith("Usage")]
+
+
+def test_ls_shows_defaults_and_all_groups(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bug: a config group that no table has, has no sentence there, or whose default is unknown."""
+    from stabletrain.cli.listing import group_sentence, print_tables
+    from stabletrain.config import discovery
+
+    monkeypatch.setenv("COLUMNS", "80")
+    print_tables("all")
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    for group, options in discovery.groups().items():
+        name = group.removeprefix("plugins/")
+        default = discovery.default_options().get(group, "")
+        assert f"\n{name} " in text
+        assert default == "" or [line for line in text.splitlines() if line.split()[:2] == [name, default]], group
+        assert group_sentence(group, options).endswith(("?", "=OPTION)"))

@@ -59,6 +59,13 @@ def test_what_is_no_callback_is_not_called(target: str, tmp_path: Path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
+def test_a_callback_of_the_other_package_is_named() -> None:
+    """Bug: "expected a Lightning callback, got a Timer", which is one, of pytorch_lightning."""
+    node = {"x": {"_target_": "pytorch_lightning.callbacks.Timer"}}
+    with pytest.raises(TrustError, match=r"got a Timer .* whose Callback is that of pytorch_lightning; a config"):
+        stabletrain.callbacks(node, trust=["pytorch_lightning"])
+
+
 def test_what_is_no_callback_is_refused() -> None:
     """Bug: any class can be built in a slot."""
     with pytest.raises(UserError, match=r"plugins\.clip: expected a Lightning callback, got a Identity"):

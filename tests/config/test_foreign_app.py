@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -35,9 +36,9 @@ def app(tmp_path: Path) -> Path:
     return tmp_path / "app.py"
 
 
-def run(app: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+def run(app: Path, *overrides: str, warnings: str = "error::UserWarning") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", str(app), *overrides],
+        [sys.executable, "-W", warnings, str(app), *overrides],
         cwd=app.parent,
         env={**os.environ, "HYDRA_FULL_ERROR": "1"},
         capture_output=True,
@@ -97,3 +98,92 @@ def test_a_config_is_not_resolved_a_second_time(app: Path) -> None:
     )
     assert "plugins.clip.name: expected a resolved value" in done.stderr
     assert not list(app.parent.rglob("PWNED"))
+
+
+TEMPLATE = """
+# the lines of lightning-hydra-template: src/train.py and src/utils/instantiators.py
+import hydra
+import lightning as L
+import torch
+from lightning import Callback, LightningModule, Trainer
+from omegaconf import DictConfig
+from torch.utils.data import DataLoader, TensorDataset
+
+
+def instantiate_callbacks(callbacks_cfg: DictConfig) -> list[Callback]:
+    callbacks: list[Callback] = []
+    if not callbacks_cfg:
+        return callbacks
+    if not isinstance(callbacks_cfg, DictConfig):
+        raise TypeError("Callbacks config must be a DictConfig!")
+    for _, cb_conf in callbacks_cfg.items():
+        if isinstance(cb_conf, DictConfig) and "_target_" in cb_conf:
+            callbacks.append(hydra.utils.instantiate(cb_conf))
+    return callbacks
+
+
+class Net(LightningModule):
+    def __init__(self, lr: float) -> None:
+        super().__init__()
+        self.lr, self.layer = lr, torch.nn.Linear(4, 1)
+
+    def training_step(self, batch, batch_idx):
+        loss = self.layer(batch[0]).square().mean()
+        return loss * (float("nan") if batch_idx == 2 else 1e6 if batch_idx == 3 else 1.0)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train.yaml")
+def main(cfg: DictConfig) -> None:
+    L.seed_everything(1)
+    callbacks: list[Callback] = instantiate_callbacks(cfg.get("callbacks"))
+    trainer: Trainer = hydra.utils.instantiate(cfg.trainer, callbacks=callbacks, logger=False)
+    assert all(each in trainer.callbacks for each in callbacks)
+    trainer.fit(Net(cfg.lr), DataLoader(TensorDataset(torch.ones(8, 4)), batch_size=1))
+    print("CALLBACKS", [type(each).__name__ for each in callbacks])
+    print("RESULT", {key: float(value) for key, value in trainer.callback_metrics.items()}, trainer.global_step)
+
+
+main()
+"""
+
+TEMPLATE_CONF = {
+    "train": "defaults:\n  - _self_\n  - callbacks: default\n  - trainer: default\nlr: 0.001\n",
+    "trainer/default": """
+        _target_: lightning.pytorch.trainer.Trainer
+        default_root_dir: .
+        max_epochs: 1
+        accelerator: cpu
+        enable_progress_bar: false
+    """,
+    "callbacks/default": "defaults:\n  - model_summary\n  - stable\n  - _self_\nmodel_summary:\n  max_depth: -1\n",
+    "callbacks/model_summary": "model_summary:\n  _target_: lightning.pytorch.callbacks.ModelSummary\n  max_depth: 1\n",
+    "callbacks/stable": """
+        guard: {_target_: stabletrain.Guard, mode: exact}
+        nonfinite: {_target_: stabletrain.SkipNonFinite, max_in_a_row: 5}
+        spike: {_target_: stabletrain.Rollback, expect: [6, 50%]}
+        value: {_target_: stabletrain.ClipValue, max_value: 1e5}
+        monitor: {_target_: stabletrain.MonitorGradients}
+        schedule: {_target_: stabletrain.ScheduleLR, kind: constant, lr_warmup: 0}
+        save: {_target_: stabletrain.SaveCheckpoints, folder: saved, every: [4, 1ep]}
+        resume: {_target_: stabletrain.ResumeExactly}
+    """,
+}
+
+
+def test_the_callbacks_node_of_lightning_hydra_template(tmp_path: Path) -> None:
+    """Bug: in the node ``callbacks`` a plugin becomes a DictConfig, which protects from nothing, or an error."""
+    for name, text in TEMPLATE_CONF.items():
+        file = tmp_path / "conf" / f"{name}.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("# @package _global_\n" * (name == "train") + textwrap.dedent(text))
+    (tmp_path / "app.py").write_text(TEMPLATE)
+    none = "+plugins/outliers@callbacks.outliers=none"
+    done = run(tmp_path / "app.py", "+plugins/clip@callbacks.clip=zscore", none, warnings="default")
+    names = "Guard SkipNonFinite Rollback ClipValue MonitorGradients ScheduleLR SaveCheckpoints ResumeExactly"
+    assert f"CALLBACKS {['ModelSummary', *names.split(), 'ClipZScore']}" in done.stdout, done.stderr
+    result = done.stdout.partition("RESULT ")[2]
+    assert "skipped': 1.0" in result
+    assert result.endswith(" 7\n")

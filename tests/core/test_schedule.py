@@ -1,6 +1,7 @@
 """From the arguments of a schedule and the length of a run to one curve, and every refusal with its whole message."""
 
 import itertools
+from collections.abc import Iterator
 from typing import Any, get_args
 
 import pytest
@@ -21,9 +22,17 @@ from stabletrain.core.curves import (
 from stabletrain.core.lengths import RunLength
 from stabletrain.core.schedule import USED_BY, Kind, Schedule
 from stabletrain.errors import UserError
+from stabletrain.settings import by_config
 
 RUN = RunLength(total_steps=100, steps_per_epoch=20, tokens_per_step=10)
 ONE = Constant()
+
+
+@pytest.fixture(autouse=True)
+def keys() -> Iterator[None]:
+    """Messages name config keys."""
+    with by_config():
+        yield
 
 
 @pytest.mark.parametrize(

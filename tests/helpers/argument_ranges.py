@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from stabletrain.errors import UserError
+from stabletrain.settings import by_config
 
 
 def check_range(
@@ -31,7 +32,7 @@ def check_range(
     for arguments in accepted:
         make(**arguments)
     for arguments in refused:
-        with pytest.raises(UserError) as error:
+        with pytest.raises(UserError) as error, by_config():
             make(**arguments)
         got = arguments[argument]
         message = f"{owner}: {argument} must be {expected}, got {got!r} (config key {node}.{argument})"

@@ -252,6 +252,7 @@ def run(mine: Trainer, module: LightningModule, items: Any, val_items: Any = Non
     with warnings.catch_warnings():
         for text in (
             "returned `None`",
+            "yielded None",
             "have no `val_dataloader`",
             "does not have many workers",
             "callbacks used to create the checkpoint",

@@ -59,16 +59,17 @@ def train(folder: Path, kind: str, module: Any) -> dict[str, Any]:
     ranks = Ranks(mine)
     rank = dist.get_rank()
     one_has_none, on_none = ranks.mean_loss([torch.tensor(3.0), torch.tensor(5.0)] if rank == 0 else [])
-    nan_on_one, on_one = ranks.mean_loss([torch.tensor(float("nan") if rank else 1.0)], flag=rank == 1)
+    nan_on_one, on_one = ranks.mean_loss([torch.tensor(float("nan") if rank else 1.0)], False, rank == 1, True)
+    without, on_without = ranks.mean_loss([], rank == 0)
     assert one_has_none is not None
     assert nan_on_one is not None
     return {
         "placements": placements.found,
         "warned": [text for text in records.texts if "drift apart" in text],
         "one_has_none": one_has_none.item(),
-        "none_has_one": ranks.mean_loss([])[0] is None,
+        "none_has_one": without is None,
         "nan_on_one": repr(nan_on_one.item()),
-        "flags": [bool(on_none), bool(on_one), bool(ranks.mean_loss([], flag=rank == 0)[1])],
+        "flags": [[float(flag) for flag in flags] for flags in (on_none, on_one, on_without)],
         "any": [ranks.any(rank == 1), ranks.any(False)],
     }
 

@@ -22,7 +22,7 @@ def test_one_process_makes_no_collective_call() -> None:
     assert ranks.mean_loss([loss])[0] is loss
     assert ranks.mean_loss([torch.tensor(1.0), torch.tensor(2.0)])[0] == 1.5
     assert ranks.mean_loss([])[0] is None
-    assert [ranks.mean_loss(losses, flag)[1] for losses in ([], [loss]) for flag in (False, True)] == [False, True] * 2
+    assert [ranks.mean_loss(losses, True, False)[1] for losses in ([], [loss])] == [[True, False]] * 2
     assert (ranks.any(True), ranks.any(False)) == (True, False)
     assert ranks.local_parameters(Net().named_parameters()) == []
 
@@ -46,7 +46,7 @@ def test_two_processes(on_two_ranks: Callable[[str], Path]) -> None:
             assert result["one_has_none"] == 4.0
             assert result["none_has_one"] is True
             assert result["nan_on_one"] == "nan"
-            assert result["flags"] == [False, True, True]
+            assert result["flags"] == [[], [0.0, 1.0, 2.0], [1.0]]
             assert result["any"] == [True, False]
             kinds = result["placements"]
             assert kinds["net.0.weight"] == ("replicated" if name in ("ddp", "tp") else "sharded")

@@ -147,6 +147,16 @@ FAULTS = {
         "fit_leaves_no_changes",
         "mark",
     ),
+    "knows_one_package": Fault(
+        "callback",
+        EMPTY_CALLBACK,
+        method(
+            "def on_gradients(self, step, parameters):\n        from lightning.pytorch import Trainer\n"
+            "        if isinstance(self._guard.trainer, Trainer): parameters[0].data.mul_(0.999)"
+        ),
+        "both_packages_agree",
+        "do the same under pytorch_lightning",
+    ),
 }
 
 

@@ -19,6 +19,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from stabletrain.runtime.internals.packages import both
 from stabletrain.runtime.signal_watch import Interrupted, Terminated
 from stabletrain.tracking import MLflowLogger, StoreError, runs
 from stabletrain.tracking.runs import create_run
@@ -80,7 +81,7 @@ def test_a_plain_script(uri, client, tmp_path):
     [
         (RuntimeError("boom"), RuntimeError, "FAILED"),
         (KeyboardInterrupt(), SystemExit, "KILLED"),
-        (SIGTERMException(), SIGTERMException, "KILLED"),
+        *((each(), each, "KILLED") for each in both(SIGTERMException)),
         (Interrupted(signal.SIGINT), Interrupted, "KILLED"),
         (Terminated(143), SystemExit, "KILLED"),
         (SystemExit(0), SystemExit, "FAILED"),
@@ -194,7 +195,7 @@ def test_non_finite_metrics(uri, client, bad):
     again.log_metrics({"loss": bad}, step=2)
     again.finalize("success")
     assert all(math.isnan(point.value) for point in client.get_metric_history(logger.version, "loss"))
-    counts = client.get_metric_history(logger.version, "nonfinite/loss")
+    counts = client.get_metric_history(logger.version, "stability_nonfinite/loss")
     assert [(point.step, point.value) for point in counts] == [(1, 1.0), (2, 2.0)]
 
 

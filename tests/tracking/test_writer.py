@@ -130,7 +130,7 @@ def test_non_finite_values(store, tmp_path, bad, position):
     assert writer.close()
     loss = [point.value for point in store.points if point.key == "loss"]
     assert [math.isnan(value) for value in loss] == [step == position for step in range(3)]
-    (counted,) = [point for point in store.points if point.key == "nonfinite/loss"]
+    (counted,) = [point for point in store.points if point.key == "stability_nonfinite/loss"]
     assert (counted.value, counted.step) == (5.0, position)
     assert [point.value for point in store.points if point.key == "lr"] == [0.1] * 3
 

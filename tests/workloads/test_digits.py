@@ -1,9 +1,12 @@
+import logging
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
+from stabletrain import SaveCheckpoints
 from stabletrain.testing.trainer import quiet_trainer
 from stabletrain.workloads import DigitsCNN, DigitsData
 from stabletrain.workloads.digits_cnn import shift_randomly
@@ -96,5 +99,21 @@ def test_reaches_97_percent_with_a_step_schedule(tmp_path: Path) -> None:
     L.seed_everything(0, verbose=False)
     fit = quiet_trainer(max_epochs=15, default_root_dir=tmp_path)
     fit.fit(Scheduled(), datamodule=DigitsData())
-    assert fit.callback_metrics["val_accuracy"] > 0.97
-    assert {"val_loss", "train_loss"} <= set(fit.callback_metrics)
+    assert fit.callback_metrics["val/accuracy"] > 0.97
+    assert {"val/loss", "train/loss"} <= set(fit.callback_metrics)
+
+
+def test_a_config_that_monitors_an_old_name_still_works(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches a recipe of a user that dies at its first validation, since `val_loss` became `val/loss`."""
+    best = ModelCheckpoint(tmp_path / "best", monitor="val_loss")
+    saver = SaveCheckpoints(tmp_path / "own", every=None, monitor="val_accuracy", mode="max", background=False)
+    with caplog.at_level(logging.WARNING, "stabletrain"):
+        fit = quiet_trainer(best, saver, max_epochs=1, limit_train_batches=2, default_root_dir=tmp_path)
+        fit.fit(DigitsCNN(), datamodule=DigitsData())
+    assert best.best_model_score == fit.callback_metrics["val/loss"]
+    assert saver.best_model_path
+    assert "val_loss" not in fit.callback_metrics
+    assert sorted(record.getMessage() for record in caplog.records) == [
+        "ModelCheckpoint monitors 'val_loss', which is now called 'val/loss': use that",
+        "SaveCheckpoints monitors 'val_accuracy', which is now called 'val/accuracy': use that",
+    ]

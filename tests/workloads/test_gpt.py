@@ -230,9 +230,9 @@ def test_a_fit_logs_and_leaves_a_sample(tmp_path: Path) -> None:
     fit = trainer(tmp_path, Retention(), max_steps=4, val_check_interval=2, check_val_every_n_epoch=None)
     fit.fit(model, datamodule=data)
     metrics = fit.callback_metrics
-    assert {"train_loss", "val_loss", "val_perplexity"} <= set(metrics)
-    torch.testing.assert_close(metrics["train_loss"], torch.stack(losses[2:]).mean())
-    torch.testing.assert_close(metrics["val_perplexity"], metrics["val_loss"].exp())
+    assert {"train/loss", "val/loss", "val/perplexity"} <= set(metrics)
+    torch.testing.assert_close(metrics["train/loss"], torch.stack(losses[2:]).mean())
+    torch.testing.assert_close(metrics["val/perplexity"], metrics["val/loss"].exp())
     sample = (tmp_path / "sample.txt").read_text()
     assert sample.startswith("ROMEO.")
     assert len(sample) == len("ROMEO.") + 20 + 1
@@ -245,10 +245,10 @@ def test_a_non_finite_loss_is_left_out_of_train_loss() -> None:
     for loss in (1.0, math.nan, math.inf, -math.inf, 3.0):
         model.on_train_batch_end({"loss": torch.tensor(loss)}, None, 0)
     model.on_validation_epoch_end()
-    assert logged["train_loss"].item() == 2.0
+    assert logged["train/loss"].item() == 2.0
     logged.clear()
     model.on_validation_epoch_end()
-    assert "train_loss" not in logged
+    assert "train/loss" not in logged
 
 
 def test_validation_and_sampling_do_not_change_the_training(tmp_path: Path) -> None:
@@ -316,4 +316,4 @@ def test_defaults_reach_the_promised_loss(tmp_path: Path) -> None:
     L.seed_everything(0, verbose=False)
     fit = trainer(tmp_path, max_steps=steps, val_check_interval=steps, check_val_every_n_epoch=None)
     fit.fit(Scheduled(), datamodule=ShakespeareData())
-    assert fit.callback_metrics["val_loss"] < 1.85
+    assert fit.callback_metrics["val/loss"] < 1.85

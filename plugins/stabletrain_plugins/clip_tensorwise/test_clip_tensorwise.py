@@ -210,7 +210,7 @@ def test_how_often_it_clips_a_healthy_steady_sequence() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"max_ratio": 0.0}, r"max_ratio must be > 0, got 0.0 \(config key plugins.clip.max_ratio\)"),
+        ({"max_ratio": 0.0}, r"max_ratio must be > 0, got 0.0 \(ClipTensorwise\(max_ratio=...\)\)"),
         ({"decay": 1.0}, r"decay must be in \[0, 1\)"),
         ({"warmup_steps": -1}, r"warmup_steps must be >= 0"),
         ({"max_norm": 0.0}, r"max_norm must be > 0"),

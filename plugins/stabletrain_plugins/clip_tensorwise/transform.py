@@ -49,6 +49,7 @@ class ClipTensorwise(TransformCallback):
 
     plugin = "clip_tensorwise"
     slot = "clip"
+    per_optimizer = ("_applied", "_rows", "_gammas", "_next", "_indices")
 
     max_ratio: float = 1.05
     decay: float = 0.98
@@ -64,6 +65,11 @@ class ClipTensorwise(TransformCallback):
 
     def reset(self) -> None:
         """Clear the history."""
+        for _ in self.each_optimizer():
+            self.start_optimizer()
+
+    def start_optimizer(self) -> None:
+        """Clear the history of one optimizer."""
         self._applied = 0
         self._rows: dict[str, int] = {}
         self._gammas = torch.zeros(0)
@@ -76,8 +82,8 @@ class ClipTensorwise(TransformCallback):
 
     def gamma(self, name: str) -> float:
         """The reference norm of a parameter, by its name in the module; infinite without a history."""
-        row = self._rows.get(name)
-        return math.inf if row is None else self._gammas[row].item()
+        rows = [(self._gammas, self._rows[name]) for _ in self.each_optimizer() if name in self._rows]
+        return rows[0][0][rows[0][1]].item() if rows else math.inf
 
     def transform(self, names: Sequence[str], parameters: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
         """Clip every tensor, and compute the next gammas, which `commit` stores."""
@@ -107,19 +113,24 @@ class ClipTensorwise(TransformCallback):
     def state_dict(self) -> dict[str, Any]:
         """Arguments, the number of applied steps, and each parameter's gamma."""
         plain = super().state_dict()  # must be first: it processes a pending outcome, which may update the history
-        state = {"applied": self._applied, "names": list(self._rows), "gammas": self._gammas.cpu()}
-        return {**plain, "state": state}
+        first, *others = [
+            {"applied": self._applied, "names": list(self._rows), "gammas": self._gammas.cpu()}
+            for _ in self.each_optimizer()
+        ]
+        return {**plain, "state": first, **({"optimizers": others} if others else {})}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore from a checkpoint; the first gradients decide the device."""
         super().load_state_dict(state_dict)
-        state = state_dict["state"]
-        if type(state["applied"]) is not int or state["gammas"].shape != (len(set(state["names"])),):
-            raise ValueError("expected the number of steps, and one gamma for each name")
+        saved = [state_dict["state"], *state_dict.get("optimizers", ())]
+        for state in saved:
+            if type(state["applied"]) is not int or state["gammas"].shape != (len(set(state["names"])),):
+                raise ValueError("expected the number of steps, and one gamma for each name")
         self.reset()
-        self._applied = state["applied"]
-        self._rows = {name: row for row, name in enumerate(state["names"])}
-        self._gammas = state["gammas"].clone()
+        for state in self.each_of(saved):
+            self._applied = state["applied"]
+            self._rows = {name: row for row, name in enumerate(state["names"])}
+            self._gammas = state["gammas"].clone()
 
     def _index(self, names: tuple[str, ...], norms: Tensor) -> Tensor:
         """Indices of these parameters in the gammas; adds new names, and moves the gammas to the norms' device."""

@@ -123,7 +123,7 @@ def test_a_misspelt_pattern_is_refused_before_the_first_step() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"max_ratio": 0.0}, r"max_ratio must be > 0, got 0.0 \(config key plugins.clip.max_ratio\)"),
+        ({"max_ratio": 0.0}, r"max_ratio must be > 0, got 0.0 \(ClipUnitwise\(max_ratio=...\)\)"),
         ({"eps": -1.0}, r"eps must be > 0"),
         ({"exclude": "head.*"}, r"exclude must be a list of patterns"),
     ],

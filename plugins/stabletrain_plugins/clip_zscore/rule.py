@@ -13,6 +13,7 @@ from stabletrain.core.outcome import Outcome
 from stabletrain.core.rule import Observation, Rule
 from stabletrain.core.statistics import MAD_TO_SIGMA, Ema, Window
 from stabletrain.errors import UserError
+from stabletrain.settings import worded
 
 _OUTLIER = 5.0
 """Distance from the median, in robust standard deviations of the logarithms, beyond which a norm is excluded from a new
@@ -168,18 +169,20 @@ class ClipZScoreRule(Rule[ZScoreState]):
             UserError: if an argument is out of range or has no meaning in this mode.
         """
         if mode not in ("zscore", "percentile") or clip_option not in ("adaptive_scaling", "mean"):
-            raise UserError(
+            message = (
                 'clip_zscore: zclip() expects mode "zscore" or "percentile", and clip_option "adaptive_scaling" or '
                 f'"mean"; got mode={mode!r} and clip_option={clip_option!r} (config keys plugins.clip.mode and '
                 "plugins.clip.clip_option)"
             )
+            raise UserError(worded(message, cls.slot, cls.__name__.removesuffix("Rule")))
         adaptive = mode == "zscore" and clip_option == "adaptive_scaling"
         if clip_factor != 1.0 and not adaptive:
-            raise UserError(
+            message = (
                 f"clip_zscore: clip_factor={clip_factor} has no effect with mode={mode!r} and "
                 f"clip_option={clip_option!r}, only with 'zscore' and 'adaptive_scaling': set it to 1.0 "
                 "(config key plugins.clip.clip_factor)"
             )
+            raise UserError(worded(message, cls.slot, cls.__name__.removesuffix("Rule")))
         return cls(
             z_threshold=z_thresh,
             decay=alpha,

@@ -166,7 +166,7 @@ def test_the_preset_refuses_unknown_choices(arguments: dict[str, Any]) -> None:
     mode, option = arguments.get("mode", "zscore"), arguments.get("clip_option", "adaptive_scaling")
     assert str(error.value) == (
         'clip_zscore: zclip() expects mode "zscore" or "percentile", and clip_option "adaptive_scaling" or "mean"; '
-        f"got mode={mode!r} and clip_option={option!r} (config keys plugins.clip.mode and plugins.clip.clip_option)"
+        f"got mode={mode!r} and clip_option={option!r} (ClipZScore(mode=...) and ClipZScore(clip_option=...))"
     )
 
 
@@ -178,7 +178,7 @@ def test_the_preset_refuses_a_clip_factor_without_effect(arguments: dict[str, An
     mode, option = arguments.get("mode", "zscore"), arguments.get("clip_option", "adaptive_scaling")
     assert str(error.value) == (
         f"clip_zscore: clip_factor=0.5 has no effect with mode={mode!r} and clip_option={option!r}, only with 'zscore' "
-        "and 'adaptive_scaling': set it to 1.0 (config key plugins.clip.clip_factor)"
+        "and 'adaptive_scaling': set it to 1.0 (ClipZScore(clip_factor=...))"
     )
 
 

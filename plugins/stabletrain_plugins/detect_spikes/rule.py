@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from stabletrain.core.spikes import SpikeDetection
+from stabletrain.core.spikes import SPIKE_SCORE, SpikeDetection
+
+METRICS = (SPIKE_SCORE,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,7 @@ class DetectSpikesRule(SpikeDetection):
     * *nonfinite*: loss or norm is NaN or infinite. It enters no baseline. Of consecutive steps that no plugin drops,
       only the first is reported, and those that request a rollback.
 
-    The metric ``spike_score`` is the share of flagged steps (outliers and non-finite ones) among the last
+    The metric ``stability/spike_score`` is the share of flagged steps (outliers and non-finite ones) among the last
     ``score_window`` steps.
 
     Args:
@@ -44,7 +46,7 @@ class DetectSpikesRule(SpikeDetection):
         regime_after: steps after which an excursion of the gradient norm alone is a new level, 2 to ``window``.
         min_sigma_norm: floor of the norm's standard deviation, in nats of its logarithm, > 0.
         min_sigma_loss: floor of the loss's standard deviation, as a share of its median, >= 0.
-        score_window: steps over which ``spike_score`` is computed, >= 1.
+        score_window: steps over which ``stability/spike_score`` is computed, >= 1.
         expect: positions at which the training changes by design, such as ``[600, "3ep"]``: from there all rules learn
             their baselines anew. Applied steps, epochs or percent of the run, above 0; None: none.
         on_divergence: ``"report"``, or ``"rollback"``: also request a rollback, but not for a slow rise; if no plugin

@@ -10,11 +10,20 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from stabletrain.core import metric_names
 from stabletrain.core.events import Event
+from stabletrain.core.metric_names import MetricInfo
 from stabletrain.core.outcome import Outcome
 from stabletrain.errors import require
 from stabletrain.runtime import gradients
 from stabletrain.runtime.guard.callbacks import GuardMember
+from stabletrain.runtime.guard.optimizer_buffers import parameters_of
+
+METRICS = (
+    MetricInfo("stability/nonfinite_layers", "layers", "with a non-finite gradient, at most, in one step"),
+    MetricInfo("stability_layers/grad_norm/<layer>", "L2", "norm of the layer's gradients, before any clipping"),
+    MetricInfo("stability_layers/weight_norm/<layer>", "L2", "norm of the layer's weights, before the step"),
+)
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Name parts that torch.compile, FSDP and activation checkpointing insert."""
@@ -24,10 +33,11 @@ class MonitorGradients(GuardMember):
     """Log the norms of gradients and weights layer by layer, and report where a gradient became non-finite.
 
     In the first attempted step and every ``every`` steps the norms are computed on the device. They are copied to the
-    host when the guard logs its metrics (``Trainer(log_every_n_steps=...)``): ``grad_norm/<layer>`` and
-    ``weight_norm/<layer>``, means over the measurements since then, and ``nonfinite_layers``, the largest number of
-    layers with a non-finite gradient in one step. Gradients are unscaled, before any transform or clipping. The guard
-    itself logs the global ``grad_norm``, ``clipped`` and ``skipped``, from every step.
+    host when the guard logs its metrics (``Trainer(log_every_n_steps=...)``): ``stability_layers/grad_norm/<layer>``
+    and ``stability_layers/weight_norm/<layer>``, means over the measurements since then, and
+    ``stability/nonfinite_layers``, the largest number of layers with a non-finite gradient in one step. Gradients are
+    unscaled, before any transform or clipping. The guard itself logs ``stability/grad_norm`` of all parameters,
+    ``stability/clipped_share`` and ``stability/skipped``, from every step.
 
     After a non-finite step an event names the parameters with a non-finite gradient. With decisions on the device
     (``Guard(mode="device")``) it does not: those gradients have been freed when the host gets the outcome.
@@ -47,21 +57,28 @@ class MonitorGradients(GuardMember):
 
     plugin: ClassVar[str] = "monitor_gradients"
     slot: ClassVar[str] = "gradients"
+    per_optimizer = ("_measurements", "_layers", "_layer_of", "_parameters", "_index", "_told")
 
     def __init__(self, every: int = 50, depth: int | None = 1, weights: bool = True) -> None:
         for key, value in (("every", every), ("depth", 1 if depth is None else depth)):
-            require(value >= 1, self.plugin, key, ">= 1", value, f"plugins.{self.slot}")
+            require(value >= 1, self.plugin, key, ">= 1", value, f"plugins.{self.slot}", type(self).__name__)
         self.every = every
         self.depth = depth
         self.weights = weights
         self._clear()
 
     def _clear(self) -> None:
-        self._measurements: list[Tensor] = []
         self._worst: int | None = None
+        for _ in self.each_optimizer():
+            self.start_optimizer()
+
+    def start_optimizer(self) -> None:
+        """No measurements of an optimizer's parameters yet."""
+        self._measurements: list[tuple[list[str], Tensor]] = []
         self._told = False
         self._layers: list[str] = []
         self._layer_of: list[int] = []
+        self._parameters: list[Tensor] = []
         self._index: dict[int, tuple[list[int], Tensor]] = {}
 
     @property
@@ -79,14 +96,14 @@ class MonitorGradients(GuardMember):
         """Compute the norms on the device, in the first step and every `every` steps."""
         if (step + 1) % self.every and step:
             return
-        if not self._layers:
+        if [*map(id, parameters)] != [*map(id, self._parameters)]:  # at first, and when others are trained
             self._group(parameters)
         grads = gradients.of(parameters)
         present = [layer for layer, p in zip(self._layer_of, parameters, strict=True) if gradients.of((p,))]
         norms = [self._norms(0, grads, present, parameters[0].device)]
         if self.weights:
             norms.append(self._norms(1, [p.detach() for p in parameters], self._layer_of, parameters[0].device))
-        self._measurements.append(torch.stack(norms))
+        self._measurements.append((self._layers, torch.stack(norms)))
 
     def on_outcome(self, outcome: Outcome) -> None:
         """After a non-finite step: name the parameters where its gradient is non-finite; of applied steps only once."""
@@ -95,7 +112,11 @@ class MonitorGradients(GuardMember):
         guard = self._guard
         if guard is None or guard.on_device:
             return
-        named = [(name, grad) for name, p in guard.module.named_parameters() for grad in gradients.of((p,))]
+        parameters = list(guard.module.named_parameters())
+        if not guard.module.automatic_optimization:  # other optimizers' gradients may be those of an earlier step
+            mine = {id(p) for p in parameters_of(guard.control.optimizer)}
+            parameters = [(name, p) for name, p in parameters if id(p) in mine]
+        named = [(name, grad) for name, p in parameters for grad in gradients.of((p,))]
         if not named:
             return
         norms = gradients.tensor_norms([grad for _, grad in named]).tolist()
@@ -113,19 +134,17 @@ class MonitorGradients(GuardMember):
 
     def metrics(self) -> dict[str, float]:
         """Means over the measurements since the last call, copied from the device in one transfer."""
-        measurements, self._measurements = self._measurements, []
-        worst, self._worst = self._worst, None
-        if not measurements:
-            return {} if worst is None else {"nonfinite_layers": float(worst)}
-        table: list[list[list[float]]] = torch.stack(measurements).tolist()
-        seen = max(sum(not math.isfinite(norm) for norm in each[0]) for each in table)
-        metrics = {"nonfinite_layers": float(max(seen, worst or 0))}
-        for row, what in enumerate(("grad_norm", "weight_norm")[: len(table[0])]):
-            for column, layer in enumerate(self._layers):
-                finite = [each[row][column] for each in table if math.isfinite(each[row][column])]
-                if finite:
-                    metrics[f"{what}/{layer}"] = math.fsum(finite) / len(finite)
-        return metrics
+        metrics: dict[str, float] = {}
+        worst = [] if self._worst is None else [self._worst]
+        self._worst = None
+        for _ in self.each_optimizer():
+            measurements, self._measurements = self._measurements, []
+            if measurements:
+                count, means = _means(measurements)
+                worst.append(count)
+                for key, mean in means.items():  # two optimizers may train parts of one layer
+                    metrics[key] = math.hypot(metrics.get(key, 0.0), mean)
+        return {"nonfinite_layers": float(max(worst)), **metrics} if worst else {}
 
     def _group(self, parameters: Sequence[Tensor]) -> None:
         assert self._guard is not None, "on_gradients is called by the guard"
@@ -136,6 +155,7 @@ class MonitorGradients(GuardMember):
         self._layers = list(dict.fromkeys(layer for _, layer in forward))
         at = {layer: i for i, layer in enumerate(self._layers)}
         self._layer_of = [at[layer] for layer in layers]
+        self._parameters = list(parameters)
 
     def _norms(self, row: int, tensors: Sequence[Tensor], layer_of: list[int], device: torch.device) -> Tensor:
         """The norm of each layer, in float64, in which the square of a float32 does not overflow."""
@@ -170,6 +190,21 @@ def layer_names(parameters: Sequence[str], depth: int | None) -> list[str]:
         shared = max(0, shared - 1)  # one module alone: it is the layer
     end = None if depth is None else shared + depth
     return [".".join(path[:end]) if len(path) > shared else name for name, path in zip(names, paths, strict=True)]
+
+
+def _means(measurements: list[tuple[list[str], Tensor]]) -> tuple[int, dict[str, float]]:
+    """The largest number of non-finite layers, and the means of the finite norms of each layer."""
+    values: list[float] = torch.cat([each.flatten() for _, each in measurements]).tolist()
+    seen, found = 0, dict[str, list[float]]()
+    for layers, norms in measurements:
+        rows = [values[i : i + len(layers)] for i in range(0, norms.numel(), len(layers))]
+        values = values[norms.numel() :]
+        seen = max(seen, sum(not math.isfinite(norm) for norm in rows[0]))
+        for what, row in zip(("grad_norm", "weight_norm"), rows, strict=False):
+            for layer, norm in zip(layers, row, strict=True):
+                if math.isfinite(norm):
+                    found.setdefault(f"{metric_names.LAYERS}{what}/{layer}", []).append(norm)
+    return seen, {key: math.fsum(norms) / len(norms) for key, norms in found.items()}
 
 
 def _levels(parameter: str) -> list[str]:

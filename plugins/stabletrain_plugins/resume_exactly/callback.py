@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
+import torch
 import torch.distributed as dist
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
@@ -15,16 +17,25 @@ from stabletrain.runtime import rng
 from stabletrain.runtime.accumulation import AccumulationWindow
 from stabletrain.runtime.data.position import LoaderState
 from stabletrain.runtime.data.train_loader import TrainLoader
+from stabletrain.runtime.guard.callbacks import GuardMember
+from stabletrain.runtime.hidden.hidden_state import HiddenState
+from stabletrain.runtime.hidden.plain import Unsaved, from_plain, to_plain
 from stabletrain.runtime.internals import loader as loader_internals
 from stabletrain.runtime.internals import trainer as trainer_internals
+from stabletrain.runtime.internals.fabric import refuse_in_fabric
+from stabletrain.runtime.internals.packages import Callback
 from stabletrain.runtime.plugin_state import names_its_plugin
+from stabletrain_plugins.resume_exactly.trained import Trained, check
 
 FastForward: TypeAlias = Literal["auto", "indices", "batches"]
+
+logger = logging.getLogger("stabletrain")
 
 _NAME = "resume_exactly"
 _OPT_OUT = "remove ResumeExactly (config key plugins.resume=none)"
 
 
+@refuse_in_fabric
 class ResumeExactly(Callback):
     """``Trainer.fit(ckpt_path=...)`` resumes at the right batch with the right random numbers.
 
@@ -50,7 +61,7 @@ class ResumeExactly(Callback):
     def __init__(self, fast_forward: FastForward = "auto") -> None:
         known = fast_forward in ("auto", "indices", "batches")
         expected = '"auto", "indices" or "batches"'
-        require(known, _NAME, "fast_forward", expected, fast_forward, "plugins.resume")
+        require(known, _NAME, "fast_forward", expected, fast_forward, "plugins.resume", "ResumeExactly")
         self.fast_forward: FastForward = fast_forward
         self._trainer: Trainer | None = None
         self._loader: TrainLoader | None = None
@@ -59,6 +70,11 @@ class ResumeExactly(Callback):
         self._final: dict[str, Any] | None = None  # the state of a fit that has ended, which may still be saved
         self._loaded = False
         self._warned_of_window = False
+        self._warned_of_hidden: set[str] = set()
+        self._hidden_is_known = False
+        self._saved_hidden: dict[str, Any] = {}
+        self._trained: Trained | None = None
+        self._saved_trained: dict[str, Any] | None = None
 
     @property
     def state_key(self) -> str:
@@ -72,14 +88,27 @@ class ResumeExactly(Callback):
         if stage != "fit":
             return
         self._close()
+        if trainer.precision_plugin.precision == "64-true":
+            # Lightning does this after it has loaded a checkpoint, whose numbers are rounded to float32 by then
+            trainer.precision_plugin.convert_module(pl_module)
         self._trainer, self._final, self._loaded = trainer, None, False
+        self._hidden, self._saved_hidden = HiddenState(trainer_internals.unwrapped(pl_module), False, True), {}
+        self._hidden_is_known = False
+        self._trained, self._saved_trained = None, None
         self._loader = TrainLoader.of(trainer)
         self._loader.record_positions(self.fast_forward, _NAME, _OPT_OUT)
         self._undo = [
             self._loader.close,
-            loader_internals.after_train_start(trainer, self._loader.on_loop_start),
+            loader_internals.after_train_start(trainer, self._on_loop_start),
             loader_internals.around_validation(trainer, self._stash_rng, self._restore_rng),
         ]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before the optimizers' states are loaded: give them the parameters that they had at the checkpoint."""
+        if self._loader is not None:
+            self._trained = Trained(trainer_internals.unwrapped(pl_module), trainer.optimizers)
+            if self._saved_trained is not None:
+                self._trained.restore_groups(self._saved_trained)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the loaders against the checkpoint."""
@@ -95,6 +124,24 @@ class ResumeExactly(Callback):
             rank_zero_warn(
                 f"{_NAME}: the checkpoint holds no state of ResumeExactly, so the epoch's data restart at the first "
                 "batch, with other random numbers. Checkpoints saved from now on resume exactly."
+            )
+
+    def _on_loop_start(self) -> None:
+        """After ``on_train_start`` of all callbacks and of the module."""
+        assert self._loader is not None
+        assert self._trainer is not None
+        self._loader.on_loop_start()
+        if self._trained is not None and self._saved_trained is not None:
+            self._trained.restore_flags(self._saved_trained)
+        self._hidden.stash()
+        self._hidden_is_known = True
+        device = self._trainer.strategy.root_device
+        unknown = self._hidden.put({path: from_plain(each, device) for path, each in self._saved_hidden.items()})
+        self._saved_hidden = {}
+        if unknown:
+            rank_zero_warn(
+                f"{_NAME}: the checkpoint holds hidden state of modules that this run does not have "
+                f"({', '.join(unknown[:4])}): it is not restored"
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -164,6 +211,12 @@ class ResumeExactly(Callback):
         mine = everyone[rank % len(everyone)]
         if mine["rng"] is not None:
             rng.check(mine["rng"])
+        if "trained" in mine:
+            self._saved_trained = check(mine["trained"])
+        if len(everyone) == size:
+            self._saved_hidden = dict(mine.get("hidden", {}))
+            for each in self._saved_hidden.values():
+                from_plain(each, torch.device("cpu"))  # raises an error now if it is something else
         try:
             positions = [LoaderState.from_plain(plain) for plain in mine["loaders"]]
         except (KeyError, TypeError):
@@ -186,12 +239,50 @@ class ResumeExactly(Callback):
                 "not saved, so the first step after resuming from it will differ. Save after a step."
             )
         state = self._training_rng if self._training_rng is not None else self._loader.run_rng
-        return {"rng": state, "loaders": [position.to_plain() for position in self._loader.positions()]}
+        positions = [position.to_plain() for position in self._loader.positions()]
+        own: dict[str, Any] = {"rng": state, "loaders": positions, "hidden": self._hidden_state()}
+        return own if self._trained is None else {**own, "trained": self._trained.state()}
+
+    def _hidden_state(self) -> dict[str, Any]:
+        """The tensors in attributes of modules, and in buffers that no state_dict holds, that training has changed."""
+        if not self._hidden_is_known:
+            return self._saved_hidden
+        found, unsaved = {}, []
+        assert self._trainer is not None
+        for path, value in self._hidden.values(changed=True).items():
+            if self._is_of_ended_epoch(value):
+                continue
+            try:
+                found[path] = to_plain(value)
+            except Unsaved:
+                unsaved.append(path)
+        if new := [path for path in unsaved if path not in self._warned_of_hidden]:
+            self._warned_of_hidden.update(new)
+            rank_zero_warn(
+                f"{_NAME}: {', '.join(new)} cannot be saved, so a resumed run starts without: expected tensors, and "
+                "tuples, lists and dictionaries of them. Register a buffer, or save it in on_save_checkpoint"
+            )
+        guarded = any(isinstance(each, GuardMember) for each in self._trainer.callbacks)  # type: ignore[attr-defined]
+        if not guarded and self._trainer.is_global_zero:  # else the guard says it
+            for message in self._hidden.news():
+                logger.warning(message)
+        return found
+
+    def _is_of_ended_epoch(self, value: Any) -> bool:
+        """Whether a list was collected over an epoch whose last batch is done, for a hook at the epoch's end.
+
+        Lightning does not call that hook in a fit that resumes here, so the list would stay in the next epoch.
+        """
+        assert self._trainer is not None
+        if not isinstance(value, list) or not loader_internals.epoch_is_over(self._trainer):
+            return False
+        return len(value) > 2 and 2 * len(value) >= self._trainer.num_training_batches
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles and copies do not include the running fit."""
         fit: dict[str, Any] = {"_trainer": None, "_loader": None, "_undo": [], "_training_rng": None, "_final": None}
-        return {**self.__dict__, **fit}
+        fit |= {"_trained": None, "_saved_trained": None, "_hidden_is_known": False, "_saved_hidden": {}}
+        return {key: value for key, value in {**self.__dict__, **fit}.items() if key != "_hidden"}
 
 
 def _refuse_own_state(loader: Any) -> None:

@@ -10,17 +10,18 @@ from typing import Any, NoReturn
 from lightning.pytorch import LightningModule, Trainer
 
 from stabletrain.core.events import Event, Request, RequestKind
+from stabletrain.core.metric_names import MetricInfo
 from stabletrain.core.outcome import Outcome
+from stabletrain.core.spikes import SPIKE_SCORE
 from stabletrain.runtime.data.train_loader import TrainLoader
 from stabletrain.runtime.guard.callbacks import RuleCallback
 from stabletrain.runtime.guard.step_guard import StepGuard
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.records import diagnosis, run_files
-from stabletrain.runtime.records.event_log import logger
-from stabletrain.runtime.run_length import run_length
 from stabletrain.runtime.snapshots.snapshot import Snapshot
 from stabletrain.runtime.snapshots.state_tree import SnapshotError
 from stabletrain.runtime.stop import TrainingStopped
+from stabletrain.settings import worded
 from stabletrain_plugins.rollback import acceptance, memory, new_level, restoring
 from stabletrain_plugins.rollback.acceptance import Accepting, Place, Verdict
 from stabletrain_plugins.rollback.checkpoint_state import RollbackState
@@ -36,6 +37,12 @@ from stabletrain_plugins.rollback.rollback_rule import RollbackRule
 from stabletrain_plugins.rollback.snapshot_ring import SnapshotRing
 from stabletrain_plugins.rollback.weight_check import WeightCheck
 from stabletrain_plugins.rollback.weight_monitor import WeightHistory, WeightMonitor, WeightProblem
+
+METRICS = (
+    MetricInfo("stability/rollbacks", "rollbacks", "made since the run began"),
+    MetricInfo("stability/batches_excluded", "batches", "that are excluded from training"),
+    SPIKE_SCORE,
+)
 
 _SUSPICIOUS_STEPS = 2
 """Unhealthy steps in a row after which the weights are checked out of turn. A single one may be a rare batch, which
@@ -119,10 +126,9 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
             self._log.record_resume(guard.counters.attempted, (*self._interventions, *self._levels))
         if excluded := self.excluded:
             loader.exclude(excluded)
-        self._weights = WeightMonitor(WeightCheck(named, self.max_growth), self.check_every, self._weight_history)
+        check = WeightCheck(guard.module.named_parameters, self.max_growth)
+        self._weights = WeightMonitor(check, self.check_every, self._weight_history)
         self._incidents.on_step_end(guard.decided, trainer.global_step, loader.mark())
-        if trainer.is_global_zero and (warning := self.interval_warning(run_length(trainer).total_steps)):
-            logger.warning(warning)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget data positions in a replaced train loader (``reload_dataloaders_every_n_epochs``)."""
@@ -250,6 +256,8 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
         guard, loader = self._guard_and_loader()
         guard.settle()
         level = new_level.level_of(self._incidents, self.state, guard.counters.attempted, weights)
+        if self._several:
+            level = None  # no loss asks for a rollback then, so none is a level that may be meant
         if level is not None:
             verdict = new_level.verdict(self, level, self._accepting, self._interventions)
             if verdict is Verdict.ACCEPT:
@@ -332,7 +340,7 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
             message = f"{reason}. Diagnosis: {folder}"
         guard.report(Event(step - 1, self.label, "stop", float(self.rollbacks), float(self.max_rollbacks), reason))
         guard.flush()
-        raise TrainingStopped(self.label, message)
+        raise TrainingStopped(self.label, worded(message))
 
     def _replay_step(self, replay: InterventionReplay, request: Request | None) -> None:
         """Make the intervention of the log that is due, if there is one; requests are not executed."""

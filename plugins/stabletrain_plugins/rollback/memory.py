@@ -88,7 +88,7 @@ class MemoryPlan(NamedTuple):
             f"rollback: {self} take {shown(self.memory)} of memory on each rank, more {than}. Use fewer snapshots "
             "(plugins.spike.keep), take them more often, so that fewer batches are kept in memory "
             f"(plugins.spike.every), put them on disk (plugins.spike.spill=<folder>){raising}, or train without "
-            'rollback (plugins/spike=detect, or default_callbacks(spike="detect"))'
+            "rollback (plugins/spike=detect)"
         )
 
 

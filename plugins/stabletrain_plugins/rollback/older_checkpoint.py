@@ -6,6 +6,7 @@ checkpoint. The data position and the random number generators stay as they are.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from stabletrain.runtime.guard.callbacks import RuleCallback
 from stabletrain.runtime.guard.step_guard import StepGuard
 from stabletrain.runtime.internals import state as state_internals
 from stabletrain.runtime.internals import trainer as trainer_internals
+from stabletrain.runtime.internals.packages import both
 from stabletrain.runtime.records.event_log import logger
 
 
@@ -79,7 +81,7 @@ def _candidates(trainer: Trainer) -> Iterator[Path]:
     """Checkpoints of this run, newest first."""
     seen: set[Path] = set()
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if not isinstance(callback, Checkpoint):
+        if not isinstance(callback, both(Checkpoint)):
             continue
         if callable(wait := getattr(callback, "wait", None)):
             wait()  # when a write in progress ends, an older checkpoint is deleted: it could be the one chosen here
@@ -119,7 +121,7 @@ def restore(guard: StepGuard, path: str, cause: str) -> None:
     trainer, module = guard.trainer, guard.module
     checkpoint = load(path)
     module.on_load_checkpoint(checkpoint)
-    averaging = [each for each in trainer.callbacks if isinstance(each, WeightAveraging)]  # type: ignore[attr-defined]
+    averaging = [each for each in trainer.callbacks if isinstance(each, both(WeightAveraging))]  # type: ignore[attr-defined]
     trainer.strategy.load_model_state_dict(checkpoint, strict=module.strict_loading)
     for callback in averaging:
         callback.on_load_checkpoint(trainer, module, checkpoint)
@@ -131,7 +133,8 @@ def restore(guard: StepGuard, path: str, cause: str) -> None:
     if state := checkpoint.get(type(precision).__qualname__):
         precision.load_state_dict(state)
     state_internals.set_global_step(trainer, checkpoint["global_step"])
-    trainer.optimizers[0].zero_grad()
+    for optimizer in trainer.optimizers:
+        optimizer.zero_grad()
     saved = checkpoint.get("callbacks", {})
     guard.after_restore(next((saved[m.state_key] for m in guard.members if saved.get(m.state_key)), {}))
     own = guard.state_dict()
@@ -140,4 +143,4 @@ def restore(guard: StepGuard, path: str, cause: str) -> None:
         if state:
             member.load_state_dict({**state, **own})
         if isinstance(member, RuleCallback):
-            member.state = member.rule.rebase(member.state, cause)
+            member.change_states(functools.partial(member.rule.rebase, cause=cause))

@@ -35,7 +35,7 @@ def restore(intervention: Intervention, snapshot: Snapshot | None, guard: StepGu
     if intervention.baselines == "reset":
         for member in guard.members:
             if isinstance(member, RuleCallback):
-                member.state = member.rule.init()
+                member.states = [member.rule.init() for _ in member.states]
 
 
 def _restore_snapshot(snapshot: Snapshot, intervention: Intervention, guard: StepGuard, loader: TrainLoader) -> None:

@@ -69,7 +69,7 @@ class RollbackRule(SpikeDetection):
         regime_after: steps after which a raised gradient norm is a new level, 2 to ``window``.
         min_sigma_norm: floor of the norm's standard deviation, in nats of its logarithm, > 0.
         min_sigma_loss: floor of the loss's standard deviation, as a share of its median, >= 0.
-        score_window: steps over which the metric ``spike_score`` is computed, >= 1.
+        score_window: steps over which the metric ``stability/spike_score`` is computed, >= 1.
         expect: positions at which the training changes by design, such as ``[600, "3ep"]``: from there all rules learn
             their baselines anew. Applied steps, epochs or percent of the run, above 0; None: none.
         name: name in events, metrics and checkpoints.
@@ -128,21 +128,8 @@ class RollbackRule(SpikeDetection):
         self.require(self.on_slow_rise in ("report", "rollback"), "on_slow_rise", '"report" or "rollback"')
         self.require(self.spill is None or bool(str(self.spill).strip()), "spill", "a folder, or null")
         if self.max_memory is not None:
-            parse(self.max_memory, name=f"plugins.{self.slot}.max_memory")
+            parse(self.max_memory, name=self.setting("max_memory"))
 
     def requests_rollback_of_slow_rise(self) -> bool:
         """Whether a slow rise requests a rollback."""
         return self.on_slow_rise == "rollback"
-
-    def interval_warning(self, total_steps: int | None) -> str | None:
-        """A warning if the run is shorter than ``every``; else None.
-
-        Args:
-            total_steps: length of the run in applied steps; None: unknown.
-        """
-        if total_steps is None or self.every <= total_steps:
-            return None
-        return (
-            f"rollback: every={self.every} is more than the {total_steps} steps of this run: snapshots are taken after "
-            "1, 2, 4, 8, ... steps only. Choose a smaller plugins.spike.every"
-        )

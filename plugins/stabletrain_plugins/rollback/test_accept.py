@@ -105,7 +105,7 @@ def test_never_to_accept_is_the_ladder(tmp_path: Path, accept: int | None) -> No
 
 def test_accept_is_at_least_one_step() -> None:
     """Bug: zero, meant as "never", accepts at once."""
-    message = r"accept must be >= 1, or null: accept no new level, got 0 \(config key plugins\.spike\.accept\)"
+    message = r"accept must be >= 1, or null: accept no new level, got 0 \(Rollback\(accept=\.\.\.\)\)"
     with pytest.raises(UserError, match=message):
         st.Rollback(**{**QUICK, "accept": 0})
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from stabletrain.runtime import gradients
 from stabletrain.runtime.snapshots.buffers import plain_tensors
 
 
@@ -20,9 +20,11 @@ class WeightCheck:
     others.
 
     Args:
-        parameters: names and parameters; of sharded ones, this rank's part is checked.
+        parameters: names and parameters, or a function that returns them now: modules may be added during training. Of
+            sharded ones, this rank's part is checked.
         max_growth: largest healthy factor, > 1.
 
+    >>> import torch
     >>> weights = [torch.ones(4), torch.zeros(4)]
     >>> check = WeightCheck(zip("ab", weights), max_growth=10.0)
     >>> then = check.norms()
@@ -33,12 +35,34 @@ class WeightCheck:
     'the norm of b went from 0 to 100.1, more than 10 times the usual size of the weights'
     """
 
-    def __init__(self, parameters: Iterable[tuple[str, Tensor]], max_growth: float) -> None:
-        known = [(name, p, _float_tensors(p)) for name, p in parameters]
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, Tensor]] | Callable[[], Iterable[tuple[str, Tensor]]],
+        max_growth: float,
+    ) -> None:
+        if not callable(parameters):
+            known = list(parameters)
+            parameters = lambda: known  # noqa: E731
+        self._read = parameters
+        self._max_growth = max_growth
+        self._trained: list[bool] = []
+        self._names: list[str] = []
+        self._sizes: list[int] = []
+        self.refresh()
+
+    def refresh(self) -> tuple[bool, bool]:
+        """Read the parameters anew.
+
+        Returns:
+            Whether the norms are those of other tensors than before, and whether other parameters are trained.
+        """
+        known = [(name, p, _float_tensors(p)) for name, p in self._read()]
+        before = (self._names, self._sizes), self._trained
         self._parameters = [p for _, p, tensors in known if tensors]
         self._names = [name for name, _, tensors in known for _ in tensors]
         self._sizes = [tensor.numel() for _, _, tensors in known for tensor in tensors]
-        self._max_growth = max_growth
+        self._trained = [p.requires_grad for _, p, _ in known]
+        return (self._names, self._sizes) != before[0], self._trained != before[1]
 
     def can_compare(self, norms: Sequence[float]) -> bool:
         """Whether norms from a checkpoint can be compared: never with shards, since it contains rank 0's norms only."""
@@ -49,9 +73,7 @@ class WeightCheck:
         tensors = [tensor for parameter in self._parameters for tensor in _float_tensors(parameter)]
         if not tensors:
             return ()
-        norms = torch._foreach_norm(tensors, 2, dtype=torch.float32)
-        device = norms[0].device
-        return tuple(torch.stack([n if n.device == device else n.to(device) for n in norms]).tolist())
+        return tuple(gradients.tensor_norms(tensors).tolist())
 
     def problem(self, now: Sequence[float], then: Sequence[float]) -> str | None:
         """The damage, in one sentence; None if there is none.
@@ -76,4 +98,7 @@ class WeightCheck:
 
 
 def _float_tensors(parameter: Tensor) -> list[Tensor]:
-    return [each for each in plain_tensors((parameter,)) if each.is_floating_point() and each.numel()]
+    """The plain tensors of real or complex numbers; 8-bit floats, of which torch computes no norm, as float32."""
+    plain = [each for each in plain_tensors((parameter,)) if each.numel()]
+    numbers = [each for each in plain if each.is_floating_point() or each.is_complex()]
+    return [each.float() if each.element_size() == 1 else each for each in numbers]

@@ -93,6 +93,12 @@ class WeightMonitor:
         due = step // self._every != (last.step if last else 0) // self._every
         if not (due or unhealthy):
             return None
+        others, retrained = self._check.refresh()
+        if others:
+            self.forget_norms()
+        if retrained:
+            self.forget_speeds()
+        last, _, speeds = self.history
         now = WeightSample(step, self._check.norms(), lr_factor * _largest_lr(trainer))
         damage = self._check.problem(now.norms, last.norms if last else ())
         problem = None if damage is None else WeightProblem(damage, True, last.step if last else 0)

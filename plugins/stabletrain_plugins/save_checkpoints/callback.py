@@ -9,11 +9,11 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, cast
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
 
+from stabletrain.core import metric_names
 from stabletrain.core.intervals import SaveTriggers
 from stabletrain.core.lengths import LengthLike
 from stabletrain.errors import UserError, require
@@ -25,6 +25,8 @@ from stabletrain.runtime.checkpoints.preemption import EXIT_CODE, PreemptionWatc
 from stabletrain.runtime.checkpoints.saver import Saver
 from stabletrain.runtime.checkpoints.store import MetricMode, Retention, Store
 from stabletrain.runtime.internals import trainer as trainer_internals
+from stabletrain.runtime.internals.fabric import refuse_in_fabric
+from stabletrain.runtime.internals.packages import Checkpoint
 from stabletrain.runtime.plugin_state import names_its_plugin
 from stabletrain.runtime.ranks import Ranks
 from stabletrain.runtime.records import run_files
@@ -32,12 +34,16 @@ from stabletrain.runtime.records.recipe import recipe_hash
 from stabletrain.runtime.run_length import run_length
 from stabletrain.runtime.signal_watch import Terminated
 
+if TYPE_CHECKING:
+    from stabletrain.runtime.internals.packages import AnyTrainer
+
 logger = logging.getLogger("stabletrain")
 
 _EVERY = "save_checkpoints.every"
 """Name of the argument ``every`` in messages."""
 
 
+@refuse_in_fabric
 class SaveCheckpoints(StopBetweenBatches, Checkpoint):
     """Save checkpoints that are complete or absent, verified when they are read, and written while training continues.
 
@@ -83,7 +89,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
             (mode in ("min", "max"), "mode", '"min" or "max"', mode),
             (finite, "tokens_per_step", "> 0 and finite, or null", tokens_per_step),
         ):
-            require(ok, self.plugin, argument, expected, got, f"plugins.{self.slot}")
+            require(ok, self.plugin, argument, expected, got, f"plugins.{self.slot}", type(self).__name__)
         self.folder, self.every, self.keep_last = folder, every, keep_last
         self.monitor, self.mode = monitor, mode
         self.tokens_per_step, self.background, self.on_sigterm = tokens_per_step, background, on_sigterm
@@ -117,7 +123,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         best = None if self._saver is None else self._saver.best(self._run)
         return str(best.path) if best else self.last or ""
 
-    def save(self, trainer: Trainer, *, wait: bool = False, value: float | None = None) -> Path | None:
+    def save(self, trainer: AnyTrainer, *, wait: bool = False, value: float | None = None) -> Path | None:
         """Save a checkpoint now. Call it on all ranks, between batches.
 
         If the checkpoint cannot be written, a warning is logged and training continues.
@@ -130,6 +136,9 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         Returns:
             The newest complete checkpoint, on rank 0 with ``wait``; else None.
         """
+        return self._save(cast(Trainer, trainer), wait, value)
+
+    def _save(self, trainer: Trainer, wait: bool, value: float | None) -> Path | None:
         checkpoint = trainer_internals.dump_checkpoint(trainer)
         self._saved_at = _position(trainer)
         self._triggers.saved(time.monotonic())
@@ -235,13 +244,14 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         """Save if the monitored metric has its best value so far."""
         if not self._active or self.monitor is None or trainer.sanity_checking:
             return
-        if self.monitor not in trainer.callback_metrics:
+        metric = metric_names.find(self.monitor, trainer.callback_metrics)
+        if metric is None:
             known = ", ".join(sorted(trainer.callback_metrics)) or "none"
             raise UserError(
                 f"save_checkpoints: monitor must be a metric that is logged until the end of validation, got "
                 f"{self.monitor!r}; there are: {known} (config key plugins.checkpoints.monitor)"
             )
-        value = float(trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor])))
+        value = float(trainer.strategy.broadcast(float(trainer.callback_metrics[metric])))
         is_best = self._saver is not None and self._saver.is_best(self._run, value)
         if trainer.strategy.broadcast(is_best):
             self.save(trainer, value=value)

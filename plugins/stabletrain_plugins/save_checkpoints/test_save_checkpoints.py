@@ -257,7 +257,7 @@ def test_fast_dev_run_writes_nothing(tmp_path: Path) -> None:
     ("options", "word"),
     [
         ({"keep_last": 0}, "keep_last"),
-        ({"mode": "best"}, r"got .best. \(config key plugins\.checkpoints\.mode\)"),
+        ({"mode": "best"}, r"got .best. \(SaveCheckpoints\(mode=\.\.\.\)\)"),
         ({"tokens_per_step": 0}, "tokens_per_step"),
         ({"every": "soon"}, "every"),
         ({"every": 0}, "every"),

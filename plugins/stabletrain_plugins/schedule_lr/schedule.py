@@ -19,12 +19,17 @@ from stabletrain.core.outcome import Outcome
 from stabletrain.core.schedule import Schedule
 from stabletrain.errors import UserError
 from stabletrain.runtime.guard.callbacks import GuardMember
+from stabletrain.runtime.guard.given_twice import attach
+from stabletrain.runtime.guard.metrics import LEARNING_RATE
+from stabletrain.runtime.guard.publishing import publish
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.run_length import run_length
 from stabletrain_plugins.schedule_lr.plot import draw
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+METRICS = (LEARNING_RATE,)
 
 logger = logging.getLogger("stabletrain")
 _SET_RATES = ("StochasticWeightAveraging", "BackboneFinetuning")
@@ -43,10 +48,12 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
     _undo: Callable[[], None] | None = None
     _written: list[list[float]] | None = None
     _told_of_others = False
+    _said = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._bases: list[list[float]] = []
+        self._bases: list[_Bases] = []  # of each optimizer
+        self._saved_bases: list[list[float]] = []
 
     def factor(self, step: int) -> float:
         """The learning rate as a share of the base rate, in the current or last run.
@@ -79,16 +86,17 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
         known = self.horizon(run).total_steps
         if known is None:
             raise UserError("schedule: plot(steps=...) needs the length of the run, in applied steps")
-        return draw(curve, known, self._bases[0][0] if self._bases else None, self.kind, path)
+        return draw(curve, known, self._bases[0].first if self._bases else None, self.kind, path)
 
     # ---- in a Trainer -----------------------------------------------------------------------------------------------
 
     def reset(self) -> None:
         """Forget the position of an earlier run."""
-        self._step, self._saved = 0, None
+        self._step, self._saved, self._saved_bases = 0, None, []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Join the guard if other plugins use one; a schedule alone needs none."""
+        attach(self)
         if stage != "fit":
             return
         self._curve, self._logged, self._written, self._told_of_others = None, -1, None, False
@@ -110,11 +118,18 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
         strategy, configs = trainer.strategy, list(trainer.strategy.lr_scheduler_configs)
         names = ", ".join(type(config.scheduler).__name__ for config in configs)
         self._bases = []
+        if configs and not trainer.lightning_module.automatic_optimization:
+            raise UserError(
+                f"ScheduleLR: {type(trainer.lightning_module).__name__} steps its own scheduler ({names}) by hand, and "
+                "both would set the learning rate. Return no scheduler from configure_optimizers, or remove ScheduleLR "
+                "(config key schedule=none)"
+            )
         if configs:
             keep = "to keep it, remove ScheduleLR (config key schedule=none)"
             self._warn(trainer, f"ScheduleLR replaces the module's own scheduler ({names}) for this run; {keep}")
         strategy.lr_scheduler_configs = []
-        self._bases = [[_base_rate(group) for group in each.param_groups] for each in trainer.optimizers]
+        self._bases = [_Bases(each.param_groups) for each in trainer.optimizers]
+        self._said = bool(configs)
 
         def undo() -> None:
             strategy.lr_scheduler_configs = configs
@@ -141,11 +156,12 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
                     f"the schedule differs from the checkpoint's (another total, or other arguments): at step {step} "
                     f"the learning rate was {factor:.4g} of the base rate, now it is {self.factor(step):.4g}",
                 )
-        if trainer.is_global_zero:
-            logger.info("ScheduleLR sets the learning rate before every step (schedule=%s)", self.kind)
         if others := _callbacks_that_set_rates(trainer):
             self._say_that_others_are_overwritten(trainer, f"those of {', '.join(others)}")
+        elif trainer.is_global_zero and not self._said:
+            logger.info("ScheduleLR sets the learning rate before every step (schedule=%s)", self.kind)
         self._set(trainer)
+        self._saved_bases = []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Without a guard: set the learning rate of this step."""
@@ -175,11 +191,8 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
         due = (attempted + 1) % trainer_internals.log_interval(trainer) == 0 and attempted != self._logged
         if due:
             self._logged = attempted
-            metrics = {"lr": float(self._used)} if self._used is not None else {}
-            trainer_internals.publish_metrics(trainer, metrics, {})
-            if trainer.is_global_zero:
-                for each in trainer.loggers:
-                    each.log_metrics(metrics, step=attempted)
+            if self._used is not None:
+                publish(trainer, {"lr": float(self._used)}, {})
         self._set(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -195,7 +208,7 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
     def state_dict(self) -> dict[str, Any]:
         """The position and its factor, to detect another schedule after a resume."""
         factor = self.factor(self._step) if self._curve else None
-        return {**super().state_dict(), "step": self._step, "factor": factor}
+        return {**super().state_dict(), "step": self._step, "factor": factor, "bases": self._in_order}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
@@ -203,14 +216,27 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
         step, factor = state_dict["step"], state_dict["factor"]
         if type(step) is not int or not isinstance(factor, float | int | None):
             raise TypeError("step must be a whole number and factor a number or None")
+        bases = state_dict.get("bases", [])
+        if not all(type(base) is float for each in bases for base in each):
+            raise TypeError("bases must be numbers")
         self._saved = None if factor is None else (step, factor)
+        self._saved_bases = bases if self._curve is None else []  # at a resume; after a rollback they are known
         self._written = None  # a rollback has restored the rates of another step
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles and copies do not include the running fit."""
-        return {**super().__getstate__(), "_undo": None}
+        return {**super().__getstate__(), "_undo": None, "_bases": []}
 
     # ---- helpers ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _in_order(self) -> list[list[float]]:
+        """The base rates, in the order of the optimizers' groups."""
+        trainer = None if self._fitted is None else self._fitted()
+        if trainer is None or self._curve is None or self._undo is None:
+            return self._saved_bases
+        pairs = zip(trainer.optimizers, self._bases, strict=False)
+        return [bases.of(each.param_groups) for each, bases in pairs]
 
     def _set(self, trainer: Trainer) -> None:
         if self._curve is not None:
@@ -237,9 +263,9 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
         )
 
     def _write(self, trainer: Trainer, factor: float) -> None:
-        for optimizer, bases in zip(trainer.optimizers, self._bases, strict=False):
-            bases += [_base_rate(group) for group in optimizer.param_groups[len(bases) :]]
-            for group, base in zip(optimizer.param_groups, bases, strict=True):
+        for i, (optimizer, bases) in enumerate(zip(trainer.optimizers, self._bases, strict=False)):
+            saved = self._saved_bases[i] if i < len(self._saved_bases) else []
+            for group, base in zip(optimizer.param_groups, bases.of(optimizer.param_groups, saved), strict=True):
                 if isinstance(group["lr"], Tensor):
                     group["lr"].fill_(base * factor)
                 else:
@@ -247,8 +273,11 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
 
     def _restore(self) -> None:
         if self._undo is not None:
+            self._saved_bases = self._in_order  # a checkpoint may still be saved
             self._undo()
             self._undo = None
+            for each in self._bases:
+                each.release()
 
     def _long_enough(self, trainer: Trainer, run: RunLength) -> RunLength:
         """The length of the run; for `fast_dev_run` long enough for ``lr_warmup`` and ``decay``."""
@@ -259,6 +288,45 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
     def _warn(self, trainer: Trainer, message: str) -> None:
         if trainer.is_global_zero:
             logger.warning(message)
+
+
+class _Bases:
+    """The base rates of an optimizer's parameter groups, which may come and go.
+
+    Args:
+        groups: at the beginning.
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
+        self._known = [(group, _base_rate(group)) for group in groups]
+        self.first = self._known[0][1] if self._known else math.nan
+        """That of the first group, for a plot."""
+
+    def of(self, groups: Sequence[dict[str, Any]], saved: Sequence[float] = ()) -> list[float]:
+        """The base rates of the groups now.
+
+        Args:
+            groups: of the optimizer.
+            saved: from a checkpoint, for groups that its run had added; of another group the rate now is the base.
+        """
+        known = {id(group): base for group, base in self._known}
+        if all(id(group) in known for group in groups):
+            return [known[id(group)] for group in groups]
+        by_parameter: dict[Tensor | None, float] = {}
+        if not any(id(group) in known for group in groups):  # a checkpoint was loaded: all are other dictionaries
+            by_parameter = {p: base for group, base in self._known for p in group["params"]}
+            self._known = []
+        for i, group in enumerate(groups):
+            if id(group) not in known:
+                base = by_parameter.get(next(iter(group["params"]), None))
+                if base is None:
+                    base = saved[i] if i < len(saved) else _base_rate(group)
+                self._known.append((group, base))
+        return self.of(groups)
+
+    def release(self) -> None:
+        """Keep no parameters alive."""
+        self._known = []
 
 
 def _base_rate(group: dict[str, Any]) -> float:

@@ -120,6 +120,7 @@ class SkipOutliersRule(Rule[OutlierState]):
 
     plugin = "skip_outliers"
     slot = "outliers"
+    compares_loss = True
 
     sigmas: float = 6.0
     tolerance: float = 1.0

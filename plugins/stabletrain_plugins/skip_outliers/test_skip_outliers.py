@@ -417,9 +417,7 @@ def test_the_preset_has_the_published_defaults() -> None:
 
 def test_the_preset_with_too_few_steps_for_a_new_level_names_its_own_argument() -> None:
     """Bug: an error about ``regime_after``, which the preset does not have."""
-    message = (
-        r"^skip_outliers: max_in_a_row must be > regime_after=2, got 2 \(config key plugins.outliers.max_in_a_row\)"
-    )
+    message = r"^skip_outliers: max_in_a_row must be > regime_after=2, got 2 \(SkipOutliers\(max_in_a_row=\.\.\.\)\)"
     with pytest.raises(UserError, match=message):
         SkipOutliersRule.olmo(keep_outliers=False, max_in_a_row=2)
     assert SkipOutliersRule.olmo(keep_outliers=False, max_in_a_row=3).regime_after == 2

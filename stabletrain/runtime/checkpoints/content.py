@@ -9,7 +9,6 @@ from typing import Any, NoReturn
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.migration.utils import migrate_checkpoint
 from packaging.version import InvalidVersion, Version
 from torch import Tensor
@@ -41,7 +40,7 @@ def check_content(checkpoint: dict[str, Any], trainer: Trainer) -> None:
     """
     _require_version(checkpoint)
     _check_weights(checkpoint.get("state_dict"), trainer.lightning_module)
-    is_fit = trainer.state.fn == TrainerFn.FITTING
+    is_fit = trainer.state.fn == "fit"
     for key in ("epoch", "global_step"):
         if is_fit or key in checkpoint:
             _require_count(key, checkpoint.get(key))

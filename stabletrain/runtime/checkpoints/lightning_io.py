@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
@@ -16,6 +15,7 @@ from stabletrain.runtime.checkpoints.errors import CheckpointError
 from stabletrain.runtime.checkpoints.loading import is_ours, load_good, read
 from stabletrain.runtime.checkpoints.single_file import load_file
 from stabletrain.runtime.internals import trainer as trainer_internals
+from stabletrain.runtime.internals.packages import CheckpointIO, both
 from stabletrain.runtime.plugin_state import FOREIGN_STATE
 
 
@@ -121,7 +121,7 @@ class VerifiedIO(CheckpointIO):
 
 def _is_torchs(inner: CheckpointIO) -> bool:
     """Whether a CheckpointIO reads files of ``torch.save``; some wrap another one."""
-    return isinstance(getattr(inner, "checkpoint_io", inner), TorchCheckpointIO)
+    return isinstance(getattr(inner, "checkpoint_io", inner), both(TorchCheckpointIO))
 
 
 def _explain(what: str, restore: Callable[[], None]) -> None:

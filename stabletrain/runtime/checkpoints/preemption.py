@@ -8,11 +8,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any, ClassVar, NoReturn
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 
 from stabletrain.runtime.accumulation import AccumulationWindow
 from stabletrain.runtime.internals import trainer as trainer_internals
+from stabletrain.runtime.internals.packages import Callback
 from stabletrain.runtime.ranks import Ranks
 from stabletrain.runtime.signal_watch import Interrupted, SignalWatch, Terminated
 

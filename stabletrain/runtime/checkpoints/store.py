@@ -24,6 +24,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from stabletrain.core.metric_names import new_name
 from stabletrain.runtime.checkpoints import durable, tensor_file
 from stabletrain.runtime.checkpoints.errors import CheckpointError
 from stabletrain.runtime.checkpoints.fields import require_few_values
@@ -141,9 +142,14 @@ class Store:
 
     def best(self, entries: Iterable[Entry]) -> Entry | None:
         """The best of some checkpoints by the monitored metric; of equal ones the first."""
-        scored = [(e.manifest.info.value, e) for e in entries if e.manifest.info.metric == self.retention.metric]
+        metric = self.retention.metric
+        scored = [
+            (e.manifest.info.value, e)
+            for e in entries
+            if metric is not None and new_name(e.manifest.info.metric or "") == new_name(metric)
+        ]
         known = [(value, entry) for value, entry in scored if value is not None]
-        if self.retention.metric is None or not known:
+        if not known:
             return None
         choose = min if self.retention.mode == "min" else max
         return choose(known, key=lambda each: each[0])[1]

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import Trainer
+from typing import TYPE_CHECKING, cast
 
 from stabletrain.errors import UserError
 from stabletrain.runtime.guard.callbacks import GuardMember
 
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
-def announce(trainer: Trainer, reason: str) -> None:
+    from stabletrain.runtime.internals.packages import AnyTrainer
+
+
+def announce(trainer: AnyTrainer, reason: str) -> None:
     """Announce that the training changes by design, such as a second loss term or other data.
 
     From the step in which it is called, all plugins learn their baselines anew, as at the start of training, and judge
@@ -35,14 +40,14 @@ def announce(trainer: Trainer, reason: str) -> None:
     if state is None or not isinstance(reason, str) or not reason.strip():
         got = f"({type(trainer).__name__}, {reason!r})"
         raise UserError(f'announce: expected a Trainer and what changes, as (trainer, "second loss term"), got {got}')
-    # not isinstance(trainer, Trainer): a Trainer of pytorch_lightning has no plugins of ours, and is a Trainer too
     if state.fn != "fit" or state.status != "running":
         raise UserError(
             f"announce: {reason!r} was announced outside a fit (Trainer.{state.fn or 'fit'}: {state.status}); expected "
             "a call while the Trainer trains. Call it in training_step or a hook from on_train_start on"
         )
-    members = [each for each in trainer.callbacks if isinstance(each, GuardMember)]  # type: ignore[attr-defined]
-    if members and not members[0].announce(trainer, reason):
+    mine = cast("Trainer", trainer)
+    members = [each for each in mine.callbacks if isinstance(each, GuardMember)]  # type: ignore[attr-defined]
+    if members and not members[0].announce(mine, reason):
         raise UserError(
             f"announce: {reason!r} was announced before or after training; expected a call while the Trainer trains. "
             "Call it in training_step or a hook from on_train_start on"

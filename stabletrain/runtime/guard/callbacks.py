@@ -9,28 +9,40 @@ from __future__ import annotations
 import functools
 import typing
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from stabletrain import settings
 from stabletrain.core.lengths import Length
 from stabletrain.core.outcome import Outcome
 from stabletrain.core.plugin import Plugin
 from stabletrain.core.positions import resolve
 from stabletrain.core.rule import Rule
 from stabletrain.core.state import from_plain, to_plain
+from stabletrain.errors import UserError
+from stabletrain.runtime.guard.given_twice import attach, check_slots, given_once
+from stabletrain.runtime.guard.hidden_fields import HiddenFields
+from stabletrain.runtime.guard.per_optimizer import PerOptimizer
+from stabletrain.runtime.guard.publishing import warn_of_old_names
 from stabletrain.runtime.guard.step_guard import StepGuard
 from stabletrain.runtime.internals import trainer as trainer_internals
+from stabletrain.runtime.internals.fabric import refuse_in_fabric
+from stabletrain.runtime.internals.packages import Callback
 from stabletrain.runtime.plugin_state import names_its_plugin
 from stabletrain.runtime.run_length import run_length
+from stabletrain.runtime.stop import TrainingStopped
+
+T = typing.TypeVar("T")
 
 
-class GuardMember(Callback):
+@refuse_in_fabric
+class GuardMember(Callback, metaclass=HiddenFields):
     """A callback that shares one guard with all others of its Trainer: the base class of every plugin.
 
     The members are found in ``trainer.callbacks``; there is no other registry. In ``setup`` the first member of the
@@ -41,7 +53,14 @@ class GuardMember(Callback):
     sets_limits: ClassVar[bool] = False
     transforms_gradients: ClassVar[bool] = False
 
+    chosen_by_default: bool = False
+    """Whether ``default_callbacks`` has chosen it, and not the user."""
+    per_optimizer: ClassVar[tuple[str, ...]] = ()
+    """Attributes of which each optimizer has its own value, if the module has several; see `start_optimizer`."""
+
     _guard: StepGuard | None = None
+    _optimizers: PerOptimizer | None = None
+    _optimizer_names: Sequence[str] = ("",)
     _leads: bool = False
     _fitted: weakref.ref[Trainer] | None = None
     _loaded: bool = False
@@ -50,11 +69,21 @@ class GuardMember(Callback):
         super().__init_subclass__(**kwargs)
         if "load_state_dict" in cls.__dict__:  # a checkpoint may hold anything as its state
             cls.load_state_dict = names_its_plugin(cls.load_state_dict)  # type: ignore[method-assign]
+        if isinstance(key := cls.__dict__.get("state_key"), property) and key.fget is not None:
+            cls.state_key = given_once(key.fget)  # type: ignore[method-assign]
+
+    @given_once
+    def state_key(self) -> str:
+        """The key of this callback's state in a checkpoint."""
+        return super().state_key
 
     # ---- what subclasses override -----------------------------------------------------------------------------------
 
     def reset(self) -> None:
         """Clear the history; called when a fit starts with another Trainer than the last one."""
+
+    def start_optimizer(self) -> None:
+        """Set the attributes of ``per_optimizer`` to their values before the first step."""
 
     def on_optimizer_ready(self, trainer: Trainer) -> None:
         """Called once per fit, when the optimizer exists and before the guard reads it; a schedule takes over here."""
@@ -77,7 +106,10 @@ class GuardMember(Callback):
         """
 
     def metrics(self) -> dict[str, float]:
-        """Metrics for the loggers, in addition to the guard's; called at each flush."""
+        """Metrics for the loggers, in addition to the guard's; called at each flush.
+
+        They are logged as ``stability/<name>``; a name that begins so stays as it is.
+        """
         return {}
 
     def guard_options(self) -> dict[str, Any]:
@@ -101,19 +133,58 @@ class GuardMember(Callback):
         self._guard.changes.announce(reason, trainer.global_step)
         return True
 
+    # ---- several optimizers -----------------------------------------------------------------------------------------
+
+    def use_optimizers(self, names: Sequence[str]) -> None:
+        """A fit begins: the names of the optimizers; of a single one empty."""
+        self._optimizer_names = names
+        self._of_optimizers.restart(len(names))
+
+    def select_optimizer(self, index: int) -> None:
+        """The attributes of ``per_optimizer`` become those of this optimizer."""
+        self._of_optimizers.select(index)
+
+    @property
+    def _several(self) -> bool:
+        """Whether the module has several optimizers."""
+        return len(self._optimizer_names) > 1
+
+    @property
+    def _of_optimizers(self) -> PerOptimizer:
+        if self._optimizers is None:
+            self._optimizers = PerOptimizer(self, self.per_optimizer, self.start_optimizer)
+        return self._optimizers
+
+    def each_optimizer(self) -> Iterator[str]:
+        """Select one optimizer after another; the ending of its metrics' names, empty if there is only one."""
+        for index in self._of_optimizers:
+            name = self._optimizer_names[index] if index < len(self._optimizer_names) else ""
+            yield f"/{name}" if name else ""
+
+    def each_of(self, values: Sequence[T]) -> Iterator[T]:
+        """Select one optimizer after another; the value of each, first that of the first one."""
+        self._of_optimizers.grow(len(values))
+        for index in self._of_optimizers:
+            if index < len(values):
+                yield values[index]
+
     # ---- Lightning's hooks ------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Register with the guard of this Trainer; the first member creates it."""
+        attach(self)
         if stage != "fit":
             return
         if self._fitted is None or self._fitted() is not trainer:
+            self._optimizers, self._optimizer_names = None, ("",)
             self.reset()
         self._fitted = weakref.ref(trainer)
         self._loaded = False
         members = [c for c in trainer.callbacks if isinstance(c, GuardMember)]  # type: ignore[attr-defined]
         self._leads = self is members[0]
         if self._leads:
+            settings.register(trainer.callbacks)  # type: ignore[attr-defined]
+            check_slots(members)
             options = {key: value for m in members for key, value in m.guard_options().items()}
             guard = StepGuard(trainer, trainer_internals.unwrapped(pl_module), members, **options)
             if self._guard is not None and self._guard.trainer is trainer:
@@ -126,8 +197,8 @@ class GuardMember(Callback):
         """The optimizer exists: open the guard, which wraps the optimizer's step."""
         if self._leads and self._guard is not None:
             self._guard.open()
-            if not self._guard.control.has_buffers:
-                self.__dict__["on_train_batch_start"] = None  # one hook less at every step
+            if pl_module.automatic_optimization:
+                self.__dict__["on_after_backward"] = None  # needed with manual optimization only
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn if the fit resumes from a checkpoint that holds no state of this plugin."""
@@ -143,6 +214,11 @@ class GuardMember(Callback):
         """Pass the loss of a micro-batch to the guard."""
         if self._leads and self._guard is not None:
             self._guard.take_loss(loss)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """With manual optimization: find out to which optimizers the loss belongs."""
+        if self._leads and self._guard is not None:
+            self._guard.end_backward()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Decide the step: the gradients are complete."""
@@ -160,16 +236,26 @@ class GuardMember(Callback):
         """Observe the outcome in flight and send the metrics before validation."""
         self._settle_and_flush()
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Name the callbacks that monitor a metric by its old name."""
+        if self._leads:
+            warn_of_old_names(trainer)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Observe the outcome in flight and send the metrics: other callbacks monitor them at the epoch's end."""
         self._settle_and_flush()
+        if self._leads:
+            warn_of_old_names(trainer)
+            if self._guard is not None:
+                self._guard.end_epoch()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Observe the last outcome, send the last metrics, and warn if many steps were dropped."""
         self._settle_and_flush()
         if self._leads and self._guard is not None:
             self._guard.is_training = False
-            self._guard.warn_of_dropped_steps()
+            warn_of_old_names(trainer)
+            self._guard.say_end()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restore everything that the guard replaced."""
@@ -180,7 +266,11 @@ class GuardMember(Callback):
         if self._leads and self._guard is not None and self._guard.is_open:
             if not isinstance(exception, Exception):
                 self._guard.settle(alone=True)
-            self._guard.warn_of_dropped_steps()
+            self._guard.say_end()
+        if self._leads and isinstance(exception, UserError) and len(exception.args) == 1:
+            exception.args = (settings.worded(str(exception)),)
+        if isinstance(exception, TrainingStopped):
+            exception.shorten()
         self._close()
 
     def state_dict(self) -> dict[str, Any]:
@@ -196,13 +286,14 @@ class GuardMember(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Exclude the running fit from pickles and copies; Lightning sets ``log`` and ``log_dict`` to the module's."""
-        fit = {"_guard", "_leads", "_fitted", "log", "log_dict", *trainer_internals.STEP_HOOKS}
+        fit = {"_guard", "_optimizers", "_leads", "_fitted", "log", "log_dict", *trainer_internals.STEP_HOOKS}
         return {key: value for key, value in self.__dict__.items() if key not in fit}
 
     def _settle_and_flush(self) -> None:
         if self._leads and self._guard is not None and self._guard.is_open:
             self._guard.settle()
             self._guard.flush()
+            self._guard.events.show()
 
     def _close(self) -> None:
         if self._leads and self._guard is not None:
@@ -239,6 +330,7 @@ class RuleCallback(PluginMember):
     """
 
     sets_limits = True
+    per_optimizer = ("state",)
 
     state: Any = None
 
@@ -251,37 +343,66 @@ class RuleCallback(PluginMember):
 
     def reset(self) -> None:
         """Start with an empty history."""
+        self.start_optimizer()
+
+    def start_optimizer(self) -> None:
+        """Start with an empty history of an optimizer."""
         self.state = self.rule.init()
+
+    def change_states(self, change: Callable[[Any], Any]) -> None:
+        """Replace the state by a function of it; with several optimizers, that of each."""
+        for _ in self.each_optimizer():
+            self.state = change(self.state)
+
+    @property
+    def states(self) -> list[Any]:
+        """The states, one for each optimizer."""
+        return [self.state for _ in self.each_optimizer()]
+
+    @states.setter
+    def states(self, states: Sequence[Any]) -> None:
+        for state in self.each_of(states):
+            self.state = state
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The length of the run is known: begin, and find the steps from which on baselines are learned anew."""
         super().on_train_start(trainer, pl_module)
         if type(self.rule).begin is not Rule.begin:
-            self.state = self.rule.begin(self.state, run_length(trainer), trainer.global_step)
+            run, applied = run_length(trainer), trainer.global_step
+            if self._several and self.rule.compares_loss:
+                run = replace(run, total_steps=None)  # its loss need not fall
+            self.change_states(lambda state: self.rule.begin(state, run, applied))
         if self._guard is not None and (positions := self.rule.expected_changes()):
             self._guard.changes.expect(self.rule.label, _expected(self.rule, positions, trainer))
 
     def on_change(self) -> None:
         """Learn the baselines anew."""
-        self.state = self.rule.forget(self.state)
+        self.change_states(self.rule.forget)
 
     def metrics(self) -> dict[str, float]:
-        """The rule's readings; prefixed by ``name/`` if the instance has a name."""
-        readings = self.rule.readings(self.state)
-        return {f"{self.rule.name}/{key}": value for key, value in readings.items()} if self.rule.name else readings
+        """The rule's readings, without ``stability/``; prefixed by ``name/`` if the instance has a name."""
+        prefix = f"{self.rule.name}/" if self.rule.name else ""
+        return {
+            f"{prefix}{key}{suffix}": value
+            for suffix in self.each_optimizer()
+            for key, value in self.rule.readings(self.state).items()
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """The rule's state and arguments, as plain Python types."""
-        return {**super().state_dict(), "state": to_plain(self.state)}
+        own = super().state_dict()  # observes an outcome in flight
+        first, *others = [to_plain(state) for state in self.states]
+        return {**own, "state": first, **({"optimizers": others} if others else {})}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore from a checkpoint."""
         super().load_state_dict(state_dict)
         try:
-            self.state = from_plain(self.rule.state_type(), state_dict["state"])
+            saved = [state_dict["state"], *state_dict.get("optimizers", ())]
+            self.states = [from_plain(self.rule.state_type(), each) for each in saved]
         except (ValueError, KeyError):
             rank_zero_warn(f"{self.state_key}: the checkpoint was written by another version: its history starts empty")
-            self.state = self.rule.init()
+            self.change_states(lambda _: self.rule.init())
 
     def __eq__(self, other: object) -> bool:
         """Compare by identity: two callbacks with equal arguments are not equal."""
@@ -311,12 +432,12 @@ def as_callback(rule: type[Rule[Any]]) -> type[RuleCallback]:
 
 def _expected(rule: Rule[Any], positions: Sequence[Length], trainer: Trainer) -> dict[int, str]:
     """The reasons of expected changes, by the number of applied steps before them."""
-    key = f"plugins.{rule.slot}.expect"
+    key = rule.setting("expect")
     run = run_length(trainer)
     if trainer_internals.is_fast_dev_run(trainer):
         run = replace(run, total_steps=None)  # so short that no position need come
         positions = [each for each in positions if each.unit != "percent"]
-    return {step: f"{key}={length}" for step, length in resolve(positions, run, name=key).items()}
+    return {step: f"plugins.{rule.slot}.expect={length}" for step, length in resolve(positions, run, name=key).items()}
 
 
 def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:

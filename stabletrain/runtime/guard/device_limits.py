@@ -30,6 +30,10 @@ class DeviceDecision(NamedTuple):
         """This decision, or another one if a 0-d bool on the device is true."""
         return DeviceDecision(*(torch.where(condition, b, a) for a, b in zip(self, other, strict=True)))
 
+    def or_drop(self, condition: Tensor) -> DeviceDecision:
+        """This decision, or to drop the step if a 0-d bool on the device is true."""
+        return self._replace(dropped=torch.maximum(self.dropped, condition.float()))
+
 
 def decide(limits: Limits, loss: Tensor, grad_norm: Tensor, transformed_norm: Tensor) -> DeviceDecision:
     """Apply limits to the signals of a step, all of them 0-d tensors on one device."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning.pytorch import Trainer
@@ -85,16 +86,32 @@ class StepSamples:
         return tuple(dict.fromkeys(name for names in everyone for name in names))
 
 
+def summary(counters: Counters, events: Path | None) -> str:
+    """The sentence at the end of a fit: what became of the run's steps.
+
+    Args:
+        counters: of the run.
+        events: file with the events; None: there were none.
+    """
+    counts = f"{counters.applied} applied, {counters.skipped} skipped, {counters.clipped} clipped"
+    if counters.overflows:
+        counts += f", {counters.overflows} fp16 overflows"
+    rollbacks = f"{counters.rollbacks} rollback{'' if counters.rollbacks == 1 else 's'}"
+    where = "no events" if events is None else f"events: {events}"
+    return f"{counters.attempted} steps: {counts}; {rollbacks}; {where}"
+
+
 def warning(counters: Counters, keys: Mapping[str, str]) -> str | None:
     """The sentence at the end of a run that dropped more than 1 % of at least 100 attempted steps; else None.
 
-    Steps that a rollback undid count as attempted, and as dropped if they were.
+    Steps that a rollback undid count as attempted, and as dropped if they were. Steps without a loss are not
+    counted as dropped: the module has decided that.
 
     Args:
         counters: of the run.
         keys: config keys of the plugins that may drop steps, by name.
     """
-    attempted, dropped = counters.attempted, counters.skipped
+    attempted, dropped = counters.attempted, counters.skipped - counters.without_loss
     if attempted < _AT_LEAST or dropped <= _SHARE * attempted:
         return None
     text = f"{dropped} of {attempted} attempted steps ({dropped / attempted:.1%}) were dropped"

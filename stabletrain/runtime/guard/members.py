@@ -39,6 +39,12 @@ class Member(Protocol):
     def observes_outcomes(self) -> bool:
         """Whether the guard has to call `on_outcome`."""
 
+    def use_optimizers(self, names: Sequence[str]) -> None:
+        """Called once per fit, when the optimizers exist: their names; of a single one empty."""
+
+    def select_optimizer(self, index: int) -> None:
+        """Called before a step of another optimizer than the last one, and between two batches with 0."""
+
     def on_optimizer_ready(self, trainer: Trainer) -> None:
         """Called once per fit, when the optimizer exists and before the guard reads it."""
 

@@ -6,7 +6,20 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from stabletrain.core.metric_names import MetricInfo
 from stabletrain.core.outcome import Outcome
+
+LEARNING_RATE = MetricInfo("stability/lr", "rate", "that the last step used, of the first parameter group")
+METRICS = (
+    MetricInfo("stability/loss", "the module's", "mean of the steps since the last point that were applied or finite"),
+    MetricInfo("stability/grad_norm", "L2", "mean over the same steps of the global norm, before any clipping"),
+    MetricInfo("stability/grad_norm_max", "L2", "largest of these norms"),
+    LEARNING_RATE,
+    MetricInfo("stability/clipped_share", "0 to 1", "share of the steps since the last point that were clipped"),
+    MetricInfo("stability/skipped", "steps", "dropped by a plugin since the run began"),
+    MetricInfo("stability/overflows", "steps", "dropped by the fp16 loss scaler since the run began; after the first"),
+)
+"""The metrics of the guard, which writes them whatever the plugins are."""
 
 MAX_COUNTED_SAMPLES = 1000
 """Number of samples that are counted at the same time."""
@@ -17,13 +30,15 @@ class Counters(NamedTuple):
 
     Args:
         attempted: attempted optimizer steps.
-        skipped: dropped by a rule.
+        skipped: dropped by a rule, or because there was no loss.
         overflows: dropped by the fp16 loss scaler.
         clipped: applied with a gradient that a transform or a bound made smaller.
         overflows_in_a_row: consecutive overflows up to the last step.
+        rollbacks: events of rollbacks.
         dropped_by: steps that each plugin dropped; a step may be dropped by several.
         dropped_samples: how often each sample was in a step that a rule dropped, where samples are known. If there are
             more than `MAX_COUNTED_SAMPLES`, only the most frequent ones, and their counts are lower bounds.
+        without_loss: skipped steps for which ``training_step`` gave no loss, on one rank or more.
     """
 
     attempted: int = 0
@@ -31,8 +46,10 @@ class Counters(NamedTuple):
     overflows: int = 0
     clipped: int = 0
     overflows_in_a_row: int = 0
+    rollbacks: int = 0
     dropped_by: Mapping[str, int] = {}
     dropped_samples: Mapping[int | str, int] = {}
+    without_loss: int = 0
 
     @property
     def applied(self) -> int:
@@ -46,7 +63,8 @@ class Counters(NamedTuple):
             skipped=self.skipped + outcome.skipped,
             overflows=self.overflows + outcome.overflow,
             clipped=self.clipped + outcome.clipped,
-            overflows_in_a_row=outcome.overflows_in_a_row,
+            overflows_in_a_row=self.overflows_in_a_row if outcome.no_loss else outcome.overflows_in_a_row,
+            without_loss=self.without_loss + outcome.no_loss,
         )
 
     def add_drop(self, plugins: Iterable[str], samples: Iterable[int | str]) -> Counters:
@@ -90,12 +108,12 @@ class MetricsWindow:
         """The metrics since the last call; empty if there was no step.
 
         ``loss`` and ``grad_norm`` are means over the steps that were applied, or finite: a step with a NaN or infinity
-        that was applied makes them non-finite, one that was dropped does not. ``clipped`` is a share of the steps,
-        ``skipped`` counts since the start of the run.
+        that was applied makes them non-finite, one that was dropped does not. ``clipped_share`` is a share of these
+        steps, ``skipped`` counts since the start of the run.
         """
         if not self._steps:
             return {}
-        metrics = {"clipped": self._clipped / self._steps, "skipped": float(counters.skipped)}
+        metrics = {"clipped_share": self._clipped / self._steps, "skipped": float(counters.skipped)}
         if self._losses:
             metrics["loss"] = _mean(self._losses)
         if self._norms:

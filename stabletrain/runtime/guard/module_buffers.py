@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from typing import TypeGuard
 
 import torch
@@ -20,18 +21,19 @@ class ModuleBuffers:
 
     Args:
         module: the module with the buffers, non-persistent ones included.
+        belongs: whether the buffers of a submodule are among them; None: all are.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        owners = [(child, name) for child in module.modules() for name in child._buffers]
+    def __init__(self, module: nn.Module, belongs: Callable[[nn.Module], bool] | None = None) -> None:
+        children = [child for child in module.modules() if belongs is None or belongs(child)]
+        owners = [(child, name) for child in children for name in child._buffers]
+        self.modules: Collection[nn.Module] | None = None if belongs is None else frozenset(children)
+        """The submodules; None: all."""
         self._owners = owners
         self._uncounted = [isinstance(child, _NormBase) or name in _RUNNING_STATISTICS for child, name in owners]
         self._tensors = [child._buffers[name] for child, name in owners]
         self._copies = [None if tensor is None else tensor.detach().clone() for tensor in self._tensors]
         self._versions = [_version(tensor) for tensor in self._tensors]
-
-    def __len__(self) -> int:
-        return len(self._owners)
 
     def stash(self) -> None:
         """Copy the buffers that have changed since the last call."""
@@ -60,6 +62,12 @@ class ModuleBuffers:
                     tensor.copy_(copy)
             child._buffers[name] = tensor
             self._versions[i] = _version(tensor)
+
+    def restore_if_nonfinite(self) -> None:
+        """As `restore`, if a NaN or infinity has come into a buffer since it was copied; reads changed buffers."""
+        pairs = [(tensor, self._copies[i]) for i, tensor in self._changed()]
+        if any(tensor is not None and _fits(copy, tensor) and _spoilt(tensor, copy) for tensor, copy in pairs):
+            self.restore()
 
     def restore_where(self, dropped: Tensor) -> None:
         """As `restore` where ``dropped`` is 1, else as `stash`, decided on the device.
@@ -93,3 +101,7 @@ def _version(tensor: Tensor | None) -> int:
 
 def _fits(copy: Tensor | None, tensor: Tensor) -> TypeGuard[Tensor]:
     return copy is not None and copy.shape == tensor.shape and copy.dtype == tensor.dtype
+
+
+def _spoilt(tensor: Tensor, copy: Tensor) -> bool:
+    return bool((copy.isfinite() & ~tensor.isfinite()).any())

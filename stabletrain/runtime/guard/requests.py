@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from stabletrain.core.events import Event, Request, RequestKind
 from stabletrain.runtime.guard.hooks import RequestHandler
 from stabletrain.runtime.stop import TrainingStopped
+from stabletrain.settings import worded
 
 
 def dispatch(request: Request, trainer: Trainer, module: LightningModule) -> bool:
@@ -51,4 +52,4 @@ def execute(
     if dispatch(request, trainer, module):
         return
     report(Event(step, request.plugin, "stop", math.nan, math.nan, request.reason))
-    raise TrainingStopped(request.plugin, request.reason)
+    raise TrainingStopped(request.plugin, worded(request.reason))

@@ -2,25 +2,48 @@
 
 Parameters and optimizer state: ``optimizer.step`` of this one instance is wrapped; a dropped step runs forward and
 backward (the closure) but not the update. In device mode, the fused kernel does nothing if ``found_inf`` is set.
-Buffers that forward changed (BatchNorm statistics) are restored to their values before the accumulation window. The
-module's own per-step scheduler and the global step do not advance. For the loss scaler see `LossScaling`.
+Buffers that forward changed (BatchNorm statistics), and tensors in attributes of modules (the hidden state of an LSTM),
+are restored to their values before the accumulation window. The module's own per-step scheduler and the global step do
+not advance. For the loss scaler see `LossScaling`.
 """
 
 from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, Protocol
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from stabletrain.runtime.guard.module_buffers import ModuleBuffers
 from stabletrain.runtime.guard.rewarming import Rewarming
+from stabletrain.runtime.hidden.hidden_state import HiddenState
+from stabletrain.runtime.internals import manual as manual_internals
 from stabletrain.runtime.internals import trainer as trainer_internals
+from stabletrain.runtime.records.event_log import logger
+
+
+class Restorable(Protocol):
+    """Buffers that forward may change, such as `ModuleBuffers`."""
+
+    modules: Collection[nn.Module] | None
+    """Modules whose hidden state is copied with them; None: all."""
+
+    def stash(self) -> None:
+        """Copy them."""
+
+    def restore(self) -> None:
+        """Write the copies back."""
+
+    def restore_where(self, dropped: Tensor) -> None:
+        """As `restore` where ``dropped`` is 1, else as `stash`, decided on the device."""
+
+    def restore_if_nonfinite(self) -> None:
+        """As `restore`, if a NaN or infinity has come into one since it was copied."""
 
 
 class StepControl:
@@ -30,39 +53,65 @@ class StepControl:
         trainer: in a fit, with its optimizer set up.
         module: the module that is trained.
         rewarming: lowers the learning rate within the optimizer's step.
+        optimizer: the one that is controlled; None: the module has only one.
+        buffers: those that a dropped step restores; None: all of the module.
+        hidden: the tensors in the module's attributes, the same for all optimizers; None: found here.
+        undecided: called for a step that nothing has decided; None: such a step is made.
     """
 
-    def __init__(self, trainer: Trainer, module: LightningModule, rewarming: Rewarming) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        rewarming: Rewarming,
+        optimizer: Optimizer | None = None,
+        buffers: Restorable | None = None,
+        hidden: HiddenState | None = None,
+        undecided: Callable[[], None] | None = None,
+    ) -> None:
         self.trainer = trainer
-        self.optimizer: Optimizer = trainer.optimizers[0]
+        self.optimizer: Optimizer = trainer.optimizers[0] if optimizer is None else optimizer
         self._module = module
         self._rewarming = rewarming
-        self._buffers = ModuleBuffers(module)
+        self._buffers: Restorable = ModuleBuffers(module) if buffers is None else buffers
+        self.hidden = HiddenState(module) if hidden is None else hidden
+        """The tensors in the module's attributes."""
+        self._undecided = undecided
         self._drop = False
         self._frozen = False
+        self._decided = False
         self._replaced: list[tuple[object, str, Any]] = []
         self._wrap_optimizer_step()
         self._wrap_scheduler_step()
 
-    @property
-    def has_buffers(self) -> bool:
-        """Whether the module has buffers; without buffers `start_window` does nothing."""
-        return len(self._buffers) > 0
-
     def start_window(self) -> None:
-        """Copy the buffers at the start of an accumulation window; a dropped step restores them."""
+        """Copy buffers and hidden state at the start of an accumulation window; a dropped step restores them."""
         self._buffers.stash()
+        self.hidden.stash(self._buffers.modules)
+        for message in self.hidden.news():
+            if self.trainer.is_global_zero:
+                logger.warning(message)
 
     def start_decision(self) -> None:
         """Reset the marks of the last step, before the next decision."""
         # after an overflow the loss scaler does not call optimizer.step, which would reset the mark of a drop
         self._drop = self._frozen = False
+        self._decided = True
 
     def drop(self) -> None:
         """Do not apply the step in progress (decided on the host)."""
         self._drop = True
         self.freeze_step()
+        self.hidden.restore()  # first: attributes may share memory with buffers whose changes are not counted
         self._buffers.restore()
+
+    def restore_nonfinite_buffers(self) -> None:
+        """Restore the buffers if a batch without a loss has made one of them non-finite."""
+        self._buffers.restore_if_nonfinite()
+
+    def pass_over(self) -> None:
+        """Do not call the optimizer in the step in progress; schedulers and the global step advance."""
+        self._drop = True
 
     def freeze_step(self) -> None:
         """Keep the global step and the module's own per-step scheduler from advancing at the step in progress."""
@@ -73,6 +122,7 @@ class StepControl:
         """Make the fused kernel divide the gradient by ``grad_scale``, or do nothing if ``dropped`` is 1."""
         self.optimizer.grad_scale = grad_scale  # type: ignore[attr-defined]
         self.optimizer.found_inf = dropped  # type: ignore[attr-defined]
+        self.hidden.restore_where(dropped)
         self._buffers.restore_where(dropped)
 
     def undo(self) -> None:
@@ -100,8 +150,12 @@ class StepControl:
             if closure is not None:
                 with torch.enable_grad():
                     result = closure()
+            if self._undecided is not None and not self._decided:
+                self._undecided()
+            self._decided = False
             if self._drop:
                 self._drop = False
+                manual_internals.count_as_stepped(optimizer)
             else:
                 with self._rewarming.lowered(optimizer):
                     applied = inner(**kwargs)

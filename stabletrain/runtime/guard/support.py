@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, TypeVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,6 +17,7 @@ from stabletrain.runtime.ranks import Ranks
 from stabletrain.runtime.records.event_log import logger
 
 DecisionMode: TypeAlias = Literal["auto", "exact", "device"]
+_Member = TypeVar("_Member")
 
 
 def check_setup(trainer: Trainer, module: LightningModule, members: Sequence[Callback]) -> None:
@@ -28,20 +29,14 @@ def check_setup(trainer: Trainer, module: LightningModule, members: Sequence[Cal
         members: the callbacks that share the guard.
 
     Raises:
-        UserError: for manual optimization, a strategy that steps by itself, a second clipper, or a wrong hook
-            (see `check_hooks`).
+        UserError: for a strategy that steps by itself, a second clipper, or a wrong hook (see `check_hooks`).
     """
-    if not module.automatic_optimization:
-        raise UserError(
-            f"{_listed(members)}: {type(module).__name__} uses manual optimization, where Lightning calls no hook "
-            "between backward and step. Use automatic optimization, or remove these plugins."
-        )
     if trainer_internals.handles_own_steps(trainer):
         raise UserError(
             f"{_listed(members)}: {type(trainer.strategy).__name__} accumulates, clips and steps in its own engine. "
             "Use strategy=ddp or a ModelParallelStrategy (FSDP2), or remove these plugins."
         )
-    clippers = [m for m in members if getattr(m, "clips", False)]
+    clippers = [m for m in members if _clips(m) and not _is_default(m)]
     if trainer.gradient_clip_val and clippers:
         raise UserError(
             f"Trainer(gradient_clip_val={trainer.gradient_clip_val}) and {_listed(clippers)} would both clip. Remove "
@@ -50,18 +45,38 @@ def check_setup(trainer: Trainer, module: LightningModule, members: Sequence[Cal
     check_hooks([*trainer.callbacks, module, trainer.datamodule])  # type: ignore[attr-defined]
 
 
+def active_members(trainer: Trainer, members: Sequence[_Member]) -> list[_Member]:
+    """The members without those that step back from the Trainer's own clipping; the first time that is logged.
+
+    Args:
+        trainer: in ``setup`` of a fit.
+        members: the callbacks that share the guard.
+    """
+    if not trainer.gradient_clip_val:
+        return list(members)
+    idle = [m for m in members if _clips(m) and _is_default(m)]
+    if idle and trainer.is_global_zero:
+        logger.warning(
+            "Trainer(gradient_clip_val=%s) clips in this run: %s, a default, is off. To have it, remove "
+            "gradient_clip_val",
+            trainer.gradient_clip_val,
+            _listed(idle),
+        )
+    return [m for m in members if not any(m is each for each in idle)]
+
+
 def check_optimizer(trainer: Trainer) -> None:
     """Raise an error for unsupported optimizers. Several optimizers exist only with manual optimization.
 
     Raises:
         UserError: for no optimizer, and for LBFGS.
     """
-    if not any(group["params"] for group in trainer.optimizers[0].param_groups):
+    if not any(group["params"] for each in trainer.optimizers for group in each.param_groups):
         raise UserError(
             "stabletrain plugins need an optimizer, but configure_optimizers returned none. Return one, or remove the "
             "plugins."
         )
-    if isinstance(trainer.optimizers[0], torch.optim.LBFGS):
+    if any(isinstance(each, torch.optim.LBFGS) for each in trainer.optimizers):
         raise UserError(
             "stabletrain plugins do not support LBFGS: it evaluates the loss several times within one step, so there "
             "is no single gradient to measure. Use a first-order optimizer, or remove the plugins."
@@ -101,6 +116,8 @@ def decides_on_device(trainer: Trainer, mode: DecisionMode, device: torch.device
 
 def _obstacle_to_device_mode(trainer: Trainer) -> str | None:
     optimizer: Optimizer = trainer.optimizers[0]
+    if not trainer.lightning_module.automatic_optimization:
+        return "the module steps by hand, and may step schedules too, before the outcome of a step would be known"
     if not trainer_internals.supports_device_decisions(optimizer):
         return f"{type(optimizer).__name__} has no kernel that can drop a step; torch's fused=True optimizers have"
     if LossScaling(trainer).is_active:
@@ -110,5 +127,13 @@ def _obstacle_to_device_mode(trainer: Trainer) -> str | None:
     return None
 
 
-def _listed(members: Sequence[Callback]) -> str:
+def _clips(member: object) -> bool:
+    return bool(getattr(member, "clips", False))
+
+
+def _is_default(member: object) -> bool:
+    return bool(getattr(member, "chosen_by_default", False))
+
+
+def _listed(members: Sequence[object]) -> str:
     return ", ".join(type(member).__name__ for member in members)

@@ -19,7 +19,8 @@ class TransformCallback(PluginMember, ABC):
     A subclass is a ``@dataclass(eq=False)`` of its arguments. Transforms do not commute, so they run in the order of
     their plugins' names. State that depends on past steps lives in device tensors: `transform` prepares the next
     state, `commit` stores it if the step is applied. In both modes of the guard, `commit` is called before the next
-    `transform` and before any checkpoint.
+    `transform` and before any checkpoint. A subclass with such state names its attributes in ``per_optimizer`` and sets
+    them in `start_optimizer`, so that each optimizer of a module has its own.
 
     Args:
         name: what checkpoints call this transform; needed when one run has two of a kind. Default: the plugin's name.

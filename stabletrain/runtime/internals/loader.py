@@ -10,6 +10,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loops.loop import _Loop
 from torch.utils.data import DataLoader, IterableDataset
 
+from stabletrain.runtime.internals.packages import own
+
 
 def wrap_train_loaders(trainer: Trainer, wrap: Callable[[Any], Any]) -> Callable[[], None]:
     """Replace every train loader by ``wrap(loader)`` when Lightning sets it up; returns a function that undoes this.
@@ -111,7 +113,7 @@ def begin_next_epoch(trainer: Trainer) -> None:
         loop._batches_that_stepped += 1
     for counts in (progress.total, progress.current):
         counts.ready = counts.processed = counts.completed = counts.started
-    _Loop.restarting.fset(fit_loop, False)  # type: ignore[attr-defined]
+    own(_Loop, fit_loop).restarting.fset(fit_loop, False)  # type: ignore[attr-defined]
     fit_loop._resuming_from_checkpoint = False
     fit_loop.reset_restart_stage()
     loop.reset_restart_stage()

@@ -12,6 +12,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
+from stabletrain.runtime.internals.packages import both
+from stabletrain.runtime.internals.trainer import step_progress
+
 _METRIC_FIELDS = ("_update_count", "_computed", "_forward_cache")
 """Attributes of a metric that change at each update, besides its states."""
 
@@ -34,15 +37,15 @@ def set_progress(trainer: Trainer, states: Sequence[dict[str, Any]]) -> None:
 
 def _trackers(loop: _Loop) -> Iterator[_BaseProgress]:
     for value in vars(loop).values():
-        if isinstance(value, _BaseProgress):
+        if isinstance(value, both(_BaseProgress)):
             yield value
-        elif isinstance(value, _Loop):
+        elif isinstance(value, both(_Loop)):
             yield from _trackers(value)
 
 
 def set_global_step(trainer: Trainer, step: int) -> None:
     """Set the count of applied optimizer steps."""
-    counts = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
+    counts = step_progress(trainer).total
     counts.ready = counts.completed = step
 
 

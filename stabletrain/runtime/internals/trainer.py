@@ -1,21 +1,23 @@
 """Every use of private attributes of Lightning's Trainer and of torch, each with a test.
 
-The modules `loader` and `state` contain those of the train loaders and of the state of a run. No other module uses
-private attributes, so if a new version of Lightning changes one, a single function and its test in
-tests/runtime/internals fail.
+The modules `loader`, `manual` and `state` contain those of the train loaders, of steps by hand and of the state of a
+run. No other module uses private attributes, so if a new version of Lightning changes one, a single function and its
+test in tests/runtime/internals fail.
 """
 
 from __future__ import annotations
 
 import functools
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import Strategy
 from torch.optim import Optimizer
+
+from stabletrain.runtime.internals.packages import both, own
 
 STEP_HOOKS = (
     "on_train_batch_start",
@@ -38,7 +40,7 @@ def silence_step_hooks(callback: Callback, among: type[Callback]) -> None:
         among: the base class whose own hooks are not needed on this instance.
     """
     for hook in STEP_HOOKS:
-        if getattr(type(callback), hook) in (getattr(Callback, hook), getattr(among, hook)):
+        if getattr(type(callback), hook) in [getattr(each, hook) for each in (*both(Callback), among)]:
             callback.__dict__[hook] = None
 
 
@@ -49,9 +51,17 @@ def restore_step_hooks(callback: Callback) -> None:
             del callback.__dict__[hook]
 
 
+def step_progress(trainer: Trainer) -> Any:
+    """The loop's counters of optimizer steps, from which ``trainer.global_step`` is read."""
+    loop = trainer.fit_loop.epoch_loop
+    if trainer.lightning_module.automatic_optimization:
+        return loop.automatic_optimization.optim_progress.optimizer.step
+    return loop.manual_optimization.optim_step_progress
+
+
 def undo_global_step(trainer: Trainer) -> None:
     """Subtract one optimizer step from the loop's counters: the step in progress, or the last one, was not applied."""
-    progress = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step
+    progress = step_progress(trainer)
     for counters in (progress.total, progress.current):
         counters.ready -= 1
         counters.completed -= 1
@@ -62,11 +72,47 @@ def logger_step(trainer: Trainer) -> int:
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
-def publish_metrics(trainer: Trainer, metrics: dict[str, float], progress_bar: dict[str, float]) -> None:
-    """Publish metrics for ModelCheckpoint, EarlyStopping and the progress bar, without `LightningModule.log`."""
+def logged_names(trainer: Trainer, progress_bar: bool = False) -> set[str]:
+    """The names under which the module and callbacks have logged in training and validation, by ``self.log``.
+
+    Args:
+        trainer: in a fit.
+        progress_bar: only those that they show in the progress bar.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    names: set[str] = set()
+    for results in (loop._results, loop.val_loop._results):
+        for each in results.values():
+            if each.meta.prog_bar or not progress_bar:
+                names |= {name for on_step in (True, False) for name in results._forked_name(each, on_step)}
+    return names
+
+
+def publish_metrics(
+    trainer: Trainer,
+    metrics: Mapping[str, float],
+    progress_bar: Mapping[str, float],
+    copies: Mapping[str, str] | None = None,
+) -> None:
+    """Publish metrics for ModelCheckpoint, EarlyStopping and the progress bar, without `LightningModule.log`.
+
+    Args:
+        trainer: in a fit.
+        metrics: by name.
+        progress_bar: by name.
+        copies: further names in ``callback_metrics``, each with the name in ``metrics`` of its value, which is the same
+            object. A name under which there is another value is left alone.
+    """
     connector = trainer._logger_connector
+    present = connector._callback_metrics
+    free = {
+        other: name
+        for other, name in (copies or {}).items()
+        if other not in present or present[other] is present.get(name)
+    }
     tensors = {key: torch.tensor(value) for key, value in metrics.items()}
-    connector._callback_metrics.update(tensors)
+    present.update(tensors)
+    present.update({other: tensors[name] for other, name in free.items()})
     connector._logged_metrics.update(tensors)
     connector._progress_bar_metrics.update(progress_bar)
 
@@ -119,6 +165,31 @@ def around_restoring(trainer: Trainer, wrap: Callable[[str, Callable[[], None]],
     def undo() -> None:
         for method in restored:
             connector.__dict__.pop(method, None)
+
+    return undo
+
+
+def hide_output(trainer: Trainer, hides: Callable[[], bool]) -> Callable[[], None]:
+    """Make a batch's output empty if ``hides`` says so, as Lightning's is when ``training_step`` returned None.
+
+    Args:
+        trainer: in a fit.
+        hides: called after each batch.
+
+    Returns:
+        The function that undoes this.
+    """
+    loop = trainer.fit_loop.epoch_loop.automatic_optimization
+    run = loop.run
+
+    def run_and_hide(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        output = run(*args, **kwargs)
+        return {} if hides() else output
+
+    loop.run = run_and_hide  # type: ignore[method-assign]
+
+    def undo() -> None:
+        loop.__dict__.pop("run", None)
 
     return undo
 
@@ -204,7 +275,8 @@ def batches_seen(trainer: Trainer) -> int:
 def reads_own_checkpoints(trainer: Trainer) -> bool:
     """Whether the strategy reads and writes checkpoints itself, without a CheckpointIO (sharded ones)."""
     mine = type(trainer.strategy)
-    return mine.load_checkpoint is not Strategy.load_checkpoint or mine.save_checkpoint is not Strategy.save_checkpoint
+    base = own(Strategy, trainer.strategy)  # type: ignore[type-abstract]
+    return mine.load_checkpoint is not base.load_checkpoint or mine.save_checkpoint is not base.save_checkpoint
 
 
 def sigterm_is_lightnings(trainer: Trainer) -> bool:

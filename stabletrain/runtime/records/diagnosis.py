@@ -81,7 +81,7 @@ def first_nonfinite_weight(module: nn.Module) -> str | None:
 
 def layer_norms(module: nn.Module) -> list[dict[str, Any]]:
     """Return the norms of weights and gradients, non-finite ones first, then by gradient norm. A collective."""
-    named = [(name, p) for name, p in module.named_parameters() if p.is_floating_point()]
+    named = [(name, p) for name, p in module.named_parameters() if p.is_floating_point() or p.is_complex()]
     if not named:
         return []
     weights = gradients.tensor_norms([p.detach() for _, p in named]).tolist()

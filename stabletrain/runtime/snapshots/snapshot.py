@@ -12,11 +12,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from lightning.pytorch.callbacks import EarlyStopping
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from stabletrain.runtime import rng
 from stabletrain.runtime.data.train_loader import DataMark, TrainLoader
@@ -25,6 +26,7 @@ from stabletrain.runtime.guard.hooks import HasOwnState, has_own_state
 from stabletrain.runtime.guard.members import Member
 from stabletrain.runtime.guard.step_guard import StepGuard
 from stabletrain.runtime.internals import state as state_internals
+from stabletrain.runtime.internals.packages import both
 from stabletrain.runtime.snapshots.buffers import SnapshotBuffers, bytes_of
 from stabletrain.runtime.snapshots.state_tree import Flattener, Restorer, SnapshotError
 
@@ -117,11 +119,13 @@ class Snapshot:
         flattener = Flattener()
         live = list(_parts(guard))
         parts = [flattener.flatten(_values(part)) for part in live]
+        hidden = flattener.flatten(guard.control.hidden.values())
         members = [flattener.flatten(member.state_dict()) for member in _stateful_members(guard)]
         self.step = -1  # empty until it is complete
         self._buffers.copy_in(flattener.tensors)
         self._names, self._parts, self._members = [part.name for part in live], parts, members
-        self._rules = [member.state for member in _rules(guard)]
+        self._groups, self._hidden = [each.capture() for each in guard.all_parameters], hidden
+        self._rules = [member.states for member in _rules(guard)]
         self._schedulers = [copy.deepcopy(each.scheduler.state_dict()) for each in trainer.lr_scheduler_configs]
         self._precision = copy.deepcopy(trainer.precision_plugin.state_dict())
         self._progress = state_internals.progress(trainer)
@@ -160,15 +164,9 @@ class Snapshot:
             raise SnapshotError("the snapshot is empty: capture a state before restoring it")
         guard.settle()
         trainer = guard.trainer
-        live = list(_parts(guard))
-        names = [part.name for part in live]
-        if names != self._names:  # checked before anything is changed
-            changed = sorted(name for name in {*names, *self._names} if names.count(name) != self._names.count(name))
-            raise SnapshotError(
-                f"the snapshot of step {self.applied} cannot be restored: parts of the run were added or removed since "
-                f"it was captured ({', '.join(changed)}), as by a callback that unfreezes layers; expected the same "
-                "model and optimizer. Resume from a checkpoint, and give the optimizer all parameters from the start"
-            )
+        live = self._live_parts(guard, rewind)
+        for parameters, groups in zip(guard.all_parameters, self._groups, strict=True):
+            parameters.restore(groups, trainer.global_step, rewind)
         restorer = Restorer(self._buffers.tensors)
         for part, node in zip(live, self._parts, strict=True):
             if part.of_epoch and not rewind:
@@ -177,8 +175,13 @@ class Snapshot:
                 restorer.restore(node, part.live, part.name)
             else:
                 part.live.update(restorer.restore(node, _values(part), part.name))
+        hidden = guard.control.hidden
+        # tensors that were replaced since are restored as new ones: other code may still hold those of today
+        current = {path: each for path, each in hidden.values().items() if hidden.in_place(path)}
+        attributes = restorer.restore(self._hidden, current, "hidden state")
         members = [restorer.restore(each, None, "a plugin's state") for each in self._members]
         restorer.finish()
+        hidden.put(attributes)
         for config, state in zip(trainer.lr_scheduler_configs, self._schedulers, strict=True):
             config.scheduler.load_state_dict(copy.deepcopy(state))
         trainer.precision_plugin.load_state_dict(copy.deepcopy(self._precision))
@@ -195,10 +198,30 @@ class Snapshot:
         own = guard.state_dict()
         for member, state in zip(_stateful_members(guard), members, strict=True):
             member.load_state_dict({**state, **own})
-        for rule, state in zip(_rules(guard), self._rules, strict=True):
-            rule.state = rule.rule.rebase(state, cause)
+        for rule, states in zip(_rules(guard), self._rules, strict=True):
+            rule.states = [rule.rule.rebase(state, cause) for state in states]
         if rewind:
             rng.restore(self._rng)
+
+    def _live_parts(self, guard: StepGuard, rewind: bool) -> list[_Part]:
+        """The live parts, in the order of the capture; nothing is changed yet.
+
+        Parameter groups are those of the capture: the run that is rewound comes again to where others were added, and
+        one that is not rewound keeps the others as they are.
+        """
+        groups = [[group for group, _ in holder] for each in self._groups for holder in each.groups]
+        if not rewind:
+            present = {id(group) for each in _holders(guard) for group in each.param_groups}
+            groups = [[group for group in holder if id(group) in present] for holder in groups]
+        live = list(_parts(guard, groups))
+        names = [part.name for part in live]
+        if names == self._names:
+            return live
+        changed = sorted(name for name in {*names, *self._names} if names.count(name) != self._names.count(name))
+        raise SnapshotError(
+            f"the snapshot of step {self.applied} cannot be restored: parts of the run were added or removed since "
+            f"it was captured ({', '.join(changed)}); expected the same modules and optimizer. Resume from a checkpoint"
+        )
 
 
 def state_bytes(guard: StepGuard) -> int:
@@ -210,27 +233,37 @@ def _tensors(guard: StepGuard) -> list[Tensor]:
     flattener = Flattener()
     for part in _parts(guard):
         flattener.flatten(_values(part))
+    flattener.flatten(guard.control.hidden.values())
     return flattener.tensors
 
 
-def _parts(guard: StepGuard) -> Iterator[_Part]:
+def _parts(guard: StepGuard, groups: Sequence[Sequence[dict[str, Any]]] | None = None) -> Iterator[_Part]:
+    """The parts of a run.
+
+    Args:
+        guard: of the run.
+        groups: the parameter groups of each of `_holders`; None: the present ones.
+    """
     trainer = guard.trainer
     module = guard.module
     yield from _model_parts("the model", module)
     for i, metric in enumerate(state_internals.metrics_in(module)):
         yield _Part(f"metric {i}", vars(metric), tuple(state_internals.metric_fields(metric)), of_epoch=True)
-    for optimizer in trainer.optimizers:
-        for holder in state_internals.state_holders(optimizer):
-            yield _Part("the optimizer's state", holder.state)
-            for group in holder.param_groups:
-                yield _Part("param_groups", group, tuple(key for key in group if key != "params"))
+    for i, holder in enumerate(_holders(guard)):
+        yield _Part("the optimizer's state", holder.state)
+        for group in groups[i] if groups is not None and i < len(groups) else holder.param_groups:
+            yield _Part("param_groups", group, tuple(key for key in group if key != "params"))
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         averages = state_internals.averages_in(callback, module)
         for average in averages:
             yield from _model_parts(f"{type(callback).__name__}'s model", average)
-        if averages or isinstance(callback, EarlyStopping):
+        if averages or isinstance(callback, both(EarlyStopping)):
             names = tuple(name for name, value in vars(callback).items() if isinstance(value, _SCALARS))
             yield _Part(type(callback).__name__, vars(callback), names)
+
+
+def _holders(guard: StepGuard) -> list[Optimizer]:
+    return [each for optimizer in guard.trainer.optimizers for each in state_internals.state_holders(optimizer)]
 
 
 def _model_parts(name: str, module: nn.Module) -> Iterator[_Part]:

@@ -59,7 +59,9 @@ def values_are_arguments(subject: Subject) -> None:
             if subject.plugin.kind in CALLBACKS:
                 from lightning.pytorch import Callback
 
-                if not isinstance(built, Callback):
+                from stabletrain.runtime.internals.packages import both
+
+                if not isinstance(built, both(Callback)):
                     wrong(f"{choice(option)} to be a Lightning callback", type(built).__name__)
 
 

@@ -13,7 +13,7 @@ from stabletrain.testing.subject import Subject
 
 HEAVY = ("torch", "lightning", "mlflow", "hydra", "numpy", "matplotlib", "bitsandbytes")
 
-_ALLOWED = ("stabletrain.core", "stabletrain.errors")
+_ALLOWED = ("stabletrain.core", "stabletrain.errors", "stabletrain.settings")
 
 
 def rule_is_pure(subject: Subject) -> None:

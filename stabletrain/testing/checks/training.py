@@ -37,10 +37,10 @@ def parts(subject: Subject, option: Option) -> Parts:
     if kind == "optimizer":
         return Parts([], subject.build(option), {})
     if kind in ("precision", "strategy"):
-        from lightning.pytorch import Trainer
+        from stabletrain.testing.trainer import lightning_package
 
         arguments: Mapping[str, Any] = subject.node(option) or {}
-        built = instantiate_arguments(Trainer, arguments, trust=subject.trust, key=choice(option))
+        built = instantiate_arguments(lightning_package().Trainer, arguments, trust=subject.trust, key=choice(option))
         return Parts([], None, built)
     return Parts([subject.build(option)], None, {})
 
@@ -93,7 +93,7 @@ def callback_order_does_not_matter(subject: Subject) -> None:
                 {
                     "weights": done.weights,
                     "optimizer state": done.optimizer,
-                    "plugin states": states if _has_repeatable_state(subject) else None,
+                    "plugin states": states if has_repeatable_state(subject) else None,
                     "outcomes": done.outcomes,
                     "end": done.stopped,
                 }
@@ -116,7 +116,7 @@ def second_fit_equals_first(subject: Subject) -> None:
             second = train(Path(folder), made, faults=SPIKES)
             for one, other, what in (
                 (first.weights, second.weights, "weights"),
-                (first.states, second.states, "state") if _has_repeatable_state(subject) else (None, None, "state"),
+                (first.states, second.states, "state") if has_repeatable_state(subject) else (None, None, "state"),
                 (first.outcomes, second.outcomes, "outcomes"),
             ):
                 if found := difference(one, other):
@@ -146,7 +146,7 @@ def handles_nonfinite_losses(subject: Subject) -> None:
                     wrong(f"finite {what} {case}, with SkipNonFinite", bad_values[0])
 
 
-def _has_repeatable_state(subject: Subject) -> bool:
+def has_repeatable_state(subject: Subject) -> bool:
     """Whether two equal runs must end with equal states; a callback's state may contain the run's id or the time."""
     return subject.plugin.kind != "callback"
 

@@ -128,10 +128,11 @@ def test_an_expected_change_is_not_judged(position: Any, mode: str) -> None:
         on_train_batch_start = on_train_batch_end = None  # type: ignore[assignment]
 
     fit(Epochs(), items, *stack(mode, expect=[10, position]), record, max_epochs=4)
-    at = {AT: f"{AT}", "50%": "50%", "2ep": "2ep"}.get(position, f"{AT}")
+    at = {"50%": '"50%"', "2ep": '"2ep"'}.get(str(position), f"{AT}")
     texts = [(e.step, e.plugin, e.kind, e.reason) for e in record.events]
-    key = "plugins.spike.expect"
-    assert texts == [(10, "detect_spikes", "announced", f"{key}=10"), (AT, "detect_spikes", "announced", f"{key}={at}")]
+    assert texts == [
+        (step, "detect_spikes", "announced", f"DetectSpikes(expect={value})") for step, value in ((10, "10"), (AT, at))
+    ]
     assert not record.outcomes[AT].skipped
 
 
@@ -188,7 +189,7 @@ def test_positions_are_applied_steps() -> None:
 )
 def test_positions_that_never_come_are_errors(positions: Any, options: Any, message: str) -> None:
     """Bugs: a change that is silently never expected; a length that is guessed."""
-    with pytest.raises(UserError, match=f"^plugins.spike.expect: .*{message}"):
+    with pytest.raises(UserError, match=rf"^\w+\(expect=\.\.\.\): .*{message}"):
         train(Model(), *stack(expect=positions), **options)
 
 
@@ -205,7 +206,7 @@ def test_positions_that_never_come_are_errors(positions: Any, options: Any, mess
 def test_bad_positions_are_errors_at_once(plugin: Any, positions: Any, message: str | None) -> None:
     """Bugs: a mistake found after hours of training, or with a traceback of a comparison."""
     message = message or f"expected positions after the start of the run, such as .*, got {positions[0]!r}$"
-    with pytest.raises(UserError, match=f"^plugins.spike.expect: {message}"):
+    with pytest.raises(UserError, match=rf"^{plugin.__name__}\(expect=\.\.\.\): {message}"):
         plugin(expect=positions)
 
 
@@ -321,7 +322,7 @@ def test_wrong_arguments_are_errors(arguments: Any) -> None:
         st.announce(mine, arguments[1])  # type: ignore[arg-type]
 
 
-def test_a_trainer_of_another_package_ignores_it() -> None:
-    """Bug: a pytorch_lightning Trainer, which can have no plugins of ours, taken for a mistake."""
+def test_what_has_a_trainers_state_is_a_trainer() -> None:
+    """Bug: a Trainer of pytorch_lightning, or one that another library wraps, taken for a mistake."""
     state = types.SimpleNamespace(fn="fit", status="running")
     st.announce(types.SimpleNamespace(state=state, callbacks=[object()]), TERM)  # type: ignore[arg-type]

@@ -63,7 +63,7 @@ def test_the_scale_is_held_and_the_step_counted_as_nonfinite() -> None:
     assert recorder.state[-1].loss_scale == 512.0
     assert [(e.step, e.kind) for e in listener.events if e.plugin == "skip_nonfinite"] == [(16, "nonfinite")]
     assert trained.global_step == 14
-    assert trained.callback_metrics["skipped"] == 1
+    assert trained.callback_metrics["stability/skipped"] == 1
 
 
 def test_at_a_scale_of_one_the_batch_is_to_blame() -> None:

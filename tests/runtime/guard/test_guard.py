@@ -224,7 +224,7 @@ def test_metrics_of_the_last_batch_are_there_when_it_ends() -> None:
 
     class Last(Callback):
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-            seen.append(float(trainer.callback_metrics.get("grad_norm", math.nan)))
+            seen.append(float(trainer.callback_metrics.get("stability/grad_norm", math.nan)))
 
     recorder = Recorder()
     fit(Net(), HEALTHY_RUN, recorder, Last(), log_every_n_steps=5)

@@ -24,22 +24,22 @@ def shown(fault: int, *callbacks: Any, **options: Any) -> dict[str, float]:
 @pytest.mark.parametrize(("fault", "nonfinite"), [(NAN_LOSS, "loss"), (NAN_GRAD, "grad_norm"), (INF_GRAD, "grad_norm")])
 def test_a_nonfinite_step_shows_unless_it_was_dropped(fault: int, nonfinite: str, mode: str) -> None:
     """Bugs: `loss` stays at the last finite mean while the weights are NaN; one dropped batch makes a mean NaN."""
-    assert not math.isfinite(shown(fault, ClipNorm(), Guard(mode=mode))[nonfinite])
+    assert not math.isfinite(shown(fault, ClipNorm(), Guard(mode=mode))[f"stability/{nonfinite}"])
     dropped = shown(fault, SkipNonFinite(), Guard(mode=mode))
-    assert math.isfinite(dropped[nonfinite])
-    assert dropped["skipped"] == 1
+    assert math.isfinite(dropped[f"stability/{nonfinite}"])
+    assert dropped["stability/skipped"] == 1
 
 
 def test_an_overflow_of_the_scaler_does_not_show() -> None:
     """Bug: a mean of the gradient norm that is infinite whenever the loss scaler tries a larger scale."""
     metrics = shown(INF_GRAD, ClipNorm(), fp16=True)
     assert all(map(math.isfinite, metrics.values()))
-    assert metrics["overflows"] == 1
+    assert metrics["stability/overflows"] == 1
 
 
 def test_early_stopping_sees_a_nan() -> None:
     """Bug: `EarlyStopping(check_finite=True)` that never stops, because NaN is left out of what it monitors."""
-    stop = EarlyStopping("loss", patience=99, check_on_train_epoch_end=True)
+    stop = EarlyStopping("stability/loss", patience=99, check_on_train_epoch_end=True)
     recorder = Recorder()
     fit(Net(norm=False), batches(*[NAN_LOSS] * 4), recorder, stop, max_epochs=5)
     assert len(recorder.state) == 4

@@ -40,7 +40,7 @@ def test_a_plugin_that_only_watches_says_one_event(name: str, fault: int, mode: 
     assert event.step == 2
     assert not math.isfinite(event.value)
     assert "was applied, because no plugin drops non-finite steps" in event.reason
-    assert "plugins/nonfinite=skip" in event.reason
+    assert 'default_callbacks(nonfinite="skip")' in event.reason
     # the monitor names the parameters, once
     assert [(each.plugin, each.step) for each in found if each.plugin != "guard"] == (
         [("monitor_gradients", 2)] if name == "a monitor" and mode == "exact" else []

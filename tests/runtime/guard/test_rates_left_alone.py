@@ -105,4 +105,4 @@ def test_the_default_stack_has_no_schedule_and_logs_the_rate(tmp_path: Path) -> 
     assert not [each for each in stack if isinstance(each, ScheduleLR)]
     mine = quiet_trainer(*stack, max_epochs=1, log_every_n_steps=1, default_root_dir=tmp_path)
     mine.fit(SetInHook(), DataLoader(TensorDataset(torch.randn(12, 8)), batch_size=4))
-    assert float(mine.callback_metrics["lr"]) == pytest.approx(0.01)
+    assert float(mine.callback_metrics["stability/lr"]) == pytest.approx(0.01)

@@ -180,7 +180,7 @@ def test_the_climb_is_an_event_and_the_logged_rate_contains_it(tmp_path: Path) -
     fit(module, EIGHT, SkipNonFinite(), Ask(), LearningRateMonitor(), listener, logger=logger)
     header, *lines = [line.split(",") for line in Path(logger.log_dir, "metrics.csv").read_text().splitlines()]
     rows = [dict(zip(header, line, strict=True)) for line in lines]
-    ours = [float(row["lr"]) for row in rows if row["lr"]]
+    ours = [float(row["stability/lr"]) for row in rows if row["stability/lr"]]
     assert ours == [each[0] for each in module.used] == pytest.approx([0.01 * factor for factor in CLIMB])
     monitored = [float(row["lr-AdamW"]) for row in rows if row["lr-AdamW"]]
     assert set(monitored) == {0.01}, "between the steps the rate is that of the module"

@@ -68,7 +68,7 @@ def test_half_of_the_steps_lost_is_bearable(first: int, mode: str) -> None:
 def test_max_attempts_is_exact() -> None:
     """Bug: one attempt more than asked for."""
     recorder = Recorder()
-    with pytest.raises(TrainingStopped, match=r"guard\.max_attempts"):
+    with pytest.raises(TrainingStopped, match=r"Guard\(max_attempts="):
         fit(Net(), batches(*[HEALTHY] * 9), recorder, Guard(max_attempts=5))
     assert len(recorder.state) == 5
 

@@ -93,7 +93,7 @@ def test_validate_test_and_predict_are_unchanged(what: str, tmp_path: Path) -> N
     run(mine, Net(), ITEMS)
     before = [of(c) for c in used]
     call(mine, what, mine.lightning_module)
-    assert "grad_norm" not in mine.callback_metrics
+    assert "stability/grad_norm" not in mine.callback_metrics
     assert [of(c) for c in used] == before
 
 

@@ -60,6 +60,27 @@ def test_undo_global_step() -> None:
     assert probed(undo) == (2, 1)
 
 
+def test_hide_output() -> None:
+    """Bugs: callbacks get the output of a hidden batch; nothing is undone."""
+
+    class Outputs(Callback):
+        def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+            numbers = iter(range(100))
+            self.seen: list[bool] = []
+            self.loop = trainer.fit_loop.epoch_loop.automatic_optimization
+            self.undo = trainer_internals.hide_output(trainer, lambda: next(numbers) == 1)
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            self.seen.append(outputs == {})
+            assert outputs == {} or list(outputs) == ["loss"]
+
+    outputs = Outputs()
+    fit(Net(), ITEMS, outputs)
+    assert outputs.seen == [False, True, False, False]
+    outputs.undo()
+    assert "run" not in vars(outputs.loop)
+
+
 def test_logger_step() -> None:
     """Bug: metrics are logged at micro-batches instead of steps."""
     assert probed(trainer_internals.logger_step, batch=3, accumulate_grad_batches=2) == 1

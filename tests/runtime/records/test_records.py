@@ -50,6 +50,7 @@ def test_a_storm_of_events_is_said_sparingly(caplog: pytest.LogCaptureFixture) -
         for step in range(1000):
             log.append(Event(step, "clip", "spike", 2.0, 1.0, "two is above one"))
         log.append(Event(1000, "clip", "skip", 2.0, 1.0, "another kind"))
+        log.show()
     assert len(caplog.records) == 11
     assert log.counts == {("clip", "spike"): 1000, ("clip", "skip"): 1}
 
@@ -72,20 +73,22 @@ def test_metrics_reach_all_loggers_and_the_trainer(mode: str, tmp_path: Path) ->
     norms = [o.grad_norm for o in recorder.state if o.applied]
     for each in loggers:
         rows = list(csv.DictReader((Path(each.log_dir) / "metrics.csv").read_text().splitlines()))
-        found = [float(row["grad_norm"]) for row in rows if row["grad_norm"]]
+        found = [float(row["stability/grad_norm"]) for row in rows if row["stability/grad_norm"]]
         steps = [int(row["step"]) for row in rows]
         assert steps == sorted(steps)
-        assert found[-1] == pytest.approx(norms[2] if mode == "exact" else mine.callback_metrics["grad_norm"].item())
-        assert max(float(row["skipped"]) for row in rows if row["skipped"]) == 1.0
-    assert mine.callback_metrics.keys() >= {"loss", "grad_norm", "grad_norm_max", "clipped", "skipped"}
-    assert mine.callback_metrics["skipped"] == 1.0
+        last = norms[2] if mode == "exact" else mine.callback_metrics["stability/grad_norm"].item()
+        assert found[-1] == pytest.approx(last)
+        assert max(float(row["stability/skipped"]) for row in rows if row["stability/skipped"]) == 1.0
+    names = ("loss", "grad_norm", "grad_norm_max", "clipped_share", "skipped")
+    assert mine.callback_metrics.keys() >= {f"stability/{name}" for name in names}
+    assert mine.callback_metrics["stability/skipped"] == 1.0
 
 
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("mode", ["exact", "device"])
 def test_early_stopping_can_monitor_our_loss(mode: str, first: bool) -> None:
     """Bug: a metric that is not there yet when the epoch ends, if EarlyStopping comes first in the list."""
-    stop = EarlyStopping(monitor="loss", patience=1, min_delta=1e9)
+    stop = EarlyStopping(monitor="stability/loss", patience=1, min_delta=1e9)
     members: list[Callback] = [SkipNonFinite(), Guard(mode=mode)]
     callbacks = [stop, *members] if first else [*members, stop]
     mine = fit(Net("adamw-fused"), ITEMS, *callbacks, max_epochs=9, log_every_n_steps=50)
@@ -108,5 +111,5 @@ def test_an_interval_without_finite_steps() -> None:
     for outcome in recorder.state:
         interval.add(outcome)
         counters = counters.add(outcome)
-    assert interval.take(counters) == {"clipped": 0.0, "skipped": 2.0}
+    assert interval.take(counters) == {"clipped_share": 0.0, "skipped": 2.0}
     assert counters.applied == 0

@@ -185,17 +185,17 @@ def test_an_empty_snapshot_is_refused() -> None:
 
 
 def test_parts_added_since_are_refused_before_anything_is_restored() -> None:
-    # catches a restore that fails half way, when a callback unfreezes layers during training
-    class Unfreezes(GoBack):
+    # catches a restore that fails half way, when a callback adds layers during training
+    class Adds(GoBack):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             if batch_idx == 5:
-                trainer.optimizers[0].add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+                pl_module.late = nn.BatchNorm1d(1)
             self.before = [each.detach().clone() for each in pl_module.parameters()]
             self.module = pl_module
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
-    callback = Unfreezes(3, (8,))
-    with pytest.raises(SnapshotError, match=r"parts of the run were added or removed since .* \(param_groups\)"):
+    callback = Adds(3, (8,))
+    with pytest.raises(SnapshotError, match=r"parts of the run were added or removed since .* \(the model's buffers\)"):
         Case().fit(callback)
     assert all(map(torch.equal, callback.before, callback.module.parameters()))
 

@@ -1,0 +1,1 @@
+"""Divide the gradient of a shorter accumulation window by the micro-batches that it holds."""
