@@ -14,9 +14,11 @@ from stabletrain.runtime.data.fetch_counter import FetchCounter
 from stabletrain.runtime.data.index_sampler import IndexSampler, Indices
 from stabletrain.runtime.data.position import (
     LoaderState,
+    capture_generators,
     capture_start,
     length_mismatch,
     order_mismatch,
+    restore_own,
     restore_start,
 )
 from stabletrain.runtime.data.resume_point import ResumePoint
@@ -85,7 +87,10 @@ class LoaderReader:
             with rng.preserved():
                 self._start_workers(position.start)
                 restore_start(position.start, self._loader)
-                self._skip_to(position)
+                if position.batches:
+                    self._skip_to(position)
+                else:
+                    self._open(0)
             self._rng_of_next = position.rng_before
         return EpochStarted(self._start, last, rng.capture(cuda=False) if record_rng else None)
 
@@ -137,12 +142,14 @@ class LoaderReader:
     def _skip_to(self, position: LoaderState) -> None:
         if self.index_sampler is not None and self._resume.skips_fetching(self._in_process):
             self._open(position.batches)
+            self._restore_first(position.start)
             last = self.index_sampler.seek()
             if self.index_sampler.drawn < position.batches:
                 raise self._resume.mismatch(length_mismatch(position, self.index_sampler.drawn))
         else:
             last = None
             self._open(0)
+            self._restore_first(position.start)
             if self.index_sampler is not None:
                 self.index_sampler.excludes = None
             for count in range(position.batches):
@@ -156,12 +163,19 @@ class LoaderReader:
         if problem:
             raise self._resume.mismatch(problem)
 
+    def _restore_first(self, start: IteratorStart) -> None:
+        self._is_first_fetch = False
+        if start.first is not None:
+            rng.restore(start.first.rng)
+            restore_own(start.first.own, self._loader)
+
     def _fetch(self, record_rng: bool) -> TapedBatch | EpochEnded:
         before = rng.capture() if self._in_process and self._resume.enabled and self._counter.prefetches else None
         watch = self._in_process and record_rng
         # a sampler's iterator draws its seed at the first fetch, whether or not later fetches draw
         is_first, self._is_first_fetch = self._is_first_fetch, False
         mark = rng.fingerprint() if watch and not self._draws_rng and not is_first else None
+        first = capture_generators(self._loader) if is_first and self._in_process and self._resume.enabled else None
         try:
             batch = next(self.iterator)  # type: ignore[arg-type]
         except StopIteration:
@@ -175,7 +189,7 @@ class LoaderReader:
         self._fetched = position + 1
         if record_rng and self._may_share:  # the batch is stored
             batch = copy_shared_tensors(batch)
-        return TapedBatch(batch, self.epoch, position, samples, before, after)
+        return TapedBatch(batch, self.epoch, position, samples, before, after, first)
 
     def _excludes(self, indices: Indices) -> bool:
         by_samples = identity(self.epoch, indices.position, indices.samples)

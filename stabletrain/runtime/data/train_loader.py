@@ -239,8 +239,7 @@ class TrainLoader:
             return self._resume.positions
         prefetched = len(loader_internals.prefetched(self.trainer)) > 0
         epoch_over = loader_internals.epoch_is_over(self.trainer)
-        unfinished = loader_internals.batches_in_progress(self.trainer)
-        return [each.position(prefetched, epoch_over, unfinished) for each in self.loaders]
+        return [each.position(each.place, prefetched, epoch_over) for each in self.loaders]
 
     @property
     def run_rng(self) -> rng.RngState:
