@@ -66,10 +66,14 @@ class LoaderState(NamedTuple):
 
 
 def position_in(
-    loader: Any, batches: int, start: IteratorStart, rng_before: RngState | None = None, last: Identity | None = None
+    loader: Any,
+    batches: int,
+    start: IteratorStart,
+    rng_before: RngState | None = None,
+    last: Identity | None = None,
+    own: list[Tensor] | None = None,
 ) -> LoaderState:
     """A position in this loader, with the loader's present sizes."""
-    own = [generator.get_state() for generator in _own_generators(loader)]
     return LoaderState(batches, start, rng_before, _size(loader), _size(getattr(loader, "dataset", None)), last, own)
 
 
@@ -79,7 +83,7 @@ def capture_start(loader: Any, epoch: int, state: RngState | None) -> IteratorSt
     return IteratorStart(
         epoch,
         state,
-        [generator.get_state() for generator in _own_generators(loader)],
+        [generator.get_state() for generator in own_generators(loader)],
         getattr(sampler, "epoch", None),
         getattr(sampler, "seed", None),
         loader_internals.reuses_workers(loader),
@@ -100,12 +104,12 @@ def restore_start(start: IteratorStart, loader: Any) -> None:
 
 def capture_generators(loader: Any) -> Generators:
     """The state of all generators that the loader draws from."""
-    return Generators(rng.capture(), [generator.get_state() for generator in _own_generators(loader)])
+    return Generators(rng.capture(), [generator.get_state() for generator in own_generators(loader)])
 
 
 def restore_own(states: Sequence[Tensor], loader: Any) -> None:
     """Set the loader's own generators, in the order of `capture_generators`."""
-    for generator, state in zip(_own_generators(loader), states, strict=False):
+    for generator, state in zip(own_generators(loader), states, strict=False):
         generator.set_state(state.cpu())
 
 
@@ -171,7 +175,8 @@ def _parts(loader: Any) -> Iterator[Any]:
             yield getattr(sampler, "sampler", None)
 
 
-def _own_generators(loader: Any) -> list[torch.Generator]:
+def own_generators(loader: Any) -> list[torch.Generator]:
+    """The generators of the loader and its samplers, each once."""
     found = {}
     for part in _parts(loader):
         generator = getattr(part, "generator", None)

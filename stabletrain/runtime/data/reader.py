@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lightning.pytorch import Trainer
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from stabletrain.runtime import rng
@@ -18,6 +19,7 @@ from stabletrain.runtime.data.position import (
     capture_start,
     length_mismatch,
     order_mismatch,
+    own_generators,
     restore_own,
     restore_start,
 )
@@ -51,12 +53,17 @@ class LoaderReader:
         )
         self._in_process = not (isinstance(loader, DataLoader) and loader.num_workers > 0)
         self._may_share = not (isinstance(loader, DataLoader) and loader.num_workers == 0)
+        self._generators = own_generators(loader)
         self.iterator: Iterator[Any] | None = None
         self._start: IteratorStart | None = None
         self._fetched = 0
         self._draws_rng = False  # whether a fetch was seen to draw from the global generators
         self._is_first_fetch = False
         self._rng_of_next: rng.RngState | None = None  # the generators to fetch the next batch with
+
+    def own_states(self) -> list[Tensor]:
+        """The states of the loader's own generators."""
+        return [generator.get_state() for generator in self._generators]
 
     @property
     def epoch(self) -> int:

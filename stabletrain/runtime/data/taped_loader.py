@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeVar
 
 from lightning.pytorch import Trainer
+from torch import Tensor
 
 from stabletrain.errors import UserError
 from stabletrain.runtime import rng
@@ -41,11 +42,13 @@ class LoaderPlace(NamedTuple):
         cursor: the loop's position.
         cursor_before: one batch earlier.
         last_batch: the last batch that the loop got.
+        own: states of the loader's own generators.
     """
 
     cursor: LoaderCursor
     cursor_before: LoaderCursor
     last_batch: TapedBatch | None
+    own: list[Tensor]
 
 
 class TapedLoader(Iterator[Any]):
@@ -182,7 +185,7 @@ class TapedLoader(Iterator[Any]):
     @property
     def place(self) -> LoaderPlace:
         """Where the loop is now, for `position`."""
-        return LoaderPlace(self.cursor, self.cursor_before, self.last_batch)
+        return LoaderPlace(self.cursor, self.cursor_before, self.last_batch, self._reader.own_states())
 
     def position(self, place: LoaderPlace, prefetched: bool, epoch_over: bool) -> LoaderState:
         """The position of the run, for a checkpoint.
@@ -195,12 +198,12 @@ class TapedLoader(Iterator[Any]):
         cursor, last = place.cursor_before if prefetched else place.cursor, place.last_batch
         if epoch_over or cursor.start is None:
             epoch = self._reader.epoch if cursor.start is None else cursor.start.epoch + 1
-            return position_in(self._loader, 0, capture_start(self._loader, epoch, None))
+            start = capture_start(self._loader, epoch, None)._replace(generators=place.own)
+            return position_in(self._loader, 0, start, own=place.own)
         rng_before = last.rng_before if last is not None and prefetched else None
         known = last is not None and last.samples is not None and not prefetched and cursor.position >= 0
-        return position_in(
-            self._loader, cursor.position + 1, cursor.start, rng_before, last.identity if known and last else None
-        )
+        name = last.identity if known and last else None
+        return position_in(self._loader, cursor.position + 1, cursor.start, rng_before, name, place.own)
 
     @property
     def _epoch(self) -> int:

@@ -173,6 +173,15 @@ def resumes_from_checkpoint(trainer: Trainer) -> bool:
     return bool(trainer._checkpoint_connector._loaded_checkpoint) or trainer.ckpt_path is not None
 
 
+def is_trial(trainer: Trainer) -> bool:
+    """Whether `LearningRateFinder`, `BatchSizeFinder` or the `Tuner` make trial steps, which are no steps of the run.
+
+    They replace all callbacks for that time, by none or by one of their own.
+    """
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return not callbacks or [type(each).__name__ for each in callbacks] == ["_LRCallback"]
+
+
 def unwrapped(module: LightningModule) -> LightningModule:
     """The module itself where torch.compile wrapped it."""
     return getattr(module, "_orig_mod", module)
