@@ -18,6 +18,7 @@ from stabletrain.runtime.internals import loader as loader_internals
 from stabletrain.runtime.internals import resuming
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.plugin_state import names_its_plugin
+from stabletrain_plugins.resume_exactly.requeue_signal import RequeueSignal
 from stabletrain_plugins.resume_exactly.saved_state import SavedState, problem_of
 from stabletrain_plugins.resume_exactly.step_watch import StepWatch
 
@@ -61,6 +62,7 @@ class ResumeExactly(Callback):
         self._loader: TrainLoader | None = None
         self._loads: resuming.Loads | None = None
         self._step: StepWatch | None = None
+        self._requeue: RequeueSignal | None = None
         self._undo: list[Callable[[], None]] = []
         self._before_validation: rng.QuickState | None = None  # while one runs, until its end
         self._final: dict[str, Any] | None = None  # the state of a fit that has ended, which may still be saved
@@ -85,10 +87,11 @@ class ResumeExactly(Callback):
         self._loader.record_positions(self.fast_forward, _NAME, _OPT_OUT)
         self._loads = resuming.Loads(trainer)
         self._step = StepWatch(trainer, self._module, self._loader)
+        self._requeue = RequeueSignal(trainer)
         self._undo = [
             self._loader.close,
             self._loads.undo,
-            resuming.before_batch(trainer, self._step.start_batch),
+            resuming.before_batch(trainer, self._start_batch),
             resuming.on_fit_loop_reset(trainer, self._repair_counters),
             resuming.around_own_restore(trainer, self._begin_own_restore, self._end_own_restore),
             loader_internals.after_train_start(trainer, self._on_loop_start),
@@ -97,8 +100,9 @@ class ResumeExactly(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the loaders against the checkpoint, and continue where it was saved."""
-        if self._loader is None:
+        if self._loader is None or self._requeue is None:
             return
+        self._requeue.take_over()
         for loader in self._loader.loaders:
             _refuse_own_state(loader.loader)
         if self._loaded is not None:
@@ -122,6 +126,8 @@ class ResumeExactly(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Store the state, because a checkpoint may be saved after the end of the run."""
         self._finish()
+        if self._requeue is not None:
+            self._requeue.run_if_received()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Unwrap the train loaders and validation."""
@@ -142,16 +148,23 @@ class ResumeExactly(Callback):
     def _close(self) -> None:
         while self._undo:
             self._undo.pop()()
-        self._loader = self._loads = self._step = None
+        self._loader = self._loads = self._step = self._requeue = None
 
     def _on_loop_start(self) -> None:
         if self._loader is not None and self._trainer is not None and not trainer_internals.is_trial(self._trainer):
             self._loader.on_loop_start()
 
+    def _start_batch(self) -> None:
+        assert self._step is not None
+        assert self._requeue is not None
+        self._step.start_batch()
+        self._requeue.run_if_received()
+
     def _begin_validation(self) -> None:
-        if self._trainer is None or self._trainer.sanity_checking or self._step is None:
+        if self._trainer is None or self._trainer.sanity_checking or self._step is None or self._requeue is None:
             return
         self._before_validation = rng.capture_quickly()
+        self._requeue.run_if_received()
         self._step.validation_begins()
 
     def _end_validation(self) -> None:
@@ -248,11 +261,12 @@ class ResumeExactly(Callback):
         assert self._loads is not None
         assert self._step is not None
         loads = {name: each._asdict() for name, each in self._loads.done.items()}
-        state: dict[str, Any] = {"loads": loads, "validating": self._before_validation is not None, "unfinished": None}
-        if self._step.in_step and not self._loader.is_resuming:
+        state: dict[str, Any] = {"loads": loads, "validating": False, "unfinished": None}
+        if self._step.in_step:
             state |= self._step.state()
             self._warn_of(state["unfinished"]["problem"])
             return state
+        state["validating"] = self._before_validation is not None
         if self._before_validation is not None:
             state["rng"] = self._before_validation.to_state()
         else:

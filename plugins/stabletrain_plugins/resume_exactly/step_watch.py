@@ -22,6 +22,7 @@ class _Start(NamedTuple):
     batches: BatchCount
     rng: rng.QuickState
     places: Places
+    rewinds: int
 
 
 class StepWatch:
@@ -50,7 +51,7 @@ class StepWatch:
         if self._start is not None and self._window.is_open:
             return
         batches = resuming.batch_count(self._trainer)
-        self._start = _Start(batches, rng.capture_quickly(), self._loader.places())
+        self._start = _Start(batches, rng.capture_quickly(), self._loader.places(), self._loader.rewinds)
         self._problem = ""
         if self._buffers is None:
             self._buffers = _Buffers(self._module)
@@ -74,7 +75,7 @@ class StepWatch:
     @property
     def in_step(self) -> bool:
         """Whether a step was begun and not finished."""
-        if self._start is None:
+        if self._start is None or self._start.rewinds != self._loader.rewinds:  # a rollback has undone the step
             return False
         batch_is_unfinished = resuming.batch_count(self._trainer).run == self._start.batches.run
         return batch_is_unfinished or self._window.is_open or resuming.is_in_batch(self._trainer)

@@ -52,6 +52,8 @@ class TrainLoader:
         self._users = 0
         self._uninstall: Callable[[], None] | None = None
         self._keeps_tape = False
+        self.rewinds = 0
+        """How often it was rewound."""
         self._exclusions = Exclusions(trainer)
         self._resume = ResumePoint(trainer)
         self._counter = FetchCounter(trainer)
@@ -184,6 +186,7 @@ class TrainLoader:
         if exclude:
             self._exclusions.require_one_loader()
         self._exclusions.add_events(exclude)
+        self.rewinds += 1
         for loader, cursor in zip(mark.loaders, mark.cursors, strict=True):
             loader.rewind(cursor)
         with rng.preserved():

@@ -224,6 +224,15 @@ def sigterm_is_lightnings(trainer: Trainer) -> bool:
     return lightnings and before in (None, signal.SIG_DFL)
 
 
+def requeue_handler(trainer: Trainer) -> tuple[signal.Signals, Callable[..., None]] | None:
+    """Lightning's handler of the signal by which SLURM announces the end of a job, if it is installed."""
+    connector = trainer._signal_connector
+    environment: Any = trainer._accelerator_connector.cluster_environment
+    signum = getattr(environment, "requeue_signal", None)
+    handler: Any = None if signum is None else signal.getsignal(signum)
+    return (signum, handler) if type(handler).__module__ == type(connector).__module__ else None
+
+
 def may_be_last_batch(trainer: Trainer) -> bool:
     """Whether the epoch or the fit may end with the batch in progress."""
     return bool(trainer.is_last_batch) or 0 < trainer.max_steps <= trainer.global_step or trainer.should_stop
