@@ -18,16 +18,37 @@ def wrap_train_loaders(
 
     It patches the strategy's ``process_dataloader``, which Lightning calls after it has added a distributed sampler,
     and also for validation loaders; these are not wrapped.
+
+    Args:
+        trainer: before its fit loop has loaded them.
+        wrap: returns what the loop reads from.
+        is_active: whether to wrap those that are loaded now.
     """
-    strategy = trainer.strategy
-    process = strategy.process_dataloader
+    strategy, loop = trainer.strategy, trainer.fit_loop
+    process, setup_data = strategy.process_dataloader, loop.setup_data
+    loads_train = False  # `trainer.training` does not tell: BatchSizeFinder then loads validation loaders, too
 
     def processed(loader: Any) -> Any:
         loader = process(loader)
-        return wrap(loader) if trainer.training and is_active() else loader
+        return wrap(loader) if loads_train and is_active() else loader
+
+    def setup_train_data() -> None:
+        nonlocal loads_train
+        loads_train = True
+        try:
+            setup_data()
+        finally:
+            loads_train = False
 
     processed.__dict__["wrap"] = wrap
-    return override(strategy, "process_dataloader", processed)
+    undo_setup = override(loop, "setup_data", setup_train_data)
+    undo_process = override(strategy, "process_dataloader", processed)
+
+    def undo() -> None:
+        undo_process()
+        undo_setup()
+
+    return undo
 
 
 def train_loader_wrapper(trainer: Trainer) -> Any:
@@ -187,6 +208,8 @@ def index_sampler(loader: DataLoader[Any]) -> Any:
 
 def iterate_with(loader: DataLoader[Any], sampler: Any) -> Any:
     """Return an iterator of the loader that takes its indices from ``sampler``; the loader is not changed."""
+    if reuses_workers(loader):  # of an iterator that took the sampler of the loader, or an earlier one of ours
+        loader._iterator._index_sampler = sampler  # type: ignore[union-attr]
     name = "sampler" if loader.batch_sampler is None else "batch_sampler"
     own = loader.__dict__[name]
     loader.__dict__[name] = sampler  # DataLoader forbids to set the attribute after __init__

@@ -235,16 +235,22 @@ class Loads:
 def around_own_restore(trainer: Trainer, before: Callable[[], None], after: Callable[[], None]) -> Callable[[], None]:
     """Call ``before`` and ``after`` around each restore within a fit, as at the end of `LearningRateFinder`.
 
-    ``Trainer.fit(ckpt_path=...)`` does not come here. Returns a function that undoes this.
+    ``Trainer.fit(ckpt_path=...)`` does not come here. If it is in progress, it then goes on: Lightning forgets its
+    checkpoint after a restore in ``on_fit_start``, and would not restore the optimizer and the loops.
+
+    Returns a function that undoes this.
     """
     connector = trainer._checkpoint_connector
     restore = connector.restore
 
     def wrapped(*args: Any, **kwargs: Any) -> None:
+        resumed, path = connector._loaded_checkpoint, connector._ckpt_path
         before()
         try:
             restore(*args, **kwargs)
         finally:
+            if resumed:
+                connector._loaded_checkpoint, connector._ckpt_path = resumed, path
             after()
 
     return override(connector, "restore", wrapped)
