@@ -69,7 +69,9 @@ class Model(LightningModule):
     def note(self, batch: Any) -> None:
         state = rng.capture()
         words = str((state["python"], state["numpy"]["has_gauss"], state["numpy"]["state"])).encode()
-        digest = hashlib.sha256(words + state["torch"].numpy().tobytes() + bytes(state["numpy"]["state"]["key"].numpy()))
+        digest = hashlib.sha256(
+            words + state["torch"].numpy().tobytes() + bytes(state["numpy"]["state"]["key"].numpy())
+        )
         own = [int(each.get_state().sum()) for each in self.own]
         self.seen.append(([each.tolist() for each in tensors(batch)], own, digest.hexdigest()))
 
@@ -161,7 +163,9 @@ def run(make: Any, callbacks: list[Callback], folder: Any, **options: Any) -> li
     train, val = make(), [own(8), plain(8)]
     loaders = CombinedLoader(train).flattened if not isinstance(train, CombinedLoader) else train.flattened
     module.own = [each.generator for each in [*loaders, *val] if getattr(each, "generator", None) is not None]
-    trainer = quiet_trainer(*callbacks, **{"max_epochs": 3, "default_root_dir": folder, "log_every_n_steps": 1, **options})
+    trainer = quiet_trainer(
+        *callbacks, **{"max_epochs": 3, "default_root_dir": folder, "log_every_n_steps": 1, **options}
+    )
     trainer.fit(module, train, val)
     module.note(None)
     weights = torch.cat([each.flatten() for each in module.state_dict().values()]).tolist()

@@ -73,11 +73,12 @@ def capture_quickly() -> QuickState:
     if _PYTHON_STATE is None:
         python = random.getstate()
     else:
-        owner: Any = random.random.__self__  # type: ignore[attr-defined]
-        python = (ctypes.string_at(_PYTHON_STATE, 625 * 4), owner.gauss_next)
+        inner: Any = random.random.__self__  # type: ignore[attr-defined]
+        python = (ctypes.string_at(_PYTHON_STATE, 625 * 4), inner.gauss_next)
     generator: Any = np.random.get_bit_generator()  # type: ignore[attr-defined]
     if _GAUSS_OFFSET is not None and isinstance(generator, np.random.MT19937):
-        pair = id(np.random.get_state.__self__) + _GAUSS_OFFSET
+        owner = getattr(np.random.get_state, "__self__")  # noqa: B009 (its type does not say that it is a method)
+        pair = id(owner) + _GAUSS_OFFSET
         has_gauss, gauss = struct.unpack("=i4xd", ctypes.string_at(pair, 16))
         numpy: Any = (ctypes.string_at(_mersenne_state(generator), 625 * 4), has_gauss, gauss)
     else:
@@ -195,7 +196,10 @@ def _gauss_offset() -> int | None:
     found.standard_normal()
     after, gauss = ctypes.string_at(id(found), size), found.get_state()[4]
     for offset in range(16, size - 15, 8):
-        if struct.unpack_from("=i", before, offset) == (0,) and struct.unpack_from("=i4xd", after, offset) == (1, gauss):
+        if struct.unpack_from("=i", before, offset) == (0,) and struct.unpack_from("=i4xd", after, offset) == (
+            1,
+            gauss,
+        ):
             return offset
     return None
 

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from stabletrain.errors import UserError, require
 from stabletrain.runtime import rng
+from stabletrain.runtime.data.loads import Loads
 from stabletrain.runtime.data.train_loader import TrainLoader
 from stabletrain.runtime.internals import loader as loader_internals
 from stabletrain.runtime.internals import resuming
@@ -60,7 +61,7 @@ class ResumeExactly(Callback):
         self._trainer: Trainer | None = None
         self._module: LightningModule | None = None
         self._loader: TrainLoader | None = None
-        self._loads: resuming.Loads | None = None
+        self._loads: Loads | None = None
         self._step: StepWatch | None = None
         self._requeue: RequeueSignal | None = None
         self._undo: list[Callable[[], None]] = []
@@ -85,12 +86,12 @@ class ResumeExactly(Callback):
         self._trainer, self._module = trainer, trainer_internals.unwrapped(pl_module)
         self._loader = TrainLoader.of(trainer)
         self._loader.record_positions(self.fast_forward, _NAME, _OPT_OUT)
-        self._loads = resuming.Loads(trainer)
+        self._loads = Loads(trainer)
         self._step = StepWatch(trainer, self._module, self._loader)
         self._requeue = RequeueSignal(trainer)
         self._undo = [
             self._loader.close,
-            self._loads.undo,
+            self._loads.close,
             resuming.before_batch(trainer, self._start_batch),
             resuming.on_fit_loop_reset(trainer, self._repair_counters),
             resuming.around_own_restore(trainer, self._begin_own_restore, self._end_own_restore),
@@ -241,8 +242,9 @@ class ResumeExactly(Callback):
         problem = next((each for each in map(problem_of, everyone) if each), "")
         if problem:
             raise UserError(
-                f"{_NAME}: this checkpoint was saved in the middle of an optimizer step, and cannot be resumed exactly: "
-                f"{problem}. Use another checkpoint, or {_OPT_OUT}: training then goes on with what the step had done"
+                f"{_NAME}: this checkpoint was saved in the middle of an optimizer step, and cannot be resumed "
+                f"exactly: {problem}. Use another checkpoint, or {_OPT_OUT}: training then goes on with what the step "
+                "had done"
             )
         self._resume_from(saved if len(everyone) == size else saved.for_another_world(has_rng=rank < len(everyone)))
 

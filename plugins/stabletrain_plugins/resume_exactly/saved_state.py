@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from stabletrain.runtime import rng
+from stabletrain.runtime.data.loads import Loading
 from stabletrain.runtime.data.position import LoaderState
-from stabletrain.runtime.internals.resuming import BatchCount, Loading
+from stabletrain.runtime.internals.resuming import BatchCount
 
 
 class SavedState(NamedTuple):

@@ -63,7 +63,9 @@ class Net(Model):
 
 
 def everything(model, trainer):
-    callbacks = {type(each).__name__: each.state_dict() for each in trainer.callbacks if isinstance(each, EarlyStopping)}
+    callbacks = {
+        type(each).__name__: each.state_dict() for each in trainer.callbacks if isinstance(each, EarlyStopping)
+    }
     loops = trainer.fit_loop.state_dict()
     for name, counts in loops.pop("epoch_loop.batch_progress")["total"].items():
         if name == "ready" or not model.ends:  # Lightning counts a batch that ends its epoch in some of these only
@@ -73,7 +75,11 @@ def everything(model, trainer):
 
 def fit(folder, model=None, save=True, callbacks=None, seed=0, ckpt_path=None, data=None, **options):
     seed_everything(seed, verbose=False)
-    mine = [ResumeExactly(), EarlyStopping("val", patience=99, check_on_train_epoch_end=False)] if callbacks is None else callbacks
+    mine = (
+        [ResumeExactly(), EarlyStopping("val", patience=99, check_on_train_epoch_end=False)]
+        if callbacks is None
+        else callbacks
+    )
     saver = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1, enable_version_counter=False)
     trainer = quiet_trainer(
         *mine, *([saver] if save else []), **{"max_epochs": 4, "default_root_dir": folder, **options}

@@ -90,7 +90,11 @@ class FailingSamples(Samples):
 
 
 def stack(whole):
-    return [SkipNonFinite(), SkipOutliers(), Rollback(every=4, trust_after=1), ResumeExactly()] if whole else [ResumeExactly()]
+    return (
+        [SkipNonFinite(), SkipOutliers(), Rollback(every=4, trust_after=1), ResumeExactly()]
+        if whole
+        else [ResumeExactly()]
+    )
 
 
 def fit(folder, model, loader, callbacks, seed=0, ckpt_path=None, **options):
@@ -116,7 +120,9 @@ def assert_resumes(folder, make_loader, hook, at, whole=False, batches=None, **o
     assert_same_end(reference, resumed)
     progress, progress2 = (t.fit_loop.epoch_loop.batch_progress.state_dict() for _, t in (reference, resumed))
     assert progress == progress2
-    assert reference[1].fit_loop.epoch_loop._batches_that_stepped == resumed[1].fit_loop.epoch_loop._batches_that_stepped
+    assert (
+        reference[1].fit_loop.epoch_loop._batches_that_stepped == resumed[1].fit_loop.epoch_loop._batches_that_stepped
+    )
 
 
 @pytest.mark.parametrize("at", [0, 3, 7, 8, 23])
@@ -212,7 +218,13 @@ def test_a_window_with_a_validation_inside_is_refused(tmp_path):
     saver = OnExceptionCheckpoint(tmp_path)
     stopping = EarlyStopping("val", patience=99)
     with pytest.raises(Interrupted):
-        fit(tmp_path, Fails(fail, "training_step", 3), LOADERS["shuffled"](), [*stack(False), stopping, saver], **options)
+        fit(
+            tmp_path,
+            Fails(fail, "training_step", 3),
+            LOADERS["shuffled"](),
+            [*stack(False), stopping, saver],
+            **options,
+        )
     with pytest.raises(UserError, match="a validation ran between the micro-batches"):
         fit(tmp_path, Fails(), LOADERS["shuffled"](), stack(False), ckpt_path=saver.ckpt_path, **options)
 

@@ -44,7 +44,10 @@ class ResumePoint:
 
     def set(self, positions: Sequence[LoaderState], state: rng.RngState | None) -> None:
         """See `TrainLoader.resume_at`."""
-        self._positions, self._pending = list(positions) or None, list(positions)  # none: saved before the loaders existed
+        self._positions, self._pending = (
+            list(positions) or None,
+            list(positions),
+        )  # none: saved before the loaders existed
         self._rng, self._loop_started = state, False
 
     @property

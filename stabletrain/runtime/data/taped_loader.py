@@ -82,7 +82,9 @@ class TapedLoader(Iterator[Any]):
         self._excluded_in_replay = False  # whether a batch was excluded since the rewind, so that later epochs differ
         self.cursor = self.cursor_before = LoaderCursor(0, -1, None)
         self.last_batch: TapedBatch | None = None
-        self._problem: UserError | None = None  # raised at the first fetch: an error in iter() breaks Lightning's teardown
+        self._problem: UserError | None = (
+            None  # raised at the first fetch: an error in iter() breaks Lightning's teardown
+        )
         self.samples_before: Any = None
         """The sample indices of the batch before the last one; None if unknown."""
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loops.loop import _Loop
 
-from stabletrain.runtime import rng
 from stabletrain.runtime.internals.loader import override
 
 
@@ -22,18 +22,6 @@ class BatchCount(NamedTuple):
 
     epoch: int
     run: int
-
-
-class Loading(NamedTuple):
-    """The last time that a loop called the module's or data module's dataloader method.
-
-    Args:
-        epoch: ``trainer.current_epoch`` then.
-        rng: the global generators before it.
-    """
-
-    epoch: int
-    rng: rng.RngState
 
 
 # ---- where the loop is ----------------------------------------------------------------------------------------------
@@ -162,71 +150,58 @@ def forget_unfinished_validation(trainer: Trainer) -> None:
 # ---- loading the dataloaders ----------------------------------------------------------------------------------------
 
 
-class Loads:
-    """The train and validation dataloaders are loaded as at the checkpoint: at that epoch, with those random numbers.
-
-    Lightning does not save the epoch of the last reload: with ``reload_dataloaders_every_n_epochs`` of 2 and more, a
-    resumed run reloads in other epochs, and a dataloader method that looks at ``trainer.current_epoch`` or draws random
-    numbers returns other data.
+def around_loading(trainer: Trainer, load: Callable[[str, bool, Callable[[], bool]], None]) -> Callable[[], None]:
+    """Call ``load`` in place of each loading of dataloaders in a fit; returns a function that undoes this.
 
     Args:
         trainer: before its fit loop has loaded them.
+        load: called with ``"train"`` or ``"val"``, whether they were loaded before, and the function that loads them
+            and returns whether there are any.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-        self._done: dict[str, Loading] = {}
-        self._planned: dict[str, Loading] = {}
-        loops: dict[str, Any] = {"train": trainer.fit_loop, "val": trainer.fit_loop.epoch_loop.val_loop}
-        self._undos = [override(loop, "setup_data", self._wrapped(name, loop)) for name, loop in loops.items()]
-
-    def undo(self) -> None:
-        """Stop observing."""
-        while self._undos:
-            self._undos.pop()()
-
-    @property
-    def done(self) -> dict[str, Loading]:
-        """By ``"train"`` and ``"val"``."""
-        return {**self._planned, **self._done}
-
-    def repeat(self, loads: dict[str, Loading]) -> None:
-        """Load as in these the next time, once. What is loaded already is loaded again."""
-        self._planned, self._done = dict(loads), {}
-        self._trainer.fit_loop._combined_loader = None
-
-    def _wrapped(self, name: str, loop: Any) -> Callable[[], None]:
+    def wrapped(name: str, loop: Any) -> Callable[[], None]:
         setup_data = loop.setup_data
 
-        def wrapped() -> None:
-            planned = self._planned.get(name)
+        def setup() -> None:
             loaded = loop._combined_loader
-            if planned is not None and loaded is None and not self._trainer.sanity_checking:
-                self._load_as(planned, setup_data)
-                now = planned
-            else:
-                reload = loop._should_reload_train_dl if name == "train" else loop._should_reload_val_dl
-                if loaded is not None and not reload:
-                    return setup_data()
-                now = Loading(self._trainer.current_epoch, rng.capture())
+            reload = loop._should_reload_train_dl if name == "train" else loop._should_reload_val_dl
+            if loaded is not None and not reload:
                 setup_data()
-            if loop._combined_loader is not loaded:
-                self._planned.pop(name, None)
-                self._done[name] = now
-            return None
+                return
 
-        return wrapped
-
-    def _load_as(self, planned: Loading, setup_data: Callable[[], None]) -> None:
-        counts: Any = self._trainer.fit_loop.epoch_progress.current
-        epoch = counts.completed
-        counts.completed = planned.epoch  # `current_epoch`
-        try:
-            with rng.preserved():
-                rng.restore(planned.rng)
+            def do() -> bool:
                 setup_data()
-        finally:
-            counts.completed = epoch
+                return loop._combined_loader is not loaded
+
+            load(name, loaded is not None, do)
+
+        return setup
+
+    loops: dict[str, Any] = {"train": trainer.fit_loop, "val": trainer.fit_loop.epoch_loop.val_loop}
+    undos = [override(loop, "setup_data", wrapped(name, loop)) for name, loop in loops.items()]
+
+    def undo() -> None:
+        for each in undos:
+            each()
+
+    return undo
+
+
+def load_train_again(trainer: Trainer) -> None:
+    """Let the fit loop load the train dataloaders when it starts, also if they are loaded already."""
+    trainer.fit_loop._combined_loader = None
+
+
+@contextlib.contextmanager
+def at_epoch(trainer: Trainer, epoch: int) -> Iterator[None]:
+    """``trainer.current_epoch`` is this epoch."""
+    counts: Any = trainer.fit_loop.epoch_progress.current
+    now = counts.completed
+    counts.completed = epoch
+    try:
+        yield
+    finally:
+        counts.completed = now
 
 
 # ---- restoring a checkpoint that the same fit has saved -------------------------------------------------------------

@@ -228,8 +228,10 @@ def requeue_handler(trainer: Trainer) -> tuple[signal.Signals, Callable[..., Non
     """Lightning's handler of the signal by which SLURM announces the end of a job, if it is installed."""
     connector = trainer._signal_connector
     environment: Any = trainer._accelerator_connector.cluster_environment
-    signum = getattr(environment, "requeue_signal", None)
-    handler: Any = None if signum is None else signal.getsignal(signum)
+    signum: signal.Signals | None = getattr(environment, "requeue_signal", None)
+    if signum is None:
+        return None
+    handler: Any = signal.getsignal(signum)
     return (signum, handler) if type(handler).__module__ == type(connector).__module__ else None
 
 

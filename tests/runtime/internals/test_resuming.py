@@ -18,9 +18,13 @@ def test_what_is_replaced_exists_and_is_put_back():
     for install, owner, name in [
         (lambda: resuming.before_batch(trainer, calls.clear), loop, "advance"),
         (lambda: resuming.on_fit_loop_reset(trainer, calls.clear), trainer.fit_loop, "reset"),
-        (lambda: resuming.around_own_restore(trainer, calls.clear, calls.clear), trainer._checkpoint_connector, "restore"),
-        (lambda: resuming.Loads(trainer).undo, trainer.fit_loop, "setup_data"),
-        (lambda: resuming.Loads(trainer).undo, loop.val_loop, "setup_data"),
+        (
+            lambda: resuming.around_own_restore(trainer, calls.clear, calls.clear),
+            trainer._checkpoint_connector,
+            "restore",
+        ),
+        (lambda: resuming.around_loading(trainer, print), trainer.fit_loop, "setup_data"),
+        (lambda: resuming.around_loading(trainer, print), loop.val_loop, "setup_data"),
         (lambda: resuming.continue_with(trainer, True), loop, "reset"),
         (lambda: resuming.continue_with(trainer, True), loop, "advance"),
     ]:
