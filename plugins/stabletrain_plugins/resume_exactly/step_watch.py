@@ -103,23 +103,26 @@ class _Buffers:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        statistics: list[tuple[str, nn.Module, str]] = []
+        self._names: list[str] = []
+        self._statistics: list[tuple[dict[str, Any], str]] = []
         self._others: list[tuple[dict[str, Any], str]] = []
         for path, owner in module.named_modules():
-            for name in state_internals.buffers_of(owner):
-                if isinstance(owner, nn.modules.batchnorm._NormBase):
-                    statistics.append((f"{path}.{name}" if path else name, owner, name))
+            buffers = state_internals.buffers_of(owner)
+            normalises = isinstance(owner, nn.modules.batchnorm._NormBase)
+            for name, value in buffers.items():
+                if normalises and value is not None:
+                    self._names.append(f"{path}.{name}" if path else name)
+                    self._statistics.append((buffers, name))
                 else:
-                    self._others.append((state_internals.buffers_of(owner), name))
-        self._statistics = [each for each in statistics if getattr(each[1], each[2]) is not None]
-        self._copies = [getattr(owner, name).detach().clone() for _, owner, name in self._statistics]
+                    self._others.append((buffers, name))
+        self._copies = [buffers[name].detach().clone() for buffers, name in self._statistics]
         self._seen: list[tuple[Any, int]] = []
 
     def stash(self) -> None:
         """Remember the buffers as they are now."""
         if self._copies:
             with torch.no_grad():
-                torch._foreach_copy_(self._copies, [getattr(owner, name) for _, owner, name in self._statistics])
+                torch._foreach_copy_(self._copies, [buffers[name] for buffers, name in self._statistics])
         self._seen = self._versions()
 
     def before(self) -> dict[str, Tensor] | None:
@@ -127,7 +130,7 @@ class _Buffers:
         same = all(a is b and v == w for (a, v), (b, w) in zip(self._seen, self._versions(), strict=True))
         if not same:
             return None
-        return {path: copy.clone() for (path, _, _), copy in zip(self._statistics, self._copies, strict=True)}
+        return {name: copy.clone() for name, copy in zip(self._names, self._copies, strict=True)}
 
     def _versions(self) -> list[tuple[Any, int]]:
         found = [owner.get(name) for owner, name in self._others]
