@@ -2,45 +2,39 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
-import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from stabletrain.errors import UserError, require
 from stabletrain.runtime import rng
-from stabletrain.runtime.accumulation import AccumulationWindow
-from stabletrain.runtime.data.position import LoaderState
+from stabletrain.runtime.data.loads import Loads
 from stabletrain.runtime.data.train_loader import TrainLoader
-from stabletrain.runtime.guard.callbacks import GuardMember
-from stabletrain.runtime.hidden.hidden_state import HiddenState
-from stabletrain.runtime.hidden.plain import Unsaved, from_plain, to_plain
 from stabletrain.runtime.internals import loader as loader_internals
+from stabletrain.runtime.internals import resuming
 from stabletrain.runtime.internals import trainer as trainer_internals
-from stabletrain.runtime.internals.fabric import refuse_in_fabric
 from stabletrain.runtime.plugin_state import names_its_plugin
+from stabletrain_plugins.resume_exactly.requeue_signal import RequeueSignal
+from stabletrain_plugins.resume_exactly.saved_state import SavedState, problem_of
+from stabletrain_plugins.resume_exactly.step_watch import StepWatch
 
 FastForward: TypeAlias = Literal["auto", "indices", "batches"]
-
-logger = logging.getLogger("stabletrain")
 
 _NAME = "resume_exactly"
 _OPT_OUT = "remove ResumeExactly (config key plugins.resume=none)"
 
 
-@refuse_in_fabric
 class ResumeExactly(Callback):
     """``Trainer.fit(ckpt_path=...)`` resumes at the right batch with the right random numbers.
 
     Add it to the run that saves checkpoints and to the one that resumes. With the same code, versions, number of
     processes, batch size, threads and hardware the resumed run is bit-identical to an uninterrupted one. Lightning
-    alone restarts the epoch's data, with other random numbers. Validation no longer changes the random numbers of
-    training.
+    alone restarts the epoch's data, with other random numbers.
 
     Args:
         fast_forward: how the batches before the checkpoint are skipped on resume. ``"auto"``: without fetching them if
@@ -59,18 +53,22 @@ class ResumeExactly(Callback):
     def __init__(self, fast_forward: FastForward = "auto") -> None:
         known = fast_forward in ("auto", "indices", "batches")
         expected = '"auto", "indices" or "batches"'
-        require(known, _NAME, "fast_forward", expected, fast_forward, "plugins.resume", "ResumeExactly")
+        require(known, _NAME, "fast_forward", expected, fast_forward, "plugins.resume")
         self.fast_forward: FastForward = fast_forward
+        self._reset()
+
+    def _reset(self) -> None:
         self._trainer: Trainer | None = None
+        self._module: LightningModule | None = None
         self._loader: TrainLoader | None = None
+        self._loads: Loads | None = None
+        self._step: StepWatch | None = None
+        self._requeue: RequeueSignal | None = None
         self._undo: list[Callable[[], None]] = []
-        self._training_rng: rng.RngState | None = None  # state of the training's generators while validation runs
+        self._before_validation: rng.QuickState | None = None  # while one runs, until its end
         self._final: dict[str, Any] | None = None  # the state of a fit that has ended, which may still be saved
-        self._loaded = False
-        self._warned_of_window = False
-        self._warned_of_hidden: set[str] = set()
-        self._hidden_is_known = False
-        self._saved_hidden: dict[str, Any] = {}
+        self._loaded: SavedState | None = None
+        self._restoring_own = self._warned_of_step = self._rest_of_batch = False
 
     @property
     def state_key(self) -> str:
@@ -84,59 +82,57 @@ class ResumeExactly(Callback):
         if stage != "fit":
             return
         self._close()
-        if trainer.precision_plugin.precision == "64-true":
-            # Lightning does this after it has loaded a checkpoint, whose numbers are rounded to float32 by then
-            trainer.precision_plugin.convert_module(pl_module)
-        self._trainer, self._final, self._loaded = trainer, None, False
-        self._hidden, self._saved_hidden = HiddenState(trainer_internals.unwrapped(pl_module), False, True), {}
-        self._hidden_is_known = False
+        self._reset()
+        self._trainer, self._module = trainer, trainer_internals.unwrapped(pl_module)
         self._loader = TrainLoader.of(trainer)
         self._loader.record_positions(self.fast_forward, _NAME, _OPT_OUT)
+        self._loads = Loads(trainer)
+        self._step = StepWatch(trainer, self._module, self._loader)
+        self._requeue = RequeueSignal(trainer)
         self._undo = [
             self._loader.close,
+            self._loads.close,
+            resuming.before_batch(trainer, self._start_batch),
+            resuming.on_fit_loop_reset(trainer, self._repair_counters),
+            resuming.around_own_restore(trainer, self._begin_own_restore, self._end_own_restore),
             loader_internals.after_train_start(trainer, self._on_loop_start),
-            loader_internals.around_validation(trainer, self._stash_rng, self._restore_rng),
+            loader_internals.around_validation(trainer, self._begin_validation, self._end_validation),
         ]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the loaders against the checkpoint."""
-        if self._loader is None:
+        """Check the loaders against the checkpoint, and continue where it was saved."""
+        if self._loader is None or self._requeue is None:
             return
+        self._requeue.take_over()
         for loader in self._loader.loaders:
             _refuse_own_state(loader.loader)
-        if self._loaded:
+        if self._loaded is not None:
             self._loader.check_positions()
-            self._undo.append(loader_internals.silence_resume_warning(trainer))
-            loader_internals.begin_next_epoch(trainer)
-        elif trainer_internals.resumes_from_checkpoint(trainer):
+            self._undo.append(self._continue(trainer))
+        elif trainer_internals.resumes_from_checkpoint(trainer) and resuming.batch_count(trainer).run:
             rank_zero_warn(
                 f"{_NAME}: the checkpoint holds no state of ResumeExactly, so the epoch's data restart at the first "
                 "batch, with other random numbers. Checkpoints saved from now on resume exactly."
             )
 
-    def _on_loop_start(self) -> None:
-        """After ``on_train_start`` of all callbacks and of the module."""
-        assert self._loader is not None
-        assert self._trainer is not None
-        self._loader.on_loop_start()
-        self._hidden.stash()
-        self._hidden_is_known = True
-        device = self._trainer.strategy.root_device
-        unknown = self._hidden.put({path: from_plain(each, device) for path, each in self._saved_hidden.items()})
-        self._saved_hidden = {}
-        if unknown:
-            rank_zero_warn(
-                f"{_NAME}: the checkpoint holds hidden state of modules that this run does not have "
-                f"({', '.join(unknown[:4])}): it is not restored"
-            )
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """From here on the step changes the weights."""
+        if self._step is not None:
+            self._step.update_begins()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A checkpoint that is saved from here on does not run the validation again."""
+        self._before_validation = None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Store the state, because a checkpoint may be saved after the end of the run."""
         self._finish()
+        if self._requeue is not None:
+            self._requeue.run_if_received()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Unwrap the train loaders and validation."""
-        if self._loader is not None and self._loaded and self._final is None:
+        if self._loader is not None and self._loaded is not None and self._final is None:
             self._finish()  # the run had ended at the checkpoint: Lightning does not enter the loop
         self._close()
 
@@ -153,16 +149,59 @@ class ResumeExactly(Callback):
     def _close(self) -> None:
         while self._undo:
             self._undo.pop()()
-        self._loader = None
+        self._loader = self._loads = self._step = self._requeue = None
 
-    def _stash_rng(self) -> None:
-        assert self._loader is not None
-        self._training_rng = self._loader.run_rng
+    def _on_loop_start(self) -> None:
+        if self._loader is not None and self._trainer is not None and not trainer_internals.is_trial(self._trainer):
+            self._loader.on_loop_start()
 
-    def _restore_rng(self) -> None:
-        if self._training_rng is not None:
-            rng.restore(self._training_rng)
-            self._training_rng = None
+    def _start_batch(self) -> None:
+        assert self._step is not None
+        assert self._requeue is not None
+        self._step.start_batch()
+        self._requeue.run_if_received()
+
+    def _begin_validation(self) -> None:
+        if self._trainer is None or self._trainer.sanity_checking or self._step is None or self._requeue is None:
+            return
+        self._before_validation = rng.capture_quickly()
+        self._requeue.run_if_received()
+        self._step.validation_begins()
+
+    def _end_validation(self) -> None:
+        self._before_validation = None
+
+    # ---- a resumed fit ----------------------------------------------------------------------------------------------
+
+    def _repair_counters(self) -> None:
+        """The counters of the checkpoint were loaded: those of the moment at which it was saved."""
+        if self._loaded is None or self._trainer is None or trainer_internals.is_trial(self._trainer):
+            return
+        if self._loaded.unfinished is not None:
+            resuming.go_back_to(self._trainer, self._loaded.unfinished)
+        if self._loaded.validating:
+            resuming.forget_unfinished_validation(self._trainer)
+        in_hook = resuming.finish_batch(self._trainer)
+        self._rest_of_batch = in_hook or self._loaded.validating
+
+    def _continue(self, trainer: Trainer) -> Callable[[], None]:
+        assert self._loaded is not None
+        if loader_internals.begin_next_epoch(trainer):
+            return lambda: None
+        if self._rest_of_batch or self._loaded.unfinished is not None:
+            return resuming.continue_with(trainer, self._rest_of_batch)
+        return loader_internals.silence_resume_warning(trainer)
+
+    def _begin_own_restore(self) -> None:
+        self._restoring_own = True
+
+    def _end_own_restore(self) -> None:
+        """The run was set back to before trial steps, or to an earlier step: nothing of ours has to follow."""
+        self._restoring_own = False
+        if self._step is not None:
+            self._step.clear()
+        if self._loaded is not None and self._loader is not None and not self._loader.has_started:
+            self._resume_from(self._loaded)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -181,7 +220,7 @@ class ResumeExactly(Callback):
     @names_its_plugin
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume from a checkpoint: called by Lightning before the first batch."""
-        if self._loader is None or self._trainer is None:
+        if self._loader is None or self._trainer is None or self._restoring_own:
             return
         everyone = state_dict["ranks"]
         if not isinstance(everyone, list) or not everyone:
@@ -194,78 +233,63 @@ class ResumeExactly(Callback):
                 "not at all, and random numbers differ. To resume exactly, use the same number of processes, or a "
                 "checkpoint saved at the end of an epoch."
             )
-        mine = everyone[rank % len(everyone)]
-        if mine["rng"] is not None:
-            rng.check(mine["rng"])
-        if len(everyone) == size:
-            self._saved_hidden = dict(mine.get("hidden", {}))
-            for each in self._saved_hidden.values():
-                from_plain(each, torch.device("cpu"))  # raises an error now if it is something else
-        try:
-            positions = [LoaderState.from_plain(plain) for plain in mine["loaders"]]
-        except (KeyError, TypeError):
+        saved = SavedState.of(everyone[rank % len(everyone)])
+        if saved is None:
             rank_zero_warn(
                 f"{_NAME}: the checkpoint is of another version of stabletrain: its data position is not read"
             )
             return
-        if len(everyone) != size:
-            positions = [position._replace(length=None, last=None) for position in positions]
-        self._loader.resume_at(positions, mine["rng"] if rank < len(everyone) else None)
-        self._loaded = True
+        problem = next((each for each in map(problem_of, everyone) if each), "")
+        if problem:
+            raise UserError(
+                f"{_NAME}: this checkpoint was saved in the middle of an optimizer step, and cannot be resumed "
+                f"exactly: {problem}. Use another checkpoint, or {_OPT_OUT}: training then goes on with what the step "
+                "had done"
+            )
+        self._resume_from(saved if len(everyone) == size else saved.for_another_world(has_rng=rank < len(everyone)))
+
+    def _resume_from(self, saved: SavedState) -> None:
+        assert self._loader is not None
+        assert self._loads is not None
+        assert self._module is not None
+        self._loader.resume_at(saved.positions, saved.rng)
+        self._loads.repeat(saved.loads)
+        for name, value in saved.buffers.items():
+            self._module.get_buffer(name).copy_(value)
+        self._loaded = saved
 
     def _current_state(self) -> dict[str, Any]:
         assert self._loader is not None
-        assert self._trainer is not None
-        if AccumulationWindow(self._trainer).is_open and not self._warned_of_window:
-            self._warned_of_window = True
+        assert self._loads is not None
+        assert self._step is not None
+        loads = {name: each._asdict() for name, each in self._loads.done.items()}
+        state: dict[str, Any] = {"loads": loads, "validating": False, "unfinished": None}
+        if self._step.in_step:
+            state |= self._step.state()
+            self._warn_of(state["unfinished"]["problem"])
+            return state
+        state["validating"] = self._before_validation is not None
+        if self._before_validation is not None:
+            state["rng"] = self._before_validation.to_state()
+        else:
+            state["rng"] = self._loader.run_rng
+        return {**state, "loaders": [position.to_plain() for position in self._loader.positions()]}
+
+    def _warn_of(self, problem: str) -> None:
+        if problem and not self._warned_of_step:
+            self._warned_of_step = True
             rank_zero_warn(
-                f"{_NAME}: this checkpoint is made between the micro-batches of an optimizer step. Their gradients are "
-                "not saved, so the first step after resuming from it will differ. Save after a step."
+                f"{_NAME}: this checkpoint is saved in the middle of an optimizer step, and it will not be possible to "
+                f"resume exactly from it: {problem}. Save after a step"
             )
-        state = self._training_rng if self._training_rng is not None else self._loader.run_rng
-        positions = [position.to_plain() for position in self._loader.positions()]
-        return {"rng": state, "loaders": positions, "hidden": self._hidden_state()}
-
-    def _hidden_state(self) -> dict[str, Any]:
-        """The tensors in attributes of modules, and in buffers that no state_dict holds, that training has changed."""
-        if not self._hidden_is_known:
-            return self._saved_hidden
-        found, unsaved = {}, []
-        assert self._trainer is not None
-        for path, value in self._hidden.values(changed=True).items():
-            if self._is_of_ended_epoch(value):
-                continue
-            try:
-                found[path] = to_plain(value)
-            except Unsaved:
-                unsaved.append(path)
-        if new := [path for path in unsaved if path not in self._warned_of_hidden]:
-            self._warned_of_hidden.update(new)
-            rank_zero_warn(
-                f"{_NAME}: {', '.join(new)} cannot be saved, so a resumed run starts without: expected tensors, and "
-                "tuples, lists and dictionaries of them. Register a buffer, or save it in on_save_checkpoint"
-            )
-        guarded = any(isinstance(each, GuardMember) for each in self._trainer.callbacks)  # type: ignore[attr-defined]
-        if not guarded and self._trainer.is_global_zero:  # else the guard says it
-            for message in self._hidden.news():
-                logger.warning(message)
-        return found
-
-    def _is_of_ended_epoch(self, value: Any) -> bool:
-        """Whether a list was collected over an epoch whose last batch is done, for a hook at the epoch's end.
-
-        Lightning does not call that hook in a fit that resumes here, so the list would stay in the next epoch.
-        """
-        assert self._trainer is not None
-        if not isinstance(value, list) or not loader_internals.epoch_is_over(self._trainer):
-            return False
-        return len(value) > 2 and 2 * len(value) >= self._trainer.num_training_batches
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles and copies do not include the running fit."""
-        fit: dict[str, Any] = {"_trainer": None, "_loader": None, "_undo": [], "_training_rng": None, "_final": None}
-        fit |= {"_hidden_is_known": False, "_saved_hidden": {}}
-        return {key: value for key, value in {**self.__dict__, **fit}.items() if key != "_hidden"}
+        return {key: value for key, value in self.__dict__.items() if not key.startswith("_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reset()
 
 
 def _refuse_own_state(loader: Any) -> None:

@@ -293,7 +293,8 @@ class RuleCallback(PluginMember):
 
     def state_dict(self) -> dict[str, Any]:
         """The rule's state and arguments, as plain Python types."""
-        return {**super().state_dict(), "state": to_plain(self.state)}
+        state = self.rule.init() if self.state is None else self.state  # None: saved before the first fit
+        return {**super().state_dict(), "state": to_plain(state)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore from a checkpoint."""

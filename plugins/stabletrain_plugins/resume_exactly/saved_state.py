@@ -1,0 +1,78 @@
+"""What `ResumeExactly` saves for each rank, read from a checkpoint of any content."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from stabletrain.runtime import rng
+from stabletrain.runtime.data.loads import Loading
+from stabletrain.runtime.data.position import LoaderState
+from stabletrain.runtime.internals.resuming import BatchCount
+
+
+class SavedState(NamedTuple):
+    """The state of one rank.
+
+    Args:
+        rng: the global generators; None: they are not restored.
+        positions: in the train loaders.
+        loads: when the loaders were loaded.
+        validating: whether a validation was running, which has to run again from its first batch on.
+        unfinished: the batches before the optimizer step that was in progress, to which all else belongs; None: the
+            checkpoint was saved between two steps.
+        buffers: of the module at that point, by name, if the step has changed them.
+    """
+
+    rng: rng.RngState | None
+    positions: list[LoaderState]
+    loads: dict[str, Loading]
+    validating: bool
+    unfinished: BatchCount | None
+    buffers: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, plain: dict[str, Any]) -> SavedState | None:
+        """Read what the callback has saved; None if it is of another version.
+
+        Raises:
+            KeyError, TypeError, ValueError: if it holds values of another kind.
+        """
+        if plain["rng"] is not None:
+            rng.check(plain["rng"])
+        try:
+            positions = [LoaderState.from_plain(each) for each in plain["loaders"]]
+        except (KeyError, TypeError):
+            return None
+        loads = {name: Loading(**each) for name, each in plain.get("loads", {}).items()}
+        for name, each in loads.items():
+            if name not in ("train", "val"):
+                raise ValueError(f"expected train or val, got {name!r}")
+            _check_count(each.epoch)
+            rng.check(each.rng)
+        unfinished = plain.get("unfinished")
+        batches, buffers = None, {}
+        if unfinished is not None:
+            batches, buffers = BatchCount(**unfinished["batches"]), dict(unfinished["buffers"])
+            for count in batches:
+                _check_count(count)
+            if not all(isinstance(each, Tensor) for each in buffers.values()):
+                raise TypeError("expected tensors as buffers")
+        return cls(plain["rng"], positions, loads, bool(plain.get("validating", False)), batches, buffers)
+
+    def for_another_world(self, has_rng: bool) -> SavedState:
+        """As far as it can be used by another number of processes."""
+        positions = [position._replace(length=None, last=None) for position in self.positions]
+        return self._replace(positions=positions, rng=self.rng if has_rng else None)
+
+
+def problem_of(plain: dict[str, Any]) -> str:
+    """Why a rank's state cannot be resumed from; empty if it can."""
+    unfinished = plain.get("unfinished")
+    return "" if unfinished is None else str(unfinished["problem"])
+
+
+def _check_count(value: Any) -> None:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"expected a count >= 0, got {value!r}")
