@@ -15,6 +15,7 @@ from stabletrain.runtime import rng
 from stabletrain.runtime.accumulation import AccumulationWindow
 from stabletrain.runtime.data.position import LoaderState
 from stabletrain.runtime.data.train_loader import TrainLoader
+from stabletrain.runtime.epoch_state import EpochState
 from stabletrain.runtime.internals import loader as loader_internals
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.plugin_state import names_its_plugin
@@ -54,6 +55,7 @@ class ResumeExactly(Callback):
         self.fast_forward: FastForward = fast_forward
         self._trainer: Trainer | None = None
         self._loader: TrainLoader | None = None
+        self._epoch: EpochState | None = None
         self._undo: list[Callable[[], None]] = []
         self._training_rng: rng.RngState | None = None  # state of the training's generators while validation runs
         self._final: dict[str, Any] | None = None  # the state of a fit that has ended, which may still be saved
@@ -80,6 +82,8 @@ class ResumeExactly(Callback):
             loader_internals.after_train_start(trainer, self._loader.on_loop_start),
             loader_internals.around_validation(trainer, self._stash_rng, self._restore_rng),
         ]
+        self._epoch = EpochState(trainer, _NAME)
+        self._undo.append(self._epoch.close)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the loaders against the checkpoint."""
@@ -120,7 +124,7 @@ class ResumeExactly(Callback):
     def _close(self) -> None:
         while self._undo:
             self._undo.pop()()
-        self._loader = None
+        self._loader = self._epoch = None
 
     def _stash_rng(self) -> None:
         assert self._loader is not None
@@ -173,6 +177,8 @@ class ResumeExactly(Callback):
             return
         if len(everyone) != size:
             positions = [position._replace(length=None, last=None) for position in positions]
+        if "epoch" in mine and self._epoch is not None:  # checkpoints of earlier versions lack it
+            self._epoch.load_state_dict(mine["epoch"], same_ranks=len(everyone) == size)
         self._loader.resume_at(positions, mine["rng"] if rank < len(everyone) else None)
         self._loaded = True
 
@@ -186,11 +192,13 @@ class ResumeExactly(Callback):
                 "not saved, so the first step after resuming from it will differ. Save after a step."
             )
         state = self._training_rng if self._training_rng is not None else self._loader.run_rng
-        return {"rng": state, "loaders": [position.to_plain() for position in self._loader.positions()]}
+        here = {"rng": state, "loaders": [position.to_plain() for position in self._loader.positions()]}
+        return here if self._epoch is None else {**here, "epoch": self._epoch.state_dict()}
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles and copies do not include the running fit."""
-        fit: dict[str, Any] = {"_trainer": None, "_loader": None, "_undo": [], "_training_rng": None, "_final": None}
+        fit: dict[str, Any] = dict.fromkeys(("_trainer", "_loader", "_epoch", "_training_rng", "_final"))
+        fit["_undo"] = []
         return {**self.__dict__, **fit}
 
 
