@@ -81,8 +81,13 @@ class Restart:
         self._trainer, self._restore, self._must_stop = trainer, restore, must_stop
         self._place = Place.ELSEWHERE
         fit_loop = trainer.fit_loop
-        self._loop_reset, self._loop_start = fit_loop.reset, fit_loop.on_run_start
-        self._ours = {"reset": self._reset, "on_run_start": self._start}
+        self._limits: tuple[int, int] | None = None
+        self._loop_setup, self._loop_reset, self._loop_start = (
+            fit_loop.setup_data,
+            fit_loop.reset,
+            fit_loop.on_run_start,
+        )
+        self._ours = {"setup_data": self._setup, "reset": self._reset, "on_run_start": self._start}
         fit_loop.__dict__.update(self._ours)
 
     @staticmethod
@@ -93,16 +98,43 @@ class Restart:
 
     def remove(self) -> None:
         """Restore the loops' own methods."""
+        self._end_reopening()
         for name, method in self._ours.items():
             if vars(self._trainer.fit_loop).get(name) == method:
                 del vars(self._trainer.fit_loop)[name]
         vars(self._trainer.fit_loop.epoch_loop).pop("advance", None)
 
+    def _setup(self) -> None:
+        """In place of ``setup_data`` of the fit loop, after which the loop asks whether its limits are reached."""
+        self._end_reopening()
+        self._loop_setup()
+        if self.active and self._trainer.fit_loop._loaded_from_state_dict:
+            self._place = place_of(self._trainer)
+            self._reopen()
+
+    def _reopen(self) -> None:
+        """Let the fit loop start, although the last epoch or step of the run was done: what followed it was not."""
+        fit_loop = self._trainer.fit_loop
+        loop, epochs = fit_loop.epoch_loop, self._trainer.fit_loop.epoch_progress.current
+        if self._place is Place.ELSEWHERE or self._limits is not None:
+            return
+        self._limits = loop.max_steps, epochs.processed  # type: ignore[attr-defined]
+        if 0 <= loop.max_steps <= loop.global_step:
+            loop.max_steps = loop.global_step + 1
+        if self._place is Place.EPOCH_END:
+            epochs.processed -= 1  # type: ignore[attr-defined]
+
+    def _end_reopening(self) -> None:
+        if self._limits is not None:
+            fit_loop = self._trainer.fit_loop
+            epochs: Any = fit_loop.epoch_progress.current
+            fit_loop.epoch_loop.max_steps, epochs.processed = self._limits
+            self._limits = None
+
     def _reset(self) -> None:
         """In place of ``reset`` of the fit loop, which guesses what was done already, and counts it as done."""
         fit_loop = self._trainer.fit_loop
-        resumes = self.active and fit_loop._loaded_from_state_dict
-        self._place = place_of(self._trainer) if resumes else Place.ELSEWHERE
+        self._end_reopening()
         saved = state_internals.progress(self._trainer)
         self._loop_reset()
         if self._place not in _WITHIN_EPOCH:
@@ -138,6 +170,7 @@ class Restart:
         if self._place in _WITHIN_EPOCH:
             # otherwise Lightning would not step the plateau schedulers at the end of the epoch
             trainer.fit_loop._restarting = False
+            self._reopen()
         elif self._must_stop():
             trainer.should_stop = True
 
