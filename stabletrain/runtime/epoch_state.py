@@ -102,13 +102,16 @@ class EpochState:
             self._warned = True
             rank_zero_warn(
                 f"{self._name}: the states of the metrics {', '.join(too_large)} are larger than "
-                f"{results_internals.LARGEST_METRIC >> 20} MiB and are not saved: after a resume within an epoch, their "
-                "values for that epoch cover the batches after the checkpoint only"
+                f"{results_internals.LARGEST_METRIC >> 20} MiB and are not saved: after a resume within an epoch, "
+                "their values for that epoch cover the batches after the checkpoint only"
             )
         return found
 
 
 def _has_stopped(callback: Any) -> bool:
-    """Whether it is an EarlyStopping that has stopped the run; what else sets ``should_stop`` (a Timer) may not last."""
+    """Whether it is an EarlyStopping that has stopped the run.
+
+    What else sets ``should_stop`` may not last: a Timer's run is resumed to get more time.
+    """
     reason = getattr(callback, "stopping_reason", None)
-    return getattr(reason, "value", "not_stopped") != "not_stopped"
+    return getattr(reason, "name", "NOT_STOPPED") != "NOT_STOPPED"

@@ -1,4 +1,4 @@
-"""A run killed at every checkpoint and resumed does what the uninterrupted run did after it: nothing less, nothing more.
+"""A run killed at every checkpoint and resumed does what the uninterrupted run did after it, no less and no more.
 
 Compared are all that loggers, callbacks and schedulers got after the checkpoint, and the weights at the end.
 """
@@ -207,7 +207,9 @@ def fit(folder: Path, make: Any, callbacks: Any = list, saves: bool = False, see
         },
         callbacks=mine,
     )
-    trainer.fit(model, data(sized), DataLoader(TensorDataset(torch.arange(18.0).reshape(6, 3) / 9), 2), ckpt_path=ckpt_path)
+    trainer.fit(
+        model, data(sized), DataLoader(TensorDataset(torch.arange(18.0).reshape(6, 3) / 9), 2), ckpt_path=ckpt_path
+    )
     return model, trainer, logger.seen, saver.saved
 
 
@@ -254,8 +256,8 @@ CASES: dict[str, Any] = {
 @pytest.mark.filterwarnings("ignore:.*SWA is currently only supported")
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_killed_at_any_checkpoint_goes_on_as_the_uninterrupted_one(case, tmp_path):
-    """Bugs: a validation due at the checkpoint is left out, so that EarlyStopping never advances over restarts; one that
-    was broken off counts its last batches only; ReduceLROnPlateau is not stepped at the end of a resumed epoch; epoch
+    """Bugs: a validation due at the checkpoint is left out, so that EarlyStopping never advances over restarts; one
+    that was broken off counts its last batches only; ReduceLROnPlateau is not stepped at the end of a resumed epoch; epoch
     means and metrics are those of the batches after the checkpoint; SWA has no scheduler until the next epoch."""
     assert_resumes_everywhere(tmp_path, **CASES[case])
 
@@ -275,7 +277,7 @@ def test_an_early_stop_is_not_forgotten_and_that_of_a_timer_is(tmp_path):
     assert trainer.should_stop
     assert [each[0] for each in seen] == ["epoch end", "logged"]
     *_, saved = fit(tmp_path, Model, lambda: [*stops(), StopAfter("00:00:01:00")], saves=True, **options)
-    model, trainer, *_ = fit(tmp_path, Model, ckpt_path=saved[-1][0], **options, max_epochs=2)
+    _, trainer, *_ = fit(tmp_path, Model, ckpt_path=saved[-1][0], **options, max_epochs=2)
     assert trainer.global_step == 2 * BATCHES
 
 
@@ -289,9 +291,7 @@ def test_changed_arguments_of_log_are_those_of_the_new_code(tmp_path):
             super().log(name, value, **{**options, **changes.get(name, {})})
 
     *_, before, saved = fit(tmp_path, Model, saves=True, limit_train_batches=BATCHES)
-    losses = [before[at - 1] for _, at in saved[:1]]
-    assert losses
-    model, trainer, seen, _ = fit(tmp_path, Changed, ckpt_path=saved[1][0], limit_train_batches=BATCHES)
+    _, trainer, seen, _ = fit(tmp_path, Changed, ckpt_path=saved[1][0], limit_train_batches=BATCHES)
     ended = next(each[2] for each in seen if each[0] == "logged" and "worst" in each[2])
     expected = next(each[2] for each in before if each[0] == "logged" and "worst" in each[2])
     assert ended["loss_epoch"] == expected["loss_epoch"], "the mean of the whole epoch"

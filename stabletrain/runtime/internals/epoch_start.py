@@ -19,12 +19,12 @@ def show_progress(trainer: Trainer, within_epoch: bool) -> None:
     if bar is None or not within_epoch:
         return
     bar.on_train_epoch_start(trainer, trainer.lightning_module)
-    shown = getattr(bar, "train_progress_bar", None) if _is_shown(bar) else None
+    shown: Any = getattr(bar, "train_progress_bar", None) if _is_shown(bar) else None
     done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
     for name in ("n", "initial", "completed"):  # of tqdm (the rate counts from the initial value), and of rich
         if hasattr(shown, name):
             setattr(shown, name, done)
-    if hasattr(shown, "refresh"):
+    if callable(getattr(shown, "refresh", None)):
         shown.refresh()
 
 

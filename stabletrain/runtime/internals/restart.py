@@ -102,7 +102,7 @@ class Restart:
         for name, method in self._ours.items():
             if vars(self._trainer.fit_loop).get(name) == method:
                 del vars(self._trainer.fit_loop)[name]
-        vars(self._trainer.fit_loop.epoch_loop).pop("advance", None)
+        self._trainer.fit_loop.epoch_loop.__dict__.pop("advance", None)
 
     def _setup(self) -> None:
         """In place of ``setup_data`` of the fit loop, after which the loop asks whether its limits are reached."""
@@ -177,7 +177,7 @@ class Restart:
     def _finish_batch(self, data_fetcher: Any) -> None:
         """In place of the epoch loop's first ``advance``: the batch was trained on, and ``on_advance_end`` follows."""
         loop, connector = self._trainer.fit_loop.epoch_loop, self._trainer._logger_connector
-        del vars(loop)["advance"]
+        del loop.__dict__["advance"]
         connector._first_loop_iter = False  # or the first value that is logged would reset the epoch's averages
         if self._place is Place.BATCH_END:
             connector.on_batch_end()
