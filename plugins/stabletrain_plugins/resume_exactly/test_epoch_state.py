@@ -257,8 +257,8 @@ CASES: dict[str, Any] = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_killed_at_any_checkpoint_goes_on_as_the_uninterrupted_one(case, tmp_path):
     """Bugs: a validation due at the checkpoint is left out, so that EarlyStopping never advances over restarts; one
-    that was broken off counts its last batches only; ReduceLROnPlateau is not stepped at the end of a resumed epoch; epoch
-    means and metrics are those of the batches after the checkpoint; SWA has no scheduler until the next epoch."""
+    that was broken off counts its last batches only; ReduceLROnPlateau is not stepped at the end of a resumed epoch;
+    epoch means and metrics are those of the batches after the checkpoint; SWA has no scheduler until the next epoch."""
     assert_resumes_everywhere(tmp_path, **CASES[case])
 
 

@@ -12,6 +12,7 @@ from stabletrain.runtime.internals import epoch_start
 from stabletrain.runtime.internals import loader as loader_internals
 from stabletrain.runtime.internals import restart as restart_internals
 from stabletrain.runtime.internals import results as results_internals
+from stabletrain.runtime.ranks import Ranks
 
 
 class EpochState:
@@ -39,6 +40,11 @@ class EpochState:
     def is_kept(trainer: Trainer) -> bool:
         """Whether a plugin of this trainer keeps it already."""
         return restart_internals.Restart.of(trainer) is not None
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the fit resumes with a state of it."""
+        return self._loaded is not None
 
     def close(self) -> None:
         """Restore Lightning's methods."""
@@ -75,6 +81,15 @@ class EpochState:
         rest = {"logged": state["logged"], "metrics": state["metrics"]} if same_ranks else {"logged": [], "metrics": {}}
         self._loaded = {"shown": shown, **rest, "stopped": bool(state["stopped"])}
         self._restart.active = True
+
+    def state_of_all_ranks(self) -> list[dict[str, Any]]:
+        """`state_dict` of every rank. A collective."""
+        return Ranks(self._trainer).gather(self.state_dict())
+
+    def load_rank(self, everyone: list[dict[str, Any]]) -> None:
+        """`load_state_dict` with this rank's part of `state_of_all_ranks`."""
+        rank = self._trainer.global_rank % len(everyone)
+        self.load_state_dict(everyone[rank], len(everyone) == self._trainer.world_size)
 
     # ---- called by the loops ----------------------------------------------------------------------------------------
 
