@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader
 from stabletrain.errors import UserError, require
 from stabletrain.runtime import rng
 from stabletrain.runtime.accumulation import AccumulationWindow
+from stabletrain.runtime.data.epoch_state import EpochState
 from stabletrain.runtime.data.position import LoaderState
 from stabletrain.runtime.data.train_loader import TrainLoader
-from stabletrain.runtime.data.epoch_state import EpochState
 from stabletrain.runtime.internals import loader as loader_internals
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.plugin_state import names_its_plugin
