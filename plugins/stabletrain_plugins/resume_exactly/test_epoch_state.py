@@ -1,8 +1,11 @@
 """A run killed at every checkpoint and resumed does what the uninterrupted run did after it, no less and no more.
 
-Compared are all that loggers, callbacks and schedulers got after the checkpoint, and the weights at the end.
+Run as a script, this file is also the run of a slow test in two processes. Compared are all that loggers, callbacks and schedulers got after the checkpoint, and the weights at the end.
 """
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from lightning.pytorch.callbacks import (
     TQDMProgressBar,
 )
 from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -73,7 +77,7 @@ class Model(LightningModule):
         self.mae(y.detach(), x.sum(1, keepdim=True))
         self.both.update(loss.detach())
         self.by_hand.update(loss.detach())
-        self.log("loss", loss, on_step=True, on_epoch=True)
+        self.log("loss", loss, on_step=True, on_epoch=True, sync_dist=self.trainer.world_size > 1)
         self.log("mae", self.mae, on_step=True, on_epoch=True)
         self.log("worst", loss, on_step=False, on_epoch=True, reduce_fx="max")
         if self.current_epoch == 0 and batch_idx == 0:
@@ -90,7 +94,8 @@ class Model(LightningModule):
         (x,) = batch
         y = self.net(x)
         self.val_mae(y, x.sum(1, keepdim=True))
-        self.log("val", (y - x.sum(1, keepdim=True)).square().mean() + torch.rand(()))
+        loss = (y - x.sum(1, keepdim=True)).square().mean() + torch.rand(())
+        self.log("val", loss, sync_dist=self.trainer.world_size > 1)  # a checkpoint holds EarlyStopping of rank 0
         self.log("val_mae", self.val_mae)
 
     def configure_optimizers(self) -> Any:
@@ -203,6 +208,7 @@ def fit(folder: Path, make: Any, callbacks: Any = list, saves: bool = False, see
             "enable_model_summary": False,
             "enable_checkpointing": saves,
             "default_root_dir": folder,
+            **({"strategy": DDPStrategy(process_group_backend="gloo")} if options.get("devices") == 2 else {}),
             **options,
         },
         callbacks=mine,
@@ -351,3 +357,18 @@ def test_the_progress_bar_of_a_resumed_epoch_counts_its_batches(kind, tmp_path):
     bars = {"enable_progress_bar": True, "max_epochs": 1}
     fit(tmp_path, Model, lambda: [kind(refresh_rate=1), Look()], ckpt_path=saved[1][0], **bars)
     assert shown == [(2, 4), (3, 4), (4, 4)]
+
+
+@pytest.mark.slow
+def test_two_processes_killed_at_any_checkpoint_go_on_as_uninterrupted(tmp_path):
+    """Bugs: a rank gets the epoch means of another; one rank validates or stops, and the other waits for it."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    done = subprocess.run([*command, str(tmp_path)], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-5000:]
+
+
+if __name__ == "__main__":
+    for case in ("within the epoch", "weight averaging"):
+        options = {**CASES[case], "devices": 2, "limit_train_batches": 2, "val_check_interval": 1}
+        assert_resumes_everywhere(Path(sys.argv[1]), **options)
