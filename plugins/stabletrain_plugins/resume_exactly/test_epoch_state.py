@@ -1,6 +1,7 @@
 """A run killed at every checkpoint and resumed does what the uninterrupted run did after it, no less and no more.
 
-Run as a script, this file is also the run of a slow test in two processes. Compared are all that loggers, callbacks and schedulers got after the checkpoint, and the weights at the end.
+Compared are all that loggers, callbacks and schedulers got after the checkpoint, and the weights at the end. Run as a
+script, this file is also the run of a slow test in two processes.
 """
 
 import os
