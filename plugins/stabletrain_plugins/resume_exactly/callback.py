@@ -13,12 +13,16 @@ from torch.utils.data import DataLoader
 
 from stabletrain.errors import UserError, require
 from stabletrain.runtime import rng
+from stabletrain.runtime.data.epoch_state import EpochState
 from stabletrain.runtime.data.loads import Loads
 from stabletrain.runtime.data.train_loader import TrainLoader
 from stabletrain.runtime.internals import loader as loader_internals
+from stabletrain.runtime.internals import restart as restart_internals
 from stabletrain.runtime.internals import resuming
 from stabletrain.runtime.internals import trainer as trainer_internals
+from stabletrain.runtime.internals.fabric import refuse_in_fabric
 from stabletrain.runtime.plugin_state import names_its_plugin
+from stabletrain_plugins.resume_exactly.hidden_tensors import HiddenTensors
 from stabletrain_plugins.resume_exactly.requeue_signal import RequeueSignal
 from stabletrain_plugins.resume_exactly.saved_state import SavedState, problem_of
 from stabletrain_plugins.resume_exactly.step_watch import StepWatch
@@ -29,6 +33,7 @@ _NAME = "resume_exactly"
 _OPT_OUT = "remove ResumeExactly (config key plugins.resume=none)"
 
 
+@refuse_in_fabric
 class ResumeExactly(Callback):
     """``Trainer.fit(ckpt_path=...)`` resumes at the right batch with the right random numbers.
 
@@ -53,7 +58,7 @@ class ResumeExactly(Callback):
     def __init__(self, fast_forward: FastForward = "auto") -> None:
         known = fast_forward in ("auto", "indices", "batches")
         expected = '"auto", "indices" or "batches"'
-        require(known, _NAME, "fast_forward", expected, fast_forward, "plugins.resume")
+        require(known, _NAME, "fast_forward", expected, fast_forward, "plugins.resume", "ResumeExactly")
         self.fast_forward: FastForward = fast_forward
         self._reset()
 
@@ -62,13 +67,15 @@ class ResumeExactly(Callback):
         self._module: LightningModule | None = None
         self._loader: TrainLoader | None = None
         self._loads: Loads | None = None
+        self._epoch: EpochState | None = None
+        self._hidden: HiddenTensors | None = None
         self._step: StepWatch | None = None
         self._requeue: RequeueSignal | None = None
         self._undo: list[Callable[[], None]] = []
         self._before_validation: rng.QuickState | None = None  # while one runs, until its end
         self._final: dict[str, Any] | None = None  # the state of a fit that has ended, which may still be saved
         self._loaded: SavedState | None = None
-        self._restoring_own = self._warned_of_step = self._rest_of_batch = False
+        self._restoring_own = self._warned_of_step = False
 
     @property
     def state_key(self) -> str:
@@ -83,21 +90,26 @@ class ResumeExactly(Callback):
             return
         self._close()
         self._reset()
+        if trainer.precision_plugin.precision == "64-true":
+            # Lightning does this after it has loaded a checkpoint, whose numbers are rounded to float32 by then
+            trainer.precision_plugin.convert_module(pl_module)
         self._trainer, self._module = trainer, trainer_internals.unwrapped(pl_module)
         self._loader = TrainLoader.of(trainer)
         self._loader.record_positions(self.fast_forward, _NAME, _OPT_OUT)
         self._loads = Loads(trainer)
-        self._step = StepWatch(trainer, self._module, self._loader)
+        self._hidden = HiddenTensors(trainer, self._module, _NAME)
         self._requeue = RequeueSignal(trainer)
         self._undo = [
             self._loader.close,
             self._loads.close,
             resuming.before_batch(trainer, self._start_batch),
-            resuming.on_fit_loop_reset(trainer, self._repair_counters),
             resuming.around_own_restore(trainer, self._begin_own_restore, self._end_own_restore),
             loader_internals.after_train_start(trainer, self._on_loop_start),
             loader_internals.around_validation(trainer, self._begin_validation, self._end_validation),
         ]
+        self._epoch = EpochState(trainer, _NAME)
+        self._undo.append(self._epoch.close)
+        self._step = StepWatch(trainer, self._module, self._loader, self._epoch)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the loaders against the checkpoint, and continue where it was saved."""
@@ -108,7 +120,8 @@ class ResumeExactly(Callback):
             _refuse_own_state(loader.loader)
         if self._loaded is not None:
             self._loader.check_positions()
-            self._undo.append(self._continue(trainer))
+            self._undo.append(loader_internals.silence_resume_warning(trainer))
+            loader_internals.begin_next_epoch(trainer)
         elif trainer_internals.resumes_from_checkpoint(trainer) and resuming.batch_count(trainer).run:
             rank_zero_warn(
                 f"{_NAME}: the checkpoint holds no state of ResumeExactly, so the epoch's data restart at the first "
@@ -119,10 +132,6 @@ class ResumeExactly(Callback):
         """From here on the step changes the weights."""
         if self._step is not None:
             self._step.update_begins()
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A checkpoint that is saved from here on does not run the validation again."""
-        self._before_validation = None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Store the state, because a checkpoint may be saved after the end of the run."""
@@ -149,11 +158,14 @@ class ResumeExactly(Callback):
     def _close(self) -> None:
         while self._undo:
             self._undo.pop()()
-        self._loader = self._loads = self._step = self._requeue = None
+        self._loader = self._loads = self._epoch = self._hidden = self._step = self._requeue = None
 
     def _on_loop_start(self) -> None:
-        if self._loader is not None and self._trainer is not None and not trainer_internals.is_trial(self._trainer):
-            self._loader.on_loop_start()
+        if self._loader is None or self._trainer is None or trainer_internals.is_trial(self._trainer):
+            return
+        assert self._hidden is not None
+        self._loader.on_loop_start()
+        self._hidden.on_loop_start()
 
     def _start_batch(self) -> None:
         assert self._step is not None
@@ -171,26 +183,7 @@ class ResumeExactly(Callback):
     def _end_validation(self) -> None:
         self._before_validation = None
 
-    # ---- a resumed fit ----------------------------------------------------------------------------------------------
-
-    def _repair_counters(self) -> None:
-        """The counters of the checkpoint were loaded: those of the moment at which it was saved."""
-        if self._loaded is None or self._trainer is None or trainer_internals.is_trial(self._trainer):
-            return
-        if self._loaded.unfinished is not None:
-            resuming.go_back_to(self._trainer, self._loaded.unfinished)
-        if self._loaded.validating:
-            resuming.forget_unfinished_validation(self._trainer)
-        in_hook = resuming.finish_batch(self._trainer)
-        self._rest_of_batch = in_hook or self._loaded.validating
-
-    def _continue(self, trainer: Trainer) -> Callable[[], None]:
-        assert self._loaded is not None
-        if loader_internals.begin_next_epoch(trainer):
-            return lambda: None
-        if self._rest_of_batch or self._loaded.unfinished is not None:
-            return resuming.continue_with(trainer, self._rest_of_batch)
-        return loader_internals.silence_resume_warning(trainer)
+    # ---- a restore within the fit, as of a finder -------------------------------------------------------------------
 
     def _begin_own_restore(self) -> None:
         self._restoring_own = True
@@ -254,6 +247,10 @@ class ResumeExactly(Callback):
         assert self._module is not None
         self._loader.resume_at(saved.positions, saved.rng)
         self._loads.repeat(saved.loads)
+        if saved.hidden is not None and self._hidden is not None:
+            self._hidden.load(saved.hidden)
+        if saved.epoch is not None and self._epoch is not None:
+            self._epoch.load(saved.epoch, saved.unfinished)
         for name, value in saved.buffers.items():
             self._module.get_buffer(name).copy_(value)
         self._loaded = saved
@@ -261,19 +258,22 @@ class ResumeExactly(Callback):
     def _current_state(self) -> dict[str, Any]:
         assert self._loader is not None
         assert self._loads is not None
+        assert self._epoch is not None
+        assert self._hidden is not None
         assert self._step is not None
+        assert self._trainer is not None
         loads = {name: each._asdict() for name, each in self._loads.done.items()}
-        state: dict[str, Any] = {"loads": loads, "validating": False, "unfinished": None}
+        state: dict[str, Any] = {"loads": loads, "unfinished": None, "hidden": self._hidden.state()}
         if self._step.in_step:
-            state |= self._step.state()
+            state |= self._step.state(list(state["hidden"]))
             self._warn_of(state["unfinished"]["problem"])
             return state
-        state["validating"] = self._before_validation is not None
-        if self._before_validation is not None:
-            state["rng"] = self._before_validation.to_state()
+        if self._before_validation is not None and not restart_internals.validation_is_complete(self._trainer):
+            state["rng"] = self._before_validation.to_state()  # it will be run again from its first batch
         else:
             state["rng"] = self._loader.run_rng
-        return {**state, "loaders": [position.to_plain() for position in self._loader.positions()]}
+        positions = [position.to_plain() for position in self._loader.positions()]
+        return {**state, "loaders": positions, "epoch": self._epoch.state_dict()}
 
     def _warn_of(self, problem: str) -> None:
         if problem and not self._warned_of_step:

@@ -12,6 +12,7 @@ from stabletrain.runtime.guard.callbacks import GuardMember
 from stabletrain.runtime.hidden.hidden_state import HiddenState
 from stabletrain.runtime.hidden.plain import Unsaved, from_plain, to_plain
 from stabletrain.runtime.internals import loader as loader_internals
+from stabletrain.runtime.internals import restart as restart_internals
 
 logger = logging.getLogger("stabletrain")
 
@@ -77,7 +78,11 @@ class HiddenTensors:
                 logger.warning(message)
 
     def _is_of_ended_epoch(self, value: Any) -> bool:
-        """Whether a list was collected over an epoch that is over, after the hook that takes it was called."""
-        if not isinstance(value, list) or not loader_internals.epoch_is_over(self._trainer):
+        """Whether a list was collected over an epoch, for a hook at its end, which a run that resumes does not call.
+
+        The list would stay in the next epoch.
+        """
+        goes_on = restart_internals.is_within_epoch(self._trainer)
+        if not isinstance(value, list) or goes_on or not loader_internals.epoch_is_over(self._trainer):
             return False
         return len(value) > 2 and 2 * len(value) >= self._trainer.num_training_batches

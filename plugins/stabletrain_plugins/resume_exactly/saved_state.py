@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from stabletrain.runtime import rng
+from stabletrain.runtime.data import epoch_state
 from stabletrain.runtime.data.loads import Loading
 from stabletrain.runtime.data.position import LoaderState
+from stabletrain.runtime.hidden.plain import from_plain
 from stabletrain.runtime.internals.resuming import BatchCount
 
 
@@ -19,18 +22,20 @@ class SavedState(NamedTuple):
         rng: the global generators; None: they are not restored.
         positions: in the train loaders.
         loads: when the loaders were loaded.
-        validating: whether a validation was running, which has to run again from its first batch on.
         unfinished: the batches before the optimizer step that was in progress, to which all else belongs; None: the
             checkpoint was saved between two steps.
         buffers: of the module at that point, by name, if the step has changed them.
+        epoch: what the epoch had gathered; None in checkpoints of older versions.
+        hidden: state of the module, as `HiddenTensors` saves it; None: it is not restored.
     """
 
     rng: rng.RngState | None
     positions: list[LoaderState]
     loads: dict[str, Loading]
-    validating: bool
     unfinished: BatchCount | None
     buffers: dict[str, Tensor]
+    epoch: dict[str, Any] | None
+    hidden: dict[str, Any] | None
 
     @classmethod
     def of(cls, plain: dict[str, Any]) -> SavedState | None:
@@ -59,12 +64,19 @@ class SavedState(NamedTuple):
                 _check_count(count)
             if not all(isinstance(each, Tensor) for each in buffers.values()):
                 raise TypeError("expected tensors as buffers")
-        return cls(plain["rng"], positions, loads, bool(plain.get("validating", False)), batches, buffers)
+        epoch = plain.get("epoch")
+        if epoch is not None:
+            epoch = epoch_state.checked(epoch)
+        hidden = dict(plain.get("hidden", {}))
+        for each in hidden.values():
+            from_plain(each, torch.device("cpu"))
+        return cls(plain["rng"], positions, loads, batches, buffers, epoch, hidden)
 
     def for_another_world(self, has_rng: bool) -> SavedState:
         """As far as it can be used by another number of processes."""
         positions = [position._replace(length=None, last=None) for position in self.positions]
-        return self._replace(positions=positions, rng=self.rng if has_rng else None)
+        epoch = None if self.epoch is None else epoch_state.without_ranks(self.epoch)
+        return self._replace(positions=positions, rng=self.rng if has_rng else None, epoch=epoch, hidden=None)
 
 
 def problem_of(plain: dict[str, Any]) -> str:

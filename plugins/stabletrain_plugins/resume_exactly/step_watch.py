@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from stabletrain.runtime import rng
 from stabletrain.runtime.accumulation import AccumulationWindow
+from stabletrain.runtime.data.epoch_state import EpochMark, EpochState
 from stabletrain.runtime.data.train_loader import Places, TrainLoader
 from stabletrain.runtime.internals import resuming
 from stabletrain.runtime.internals import state as state_internals
@@ -23,6 +24,7 @@ class _Start(NamedTuple):
     rng: rng.QuickState
     places: Places
     rewinds: int
+    epoch: EpochMark
 
 
 class StepWatch:
@@ -35,10 +37,11 @@ class StepWatch:
         trainer: in a fit.
         module: that is trained.
         loader: of the run.
+        epoch: what the epoch gathers.
     """
 
-    def __init__(self, trainer: Trainer, module: LightningModule, loader: TrainLoader) -> None:
-        self._trainer, self._module, self._loader = trainer, module, loader
+    def __init__(self, trainer: Trainer, module: LightningModule, loader: TrainLoader, epoch: EpochState) -> None:
+        self._trainer, self._module, self._loader, self._epoch = trainer, module, loader, epoch
         self._window = AccumulationWindow(trainer)
         self._start: _Start | None = None
         self._buffers: _Buffers | None = None
@@ -51,7 +54,8 @@ class StepWatch:
         if self._start is not None and self._window.is_open:
             return
         batches = resuming.batch_count(self._trainer)
-        self._start = _Start(batches, rng.capture_quickly(), self._loader.places(), self._loader.rewinds)
+        places, rewinds = self._loader.places(), self._loader.rewinds
+        self._start = _Start(batches, rng.capture_quickly(), places, rewinds, self._epoch.mark())
         self._problem = ""
         if self._buffers is None:
             self._buffers = _Buffers(self._module)
@@ -78,19 +82,31 @@ class StepWatch:
         if self._start is None or self._start.rewinds != self._loader.rewinds:  # a rollback has undone the step
             return False
         batch_is_unfinished = resuming.batch_count(self._trainer).run == self._start.batches.run
-        return batch_is_unfinished or self._window.is_open or resuming.is_in_batch(self._trainer)
+        return batch_is_unfinished or self._has_begun
 
-    def state(self) -> dict[str, Any]:
-        """Generators, positions and counts at the beginning of the step, as tensors and plain Python types."""
+    @property
+    def _has_begun(self) -> bool:
+        """Whether the module has seen a batch of it."""
+        return self._window.is_open or resuming.is_in_batch(self._trainer)
+
+    def state(self, hidden: list[str]) -> dict[str, Any]:
+        """The run at the beginning of the step, as tensors and plain Python types.
+
+        Args:
+            hidden: the hidden state of the module that training changes, by name: it cannot be set back.
+        """
         assert self._start is not None
         assert self._buffers is not None
         before = self._buffers.before()
         problem = self._problem
         if before is None and not problem:
             problem = "a buffer of the module had changed"
+        if hidden and self._has_begun and not problem:
+            problem = f"the step may have changed the hidden state of the module ({', '.join(hidden[:4])})"
         return {
             "rng": self._start.rng.to_state(),
             "loaders": [each.to_plain() for each in self._loader.positions(self._start.places)],
+            "epoch": self._epoch.state_dict(self._start.epoch),
             "unfinished": {"batches": self._start.batches._asdict(), "problem": problem, "buffers": before or {}},
         }
 

@@ -109,8 +109,8 @@ def end_epoch_here(trainer: Trainer) -> None:
 def begin_next_epoch(trainer: Trainer) -> bool:
     """Start an epoch as an uninterrupted run does, if the checkpoint was saved between two epochs.
 
-    Call it in ``on_train_start``, after `resuming.finish_batch`. A checkpoint saved at or after the epoch's last batch
-    still belongs to that epoch until its end was counted.
+    Call it in ``on_train_start``. A checkpoint saved at or after the epoch's last batch still belongs to that epoch
+    until its end was counted.
 
     Returns:
         Whether an epoch starts.

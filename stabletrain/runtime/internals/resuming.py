@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loops.loop import _Loop
 
 from stabletrain.runtime.internals.loader import override
 
@@ -51,44 +50,7 @@ def is_in_batch(trainer: Trainer) -> bool:
     return bool(counts.ready > counts.processed)
 
 
-# ---- continuing from a checkpoint -----------------------------------------------------------------------------------
-
-
-def on_fit_loop_reset(trainer: Trainer, call: Callable[[], None]) -> Callable[[], None]:
-    """Call ``call`` when the fit loop starts, the checkpoint was loaded, and nothing follows from its counters yet.
-
-    Returns a function that undoes this.
-    """
-    loop = trainer.fit_loop
-    reset = loop.reset
-
-    def wrapped() -> None:
-        call()
-        reset()
-
-    return override(loop, "reset", wrapped)
-
-
-def finish_batch(trainer: Trainer) -> bool:
-    """Repair the counters of a checkpoint: a batch whose hooks were running counts as completed.
-
-    Lightning does not count the batch at which ``on_train_batch_start`` returned -1 as started or completed. Later
-    checkpoints then differ from those of a run without such a batch, and Lightning finds out by these differences where
-    in the loop a checkpoint was saved.
-
-    Returns:
-        Whether the checkpoint was saved in ``on_train_batch_end``, so that the rest of the loop's body is still to run.
-    """
-    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
-    current, total = progress.current, progress.total
-    if current.started < current.ready == current.processed:
-        current.started = current.completed = current.ready
-    in_hook = current.ready == current.started == current.processed == current.completed + 1
-    if in_hook:
-        current.completed += 1
-    for name in ("started", "processed", "completed"):
-        setattr(total, name, total.ready - current.ready + getattr(current, name))
-    return bool(in_hook)
+# ---- setting it back -------------------------------------------------------------------------------------------------
 
 
 def go_back_to(trainer: Trainer, batches: BatchCount) -> None:
@@ -103,48 +65,6 @@ def go_back_to(trainer: Trainer, batches: BatchCount) -> None:
     for tracker in (optimizer.step, optimizer.zero_grad, manual, loop.scheduler_progress):
         for each in (tracker.total, tracker.current):
             each.reset_on_restart()  # ready and started as completed
-
-
-def continue_with(trainer: Trainer, rest_of_batch: bool) -> Callable[[], None]:
-    """Let the epoch loop continue in the middle of its body; call it in ``on_train_start``.
-
-    Lightning itself goes on with the next batch, without the validation that was due, or with a part of it, and treats
-    the rest of the epoch as one that was restarted: plateau schedulers are not stepped at its end.
-
-    Args:
-        trainer: whose counters are right (`finish_batch`, `go_back_to`).
-        rest_of_batch: whether to run what comes after the hooks of the last batch first: a validation that is due,
-            from its first batch on, and the schedulers that need its result.
-
-    Returns:
-        A function that undoes this, if the loop does not start.
-    """
-    fit_loop = trainer.fit_loop
-    loop = fit_loop.epoch_loop
-    advance = loop.advance
-
-    def first(data_fetcher: Any) -> None:
-        undo_advance()
-        _Loop.restarting.fset(fit_loop, False)  # type: ignore[attr-defined]
-        if not rest_of_batch:
-            advance(data_fetcher)
-
-    undo_reset = override(loop, "reset", lambda: undo_reset())
-    undo_advance = override(loop, "advance", first)
-
-    def undo() -> None:
-        undo_reset()
-        undo_advance()
-
-    return undo
-
-
-def forget_unfinished_validation(trainer: Trainer) -> None:
-    """Do not count the batches of a validation that was running when a checkpoint was saved: it runs again."""
-    progress: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress
-    for name in ("ready", "started", "processed", "completed"):
-        setattr(progress.total, name, getattr(progress.total, name) - getattr(progress.current, name))
-    progress.reset_on_run()
 
 
 # ---- loading the dataloaders ----------------------------------------------------------------------------------------

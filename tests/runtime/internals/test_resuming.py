@@ -5,6 +5,7 @@ from lightning.pytorch import Trainer
 from stabletrain.runtime.internals import loader as loader_internals
 from stabletrain.runtime.internals import resuming
 from stabletrain.runtime.internals import trainer as trainer_internals
+from stabletrain.runtime.internals.restart import complete_counts
 
 
 def make():
@@ -17,7 +18,6 @@ def test_what_is_replaced_exists_and_is_put_back():
     loop, calls = trainer.fit_loop.epoch_loop, []
     for install, owner, name in [
         (lambda: resuming.before_batch(trainer, calls.clear), loop, "advance"),
-        (lambda: resuming.on_fit_loop_reset(trainer, calls.clear), trainer.fit_loop, "reset"),
         (
             lambda: resuming.around_own_restore(trainer, calls.clear, calls.clear),
             trainer._checkpoint_connector,
@@ -25,8 +25,6 @@ def test_what_is_replaced_exists_and_is_put_back():
         ),
         (lambda: resuming.around_loading(trainer, print), trainer.fit_loop, "setup_data"),
         (lambda: resuming.around_loading(trainer, print), loop.val_loop, "setup_data"),
-        (lambda: resuming.continue_with(trainer, True), loop, "reset"),
-        (lambda: resuming.continue_with(trainer, True), loop, "advance"),
     ]:
         assert callable(getattr(type(owner), name))
         undo = install()
@@ -55,14 +53,15 @@ def test_the_counts_of_a_batch_that_ended_its_epoch_early_and_of_one_in_progress
         progress.increment_ready(), progress.increment_started(), progress.increment_processed()
         progress.increment_completed()
     progress.increment_ready(), progress.increment_processed()  # on_train_batch_start returned -1
-    assert not resuming.finish_batch(trainer)
+    complete_counts(trainer)
     assert set(vars(progress.total).values()) == set(vars(progress.current).values()) == {4}
     progress.reset_on_run()
     progress.increment_ready()
     assert resuming.is_in_batch(trainer)
     progress.increment_started(), progress.increment_processed()
     assert not resuming.is_in_batch(trainer)
-    assert resuming.finish_batch(trainer)  # in on_train_batch_end
+    progress.increment_completed()
+    complete_counts(trainer)
     assert set(vars(progress.total).values()) == {5}
     assert resuming.batch_count(trainer) == (1, 5)
     progress.increment_ready()
