@@ -38,15 +38,24 @@ def shown_now(trainer: Trainer) -> dict[str, dict[str, Any]]:
 
 
 def shown(values: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The numbers in `shown_now`, on the CPU."""
-    return {name: {k: _host(v) for k, v in each.items() if _is_number(v)} for name, each in values.items()}
+    """The numbers in `shown_now`, on the CPU; for a value that has several names, the first name instead of others."""
+    found: dict[str, dict[str, Any]] = {}
+    for group, each in values.items():
+        first: dict[int, str] = {}
+        found[group] = {}
+        for name, value in each.items():
+            if _is_number(value):
+                known = first.setdefault(id(value), name) if isinstance(value, Tensor) else name
+                found[group][name] = _host(value) if known == name else known
+    return found
 
 
 def checked_shown(values: Any) -> dict[str, Any]:
     """Values of `shown`. Raises TypeError for anything else."""
     found = dict(values)
-    if not all(isinstance(key, str) and _is_number(value) for key, value in found.items()):
-        raise TypeError("the latest logged values must be numbers")
+    for name, value in found.items():
+        if not isinstance(name, str) or not _is_number(found.get(value) if isinstance(value, str) else value):
+            raise TypeError("the latest logged values must be numbers")
     return found
 
 
@@ -55,6 +64,7 @@ def set_shown(trainer: Trainer, saved: Mapping[str, Mapping[str, Any]]) -> None:
     device = trainer.strategy.root_device
     for name in SHOWN:
         values = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in saved[name].items()}
+        values = {k: values[v] if isinstance(v, str) else v for k, v in values.items()}
         getattr(trainer._logger_connector, name).update(values)
 
 

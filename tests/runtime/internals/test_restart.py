@@ -108,6 +108,7 @@ def test_logged_values_and_metrics_are_the_same_after_a_round_trip(value, traine
         results.log("training_step", reduction, torch.tensor(value, dtype=torch.float64), **options)
     results.log("training_step", "metric", metric, metric_attribute="metric")
     trainer._logger_connector._callback_metrics["a"] = torch.tensor(value)
+    trainer._logger_connector._callback_metrics["another name"] = trainer._logger_connector._callback_metrics["a"]
     logged = results_internals.logged(results_internals.logged_now(trainer))
     shown = results_internals.shown(results_internals.shown_now(trainer))
     metrics, too_large = results_internals.metric_states(trainer)
@@ -122,7 +123,7 @@ def test_logged_values_and_metrics_are_the_same_after_a_round_trip(value, traine
         results_internals.check_metric_state(plain)
     results_internals.set_metric_states(trainer, metrics)
     results_internals.set_logged(trainer, logged)
-    results_internals.set_shown(trainer, shown)
+    results_internals.set_shown(trainer, {key: results_internals.checked_shown(each) for key, each in shown.items()})
     after = {key: each.compute() for key, each in results.items()}
     assert before.keys() == after.keys()
     for key, expected in before.items():
@@ -130,3 +131,4 @@ def test_logged_values_and_metrics_are_the_same_after_a_round_trip(value, traine
         assert expected.dtype == after[key].dtype
     assert results["training_step.metric"].value is metric
     assert str(trainer.callback_metrics["a"].item()) == str(value)
+    assert trainer.callback_metrics["another name"] is trainer.callback_metrics["a"]
