@@ -319,6 +319,7 @@ def test_a_metric_that_is_too_large_is_named_and_not_saved(tmp_path, monkeypatch
     "damage",
     [
         lambda state: state.pop("shown"),
+        lambda state: state["shown"]["_callback_metrics"].update(loss="text"),
         lambda state: state["logged"][0].update(reduce="prod"),
         lambda state: state["logged"][0].update(name=3),
         lambda state: state["logged"][0]["state"].update(value="text"),

@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+import torchmetrics
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, OnExceptionCheckpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
@@ -45,6 +46,7 @@ class Fails(Model):
         super().__init__()
         self.act, self.hook, self.at = act, hook, at
         self.batches = self.tries = 0
+        self.mean = torchmetrics.MeanMetric()  # changed in place at each update
 
     def reached(self, hook):
         if self.act is not None and hook == self.hook and self.batches == self.at:
@@ -58,8 +60,13 @@ class Fails(Model):
         self.reached("before forward")
         loss = super().training_step(batch, batch_idx)
         self.log("loss", loss, on_step=True, on_epoch=True)
+        self.mean.update(loss.detach())
         self.reached("training_step")
         return loss
+
+    def on_train_epoch_end(self):
+        self.log("mean", self.mean.compute())
+        self.mean.reset()
 
     def on_after_backward(self):
         self.reached("on_after_backward")
@@ -120,6 +127,9 @@ def assert_resumes(folder, make_loader, hook, at, whole=False, batches=None, **o
     assert_same_end(reference, resumed)
     progress, progress2 = (t.fit_loop.epoch_loop.batch_progress.state_dict() for _, t in (reference, resumed))
     assert progress == progress2
+    for name in ("loss_epoch", "mean"):
+        if "max_steps" not in options:  # such a run ends within an epoch
+            assert torch.equal(reference[1].callback_metrics[name], resumed[1].callback_metrics[name]), name
     assert (
         reference[1].fit_loop.epoch_loop._batches_that_stepped == resumed[1].fit_loop.epoch_loop._batches_that_stepped
     )
@@ -129,7 +139,7 @@ def assert_resumes(folder, make_loader, hook, at, whole=False, batches=None, **o
 @pytest.mark.parametrize("loader", LOADERS)
 def test_after_an_exception_in_the_step_the_whole_step_is_made_again(loader, at, tmp_path):
     """Bug: the generators of the checkpoint are those after the batch was fetched, or the running statistics of batch
-    normalisation count the batch twice, or the batch counts as the epoch's last one."""
+    normalisation, epoch means or metrics count the batch twice, or the batch counts as the epoch's last one."""
     assert_resumes(tmp_path, LOADERS[loader], "training_step", at)
 
 
@@ -197,13 +207,29 @@ class Counts(Fails):
         return super().training_step(batch, batch_idx)
 
 
+class Remembers(Fails):
+    """Has a tensor in an attribute that its forward pass changes."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.memory = torch.zeros(1)
+
+    def training_step(self, batch, batch_idx):
+        self.memory = self.memory + 1
+        return super().training_step(batch, batch_idx)
+
+
 @pytest.mark.filterwarnings("ignore:resume_exactly. this checkpoint is saved in the middle")
 @pytest.mark.parametrize(
     ("module", "hook", "match"),
-    [(Fails, "after the update", "optimizer was updating the weights"), (Counts, "training_step", "a buffer of the")],
+    [
+        (Fails, "after the update", "optimizer was updating the weights"),
+        (Counts, "training_step", "a buffer of the"),
+        (Remembers, "training_step", r"may have changed the hidden state of the module \(memory\)"),
+    ],
 )
 def test_what_cannot_be_made_again_is_refused_with_the_reason(module, hook, match, tmp_path):
-    """Bug: the step is made twice, or a buffer counts the batch twice, without a word."""
+    """Bug: the step is made twice, or a buffer or hidden state counts the batch twice, without a word."""
     saver = OnExceptionCheckpoint(tmp_path)
     with pytest.raises(Interrupted):
         fit(tmp_path, module(fail, hook, 3), LOADERS["shuffled"](), [*stack(False), saver])
