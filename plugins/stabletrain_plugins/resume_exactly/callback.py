@@ -22,6 +22,7 @@ from stabletrain.runtime.internals import resuming
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.internals.fabric import refuse_in_fabric
 from stabletrain.runtime.plugin_state import names_its_plugin
+from stabletrain_plugins.resume_exactly.frozen_layers import FrozenLayers
 from stabletrain_plugins.resume_exactly.hidden_tensors import HiddenTensors
 from stabletrain_plugins.resume_exactly.requeue_signal import RequeueSignal
 from stabletrain_plugins.resume_exactly.saved_state import SavedState, problem_of
@@ -69,6 +70,7 @@ class ResumeExactly(Callback):
         self._loads: Loads | None = None
         self._epoch: EpochState | None = None
         self._hidden: HiddenTensors | None = None
+        self._frozen: FrozenLayers | None = None
         self._step: StepWatch | None = None
         self._requeue: RequeueSignal | None = None
         self._undo: list[Callable[[], None]] = []
@@ -98,6 +100,7 @@ class ResumeExactly(Callback):
         self._loader.record_positions(self.fast_forward, _NAME, _OPT_OUT)
         self._loads = Loads(trainer)
         self._hidden = HiddenTensors(trainer, self._module, _NAME)
+        self._frozen = FrozenLayers(self._module)
         self._requeue = RequeueSignal(trainer)
         self._undo = [
             self._loader.close,
@@ -158,14 +161,17 @@ class ResumeExactly(Callback):
     def _close(self) -> None:
         while self._undo:
             self._undo.pop()()
-        self._loader = self._loads = self._epoch = self._hidden = self._step = self._requeue = None
+        self._loader = self._loads = self._epoch = self._hidden = None
+        self._frozen = self._step = self._requeue = None
 
     def _on_loop_start(self) -> None:
         if self._loader is None or self._trainer is None or trainer_internals.is_trial(self._trainer):
             return
         assert self._hidden is not None
+        assert self._frozen is not None
         self._loader.on_loop_start()
         self._hidden.on_loop_start()
+        self._frozen.on_loop_start()
 
     def _start_batch(self) -> None:
         assert self._step is not None
@@ -249,6 +255,8 @@ class ResumeExactly(Callback):
         self._loads.repeat(saved.loads)
         if saved.hidden is not None and self._hidden is not None:
             self._hidden.load(saved.hidden)
+        if self._frozen is not None:
+            self._frozen.load(saved.frozen)
         if saved.epoch is not None and self._epoch is not None:
             self._epoch.load(saved.epoch, saved.unfinished)
         for name, value in saved.buffers.items():
@@ -260,10 +268,12 @@ class ResumeExactly(Callback):
         assert self._loads is not None
         assert self._epoch is not None
         assert self._hidden is not None
+        assert self._frozen is not None
         assert self._step is not None
         assert self._trainer is not None
         loads = {name: each._asdict() for name, each in self._loads.done.items()}
         state: dict[str, Any] = {"loads": loads, "unfinished": None, "hidden": self._hidden.state()}
+        state["frozen"] = self._frozen.state()
         if self._step.in_step:
             state |= self._step.state(list(state["hidden"]))
             self._warn_of(state["unfinished"]["problem"])

@@ -13,6 +13,7 @@ from stabletrain.runtime.data.loads import Loading
 from stabletrain.runtime.data.position import LoaderState
 from stabletrain.runtime.hidden.plain import from_plain
 from stabletrain.runtime.internals.resuming import BatchCount
+from stabletrain_plugins.resume_exactly import frozen_layers
 
 
 class SavedState(NamedTuple):
@@ -27,6 +28,7 @@ class SavedState(NamedTuple):
         buffers: of the module at that point, by name, if the step has changed them.
         epoch: what the epoch had gathered; None in checkpoints of older versions.
         hidden: state of the module, as `HiddenTensors` saves it; None: it is not restored.
+        frozen: which parameters were frozen or unfrozen, as `FrozenLayers` saves it.
     """
 
     rng: rng.RngState | None
@@ -36,6 +38,7 @@ class SavedState(NamedTuple):
     buffers: dict[str, Tensor]
     epoch: dict[str, Any] | None
     hidden: dict[str, Any] | None
+    frozen: dict[str, bool]
 
     @classmethod
     def of(cls, plain: dict[str, Any]) -> SavedState | None:
@@ -70,7 +73,16 @@ class SavedState(NamedTuple):
         hidden = dict(plain.get("hidden", {}))
         for each in hidden.values():
             from_plain(each, torch.device("cpu"))
-        return cls(plain["rng"], positions, loads, batches, buffers, epoch, hidden)
+        return cls(
+            plain["rng"],
+            positions,
+            loads,
+            batches,
+            buffers,
+            epoch,
+            hidden,
+            frozen_layers.checked(plain.get("frozen", {})),
+        )
 
     def for_another_world(self, has_rng: bool) -> SavedState:
         """As far as it can be used by another number of processes."""
