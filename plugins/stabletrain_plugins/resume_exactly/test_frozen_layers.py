@@ -28,8 +28,8 @@ class Net(LightningModule):
 @pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist")
 @pytest.mark.parametrize("train_bn", [True, False])
 def test_a_backbone_that_was_unfrozen_is_trained_after_a_resume(train_bn, tmp_path):
-    """Bug: the callback freezes it before every fit, and unfreezes it at the start of one epoch only: a run that resumes
-    in a later epoch does not train it, without a word."""
+    """Bug: the callback freezes it before every fit, and unfreezes it at the start of one epoch only: a run that
+    resumes in a later epoch does not train it, without a word."""
 
     def fit(*callbacks, ckpt_path=None):
         seed_everything(1, verbose=False)
