@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
-import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from stabletrain.errors import UserError, require
 from stabletrain.runtime import rng
-from stabletrain.runtime.accumulation import AccumulationWindow
-from stabletrain.runtime.data.position import LoaderState
+from stabletrain.runtime.data.epoch_state import EpochState
+from stabletrain.runtime.data.loads import Loads
 from stabletrain.runtime.data.train_loader import TrainLoader
-from stabletrain.runtime.guard.callbacks import GuardMember
-from stabletrain.runtime.hidden.hidden_state import HiddenState
-from stabletrain.runtime.hidden.plain import Unsaved, from_plain, to_plain
 from stabletrain.runtime.internals import loader as loader_internals
+from stabletrain.runtime.internals import restart as restart_internals
+from stabletrain.runtime.internals import resuming
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.internals.fabric import refuse_in_fabric
 from stabletrain.runtime.internals.packages import Callback
 from stabletrain.runtime.plugin_state import names_its_plugin
-from stabletrain_plugins.resume_exactly.trained import Trained, check
+from stabletrain_plugins.resume_exactly.hidden_tensors import HiddenTensors
+from stabletrain_plugins.resume_exactly.requeue_signal import RequeueSignal
+from stabletrain_plugins.resume_exactly.saved_state import SavedState, problem_of
+from stabletrain_plugins.resume_exactly.step_watch import StepWatch
+from stabletrain_plugins.resume_exactly.trained import Trained
 
 FastForward: TypeAlias = Literal["auto", "indices", "batches"]
-
-logger = logging.getLogger("stabletrain")
 
 _NAME = "resume_exactly"
 _OPT_OUT = "remove ResumeExactly (config key plugins.resume=none)"
@@ -41,8 +41,7 @@ class ResumeExactly(Callback):
 
     Add it to the run that saves checkpoints and to the one that resumes. With the same code, versions, number of
     processes, batch size, threads and hardware the resumed run is bit-identical to an uninterrupted one. Lightning
-    alone restarts the epoch's data, with other random numbers. Validation no longer changes the random numbers of
-    training.
+    alone restarts the epoch's data, with other random numbers.
 
     Args:
         fast_forward: how the batches before the checkpoint are skipped on resume. ``"auto"``: without fetching them if
@@ -63,18 +62,23 @@ class ResumeExactly(Callback):
         expected = '"auto", "indices" or "batches"'
         require(known, _NAME, "fast_forward", expected, fast_forward, "plugins.resume", "ResumeExactly")
         self.fast_forward: FastForward = fast_forward
+        self._reset()
+
+    def _reset(self) -> None:
         self._trainer: Trainer | None = None
+        self._module: LightningModule | None = None
         self._loader: TrainLoader | None = None
-        self._undo: list[Callable[[], None]] = []
-        self._training_rng: rng.RngState | None = None  # state of the training's generators while validation runs
-        self._final: dict[str, Any] | None = None  # the state of a fit that has ended, which may still be saved
-        self._loaded = False
-        self._warned_of_window = False
-        self._warned_of_hidden: set[str] = set()
-        self._hidden_is_known = False
-        self._saved_hidden: dict[str, Any] = {}
+        self._loads: Loads | None = None
+        self._epoch: EpochState | None = None
+        self._hidden: HiddenTensors | None = None
         self._trained: Trained | None = None
-        self._saved_trained: dict[str, Any] | None = None
+        self._step: StepWatch | None = None
+        self._requeue: RequeueSignal | None = None
+        self._undo: list[Callable[[], None]] = []
+        self._before_validation: rng.QuickState | None = None  # while one runs, until its end
+        self._final: dict[str, Any] | None = None  # the state of a fit that has ended, which may still be saved
+        self._loaded: SavedState | None = None
+        self._restoring_own = self._warned_of_step = False
 
     @property
     def state_key(self) -> str:
@@ -88,69 +92,65 @@ class ResumeExactly(Callback):
         if stage != "fit":
             return
         self._close()
+        self._reset()
         if trainer.precision_plugin.precision == "64-true":
             # Lightning does this after it has loaded a checkpoint, whose numbers are rounded to float32 by then
             trainer.precision_plugin.convert_module(pl_module)
-        self._trainer, self._final, self._loaded = trainer, None, False
-        self._hidden, self._saved_hidden = HiddenState(trainer_internals.unwrapped(pl_module), False, True), {}
-        self._hidden_is_known = False
-        self._trained, self._saved_trained = None, None
+        self._trainer, self._module = trainer, trainer_internals.unwrapped(pl_module)
         self._loader = TrainLoader.of(trainer)
         self._loader.record_positions(self.fast_forward, _NAME, _OPT_OUT)
+        self._loads = Loads(trainer)
+        self._hidden = HiddenTensors(trainer, self._module, _NAME)
+        self._trained = Trained(self._module)
+        self._requeue = RequeueSignal(trainer)
         self._undo = [
             self._loader.close,
+            self._loads.close,
+            resuming.before_batch(trainer, self._start_batch),
+            resuming.around_own_restore(trainer, self._begin_own_restore, self._end_own_restore),
             loader_internals.after_train_start(trainer, self._on_loop_start),
-            loader_internals.around_validation(trainer, self._stash_rng, self._restore_rng),
+            loader_internals.around_validation(trainer, self._begin_validation, self._end_validation),
         ]
+        self._epoch = EpochState(trainer, _NAME)
+        self._undo.append(self._epoch.close)
+        self._step = StepWatch(trainer, self._module, self._loader, self._epoch)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before the optimizers' states are loaded: give them the parameters that they had at the checkpoint."""
-        if self._loader is not None:
-            self._trained = Trained(trainer_internals.unwrapped(pl_module), trainer.optimizers)
-            if self._saved_trained is not None:
-                self._trained.restore_groups(self._saved_trained)
+        if self._trained is not None:
+            self._trained.on_fit_start(trainer.optimizers)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the loaders against the checkpoint."""
-        if self._loader is None:
+        """Check the loaders against the checkpoint, and continue where it was saved."""
+        if self._loader is None or self._requeue is None:
             return
+        self._requeue.take_over()
         for loader in self._loader.loaders:
             _refuse_own_state(loader.loader)
-        if self._loaded:
+        if self._loaded is not None:
             self._loader.check_positions()
             self._undo.append(loader_internals.silence_resume_warning(trainer))
             loader_internals.begin_next_epoch(trainer)
-        elif trainer_internals.resumes_from_checkpoint(trainer):
+        elif trainer_internals.resumes_from_checkpoint(trainer) and resuming.batch_count(trainer).run:
             rank_zero_warn(
                 f"{_NAME}: the checkpoint holds no state of ResumeExactly, so the epoch's data restart at the first "
                 "batch, with other random numbers. Checkpoints saved from now on resume exactly."
             )
 
-    def _on_loop_start(self) -> None:
-        """After ``on_train_start`` of all callbacks and of the module."""
-        assert self._loader is not None
-        assert self._trainer is not None
-        self._loader.on_loop_start()
-        if self._trained is not None and self._saved_trained is not None:
-            self._trained.restore_flags(self._saved_trained)
-        self._hidden.stash()
-        self._hidden_is_known = True
-        device = self._trainer.strategy.root_device
-        unknown = self._hidden.put({path: from_plain(each, device) for path, each in self._saved_hidden.items()})
-        self._saved_hidden = {}
-        if unknown:
-            rank_zero_warn(
-                f"{_NAME}: the checkpoint holds hidden state of modules that this run does not have "
-                f"({', '.join(unknown[:4])}): it is not restored"
-            )
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """From here on the step changes the weights."""
+        if self._step is not None:
+            self._step.update_begins()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Store the state, because a checkpoint may be saved after the end of the run."""
         self._finish()
+        if self._requeue is not None:
+            self._requeue.run_if_received()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Unwrap the train loaders and validation."""
-        if self._loader is not None and self._loaded and self._final is None:
+        if self._loader is not None and self._loaded is not None and self._final is None:
             self._finish()  # the run had ended at the checkpoint: Lightning does not enter the loop
         self._close()
 
@@ -167,16 +167,46 @@ class ResumeExactly(Callback):
     def _close(self) -> None:
         while self._undo:
             self._undo.pop()()
-        self._loader = None
+        self._loader = self._loads = self._epoch = self._hidden = None
+        self._trained = self._step = self._requeue = None
 
-    def _stash_rng(self) -> None:
-        assert self._loader is not None
-        self._training_rng = self._loader.run_rng
+    def _on_loop_start(self) -> None:
+        if self._loader is None or self._trainer is None or trainer_internals.is_trial(self._trainer):
+            return
+        assert self._hidden is not None
+        assert self._trained is not None
+        self._loader.on_loop_start()
+        self._hidden.on_loop_start()
+        self._trained.on_loop_start()
 
-    def _restore_rng(self) -> None:
-        if self._training_rng is not None:
-            rng.restore(self._training_rng)
-            self._training_rng = None
+    def _start_batch(self) -> None:
+        assert self._step is not None
+        assert self._requeue is not None
+        self._step.start_batch()
+        self._requeue.run_if_received()
+
+    def _begin_validation(self) -> None:
+        if self._trainer is None or self._trainer.sanity_checking or self._step is None or self._requeue is None:
+            return
+        self._before_validation = rng.capture_quickly()
+        self._requeue.run_if_received()
+        self._step.validation_begins()
+
+    def _end_validation(self) -> None:
+        self._before_validation = None
+
+    # ---- a restore within the fit, as of a finder -------------------------------------------------------------------
+
+    def _begin_own_restore(self) -> None:
+        self._restoring_own = True
+
+    def _end_own_restore(self) -> None:
+        """The run was set back to before trial steps, or to an earlier step: nothing of ours has to follow."""
+        self._restoring_own = False
+        if self._step is not None:
+            self._step.clear()
+        if self._loaded is not None and self._loader is not None and not self._loader.has_started:
+            self._resume_from(self._loaded)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -195,7 +225,7 @@ class ResumeExactly(Callback):
     @names_its_plugin
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume from a checkpoint: called by Lightning before the first batch."""
-        if self._loader is None or self._trainer is None:
+        if self._loader is None or self._trainer is None or self._restoring_own:
             return
         everyone = state_dict["ranks"]
         if not isinstance(everyone, list) or not everyone:
@@ -208,81 +238,74 @@ class ResumeExactly(Callback):
                 "not at all, and random numbers differ. To resume exactly, use the same number of processes, or a "
                 "checkpoint saved at the end of an epoch."
             )
-        mine = everyone[rank % len(everyone)]
-        if mine["rng"] is not None:
-            rng.check(mine["rng"])
-        if "trained" in mine:
-            self._saved_trained = check(mine["trained"])
-        if len(everyone) == size:
-            self._saved_hidden = dict(mine.get("hidden", {}))
-            for each in self._saved_hidden.values():
-                from_plain(each, torch.device("cpu"))  # raises an error now if it is something else
-        try:
-            positions = [LoaderState.from_plain(plain) for plain in mine["loaders"]]
-        except (KeyError, TypeError):
+        saved = SavedState.of(everyone[rank % len(everyone)])
+        if saved is None:
             rank_zero_warn(
                 f"{_NAME}: the checkpoint is of another version of stabletrain: its data position is not read"
             )
             return
-        if len(everyone) != size:
-            positions = [position._replace(length=None, last=None) for position in positions]
-        self._loader.resume_at(positions, mine["rng"] if rank < len(everyone) else None)
-        self._loaded = True
+        problem = next((each for each in map(problem_of, everyone) if each), "")
+        if problem:
+            raise UserError(
+                f"{_NAME}: this checkpoint was saved in the middle of an optimizer step, and cannot be resumed "
+                f"exactly: {problem}. Use another checkpoint, or {_OPT_OUT}: training then goes on with what the step "
+                "had done"
+            )
+        self._resume_from(saved if len(everyone) == size else saved.for_another_world(has_rng=rank < len(everyone)))
+
+    def _resume_from(self, saved: SavedState) -> None:
+        assert self._loader is not None
+        assert self._loads is not None
+        assert self._module is not None
+        self._loader.resume_at(saved.positions, saved.rng)
+        self._loads.repeat(saved.loads)
+        if saved.hidden is not None and self._hidden is not None:
+            self._hidden.load(saved.hidden)
+        if saved.trained is not None and self._trained is not None:
+            self._trained.load(saved.trained)
+        if saved.epoch is not None and self._epoch is not None:
+            self._epoch.load(saved.epoch, saved.unfinished)
+        for name, value in saved.buffers.items():
+            self._module.get_buffer(name).copy_(value)
+        self._loaded = saved
 
     def _current_state(self) -> dict[str, Any]:
         assert self._loader is not None
+        assert self._loads is not None
+        assert self._epoch is not None
+        assert self._hidden is not None
+        assert self._trained is not None
+        assert self._step is not None
         assert self._trainer is not None
-        if AccumulationWindow(self._trainer).is_open and not self._warned_of_window:
-            self._warned_of_window = True
-            rank_zero_warn(
-                f"{_NAME}: this checkpoint is made between the micro-batches of an optimizer step. Their gradients are "
-                "not saved, so the first step after resuming from it will differ. Save after a step."
-            )
-        state = self._training_rng if self._training_rng is not None else self._loader.run_rng
+        loads = {name: each._asdict() for name, each in self._loads.done.items()}
+        state: dict[str, Any] = {"loads": loads, "unfinished": None, "hidden": self._hidden.state()}
+        state["trained"] = self._trained.state()
+        if self._step.in_step:
+            state |= self._step.state(list(state["hidden"]))
+            self._warn_of(state["unfinished"]["problem"])
+            return state
+        if self._before_validation is not None and not restart_internals.validation_is_complete(self._trainer):
+            state["rng"] = self._before_validation.to_state()  # it will be run again from its first batch
+        else:
+            state["rng"] = self._loader.run_rng
         positions = [position.to_plain() for position in self._loader.positions()]
-        own: dict[str, Any] = {"rng": state, "loaders": positions, "hidden": self._hidden_state()}
-        return own if self._trained is None else {**own, "trained": self._trained.state()}
+        return {**state, "loaders": positions, "epoch": self._epoch.state_dict()}
 
-    def _hidden_state(self) -> dict[str, Any]:
-        """The tensors in attributes of modules, and in buffers that no state_dict holds, that training has changed."""
-        if not self._hidden_is_known:
-            return self._saved_hidden
-        found, unsaved = {}, []
-        assert self._trainer is not None
-        for path, value in self._hidden.values(changed=True).items():
-            if self._is_of_ended_epoch(value):
-                continue
-            try:
-                found[path] = to_plain(value)
-            except Unsaved:
-                unsaved.append(path)
-        if new := [path for path in unsaved if path not in self._warned_of_hidden]:
-            self._warned_of_hidden.update(new)
+    def _warn_of(self, problem: str) -> None:
+        if problem and not self._warned_of_step:
+            self._warned_of_step = True
             rank_zero_warn(
-                f"{_NAME}: {', '.join(new)} cannot be saved, so a resumed run starts without: expected tensors, and "
-                "tuples, lists and dictionaries of them. Register a buffer, or save it in on_save_checkpoint"
+                f"{_NAME}: this checkpoint is saved in the middle of an optimizer step, and it will not be possible to "
+                f"resume exactly from it: {problem}. Save after a step"
             )
-        guarded = any(isinstance(each, GuardMember) for each in self._trainer.callbacks)  # type: ignore[attr-defined]
-        if not guarded and self._trainer.is_global_zero:  # else the guard says it
-            for message in self._hidden.news():
-                logger.warning(message)
-        return found
-
-    def _is_of_ended_epoch(self, value: Any) -> bool:
-        """Whether a list was collected over an epoch whose last batch is done, for a hook at the epoch's end.
-
-        Lightning does not call that hook in a fit that resumes here, so the list would stay in the next epoch.
-        """
-        assert self._trainer is not None
-        if not isinstance(value, list) or not loader_internals.epoch_is_over(self._trainer):
-            return False
-        return len(value) > 2 and 2 * len(value) >= self._trainer.num_training_batches
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles and copies do not include the running fit."""
-        fit: dict[str, Any] = {"_trainer": None, "_loader": None, "_undo": [], "_training_rng": None, "_final": None}
-        fit |= {"_trained": None, "_saved_trained": None, "_hidden_is_known": False, "_saved_hidden": {}}
-        return {key: value for key, value in {**self.__dict__, **fit}.items() if key != "_hidden"}
+        return {key: value for key, value in self.__dict__.items() if not key.startswith("_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reset()
 
 
 def _refuse_own_state(loader: Any) -> None:

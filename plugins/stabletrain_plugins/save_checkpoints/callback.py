@@ -24,6 +24,8 @@ from stabletrain.runtime.checkpoints.manifest import CheckpointInfo
 from stabletrain.runtime.checkpoints.preemption import EXIT_CODE, PreemptionWatch, StopBetweenBatches
 from stabletrain.runtime.checkpoints.saver import Saver
 from stabletrain.runtime.checkpoints.store import MetricMode, Retention, Store
+from stabletrain.runtime.data.epoch_state import EpochState
+from stabletrain.runtime.internals import loader as loader_internals
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.internals.fabric import refuse_in_fabric
 from stabletrain.runtime.internals.packages import Checkpoint
@@ -71,6 +73,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
     slot: ClassVar[str] = "checkpoints"
 
     _undo_reading: Callable[[], None] | None = None
+    _epoch: EpochState | None = None
 
     def __init__(
         self,
@@ -189,6 +192,8 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         self._directory = (
             (Path(root) / run_files.CHECKPOINTS if self.folder is None else Path(self.folder)).expanduser().absolute()
         )
+        if not EpochState.is_kept(trainer):  # another plugin that resumes keeps it in its own state
+            self._epoch = EpochState(trainer, self.plugin)
         self._active = not trainer_internals.is_fast_dev_run(trainer)
         self._recipe = recipe_hash(Path(trainer.default_root_dir), but=("chaos",))
         if self._active and trainer.is_global_zero:
@@ -197,6 +202,8 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the intervals and handle SIGTERM: the run's length is known, and Lightning's handlers are installed."""
+        if self._epoch is not None and self._epoch.is_loaded:
+            loader_internals.begin_next_epoch(trainer)
         if not self._active:
             return
         run = run_length(trainer, self.tokens_per_step)
@@ -276,8 +283,9 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         self._restore_reading()
 
     def state_dict(self) -> dict[str, Any]:
-        """The identity of the run and of its recipe."""
-        return {"run": self._run, "recipe": self._recipe}
+        """The identity of the run and of its recipe, and the state of the epoch. A collective."""
+        known = {"run": self._run, "recipe": self._recipe}
+        return known if self._epoch is None else {**known, "epoch": self._epoch.state_of_all_ranks()}
 
     @names_its_plugin
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -286,6 +294,8 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         if not isinstance(run, str) or not isinstance(recipe, str | None):
             raise TypeError("run and recipe must be text")
         self._run, self._loaded_recipe = run, recipe
+        if self._epoch is not None and state_dict.get("epoch"):
+            self._epoch.load_rank(state_dict["epoch"])
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy only the arguments, not the state of a running fit."""
@@ -301,6 +311,9 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         if self._undo_reading is not None:
             self._undo_reading()
             self._undo_reading = None
+        if self._epoch is not None:
+            self._epoch.close()
+            self._epoch = None
 
     def _is_due(self, trainer: Trainer) -> bool:
         """Whether a checkpoint is due, by the clock of any rank; the same on all ranks."""

@@ -130,7 +130,9 @@ def test_the_best_is_kept_and_is_of_the_weights_that_were_validated(tmp_path: Pa
     assert saver.last == str(tmp_path / "step-00000016")
 
 
-@pytest.mark.filterwarnings("ignore:resume_exactly. this checkpoint is made between the micro-batches:UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore:resume_exactly. this checkpoint is saved in the middle of an optimizer step:UserWarning"
+)
 def test_a_run_goes_on_from_a_checkpoint_that_has_all_gradients(tmp_path: Path) -> None:
     """Bug: the best one, made by a validation within an accumulation window, is the newest: resumed from there, the
     window's gradients are missing and the end is another."""

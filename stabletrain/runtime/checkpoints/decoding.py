@@ -17,6 +17,7 @@ from torch import Tensor
 
 from stabletrain.runtime.checkpoints.errors import CheckpointError
 from stabletrain.runtime.checkpoints.fields import INT_LIMIT, Fields, shown
+from stabletrain.runtime.checkpoints.hyper_parameters import with_attributes
 from stabletrain.runtime.checkpoints.tensor_file import Kind
 from stabletrain.runtime.snapshots.tensor_kinds import WrapperLayout, registered_wrappers
 
@@ -27,19 +28,24 @@ _CANNOT_BUILD = (TypeError, ValueError, LookupError, ArithmeticError, RuntimeErr
 """What constructors of torch and Python raise for a value that does not fit."""
 
 
-def decode(tree: Any, tensors: Sequence[Tensor]) -> Any:
+Objects = Callable[[Sequence[Any]], Any]
+"""Finds the object of a running module that a checkpoint holds as text, by its path; LookupError: there is none."""
+
+
+def decode(tree: Any, tensors: Sequence[Tensor], objects: Objects | None = None) -> Any:
     """The inverse of `Encoded` in `encoding`.
 
     Args:
         tree: its tree, or any other value that JSON can hold.
         tensors: its tensors, or equal ones.
+        objects: finds what is kept as text; None: it stays text.
 
     Raises:
         CheckpointError: if the tree has a tag that this version does not know, a value that does not fit its tag, a
             tensor that does not exist, or one of a class that this process has not declared safe, or if it is nested
             too deeply.
     """
-    return _Decoder(tensors).value(tree, 0)
+    return _Decoder(tensors, objects).value(tree, 0)
 
 
 def tensor_kinds(index: Any) -> list[Kind]:
@@ -76,8 +82,8 @@ def dtype_of(name: Any) -> torch.dtype:
 class _Decoder:
     """Decodes values; ``depth`` is the number of containers around each."""
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._tensors = tensors
+    def __init__(self, tensors: Sequence[Tensor], objects: Objects | None = None) -> None:
+        self._tensors, self._objects = tensors, objects
 
     def value(self, tree: Any, depth: int) -> Any:
         if depth > _MAX_DEPTH:
@@ -93,6 +99,10 @@ class _Decoder:
             return self._tensor(tag, value, depth)
         if tag in ("d", "o"):
             return self._dict(tag, value, tree.get("m"), depth)
+        if tag == "a":
+            return with_attributes(self._dict("d", value, None, depth))
+        if tag == "r":
+            return self._text(value)
         if tag in _COLLECTIONS:
             if not isinstance(value, list):
                 _damaged(f"a value of kind {shown(tag)}", value)
@@ -123,6 +133,20 @@ class _Decoder:
         if metadata is not None:
             found._metadata = self._metadata(metadata, depth + 1)  # type: ignore[attr-defined]
         return found
+
+    def _text(self, value: Any) -> Any:
+        """The text of an object among the hyper-parameters, or the object itself."""
+        if not (isinstance(value, list) and len(value) == 2 and isinstance(value[0], list)):
+            _damaged("an object as text", value)
+        path, text = value
+        if not path or not all(type(key) in (str, int) for key in path) or not isinstance(text, str):
+            _damaged("an object as text", value)
+        if self._objects is None:
+            return text
+        try:
+            return self._objects(path)
+        except (LookupError, TypeError):
+            return text
 
     def _metadata(self, tree: Any, depth: int) -> dict[str, Any]:
         """The versions in a module's state, as torch reads them."""

@@ -13,6 +13,7 @@ tuples, sets and non-finite numbers are restored with their types:
 | inf and nan, complex, bytes | `{"f": "nan"}`, `{"c": [re, im]}`, `{"b": base64}` |
 | torch dtype, device, size | `{"dtype": "bfloat16"}`, `{"device": "cpu"}`, `{"size": [...]}` |
 | path | `{"path": "..."}` |
+| hyper-parameters: dict with attributes, object | `{"a": [[key, value], ...]}`, `{"r": [path, repr]}` |
 
 A tensor that appears in several positions (tied weights) is stored once, and is one tensor again when it is read.
 Subclasses are restored as their base class: an enum member as its value, a defaultdict as a dict, a parameter as a
@@ -24,7 +25,6 @@ from __future__ import annotations
 
 import base64
 import math
-import sys
 from collections import OrderedDict, deque
 from collections.abc import Mapping
 from pathlib import PurePath
@@ -34,12 +34,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stabletrain.runtime.checkpoints import hyper_parameters
 from stabletrain.runtime.checkpoints.errors import CheckpointError
 from stabletrain.runtime.snapshots.state_tree import DictNode, Flattener, ObjectNode, SequenceNode, TensorNode
 from stabletrain.runtime.snapshots.tensor_kinds import WrapperLayout, class_name, not_dense, registered_wrappers
 
-_OPTIONAL = ("hyper_parameters", "datamodule_hyper_parameters", "hparams_type", "datamodule_hparams_type")
-"""Entries that only ``load_from_checkpoint`` needs: objects in them are omitted."""
 _MAX_DEPTH = 64
 """Containers within containers that may be stored; `decoding` reads some more."""
 _TAGS = {list: None, tuple: "t", set: "s", frozenset: "fs", deque: "q"}
@@ -66,12 +65,12 @@ class Encoded:
         self.tensors: list[Tensor] = []
         self.names: list[str] = []
         self.omitted: list[str] = []
-        """The hyper-parameters that were omitted, each with its path and class."""
+        """The hyper-parameters that are kept as text, each with its path and class."""
         encoder = _Encoder(self)
         pairs = []
         for key, value in checkpoint.items():
             try:
-                node = encoder.without_objects(value, key) if key in _OPTIONAL else encoder.value(value, str(key))
+                node = encoder.entry(str(key), value)
             except RecursionError:
                 raise CheckpointError(
                     f"checkpoint: {key} holds a container that contains itself, or is nested deeper than {_MAX_DEPTH}"
@@ -91,6 +90,7 @@ class _Encoder:
         self._others_at: dict[int, list[int]] = {}  # and of other tensors that begin there
         self._used = {"__metadata__"}  # a name that the tensor file reserves
         self._depth = 0  # number of containers around the value that is encoded
+        self._texts: dict[int, tuple[Any, Any]] = {}  # id -> an object among the hyper-parameters, and its text
 
     def value(self, value: Any, path: str) -> Any:
         """A value as JSON.
@@ -104,27 +104,46 @@ class _Encoder:
         """
         return self._node(self._flattener.flatten(value), path)
 
-    def without_objects(self, value: Any, path: str) -> Any:
-        """Hyper-parameters as JSON; values that cannot be stored as data are omitted and listed in ``omitted``."""
-        omegaconf = sys.modules.get("omegaconf")
-        if omegaconf is not None and omegaconf.OmegaConf.is_config(value):
-            value = omegaconf.OmegaConf.to_container(value, resolve=True, throw_on_missing=False)
-        if isinstance(value, dict):
-            pairs = [
-                [self.value(key, path), self.without_objects(item, f"{path}.{key}")] for key, item in value.items()
-            ]
-            return {"d": [pair for pair in pairs if pair[1] is not _OMITTED]}
-        encoded = self._encoded
-        before = len(encoded.tensors)
+    def entry(self, key: str, value: Any) -> Any:
+        """An entry of a checkpoint as JSON, or that it is omitted."""
+        if key in hyper_parameters.TYPES:
+            is_config = isinstance(value, type) and value.__module__.partition(".")[0] == "omegaconf"
+            return hyper_parameters.TYPE_NAME if is_config else _OMITTED
+        return self._hyper_parameter(value, (key,)) if key in hyper_parameters.ENTRIES else self.value(value, key)
+
+    def _hyper_parameter(self, value: Any, path: tuple[Any, ...]) -> Any:
+        """A hyper-parameter as JSON: objects that cannot be stored as data as text, and listed in ``omitted``."""
+        plain = hyper_parameters.as_plain(value)
+        if not isinstance(plain, dict) and type(plain) not in (list, tuple):
+            return self._value_or_text(plain, value, path)
+        if self._depth == _MAX_DEPTH:
+            raise RecursionError
+        self._depth += 1
         try:
-            return self.value(value, path)
+            if not isinstance(plain, dict):
+                items = [self._hyper_parameter(item, (*path, i)) for i, item in enumerate(plain)]
+                return items if type(plain) is list else {"t": items}
+            tag = "a" if isinstance(plain, hyper_parameters.WithAttributes) else "d"
+            keys = [self._value_or_text(key, key, (*path, "key")) for key in plain]
+            values = [self._hyper_parameter(item, (*path, key)) for key, item in plain.items()]
+            return {tag: [list(pair) for pair in zip(keys, values, strict=True)]}
+        finally:
+            self._depth -= 1
+
+    def _value_or_text(self, plain: Any, value: Any, path: tuple[Any, ...]) -> Any:
+        encoded = self._encoded
+        before, name = len(encoded.tensors), ".".join(map(str, path))
+        try:
+            return self.value(plain, name)
         except CheckpointError:
             del encoded.tensors[before:], encoded.names[before:]
             self._first_at = {at: index for at, index in self._first_at.items() if index < before}
             self._others_at = {at: [i for i in some if i < before] for at, some in self._others_at.items()}
-            if not isinstance(value, type):
-                encoded.omitted.append(f"{path} ({class_name(type(value))})")
-            return _OMITTED
+            encoded.omitted.append(f"{name} ({class_name(type(value))})")
+            keys = [key if type(key) in (str, int) else str(key) for key in path]
+            node = {"r": [keys, hyper_parameters.text_of(value)]}
+            self._texts[id(value)] = (value, node)
+            return node
 
     def _node(self, node: Any, path: str) -> Any:
         kind = type(node)
@@ -176,6 +195,8 @@ class _Encoder:
             return {"size": list(value)}
         if isinstance(value, deque):
             return self.value(deque(value, value.maxlen), path)
+        if id(value) in self._texts:  # a module that saves its hyper-parameters once more, in an entry of its own
+            return self._texts[id(value)][1]
         raise _refusal(type(value), path)
 
     def _numpy(self, value: np.ndarray[Any, Any] | np.generic, path: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from stabletrain.errors import UserError
 from stabletrain.runtime.checkpoints.content import check_content, report_conversions
 from stabletrain.runtime.checkpoints.errors import CheckpointError
+from stabletrain.runtime.checkpoints.hyper_parameters import live_object
 from stabletrain.runtime.checkpoints.loading import is_ours, load_good, read
 from stabletrain.runtime.checkpoints.single_file import load_file
 from stabletrain.runtime.internals import trainer as trainer_internals
@@ -87,16 +89,17 @@ class VerifiedIO(CheckpointIO):
 
     def _load_verified(self, path: Any) -> dict[str, Any]:
         found, answer = None, ("", "")
+        objects = functools.partial(live_object, self._trainer)
         if self._trainer.is_global_zero:
             try:
-                found = load_good(path, lambda checkpoint: check_content(checkpoint, self._trainer))
+                found = load_good(path, lambda checkpoint: check_content(checkpoint, self._trainer), objects)
                 answer = (str(found.path), "")
             except CheckpointError as error:
                 answer = ("", str(error))
         chosen, problem = self._trainer.strategy.broadcast(answer)
         if problem:
             raise CheckpointError(f"{problem} (config key resume)")
-        return (found or read(Path(chosen))).checkpoint
+        return (found or read(Path(chosen), objects)).checkpoint
 
     def _load_other(self, path: Any, map_location: Any, weights_only: bool | None) -> dict[str, Any]:
         """Of each rank: a file, a URL, or the folder of a sharded strategy. ``weights_only=False`` means trust."""

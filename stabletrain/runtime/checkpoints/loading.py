@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 from stabletrain.runtime.checkpoints import tensor_file
-from stabletrain.runtime.checkpoints.decoding import decode, tensor_kinds
+from stabletrain.runtime.checkpoints.decoding import Objects, decode, tensor_kinds
 from stabletrain.runtime.checkpoints.errors import CheckpointError
 from stabletrain.runtime.checkpoints.fields import parse, shown
 from stabletrain.runtime.checkpoints.manifest import STATE, TENSORS, Manifest
@@ -58,17 +58,20 @@ def load(path: str | Path) -> dict[str, Any]:
     return load_good(path).checkpoint
 
 
-def load_good(path: str | Path, check: Callable[[dict[str, Any]], object] | None = None) -> Loaded:
+def load_good(
+    path: str | Path, check: Callable[[dict[str, Any]], object] | None = None, objects: Objects | None = None
+) -> Loaded:
     """As `load`, with the path and the manifest of the checkpoint that was read.
 
     Args:
         path: as for `load`.
         check: raises a `CheckpointError` for a content that is not that of a run; the previous one is then tried.
+        objects: as for `decode`.
     """
     problems: list[str] = []
     for candidate in _found(Path(path)):
         try:
-            found = read(candidate)
+            found = read(candidate, objects)
             if check is not None:
                 check(found.checkpoint)
         except CheckpointError as error:
@@ -87,11 +90,12 @@ def load_good(path: str | Path, check: Callable[[dict[str, Any]], object] | None
     raise CheckpointError(f"checkpoints: there is none in {path}; expected a checkpoint, or a folder of checkpoints")
 
 
-def read(path: Path) -> Loaded:
+def read(path: Path, objects: Objects | None = None) -> Loaded:
     """Read one checkpoint, without falling back to another. Only regular files in its folder are opened.
 
     Args:
         path: its folder, not a link to it.
+        objects: as for `decode`.
 
     Raises:
         CheckpointError: if it is damaged; the message names the damage.
@@ -111,7 +115,7 @@ def read(path: Path) -> Loaded:
         tensors = tensor_file.read(path / TENSORS, manifest.files[TENSORS], tensor_kinds(state["tensors"]))
     except OSError as error:
         raise CheckpointError(f"{TENSORS} cannot be read ({error.strerror})") from None
-    checkpoint = decode(state["tree"], tensors)
+    checkpoint = decode(state["tree"], tensors, objects)
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{STATE}: expected a dict, got {shown(checkpoint)}")
     return Loaded(checkpoint, path, manifest)

@@ -172,8 +172,8 @@ class Saver:
         if encoded.omitted and not self._warned_omitted:
             self._warned_omitted = True
             logger.warning(
-                "checkpoints hold only data, so these objects are omitted: %s; resuming does not need them, but pass "
-                "them to load_from_checkpoint",
+                "checkpoints hold only data, so these hyper-parameters are kept as the text of their repr: %s. "
+                "Resuming takes them from the module; pass them to load_from_checkpoint",
                 ", ".join(encoded.omitted),
             )
 

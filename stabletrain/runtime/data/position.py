@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from stabletrain.runtime import rng
-from stabletrain.runtime.data.tape import Identity, IteratorStart, identity
+from stabletrain.runtime.data.tape import Generators, Identity, IteratorStart, identity
 from stabletrain.runtime.internals import loader as loader_internals
 from stabletrain.runtime.rng import RngState
 
@@ -23,6 +24,7 @@ class LoaderState(NamedTuple):
         length: batches in an epoch, if known.
         samples: size of the dataset, if known.
         last: identity of the last batch, if its samples are known.
+        generators: states of the loader's own generators; None in checkpoints of older versions.
     """
 
     batches: int
@@ -31,10 +33,12 @@ class LoaderState(NamedTuple):
     length: int | None = None
     samples: int | None = None
     last: Identity | None = None
+    generators: list[Tensor] | None = None
 
     def to_plain(self) -> dict[str, Any]:
         """As tensors and plain Python types."""
-        return {**self._asdict(), "start": self.start._asdict()}
+        first = None if self.start.first is None else self.start.first._asdict()
+        return {**self._asdict(), "start": {**self.start._asdict(), "first": first}}
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> LoaderState:
@@ -46,23 +50,31 @@ class LoaderState(NamedTuple):
         """
         last = plain["last"]
         start = IteratorStart(**plain["start"])
+        if start.first is not None:
+            start = start._replace(first=Generators(**plain["start"]["first"]))
         found = cls(**{**plain, "start": start, "last": None if last is None else tuple(last)})
-        for state in (start.rng, found.rng_before):
+        for state in (start.rng, found.rng_before, None if start.first is None else start.first.rng):
             if state is not None:
                 rng.check(state)
         counts = (found.batches, start.epoch, start.sampler_epoch, start.sampler_seed, found.length, found.samples)
         if found.batches is None or start.epoch is None or not all(_is_count(each) for each in counts):
             raise ValueError(f"expected counts >= 0 for batches, epochs, sizes and the sampler's seed, got {counts}")
-        if not all(isinstance(each, torch.Tensor) for each in start.generators):
+        own = [*start.generators, *([] if start.first is None else start.first.own), *(found.generators or [])]
+        if not all(isinstance(each, torch.Tensor) for each in own):
             raise ValueError("expected tensors as the states of the loader's generators")
         return found
 
 
 def position_in(
-    loader: Any, batches: int, start: IteratorStart, rng_before: RngState | None = None, last: Identity | None = None
+    loader: Any,
+    batches: int,
+    start: IteratorStart,
+    rng_before: RngState | None = None,
+    last: Identity | None = None,
+    own: list[Tensor] | None = None,
 ) -> LoaderState:
     """A position in this loader, with the loader's present sizes."""
-    return LoaderState(batches, start, rng_before, _size(loader), _size(getattr(loader, "dataset", None)), last)
+    return LoaderState(batches, start, rng_before, _size(loader), _size(getattr(loader, "dataset", None)), last, own)
 
 
 def capture_start(loader: Any, epoch: int, state: RngState | None) -> IteratorStart:
@@ -71,7 +83,7 @@ def capture_start(loader: Any, epoch: int, state: RngState | None) -> IteratorSt
     return IteratorStart(
         epoch,
         state,
-        [generator.get_state() for generator in _own_generators(loader)],
+        [generator.get_state() for generator in own_generators(loader)],
         getattr(sampler, "epoch", None),
         getattr(sampler, "seed", None),
         loader_internals.reuses_workers(loader),
@@ -82,13 +94,23 @@ def restore_start(start: IteratorStart, loader: Any) -> None:
     """Set all generators and the loader's sampler as they were when the iterator was created, or will be."""
     if start.rng is not None:
         rng.restore(start.rng)
-    for generator, state in zip(_own_generators(loader), start.generators, strict=False):
-        generator.set_state(state.cpu())
+    restore_own(start.generators, loader)
     sampler = _seeded_sampler(loader)
     if sampler is not None and start.sampler_seed is not None:
         sampler.seed = start.sampler_seed
         if start.rng is not None:
             sampler.set_epoch(start.sampler_epoch)
+
+
+def capture_generators(loader: Any) -> Generators:
+    """The state of all generators that the loader draws from."""
+    return Generators(rng.capture(), [generator.get_state() for generator in own_generators(loader)])
+
+
+def restore_own(states: Sequence[Tensor], loader: Any) -> None:
+    """Set the loader's own generators, in the order of `capture_generators`."""
+    for generator, state in zip(own_generators(loader), states, strict=False):
+        generator.set_state(state.cpu())
 
 
 def size_mismatch(position: LoaderState, loader: Any) -> str:
@@ -153,7 +175,8 @@ def _parts(loader: Any) -> Iterator[Any]:
             yield getattr(sampler, "sampler", None)
 
 
-def _own_generators(loader: Any) -> list[torch.Generator]:
+def own_generators(loader: Any) -> list[torch.Generator]:
+    """The generators of the loader and its samplers, each once."""
     found = {}
     for part in _parts(loader):
         generator = getattr(part, "generator", None)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lightning.pytorch import Trainer
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from stabletrain.runtime import rng
@@ -14,9 +15,12 @@ from stabletrain.runtime.data.fetch_counter import FetchCounter
 from stabletrain.runtime.data.index_sampler import IndexSampler, Indices
 from stabletrain.runtime.data.position import (
     LoaderState,
+    capture_generators,
     capture_start,
     length_mismatch,
     order_mismatch,
+    own_generators,
+    restore_own,
     restore_start,
 )
 from stabletrain.runtime.data.resume_point import ResumePoint
@@ -49,12 +53,17 @@ class LoaderReader:
         )
         self._in_process = not (isinstance(loader, DataLoader) and loader.num_workers > 0)
         self._may_share = not (isinstance(loader, DataLoader) and loader.num_workers == 0)
+        self._generators = own_generators(loader)
         self.iterator: Iterator[Any] | None = None
         self._start: IteratorStart | None = None
         self._fetched = 0
         self._draws_rng = False  # whether a fetch was seen to draw from the global generators
         self._is_first_fetch = False
         self._rng_of_next: rng.RngState | None = None  # the generators to fetch the next batch with
+
+    def own_states(self) -> list[Tensor]:
+        """The states of the loader's own generators."""
+        return [generator.get_state() for generator in self._generators]
 
     @property
     def epoch(self) -> int:
@@ -85,7 +94,10 @@ class LoaderReader:
             with rng.preserved():
                 self._start_workers(position.start)
                 restore_start(position.start, self._loader)
-                self._skip_to(position)
+                if position.batches:
+                    self._skip_to(position)
+                else:
+                    self._open(0)
             self._rng_of_next = position.rng_before
         return EpochStarted(self._start, last, rng.capture(cuda=False) if record_rng else None)
 
@@ -137,12 +149,14 @@ class LoaderReader:
     def _skip_to(self, position: LoaderState) -> None:
         if self.index_sampler is not None and self._resume.skips_fetching(self._in_process):
             self._open(position.batches)
+            self._restore_first(position.start)
             last = self.index_sampler.seek()
             if self.index_sampler.drawn < position.batches:
                 raise self._resume.mismatch(length_mismatch(position, self.index_sampler.drawn))
         else:
             last = None
             self._open(0)
+            self._restore_first(position.start)
             if self.index_sampler is not None:
                 self.index_sampler.excludes = None
             for count in range(position.batches):
@@ -156,12 +170,19 @@ class LoaderReader:
         if problem:
             raise self._resume.mismatch(problem)
 
+    def _restore_first(self, start: IteratorStart) -> None:
+        self._is_first_fetch = False
+        if start.first is not None:
+            rng.restore(start.first.rng)
+            restore_own(start.first.own, self._loader)
+
     def _fetch(self, record_rng: bool) -> TapedBatch | EpochEnded:
         before = rng.capture() if self._in_process and self._resume.enabled and self._counter.prefetches else None
         watch = self._in_process and record_rng
         # a sampler's iterator draws its seed at the first fetch, whether or not later fetches draw
         is_first, self._is_first_fetch = self._is_first_fetch, False
         mark = rng.fingerprint() if watch and not self._draws_rng and not is_first else None
+        first = capture_generators(self._loader) if is_first and self._in_process and self._resume.enabled else None
         try:
             batch = next(self.iterator)  # type: ignore[arg-type]
         except StopIteration:
@@ -175,7 +196,7 @@ class LoaderReader:
         self._fetched = position + 1
         if record_rng and self._may_share:  # the batch is stored
             batch = copy_shared_tensors(batch)
-        return TapedBatch(batch, self.epoch, position, samples, before, after)
+        return TapedBatch(batch, self.epoch, position, samples, before, after, first)
 
     def _excludes(self, indices: Indices) -> bool:
         by_samples = identity(self.epoch, indices.position, indices.samples)

@@ -10,7 +10,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from stabletrain.errors import UserError
 from stabletrain.runtime import rng
-from stabletrain.runtime.data.position import LoaderState, size_mismatch
+from stabletrain.runtime.data.position import LoaderState, restore_own, size_mismatch
 from stabletrain.runtime.internals import loader as loader_internals
 
 
@@ -44,8 +44,11 @@ class ResumePoint:
 
     def set(self, positions: Sequence[LoaderState], state: rng.RngState | None) -> None:
         """See `TrainLoader.resume_at`."""
-        self._positions, self._pending = list(positions), list(positions)
-        self._rng = state
+        self._positions, self._pending = (
+            list(positions) or None,
+            list(positions),
+        )  # none: saved before the loaders existed
+        self._rng, self._loop_started = state, False
 
     @property
     def positions(self) -> list[LoaderState] | None:
@@ -79,6 +82,11 @@ class ResumePoint:
                     "data"
                 )
 
+    @property
+    def has_started(self) -> bool:
+        """Whether the training loop has started."""
+        return self._loop_started
+
     # ---- called when the training loop starts -----------------------------------------------------------------------
 
     def on_loop_start(self) -> None:
@@ -87,7 +95,9 @@ class ResumePoint:
         if self._rng is not None:
             rng.restore(self._rng)
             self._rng = None
+        loaders = loader_internals.train_loaders(self._trainer)
         for index, position in enumerate(self._positions or []):
+            restore_own(position.generators or [], loaders[index])  # those of a validation loader may be the same
             if position.start.rng is None:  # Lightning calls iter() again for the new epoch, after the epoch's hooks
                 self._pending[index] = position
 

@@ -14,6 +14,18 @@ Identity: TypeAlias = tuple[Any, ...]
 """Names a batch across restarts: ``("samples", 4, 17, ...)`` by sample indices, else ``("batch", epoch, position)``."""
 
 
+class Generators(NamedTuple):
+    """The random generators that a loader draws from.
+
+    Args:
+        rng: the global ones.
+        own: the loader's and its samplers' own.
+    """
+
+    rng: RngState
+    own: list[Tensor]
+
+
 class IteratorStart(NamedTuple):
     """How an iterator of the loader was created: enough to create it again, in another process too.
 
@@ -24,6 +36,8 @@ class IteratorStart(NamedTuple):
         sampler_epoch: argument of the sampler's last ``set_epoch``, if it has that method.
         sampler_seed: the seed of a sampler whose order is a function of seed and epoch.
         reuses_workers: whether it uses the (persistent) worker processes of an earlier iterator.
+        first: the generators before its first fetch, if it fetches in this process: a sampler draws its seed then, not
+            when the iterator is created. None: it has not fetched yet.
     """
 
     epoch: int
@@ -32,6 +46,7 @@ class IteratorStart(NamedTuple):
     sampler_epoch: int | None = None
     sampler_seed: int | None = None
     reuses_workers: bool = False
+    first: Generators | None = None
 
 
 class EpochStarted(NamedTuple):
@@ -58,6 +73,7 @@ class TapedBatch(NamedTuple):
         samples: the sample indices; None if no sampler gives them.
         rng_before: the global generators before the fetch, if a checkpoint may need them.
         rng_after: the global generators after the fetch; None if it drew no random number or the tape is off.
+        first: the generators before the fetch, of the iterator's first batch; see `IteratorStart`.
     """
 
     batch: Any
@@ -66,6 +82,7 @@ class TapedBatch(NamedTuple):
     samples: Any = None
     rng_before: RngState | None = None
     rng_after: RngState | None = None
+    first: Generators | None = None
 
     @property
     def identity(self) -> Identity:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from lightning.pytorch import Trainer
+from torch import Tensor
 
+from stabletrain.errors import UserError
 from stabletrain.runtime import rng
 from stabletrain.runtime.data.exclusions import Exclusions
 from stabletrain.runtime.data.fetch_counter import FetchCounter
@@ -16,6 +18,8 @@ from stabletrain.runtime.data.resume_point import ResumePoint
 from stabletrain.runtime.data.tape import EpochEnded, EpochStarted, IteratorStart, Tape, TapedBatch, TapeEvent, identity
 from stabletrain.runtime.data.tape_limit import TapeLimit
 
+_E = TypeVar("_E", bound=TapeEvent)
+
 
 class LoaderCursor(NamedTuple):
     """The loop's position in a loader, which it can be rewound to.
@@ -23,21 +27,35 @@ class LoaderCursor(NamedTuple):
     Args:
         event: number of the first event on the tape that the loop has not seen.
         position: of the last batch that the loop got, within its epoch; -1 before the first.
-        starts_epoch: whether a new iterator is created next.
         start: how the current iterator was created; None before the first one.
     """
 
     event: int
     position: int
-    starts_epoch: bool
     start: IteratorStart | None
+
+
+class LoaderPlace(NamedTuple):
+    """What the loader's position at this moment follows from, which takes no time to keep.
+
+    Args:
+        cursor: the loop's position.
+        cursor_before: one batch earlier.
+        last_batch: the last batch that the loop got.
+        own: states of the loader's own generators.
+    """
+
+    cursor: LoaderCursor
+    cursor_before: LoaderCursor
+    last_batch: TapedBatch | None
+    own: list[Tensor]
 
 
 class TapedLoader(Iterator[Any]):
     """Stands between Lightning and a train loader; it is its own iterator.
 
-    The loader's iterator is created at the first fetch of an epoch, after ``set_epoch`` of its samplers: Lightning
-    creates it earlier if there are workers, and a resumed epoch would then have another epoch's order.
+    The loader's iterator is created when Lightning calls ``iter()``, as without this class: a DataLoader draws its
+    workers' seed then, before another loader's iterator is created.
 
     Args:
         loader: the loader, as Lightning has set it up.
@@ -62,8 +80,11 @@ class TapedLoader(Iterator[Any]):
         self._reader = LoaderReader(loader, trainer, exclusions, resume, counter)
         self._tape = Tape()
         self._excluded_in_replay = False  # whether a batch was excluded since the rewind, so that later epochs differ
-        self.cursor = self.cursor_before = LoaderCursor(0, -1, True, None)
+        self.cursor = self.cursor_before = LoaderCursor(0, -1, None)
         self.last_batch: TapedBatch | None = None
+        self._problem: UserError | None = (
+            None  # raised at the first fetch: an error in iter() breaks Lightning's teardown
+        )
         self.samples_before: Any = None
         """The sample indices of the batch before the last one; None if unknown."""
 
@@ -97,26 +118,38 @@ class TapedLoader(Iterator[Any]):
 
     def __iter__(self) -> TapedLoader:
         self._counter.reset()
-        self.cursor = self.cursor._replace(starts_epoch=True)
+        event = self._replay_start()
+        if event is None:
+            self._excluded_in_replay = False
+            try:
+                event = self._record(self._start_epoch())
+            except UserError as error:
+                self._problem = error
+                return self
+        self.cursor = LoaderCursor(self._tape.next_number, event.position, event.start)
         return self
 
     def __next__(self) -> Any:
+        if self._problem is not None:
+            raise self._problem
         self._counter.on_next()
         while True:
             event = self._next_event()
             next_number = self._tape.next_number
-            if isinstance(event, EpochStarted):
-                self.cursor = LoaderCursor(next_number, event.position, False, event.start)
-            elif isinstance(event, EpochEnded):
+            if isinstance(event, EpochEnded):
                 self._counter.on_epoch_ended(event.position - self.cursor.position - 1)
                 self.cursor = self.cursor._replace(event=next_number)
                 raise StopIteration
-            elif self._exclusions.cover(next_number - 1, event):
+            start = self.cursor.start
+            if event.first is not None and start is not None:
+                start = start._replace(first=event.first)
+            if self._exclusions.cover(next_number - 1, event):
                 self._excluded_in_replay = True
+                self.cursor = self.cursor._replace(start=start)
             else:
                 excluded = event.position - self.cursor.position - 1
                 self.cursor_before = self.cursor
-                self.cursor = LoaderCursor(next_number, event.position, False, self.cursor.start)
+                self.cursor = LoaderCursor(next_number, event.position, start)
                 self.samples_before = None if self.last_batch is None else self.last_batch.samples
                 self.last_batch = event
                 self._counter.on_batch_returned(excluded, self.excluded_next())
@@ -151,51 +184,64 @@ class TapedLoader(Iterator[Any]):
             last += 1
         return last - current
 
-    def position(self, prefetched: bool, epoch_over: bool, unfinished: int) -> LoaderState:
+    @property
+    def place(self) -> LoaderPlace:
+        """Where the loop is now, for `position`."""
+        return LoaderPlace(self.cursor, self.cursor_before, self.last_batch, self._reader.own_states())
+
+    def position(self, place: LoaderPlace, prefetched: bool, epoch_over: bool) -> LoaderState:
         """The position of the run, for a checkpoint.
 
         Args:
-            prefetched: whether a batch was fetched that the loop has not got yet.
+            place: of the run, between two batches.
+            prefetched: whether a batch was fetched that the loop had not got yet.
             epoch_over: whether the epoch's last batch was trained on.
-            unfinished: batches that the loop has got and has not finished.
         """
-        cursor = self.cursor_before if prefetched else self.cursor
-        if epoch_over or cursor.starts_epoch or cursor.start is None:
+        cursor, last = place.cursor_before if prefetched else place.cursor, place.last_batch
+        if epoch_over or cursor.start is None:
             epoch = self._reader.epoch if cursor.start is None else cursor.start.epoch + 1
-            return position_in(self._loader, 0, capture_start(self._loader, epoch, None))
-        batches = cursor.position + 1 - unfinished
-        last, rng_before, identity_before = self.last_batch, None, None
-        if last is not None and prefetched:
-            rng_before = last.rng_before
-        elif last is not None and last.samples is not None and not unfinished:
-            identity_before = last.identity
-        return position_in(self._loader, batches, cursor.start, rng_before, identity_before)
+            start = capture_start(self._loader, epoch, None)._replace(generators=place.own)
+            return position_in(self._loader, 0, start, own=place.own)
+        rng_before = last.rng_before if last is not None and prefetched else None
+        known = last is not None and last.samples is not None and not prefetched and cursor.position >= 0
+        name = last.identity if known and last else None
+        return position_in(self._loader, cursor.position + 1, cursor.start, rng_before, name, place.own)
 
     @property
     def _epoch(self) -> int:
         return self._reader.epoch if self.cursor.start is None else self.cursor.start.epoch
 
-    def _next_event(self) -> TapeEvent:
-        event = self._replay()
-        if event is not None:
-            if event.rng_after is not None:
-                rng.restore(event.rng_after)
-            return event
-        self._excluded_in_replay = False
-        event = self._start_epoch() if self.cursor.starts_epoch else self._reader.fetch(self._tape.enabled)
+    def _next_event(self) -> TapedBatch | EpochEnded:
+        event = self._tape.replay()
+        if isinstance(event, EpochStarted):  # the loop goes on where it ended an epoch early before the rewind
+            self._tape.next_number -= 1
+            raise StopIteration
+        if event is None:
+            self._excluded_in_replay = False
+            return self._record(self._reader.fetch(self._tape.enabled))
+        if event.rng_after is not None:
+            rng.restore(event.rng_after)
+        return event
+
+    def _record(self, event: _E) -> _E:
         self._tape.record(event)
         self._limit.enforce(self._tape)
         return event
 
-    def _replay(self) -> TapeEvent | None:
+    def _replay_start(self) -> EpochStarted | None:
+        """The start of the next epoch on the tape; None if it is created anew."""
         event = self._tape.replay()
-        while self.cursor.starts_epoch and event is not None and not isinstance(event, EpochStarted):
+        while event is not None and not isinstance(event, EpochStarted):
             self._excluded_in_replay = True  # the epoch ended early because its last batches are excluded
             event = self._tape.replay()
-        if isinstance(event, EpochStarted) and self._excluded_in_replay and not isinstance(self._loader, Iterator):
+        if event is None:
+            return None
+        if self._excluded_in_replay and not isinstance(self._loader, Iterator):
             self._tape.next_number -= 1
             self._tape.truncate()  # its order was drawn after batches that are now excluded: draw it again
             return None
+        if event.rng_after is not None:
+            rng.restore(event.rng_after)
         return event
 
     def _start_epoch(self) -> EpochStarted:

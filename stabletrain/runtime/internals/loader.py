@@ -13,21 +13,44 @@ from torch.utils.data import DataLoader, IterableDataset
 from stabletrain.runtime.internals.packages import own
 
 
-def wrap_train_loaders(trainer: Trainer, wrap: Callable[[Any], Any]) -> Callable[[], None]:
+def wrap_train_loaders(
+    trainer: Trainer, wrap: Callable[[Any], Any], is_active: Callable[[], bool] = lambda: True
+) -> Callable[[], None]:
     """Replace every train loader by ``wrap(loader)`` when Lightning sets it up; returns a function that undoes this.
 
     It patches the strategy's ``process_dataloader``, which Lightning calls after it has added a distributed sampler,
     and also for validation loaders; these are not wrapped.
+
+    Args:
+        trainer: before its fit loop has loaded them.
+        wrap: returns what the loop reads from.
+        is_active: whether to wrap those that are loaded now.
     """
-    strategy = trainer.strategy
-    process = strategy.process_dataloader
+    strategy, loop = trainer.strategy, trainer.fit_loop
+    process, setup_data = strategy.process_dataloader, loop.setup_data
+    loads_train = False  # `trainer.training` does not tell: BatchSizeFinder then loads validation loaders, too
 
     def processed(loader: Any) -> Any:
         loader = process(loader)
-        return wrap(loader) if trainer.training else loader
+        return wrap(loader) if loads_train and is_active() else loader
+
+    def setup_train_data() -> None:
+        nonlocal loads_train
+        loads_train = True
+        try:
+            setup_data()
+        finally:
+            loads_train = False
 
     processed.__dict__["wrap"] = wrap
-    return _override(strategy, "process_dataloader", processed)
+    undo_setup = override(loop, "setup_data", setup_train_data)
+    undo_process = override(strategy, "process_dataloader", processed)
+
+    def undo() -> None:
+        undo_process()
+        undo_setup()
+
+    return undo
 
 
 def train_loader_wrapper(trainer: Trainer) -> Any:
@@ -58,12 +81,6 @@ def epoch_number(trainer: Trainer) -> int:
     return int(counts.processed)
 
 
-def batches_in_progress(trainer: Trainer) -> int:
-    """1 while the loop trains on a batch, else 0."""
-    counts: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-    return int(counts.ready - counts.processed)
-
-
 def epoch_is_over(trainer: Trainer) -> bool:
     """Whether the epoch's last batch was trained on, so that the next fetch starts a new epoch."""
     loop = trainer.fit_loop.epoch_loop
@@ -91,11 +108,14 @@ def end_epoch_here(trainer: Trainer) -> None:
     loop.update_lr_schedulers("epoch", update_plateau_schedulers=False)
 
 
-def begin_next_epoch(trainer: Trainer) -> None:
+def begin_next_epoch(trainer: Trainer) -> bool:
     """Start an epoch as an uninterrupted run does, if the checkpoint was saved between two epochs.
 
-    Call it in ``on_train_start``. A checkpoint saved by a validation after the epoch's last batch still belongs to that
-    epoch, and Lightning then ends it.
+    Call it in ``on_train_start``. A checkpoint saved at or after the epoch's last batch still belongs to that epoch
+    until its end was counted.
+
+    Returns:
+        Whether an epoch starts.
 
     Otherwise Lightning would continue within the old epoch: it calls no ``on_train_epoch_start``, continues the old
     batch count if the loader has no length, and with ``max_steps`` trains on a single batch or counts the epoch twice.
@@ -104,19 +124,16 @@ def begin_next_epoch(trainer: Trainer) -> None:
     fit_loop = trainer.fit_loop
     loop = fit_loop.epoch_loop
     progress: Any = fit_loop.epoch_progress
-    in_validation = fit_loop.restarted_mid_epoch and not loop.restarted_on_train_batch_end
     before_first_batch = fit_loop.restarted_on_epoch_start and loop.batch_idx < 0
-    if in_validation or not (epoch_is_over(trainer) or before_first_batch):
-        return
-    if loop.restarted_on_train_batch_end:
-        loop.batch_progress.increment_completed()
-        loop._batches_that_stepped += 1
+    if fit_loop.restarted_mid_epoch or not (epoch_is_over(trainer) or before_first_batch):
+        return False
     for counts in (progress.total, progress.current):
         counts.ready = counts.processed = counts.completed = counts.started
     own(_Loop, fit_loop).restarting.fset(fit_loop, False)  # type: ignore[attr-defined]
     fit_loop._resuming_from_checkpoint = False
     fit_loop.reset_restart_stage()
     loop.reset_restart_stage()
+    return True
 
 
 def after_train_start(trainer: Trainer, call: Callable[[], None]) -> Callable[[], None]:
@@ -131,35 +148,25 @@ def after_train_start(trainer: Trainer, call: Callable[[], None]) -> Callable[[]
         on_run_start()
         call()
 
-    return _override(loop, "on_run_start", wrapped)
+    return override(loop, "on_run_start", wrapped)
 
 
 def around_validation(trainer: Trainer, before: Callable[[], None], after: Callable[[], None]) -> Callable[[], None]:
     """Call ``before`` and ``after`` around each validation of a fit; returns a function that undoes this.
 
-    ``on_validation_start`` is too late: by then the validation loader's iterator has drawn a random number. A resumed
-    fit also creates that iterator if the checkpoint was saved just before a validation, which it then does not run.
+    ``on_validation_start`` is too late: by then the validation loader's iterator has drawn a random number.
     """
     loop = trainer.fit_loop.epoch_loop.val_loop
+    run = loop.run
 
-    def around(method: Callable[[], Any]) -> Callable[[], Any]:
-        def wrapped() -> Any:
-            before()
-            try:
-                return method()
-            finally:
-                after()
+    def wrapped() -> Any:
+        before()
+        try:
+            return run()
+        finally:
+            after()
 
-        return wrapped
-
-    names = ("run", "increment_progress_to_evaluation_end")
-    undos = [_override(loop, name, around(getattr(loop, name))) for name in names]
-
-    def undo() -> None:
-        for each in undos:
-            each()
-
-    return undo
+    return override(loop, "run", wrapped)
 
 
 def silence_resume_warning(trainer: Trainer) -> Callable[[], None]:
@@ -176,7 +183,7 @@ def silence_resume_warning(trainer: Trainer) -> Callable[[], None]:
             warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
             reset()
 
-    undo = _override(loop, "reset", silenced)
+    undo = override(loop, "reset", silenced)
     return undo
 
 
@@ -203,6 +210,8 @@ def index_sampler(loader: DataLoader[Any]) -> Any:
 
 def iterate_with(loader: DataLoader[Any], sampler: Any) -> Any:
     """Return an iterator of the loader that takes its indices from ``sampler``; the loader is not changed."""
+    if reuses_workers(loader):  # of an iterator that took the sampler of the loader, or an earlier one of ours
+        loader._iterator._index_sampler = sampler  # type: ignore[union-attr]
     name = "sampler" if loader.batch_sampler is None else "batch_sampler"
     own = loader.__dict__[name]
     loader.__dict__[name] = sampler  # DataLoader forbids to set the attribute after __init__
@@ -212,12 +221,15 @@ def iterate_with(loader: DataLoader[Any], sampler: Any) -> Any:
         loader.__dict__[name] = own
 
 
-def _override(owner: Any, name: str, method: Callable[..., Any]) -> Callable[[], None]:
-    # sets the method on the instance; the returned function restores that of the class
+def override(owner: Any, name: str, method: Callable[..., Any]) -> Callable[[], None]:
+    """Set a method on an instance; returns a function that restores what was there before."""
+    before = owner.__dict__.get(name)
     setattr(owner, name, method)
 
     def undo() -> None:
         if owner.__dict__.get(name) is method:
             del owner.__dict__[name]
+            if before is not None:
+                setattr(owner, name, before)
 
     return undo

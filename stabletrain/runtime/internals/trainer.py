@@ -244,6 +244,15 @@ def resumes_from_checkpoint(trainer: Trainer) -> bool:
     return bool(trainer._checkpoint_connector._loaded_checkpoint) or trainer.ckpt_path is not None
 
 
+def is_trial(trainer: Trainer) -> bool:
+    """Whether `LearningRateFinder`, `BatchSizeFinder` or the `Tuner` make trial steps, which are no steps of the run.
+
+    They replace all callbacks for that time, by none or by one of their own.
+    """
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return not callbacks or [type(each).__name__ for each in callbacks] == ["_LRCallback"]
+
+
 def unwrapped(module: LightningModule) -> LightningModule:
     """The module itself where torch.compile wrapped it."""
     return getattr(module, "_orig_mod", module)
@@ -285,6 +294,17 @@ def sigterm_is_lightnings(trainer: Trainer) -> bool:
     before = connector._original_handlers.get(signal.SIGTERM)
     lightnings = type(signal.getsignal(signal.SIGTERM)).__module__ == type(connector).__module__
     return lightnings and before in (None, signal.SIG_DFL)
+
+
+def requeue_handler(trainer: Trainer) -> tuple[signal.Signals, Callable[..., None]] | None:
+    """Lightning's handler of the signal by which SLURM announces the end of a job, if it is installed."""
+    connector = trainer._signal_connector
+    environment: Any = trainer._accelerator_connector.cluster_environment
+    signum: signal.Signals | None = getattr(environment, "requeue_signal", None)
+    if signum is None:
+        return None
+    handler: Any = signal.getsignal(signum)
+    return (signum, handler) if type(handler).__module__ == type(connector).__module__ else None
 
 
 def may_be_last_batch(trainer: Trainer) -> bool:

@@ -1,6 +1,7 @@
 """What is read equals what was written: values, types and bits; and what is no data is refused."""
 
 import collections
+import copy
 import enum
 import functools
 import json
@@ -268,24 +269,70 @@ def test_a_container_in_itself_is_refused() -> None:
         Encoded({"x": loop})
 
 
-def test_objects_among_hyper_parameters_are_omitted_by_name() -> None:
-    """Bug: one object among the hyper-parameters makes saving impossible, or disappears without a message."""
+def test_objects_among_hyper_parameters_are_kept_as_text() -> None:
+    """Bugs: one object among the hyper-parameters makes saving impossible, or disappears without a message; a module
+    that saves them in an entry of its own (pytorch-forecasting) is refused, or gets the text as its loss on resume."""
+    relu, broken = torch.nn.ReLU(), Broken()
+    net = {"act": relu, "width": 3, "all": [relu, (1, len)], "broken": broken}
     given = {
-        "hyper_parameters": {"lr": 0.1, "loss": len, "net": {"act": torch.nn.ReLU(), "width": 3}},
+        "hyper_parameters": {"lr": 0.1, "net": net, torch.nn.ReLU(): 1},
         "hparams_type": dict,
+        "special": {"act": relu},
     }
     encoded = Encoded(given)
-    assert decode(encoded.tree, encoded.tensors) == {"hyper_parameters": {"lr": 0.1, "net": {"width": 3}}}
-    assert [each.split(" ")[0] for each in encoded.omitted] == ["hyper_parameters.loss", "hyper_parameters.net.act"]
+    found = decode(encoded.tree, encoded.tensors)
+    expected = {"act": "ReLU()", "width": 3, "all": ["ReLU()", (1, "<built-in function len>")], "broken": "<Broken>"}
+    assert found == {"hyper_parameters": {"lr": 0.1, "net": expected, "ReLU()": 1}, "special": {"act": "ReLU()"}}
+    names = {each.partition(" ")[0].removeprefix("hyper_parameters.") for each in encoded.omitted}
+    assert names == {"net.act", "net.all.1.1", "net.broken", "key"}, "an object that is there twice is named once"
+    with pytest.raises(CheckpointError, match=r"state is a torch\.nn\.modules\.activation\.ReLU"):
+        Encoded({**given, "state": torch.nn.ReLU()})
+    live = decode(encoded.tree, encoded.tensors, lambda path: {"act": relu}[path[-1]])
+    assert live["special"]["act"] is relu
 
 
-def test_a_config_of_omegaconf_among_hyper_parameters_becomes_plain() -> None:
-    """With Lightning's own checkpoints, a DictConfig makes resuming impossible."""
+class Broken:
+    def __repr__(self) -> str:
+        raise RuntimeError
+
+
+@pytest.mark.parametrize("text", [None, "text", [], [["a"], 3], [[], "text"], [[None], "text"], ["a", "text"]])
+def test_an_object_as_text_of_another_form_is_damage(text: Any) -> None:
+    with pytest.raises(CheckpointError, match="an object as text cannot be"):
+        decode({"r": text}, [])
+
+
+def test_hyper_parameters_have_their_attributes_when_they_are_loaded_as_data(tmp_path: Path) -> None:
+    """Bugs: with Lightning's own checkpoints, a DictConfig makes resuming impossible; as a plain dict it has no
+    attributes, and a path, an array or a deque makes a file that weights_only refuses."""
+    import argparse
+
+    from lightning.fabric.utilities.data import AttributeDict
     from omegaconf import DictConfig, OmegaConf
 
-    config = OmegaConf.create({"lr": 0.1, "twice": "${lr}", "layers": [1, 2]})
-    encoded = Encoded({"hyper_parameters": config, "hparams_type": DictConfig})
-    assert decode(encoded.tree, encoded.tensors) == {"hyper_parameters": {"lr": 0.1, "twice": 0.1, "layers": [1, 2]}}
+    config = OmegaConf.create({"lr": 0.1, "net": {"twice": "${lr}", "layers": [{"n": 1}]}})
+    config.net.update({"items": 3, "__deepcopy__": 1})
+    whole = Encoded({"hyper_parameters": config, "hparams_type": DictConfig})
+    nested = {
+        "cfg": config,
+        "broken": OmegaConf.create({"x": "${nowhere:}"}),
+        "namespace": argparse.Namespace(a=Path("/x")),
+        "dict": AttributeDict(b=AttributeDict(c=np.float32(2.0))),
+        "others": [np.arange(3), collections.deque([1]), frozenset([2])],
+    }
+    parts = Encoded({"datamodule_hyper_parameters": nested})
+    torch.save([decode(each.tree, each.tensors) for each in (whole, parts)], tmp_path / "file")
+    first, second = torch.load(tmp_path / "file", weights_only=True)
+    assert first["hparams_type"] == "AttributeDict"
+    second = second["datamodule_hyper_parameters"]
+    for found in (first["hyper_parameters"], second["cfg"]):
+        assert found == {**config, "net": {**config.net, "layers": [{"n": 1}]}}
+        assert found.net.twice == found["net"]["twice"] == 0.1
+        assert found.net.layers[0].n == 1
+        assert callable(found.net.items)
+        copy.deepcopy(found)
+    assert (second["broken"].x, second["namespace"].a, second["dict"].b.c) == ("${nowhere:}", "/x", 2)
+    assert second["others"] == [[0, 1, 2], [1], {2}]
 
 
 def test_other_tools_can_read_the_tensors(tmp_path: Path) -> None:

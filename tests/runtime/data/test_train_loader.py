@@ -185,14 +185,17 @@ def test_a_rewind_that_excludes_batches_ends_like_a_loader_without_them(at, coun
     class FirstEpochWithout(GoBack):
         def on_train_epoch_end(self, trainer, pl_module):
             trainer.fit_loop._data_source.instance = loader()
+            self.generators = rng.capture()
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch > 0:
+                rng.restore(self.generators)  # Lightning calls iter() once more on a reloaded loader, which draws
 
     reference = fit(loader(missing), FirstEpochWithout(), epochs=epochs, reload_dataloaders_every_n_epochs=1)
     callback = GoBack(at, exclude=count)
     result = fit(loader(), callback, epochs=epochs)
     assert [name[0] for name in callback.excluded] == ["batch" if kind == "stream" else "samples"] * count
     assert result[1].fit_loop.epoch_loop.batch_progress.total.completed == BATCHES * epochs
-    if epochs == 2 and kind == "stream":
-        return  # Lightning calls iter() twice on the reloaded stream, which draws one more random number
     assert_same(reference, result)
 
 

@@ -19,7 +19,6 @@ def test_the_private_attributes_that_the_train_loader_uses_exist():
     assert loader_internals.data_fetcher(trainer) is None
     assert loader_internals.prefetched(trainer) == []
     assert loader_internals.epoch_number(trainer) == 0
-    assert loader_internals.batches_in_progress(trainer) == 0
     assert not loader_internals.epoch_is_over(trainer)
     loader_internals.count_excluded(trainer, 2)
     assert trainer.fit_loop.epoch_loop.batch_idx == 1
@@ -31,18 +30,12 @@ def test_the_private_attributes_that_the_train_loader_uses_exist():
     for undo, name, owner in [
         (loader_internals.after_train_start(trainer, print), "on_run_start", trainer.fit_loop),
         (loader_internals.silence_resume_warning(trainer), "reset", loop),
+        (loader_internals.around_validation(trainer, print, print), "run", loop.val_loop),
         (loader_internals.wrap_train_loaders(trainer, iter), "process_dataloader", trainer.strategy),
     ]:
         assert name in vars(owner)
         undo()
         assert name not in vars(owner)
-    undo, names = (
-        loader_internals.around_validation(trainer, print, print),
-        {"run", "increment_progress_to_evaluation_end"},
-    )
-    assert names <= set(vars(loop.val_loop))
-    undo()
-    assert not names & set(vars(loop.val_loop))
     loader = DataLoader(TensorDataset(torch.arange(12)), 4)
     assert loader_internals.takes_index_sampler(loader)
     assert not loader_internals.takes_index_sampler(DataLoader(Stream(), 4))

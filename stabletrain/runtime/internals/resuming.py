@@ -1,0 +1,151 @@
+"""How Lightning's loops continue from a checkpoint, wherever in the loop it was saved; each function with a test."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from lightning.pytorch import Trainer
+
+from stabletrain.runtime.internals.loader import override
+
+
+class BatchCount(NamedTuple):
+    """How many batches were trained on.
+
+    Args:
+        epoch: of the current epoch.
+        run: since the start of the run.
+    """
+
+    epoch: int
+    run: int
+
+
+# ---- where the loop is ----------------------------------------------------------------------------------------------
+
+
+def before_batch(trainer: Trainer, call: Callable[[], None]) -> Callable[[], None]:
+    """Call ``call`` before each training batch is fetched; returns a function that undoes this."""
+    loop = trainer.fit_loop.epoch_loop
+    advance = loop.advance
+
+    def wrapped(data_fetcher: Any) -> None:
+        call()
+        advance(data_fetcher)
+
+    return override(loop, "advance", wrapped)
+
+
+def batch_count(trainer: Trainer) -> BatchCount:
+    """The batches that were trained on; a batch in progress is not counted, one that was skipped by ``-1`` is."""
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+    return BatchCount(progress.current.processed, progress.total.processed)
+
+
+def is_in_batch(trainer: Trainer) -> bool:
+    """Whether a batch is in progress, from the moment it was fetched until its hooks at the end."""
+    counts: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    return bool(counts.ready > counts.processed)
+
+
+# ---- setting it back -------------------------------------------------------------------------------------------------
+
+
+def go_back_to(trainer: Trainer, batches: BatchCount) -> None:
+    """Set the counters of a checkpoint that was saved within an optimizer step to the beginning of that step."""
+    loop = trainer.fit_loop.epoch_loop
+    progress: Any = loop.batch_progress
+    for counts, number in ((progress.current, batches.epoch), (progress.total, batches.run)):
+        counts.ready = counts.started = counts.processed = counts.completed = number
+    progress.is_last_batch = False
+    optimizer = loop.automatic_optimization.optim_progress.optimizer
+    manual = loop.manual_optimization.optim_step_progress
+    for tracker in (optimizer.step, optimizer.zero_grad, manual, loop.scheduler_progress):
+        for each in (tracker.total, tracker.current):
+            each.reset_on_restart()  # ready and started as completed
+
+
+# ---- loading the dataloaders ----------------------------------------------------------------------------------------
+
+
+def around_loading(trainer: Trainer, load: Callable[[str, bool, Callable[[], bool]], None]) -> Callable[[], None]:
+    """Call ``load`` in place of each loading of dataloaders in a fit; returns a function that undoes this.
+
+    Args:
+        trainer: before its fit loop has loaded them.
+        load: called with ``"train"`` or ``"val"``, whether they were loaded before, and the function that loads them
+            and returns whether there are any.
+    """
+
+    def wrapped(name: str, loop: Any) -> Callable[[], None]:
+        setup_data = loop.setup_data
+
+        def setup() -> None:
+            loaded = loop._combined_loader
+            reload = loop._should_reload_train_dl if name == "train" else loop._should_reload_val_dl
+            if loaded is not None and not reload:
+                setup_data()
+                return
+
+            def do() -> bool:
+                setup_data()
+                return loop._combined_loader is not loaded
+
+            load(name, loaded is not None, do)
+
+        return setup
+
+    loops: dict[str, Any] = {"train": trainer.fit_loop, "val": trainer.fit_loop.epoch_loop.val_loop}
+    undos = [override(loop, "setup_data", wrapped(name, loop)) for name, loop in loops.items()]
+
+    def undo() -> None:
+        for each in undos:
+            each()
+
+    return undo
+
+
+def load_train_again(trainer: Trainer) -> None:
+    """Let the fit loop load the train dataloaders when it starts, also if they are loaded already."""
+    trainer.fit_loop._combined_loader = None
+
+
+@contextlib.contextmanager
+def at_epoch(trainer: Trainer, epoch: int) -> Iterator[None]:
+    """``trainer.current_epoch`` is this epoch."""
+    counts: Any = trainer.fit_loop.epoch_progress.current
+    now = counts.completed
+    counts.completed = epoch
+    try:
+        yield
+    finally:
+        counts.completed = now
+
+
+# ---- restoring a checkpoint that the same fit has saved -------------------------------------------------------------
+
+
+def around_own_restore(trainer: Trainer, before: Callable[[], None], after: Callable[[], None]) -> Callable[[], None]:
+    """Call ``before`` and ``after`` around each restore within a fit, as at the end of `LearningRateFinder`.
+
+    ``Trainer.fit(ckpt_path=...)`` does not come here. If it is in progress, it then goes on: Lightning forgets its
+    checkpoint after a restore in ``on_fit_start``, and would not restore the optimizer and the loops.
+
+    Returns a function that undoes this.
+    """
+    connector = trainer._checkpoint_connector
+    restore = connector.restore
+
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        resumed, path = connector._loaded_checkpoint, connector._ckpt_path
+        before()
+        try:
+            restore(*args, **kwargs)
+        finally:
+            if resumed:
+                connector._loaded_checkpoint, connector._ckpt_path = resumed, path
+            after()
+
+    return override(connector, "restore", wrapped)
