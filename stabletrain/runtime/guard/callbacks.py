@@ -391,7 +391,7 @@ class RuleCallback(PluginMember):
     def state_dict(self) -> dict[str, Any]:
         """The rule's state and arguments, as plain Python types."""
         own = super().state_dict()  # observes an outcome in flight
-        states = [self.rule.init() if each is None else each for each in self.states]  # None: saved before the first fit
+        states = (self.rule.init() if each is None else each for each in self.states)  # None: before the first fit
         first, *others = map(to_plain, states)
         return {**own, "state": first, **({"optimizers": others} if others else {})}
 
