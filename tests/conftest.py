@@ -5,8 +5,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 from processes import HELPERS, environment
+
+# a loaded machine is no fault of the code under test
+hypothesis.settings.register_profile("no_time", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("no_time")
 
 OnTwoRanks = Callable[[Path | str], Path]
 

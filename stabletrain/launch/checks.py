@@ -142,7 +142,7 @@ def _build(
             if members:
                 attempt("plugins", lambda: check_setup(trainer, module, members))
                 if optimizer is not None:
-                    attempt("guard", lambda: _check_mode(config, trainer, optimizer))
+                    attempt("guard", lambda: _check_mode(config, trainer, module, optimizer))
     return parts
 
 
@@ -155,13 +155,13 @@ def _check_strategy(trainer: Trainer) -> None:
         )
 
 
-def _check_mode(config: Mapping[str, Any], trainer: Trainer, optimizer: Any) -> None:
+def _check_mode(config: Mapping[str, Any], trainer: Trainer, module: LightningModule, optimizer: Any) -> None:
     """Refuse ``guard.mode=device`` where it is impossible."""
     mode = (config.get("guard") or {}).get("mode", "auto")
     before = trainer.strategy.optimizers
     trainer.strategy.optimizers = [optimizer]
     try:
-        decides_on_device(trainer, mode, torch.device("cpu"))
+        decides_on_device(trainer, module, mode, torch.device("cpu"))
     finally:
         trainer.strategy.optimizers = before
 

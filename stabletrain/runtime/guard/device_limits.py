@@ -6,6 +6,7 @@ norm that a logarithmic bound scales to may differ in its last digit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -63,7 +64,7 @@ def _dropped(limits: Limits, loss: Tensor, grad_norm: Tensor) -> Tensor:
         values = torch.stack([loss if c.signal == "loss" else grad_norm for c in above])
         thresholds = _upload([(c.above,) for c in above], loss.device).squeeze(1)
         dropped = dropped | ((values > thresholds) & values.isfinite()).any()
-    below = [c.below for c in limits.skips if isinstance(c, SkipBelow)]
+    below = [c.below for c in limits.skips if isinstance(c, SkipBelow) and not math.isnan(c.below)]
     if below:
         dropped = dropped | ((loss < max(below)) & loss.isfinite())
     return dropped

@@ -154,7 +154,7 @@ class StepGuard:
         for member in self.members:
             member.use_optimizers([""] if self._manual is None else self._manual.names)
         device = self.parameters.read(self.trainer.global_step)[0].device
-        self.on_device = support.decides_on_device(self.trainer, self.mode, device)
+        self.on_device = support.decides_on_device(self.trainer, self.module, self.mode, device)
         self._log_every = trainer_internals.log_interval(self.trainer)
         self.is_open = self.is_training = True
 
@@ -292,6 +292,8 @@ class StepGuard:
     def _pass_over(self, optimizer: Optimizer) -> None:
         """Count a step for which no rank has a loss. As in Lightning, the global step and schedulers advance."""
         self.window.clear()
+        if trainer_internals.skips_backward(self.trainer):
+            return
         step, unknown = self.counters.attempted, math.nan
         nothing = Outcome(step, unknown, unknown, unknown, unknown, skipped=True, no_loss=True)
         self.counters = self.counters.add(nothing)

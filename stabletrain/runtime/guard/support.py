@@ -95,18 +95,19 @@ def warn_of_local_parameters(ranks: Ranks, module: LightningModule) -> None:
         )
 
 
-def decides_on_device(trainer: Trainer, mode: DecisionMode, device: torch.device) -> bool:
+def decides_on_device(trainer: Trainer, module: LightningModule, mode: DecisionMode, device: torch.device) -> bool:
     """Whether the optimizer's kernel executes decisions (device mode), or the host reads first (exact mode).
 
     Args:
         trainer: in a fit, with its optimizer.
+        module: that is trained.
         mode: what the user chose.
         device: where the parameters are.
 
     Raises:
         UserError: if ``mode`` is ``"device"`` and that is impossible.
     """
-    obstacle = _obstacle_to_device_mode(trainer)
+    obstacle = _obstacle_to_device_mode(trainer, module)
     if mode == "device" and obstacle:
         raise UserError(f'Guard(mode="device"): {obstacle}. Use mode="auto" (config key guard.mode).')
     if mode == "auto":
@@ -114,9 +115,9 @@ def decides_on_device(trainer: Trainer, mode: DecisionMode, device: torch.device
     return mode == "device"
 
 
-def _obstacle_to_device_mode(trainer: Trainer) -> str | None:
+def _obstacle_to_device_mode(trainer: Trainer, module: LightningModule) -> str | None:
     optimizer: Optimizer = trainer.optimizers[0]
-    if not trainer.lightning_module.automatic_optimization:
+    if not module.automatic_optimization:
         return "the module steps by hand, and may step schedules too, before the outcome of a step would be known"
     if not trainer_internals.supports_device_decisions(optimizer):
         return f"{type(optimizer).__name__} has no kernel that can drop a step; torch's fused=True optimizers have"

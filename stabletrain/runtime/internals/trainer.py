@@ -194,6 +194,14 @@ def hide_output(trainer: Trainer, hides: Callable[[], bool]) -> Callable[[], Non
     return undo
 
 
+def skips_backward(trainer: Trainer) -> bool:
+    """Whether batches are only passed through the module, as in the last epoch of StochasticWeightAveraging.
+
+    Lightning calls the optimizer there too, without gradients.
+    """
+    return bool(trainer.fit_loop._skip_backward)
+
+
 def grad_scaler(trainer: Trainer) -> torch.amp.GradScaler | None:
     """The precision plugin's GradScaler, if there is an active one."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)

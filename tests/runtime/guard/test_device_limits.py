@@ -43,6 +43,7 @@ def single(value: float) -> torch.Tensor:
 
 
 @given(limits, awkward, awkward)
+@example(Limits.of(SkipBelow(math.nan), SkipBelow(1e-3)), 0.0, 0.0)
 def test_host_and_device_drop_the_same_steps(some: Limits, loss: float, norm: float) -> None:
     """Bug: a threshold rounded to float32 on one side only: ranks, replays or modes that decide apart."""
     on_device = decide(some, single(loss), single(norm), single(norm))
