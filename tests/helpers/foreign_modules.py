@@ -131,7 +131,9 @@ def collective_variable(pl: Any) -> Parts:
     data = importlib.import_module("mlcolvar.data")
     inputs = torch.randn(80, 6, generator=torch.Generator().manual_seed(0))
     module = cvs.AutoEncoderCV(encoder_layers=[6, 8, 2])
-    return Parts(module, data.DictModule(data.DictDataset({"data": inputs}), lengths=[0.8, 0.2], batch_size=8))
+    split = torch.Generator().manual_seed(0)  # of the data, in every fit: a resumed run must have the same
+    dataset = data.DictDataset({"data": inputs})
+    return Parts(module, data.DictModule(dataset, lengths=[0.8, 0.2], batch_size=8, generator=split))
 
 
 def physics(pl: Any) -> Parts:

@@ -215,6 +215,7 @@ class ResumeExactly(Callback):
         here = self._current_state() if self._loader is not None else self._final
         if here is None:
             return {}
+        self._warn_of(problem_of(here))
         everyone: list[Any] = [here]
         processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         if processes > 1:
@@ -281,9 +282,7 @@ class ResumeExactly(Callback):
         state: dict[str, Any] = {"loads": loads, "unfinished": None, "hidden": self._hidden.state()}
         state["trained"] = self._trained.state()
         if self._step.in_step:
-            state |= self._step.state(list(state["hidden"]))
-            self._warn_of(state["unfinished"]["problem"])
-            return state
+            return state | self._step.state(list(state["hidden"]))
         if self._before_validation is not None and not restart_internals.validation_is_complete(self._trainer):
             state["rng"] = self._before_validation.to_state()  # it will be run again from its first batch
         else:

@@ -275,6 +275,7 @@ class GuardMember(Callback, metaclass=HiddenFields):
 
     def state_dict(self) -> dict[str, Any]:
         """The guard's state, such as the run's step counters; subclasses add their own."""
+        attach(self)  # a checkpoint may be saved before the first setup
         return {} if self._guard is None else self._guard.state_dict()
 
     @names_its_plugin

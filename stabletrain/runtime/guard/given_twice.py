@@ -18,13 +18,14 @@ def given_once(state_key: Callable[[Any], str]) -> property:
     """Make the property ``state_key`` of a callback; it raises `GivenTwice` where two in one Trainer have the same.
 
     ``Trainer(callbacks=...)`` compares the keys of its callbacks, and its own error names neither arguments nor
-    ``default_callbacks``. So until the first ``setup``, keys of two callbacks that are equal raise when compared.
+    ``default_callbacks``. So until the first ``setup`` or ``state_dict``, keys of two callbacks that are equal raise
+    when compared.
 
     Args:
         state_key: the getter.
 
     Returns:
-        The property; its value is a plain str from ``setup`` on, so that none other gets into a checkpoint.
+        The property; its value is a plain str from then on, so that none other gets into a checkpoint.
     """
 
     @functools.wraps(state_key)
@@ -37,7 +38,7 @@ def given_once(state_key: Callable[[Any], str]) -> property:
 
 
 def attach(callback: Any) -> None:
-    """Note that a Trainer has called ``setup``, for any purpose: from now on the callback's key is a plain str."""
+    """Note that a Trainer has called ``setup`` or ``state_dict``: from now on the callback's key is a plain str."""
     key = id(callback)
     _attached[key] = weakref.ref(callback, lambda _: _attached.pop(key, None))
 

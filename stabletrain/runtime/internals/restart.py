@@ -11,9 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loops.evaluation_loop import RestartStage as ValidationStage
-from lightning.pytorch.loops.fit_loop import RestartStage as FitStage
-from lightning.pytorch.loops.training_epoch_loop import RestartStage as EpochStage
 
 from stabletrain.runtime.internals import state as state_internals
 from stabletrain.runtime.internals import trainer as trainer_internals
@@ -186,8 +183,8 @@ class Restart:
         loop = fit_loop.epoch_loop
         if self._place is Place.BATCH_END:
             loop.batch_progress.increment_completed()
-        fit_loop._restart_stage, loop._restart_stage = FitStage.RESTARTED_MID_EPOCH, EpochStage.RESTARTED_ON_LAST
-        loop.val_loop._restart_stage, loop.val_loop._restarting = ValidationStage.NONE, False
+        fit_loop._restart_stage, loop._restart_stage = "restarted_mid_epoch", "restarted_on_last"
+        loop.val_loop._restart_stage, loop.val_loop._restarting = "none", False
         if self._place is Place.IN_VALIDATION:
             self._forget_validation()
         first = self._repeat_step if self._place is Place.IN_STEP else self._finish_batch
