@@ -109,7 +109,8 @@ class HiddenState:
 
     def news(self) -> list[str]:
         """What the user should know and was not told yet: which attributes are kept, and which cannot be."""
-        paths = [slot.path for slot in self._slots.values() if slot.changed and slot.path not in self._told]
+        told = (slot for slot in self._slots.values() if slot.changes > 1 or (slot.changed and slot.uncopied))
+        paths = [slot.path for slot in told if slot.path not in self._told]
         self._told.update(paths)
         lost = [path for path in paths if self._slots[path].uncopied]
         kept = [path for path in paths if path not in lost]
@@ -235,7 +236,9 @@ class HiddenState:
             slot.plain, slot.length = value, len(value) if is_container(value) else 0
         if first and not slot.held and slot.length <= _SHORT:
             slot.first = copy.copy(value)
-        slot.changed |= not first and (slot.held or had)
+        if not first and (slot.held or had):
+            slot.changed = True
+            slot.changes += 1
 
     def _copy(self, tensor: Tensor, others: int) -> Tensor:
         size = tensor.numel() * tensor.element_size()

@@ -43,6 +43,7 @@ class Slot:
         self.plain = before  # its value without tensors
         self.length = 0  # of a container without tensors
         self.first = before
+        self.changes = 0  # since it was found; tensors that are made once, such as a mask, change once
         self.changed = self.in_place = self.uncopied = False
 
     @property
