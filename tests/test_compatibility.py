@@ -46,10 +46,12 @@ def test_the_page_names_every_feature() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("feature", FOREIGN, ids=lambda each: each.name)
-def test_modules_of_other_projects(feature: Feature) -> None:
+@pytest.mark.parametrize(
+    ("feature", "package"),
+    [pytest.param(each, package, id=f"{each.name}-{package}") for each in FOREIGN for package in each.packages],
+)
+def test_modules_of_other_projects(feature: Feature, package: str) -> None:
     """Bug: as above, in a module that nobody here wrote."""
-    package = "pytorch_lightning" if feature.name.startswith("pytorch-tabular") else "lightning.pytorch"
     try:
         cells = compatibility.row(feature, package)
     except ModuleNotFoundError as error:

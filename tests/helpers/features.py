@@ -37,6 +37,7 @@ class Feature:
         steps: optimizer steps of the run.
         per_batch: optimizer steps for each batch, if the module makes several.
         without_loss: batches for which `training_step` returns None: none of them is the bad one.
+        packages: of Lightning, with which it runs.
         spoil: what is NaN in a bad batch: its ``inputs`` and targets, its ``targets``, or only the ``loss``.
     """
 
@@ -47,6 +48,7 @@ class Feature:
     steps: int = 40
     per_batch: int = 1
     without_loss: int = 0
+    packages: tuple[str, ...] = ("lightning.pytorch", "pytorch_lightning")
     spoil: Literal["inputs", "targets", "loss"] = "inputs"
 
 

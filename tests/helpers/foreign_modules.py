@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 WORDS = 101
+NEW, OLD = ("lightning.pytorch",), ("pytorch_lightning",)  # the package that the project itself imports
 
 
 class Tokens(Dataset[tuple[Tensor, Tensor]]):
@@ -171,10 +172,10 @@ FOREIGN = [
     Feature("Lightning's LightningTransformer", demo_transformer, spoil="loss"),
     Feature("Lightning's LightningLSTM, with state", demo_lstm, spoil="loss"),
     Feature("a Hugging Face decoder (GPT-2)", hugging_face_decoder, spoil="loss"),
-    Feature("pytorch-forecasting TFT", lambda pl: forecasting(pl, "TFT"), spoil="loss"),
-    Feature("pytorch-forecasting NHiTS", lambda pl: forecasting(pl, "NHiTS"), spoil="loss"),
-    Feature("gluonts DeepAR", deep_ar, spoil="loss"),
-    Feature("mlcolvar AutoEncoderCV", collective_variable, spoil="loss"),
-    Feature("pina SupervisedSolver", physics, spoil="loss"),
-    Feature("pytorch-tabular CategoryEmbedding", tabular, spoil="loss"),
+    Feature("pytorch-forecasting TFT", lambda pl: forecasting(pl, "TFT"), packages=NEW, spoil="loss"),
+    Feature("pytorch-forecasting NHiTS", lambda pl: forecasting(pl, "NHiTS"), packages=NEW, spoil="loss"),
+    Feature("gluonts DeepAR", deep_ar, packages=NEW, spoil="loss"),
+    Feature("mlcolvar AutoEncoderCV", collective_variable, packages=NEW, spoil="loss"),
+    Feature("pina SupervisedSolver", physics, packages=NEW, spoil="loss"),
+    Feature("pytorch-tabular CategoryEmbedding", tabular, packages=OLD, spoil="loss"),
 ]

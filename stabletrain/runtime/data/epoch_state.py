@@ -89,7 +89,7 @@ class EpochState:
             metrics = self._before_validation if within else self._metrics()
         else:
             metrics = results_internals.on_host(mark.metrics)
-            self._warn_of(mark.too_large)
+            self._warn_of(mark.too_large, results_internals.LARGEST_COPY)
         return {
             "shown": results_internals.shown(mark.shown),
             "logged": results_internals.logged(mark.logged),
@@ -145,15 +145,15 @@ class EpochState:
 
     def _metrics(self) -> dict[str, Any]:
         found, too_large = results_internals.metric_states(self._trainer)
-        self._warn_of(too_large)
+        self._warn_of(too_large, results_internals.LARGEST_METRIC)
         return found
 
-    def _warn_of(self, too_large: list[str]) -> None:
+    def _warn_of(self, too_large: list[str], limit: int) -> None:
         if too_large and not self._warned:
             self._warned = True
             rank_zero_warn(
                 f"{self._name}: the states of the metrics {', '.join(too_large)} are larger than "
-                f"{results_internals.LARGEST_METRIC >> 20} MiB and are not saved: after a resume within an epoch, "
+                f"{limit >> 20} MiB and are not saved: after a resume within an epoch, "
                 "their values for that epoch cover the batches after the checkpoint only"
             )
 
