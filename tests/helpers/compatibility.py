@@ -35,7 +35,7 @@ What `default_callbacks()` does to trainings that use one feature of Lightning o
 
 - **nothing triggers**: against the same run without plugins (`clip="none"`): weights, buffers, optimizer state,
   learning rates, random generators at the end, what the module logged, and the order of the data. *identical* means
-  equal bit for bit, without a word from stabletrain.
+  equal bit for bit, without a word from stabletrain before the line at the end.
 - **a NaN batch**: one batch in the middle is NaN. *skipped* means that one step was dropped and all weights and buffers
   are finite at the end. Steps without a loss (`training_step` returns None) are counted as skipped besides.
 - **resumed**: stopped at a checkpoint in the middle and resumed in a new Trainer with another seed, with
