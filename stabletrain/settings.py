@@ -72,6 +72,7 @@ def worded(text: str, slot: str | None = None, owner: str | None = None) -> str:
         slot: of a plugin whose class is known although no Trainer has it yet.
         owner: name of that class.
 
+    >>> register([])  # no Trainer has been made yet
     >>> worded("loss nan (plugins.nonfinite.max_in_a_row=10)", "nonfinite", "SkipNonFinite")
     'loss nan (SkipNonFinite(max_in_a_row=10))'
     >>> worded("use another (config key guard.mode), or plugins/spike=detect")
