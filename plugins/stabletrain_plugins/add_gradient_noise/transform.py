@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from stabletrain.runtime import gradients
 from stabletrain.runtime.guard.transform import TransformCallback
@@ -21,9 +21,9 @@ class AddGradientNoise(TransformCallback):
     """Add independent normal noise to every element of the gradient, ``g <- g + N(0, std_t ** 2)``.
 
     ``std_t = std / (1 + t) ** (decay / 2)``, with t the applied steps before this one. The noise of a parameter is a
-    function of the seed, t and the parameter's name alone. It takes nothing from the run's random generators, is the
-    same on all ranks that hold the parameter, and a dropped, rolled back or resumed step gets the noise that it would
-    have had.
+    function of the seed, t and the parameter's name alone. It takes nothing from the run's random generators, and is
+    the same on any number of ranks, also if parameters are sharded. A dropped, rolled back or resumed step gets the
+    noise that it would have had.
 
     Args:
         std: standard deviation in the first step, in the unit of the unscaled gradient, >= 0.
@@ -78,9 +78,10 @@ class AddGradientNoise(TransformCallback):
         gradients.coalesce_(grads)
         for name, gradient in zip(names, grads, strict=True):
             values = gradients.local(gradient)
-            generator = self._generator(values.device, name, _shard(gradient))
-            noise = torch.empty(values.shape, dtype=values.dtype, device=values.device).normal_(generator=generator)
-            values.add_(noise, alpha=std)
+            shape = gradient.shape if isinstance(gradient, DTensor) else values.shape
+            whole = torch.empty(shape, dtype=values.dtype, device=values.device)
+            whole.normal_(generator=self._generator(values.device, name))
+            values.add_(_part_of(gradient, whole), alpha=std)
 
     def commit(self, applied: bool) -> None:
         """Go on to the noise of the next step, if this one was applied."""
@@ -104,18 +105,17 @@ class AddGradientNoise(TransformCallback):
         """Copies and pickles make their own generators, which are seeded before each use."""
         return {**super().__getstate__(), "_generators": {}}
 
-    def _generator(self, device: torch.device, name: str, shard: tuple[int, ...]) -> torch.Generator:
+    def _generator(self, device: torch.device, name: str) -> torch.Generator:
         generator = self._generators.get(device)
         if generator is None:
             generator = self._generators[device] = torch.Generator(device)
         # a digest, because generators whose seeds differ in few bits may begin alike
-        key = hashlib.blake2b(repr((self.seed, self._applied, name, shard)).encode(), digest_size=8)
+        key = hashlib.blake2b(repr((self.seed, self._applied, name)).encode(), digest_size=8)
         return generator.manual_seed(int.from_bytes(key.digest(), "little") >> 1)
 
 
-def _shard(gradient: Tensor) -> tuple[int, ...]:
-    """Which part of a sharded gradient this rank holds; ranks that hold the same part return the same."""
+def _part_of(gradient: Tensor, whole: Tensor) -> Tensor:
+    """The part of the whole noise that belongs to this rank's part of a gradient; without communication."""
     if not isinstance(gradient, DTensor):
-        return ()
-    place: Sequence[int] = gradient.device_mesh.get_coordinate() or ()
-    return tuple(at for at, how in zip(place, gradient.placements, strict=True) if isinstance(how, Shard))
+        return whole
+    return distribute_tensor(whole, gradient.device_mesh, gradient.placements, src_data_rank=None).to_local()

@@ -17,7 +17,7 @@ def folder(on_two_ranks: Callable[[str], Path]) -> Path:
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("name", ["value", "unitwise", "tensorwise"])
+@pytest.mark.parametrize("name", list(script.TRANSFORMS))
 def test_two_ranks_train_what_one_process_trains(folder: Path, name: str, strategy: str, tmp_path: Path) -> None:
     """Bugs: norms of shards instead of tensors, a rank with an empty shard that hangs, ranks that decide apart."""
     ranks = [torch.load(folder / f"{strategy}-{name}-{rank}.pt", weights_only=True) for rank in (0, 1)]
