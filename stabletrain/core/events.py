@@ -16,6 +16,7 @@ EventKind: TypeAlias = Literal[
     "regime",
     "announced",
     "not_learning",
+    "overfitting",
     "rewarm",
     "rollback",
     "accept",

@@ -116,13 +116,19 @@ def scale_each_(gradients: Sequence[Tensor], factors: Tensor) -> None:
 
 def clamp_(gradients: Sequence[Tensor], limit: float) -> None:
     """Clamp every element to [-limit, limit], in place: of complex numbers both parts. NaN stays NaN."""
+    coalesce_(gradients)
     with torch.no_grad():
-        for g in gradients:
-            if g.is_sparse and not g.is_coalesced():
-                g.copy_(g.coalesce())  # an element is the sum of its entries
         for group in _by_device_and_dtype([_real(local(g)) for g in gradients]):
             torch._foreach_clamp_max_(group, limit)
             torch._foreach_clamp_min_(group, -limit)
+
+
+def coalesce_(gradients: Sequence[Tensor]) -> None:
+    """Add up the entries of each element of sparse gradients, in place: an element is the sum of its entries."""
+    with torch.no_grad():
+        for g in gradients:
+            if g.is_sparse and not g.is_coalesced():
+                g.copy_(g.coalesce())
 
 
 def _alike(tensors: Sequence[Tensor]) -> bool:

@@ -9,6 +9,7 @@ from stabletrain.core.metric_names import MetricInfo
 from stabletrain.workloads.arguments import number, whole
 from stabletrain.workloads.base import Workload, decay_groups
 from stabletrain.workloads.metrics import WeightedMean
+from stabletrain.workloads.mixing import mix
 
 METRICS = (
     MetricInfo("val/loss", "nats", "mean over the validation"),
@@ -26,6 +27,9 @@ class DigitsCNN(Workload):
         width: channels of the first stage, at least 1; the second has twice as many.
         dropout: probability before the last layer, 0 <= p < 1.
         max_shift: maximum random shift, in pixels, 0 to 3; 0: off.
+        label_smoothing: fraction of the target distributed over all classes, 0 <= s < 1.
+        mixup: alpha of mixup, at least 0; 0: off. See `mixing.mix`.
+        cutmix: alpha of CutMix, at least 0; 0: off. With mixup, one of both is drawn for each batch.
         lr: learning rate of the default SGD, above 0.
         momentum: Nesterov momentum of the default SGD, 0 < m < 1.
         weight_decay: of the default SGD, on weights but not on biases and norms, at least 0.
@@ -38,6 +42,9 @@ class DigitsCNN(Workload):
         width: int = 32,
         dropout: float = 0.3,
         max_shift: int = 1,
+        label_smoothing: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
         lr: float = 0.05,
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
@@ -46,6 +53,9 @@ class DigitsCNN(Workload):
         whole("model.width", width, 1, 16_384)
         whole("model.max_shift", max_shift, 0, 3)
         number("model.dropout", dropout, 0, 1)
+        number("model.label_smoothing", label_smoothing, 0, 1)
+        number("model.mixup", mixup, 0, 1000)
+        number("model.cutmix", cutmix, 0, 1000)
         number("model.lr", lr, above_least=True)
         number("model.momentum", momentum, 0, 1, above_least=True)
         number("model.weight_decay", weight_decay)
@@ -61,6 +71,7 @@ class DigitsCNN(Workload):
             nn.Linear(2 * width * 2 * 2, 10),
         )
         self.max_shift, self.lr, self.momentum, self.weight_decay = max_shift, lr, momentum, weight_decay
+        self.label_smoothing, self.mixup, self.cutmix = label_smoothing, mixup, cutmix
         self.val_loss = WeightedMean()
         self.val_accuracy = MulticlassAccuracy(num_classes=10, average="micro")
 
@@ -70,9 +81,13 @@ class DigitsCNN(Workload):
         return logits
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Return the cross-entropy of one batch of shifted images."""
+        """Return the cross-entropy of one batch of shifted, and perhaps mixed, images."""
         images, labels = batch
-        return F.cross_entropy(self(shift_randomly(images, self.max_shift)), labels)
+        images = shift_randomly(images, self.max_shift)
+        if self.mixup or self.cutmix:
+            mixed = mix(images, labels, self.mixup, self.cutmix)
+            return mixed.cross_entropy(self(mixed.images), self.label_smoothing)
+        return F.cross_entropy(self(images), labels, label_smoothing=self.label_smoothing)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Return cross-entropy and logits of one batch."""

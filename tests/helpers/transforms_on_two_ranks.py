@@ -12,13 +12,14 @@ import two_ranks
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
 
-from stabletrain import ClipTensorwise, ClipUnitwise, ClipValue, SkipNonFinite
+from stabletrain import AddGradientNoise, ClipTensorwise, ClipUnitwise, ClipValue, SkipNonFinite
 from stabletrain.runtime import gradients
 from stabletrain.runtime.guard.transform import TransformCallback
 
 TRANSFORMS: dict[str, Callable[[], TransformCallback]] = {
     "value": lambda: ClipValue(0.05),
     "unitwise": lambda: ClipUnitwise(0.05),
+    "noise": lambda: AddGradientNoise(0.05),
     "tensorwise": lambda: ClipTensorwise(warmup_steps=4, max_norm=0.5),
 }
 

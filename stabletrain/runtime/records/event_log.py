@@ -18,7 +18,7 @@ END = logging.getLogger("stabletrain.end")
 
 _ORDER: tuple[EventKind, ...] = (
     *("stop", "rollback", "accept", "announced", "divergence", "skip", "nonfinite", "overflow", "spike"),
-    *("regime", "not_learning", "rewarm"),
+    *("regime", "not_learning", "overfitting", "rewarm"),
 )
 """The kinds of events in a line: what was done first, then what was found, the most severe first."""
 _FOUND: frozenset[EventKind] = frozenset(("divergence", "skip", "nonfinite", "overflow", "spike", "regime"))

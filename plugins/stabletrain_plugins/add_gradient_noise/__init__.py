@@ -1,0 +1,1 @@
+"""Add noise to the gradients that decays over the run."""

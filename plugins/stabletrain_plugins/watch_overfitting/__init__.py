@@ -1,0 +1,1 @@
+"""Report when the validation loss rises while the training loss falls."""
