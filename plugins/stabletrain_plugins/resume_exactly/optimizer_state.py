@@ -1,6 +1,7 @@
 """State of optimizers in a checkpoint that their ``state_dict`` does not show, and a warning for what cannot be saved.
 
-Numbers and tensors in attributes are saved if training has changed them. Flags and texts are saved only if they have
+Numbers and tensors in attributes are saved if training has changed them, and the groups and the state of optimizers
+that an optimizer holds. Flags and texts are saved only if they have
 changed after the first step: optimizers note in such attributes what they have set up in this process.
 """
 
@@ -19,10 +20,11 @@ from torch.optim import Optimizer
 from stabletrain.runtime.checkpoints.data_only import refused_in
 from stabletrain.runtime.checkpoints.lightning_io import VerifiedIO
 from stabletrain.runtime.hidden.plain import Unsaved, from_plain, to_plain
-from stabletrain.runtime.internals.optimizer_attributes import Found, find, marks_of
+from stabletrain.runtime.internals.optimizer_attributes import Found, find, is_data, marks_of
 
 _Key = tuple[int, str, str]
 """Number of the optimizer, path of the object from it, and name of the attribute; empty for a generator."""
+_GROUPS, _STATE = "param_groups", "state"
 
 
 class OptimizerState:
@@ -88,7 +90,7 @@ class OptimizerState:
         if not self._has_begun:
             return self._loaded
         saved = []
-        for key, value in self._values():
+        for key, value in (*self._values(), *self._unshown()):
             if not self._is_changed(key, value):
                 continue
             try:
@@ -98,7 +100,7 @@ class OptimizerState:
                     f"{'.'.join(key[1:])} cannot be saved, so a resumed run starts without: expected numbers, tensors "
                     "and containers of them. Return it from the optimizer's state_dict"
                 )
-        self._check_shown()
+        self._check_readable()
         return saved
 
     def _is_changed(self, key: _Key, value: Any) -> bool:
@@ -112,7 +114,10 @@ class OptimizerState:
             found = find(optimizer, self._module)
             for owner in found.owners:
                 if ".state[" not in owner.path:
-                    yield from (((i, owner.path, name), value) for name, value in owner.state().items())
+                    values = owner.state().items()
+                    yield from (((i, owner.path, name), value) for name, value in values if is_data(value))
+                if isinstance(owner.thing, Optimizer) and owner.thing is not optimizer:
+                    yield (i, owner.path, _GROUPS), [_options(group) for group in owner.thing.param_groups]
             yield from (((i, path, ""), generator.get_state()) for path, generator in found.generators)
             yield from (((i, path, ""), value) for path, value in found.values if ".state[" not in path)
 
@@ -138,6 +143,8 @@ class OptimizerState:
         owner = next((each for each in found[number].owners if each.path == path), None)
         if owner is None:
             return False
+        if isinstance(owner.thing, Optimizer) and name in (_GROUPS, _STATE):
+            return _put_into(owner.thing, name, from_plain(content, device))
         if kind == "by parameter":
             parameters: dict[str, nn.Parameter] = dict(self._module.named_parameters())
             known = {key: each for key, each in content.items() if key in parameters}
@@ -151,21 +158,22 @@ class OptimizerState:
             owner.names[name] = value
         return True
 
-    def _check_shown(self) -> None:
-        """Warn of state that no checkpoint contains, and of what a resumed run would refuse to read."""
+    def _unshown(self) -> Iterator[tuple[_Key, Any]]:
+        """The state of optimizers that an optimizer holds and its ``state_dict`` does not show."""
+        for i, optimizer in enumerate(self._optimizers):
+            inner = [each for each in find(optimizer, self._module).owners if isinstance(each.thing, Optimizer)]
+            shown = _shown(optimizer) if len(inner) > 1 else None
+            for owner in inner:
+                if shown is not None and owner.thing is not optimizer and not _is_in(owner.thing, shown):
+                    yield (i, owner.path, _STATE), owner.thing.state_dict()["state"]
+
+    def _check_readable(self) -> None:
+        """Warn of what a resumed run would refuse to read."""
         for optimizer in self._optimizers:
-            try:
-                shown = optimizer.state_dict()
-            except RuntimeError:  # ZeroRedundancyOptimizer must collect it from all ranks first
-                continue
+            shown = _shown(optimizer)
             name = type(optimizer).__name__
-            for inner in find(optimizer, self._module).optimizers[1:]:
-                if not _is_in(inner, shown):
-                    self._warn(
-                        f"the state of the {type(inner).__name__} that {name} holds is not in its state_dict, so a "
-                        "resumed run starts without. Return it from state_dict"
-                    )
-            if not isinstance(self._trainer.strategy.checkpoint_io, VerifiedIO) and (refused := refused_in(shown)):
+            is_ours = isinstance(self._trainer.strategy.checkpoint_io, VerifiedIO)  # refuses it when it is written
+            if shown is not None and not is_ours and (refused := refused_in(shown)):
                 self._warn(
                     f"the state of the optimizer {name} holds a {refused.kind} ({refused.path}), which is not read from "
                     "a checkpoint as data: resuming from it will fail, unless the file is trusted "
@@ -176,6 +184,31 @@ class OptimizerState:
         if message not in self._warned:
             self._warned.add(message)
             rank_zero_warn(f"{self._name}: {message}")
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+def _put_into(optimizer: Optimizer, name: str, value: Any) -> bool:
+    if name == _STATE:
+        optimizer.load_state_dict({**optimizer.state_dict(), _STATE: value})
+        return True
+    for group, saved in zip(optimizer.param_groups, value, strict=False):
+        for key, each in saved.items():
+            if isinstance(each, Tensor) and isinstance(group.get(key), Tensor):
+                group[key].copy_(each)
+            else:
+                group[key] = each
+    return len(optimizer.param_groups) == len(value)
+
+
+def _shown(optimizer: Optimizer) -> dict[str, Any] | None:
+    """The ``state_dict``; None for one that must be collected from all ranks first (ZeroRedundancyOptimizer)."""
+    try:
+        return optimizer.state_dict()
+    except RuntimeError:
+        return None
 
 
 def checked(saved: Any) -> list[list[Any]]:

@@ -160,6 +160,11 @@ def is_kept(thing: Any) -> bool:
     )
 
 
+def is_data(thing: Any) -> bool:
+    """Whether a value is a tensor, a number, a text, or a container, and not an object whose attributes are its state."""
+    return isinstance(thing, (*_LEAVES, *_CONTAINERS)) or not is_kept(thing)
+
+
 class Fingerprint:
     """Whether a step of an optimizer changes anything that the host can see without waiting for a device.
 
