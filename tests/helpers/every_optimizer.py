@@ -35,6 +35,7 @@ _PROCESS = frozenset(
     {
         "step",
         "zero_grad",
+        "defaults",
         "initialized",  # bitsandbytes: moved to the device in this process
         "mng",  # bitsandbytes: singletons
         "page_mng",
@@ -224,11 +225,8 @@ def _flat(value: Any, path: str, seen: set[int], names: dict[Any, str]) -> Itera
             yield from _flat(each, f"{path}[{i}]", seen, names)
     elif isinstance(value, torch.Generator):
         yield path, value.get_state()
-    elif hasattr(value, "__dict__") and not isinstance(value, (type, types.FunctionType, types.MethodType)):
-        if id(value) not in seen:
-            seen.add(id(value))
-            attributes = vars(value)
-            hidden = {key for key in attributes if key.startswith("_optimizer_") or key in _PROCESS or key == "defaults"}
-            for key, each in attributes.items():
-                if key not in hidden:
-                    yield from _flat(each, f"{path}.{key}", seen, names)
+    elif id(value) not in seen and not isinstance(value, (type, types.FunctionType, types.MethodType)):
+        seen.add(id(value))
+        for key, each in getattr(value, "__dict__", {}).items():
+            if not (key.startswith("_optimizer_") or key in _PROCESS):
+                yield from _flat(each, f"{path}.{key}", seen, names)

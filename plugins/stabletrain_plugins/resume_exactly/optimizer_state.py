@@ -175,8 +175,8 @@ class OptimizerState:
             is_ours = isinstance(self._trainer.strategy.checkpoint_io, VerifiedIO)  # refuses it when it is written
             if shown is not None and not is_ours and (refused := refused_in(shown)):
                 self._warn(
-                    f"the state of the optimizer {name} holds a {refused.kind} ({refused.path}), which is not read from "
-                    "a checkpoint as data: resuming from it will fail, unless the file is trusted "
+                    f"the state of the optimizer {name} holds a {refused.kind} ({refused.path}), which is not read "
+                    "from a checkpoint as data: resuming from it will fail, unless the file is trusted "
                     "(fit(weights_only=False)). Use another optimizer"
                 )
 

@@ -1,7 +1,7 @@
 """Checks in the first steps of a fit that the optimizer steps when ``step`` is called: not before it, and not never.
 
-An optimizer that steps during backward (gradient release, LOMO, hooks of torch's ``_apply_optimizer_in_backward``) has
-made its step before a plugin can drop or clip it. One that computes the loss within ``step``, in a closure, does nothing
+An optimizer that steps during backward (gradient release, LOMO, torch's ``_apply_optimizer_in_backward``) has made its
+step before a plugin can drop or clip it. One that computes the loss within ``step``, in a closure, does nothing
 if it is called after the loss was computed. Both would go unnoticed.
 """
 
@@ -76,7 +76,9 @@ class BackwardWatch:
             counted = version_of(p) != version
             if (sample is not None and not _same(sample, _sample(p))) or (counted and has_hooks(p)):
                 raise UserError(_steps_in_backward(name, self._optimizers))
-            self._doubtful |= counted  # it has the same values: a learning rate of 0, or an embedding that is normalised
+            self._doubtful |= (
+                counted  # it has the same values: a learning rate of 0, or an embedding that is normalised
+            )
         self._before = []
 
     def end_window(self) -> None:

@@ -137,7 +137,9 @@ def _obstacle_to_device_mode(trainer: Trainer, module: LightningModule) -> str |
     if not trainer_internals.supports_device_decisions(optimizer):
         return f"{type(optimizer).__name__} has no kernel that can drop a step; torch's fused=True optimizers have"
     if not type(optimizer).step.__module__.startswith("torch.optim."):
-        return f"{type(optimizer).__name__} has a step() of its own: what it changes besides torch's could not be undone"
+        return (
+            f"{type(optimizer).__name__} has a step() of its own: what it changes besides torch's could not be undone"
+        )
     if LossScaling(trainer).is_active:
         return "the GradScaler uses the same kernel arguments"
     if any(config.interval == "step" for config in trainer.lr_scheduler_configs):

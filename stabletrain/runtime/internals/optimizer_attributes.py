@@ -126,7 +126,9 @@ def _visit(path: str, thing: Any, found: Found) -> Iterable[tuple[str, Any]]:
         found.generators.append((path, thing))
     elif isinstance(thing, Optimizer):
         found.optimizers.append(thing)
-        if any(base.__name__ == _ZERO for base in type(thing).__mro__):  # besides the optimizer of its shard it holds caches, and copies of all shards
+        if any(
+            base.__name__ == _ZERO for base in type(thing).__mro__
+        ):  # besides the optimizer of its shard it holds caches, and copies of all shards
             return [(f"{path}.{key}", each) for key, each in vars(thing).items() if isinstance(each, Optimizer)]
         return _attributes(Owner(path, thing, vars(thing), _of_optimizers()), found)
     elif not stays(thing):
@@ -161,7 +163,7 @@ def is_kept(thing: Any) -> bool:
 
 
 def is_data(thing: Any) -> bool:
-    """Whether a value is a tensor, a number, a text, or a container, and not an object whose attributes are its state."""
+    """Whether a value is a tensor, a number, a text or a container, and not an object that has attributes."""
     return isinstance(thing, (*_LEAVES, *_CONTAINERS)) or not is_kept(thing)
 
 

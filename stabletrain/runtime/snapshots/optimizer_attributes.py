@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from stabletrain.runtime.internals.optimizer_attributes import Found, Owner, find, is_kept
 from stabletrain.runtime.snapshots.state_tree import Flattener, Kept, Restorer, SnapshotError
+from stabletrain.runtime.snapshots.tensor_kinds import class_name
 
 
 class OptimizerAttributes:
@@ -69,9 +70,8 @@ def check_found(found: Iterable[Found]) -> None:
             try:
                 copy.deepcopy(value)
             except Exception as error:  # code of any class
-                kind = type(value)
                 raise SnapshotError(
-                    f"{path} is a {kind.__module__}.{kind.__qualname__}, which cannot be copied ({error}), so going "
+                    f"{path} is a {_name(value)}, which cannot be copied ({error}), so going "
                     "back to a snapshot would not restore it: expected numbers, tensors, containers and objects of "
                     "them in the attributes of an optimizer. Use another optimizer"
                 ) from error
@@ -97,8 +97,11 @@ def copied(value: Any) -> Any:
     try:
         return copy.deepcopy(value)
     except Exception as error:  # code of any class
-        kind = type(value)
         raise SnapshotError(
-            f"the state of the run holds a {kind.__module__}.{kind.__qualname__}, which cannot be copied ({error}): a "
+            f"the state of the run holds a {_name(value)}, which cannot be copied ({error}): a "
             "snapshot holds only what can be. Use another optimizer, or keep this object elsewhere"
         ) from error
+
+
+def _name(value: Any) -> str:
+    return class_name(type(value)).removeprefix("builtins.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +10,13 @@ from typing import Any
 import pytest
 import torch
 from every_optimizer import Exactness
+from fits import HEALTHY, NAN_LOSS, Net, batches, fit
+from optimizer_list import OPTIMIZERS
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from stabletrain import Guard, SkipNonFinite, UserError
 
 
 class Helper:
@@ -65,6 +68,8 @@ class InAttributes(SGD):
 class Several(Optimizer):
     """Optimizers in a list and in a dictionary; groups and state are computed from them."""
 
+    shows = True
+
     def __init__(self, params: list[Any]) -> None:
         half = len(params) // 2
         self.listed, self.named = [AdamW(params[:half], 1e-2)], {"rest": [Adam(params[half:], 1e-3)]}
@@ -94,11 +99,17 @@ class Several(Optimizer):
             each.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"all": [each.state_dict() for each in self._all]}
+        return {"all": [each.state_dict() for each in self._all]} if self.shows else {}
 
     def load_state_dict(self, state_dict: Any) -> None:
-        for each, state in zip(self._all, state_dict["all"], strict=True):
+        for each, state in zip(self._all, state_dict.get("all", ()), strict=self.shows):
             each.load_state_dict(state)
+
+
+class Silent(Several):
+    """Its ``state_dict`` says nothing of them."""
+
+    shows = False
 
 
 def of(package: str, name: str, **options: Any) -> Callable[[Any], Optimizer]:
@@ -120,6 +131,7 @@ QUICK: dict[str, Callable[[Any], Optimizer]] = {
     "SGD": lambda p: SGD(p, 0.05, momentum=0.9),
     "attributes": InAttributes,
     "several": Several,
+    "several, not in the state_dict": Silent,
     "StableSPAM": of("pytorch_optimizer", "StableSPAM", t_max=15, update_proj_gap=7),
     "Ranger21": of("pytorch_optimizer", "Ranger21", num_iterations=40),
     "schedulefree": of("schedulefree", "AdamWScheduleFree", lr=1e-2),
@@ -133,3 +145,37 @@ def test_skip_rollback_and_resume_are_exact(name: str, tmp_path: Path, monkeypat
     # state_dict shows left out of a checkpoint; torchao's 8-bit state written to a file that cannot be read
     monkeypatch.setattr("torch._dynamo.config.disable", True, raising=False)
     assert Exactness(QUICK[name], tmp_path).all_problems() == {}
+
+
+class Counting(AdamW):
+    """Changes an attribute at each step, although the kernel may do nothing."""
+
+    count = 0
+
+    def step(self, closure: Any = None) -> Any:
+        self.count += 1
+        return super().step(closure)
+
+
+def test_device_mode_is_not_for_a_step_that_does_more_than_the_kernel() -> None:
+    # catches a dropped step in device mode, whose step() is called, that moves an attribute
+    class Mine(Net):
+        def configure_optimizers(self) -> Any:
+            return Counting(self.parameters(), fused=True)
+
+    items = batches(HEALTHY, NAN_LOSS, HEALTHY)
+    with pytest.raises(UserError, match="Counting has a step"):
+        fit(Mine(), items, SkipNonFinite(), Guard(mode="device"))
+    mine = fit(Mine(), items, SkipNonFinite())
+    assert mine.optimizers[0].count == 2  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_that_is_installed_is_exact(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # catches state that an optimizer keeps where none of the tests above has it
+    monkeypatch.setattr("torch._dynamo.config.disable", True, raising=False)
+    try:
+        assert Exactness(OPTIMIZERS[name], tmp_path, of_module=True).all_problems() == {}
+    except ModuleNotFoundError as error:
+        pytest.skip(str(error))

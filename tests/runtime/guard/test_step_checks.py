@@ -58,7 +58,7 @@ def test_a_step_in_backward_is_refused_in_the_first_window(kind: str) -> None:
 
 
 class ScaledEmbedding(Net):
-    """An embedding whose forward changes its weights, and a weight that a hook of the module changes before backward."""
+    """An embedding whose forward changes its weights, and a bias that it clamps before backward."""
 
     def __init__(self) -> None:
         super().__init__()
