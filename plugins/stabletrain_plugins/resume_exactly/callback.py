@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from stabletrain.errors import UserError, require
 from stabletrain.runtime import rng
+from stabletrain.runtime.checkpoints.lightning_io import load_onto_cpu
 from stabletrain.runtime.data.epoch_state import EpochState
 from stabletrain.runtime.data.loads import Loads
 from stabletrain.runtime.data.train_loader import TrainLoader
@@ -24,6 +25,7 @@ from stabletrain.runtime.internals.fabric import refuse_in_fabric
 from stabletrain.runtime.internals.packages import Callback
 from stabletrain.runtime.plugin_state import names_its_plugin
 from stabletrain_plugins.resume_exactly.hidden_tensors import HiddenTensors
+from stabletrain_plugins.resume_exactly.optimizer_state import OptimizerState
 from stabletrain_plugins.resume_exactly.requeue_signal import RequeueSignal
 from stabletrain_plugins.resume_exactly.saved_state import SavedState, problem_of
 from stabletrain_plugins.resume_exactly.step_watch import StepWatch
@@ -72,6 +74,7 @@ class ResumeExactly(Callback):
         self._epoch: EpochState | None = None
         self._hidden: HiddenTensors | None = None
         self._trained: Trained | None = None
+        self._optimizer_state: OptimizerState | None = None
         self._step: StepWatch | None = None
         self._requeue: RequeueSignal | None = None
         self._undo: list[Callable[[], None]] = []
@@ -102,10 +105,12 @@ class ResumeExactly(Callback):
         self._loads = Loads(trainer)
         self._hidden = HiddenTensors(trainer, self._module, _NAME)
         self._trained = Trained(self._module)
+        self._optimizer_state = OptimizerState(trainer, self._module, _NAME)
         self._requeue = RequeueSignal(trainer)
         self._undo = [
             self._loader.close,
             self._loads.close,
+            load_onto_cpu(trainer),
             resuming.before_batch(trainer, self._start_batch),
             resuming.around_own_restore(trainer, self._begin_own_restore, self._end_own_restore),
             loader_internals.after_train_start(trainer, self._on_loop_start),
@@ -119,6 +124,8 @@ class ResumeExactly(Callback):
         """Before the optimizers' states are loaded: give them the parameters that they had at the checkpoint."""
         if self._trained is not None:
             self._trained.on_fit_start(trainer.optimizers)
+        if self._optimizer_state is not None:
+            self._optimizer_state.on_fit_start(trainer.optimizers)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the loaders against the checkpoint, and continue where it was saved."""
@@ -141,6 +148,8 @@ class ResumeExactly(Callback):
         """From here on the step changes the weights."""
         if self._step is not None:
             self._step.update_begins()
+        if self._optimizer_state is not None:
+            self._optimizer_state.update_begins()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Store the state, because a checkpoint may be saved after the end of the run."""
@@ -168,7 +177,7 @@ class ResumeExactly(Callback):
         while self._undo:
             self._undo.pop()()
         self._loader = self._loads = self._epoch = self._hidden = None
-        self._trained = self._step = self._requeue = None
+        self._trained = self._optimizer_state = self._step = self._requeue = None
 
     def _on_loop_start(self) -> None:
         if self._loader is None or self._trainer is None or trainer_internals.is_trial(self._trainer):
@@ -177,7 +186,9 @@ class ResumeExactly(Callback):
         assert self._trained is not None
         self._loader.on_loop_start()
         self._hidden.on_loop_start()
+        assert self._optimizer_state is not None
         self._trained.on_loop_start()
+        self._optimizer_state.on_loop_start()
 
     def _start_batch(self) -> None:
         assert self._step is not None
@@ -264,6 +275,8 @@ class ResumeExactly(Callback):
             self._hidden.load(saved.hidden)
         if saved.trained is not None and self._trained is not None:
             self._trained.load(saved.trained)
+        if self._optimizer_state is not None:
+            self._optimizer_state.load(saved.optimizers)
         if saved.epoch is not None and self._epoch is not None:
             self._epoch.load(saved.epoch, saved.unfinished)
         for name, value in saved.buffers.items():
@@ -280,7 +293,8 @@ class ResumeExactly(Callback):
         assert self._trainer is not None
         loads = {name: each._asdict() for name, each in self._loads.done.items()}
         state: dict[str, Any] = {"loads": loads, "unfinished": None, "hidden": self._hidden.state()}
-        state["trained"] = self._trained.state()
+        assert self._optimizer_state is not None
+        state["trained"], state["optimizers"] = self._trained.state(), self._optimizer_state.state()
         if self._step.in_step:
             return state | self._step.state(list(state["hidden"]))
         if self._before_validation is not None and not restart_internals.validation_is_complete(self._trainer):

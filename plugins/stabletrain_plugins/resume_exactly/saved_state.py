@@ -13,7 +13,7 @@ from stabletrain.runtime.data.loads import Loading
 from stabletrain.runtime.data.position import LoaderState
 from stabletrain.runtime.hidden.plain import from_plain
 from stabletrain.runtime.internals.resuming import BatchCount
-from stabletrain_plugins.resume_exactly import trained
+from stabletrain_plugins.resume_exactly import optimizer_state, trained
 
 
 class SavedState(NamedTuple):
@@ -30,6 +30,7 @@ class SavedState(NamedTuple):
         hidden: state of the module, as `HiddenTensors` saves it; None: it is not restored.
         trained: which layers were frozen or unfrozen, and what the optimizers train, as `Trained` saves it; None in
             checkpoints of older versions.
+        optimizers: state in attributes of optimizers, as `OptimizerState` saves it.
     """
 
     rng: rng.RngState | None
@@ -40,6 +41,7 @@ class SavedState(NamedTuple):
     epoch: dict[str, Any] | None
     hidden: dict[str, Any] | None
     trained: dict[str, Any] | None
+    optimizers: list[list[Any]]
 
     @classmethod
     def of(cls, plain: dict[str, Any]) -> SavedState | None:
@@ -83,6 +85,7 @@ class SavedState(NamedTuple):
             epoch,
             hidden,
             trained.checked(plain["trained"]) if "trained" in plain else None,
+            optimizer_state.checked(plain.get("optimizers", [])),
         )
 
     def for_another_world(self, has_rng: bool) -> SavedState:

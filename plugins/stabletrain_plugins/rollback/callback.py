@@ -13,12 +13,13 @@ from stabletrain.core.events import Event, Request, RequestKind
 from stabletrain.core.metric_names import MetricInfo
 from stabletrain.core.outcome import Outcome
 from stabletrain.core.spikes import SPIKE_SCORE
+from stabletrain.errors import UserError
 from stabletrain.runtime.data.train_loader import TrainLoader
 from stabletrain.runtime.guard.callbacks import RuleCallback
 from stabletrain.runtime.guard.step_guard import StepGuard
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.records import diagnosis, run_files
-from stabletrain.runtime.snapshots.snapshot import Snapshot
+from stabletrain.runtime.snapshots.snapshot import Snapshot, check_state
 from stabletrain.runtime.snapshots.state_tree import SnapshotError
 from stabletrain.runtime.stop import TrainingStopped
 from stabletrain.settings import worded
@@ -112,6 +113,7 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
         """The loaders exist: exclude the batches of earlier rollbacks, and read the log to replay."""
         super().on_train_start(trainer, pl_module)
         guard, loader = self._guard_and_loader()
+        _require_copies(guard)
         self._writes_files = trainer.is_global_zero and not trainer_internals.is_fast_dev_run(trainer)
         named = list(guard.module.named_parameters())
         fingerprint = Fingerprint.of(trainer, guard.module, named)
@@ -376,3 +378,11 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
                 self._weight_history = self._weights.history
             self._incidents.clear()
             self._replay = None
+
+
+def _require_copies(guard: StepGuard) -> None:
+    """Raise an error if a snapshot cannot contain the whole state of the optimizer."""
+    try:
+        check_state(guard)
+    except SnapshotError as error:
+        raise UserError(f"rollback: {error}, or train without rollback (config key plugins/spike=detect)") from error

@@ -18,6 +18,7 @@ from stabletrain.core.intervals import SaveTriggers
 from stabletrain.core.lengths import LengthLike
 from stabletrain.errors import UserError, require
 from stabletrain.runtime.accumulation import AccumulationWindow
+from stabletrain.runtime.checkpoints.data_only import naming_optimizers
 from stabletrain.runtime.checkpoints.lightning_io import check_when_reading
 from stabletrain.runtime.checkpoints.loading import newest
 from stabletrain.runtime.checkpoints.manifest import CheckpointInfo
@@ -156,7 +157,8 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
                 value=value,
                 whole=not AccumulationWindow(trainer).is_open,
             )
-            self._saver.save(checkpoint, info, wait)
+            with naming_optimizers(trainer.optimizers):
+                self._saver.save(checkpoint, info, wait)
         if wait:
             trainer.strategy.barrier("stabletrain.save_checkpoints")
         return self._saver.newest if self._saver is not None and wait else None
@@ -325,7 +327,8 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         self._checked = True
         checkpoint = trainer_internals.dump_checkpoint(trainer)
         if self._saver is not None:
-            self._saver.prepare(checkpoint)
+            with naming_optimizers(trainer.optimizers):
+                self._saver.prepare(checkpoint)
 
 
 def _position(trainer: Trainer) -> tuple[int, int]:

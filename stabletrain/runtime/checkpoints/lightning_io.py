@@ -17,6 +17,7 @@ from stabletrain.runtime.checkpoints.hyper_parameters import live_object
 from stabletrain.runtime.checkpoints.loading import is_ours, load_good, read
 from stabletrain.runtime.checkpoints.single_file import load_file
 from stabletrain.runtime.internals import trainer as trainer_internals
+from stabletrain.runtime.internals.loader import override
 from stabletrain.runtime.internals.packages import CheckpointIO, both
 from stabletrain.runtime.plugin_state import FOREIGN_STATE
 
@@ -47,6 +48,29 @@ def check_when_reading(trainer: Trainer) -> Callable[[], None]:
     return undo
 
 
+def load_onto_cpu(trainer: Trainer) -> Callable[[], None]:
+    """Let a trainer's own CheckpointIO read the files of ``torch.save`` with ``map_location="cpu"``.
+
+    Lightning passes a function that does the same, which torch refuses for tensors that wrap others, such as the state
+    of torchao's optimizers.
+
+    Args:
+        trainer: before it restores a checkpoint.
+
+    Returns:
+        The function that undoes this.
+    """
+    inner = trainer.strategy.checkpoint_io
+    if isinstance(inner, VerifiedIO) or not _is_torchs(inner):
+        return lambda: None
+    load = inner.load_checkpoint
+
+    def load_checkpoint(path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        return load(path, "cpu" if map_location is None else map_location, weights_only)
+
+    return override(inner, "load_checkpoint", load_checkpoint)
+
+
 class VerifiedIO(CheckpointIO):
     """Reads verified checkpoints, the same one on all ranks, and checks what another CheckpointIO reads.
 
@@ -62,7 +86,12 @@ class VerifiedIO(CheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a checkpoint; single files with ``weights_only=True``, unless it is False.
+        """Read a checkpoint onto the CPU; single files with ``weights_only=True``, unless it is False.
+
+        Args:
+            path: the checkpoint.
+            map_location: where the tensors of single files go instead, as for ``torch.load``.
+            weights_only: False: also build objects from it, which can run code.
 
         Raises:
             CheckpointError: on all ranks, if rank 0 finds no good one; on any rank that cannot read the one it found.
@@ -103,6 +132,8 @@ class VerifiedIO(CheckpointIO):
 
     def _load_other(self, path: Any, map_location: Any, weights_only: bool | None) -> dict[str, Any]:
         """Of each rank: a file, a URL, or the folder of a sharded strategy. ``weights_only=False`` means trust."""
+        # Lightning's default is a function, which torch refuses for tensors that wrap others (torchao's 8-bit state)
+        map_location = "cpu" if map_location is None else map_location
         if weights_only is False:
             return self.inner.load_checkpoint(path, map_location, weights_only)
 

@@ -37,7 +37,8 @@ def load_file(path: str | Path, read: Callable[[], Any] | None = None) -> dict[s
     except pickle.UnpicklingError as error:
         name = _REFUSED.search(str(error))
         what = f"an object of {name.group(1)}" if name else "Python objects, or is damaged"
-        raise CheckpointError(f"it holds {what}, and {DATA_ONLY}") from error
+        hint = ". If it is a tensor class of a package (torchao), import the package before resuming" if name else ""
+        raise CheckpointError(f"it holds {what}, and {DATA_ONLY}{hint}") from error
     except Exception as error:  # foreign content: torch raises many kinds
         first = str(error).strip().partition("\n")[0]
         raise CheckpointError(f"it cannot be read as a checkpoint: {type(error).__name__}: {first}") from error

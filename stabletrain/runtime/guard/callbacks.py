@@ -197,8 +197,6 @@ class GuardMember(Callback, metaclass=HiddenFields):
         """The optimizer exists: open the guard, which wraps the optimizer's step."""
         if self._leads and self._guard is not None:
             self._guard.open()
-            if pl_module.automatic_optimization:
-                self.__dict__["on_after_backward"] = None  # needed with manual optimization only
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn if the fit resumes from a checkpoint that holds no state of this plugin."""
@@ -216,9 +214,11 @@ class GuardMember(Callback, metaclass=HiddenFields):
             self._guard.take_loss(loss)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """With manual optimization: find out to which optimizers the loss belongs."""
+        """In the first window: has the optimizer stepped already? With manual optimization: whose loss is it?"""
         if self._leads and self._guard is not None:
             self._guard.end_backward()
+            if pl_module.automatic_optimization and self._guard.watch.is_over:
+                self.__dict__["on_after_backward"] = None  # needed with manual optimization only
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Decide the step: the gradients are complete."""

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from stabletrain.runtime.guard.module_buffers import ModuleBuffers
 from stabletrain.runtime.guard.rewarming import Rewarming
+from stabletrain.runtime.guard.step_checks import StepEffect
 from stabletrain.runtime.hidden.hidden_state import HiddenState
 from stabletrain.runtime.internals import manual as manual_internals
 from stabletrain.runtime.internals import trainer as trainer_internals
@@ -80,6 +81,7 @@ class StepControl:
         self._drop = False
         self._frozen = False
         self._decided = False
+        self._effect = StepEffect(self.optimizer, module)
         self._replaced: list[tuple[object, str, Any]] = []
         self._wrap_optimizer_step()
         self._wrap_scheduler_step()
@@ -142,7 +144,7 @@ class StepControl:
         owner.__dict__[name] = method
 
     def _wrap_optimizer_step(self) -> None:
-        inner = self.optimizer.step
+        inner, effect = self.optimizer.step, self._effect
 
         @functools.wraps(inner)  # keeps the attributes that torch's schedulers check
         def step(optimizer: Optimizer, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
@@ -158,7 +160,7 @@ class StepControl:
                 manual_internals.count_as_stepped(optimizer)
             else:
                 with self._rewarming.lowered(optimizer):
-                    applied = inner(**kwargs)
+                    applied = inner(**kwargs) if effect.is_over else effect.check(lambda: inner(**kwargs))
                 result = result if closure is not None else applied
             if closure is not None:
                 # the loss scaler passes no closure, and deletes these attributes itself

@@ -48,6 +48,7 @@ from stabletrain.runtime.guard.requests import execute
 from stabletrain.runtime.guard.rewarming import Rewarming
 from stabletrain.runtime.guard.short_windows import ShortWindows
 from stabletrain.runtime.guard.signals import Signals
+from stabletrain.runtime.guard.step_checks import BackwardWatch
 from stabletrain.runtime.guard.step_control import StepControl
 from stabletrain.runtime.guard.support import DecisionMode
 from stabletrain.runtime.guard.trained_parameters import TrainedParameters
@@ -155,6 +156,8 @@ class StepGuard:
             member.use_optimizers([""] if self._manual is None else self._manual.names)
         device = self.parameters.read(self.trainer.global_step)[0].device
         self.on_device = support.decides_on_device(self.trainer, self.module, self.mode, device)
+        self.watch = BackwardWatch(self.module, self.trainer.optimizers)
+        self._unstepped = set(self._optimizers)
         self._log_every = trainer_internals.log_interval(self.trainer)
         self.is_open = self.is_training = True
 
@@ -220,6 +223,7 @@ class StepGuard:
 
     def take_loss(self, loss: Tensor) -> None:
         """``on_before_backward``: store a micro-batch's loss, divided by the window's size, times the loss scale."""
+        self.watch.before_backward()
         if self._manual is not None:
             self._manual.before_backward(loss)
             return
@@ -232,7 +236,12 @@ class StepGuard:
         self._samples.add_batch()
 
     def end_backward(self) -> None:
-        """``on_after_backward``, with manual optimization: store the loss for the optimizers that it reaches."""
+        """``on_after_backward``: with manual optimization, store the loss for the optimizers that it reaches.
+
+        Raises:
+            UserError: in the first window, if the optimizer has made its step already.
+        """
+        self.watch.after_backward()
         if self._manual is not None:
             for index, loss in self._manual.after_backward():
                 self._select(index)
@@ -257,6 +266,9 @@ class StepGuard:
         if self._manual is not None:
             self._select(self._manual.index(optimizer))
         self.control.start_decision()
+        self._unstepped.discard(self._optimizers.selected)
+        if not self._unstepped and not self.watch.is_over:
+            self.watch.end_window()
         if self._manual is not None:
             if not self._manual.has_step(self._optimizers.selected):
                 return

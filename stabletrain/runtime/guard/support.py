@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Literal, TypeAlias, TypeVar
 
@@ -69,7 +70,7 @@ def check_optimizer(trainer: Trainer) -> None:
     """Raise an error for unsupported optimizers. Several optimizers exist only with manual optimization.
 
     Raises:
-        UserError: for no optimizer, and for LBFGS.
+        UserError: for no optimizer, for LBFGS and others that need a closure, and for torchao's CPUOffloadOptimizer.
     """
     if not any(group["params"] for each in trainer.optimizers for group in each.param_groups):
         raise UserError(
@@ -81,6 +82,20 @@ def check_optimizer(trainer: Trainer) -> None:
             "stabletrain plugins do not support LBFGS: it evaluates the loss several times within one step, so there "
             "is no single gradient to measure. Use a first-order optimizer, or remove the plugins."
         )
+    for each in trainer.optimizers:
+        if _needs_closure(each):
+            raise UserError(
+                f"stabletrain plugins do not support {type(each).__name__}: its step() cannot be called without a "
+                "closure, in which it computes the loss, several times perhaps, so there is no single gradient to "
+                "measure. Use a first-order optimizer, or remove the plugins."
+            )
+        if any(kind.__name__ == "CPUOffloadOptimizer" for kind in type(each).__mro__):
+            raise UserError(
+                "stabletrain plugins do not support CPUOffloadOptimizer: it copies the gradients to the CPU during "
+                "backward, before a plugin can clip them, and its copies of the weights there would overwrite those "
+                "that a rollback restores. Use an optimizer with 8-bit state (torchao's AdamW8bit, bitsandbytes), or "
+                "remove the plugins."
+            )
 
 
 def warn_of_local_parameters(ranks: Ranks, module: LightningModule) -> None:
@@ -121,11 +136,20 @@ def _obstacle_to_device_mode(trainer: Trainer, module: LightningModule) -> str |
         return "the module steps by hand, and may step schedules too, before the outcome of a step would be known"
     if not trainer_internals.supports_device_decisions(optimizer):
         return f"{type(optimizer).__name__} has no kernel that can drop a step; torch's fused=True optimizers have"
+    if not type(optimizer).step.__module__.startswith("torch.optim."):
+        return (
+            f"{type(optimizer).__name__} has a step() of its own: what it changes besides torch's could not be undone"
+        )
     if LossScaling(trainer).is_active:
         return "the GradScaler uses the same kernel arguments"
     if any(config.interval == "step" for config in trainer.lr_scheduler_configs):
         return "the module's own per-step scheduler advances before the outcome is known; use ScheduleLR instead"
     return None
+
+
+def _needs_closure(optimizer: Optimizer) -> bool:
+    parameter = inspect.signature(type(optimizer).step).parameters.get("closure")
+    return parameter is not None and parameter.default is inspect.Parameter.empty
 
 
 def _clips(member: object) -> bool:

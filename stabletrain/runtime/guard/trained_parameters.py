@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +16,12 @@ class Groups(NamedTuple):
     """The parameter groups of an optimizer at one step.
 
     Args:
-        groups: of the optimizer and of those that it wraps: the dictionaries themselves, each with its parameters then.
+        holders: the optimizer and those that it holds.
+        groups: of each of them: the dictionaries themselves, each with its parameters then.
         trained: the module's parameters, and whether each had ``requires_grad``.
     """
 
+    holders: list[Optimizer]
     groups: list[list[tuple[dict[str, Any], list[Tensor]]]]
     trained: dict[Tensor, bool]
 
@@ -84,8 +86,9 @@ class TrainedParameters:
 
     def capture(self) -> Groups:
         """The groups and the parameters in them now."""
-        holders = [[(group, list(group["params"])) for group in each.param_groups] for each in self._holders()]
-        return Groups(holders, {p: p.requires_grad for p in self._module.parameters()})
+        holders = state_internals.state_holders(self._optimizer, self._module)
+        groups = [[(group, list(group["params"])) for group in each.param_groups] for each in holders]
+        return Groups(holders, groups, {p: p.requires_grad for p in self._module.parameters()})
 
     @torch.no_grad()
     def restore(self, groups: Groups, now: int, rewind: bool) -> None:
@@ -108,7 +111,7 @@ class TrainedParameters:
         for group in self._optimizer.param_groups:
             if late := [p for p in group["params"] if p not in before]:
                 self._late.append(_Late(group, late, self._added.get(late[0], now)))
-        for holder, captured in zip(self._holders(), groups.groups, strict=True):
+        for holder, captured in zip(groups.holders, groups.groups, strict=True):
             for group, parameters in captured:
                 group["params"][:] = parameters
             holder.param_groups[:] = [group for group, _ in captured]
@@ -143,6 +146,3 @@ class TrainedParameters:
                 else:
                     self._optimizer.add_param_group({**late.group, "params": absent})
         self._late = waiting
-
-    def _holders(self) -> Iterable[Optimizer]:
-        return state_internals.state_holders(self._optimizer)

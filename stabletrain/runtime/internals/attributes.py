@@ -54,6 +54,12 @@ def version_of(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
+def has_hooks(parameter: Tensor) -> bool:
+    """Whether a hook is called with a parameter's gradient, or after it was accumulated."""
+    tensor: Any = parameter
+    return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
+
+
 @functools.cache
 def _of_module() -> frozenset[str]:
     return frozenset(vars(nn.Module()))

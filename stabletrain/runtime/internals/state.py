@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
+from stabletrain.runtime.internals.optimizer_attributes import find
 from stabletrain.runtime.internals.packages import both
 from stabletrain.runtime.internals.trainer import step_progress
 
@@ -98,7 +99,6 @@ def averages_in(callback: Callback, module: LightningModule) -> list[nn.Module]:
     return [each for each in models if each not in trained]
 
 
-def state_holders(optimizer: Optimizer) -> list[Optimizer]:
-    """The optimizer and the optimizers that it wraps: ZeroRedundancyOptimizer has its state in ``.optim``."""
-    inner = [each for each in vars(optimizer).values() if isinstance(each, Optimizer)]
-    return [optimizer, *(holder for each in inner for holder in state_holders(each))]
+def state_holders(optimizer: Optimizer, model: nn.Module) -> list[Optimizer]:
+    """The optimizer and those that it holds, wherever: ZeroRedundancyOptimizer has its state in ``.optim``."""
+    return find(optimizer, model).optimizers

@@ -28,6 +28,7 @@ from stabletrain.runtime.guard.step_guard import StepGuard
 from stabletrain.runtime.internals import state as state_internals
 from stabletrain.runtime.internals.packages import both
 from stabletrain.runtime.snapshots.buffers import SnapshotBuffers, bytes_of
+from stabletrain.runtime.snapshots.optimizer_attributes import OptimizerAttributes, check_optimizers, copied, taken
 from stabletrain.runtime.snapshots.state_tree import Flattener, Restorer, SnapshotError
 
 _SCALARS = (bool, int, float, type(None), Tensor)
@@ -57,12 +58,18 @@ class _Part(NamedTuple):
         live: the dictionary itself.
         keys: those that belong to the state; None: all, and a restore removes keys that were added later.
         of_epoch: whether it was computed from the batches of the epoch so far.
+        objects_stay: whether objects in it are those of `OptimizerAttributes`, which restores them.
     """
 
     name: str
     live: dict[Any, Any]
     keys: tuple[str, ...] | None = None
     of_epoch: bool = False
+    objects_stay: bool = False
+
+    def flatten(self, flattener: Flattener) -> Any:
+        """The skeleton of its values."""
+        return flattener.flatten(_values(self), taken if self.objects_stay else None)
 
 
 class Snapshot:
@@ -116,15 +123,17 @@ class Snapshot:
         """
         guard.settle()
         trainer = guard.trainer
-        flattener = Flattener()
+        flattener = Flattener(copied)
         live = list(_parts(guard))
-        parts = [flattener.flatten(_values(part)) for part in live]
+        parts = [part.flatten(flattener) for part in live]
+        attributes = OptimizerAttributes(trainer.optimizers, guard.module, flattener)
         hidden = flattener.flatten(guard.control.hidden.values())
         members = [flattener.flatten(member.state_dict()) for member in _stateful_members(guard)]
         self.step = -1  # empty until it is complete
         self._buffers.copy_in(flattener.tensors)
         self._names, self._parts, self._members = [part.name for part in live], parts, members
         self._groups, self._hidden = [each.capture() for each in guard.all_parameters], hidden
+        self._attributes = attributes
         self._rules = [member.states for member in _rules(guard)]
         self._schedulers = [copy.deepcopy(each.scheduler.state_dict()) for each in trainer.lr_scheduler_configs]
         self._precision = copy.deepcopy(trainer.precision_plugin.state_dict())
@@ -175,6 +184,7 @@ class Snapshot:
                 restorer.restore(node, part.live, part.name)
             else:
                 part.live.update(restorer.restore(node, _values(part), part.name))
+        self._attributes.restore(restorer)
         hidden = guard.control.hidden
         # tensors that were replaced since are restored as new ones: other code may still hold those of today
         current = {path: each for path, each in hidden.values().items() if hidden.in_place(path)}
@@ -213,7 +223,7 @@ class Snapshot:
         if not rewind:
             present = {id(group) for each in _holders(guard) for group in each.param_groups}
             groups = [[group for group in holder if id(group) in present] for holder in groups]
-        live = list(_parts(guard, groups))
+        live = list(_parts(guard, groups, [holder for each in self._groups for holder in each.holders]))
         names = [part.name for part in live]
         if names == self._names:
             return live
@@ -224,33 +234,49 @@ class Snapshot:
         )
 
 
+def check_state(guard: StepGuard) -> None:
+    """Raise an error if the run has state that a snapshot cannot take; call it before the first step.
+
+    Raises:
+        SnapshotError: naming what cannot be copied.
+    """
+    check_optimizers(guard.trainer.optimizers, guard.module)
+
+
 def state_bytes(guard: StepGuard) -> int:
     """Size of the tensors of a snapshot on this rank, bytes."""
     return bytes_of(_tensors(guard))
 
 
 def _tensors(guard: StepGuard) -> list[Tensor]:
-    flattener = Flattener()
+    flattener = Flattener(copied)
     for part in _parts(guard):
-        flattener.flatten(_values(part))
+        part.flatten(flattener)
+    OptimizerAttributes(guard.trainer.optimizers, guard.module, flattener)
     flattener.flatten(guard.control.hidden.values())
     return flattener.tensors
 
 
-def _parts(guard: StepGuard, groups: Sequence[Sequence[dict[str, Any]]] | None = None) -> Iterator[_Part]:
+def _parts(
+    guard: StepGuard,
+    groups: Sequence[Sequence[dict[str, Any]]] | None = None,
+    holders: Sequence[Optimizer] | None = None,
+) -> Iterator[_Part]:
     """The parts of a run.
 
     Args:
         guard: of the run.
-        groups: the parameter groups of each of `_holders`; None: the present ones.
+        groups: the parameter groups of each of ``holders``; None: the present ones.
+        holders: the optimizers, and those that they hold; None: the present ones.
     """
     trainer = guard.trainer
     module = guard.module
     yield from _model_parts("the model", module)
     for i, metric in enumerate(state_internals.metrics_in(module)):
         yield _Part(f"metric {i}", vars(metric), tuple(state_internals.metric_fields(metric)), of_epoch=True)
-    for i, holder in enumerate(_holders(guard)):
-        yield _Part("the optimizer's state", holder.state)
+    for i, holder in enumerate(_holders(guard) if holders is None else holders):
+        if "state" in vars(holder):  # else it is computed from what the optimizer holds
+            yield _Part("the optimizer's state", holder.state, objects_stay=True)
         for group in groups[i] if groups is not None and i < len(groups) else holder.param_groups:
             yield _Part("param_groups", group, tuple(key for key in group if key != "params"))
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -263,7 +289,8 @@ def _parts(guard: StepGuard, groups: Sequence[Sequence[dict[str, Any]]] | None =
 
 
 def _holders(guard: StepGuard) -> list[Optimizer]:
-    return [each for optimizer in guard.trainer.optimizers for each in state_internals.state_holders(optimizer)]
+    found = (state_internals.state_holders(each, guard.module) for each in guard.trainer.optimizers)
+    return [holder for holders in found for holder in holders]
 
 
 def _model_parts(name: str, module: nn.Module) -> Iterator[_Part]:

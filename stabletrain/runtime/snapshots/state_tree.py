@@ -101,11 +101,22 @@ class ObjectNode(NamedTuple):
     value: Any
 
 
+class Kept(NamedTuple):
+    """What a `Flattener`'s ``take`` returns for an object that is not copied: a restore puts the object itself back.
+
+    Args:
+        thing: the object.
+    """
+
+    thing: Any
+
+
 class Flattener:
     """Takes values apart; immutable plain values stand for themselves. Tensors are not copied.
 
     Args:
-        take: applied to every value that is neither a tensor, a container nor immutable: the default makes a copy.
+        take: applied to every value that is neither a tensor, a container nor immutable: the default makes a copy. It
+            may return a `Kept`.
 
     >>> flattener = Flattener()
     >>> weight = torch.ones(2)
@@ -121,26 +132,27 @@ class Flattener:
         self._known: dict[int, TensorNode] = {}
         self._alive: list[Tensor] = []  # the id of a tensor that is freed could be that of another one
 
-    def flatten(self, value: Any) -> Any:
+    def flatten(self, value: Any, take: Callable[[Any], Any] | None = None) -> Any:
         """The skeleton of a value.
 
         Args:
             value: anything; tensors are found in dictionaries, lists, tuples, named tuples, deques and sets.
+            take: for this value, in place of the flattener's.
         """
         if isinstance(value, Tensor):
             known = self._known.get(id(value))
             return known if known is not None else self._new_tensor(value)
         if isinstance(value, dict):
             metadata = getattr(value, "_metadata", None) if isinstance(value, OrderedDict) else None
-            items = [(key, self.flatten(each)) for key, each in value.items()]
-            return DictNode(type(value), items, None if metadata is None else self.flatten(metadata))
+            items = [(key, self.flatten(each, take)) for key, each in value.items()]
+            return DictNode(type(value), items, None if metadata is None else self.flatten(metadata, take))
         if isinstance(value, _IMMUTABLE):
             return value
         kind = type(value)
         if kind in _SEQUENCES or (isinstance(value, tuple) and hasattr(value, "_fields")):
             maxlen = value.maxlen if kind is deque else None
-            return SequenceNode(kind, [self.flatten(each) for each in value], maxlen)
-        return ObjectNode(self._take(value))
+            return SequenceNode(kind, [self.flatten(each, take) for each in value], maxlen)
+        return ObjectNode((take or self._take)(value))
 
     def _new_tensor(self, value: Tensor) -> TensorNode:
         first = len(self.tensors)
@@ -185,6 +197,8 @@ class Restorer:
         self._copies = copies
         self._targets: list[Tensor] = []
         self._sources: list[Tensor] = []
+        self._restored: dict[int, Tensor] = {}  # node -> its tensor: what was one tensor is one again
+        self._nodes: dict[int, TensorNode] = {}  # live tensor -> its node: what were two tensors are two again
 
     def restore(self, node: Any, live: Any, where: str = "the state") -> Any:
         """Return the restored value: the live one, changed in place, if it is of the same kind, and else a new one.
@@ -204,22 +218,30 @@ class Restorer:
         if isinstance(node, SequenceNode):
             return self._sequence(node, live, where)
         if isinstance(node, ObjectNode):
-            return copy.deepcopy(node.value)
+            return node.value.thing if isinstance(node.value, Kept) else copy.deepcopy(node.value)
         return node
 
     def finish(self) -> None:
         """Copy all tensors at once; return when the copies are complete."""
         copy_each(self._targets, self._sources)
+        self._targets, self._sources = [], []
+        self._restored, self._nodes = {}, {}
 
     def _tensor(self, node: TensorNode, live: Any, where: str) -> Tensor:
+        if id(node) not in self._restored:
+            self._restored[id(node)] = self._new_or_live(node, live, where)
+        return self._restored[id(node)]
+
+    def _new_or_live(self, node: TensorNode, live: Any, where: str) -> Tensor:
         copies = self._copies[node.first : node.first + node.pieces]
-        if isinstance(live, Tensor):
+        if isinstance(live, Tensor) and self._nodes.get(id(live), node) is node:
             plain = plain_tensors((live,))
             if len(plain) == len(copies) and all(
                 a.shape == b.shape and a.dtype == b.dtype for a, b in zip(plain, copies, strict=True)
             ):
                 self._targets += plain
                 self._sources += copies
+                self._nodes[id(live)] = node
                 return live
         if not node.is_ordinary:
             raise SnapshotError(
