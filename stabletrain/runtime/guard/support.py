@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from stabletrain.errors import UserError
 from stabletrain.runtime.guard.hooks import check_hooks
 from stabletrain.runtime.guard.loss_scaling import LossScaling
+from stabletrain.runtime.guard.sharded_optimizers import check_sharded
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.ranks import Ranks
 from stabletrain.runtime.records.event_log import logger
@@ -69,7 +70,7 @@ def check_optimizer(trainer: Trainer) -> None:
     """Raise an error for unsupported optimizers. Several optimizers exist only with manual optimization.
 
     Raises:
-        UserError: for no optimizer, and for LBFGS.
+        UserError: for no optimizer, for LBFGS, and for sharded parameters with an optimizer that fails on them.
     """
     if not any(group["params"] for each in trainer.optimizers for group in each.param_groups):
         raise UserError(
@@ -81,6 +82,7 @@ def check_optimizer(trainer: Trainer) -> None:
             "stabletrain plugins do not support LBFGS: it evaluates the loss several times within one step, so there "
             "is no single gradient to measure. Use a first-order optimizer, or remove the plugins."
         )
+    check_sharded(trainer.optimizers)
 
 
 def warn_of_local_parameters(ranks: Ranks, module: LightningModule) -> None:
