@@ -60,8 +60,8 @@ class MuonAdamW(Optimizer):
             raise UserError(f"{name} needs torch 2.9, got {torch.__version__}: update torch (config key optimizer)")
         require(0 <= momentum < 1, name, "momentum", ">= 0 and < 1", momentum, "optimizer")
         require(1 <= ns_steps < 100, name, "ns_steps", "1 to 99", ns_steps, "optimizer")
-        groups = list(params)
-        self._output = _output_layer(groups)
+        groups = [dict(group) if isinstance(group, dict) else group for group in params]
+        self._output = _output_layer(groups, lr)
         nothing = [torch.nn.Parameter(torch.zeros(1, 1))]  # the parts get their groups from this optimizer
         self._parts = _Parts(
             ShardedMuon(
@@ -125,9 +125,9 @@ class MuonAdamW(Optimizer):
                 yield use_muon, found
 
 
-def _output_layer(groups: Sequence[Any]) -> set[Tensor]:
+def _output_layer(groups: Sequence[Any], lr: float) -> set[Tensor]:
     """The matrices of the output layer, among groups of the kind ``"weight"``."""
-    of_kind: dict[str, list[Tensor]] = {}
+    of_kind: dict[str, list[tuple[float, Tensor]]] = {}
     for group in groups:
         if not isinstance(group, dict) or not ("kind" in group or "use_muon" in group):
             raise UserError(
@@ -136,9 +136,13 @@ def _output_layer(groups: Sequence[Any]) -> set[Tensor]:
                 '. Pass [{"params": hidden_matrices, "kind": "weight"}, {"params": others, "kind": "other"}]'
             )
         given = group["params"]
-        of_kind.setdefault(group.get("kind", ""), []).extend([given] if isinstance(given, Tensor) else given)
-    matrices = [p for p in of_kind.get("weight", ()) if p.ndim == 2]
-    embeddings = {p.shape for p in of_kind.get("embedding", ())}
+        found = group["params"] = [given] if isinstance(given, Tensor) else list(given)
+        of_kind.setdefault(group.get("kind", ""), []).extend((float(group.get("lr", lr)), p) for p in found)
+    matrices = [(rate, p) for rate, p in of_kind.get("weight", ()) if p.ndim == 2]
+    embeddings = {p.shape for _, p in of_kind.get("embedding", ())}
     if embeddings:
-        return {p for p in matrices if p.shape in embeddings}
-    return set() if "output" in of_kind else set(matrices[-1:])
+        return {p for _, p in matrices if p.shape in embeddings}
+    if "output" in of_kind or not matrices:
+        return set()
+    highest = max(rate for rate, _ in matrices)  # layer-wise rates fall from the output to the input
+    return {[p for rate, p in matrices if rate == highest][-1]}

@@ -52,6 +52,9 @@ def test_muon_has_the_hidden_matrices_only() -> None:
     net = Net()
     several = [{"params": [net.hidden.weight, net.output.weight], "kind": "weight"}]
     assert of_muon(MuonAdamW(several)) == {net.hidden.weight}  # no embedding: the last matrix
+    layered: list[dict[str, Any]] = [{"params": [p], "kind": "weight"} for p in (net.output.weight, net.hidden.weight)]
+    layered[1]["lr"] = 1e-4  # layer-wise rates: the group of the output layer is the first
+    assert of_muon(MuonAdamW(layered)) == {net.hidden.weight}
     named = [{"params": [net.hidden.weight], "kind": "output"}, {"params": [net.output.weight], "kind": "weight"}]
     assert of_muon(MuonAdamW(named)) == {net.output.weight}
     chosen = [{"params": [net.hidden.weight, net.output.weight], "use_muon": True}]

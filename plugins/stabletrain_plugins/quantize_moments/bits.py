@@ -60,7 +60,9 @@ class BitsPerGroup:
         name = type(self).__name__
         require(embedding_bits in (8, 32), name, "embedding_bits", "8 or 32", embedding_bits, "optimizer")
         require(min_8bit_size >= 0, name, "min_8bit_size", ">= 0 elements", min_8bit_size, "optimizer")
-        self._embedding_bits = embedding_bits
+        self._embedding_bits: Bits = embedding_bits
+        for group in self.param_groups:
+            self._set_bits(group)
         manager: Any = type(self.mng)
         self.mng = object.__new__(manager)
         self.mng.initialize()
@@ -69,6 +71,8 @@ class BitsPerGroup:
         """Add a group, as `torch.optim.Optimizer.add_param_group` does; its ``optim_bits`` is checked."""
         _check_bits(type(self).__name__, param_group)
         super().add_param_group(param_group)  # type: ignore[misc]
+        if hasattr(self, "_embedding_bits"):  # not within the constructor
+            self._set_bits(self.param_groups[-1])
 
     def check_overrides(self) -> None:
         """Read the process's exceptions for this optimizer's own parameters; called at the first step."""
@@ -100,9 +104,12 @@ class BitsPerGroup:
         config: dict[str, Any] = super().get_config(gindex, pindex, group)  # type: ignore[misc]
         if "optim_bits" in group:
             config["optim_bits"] = group["optim_bits"]
-        elif group.get("kind") == "embedding" and id(group["params"][pindex]) not in self.mng.pid2config:
-            config["optim_bits"] = self._embedding_bits
         return config
+
+    def _set_bits(self, group: dict[str, Any]) -> None:
+        """Write the bits of embeddings into their group, for whoever shows groups, and for checkpoints."""
+        if group.get("kind") == "embedding":
+            group.setdefault("optim_bits", self._embedding_bits)
 
     def _positions(self) -> Iterator[tuple[tuple[int, int], Tensor]]:
         for index, group in enumerate(self.param_groups):
