@@ -16,6 +16,10 @@ _EXTRAS = {
     "mlflow": "mlflow",
     "filelock": "mlflow",
     "bitsandbytes": "bitsandbytes",
+    "pytorch_optimizer": "optim",
+    "schedulefree": "schedulefree",
+    "optimi": "kahan",
+    "torchao": "torchao",
     "matplotlib": "plots",
     "sklearn": "all",
 }

@@ -158,7 +158,7 @@ def _export_table(found: list[Export]) -> str:
     if any(each.is_rule for each in found):
         imports.append("    from stabletrain.runtime.guard.callbacks import RuleCallback")
     lines += ["", "if TYPE_CHECKING:", "    from lightning.pytorch import Callback", ""]
-    lines += sorted(imports, key=lambda line: (line.split()[1], line))
+    lines += sorted(imports, key=lambda line: (line.split()[1], line.lower()))
     for each in found:
         bases = f"RuleCallback, {each.attribute}" if each.is_rule else f"_{each.attribute}"
         lines += ["", f"    class {each.name}({bases}, AcceptedByBoth): ..."]

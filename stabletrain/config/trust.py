@@ -28,6 +28,32 @@ BUILT_IN = frozenset(
     {"stabletrain", "stabletrain_plugins", "torch", "lightning", "torchmetrics", "bitsandbytes", "datetime"}
 )
 
+OPTIMIZERS = frozenset(
+    {
+        "optimi.AdamW",
+        "optimi.Lion",
+        "optimi.StableAdamW",
+        "pytorch_optimizer.AdEMAMix",
+        "pytorch_optimizer.AdaGC",
+        "pytorch_optimizer.Lamb",
+        "pytorch_optimizer.Lion",
+        "pytorch_optimizer.Prodigy",
+        "pytorch_optimizer.SOAP",
+        "pytorch_optimizer.SPAM",
+        "pytorch_optimizer.StableAdamW",
+        "pytorch_optimizer.StableSPAM",
+        "schedulefree.AdamWScheduleFree",
+        "schedulefree.SGDScheduleFree",
+        "torchao.optim.AdamW8bit",
+        "torchao.optim.AdamWFp8",
+    }
+)
+"""Classes of packages that are not trusted as a whole: those that an option of ``optimizer`` builds.
+
+Constructors of these packages take ``**kwargs`` and ignore what they do not know; a config may give them named
+arguments only.
+"""
+
 _COMPILES = "it compiles or loads code"
 _PROCESSES = "it starts processes or servers"
 _INTERNAL = "it is no part of a run"
@@ -129,6 +155,8 @@ def resolve(target: object, bases: Collection[type], trust: Iterable[str] = ()) 
     """
     trust = tuple(trust)
     packages = trusted_packages(trust)
+    if isinstance(target, str) and target in OPTIMIZERS:
+        packages |= {target.split(".")[0]}
     if not isinstance(target, str) or not target or not all(part.isidentifier() for part in target.split(".")):
         raise TargetError(f"expected the dotted name of a class, got {target!r}")
     top = target.split(".")[0]

@@ -23,6 +23,7 @@ from stabletrain.config.kinds import TRAINER_PARTS
 from stabletrain.config.outputs import check_outputs, typed_keys
 from stabletrain.config.problems import Problem, suggestion
 from stabletrain.config.resume import resume_problem
+from stabletrain.config.trust import OPTIMIZERS
 from stabletrain.config.types import mismatch
 from stabletrain.config.values import check_values, unwritable
 from stabletrain.errors import UserError
@@ -150,6 +151,7 @@ def _arguments(
         return
     hints = hints_of(target)
     accepts_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    accepts_any = accepts_any and given.get("_target_") not in OPTIMIZERS
     named = {
         parameter_name: parameter
         for parameter_name, parameter in parameters.items()

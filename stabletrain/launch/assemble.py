@@ -17,6 +17,8 @@ from stabletrain.config.build import build_callback
 from stabletrain.config.construct import instantiate, instantiate_arguments
 from stabletrain.config.kinds import TRAINER_PARTS
 from stabletrain.config.outputs import Outputs
+from stabletrain.config.trust import resolve
+from stabletrain.errors import UserError
 from stabletrain.launch.checkpoint_mismatch import explain_mismatch
 from stabletrain.launch.interrupt import SaveAndStop
 from stabletrain.launch.progress import progress_bar
@@ -28,6 +30,9 @@ from stabletrain.runtime.signal_watch import SignalWatch
 from stabletrain.settings import by_config
 
 T = TypeVar("T")
+
+AVERAGING = "averaging"
+"""The slot of a callback that switches between the weights that are trained and their average."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +232,7 @@ def run_callbacks(
     """
     nodes: dict[str, Any] = {"schedule": config.get("schedule")}
     nodes |= {f"plugins.{slot}": node for slot, node in (config.get("plugins") or {}).items()}
+    nodes |= switching(config)
     changed = changed_options(config.get("guard") or {})
     nodes |= {"guard": changed, "chaos": config.get("chaos")}
     nodes |= {f"callbacks.{name}": node for name, node in (config.get("callbacks") or {}).items()}
@@ -249,6 +255,23 @@ def run_callbacks(
     if arguments.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in built_ones):
         found.append(("trainer.enable_progress_bar", progress_bar()))
     return found
+
+
+def switching(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the callback, as a node by its key, that an optimizer with ``train`` and ``eval`` needs; else nothing.
+
+    Args:
+        config: the content of a run.yaml.
+    """
+    node = config.get("optimizer")
+    if not node or (config.get("plugins") or {}).get(AVERAGING):
+        return {}
+    try:
+        kind = resolve(node["_target_"], [torch.optim.Optimizer])
+    except UserError:  # reported where the optimizer is built
+        return {}
+    needed = all(callable(getattr(kind, name, None)) for name in ("train", "eval"))
+    return {f"plugins.{AVERAGING}": {"_target_": "stabletrain.SwitchScheduleFree"}} if needed else {}
 
 
 def _build_callback(key: str, node: Mapping[str, Any], outputs: Outputs) -> Callback:

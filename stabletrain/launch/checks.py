@@ -12,6 +12,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -138,6 +139,9 @@ def _build(
         if module is not None and trainer is not None:
             attempt("strategy", lambda: _check_strategy(trainer))
             trainer.datamodule = parts.data  # type: ignore[attr-defined]
+            for key, callback in parts.callbacks if optimizer is not None else ():
+                if check := getattr(callback, "check_optimizers", None):
+                    attempt(key, partial(check, trainer, module, [optimizer]))
             members = [callback for _, callback in parts.callbacks if isinstance(callback, GuardMember)]
             if members:
                 attempt("plugins", lambda: check_setup(trainer, module, members))

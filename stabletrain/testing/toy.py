@@ -27,7 +27,7 @@ STEPS = 96
 
 _LOGGERS = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric", "stabletrain")
 
-MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
+MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]
 
 
 class ToyBatches(IterableDataset[tuple[int, float]]):
@@ -74,9 +74,17 @@ class _Toy(nn.Module):
         return loss
 
     def configure_optimizers(self) -> Optimizer:
-        """The optimizer of ``make_optimizer``, or AdamW."""
-        parameters = list(self.parameters())
-        return self._make_optimizer(parameters) if self._make_optimizer else AdamW(parameters, lr=1e-3)
+        """The optimizer of ``make_optimizer``, which gets parameter groups with a ``kind``, or AdamW."""
+        if self._make_optimizer is None:
+            return AdamW(self.parameters(), lr=1e-3)
+        first, norm, _, last = self.net
+        return self._make_optimizer(
+            [
+                {"params": [first.weight, last.weight], "kind": "weight"},
+                {"params": [norm.weight], "kind": "norm"},
+                {"params": [first.bias, norm.bias, last.bias], "kind": "bias"},
+            ]
+        )
 
 
 class ToyModule(_Toy, LightningModule):

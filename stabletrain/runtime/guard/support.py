@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from stabletrain.errors import UserError
 from stabletrain.runtime.guard.hooks import check_hooks
 from stabletrain.runtime.guard.loss_scaling import LossScaling
+from stabletrain.runtime.guard.sharded_optimizers import check_sharded
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.ranks import Ranks
 from stabletrain.runtime.records.event_log import logger
@@ -70,7 +71,8 @@ def check_optimizer(trainer: Trainer) -> None:
     """Raise an error for unsupported optimizers. Several optimizers exist only with manual optimization.
 
     Raises:
-        UserError: for no optimizer, for LBFGS and others that need a closure, and for torchao's CPUOffloadOptimizer.
+        UserError: for no optimizer; for LBFGS and others that need a closure; for torchao's CPUOffloadOptimizer; for
+            sharded parameters with an optimizer that fails on them.
     """
     if not any(group["params"] for each in trainer.optimizers for group in each.param_groups):
         raise UserError(
@@ -96,6 +98,7 @@ def check_optimizer(trainer: Trainer) -> None:
                 "that a rollback restores. Use an optimizer with 8-bit state (torchao's AdamW8bit, bitsandbytes), or "
                 "remove the plugins."
             )
+    check_sharded(trainer.optimizers)
 
 
 def warn_of_local_parameters(ranks: Ranks, module: LightningModule) -> None:

@@ -1,0 +1,1 @@
+"""Train hidden matrices with Muon and all other parameters with AdamW, as one optimizer."""

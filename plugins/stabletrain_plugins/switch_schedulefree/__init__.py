@@ -1,0 +1,1 @@
+"""Validate, test and save the averaged weights of a schedule-free optimizer, and train the others."""
