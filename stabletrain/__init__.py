@@ -40,6 +40,7 @@ _PLUGINS = {
     "Rollback": "stabletrain_plugins.rollback.callback:Rollback",
     "SaveCheckpoints": "stabletrain_plugins.save_checkpoints.callback:SaveCheckpoints",
     "ScheduleLR": "stabletrain_plugins.schedule_lr.schedule:ScheduleLR",
+    "SetPrecision": "stabletrain_plugins.set_precision.precision:SetPrecision",
     "SkipNonFinite": "stabletrain_plugins.skip_nonfinite.rule:SkipNonFiniteRule",
     "SkipOutliers": "stabletrain_plugins.skip_outliers.rule:SkipOutliersRule",
 }
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from stabletrain_plugins.rollback.callback import Rollback as _Rollback
     from stabletrain_plugins.save_checkpoints.callback import SaveCheckpoints as _SaveCheckpoints
     from stabletrain_plugins.schedule_lr.schedule import ScheduleLR as _ScheduleLR
+    from stabletrain_plugins.set_precision.precision import SetPrecision as _SetPrecision
     from stabletrain_plugins.skip_nonfinite.rule import SkipNonFiniteRule
     from stabletrain_plugins.skip_outliers.rule import SkipOutliersRule
 
@@ -90,6 +92,8 @@ if TYPE_CHECKING:
     class SaveCheckpoints(_SaveCheckpoints, AcceptedByBoth): ...
 
     class ScheduleLR(_ScheduleLR, AcceptedByBoth): ...
+
+    class SetPrecision(_SetPrecision, AcceptedByBoth): ...
 
     class SkipNonFinite(RuleCallback, SkipNonFiniteRule, AcceptedByBoth): ...
 

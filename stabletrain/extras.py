@@ -16,6 +16,7 @@ _EXTRAS = {
     "mlflow": "mlflow",
     "filelock": "mlflow",
     "bitsandbytes": "bitsandbytes",
+    "torchao": "torchao",
     "matplotlib": "plots",
     "sklearn": "all",
 }

@@ -12,6 +12,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -142,6 +143,9 @@ def _build(
             if members:
                 attempt("plugins", lambda: check_setup(trainer, module, members))
                 if optimizer is not None:
+                    for key, callback in parts.callbacks:
+                        if hasattr(callback, "check_optimizer"):
+                            attempt(key, partial(callback.check_optimizer, optimizer, module))
                     attempt("guard", lambda: _check_mode(config, trainer, module, optimizer))
     return parts
 
