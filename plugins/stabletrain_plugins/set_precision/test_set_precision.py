@@ -104,7 +104,7 @@ def test_an_entry_that_chooses_nothing_is_an_error(entry: str, text: str) -> Non
 
 
 def test_a_copy_of_the_module_has_a_forward_of_its_own() -> None:
-    """Bug: a model that is averaged or evaluated beside the trained one computes with the weights of the trained one."""
+    """Bug: a model that is averaged or evaluated beside the trained one computes with the trained one's weights."""
 
     class Copies(Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
@@ -187,6 +187,7 @@ def test_bf16_true_needs_an_optimizer_that_keeps_small_updates() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("package", "name", "options", "stalls"),
     [
@@ -218,7 +219,7 @@ def test_optimizers_are_judged_by_what_they_are(package: str, name: str, options
 
 @pytest.mark.parametrize("package", [lightning.pytorch, pytorch_lightning])
 def test_it_works_in_both_packages_and_survives_the_fit(package: Any) -> None:
-    """Bugs: clipping of the other package's Trainer is left out; the loss scale is missing in a checkpoint after fit."""
+    """Bugs: clipping of the other package's Trainer is left out; no loss scale in a checkpoint after the fit."""
     precision = SetPrecision("fp16_mixed", init_scale=256.0)
     with quiet():
         trainer = package.Trainer(
