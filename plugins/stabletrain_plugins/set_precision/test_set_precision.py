@@ -370,3 +370,17 @@ def test_the_memory_saved_is_that_of_outputs_less_copies_of_weights() -> None:
     precision = SetPrecision("bf16_true", allow_stalling=True)
     fit(Half(), ITEMS, precision)
     assert precision.report().of_parameters == 4 * (6 * 16 + 16 + 32 + 16 + 1)
+
+
+def test_checkpoints_are_those_of_lightnings_own_precision(tmp_path: Path) -> None:
+    """Bug: the loss scale starts anew when a script goes over to the plugin, or back."""
+    fit(Net(), ITEMS, SaveAfter(11, tmp_path / "lightning.ckpt"), fp16=True)
+    mine = SetPrecision("fp16_mixed", init_scale=4.0)
+    with pytest.warns(UserWarning, match="holds no state of set_precision"):
+        resumed = fit(Net(), ITEMS, mine, ckpt_path=tmp_path / "lightning.ckpt")
+    scale = torch.load(tmp_path / "lightning.ckpt", weights_only=True)["MixedPrecision"]["scale"]
+    assert scale > 1024.0
+    assert resumed.precision_plugin.scaler.get_scale() == scale
+    fit(Net(), ITEMS, SetPrecision("fp16_mixed", init_scale=8.0), SaveAfter(11, tmp_path / "mine.ckpt"))
+    back = fit(Net(), ITEMS, ckpt_path=tmp_path / "mine.ckpt", fp16=True)
+    assert back.precision_plugin.scaler.get_scale() == 8.0
