@@ -43,7 +43,7 @@ def main(folder: Path) -> None:
     mine = trainer(
         precision, SkipNonFinite(), accelerator="cpu", devices=2, strategy=DDPStrategy(process_group_backend="gloo")
     )
-    run(mine, module, DataLoader(range(12), batch_size=None))
+    run(mine, module, DataLoader(range(24), batch_size=None))
     weights = torch.cat([p.detach().float().flatten() for p in module.parameters()])
     both: list[Any] = [None, None]
     dist.all_gather_object(both, (weights, module.formats, mine.global_step, mine.precision_plugin.state_dict()))
