@@ -49,6 +49,7 @@ _PLUGINS = {
     "SGD8bit": "stabletrain_plugins.quantize_moments.optimizer:SGD8bit",
     "SaveCheckpoints": "stabletrain_plugins.save_checkpoints.callback:SaveCheckpoints",
     "ScheduleLR": "stabletrain_plugins.schedule_lr.schedule:ScheduleLR",
+    "SetPrecision": "stabletrain_plugins.set_precision.precision:SetPrecision",
     "SkipNonFinite": "stabletrain_plugins.skip_nonfinite.rule:SkipNonFiniteRule",
     "SkipOutliers": "stabletrain_plugins.skip_outliers.rule:SkipOutliersRule",
     "SwitchScheduleFree": "stabletrain_plugins.switch_schedulefree.callback:SwitchScheduleFree",
@@ -82,6 +83,7 @@ if TYPE_CHECKING:
     from stabletrain_plugins.rollback.callback import Rollback as _Rollback
     from stabletrain_plugins.save_checkpoints.callback import SaveCheckpoints as _SaveCheckpoints
     from stabletrain_plugins.schedule_lr.schedule import ScheduleLR as _ScheduleLR
+    from stabletrain_plugins.set_precision.precision import SetPrecision as _SetPrecision
     from stabletrain_plugins.skip_nonfinite.rule import SkipNonFiniteRule
     from stabletrain_plugins.skip_outliers.rule import SkipOutliersRule
     from stabletrain_plugins.switch_schedulefree.callback import SwitchScheduleFree as _SwitchScheduleFree
@@ -130,6 +132,8 @@ if TYPE_CHECKING:
     class SaveCheckpoints(_SaveCheckpoints, AcceptedByBoth): ...
 
     class ScheduleLR(_ScheduleLR, AcceptedByBoth): ...
+
+    class SetPrecision(_SetPrecision, AcceptedByBoth): ...
 
     class SkipNonFinite(RuleCallback, SkipNonFiniteRule, AcceptedByBoth): ...
 

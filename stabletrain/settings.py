@@ -18,8 +18,10 @@ _PLUGIN = re.compile(
     rf"(?:=(?P<value>{_VALUE}|<\w+>))?"
 )
 _LISTED = re.compile(r"config keys? (?P<keys>(?:\w+(?:\.\w+)?(?:=[\w.-]+)?(?:, | and )?)+)")
-_OTHER = re.compile(rf"\b(?P<node>guard|schedule|trainer|resume)(?:\.(?P<argument>\w+))?(?:=(?P<value>{_VALUE}))?")
-_CLASSES = {"guard": "Guard", "schedule": "ScheduleLR", "trainer": "Trainer"}
+_OTHER = re.compile(
+    rf"\b(?P<node>guard|schedule|precision|trainer|resume)(?:\.(?P<argument>\w+))?(?:=(?P<value>{_VALUE}))?"
+)
+_CLASSES = {"guard": "Guard", "schedule": "ScheduleLR", "precision": "SetPrecision", "trainer": "Trainer"}
 _VALUES = {"null": "None", "true": "True", "false": "False"}
 
 _process_has_config = False

@@ -21,6 +21,7 @@ PLACES = {
     "data": "lightning.pytorch:LightningDataModule",
     "optimizer": "torch.optim:Optimizer",
     "schedule": "lightning.pytorch:Callback",
+    "precision": "lightning.pytorch:Callback",
     "plugins": "lightning.pytorch:Callback",
     "callbacks": "lightning.pytorch:Callback",
     "chaos": "lightning.pytorch:Callback",
@@ -29,7 +30,8 @@ PLACES = {
 """First word of the key -> the base class of what is built there, imported when it is needed."""
 
 TRAINER_PARTS = ("trainer", "precision", "strategy")
-"""Keys that hold arguments of Lightning's Trainer; its annotations are their hints."""
+"""Keys that hold arguments of Lightning's Trainer; its annotations are their hints. ``precision`` may hold a callback
+instead (`is_callback`)."""
 
 _STANDARD_VALUES = frozenset({"datetime"})
 """Modules of the standard library whose classes are plain values, such as the timeout of a process group."""
@@ -44,6 +46,16 @@ def place_of(key: str) -> str:
     ('callbacks', 'plugins')
     """
     return re.split(r"[./=\[]", key, maxsplit=1)[0]
+
+
+def is_callback(part: str, node: object) -> bool:
+    """Return whether one of `TRAINER_PARTS` is a callback to build, and not arguments of the Trainer.
+
+    Args:
+        part: the key.
+        node: the config there.
+    """
+    return part == "precision" and isinstance(node, Mapping) and "_target_" in node
 
 
 def place_hint(key: str) -> Any:

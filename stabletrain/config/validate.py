@@ -115,12 +115,13 @@ def check_node(node: Mapping[str, Any], key: str, trust: Iterable[str] = ()) -> 
     """Yield the mistakes in a node and in the nodes inside it.
 
     Args:
-        node: a mapping with ``_target_``; for the keys ``trainer``, ``precision`` and ``strategy``, arguments of
-            Lightning's Trainer.
+        node: a mapping with ``_target_``; for the keys ``trainer``, ``strategy`` and, without one, ``precision``,
+            arguments of Lightning's Trainer.
         key: the node's config key, or an option as typed; its first word says what may be built.
         trust: further packages that ``_target_`` may name.
     """
-    if kinds.place_of(key) in TRAINER_PARTS:
+    place = kinds.place_of(key)
+    if place in TRAINER_PARTS and not kinds.is_callback(place, node):
         from lightning.pytorch import Trainer
 
         found, faults = construct.parse_arguments(Trainer, node, key, trust)
@@ -280,7 +281,7 @@ def check_constructors(config: Mapping[str, Any], trust: Iterable[str] = ()) -> 
     """
     plugins = config.get("plugins")
     nodes = {f"plugins.{slot}": node for slot, node in plugins.items()} if isinstance(plugins, Mapping) else {}
-    nodes["schedule"], nodes["chaos"] = config.get("schedule"), config.get("chaos")
+    nodes |= {key: config.get(key) for key in ("schedule", "chaos", "precision")}
     for key, node in nodes.items():
         if not isinstance(node, Mapping) or "_target_" not in node or next(check_node(node, key, trust), None):
             continue
@@ -346,6 +347,13 @@ def _trainer(config: Mapping[str, Any], trust: tuple[str, ...]) -> Iterator[Prob
     for part in TRAINER_PARTS:
         given = config.get(part)
         if not isinstance(given, Mapping):
+            continue
+        if kinds.is_callback(part, given):
+            for argument in {"precision", "plugins"} & seen.keys():
+                yield Problem(
+                    seen[argument], f"{part} sets it too; remove one of them ({part}=none removes the group's)"
+                )
+            yield from check_node(given, part, trust)
             continue
         for argument in given:
             where = f"{part}.{argument}"

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 
 from stabletrain.config.build import build_callback
 from stabletrain.config.construct import instantiate, instantiate_arguments
-from stabletrain.config.kinds import TRAINER_PARTS
+from stabletrain.config.kinds import TRAINER_PARTS, is_callback
 from stabletrain.config.outputs import Outputs
 from stabletrain.config.trust import resolve
 from stabletrain.errors import UserError
@@ -166,6 +166,10 @@ def build_parts(
             default_root_dir=config["run_dir"],
         ),
     )
+    for key, callback in parts.callbacks:
+        prepare = getattr(callback, "prepare_trainer", None)  # of SetPrecision
+        if prepare is not None and parts.trainer is not None and module is not None:
+            attempt(key, partial(prepare, parts.trainer, module))
     return parts
 
 
@@ -219,7 +223,7 @@ def override_optimizer(model: LightningModule, node: Mapping[str, Any]) -> None:
 def run_callbacks(
     config: Mapping[str, Any], arguments: Mapping[str, Any], folder: Path, attempt: Attempt = build_or_raise
 ) -> list[tuple[str, Callback]]:
-    """Return schedule, plugins and further callbacks in the config's order, then checkpointing and progress.
+    """Return precision, schedule, plugins and further callbacks in the config's order, then checkpointing and progress.
 
     Args:
         config: the content of a run.yaml.
@@ -230,7 +234,9 @@ def run_callbacks(
     Returns:
         Pairs of a config key and a callback.
     """
-    nodes: dict[str, Any] = {"schedule": config.get("schedule")}
+    precision = config.get("precision")
+    nodes: dict[str, Any] = {"precision": precision} if is_callback("precision", precision) else {}
+    nodes["schedule"] = config.get("schedule")
     nodes |= {f"plugins.{slot}": node for slot, node in (config.get("plugins") or {}).items()}
     nodes |= switching(config)
     changed = changed_options(config.get("guard") or {})
@@ -294,7 +300,7 @@ def trainer_arguments(config: Mapping[str, Any], attempt: Attempt = build_or_rai
     arguments: dict[str, Any] = {}
     outputs = outputs_of(config)
     for part in TRAINER_PARTS:
-        for name, value in (config.get(part) or {}).items():
+        for name, value in ({} if is_callback(part, config.get(part)) else config.get(part) or {}).items():
             built = attempt(f"{part}.{name}", partial(_build_argument, part, name, value, outputs))
             if built is not None or value is None:  # else it has failed
                 arguments[f"{part}.{name}"] = built

@@ -146,6 +146,9 @@ def _build(
             if members:
                 attempt("plugins", lambda: check_setup(trainer, module, members))
                 if optimizer is not None:
+                    for key, callback in parts.callbacks:
+                        if hasattr(callback, "check_optimizer"):
+                            attempt(key, partial(callback.check_optimizer, optimizer, module))
                     attempt("guard", lambda: _check_mode(config, trainer, module, optimizer))
     return parts
 

@@ -1,5 +1,6 @@
 """What is found before a run is opened, by building it: each mistake with its key, and nothing that is none."""
 
+import importlib.util
 import logging
 import random
 from pathlib import Path
@@ -18,6 +19,8 @@ from stabletrain.runtime.signal_watch import SignalWatch
 
 TINY = str(Path(__file__).parent / "tiny.yaml")
 DDP = "lightning.pytorch.strategies.DDPStrategy"
+MIXED = "lightning.pytorch.plugins.precision.MixedPrecision"
+TORCHAO = importlib.util.find_spec("torchao") is not None
 LSF = "lightning.pytorch.plugins.environments.LSFEnvironment"
 EARLY = "callbacks.{0}._target_=lightning.pytorch.callbacks.EarlyStopping callbacks.{0}.monitor=x"
 
@@ -60,7 +63,17 @@ def found(recipe: str, overrides: str) -> list[tuple[str, str]]:
         ("strategy.strategy=ddp_spawn", "strategy.strategy", "use strategy=ddp"),
         ("strategy.strategy=deepspeed", "strategy.strategy", "pip install -U deepspeed"),
         ("precision.precision=transformer-engine", "precision.precision", "transformer_engine"),
-        ("precision=fp16_mixed_cpu precision.precision=16-mixed", "precision.plugins", "together with precision.prec"),
+        (f"precision.precision=16-mixed precision.plugins={{_target_:{MIXED},precision:bf16-mixed,device:cpu}}",
+         "precision.precision", "together with precision.plugins"),
+        ("precision=fp16_mixed precision.min_scale=-1", "precision.min_scale", "> 0"),
+        ("precision=fp16_mixed precision.emulate=true", "precision.emulate", "no effect with fp16_mixed"),
+        ("precision=bf16_mixed precision.keep_fp32=[net.haed]", "precision.keep_fp32", "'net.haed' is neither"),
+        pytest.param(
+            "precision=fp8", "precision.emulate", "expected a GPU of compute capability 8.9",
+            marks=pytest.mark.skipif(not TORCHAO, reason="torchao is not installed"),
+        ),
+        ("optimizer=sgd precision=bf16_true", "precision.allow_stalling", "SGD: parameters are bfloat16"),
+        ("precision=fp16_mixed guard.mode=device optimizer=adamw", "guard.mode", "GradScaler"),
         ("optimizer=adamw optimizer.lr=nan", "optimizer.lr", "nan"),
         ("optimizer=adamw optimizer.betas=[2,3]", "optimizer", "beta"),
         ("optimizer.fused=true optimizer.foreach=true", "optimizer", "fused"),
@@ -88,7 +101,9 @@ def test_mistakes_in_several_parts_are_found_together() -> None:
 @pytest.mark.parametrize(
     "overrides",
     [
-        "", "optimizer.fused=true", "optimizer=sgd", "precision=bf16_mixed", "precision=fp16_mixed_cpu", "strategy=ddp",
+        "", "optimizer.fused=true", "optimizer=sgd", "precision=bf16_mixed", "precision=fp16_mixed", "strategy=ddp",
+        "precision=fp16_mixed precision.keep_fp32=[BatchNorm2d] precision.fall_back=bf16",
+        "precision=bf16_true precision.allow_stalling=true optimizer=sgd", "precision=tf32", "precision=fp64",
         "launch.processes=2", "launch=torchrun", "plugins/checkpoints=save",
         "trainer.limit_train_batches=1.0", "trainer.val_check_interval=0.5", "schedule=cosine",
         "chaos=nan_grad chaos.at_step=1",

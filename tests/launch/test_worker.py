@@ -106,9 +106,9 @@ def test_the_guards_options_are_a_callback_only_where_they_are_changed(tmp_path:
 
 def test_precision_may_be_a_plugin_object(config: dict[str, Any]) -> None:
     """Bug: only names of precisions are accepted."""
-    from stabletrain.config.discovery import groups
-
-    config["precision"] = yaml.safe_load(groups()["precision"]["fp16_mixed_cpu"].file.read_text())
+    scaler = {"_target_": "torch.amp.GradScaler", "device": "cpu"}
+    mixed = {"_target_": "lightning.pytorch.plugins.precision.MixedPrecision", "precision": "16-mixed", "device": "cpu"}
+    config["precision"] = {"plugins": {**mixed, "scaler": scaler}}  # as the option fp16_mixed_cpu of version 0.1 was
     made = trainer_arguments(config)["precision.plugins"]
     assert type(made).__name__ == "MixedPrecision"
     assert isinstance(made.scaler, torch.amp.GradScaler)

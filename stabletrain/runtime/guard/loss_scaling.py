@@ -67,5 +67,6 @@ class LossScaling:
             self._frozen = None
 
     def metrics(self, counters: Counters) -> dict[str, float]:
-        """``overflows``: steps dropped by the scaler since the start of the run; empty before the first."""
-        return {"overflows": float(counters.overflows)} if counters.overflows else {}
+        """``loss_scale`` with a scaler; ``overflows``: steps that it dropped since the start of the run, if any."""
+        found = {"loss_scale": self.scale} if self.is_active else {}
+        return found | ({"overflows": float(counters.overflows)} if counters.overflows else {})

@@ -17,6 +17,7 @@ METRICS = (
     LEARNING_RATE,
     MetricInfo("stability/clipped_share", "0 to 1", "share of the steps since the last point that were clipped"),
     MetricInfo("stability/skipped", "steps", "dropped by a plugin since the run began"),
+    MetricInfo("stability/loss_scale", "factor", "on the loss of the next step, with an fp16 loss scaler"),
     MetricInfo("stability/overflows", "steps", "dropped by the fp16 loss scaler since the run began; after the first"),
 )
 """The metrics of the guard, which writes them whatever the plugins are."""

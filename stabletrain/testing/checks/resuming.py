@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from stabletrain.errors import UserError
 from stabletrain.testing.checks.equality import difference
-from stabletrain.testing.checks.training import SPIKES, parts, train
+from stabletrain.testing.checks.training import SPIKES, parts, train, trainable
 from stabletrain.testing.failure import wrong
 from stabletrain.testing.subject import Subject, choice
 
@@ -25,7 +25,7 @@ def resumed_equals_uninterrupted(subject: Subject) -> None:
 
     with TemporaryDirectory() as name:
         folder = Path(name)
-        for option in subject.options:
+        for option in trainable(subject):
             files = {cut: folder / f"{option.name}-{cut}.ckpt" for cut in CUTS}
             whole = train(folder, parts(subject, option), faults=SPIKES, save=files)
             for cut, file in files.items():

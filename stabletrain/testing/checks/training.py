@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stabletrain.config.construct import instantiate_arguments
 from stabletrain.config.discovery import Option
+from stabletrain.errors import UserError
 from stabletrain.testing.checks.equality import difference, nonfinite_numbers
 from stabletrain.testing.failure import wrong
 from stabletrain.testing.subject import Subject, choice
@@ -36,7 +38,7 @@ def parts(subject: Subject, option: Option) -> Parts:
     kind = subject.plugin.kind
     if kind == "optimizer":
         return Parts([], subject.build(option), {})
-    if kind in ("precision", "strategy"):
+    if kind in ("precision", "strategy") and "_target_" not in (subject.node(option) or {}):
         from stabletrain.testing.trainer import lightning_package
 
         arguments: Mapping[str, Any] = subject.node(option) or {}
@@ -57,6 +59,20 @@ def train(folder: Path, made: Parts, **arguments: Any) -> Fitted:
 
     arguments.setdefault("callbacks", made.callbacks)
     return fit(folder, make_optimizer=made.make_optimizer, trainer=made.trainer, **arguments)
+
+
+def trainable(subject: Subject) -> list[Option]:
+    """The options; of a precision without those that refuse this machine or the toy's optimizer with a `UserError`."""
+    if subject.plugin.kind != "precision":
+        return list(subject.options)
+    found = []
+    for option in subject.options:
+        with TemporaryDirectory() as folder, suppress(UserError):
+            train(Path(folder), parts(subject, option), steps=1)
+            found.append(option)
+    if not found:
+        wrong("one option at least to train on a CPU with AdamW", "all refuse it")
+    return found
 
 
 def untriggered_changes_no_weights(subject: Subject) -> None:
