@@ -42,6 +42,7 @@ _PLUGINS = {
     "ScheduleLR": "stabletrain_plugins.schedule_lr.schedule:ScheduleLR",
     "SkipNonFinite": "stabletrain_plugins.skip_nonfinite.rule:SkipNonFiniteRule",
     "SkipOutliers": "stabletrain_plugins.skip_outliers.rule:SkipOutliersRule",
+    "SwapOptimizer": "stabletrain_plugins.swap_optimizer.callback:SwapOptimizer",
 }
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from stabletrain_plugins.schedule_lr.schedule import ScheduleLR as _ScheduleLR
     from stabletrain_plugins.skip_nonfinite.rule import SkipNonFiniteRule
     from stabletrain_plugins.skip_outliers.rule import SkipOutliersRule
+    from stabletrain_plugins.swap_optimizer.callback import SwapOptimizer as _SwapOptimizer
 
     class AccumulateMean(_AccumulateMean, AcceptedByBoth): ...
 
@@ -95,6 +97,8 @@ if TYPE_CHECKING:
 
     class SkipOutliers(RuleCallback, SkipOutliersRule, AcceptedByBoth): ...
 
+    class SwapOptimizer(_SwapOptimizer, AcceptedByBoth): ...
+
     _Schedule = Literal[
         "none",
         "constant",
@@ -116,6 +120,7 @@ if TYPE_CHECKING:
     _Outliers = Literal["none", "olmo", "skip"]
     _Spike = Literal["none", "detect", "rollback"]
     _Accumulate = Literal["none", "mean"]
+    _Optimizer = Literal["none", "swap"]
     _Gradients = Literal["none", "monitor"]
     _Checkpoints = Literal["none", "save"]
 
@@ -128,6 +133,7 @@ if TYPE_CHECKING:
         outliers: _Outliers | Callback | None = "skip",
         spike: _Spike | Callback | None = "rollback",
         accumulate: _Accumulate | Callback | None = "none",
+        optimizer: _Optimizer | Callback | None = "none",
         gradients: _Gradients | Callback | None = "monitor",
         checkpoints: _Checkpoints | Callback | None = "none",
     ) -> list[Any]:

@@ -26,6 +26,7 @@ from stabletrain.config.resume import resume_problem
 from stabletrain.config.types import mismatch
 from stabletrain.config.values import check_values, unwritable
 from stabletrain.errors import UserError
+from stabletrain.optim.options import KEY, GroupOptions, group_options
 from stabletrain.runtime.records.run_files import RUN_YAML, RUN_YAML_RECORD
 from stabletrain.settings import by_config
 
@@ -41,6 +42,7 @@ _TOP_LEVEL: dict[str, Any] = {
     "callbacks": dict,
     "plugins": dict,
     "guard": dict | None,
+    "param_groups": dict | None,
     "launch": dict,
     "trainer": dict,
     "precision": dict | None,
@@ -107,7 +109,7 @@ def check_signatures(config: Mapping[str, Any], trust: Iterable[str] = ()) -> li
         trust: further packages that ``_target_`` may name.
     """
     trust = tuple(trust)
-    return [*_nodes(config, trust), *_guard(config), *_trainer(config, trust)]
+    return [*_nodes(config, trust), *_guard(config), *_param_groups(config), *_trainer(config, trust)]
 
 
 def check_node(node: Mapping[str, Any], key: str, trust: Iterable[str] = ()) -> Iterator[Problem]:
@@ -337,6 +339,24 @@ def _guard(config: Mapping[str, Any]) -> Iterator[Problem]:
         except UserError as error:
             problems = [Problem("guard", str(error))]
     yield from problems
+
+
+def _param_groups(config: Mapping[str, Any]) -> Iterator[Problem]:
+    given = config.get(KEY)
+    if not isinstance(given, Mapping):
+        return
+    problems = list(_arguments(GroupOptions, KEY, given, KEY, complete=False))
+    yield from problems
+    if problems:
+        return
+    try:
+        options = group_options(KEY, **given)
+    except UserError as error:
+        key, _, text = str(error).partition(": ")
+        yield Problem(key, text)
+        return
+    if config.get("optimizer") is None and options != GroupOptions():
+        yield Problem(KEY, "it is about the optimizer that optimizer=NAME selects, and none is selected; select one")
 
 
 def _trainer(config: Mapping[str, Any], trust: tuple[str, ...]) -> Iterator[Problem]:
