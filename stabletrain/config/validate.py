@@ -48,6 +48,8 @@ _TOP_LEVEL: dict[str, Any] = {
     "precision": dict | None,
     "strategy": dict | None,
 }
+_OPTIONAL = ("dry_run", KEY)
+"""Composing adds them; run.yaml leaves the first out, and one of an earlier version has no other."""
 _LAUNCH_KEYS: dict[str, Any] = {
     "kind": Literal["local", "torchrun", "slurm"],
     "processes": int,
@@ -232,7 +234,7 @@ def _own_keys(config: Mapping[str, Any]) -> Iterator[Problem]:
             if text:
                 yield Problem(key, text)
     for key in _TOP_LEVEL:
-        if key not in config and key != "dry_run":  # which composing adds, and run.yaml leaves out
+        if key not in config and key not in _OPTIONAL:
             advice = f"do not remove it (~{key}), and start the recipe's defaults list with train"
             yield Problem(key, f"this key is needed, but has no value; {advice}")
     if isinstance(config.get("seed"), int) and not 0 <= config["seed"] < 2**32:

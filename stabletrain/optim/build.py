@@ -28,7 +28,7 @@ class Arguments:
     """
 
     def __init__(self, make: MakeOptimizer) -> None:
-        self._parameters = inspect.signature(make).parameters
+        self._parameters = _parameters(make)
         self._given: Mapping[str, Any] = make.keywords if isinstance(make, functools.partial) else {}
 
     def has(self, name: str) -> bool:
@@ -41,8 +41,23 @@ class Arguments:
 
     def value(self, name: str) -> Any:
         """Its value, or its default; None if it has none, or does not exist."""
+        if name in self._given:
+            return self._given[name]
         parameter = self._parameters.get(name)
         return None if parameter is None or parameter.default is parameter.empty else parameter.default
+
+
+def _parameters(make: MakeOptimizer) -> dict[str, inspect.Parameter]:
+    """The parameters of a class, also those that it passes to its base classes as ``**kwargs``."""
+    kind = make.func if isinstance(make, functools.partial) else make
+    found = dict(inspect.signature(make).parameters)
+    for base in kind.__mro__[1:] if isinstance(kind, type) else ():
+        if base is Optimizer or not any(each.kind is each.VAR_KEYWORD for each in found.values()):
+            break
+        inherited = inspect.signature(base).parameters
+        own = {name: each for name, each in found.items() if each.kind is not each.VAR_KEYWORD}
+        found = {**inherited, **own}
+    return found
 
 
 def build_optimizer(module: nn.Module, make: MakeOptimizer, options: GroupOptions, key: str = KEY) -> Optimizer:

@@ -32,6 +32,7 @@ _NORMS = (
     nn.InstanceNorm3d, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm,
 )  # fmt: skip
 _CONTAINERS = (nn.ParameterList, nn.ParameterDict)
+_NORM_AT_END = re.compile(r"norm(?:alization)?(?:layer)?(?:\d+d?)?$")
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|_forward_module)(?=\.|$)")
 """Parts of names that torch.compile, activation checkpointing and FSDP add."""
 _NOT_DECAYED = ("position", "token", "scale", "gamma", "embed", "temperature", "lambda")
@@ -74,7 +75,7 @@ def named_tensors(module: nn.Module) -> list[NamedTensor]:
 
     1. the owner is an embedding: by its type, or "embedding" is in the name of its class;
     2. "bias" is in the parameter's name, whatever its rank;
-    3. the owner is a norm: by its type, or "norm" is in the name of its class;
+    3. the owner is a norm: by its type, or "norm" is in the name of its class, which then may not have matrices;
     4. the owner is a linear, convolutional, attention or recurrent layer;
     5. other: decays if it has two dimensions or more and no name that says otherwise, such as ``pos_embed``.
 
@@ -154,11 +155,16 @@ def _kind(owner: nn.Module, name: str, parameter: nn.Parameter) -> tuple[Kind, b
         return "embedding", False
     if "bias" in text:
         return "bias", False
-    if isinstance(owner, _NORMS) or ("norm" in of_class and not (is_weight and "weight" in text)):
+    if isinstance(owner, _NORMS) or ("norm" in of_class and not is_weight and _is_of_norm(of_class, parameter)):
         return "norm", False
     if is_weight and "weight" in text:  # not what a subclass adds, such as a scale
         return "weight", True
     return "other", parameter.ndim >= 2 and not _says_otherwise(text)
+
+
+def _is_of_norm(of_class: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter of a class with "norm" in its name is part of a norm, and no matrix of a PreNormAttention."""
+    return bool(_NORM_AT_END.search(of_class)) or sum(size > 1 for size in parameter.shape) <= 1
 
 
 def _says_otherwise(name: str) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from stabletrain.optim.kinds import plain_name
 
@@ -46,7 +46,8 @@ def group_table(module: nn.Module, optimizer: Optimizer) -> str:
                 f"{sum(each.numel() for each in parameters):,}",
                 _number(group.get("weight_decay", 0.0)),
                 _number(group.get("lr")),
-                "/".join(str(bits) for bits in sorted({_bits(optimizer, group, each) for each in parameters})) or "-",
+                "/".join(str(bits) for bits in sorted({_bits(optimizer, group, each) for each in parameters}) if bits)
+                or "-",
                 ", ".join(listed[:_EXAMPLES]) + more,
             )
         )
@@ -76,6 +77,9 @@ def log_table(module: nn.Module, optimizer: Optimizer, note: str = "") -> None:
 
 
 def _bits(optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor) -> int:
+    """Bits of an element of the parameter's state; 0: it has none."""
+    if isinstance(optimizer, SGD) and not group.get("momentum"):
+        return 0
     state = optimizer.state.get(parameter) or {}
     plain = [each for each in state.values() if type(each) in (Tensor, nn.Parameter, DTensor)]
     moments = [each for each in plain if each.shape == parameter.shape]

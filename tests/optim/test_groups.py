@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -179,6 +180,20 @@ def test_building_with_any_optimizer() -> None:
     assert {group["lr"] for group in build_optimizer(gpt(), torch.optim.Rprop, scaled).param_groups} == {
         0.01 * 0.5**i for i in range(5)
     }
+
+
+class PassesOn(torch.optim.AdamW):
+    """An optimizer whose signature does not show its arguments."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, **options)
+
+
+def test_arguments_that_are_passed_on_are_seen() -> None:
+    """Bug: no groups, since the class does not seem to have a weight decay."""
+    for make, decay in ((PassesOn, 0.01), (partial(PassesOn, weight_decay=0.3, lr=0.5), 0.3)):
+        groups = build_optimizer(gpt(), make, GroupOptions()).param_groups
+        assert [(g["kind"], g["weight_decay"]) for g in groups][:2] == [("weight", decay), ("embedding", 0.0)]
 
 
 class AdamW8bit(torch.optim.AdamW):

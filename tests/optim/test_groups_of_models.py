@@ -122,6 +122,11 @@ def test_parameters_that_shape_or_name_would_misjudge() -> None:
     class NormalizedLinear(nn.Linear):
         pass
 
+    class PreNormAttention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.g = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3, 1, 1))
+
     class Root(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -134,6 +139,7 @@ def test_parameters_that_shape_or_name_would_misjudge() -> None:
                 ScaledLinear(),
                 NormalizedLinear(2, 2),
             )
+            self.pre = PreNormAttention()
             self.attention = nn.MultiheadAttention(4, 2, add_bias_kv=True)
             self.parametrized = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
             self.pos_embed = nn.Parameter(torch.ones(1, 3, 4))
@@ -154,6 +160,8 @@ def test_parameters_that_shape_or_name_would_misjudge() -> None:
         "scaled.weight": ("weight", True),
         "normalized.weight": ("weight", True),
         "normalized.bias": ("bias", False),
+        "pre.qkv": ("other", True),
+        "pre.g": ("norm", False),
         "attention.in_proj_weight": ("weight", True),
         "attention.in_proj_bias": ("bias", False),
         "attention.bias_k": ("bias", False),
