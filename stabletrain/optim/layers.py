@@ -74,7 +74,8 @@ def find_layers(module: nn.Module, tensors: Sequence[NamedTensor], path: str | N
 
 
 def _is_list(module: nn.Module) -> bool:
-    return isinstance(module, nn.ModuleList | nn.Sequential) and len(module) >= 2
+    least = 1 if isinstance(module, nn.ModuleList) else 2
+    return isinstance(module, nn.ModuleList | nn.Sequential) and len(module) >= least
 
 
 def _is_uniform(module: nn.Module) -> bool:

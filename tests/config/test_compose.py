@@ -32,6 +32,15 @@ def test_an_option_and_its_arguments() -> None:
     assert composed.config["plugins"]["clip"]["max_norm"] == 0.25
 
 
+def test_what_refers_to_a_group_of_none_is_null() -> None:
+    """Bug: the recipe's own arguments of an optimizer that is not selected are the optimizer of swap_optimizer."""
+    composed = compose("char_gpt", ["optimizer=none", "plugins/optimizer=swap"])
+    assert not composed.problems
+    assert composed.config["plugins"]["optimizer"]["optimizer"] is None
+    composed = compose(TINY, ["plugins/optimizer=swap"])
+    assert composed.config["plugins"]["optimizer"]["optimizer"] is None
+
+
 def test_slots_keep_their_order() -> None:
     # callbacks run in this order, and two runs of one config may not differ in it
     composed = compose(TINY, ["plugins/nonfinite=skip", "plugins/clip=norm"])
