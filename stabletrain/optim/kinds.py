@@ -150,7 +150,8 @@ def _kind(owner: nn.Module, name: str, parameter: nn.Parameter) -> tuple[Kind, b
         parameter: the tensor.
     """
     text, of_class = name.lower(), type(owner).__name__.lower()
-    is_weight = isinstance(owner, _WEIGHTS) or of_class == "conv1d"  # that of transformers is no convolution
+    # transformers has a Conv1D that is no convolution of torch; FSDP2 derives classes of its own from all
+    is_weight = isinstance(owner, _WEIGHTS) or any(each.__name__ == "Conv1D" for each in type(owner).__mro__)
     if isinstance(owner, _EMBEDDINGS) or "embedding" in of_class:
         return "embedding", False
     if "bias" in text:

@@ -122,6 +122,14 @@ def test_parameters_that_shape_or_name_would_misjudge() -> None:
     class NormalizedLinear(nn.Linear):
         pass
 
+    class Conv1D(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3, 3))
+
+    class FSDPConv1D(Conv1D):
+        pass
+
     class PreNormAttention(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -139,7 +147,7 @@ def test_parameters_that_shape_or_name_would_misjudge() -> None:
                 ScaledLinear(),
                 NormalizedLinear(2, 2),
             )
-            self.pre = PreNormAttention()
+            self.pre, self.sharded = PreNormAttention(), FSDPConv1D()
             self.attention = nn.MultiheadAttention(4, 2, add_bias_kv=True)
             self.parametrized = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
             self.pos_embed = nn.Parameter(torch.ones(1, 3, 4))
@@ -162,6 +170,7 @@ def test_parameters_that_shape_or_name_would_misjudge() -> None:
         "normalized.bias": ("bias", False),
         "pre.qkv": ("other", True),
         "pre.g": ("norm", False),
+        "sharded.weight": ("weight", True),
         "attention.in_proj_weight": ("weight", True),
         "attention.in_proj_bias": ("bias", False),
         "attention.bias_k": ("bias", False),
