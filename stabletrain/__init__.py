@@ -52,6 +52,7 @@ _PLUGINS = {
     "SetPrecision": "stabletrain_plugins.set_precision.precision:SetPrecision",
     "SkipNonFinite": "stabletrain_plugins.skip_nonfinite.rule:SkipNonFiniteRule",
     "SkipOutliers": "stabletrain_plugins.skip_outliers.rule:SkipOutliersRule",
+    "SwapOptimizer": "stabletrain_plugins.swap_optimizer.callback:SwapOptimizer",
     "SwitchScheduleFree": "stabletrain_plugins.switch_schedulefree.callback:SwitchScheduleFree",
     "WatchOverfitting": "stabletrain_plugins.watch_overfitting.callback:WatchOverfitting",
 }
@@ -86,6 +87,7 @@ if TYPE_CHECKING:
     from stabletrain_plugins.set_precision.precision import SetPrecision as _SetPrecision
     from stabletrain_plugins.skip_nonfinite.rule import SkipNonFiniteRule
     from stabletrain_plugins.skip_outliers.rule import SkipOutliersRule
+    from stabletrain_plugins.swap_optimizer.callback import SwapOptimizer as _SwapOptimizer
     from stabletrain_plugins.switch_schedulefree.callback import SwitchScheduleFree as _SwitchScheduleFree
     from stabletrain_plugins.watch_overfitting.callback import WatchOverfitting as _WatchOverfitting
 
@@ -139,6 +141,8 @@ if TYPE_CHECKING:
 
     class SkipOutliers(RuleCallback, SkipOutliersRule, AcceptedByBoth): ...
 
+    class SwapOptimizer(_SwapOptimizer, AcceptedByBoth): ...
+
     class SwitchScheduleFree(_SwitchScheduleFree, AcceptedByBoth): ...
 
     class WatchOverfitting(_WatchOverfitting, AcceptedByBoth): ...
@@ -164,6 +168,7 @@ if TYPE_CHECKING:
     _Outliers = Literal["none", "olmo", "skip"]
     _Spike = Literal["none", "detect", "rollback"]
     _Accumulate = Literal["none", "mean"]
+    _Optimizer = Literal["none", "swap"]
     _Noise = Literal["none", "gaussian"]
     _Averaging = Literal["none", "ema", "schedulefree", "swa"]
     _Overfitting = Literal["none", "watch"]
@@ -180,6 +185,7 @@ if TYPE_CHECKING:
         outliers: _Outliers | Callback | None = "skip",
         spike: _Spike | Callback | None = "rollback",
         accumulate: _Accumulate | Callback | None = "none",
+        optimizer: _Optimizer | Callback | None = "none",
         noise: _Noise | Callback | None = "none",
         averaging: _Averaging | Callback | None = "none",
         overfitting: _Overfitting | Callback | None = "none",

@@ -18,6 +18,7 @@ LAYERS = [
     ["core", "extras"],
     ["runtime.internals"],
     ["runtime"],  # the modules directly in it
+    ["optim"],
     ["runtime.records", "runtime.data", "runtime.hidden"],
     ["runtime.guard"],
     ["runtime.snapshots"],
@@ -32,7 +33,7 @@ LAYERS = [
 """Rooms of the package, lowest first; a room imports itself and those in layers below it."""
 
 PURE = {"stabletrain.core", "stabletrain.errors", "stabletrain.settings"}
-ALLOWED_TO_PLUGINS = {*PURE, "stabletrain.extras", "stabletrain.runtime"}
+ALLOWED_TO_PLUGINS = {*PURE, "stabletrain.extras", "stabletrain.runtime", "stabletrain.optim"}
 
 
 def code(folder: Path) -> list[Path]:

@@ -17,9 +17,9 @@ from torch.optim import Optimizer
 
 from fault_suite.injected import BadShard, digest
 from fault_suite.scenarios import BATCH, FAULT_FREE, LENGTH, Condition, Scenario
+from stabletrain.optim.groups import parameter_groups
 from stabletrain.runtime.accumulation import AccumulationWindow
 from stabletrain.workloads import CharGPT
-from stabletrain.workloads.base import decay_groups
 
 EVERY = 5
 """Attempted steps between two measurements of the held-out loss, from the step of the fault."""
@@ -55,7 +55,7 @@ class Trainee(CharGPT):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The contender's optimizer, with the recipe's arguments."""
-        groups = decay_groups(self, self.weight_decay)
+        groups = parameter_groups(self, weight_decay=self.weight_decay)
         return self.make_optimizer(self, groups, {"lr": self.lr, "betas": (0.9, 0.95)})
 
 

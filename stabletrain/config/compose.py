@@ -29,7 +29,7 @@ __all__ = ["BUILT", "Composed", "compose", "expand", "find_recipe"]
 
 
 _DEFAULTS: dict[str, Any] = {
-    **dict.fromkeys(("run_dir", "resume", "guard", "precision", "strategy")),
+    **dict.fromkeys(("run_dir", "resume", "guard", "param_groups", "precision", "strategy")),
     "dry_run": False,
 }
 """Of keys that a recipe without these groups lacks, or that were deleted on the command line."""
@@ -183,17 +183,19 @@ def _finish(
     config = OmegaConf.masked_copy(composed, [key for key in map(str, composed) if key != "hydra"])
     OmegaConf.set_struct(config, False)
     config["recipe"] = name
+    raw = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(raw, dict)
+    for group in (*emptied, *(key for key in BUILT if raw.get(key) == {})):  # before other keys refer to them
+        parent, _, slot = group.partition("/")
+        if slot and isinstance(raw.get(parent), dict):
+            config[parent][slot] = None
+        elif parent in BUILT:
+            config[parent] = None
     try:
         result = resolve_once(config)
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from None
     problems += [Problem(key, "this key has no value; set it") for key in missing_keys(result)]
-    for group in emptied:
-        parent, _, slot = group.partition("/")
-        if slot and isinstance(result.get(parent), dict):
-            result[parent][slot] = None
-        elif parent in BUILT:
-            result[parent] = None
     for key in BUILT:
         result[key] = _none_if_empty(result.get(key))
     for key in ("plugins", "callbacks"):

@@ -18,7 +18,7 @@ LONGEST = 10_000
 DEEPEST = 16
 """Nested brackets in one override; Hydra's parser needs seconds for some dozens."""
 
-NODES = ("plugins", "callbacks", "guard")
+NODES = ("plugins", "callbacks", "guard", "param_groups")
 """Keys besides config groups that hold mappings."""
 
 
@@ -119,7 +119,11 @@ def _node_problem(override: Override, groups: Mapping[str, Mapping[str, Any]]) -
     if key in NODES or (key.startswith("callbacks.") and key.count(".") == 1):
         if (value is None and key != "plugins") or (key == "callbacks" and value == {}):
             return None
-        ways = {"plugins": "use plugins/SLOT=OPTION", "guard": "set its keys: guard.mode=exact"}
+        ways = {
+            "plugins": "use plugins/SLOT=OPTION",
+            "guard": "set its keys: guard.mode=exact",
+            "param_groups": "set its keys: param_groups.decay_embeddings=true",
+        }
         advice = ways.get(key, "add callbacks.NAME._target_=..., or remove it with ~callbacks.NAME")
         return Problem(key, f"expected keys with values, got {value!r:.100}; {advice}")
     return None

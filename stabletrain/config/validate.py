@@ -27,6 +27,7 @@ from stabletrain.config.trust import OPTIMIZERS
 from stabletrain.config.types import mismatch
 from stabletrain.config.values import check_values, unwritable
 from stabletrain.errors import UserError
+from stabletrain.optim.options import KEY, GroupOptions, group_options
 from stabletrain.runtime.records.run_files import RUN_YAML, RUN_YAML_RECORD
 from stabletrain.settings import by_config
 
@@ -42,11 +43,14 @@ _TOP_LEVEL: dict[str, Any] = {
     "callbacks": dict,
     "plugins": dict,
     "guard": dict | None,
+    "param_groups": dict | None,
     "launch": dict,
     "trainer": dict,
     "precision": dict | None,
     "strategy": dict | None,
 }
+_OPTIONAL = ("dry_run", KEY)
+"""Composing adds them; run.yaml leaves the first out, and one of an earlier version has no other."""
 _LAUNCH_KEYS: dict[str, Any] = {
     "kind": Literal["local", "torchrun", "slurm"],
     "processes": int,
@@ -108,7 +112,7 @@ def check_signatures(config: Mapping[str, Any], trust: Iterable[str] = ()) -> li
         trust: further packages that ``_target_`` may name.
     """
     trust = tuple(trust)
-    return [*_nodes(config, trust), *_guard(config), *_trainer(config, trust)]
+    return [*_nodes(config, trust), *_guard(config), *_param_groups(config), *_trainer(config, trust)]
 
 
 def check_node(node: Mapping[str, Any], key: str, trust: Iterable[str] = ()) -> Iterator[Problem]:
@@ -233,7 +237,7 @@ def _own_keys(config: Mapping[str, Any]) -> Iterator[Problem]:
             if text:
                 yield Problem(key, text)
     for key in _TOP_LEVEL:
-        if key not in config and key != "dry_run":  # which composing adds, and run.yaml leaves out
+        if key not in config and key not in _OPTIONAL:
             advice = f"do not remove it (~{key}), and start the recipe's defaults list with train"
             yield Problem(key, f"this key is needed, but has no value; {advice}")
     if isinstance(config.get("seed"), int) and not 0 <= config["seed"] < 2**32:
@@ -340,6 +344,24 @@ def _guard(config: Mapping[str, Any]) -> Iterator[Problem]:
         except UserError as error:
             problems = [Problem("guard", str(error))]
     yield from problems
+
+
+def _param_groups(config: Mapping[str, Any]) -> Iterator[Problem]:
+    given = config.get(KEY)
+    if not isinstance(given, Mapping):
+        return
+    problems = list(_arguments(GroupOptions, KEY, given, KEY, complete=False))
+    yield from problems
+    if problems:
+        return
+    try:
+        options = group_options(KEY, **given)
+    except UserError as error:
+        key, _, text = str(error).partition(": ")
+        yield Problem(key, text)
+        return
+    if config.get("optimizer") is None and options != GroupOptions():
+        yield Problem(KEY, "it is about the optimizer that optimizer=NAME selects, and none is selected; select one")
 
 
 def _trainer(config: Mapping[str, Any], trust: tuple[str, ...]) -> Iterator[Problem]:

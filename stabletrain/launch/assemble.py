@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +21,8 @@ from stabletrain.errors import UserError
 from stabletrain.launch.checkpoint_mismatch import explain_mismatch
 from stabletrain.launch.interrupt import SaveAndStop
 from stabletrain.launch.progress import progress_bar
+from stabletrain.optim.build import build_optimizer, replace_configure_optimizers
+from stabletrain.optim.options import KEY, group_options
 from stabletrain.runtime.checkpoints.lightning_io import check_when_reading
 from stabletrain.runtime.guard.options import Guard, changed_options
 from stabletrain.runtime.internals.trainer import reads_own_checkpoints
@@ -151,7 +152,8 @@ def build_parts(
     parts.model = module = attempt("model", model or (lambda: build_model(config)))
     parts.data = attempt("data", lambda: build_data(config))
     if config.get("optimizer") and module is not None:
-        attempt("optimizer", lambda: override_optimizer(module, config["optimizer"]))
+        groups = config.get("param_groups") or {}
+        attempt("optimizer", lambda: override_optimizer(module, config["optimizer"], groups))
     parts.arguments = trainer_arguments(config, attempt)
     arguments = {key.partition(".")[2]: value for key, value in parts.arguments.items()}
     parts.callbacks = run_callbacks(config, arguments, folder, attempt)
@@ -203,21 +205,18 @@ def build_logger(config: Mapping[str, Any]) -> Any:
     return instantiate(node, key="logger", outputs=outputs_of(config)) if node else False
 
 
-def override_optimizer(model: LightningModule, node: Mapping[str, Any]) -> None:
+def override_optimizer(
+    model: LightningModule, node: Mapping[str, Any], groups: Mapping[str, Any] | None = None
+) -> None:
     """Replace ``configure_optimizers`` of one module instance; its class is unchanged.
 
     Args:
         model: the module.
         node: a ``_partial_`` node of an optimizer class.
+        groups: options of the parameter groups, see `stabletrain.optim.options.GroupOptions`; None: the defaults.
     """
-    make = instantiate(node, key="optimizer")
-
-    def configure_optimizers(module: LightningModule) -> torch.optim.Optimizer:
-        optimizer: torch.optim.Optimizer = make([p for p in module.parameters() if p.requires_grad])
-        return optimizer
-
-    # a bound method, because Lightning checks for overridden hooks by the method's function
-    model.configure_optimizers = types.MethodType(configure_optimizers, model)  # type: ignore[method-assign]
+    make, options = instantiate(node, key="optimizer"), group_options(KEY, **(groups or {}))
+    replace_configure_optimizers(model, lambda module: build_optimizer(module, make, options), options)
 
 
 def run_callbacks(

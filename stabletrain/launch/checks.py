@@ -184,8 +184,8 @@ def problem_of(error: Exception, key: str, node: object = None) -> Problem:
     text = " ".join(str(error).split()) or type(error).__name__
     if not isinstance(error, _ABOUT_VALUES):
         text = f"{type(error).__name__}: {text}"
-    known = (*BUILT, *TRAINER_PARTS, "plugins", "callbacks", "guard", "launch", "resume")
-    begins = re.match(rf"((?:{'|'.join(known)})(?:\.\w+)*): ", text)
+    known = (*BUILT, *TRAINER_PARTS, "plugins", "callbacks", "guard", "param_groups", "launch", "resume")
+    begins = re.match(rf"((?:{'|'.join(known)})(?:\.\w+|\[\d+\])*): ", text)
     if begins:
         return Problem(begins[1], text[begins.end() :])
     names = re.search(r"\(config key ([\w.]+\w)", text)

@@ -4,7 +4,7 @@ from typing import Any, ClassVar
 
 import lightning as L
 from lightning.pytorch import Callback
-from torch import Tensor, nn
+from torch import Tensor
 
 from stabletrain.core.metric_names import MetricInfo, is_own, new_name
 from stabletrain.errors import UserError
@@ -77,21 +77,3 @@ class Workload(L.LightningModule):
             self._loss_sum, self._loss_count = loss, count
         else:
             self._loss_sum, self._loss_count = self._loss_sum + loss, self._loss_count + count
-
-
-def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return two parameter groups: weight decay for tensors of two or more dimensions, none for biases and norms.
-
-    Args:
-        module: the module with the trainable parameters.
-        weight_decay: of the first group, >= 0.
-
-    >>> [(len(g["params"]), g["weight_decay"]) for g in decay_groups(nn.Linear(2, 2), 0.1)]
-    [(1, 0.1), (1, 0.0)]
-    """
-    trained = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from stabletrain.core.metric_names import MetricInfo
 from stabletrain.errors import UserError
+from stabletrain.optim.groups import parameter_groups
 from stabletrain.runtime.records.run_files import SAMPLE
 from stabletrain.workloads.arguments import number, whole
-from stabletrain.workloads.base import Workload, decay_groups
+from stabletrain.workloads.base import Workload
 from stabletrain.workloads.gpt import GPT
 from stabletrain.workloads.metrics import Perplexity, WeightedMean
 from stabletrain.workloads.sampling import continue_tokens
@@ -42,7 +43,7 @@ class CharGPT(Workload):
         tie_embeddings: use the input embedding's weight in the output layer.
         label_smoothing: fraction of the target distributed over all tokens, 0 <= s < 1.
         lr: learning rate of the default AdamW, above 0.
-        weight_decay: of the default AdamW, on matrices only, at least 0.
+        weight_decay: of the default AdamW, not on embeddings, biases and norms; at least 0.
         sample_length: characters sampled at the end of a fit; 0: off.
         sample_temperature: divides the logits; 0: the most likely character.
         sample_prompt: the beginning of the sample, at least one character.
@@ -161,7 +162,7 @@ class CharGPT(Workload):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW with a constant learning rate and betas (0.9, 0.95)."""
-        return torch.optim.AdamW(decay_groups(self, self.weight_decay), lr=self.lr, betas=(0.9, 0.95))
+        return torch.optim.AdamW(parameter_groups(self, weight_decay=self.weight_decay), lr=self.lr, betas=(0.9, 0.95))
 
     def generate(
         self, prompt: Tensor, length: int, temperature: float = 1.0, generator: torch.Generator | None = None

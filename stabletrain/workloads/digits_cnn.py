@@ -6,8 +6,9 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from stabletrain.core.metric_names import MetricInfo
+from stabletrain.optim.groups import parameter_groups
 from stabletrain.workloads.arguments import number, whole
-from stabletrain.workloads.base import Workload, decay_groups
+from stabletrain.workloads.base import Workload
 from stabletrain.workloads.metrics import WeightedMean
 from stabletrain.workloads.mixing import mix
 
@@ -111,7 +112,8 @@ class DigitsCNN(Workload):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """SGD with Nesterov momentum and a constant learning rate."""
-        return torch.optim.SGD(decay_groups(self, self.weight_decay), lr=self.lr, momentum=self.momentum, nesterov=True)
+        groups = parameter_groups(self, weight_decay=self.weight_decay)
+        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=True)
 
 
 def shift_randomly(images: Tensor, max_shift: int) -> Tensor:

@@ -9,7 +9,7 @@ from stabletrain.config.validate import check
 
 SLOTS = [
     *("resume", "clip", "nonfinite", "outliers", "spike", "accumulate"),
-    *("noise", "averaging", "overfitting", "stopping", "gradients", "checkpoints"),
+    *("optimizer", "noise", "averaging", "overfitting", "stopping", "gradients", "checkpoints"),
 ]
 TINY = str(Path(__file__).parents[1] / "launch" / "tiny.yaml")
 
@@ -33,6 +33,15 @@ def test_an_option_and_its_arguments() -> None:
     composed = compose(TINY, ["plugins/clip=norm", "plugins.clip.max_norm=0.25"])
     assert composed.config["plugins"]["clip"]["_target_"] == "stabletrain.ClipNorm"
     assert composed.config["plugins"]["clip"]["max_norm"] == 0.25
+
+
+def test_what_refers_to_a_group_of_none_is_null() -> None:
+    """Bug: the recipe's own arguments of an optimizer that is not selected are the optimizer of swap_optimizer."""
+    composed = compose("char_gpt", ["optimizer=none", "plugins/optimizer=swap"])
+    assert not composed.problems
+    assert composed.config["plugins"]["optimizer"]["optimizer"] is None
+    composed = compose(TINY, ["plugins/optimizer=swap"])
+    assert composed.config["plugins"]["optimizer"]["optimizer"] is None
 
 
 def test_slots_keep_their_order() -> None:

@@ -11,9 +11,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from stabletrain.cli.summary import next_commands
 from stabletrain.config.compose import compose
 from stabletrain.config.trust import TrustError
-from stabletrain.config.validate import check_content
+from stabletrain.config.validate import check_content, check_signatures
 from stabletrain.errors import UserError
 from stabletrain.launch.assemble import build_parts, outputs_of, override_optimizer, run_callbacks, trainer_arguments
+from stabletrain.launch.checks import check_and_build
 from stabletrain.launch.final_status import final_result
 from stabletrain.launch.hand_over import without_paths_outside
 from stabletrain.launch.launcher import FinishedJob, run_config
@@ -56,6 +57,27 @@ def test_the_optimizer_of_any_module_can_be_replaced(config: dict[str, Any]) -> 
     assert isinstance(optimizer, torch.optim.AdamW)
     assert optimizer.param_groups[0]["lr"] == 0.5
     assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(model.layer.weight)]
+
+
+def test_the_selected_optimizer_decays_no_biases(config: dict[str, Any]) -> None:
+    """Bugs: one group that decays everything; options of ``param_groups`` without effect, or that nobody checks."""
+    config["optimizer"] = {"_target_": "torch.optim.AdamW", "_partial_": True, "lr": 0.5, "weight_decay": 0.2}
+    config["param_groups"] = {"overrides": [{"pattern": r"layer\.bias", "lr_scale": 0.5}]}
+    model = build_parts(config, SignalWatch()).model
+    assert model is not None
+    groups = model.configure_optimizers().param_groups  # type: ignore[union-attr]
+    assert [(group["kind"], group["weight_decay"], group["lr"]) for group in groups] == [
+        ("weight", 0.2, 0.5),
+        ("bias", 0.0, 0.25),
+    ]
+    config["param_groups"] = {"overrides": [{"pattern": "head", "decay": False}], "layer_decay": 0}
+    (problem,) = check_signatures(config)
+    assert (problem.key, problem.text) == ("param_groups.layer_decay", "expected a number above 0 and at most 1, got 0")
+    del config["param_groups"]["layer_decay"]
+    assert [each.key for each in check_and_build(config, SignalWatch())[1]] == ["param_groups.overrides[0].pattern"]
+    config["optimizer"] = None
+    (problem,) = check_signatures(config)
+    assert (problem.key, problem.text[-10:]) == ("param_groups", "select one")
 
 
 def test_replacing_the_optimizer_does_not_change_the_class(config: dict[str, Any]) -> None:

@@ -215,7 +215,7 @@ class SetPrecision(GuardMember):
         """
         if self.kind == "bf16_true" and not self.allow_stalling:
             kept = {id(p) for each in kept_modules.find(module, self.keep_fp32) for p in each.module.parameters()}
-            refuse_stalling([optimizer], lambda p: p.is_floating_point() and id(p) not in kept)
+            refuse_stalling([optimizer], module, lambda p: p.is_floating_point() and id(p) not in kept)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the Trainer its precision plugin; also to validate, test and predict."""
@@ -283,7 +283,7 @@ class SetPrecision(GuardMember):
     def on_optimizer_ready(self, trainer: Trainer) -> None:
         """Refuse optimizers that lose small updates of bf16 parameters."""
         if self.kind == "bf16_true" and not self.allow_stalling:
-            refuse_stalling(list(trainer.optimizers))
+            refuse_stalling(list(trainer.optimizers), trainer.lightning_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The checkpoint is loaded: continue a fall-back."""

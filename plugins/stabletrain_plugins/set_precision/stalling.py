@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from stabletrain.errors import UserError
@@ -14,19 +14,22 @@ from stabletrain.runtime.internals.state import state_holders
 from stabletrain.settings import worded
 
 
-def refuse_stalling(optimizers: list[Optimizer], in_bf16: Callable[[Tensor], bool] | None = None) -> None:
+def refuse_stalling(
+    optimizers: list[Optimizer], module: nn.Module, in_bf16: Callable[[Tensor], bool] | None = None
+) -> None:
     """Raise an error if an optimizer rounds its updates of bf16 parameters to nearest.
 
     A bf16 number has 8 bits: from a weight of 1, an update below 1/512 is lost, at every step.
 
     Args:
         optimizers: of a fit.
+        module: that is trained.
         in_bf16: whether a trained parameter is in bfloat16; None: by its dtype.
 
     Raises:
         UserError: with the choice.
     """
-    found = (each for optimizer in optimizers for each in _stalling(optimizer, in_bf16 or _has_bf16))
+    found = (each for optimizer in optimizers for each in _stalling(optimizer, module, in_bf16 or _has_bf16))
     names = sorted({type(each).__name__ for each in found})
     if names:
         raise UserError(
@@ -45,9 +48,9 @@ def _has_bf16(parameter: Tensor) -> bool:
     return parameter.dtype == torch.bfloat16
 
 
-def _stalling(optimizer: Optimizer, in_bf16: Callable[[Tensor], bool]) -> Iterator[Optimizer]:
+def _stalling(optimizer: Optimizer, module: nn.Module, in_bf16: Callable[[Tensor], bool]) -> Iterator[Optimizer]:
     """The optimizer, or those that it is made of, as far as they stall."""
-    holders = state_holders(optimizer)
+    holders = state_holders(optimizer, module)
     if len(holders) > 1 and _package(optimizer) in ("torch", "stabletrain", "stabletrain_plugins"):
         holders = holders[1:]  # those inside make the updates
     for each in holders:

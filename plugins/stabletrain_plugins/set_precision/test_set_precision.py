@@ -209,9 +209,9 @@ def test_optimizers_are_judged_by_what_they_are(package: str, name: str, options
     made = getattr(pytest.importorskip(package), name)(parameters, lr=0.1, **options)
     if stalls:
         with pytest.raises(UserError, match=f"bf16_true with {name}: .* rounds each update"):
-            refuse_stalling([made])
+            refuse_stalling([made], nn.Module())
     else:
-        refuse_stalling([made])
+        refuse_stalling([made], nn.Module())
 
 
 # ---- the Trainer ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""Replace the optimizer of a module, and keep its groups and schedulers."""
