@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import (
     Callback,
     Checkpoint,
     EarlyStopping,
+    ProgressBar,
     RichProgressBar,
     StochasticWeightAveraging,
     Timer,
@@ -30,6 +31,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from stabletrain import ResumeExactly, UserError
+from stabletrain.launch.progress import ProgressLines
 from stabletrain.runtime.internals import results as results_internals
 from stabletrain.testing.checks.equality import differences
 
@@ -359,6 +361,14 @@ def test_the_progress_bar_of_a_resumed_epoch_counts_its_batches(kind, tmp_path):
     bars = {"enable_progress_bar": True, "max_epochs": 1}
     fit(tmp_path, Model, lambda: [kind(refresh_rate=1), Look()], ckpt_path=saved[1][0], **bars)
     assert shown == [(2, 4), (3, 4), (4, 4)]
+
+
+@pytest.mark.parametrize("kind", [ProgressBar, ProgressLines])
+def test_other_progress_bars_are_left_alone(kind, tmp_path):
+    """Bug: a resumed run fails on a progress bar that has no switch, such as that of the command line."""
+    *_, saved = fit(tmp_path, Model, saves=True, max_epochs=1)
+    trainer = fit(tmp_path, Model, lambda: [kind()], ckpt_path=saved[1][0], enable_progress_bar=True, max_epochs=1)[1]
+    assert trainer.global_step == 4
 
 
 @pytest.mark.slow

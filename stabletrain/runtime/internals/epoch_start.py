@@ -29,7 +29,8 @@ def show_progress(trainer: Trainer, within_epoch: bool) -> None:
 
 
 def _is_shown(bar: Any) -> bool:
-    return getattr(bar, "train_progress_bar_id", 0) is not None and bar.is_enabled
+    """Whether it is one of Lightning's bars, and shows anything; ``ProgressBar``, their base class, has no switch."""
+    return getattr(bar, "train_progress_bar_id", 0) is not None and getattr(bar, "is_enabled", False)
 
 
 def restore_weight_averaging(trainer: Trainer) -> None:
