@@ -80,7 +80,8 @@ def _check(name: str, old: Mapping[str, Any], moments: Mapping[str, str], p: Ten
     if missing:
         raise UserError(
             f"{name}: expected a checkpoint with the optimizer state {', '.join(moments)}, got "
-            f"{', '.join(map(str, old))}. Resume with the optimizer of the checkpoint (config key optimizer), or start from scratch (resume)"
+            f"{', '.join(map(str, old))}. Resume with the optimizer of the checkpoint (config key optimizer), or start "
+            "from scratch (config key resume)"
         )
     for each in moments:
         if old[each].shape != p.shape:
