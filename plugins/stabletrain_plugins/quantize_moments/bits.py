@@ -6,13 +6,14 @@ import importlib
 import importlib.util
 import logging
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from stabletrain.errors import UserError, require
 from stabletrain.extras import require as require_package
+from stabletrain_plugins.quantize_moments.conversion import has_own_form, load_converted
 
 Bits: TypeAlias = Literal[8, 32]
 
@@ -46,6 +47,8 @@ class BitsPerGroup:
 
     param_groups: list[dict[str, Any]]
     mng: Any
+    moments: ClassVar[Mapping[str, str]] = {"exp_avg": "state1", "exp_avg_sq": "state2"}
+    """Names of the moments in the state of the 32-bit optimizer of the same algorithm -> in this one's."""
 
     def own_exceptions(self, embedding_bits: Bits, min_8bit_size: int) -> None:
         """Check the arguments, and detach the optimizer from the manager of the process; at the constructor's end.
@@ -73,6 +76,21 @@ class BitsPerGroup:
         super().add_param_group(param_group)  # type: ignore[misc]
         if hasattr(self, "_embedding_bits"):  # not within the constructor
             self._set_bits(self.param_groups[-1])
+
+    def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
+        """Load a state: of this class, or in 32 bits of the same algorithm, which is converted.
+
+        Args:
+            state_dict: from ``state_dict()``.
+            move_to_device: whether its tensors move to the parameters' device.
+
+        Raises:
+            UserError: if it is the state of another algorithm, or of other parameters.
+        """
+        if has_own_form(state_dict):
+            super().load_state_dict(state_dict, move_to_device)  # type: ignore[misc]
+        else:
+            load_converted(self, state_dict, self.moments)
 
     def check_overrides(self) -> None:
         """Read the process's exceptions for this optimizer's own parameters; called at the first step."""
