@@ -28,7 +28,7 @@ def check_free(trainer: Trainer, name: str) -> None:
         UserError: if the Trainer or its strategy has a precision of its own.
     """
     present = trainer.precision_plugin
-    if type(present) in both(Precision) or type(present) is both(Precision)[0]:
+    if type(present) in both(Precision):
         return
     raise UserError(
         worded(

@@ -18,6 +18,7 @@ from stabletrain.core.events import Event
 from stabletrain.core.outcome import Outcome
 from stabletrain.errors import UserError, require
 from stabletrain.runtime.guard.callbacks import GuardMember
+from stabletrain.runtime.guard.metrics import Counters
 from stabletrain.runtime.internals.packages import both
 from stabletrain.settings import worded
 from stabletrain_plugins.set_precision import float8, kept_modules, lightning_precision, report
@@ -62,12 +63,14 @@ class PrecisionReport(NamedTuple):
     """What the precision did to a run.
 
     Args:
-        overflow_share: share of the attempted steps that the loss scaler dropped, since the start of the run.
+        skipped_share: share of the attempted steps that plugins dropped, since the start of the run.
+        overflow_share: share of those that the loss scaler dropped.
         underflow: of sampled gradients, by module.
         of_activations: bytes that the outputs of modules saved in one micro-batch, against fp32; None: not measured.
         of_parameters: bytes that parameters and gradients saved, against fp32.
     """
 
+    skipped_share: float
     overflow_share: float
     underflow: dict[str, Underflow]
     of_activations: int | None
@@ -231,6 +234,13 @@ class SetPrecision(GuardMember):
         device = trainer.strategy.root_device
         if self.kind == "fp8":
             float8.check_device(device, emulate=self.emulate)
+        if self.kind == "fp16_mixed" and lightning_precision.shards(trainer):
+            raise UserError(
+                worded(
+                    "SetPrecision('fp16_mixed'): Lightning has no loss scaling for modules that are sharded in "
+                    "configure_model (FSDP2). Use precision=bf16_mixed (config key precision.kind=bf16_mixed)"
+                )
+            )
         converts = self.kind == "fp8" or (self.kind == "bf16_true" and self.keep_fp32)
         if converts and lightning_precision.shards(trainer):
             raise UserError(
@@ -281,7 +291,15 @@ class SetPrecision(GuardMember):
         return [] if self._kept is None else self._kept.table()
 
     def on_optimizer_ready(self, trainer: Trainer) -> None:
-        """Refuse optimizers that lose small updates of bf16 parameters."""
+        """Refuse optimizers that lose small updates of bf16 parameters, and a fall-back of several optimizers."""
+        if self.fall_back is not None and len(trainer.optimizers) > 1:
+            raise UserError(
+                worded(
+                    f"SetPrecision(fall_back={self.fall_back!r}): the module has {len(trainer.optimizers)} optimizers; "
+                    "when one of them falls back, the gradients of another may be scaled already. Use precision="
+                    "bf16_mixed, or no fall-back (config key precision.fall_back=null)"
+                )
+            )
         if self.kind == "bf16_true" and not self.allow_stalling:
             refuse_stalling(list(trainer.optimizers), trainer.lightning_module)
 
@@ -338,10 +356,10 @@ class SetPrecision(GuardMember):
 
     def report(self) -> PrecisionReport:
         """What the precision did so far in the current or last fit."""
-        counters = None if self._guard is None else self._guard.counters
-        attempted = 0 if counters is None else counters.attempted
+        counters = Counters() if self._guard is None else self._guard.counters
         return PrecisionReport(
-            counters.overflows / attempted if counters is not None and attempted else 0.0,
+            counters.skipped / max(counters.attempted, 1),
+            counters.overflows / max(counters.attempted, 1),
             self._samples.shares(),
             None if self._memory is None else self._memory.of_activations,
             0 if self._memory is None else self._memory.of_parameters,
@@ -350,8 +368,10 @@ class SetPrecision(GuardMember):
     def _lines(self) -> list[str]:
         found = self.report()
         saved = found.of_parameters + (found.of_activations or 0)
-        skipped = "" if self._scale is None else f"{found.overflow_share:.2%} of the steps dropped by the loss scaler, "
-        head = f"precision {self.kind}: {skipped}about {saved / 2**20:.1f} MiB saved in one micro-batch against fp32"
+        scaler = "" if self._scale is None else f"{found.overflow_share:.2%} by the loss scaler, "
+        dropped = f"steps dropped: {found.skipped_share:.2%} by plugins, {scaler}"
+        memory = f"about {saved / 2**20:.1f} MiB saved in one micro-batch against fp32"
+        head = f"precision {self.kind}: {dropped}{memory}"
         return [head, *report.table(found.underflow)]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -8,12 +8,14 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import gan
 import lightning.pytorch
 import pytest
 import pytorch_lightning
 import torch
-from fits import HEALTHY, EventRecorder, Net, SaveAfter, assert_same, batches, everything, fit, loader
+from fits import HEALTHY, EventRecorder, Net, SaveAfter, assert_same, batches, everything, fit, loader, trainer
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
@@ -242,6 +244,22 @@ def test_a_precision_of_the_trainer_is_a_conflict(options: dict[str, Any]) -> No
         fit(Net(), ITEMS, SetPrecision(), **options)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"kind": "fp16_mixed"}, "no loss scaling"),
+        ({"kind": "bf16_true", "keep_fp32": ["net.4"]}, "before it could be converted"),
+    ],
+)
+def test_what_cannot_be_done_with_fsdp2_is_refused(arguments: dict[str, Any], text: str) -> None:
+    """Bug: an error of torch in the first step, about dtypes of a group of shards."""
+    sharded = trainer(strategy=ModelParallelStrategy(), accelerator="cpu")
+    with pytest.raises(UserError, match=text):
+        SetPrecision(**arguments).prepare_trainer(sharded, Net())
+    SetPrecision(keep_fp32=["net.4"]).prepare_trainer(sharded, Net())
+    assert sharded.precision == "bf16-mixed"
+
+
 def test_validation_after_the_fit_computes_in_the_same_formats() -> None:
     """Bug: the wrappers are gone when the same Trainer validates, or stay after that."""
     precision, formats, module = SetPrecision(keep_fp32=["net.4"]), Formats("net.0", "net.4"), Net()
@@ -337,6 +355,15 @@ def test_a_resume_within_a_fall_back_equals_the_uninterrupted_run(tmp_path: Path
         assert found == formats[cut.batch + 1 :]
 
 
+def test_a_module_with_two_optimizers_has_no_fall_back() -> None:
+    """Bug: gradients that were scaled by 65536 are unscaled by 1, since another optimizer has fallen back."""
+    with pytest.raises(UserError, match="the module has 2 optimizers"):
+        fit(gan.Gan(), gan.batches([""] * 4), SetPrecision("fp16_mixed", fall_back="bf16"))
+    precision = SetPrecision("fp16_mixed", init_scale=256.0, keep_fp32=["BatchNorm1d"])
+    done = fit(gan.Gan(), gan.batches([""] * 4), precision)
+    assert done.callback_metrics["stability/loss_scale"] == 256.0
+
+
 # ---- the report -----------------------------------------------------------------------------------------------------
 
 
@@ -356,7 +383,7 @@ def test_the_report_names_layers_whose_gradients_underflow(caplog: pytest.LogCap
     assert shares[0].keys() == {"net.0", "net.1", "net.4"}
     assert min(shares[0].values()) > 0.9
     assert max(shares[1].values()) < 0.7
-    assert "of the steps dropped by the loss scaler" in caplog.text
+    assert "steps dropped: 0.00% by plugins, 0.00% by the loss scaler, about 0.0 MiB" in caplog.text
     assert "net.0  underflow" in caplog.text
 
 
