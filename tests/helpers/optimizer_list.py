@@ -132,7 +132,7 @@ _BNB = (
 )
 _PO = (
     *("Lion", "Lamb", "StableAdamW", "SPAM", "StableSPAM", "AdaGC", "SOAP", "ScheduleFreeAdamW", "ScheduleFreeSGD"),
-    *("Prodigy", "AdEMAMix", "MARS", "ADOPT", "CAME", "APOLLO", "GaLore", "NorMuon", "FlashAdamW", "Kron", "Fira"),
+    *("Prodigy", "AdEMAMix", "MARS", "ADOPT", "CAME", "APOLLO", "GaLore", "FlashAdamW", "Kron", "Fira"),
     *("RACS", "Alice", "Shampoo", "Adan"),
 )
 OPTIMIZERS: dict[str, Make] = {
@@ -157,7 +157,7 @@ OPTIMIZERS: dict[str, Make] = {
     "po.SPAM-often": of("po.SPAM", update_proj_gap=5, warmup_epoch=3, density=0.5),
     "po.StableSPAM-often": of("po.StableSPAM", update_proj_gap=5, t_max=15),
     "po.Ranger21": of("po.Ranger21", num_iterations=40),
-    **{f"po.{name}": _muon(name) for name in ("Muon", "AdaMuon")},
+    **{f"po.{name}": _muon(name) for name in ("Muon", "AdaMuon", "NorMuon")},
     "po.AdamMini": _adam_mini,
     "po.Lookahead": _lookahead,
     **{f"sf.{name}": of(f"sf.{name}", 1e-2) for name in ("AdamWScheduleFree", "SGDScheduleFree", "RAdamScheduleFree")},

@@ -97,6 +97,8 @@ class _Decoder:
         tag, value = _tagged(tree)
         if tag in ("T", "N", "W"):
             return self._tensor(tag, value, depth)
+        if tag == "P":
+            return self._permuted(value, depth)
         if tag in ("d", "o"):
             return self._dict(tag, value, tree.get("m"), depth)
         if tag == "a":
@@ -122,6 +124,15 @@ class _Decoder:
             )
         tensor = self._tensors[value]
         return _built(tag, Tensor.numpy, tensor) if tag == "N" else tensor
+
+    def _permuted(self, value: Any, depth: int) -> Tensor:
+        """A tensor whose dimensions are in another order in memory."""
+        if not isinstance(value, list) or len(value) != 2 or not isinstance(value[1], list):
+            _damaged("a tensor with an order of dimensions", value)
+        tensor, order = self._tensor("T", value[0], depth), value[1]
+        if not all(type(each) is int for each in order) or sorted(order) != list(range(tensor.dim())):
+            _damaged("the order of a tensor's dimensions", order)
+        return tensor.permute([order.index(each) for each in range(len(order))])  # type: ignore[no-any-return]
 
     def _dict(self, tag: str, value: Any, metadata: Any, depth: int) -> dict[Any, Any]:
         found: dict[Any, Any] = {} if tag == "d" else OrderedDict()

@@ -9,6 +9,7 @@ tuples, sets and non-finite numbers are restored with their types:
 | dict, ordered dict | `{"d": [[key, value], ...]}`, `{"o": ...}`; `"m"`: the versions in a module's state |
 | tuple, set, frozenset, deque | `{"t": [...]}`, `{"s": [...]}`, `{"fs": [...]}`, `{"q": [[...], maxlen]}` |
 | tensor, numpy array | `{"T": index}`, `{"N": index}` |
+| tensor whose dimensions are in another order in memory | `{"P": [index, order]}` |
 | wrapper-subclass tensor | `{"W": {"class": ..., "inner": [[name, tensor], ...], "context", "size", "stride"}}` |
 | inf and nan, complex, bytes | `{"f": "nan"}`, `{"c": [re, im]}`, `{"b": base64}` |
 | torch dtype, device, size | `{"dtype": "bfloat16"}`, `{"device": "cpu"}`, `{"size": [...]}` |
@@ -225,6 +226,9 @@ class _Encoder:
             problem = f"Tensor of layout {node.layout} on {node.device}"
         if problem is not None:
             raise CheckpointError(f"checkpoint: {path} is a {problem}; only plain dense tensors can be stored")
+        order = _memory_order(tensor)
+        if order is not None:  # the bits of a product depend on it: SOAP's projections are transposed, for example
+            return {"P": [self._add(tensor.permute(order), path), order]}
         return {"T": self._add(tensor, path)}
 
     def _wrapper(self, node: TensorNode, layout: WrapperLayout, path: str) -> dict[str, Any]:
@@ -270,6 +274,14 @@ class _Encoder:
 
 
 _OMITTED = object()
+
+
+def _memory_order(tensor: Tensor) -> list[int] | None:
+    """The dimensions in the order of the memory, if it is another one and there are no gaps in it; else None."""
+    if tensor.is_contiguous():
+        return None
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    return order if tensor.permute(order).is_contiguous() else None
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:
