@@ -129,6 +129,9 @@ def _kept(group: Mapping[str, Any], old: Optimizer, arguments: Arguments) -> dic
             continue
         if name not in old.defaults or (arguments.has(name) and not _same(value, old.defaults[name])):
             found[name] = value
+    if "max_momentum" in group and "betas" in found and _same(group["betas"][1:], old.defaults["betas"][1:]):
+        # a scheduler that cycles momentum has written the first beta, the others are the new optimizer's
+        found["betas"] = (group["betas"][0], *(arguments.value("betas") or group["betas"])[1:])
     return found
 
 

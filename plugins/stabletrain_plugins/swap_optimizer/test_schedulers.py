@@ -119,6 +119,12 @@ def test_a_given_rate_is_kept_to_the_last_bit() -> None:
         assert {group["lr"] for group in output.param_groups} == {given}
 
 
+def test_cycled_momentum_leaves_the_other_betas_alone() -> None:
+    """Bug: a scheduler that writes the first beta brings the old optimizer's second one with it."""
+    optimizer, _ = swapped(Two(), SCHEDULERS["OneCycleLR"], partial(AdamW, betas=(0.9, 0.95)))
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.95, 0.95)}
+
+
 class OwnScheduler(lrs.LRScheduler):
     """One that keeps a value for each group under a name of its own."""
 
