@@ -31,6 +31,8 @@ class AccumulationWindow:
         self._losses: list[Tensor] = []
         self.held = 0
         """Number of micro-batches of the window in progress that had a backward pass; on all ranks the same."""
+        self.weights: list[float] = []
+        """The weights of the micro-batches with a loss, where they have their own; see `StepGuard`."""
         self.is_started = False
         """Whether the buffers were copied for the window in progress."""
         self.lacks_loss = False
@@ -97,4 +99,4 @@ class AccumulationWindow:
 
     def clear(self) -> None:
         """Forget the window in progress."""
-        self._losses, self.held, self.lacks_loss, self.is_started = [], 0, False, False
+        self._losses, self.held, self.lacks_loss, self.is_started, self.weights = [], 0, False, False, []

@@ -53,14 +53,46 @@ class Ranks:
             if not losses:
                 return None, list(flags)
             return losses[0] if len(losses) == 1 else torch.stack(losses).mean(), list(flags)
+        total, count, *numbers = self._sums(losses, len(losses), *flags)
+        if not losses and not count:  # only a rank without a loss has to read the device
+            return None, list(numbers)
+        return total / count, list(numbers)
+
+    def weighted_mean_loss(
+        self, losses: list[Tensor], weight: float, *flags: bool
+    ) -> tuple[Tensor | None, float | Tensor, list[Tensor | bool]]:
+        """As `mean_loss`, of losses that are multiplied by weights already. A collective.
+
+        Args:
+            losses: 0-d tensors, one for each micro-batch of this rank, each multiplied by its weight; may be empty.
+            weight: the sum of this rank's weights, >= 0.
+            flags: of this rank.
+
+        Returns:
+            The mean, NaN if all weights are 0. The sum of the weights of all ranks, of one process as it is. The flags.
+        """
+        if self.size == 1:
+            return torch.stack(losses).sum() / weight if losses else None, weight, list(flags)
+        total, count, weights, *numbers = self._sums(losses, len(losses), weight, *flags)
+        if not losses and not count:
+            return None, weights, list(numbers)
+        return total / weights, weights, list(numbers)
+
+    def _sums(self, losses: list[Tensor], *numbers: float) -> list[Tensor]:
+        """The sum of the losses and each number, added over all ranks in one all-reduce."""
         device = losses[0].device if losses else self._strategy.root_device
         total = torch.stack(losses).sum(dtype=torch.float32) if losses else torch.zeros((), device=device)
-        numbers = (torch.full((), float(each), device=device) for each in (len(losses), *flags))
-        packed = torch.stack([total, *numbers])
+        packed = torch.stack([total, *(torch.full((), float(each), device=device) for each in numbers)])
         dist.all_reduce(packed)
-        if not losses and not packed[1]:  # only a rank without a loss has to read the device
-            return None, list(packed[2:])
-        return packed[0] / packed[1], list(packed[2:])
+        return list(packed)
+
+    def sum(self, *numbers: float) -> list[float]:
+        """Numbers, each added over all ranks. A collective."""
+        if self.size == 1:
+            return list(numbers)
+        packed = torch.tensor(numbers, device=self._strategy.root_device)
+        dist.all_reduce(packed)
+        return [float(each) for each in packed]
 
     def any(self, flag: bool) -> bool:
         """Whether a flag is set on any rank. A collective."""
