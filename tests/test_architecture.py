@@ -20,7 +20,7 @@ LAYERS = [
     ["runtime"],  # the modules directly in it
     ["runtime.records", "runtime.data", "runtime.hidden"],
     ["runtime.guard"],
-    ["runtime.snapshots"],
+    ["runtime.snapshots", "runtime.windows"],
     ["runtime.checkpoints"],
     ["tracking", "config"],
     ["workloads", "chaos"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
@@ -18,6 +18,10 @@ T = TypeVar("T")
 
 Placement: TypeAlias = Literal["sharded", "replicated", "local"]
 """Distribution of a parameter over the ranks: in parts, as equal copies, or as copies that may differ."""
+
+
+_BUCKET = 25 << 20
+"""Bytes of gradients that are averaged together, as in DistributedDataParallel."""
 
 
 class Ranks:
@@ -98,6 +102,39 @@ class Ranks:
         """Whether a flag is set on any rank. A collective."""
         return bool(self._strategy.reduce_boolean_decision(flag, all=False)) if self.size > 1 else flag
 
+    def sum_tensor(self, numbers: Tensor) -> Tensor:
+        """A tensor, added over all ranks, without a read by the host. A collective."""
+        if self.size > 1:
+            dist.all_reduce(numbers)
+        return numbers
+
+    def max(self, number: int) -> int:
+        """The largest number on any rank. A collective."""
+        if self.size == 1:
+            return number
+        largest = torch.tensor(number, device=self._strategy.root_device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return int(largest)
+
+    def average_(self, parameters: Iterable[Tensor]) -> None:
+        """Average the gradients over all ranks, in place, as DistributedDataParallel would have. A collective.
+
+        A gradient that some ranks lack counts as zeros there; one that all lack stays None.
+        """
+        trained = [p for p in parameters if p.requires_grad]
+        present = torch.tensor([float(p.grad is not None) for p in trained], device=self._strategy.root_device)
+        dist.all_reduce(present)
+        wanted = [p for p, number in zip(trained, present.tolist(), strict=True) if number]
+        for p in wanted:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            p.grad.div_(self.size)
+        for part in _buckets([p.grad for p in wanted if p.grad is not None]):
+            flat = torch.cat([each.reshape(-1) for each in part])
+            dist.all_reduce(flat)
+            for each, values in zip(part, flat.split_with_sizes([each.numel() for each in part]), strict=True):
+                each.copy_(values.view_as(each))
+
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, of any type that can be pickled, by rank. A collective."""
         if self.size == 1:
@@ -128,3 +165,16 @@ class Ranks:
     def _averages_sharded_modules_only(self) -> bool:
         strategy = self._strategy
         return isinstance(strategy, both(ModelParallelStrategy)) and strategy.device_mesh["data_parallel"].size() > 1
+
+
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Groups of tensors of one type, each of about 25 MiB."""
+    part: list[Tensor] = []
+    for each in tensors:
+        size = sum(t.numel() * t.element_size() for t in part)
+        if part and (size >= _BUCKET or each.dtype != part[0].dtype or each.device != part[0].device):
+            yield part
+            part = []
+        part.append(each)
+    if part:
+        yield part

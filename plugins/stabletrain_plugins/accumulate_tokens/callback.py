@@ -9,11 +9,11 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from stabletrain.errors import UserError, require
-from stabletrain.runtime.batches import BatchCount, Count
 from stabletrain.runtime.guard.callbacks import GuardMember
 from stabletrain.runtime.guard.missing_loss import NoBatch
 from stabletrain.runtime.guard.support import refuse_manual
-from stabletrain.runtime.zero_gradients import ZeroGradients
+from stabletrain.runtime.windows.batches import BatchCount, Count
+from stabletrain.runtime.windows.zero_gradients import ZeroGradients
 from stabletrain.settings import worded
 
 _NOTHING_COUNTED = 100

@@ -120,6 +120,7 @@ class StepGuard:
         self.window = AccumulationWindow(trainer)
         weighs = weigh_windows and module.automatic_optimization  # by hand, the module divides the losses
         self._short_windows = ShortWindows(trainer.is_global_zero) if weighs else None
+        self._weights: list[float] = []
         self._weigh_loss = weigh_loss if module.automatic_optimization else None
         self._batch_has_loss = False
         self._manual: ManualSteps | None = None
@@ -412,6 +413,16 @@ class StepGuard:
         """Attempted steps, including one whose outcome is pending."""
         return self.counters.attempted + (self._pending is not None)
 
+    @property
+    def loss_scale(self) -> float:
+        """The factor of the loss scaler on the loss at this step; 1 without one."""
+        return self._scaling.scale
+
+    @property
+    def weights_of_window(self) -> list[float]:
+        """The weights of the micro-batches of the window in progress, or just decided; empty if all weigh the same."""
+        return self.window.weights or self._weights
+
     def rewarm(self, request: Request) -> None:
         """Let the learning rate climb again from the next step on, over ``request.steps`` applied steps."""
         self.settle()  # a step in flight may have been dropped
@@ -498,6 +509,7 @@ class StepGuard:
         """
         flags: list[Any] = [bool(self.changes.announced), self.window.lacks_loss]
         weights, factor = self.window.weights, self.window.size / self._scaling.scale
+        self._weights = weights
         if self._weigh_loss is None:
             loss, flags = self.ranks.mean_loss(self.window.take(), *flags)
             return loss if loss is None or factor == 1.0 else loss * factor, None, flags

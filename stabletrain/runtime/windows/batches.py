@@ -44,13 +44,15 @@ class BatchCount:
         if callable(self._count):
             return self._whole(self._count(batch))
         if self._count is None:
+            if not any(each.ndim for each in tensors_of(batch)) and _is_plain(batch):
+                return 1  # one row of plain numbers
             first = self._first(batch)
             if tells and not self._told:
                 self._told = True
                 shape = tuple(first.shape)
                 logger.warning(
-                    "%s is not given: what counts is the first dimension of the first tensor (%d of shape %s). Of a loss "
-                    "that is a mean over tokens give the name of the labels, or a function of the batch",
+                    "%s is not given: what counts is the first dimension of the first tensor (%d of shape %s). Of a "
+                    "loss that is a mean over tokens give the name of the labels, or a function of the batch",
                     *(self._setting, len(first), shape),
                 )
             return len(first)
@@ -115,6 +117,15 @@ def tensors_of(batch: Any) -> Iterator[Tensor]:
 
 def _has_keys(batch: Any) -> bool:
     return isinstance(batch, Mapping) or (hasattr(batch, "keys") and hasattr(batch, "__getitem__"))
+
+
+def _is_plain(batch: Any) -> bool:
+    """Whether a batch is made of numbers and texts."""
+    if _has_keys(batch):
+        return all(_is_plain(batch[key]) for key in batch.keys())  # noqa: SIM118
+    if isinstance(batch, list | tuple):
+        return all(map(_is_plain, batch))
+    return batch is None or isinstance(batch, int | float | str | Tensor)
 
 
 def _described(batch: Any) -> str:
