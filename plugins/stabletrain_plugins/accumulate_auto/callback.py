@@ -237,8 +237,8 @@ class AccumulateAuto(GuardMember):
     def _refuse_batch_norm(self) -> None:
         if found := self._batch_norm():
             raise UserError(
-                f"{type(self).__name__}: {found}, so a batch in pieces has another gradient. Use LayerNorm or GroupNorm, "
-                "or smaller batches (plugins/accumulate=none)"
+                f"{type(self).__name__}: {found}, so a batch in pieces has another gradient. Use LayerNorm or "
+                "GroupNorm, or smaller batches (plugins/accumulate=none)"
             )
 
     def _check_loss(self, part: MicroBatch, pieces: list[tuple[Any, int]]) -> None:

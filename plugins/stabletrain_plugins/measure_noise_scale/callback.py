@@ -49,6 +49,9 @@ class MeasureNoiseScale(GuardMember):
     plugin: ClassVar[str] = "measure_noise_scale"
     slot: ClassVar[str] = "noise_scale"
 
+    _squares: list[Tensor]
+    _seen: list[tuple[Tensor, int, float]]
+
     def __init__(
         self, every: int = 1, decay: float = 0.999, count: Count = None, ignore_index: int | None = -100
     ) -> None:
@@ -73,7 +76,7 @@ class MeasureNoiseScale(GuardMember):
     def reset(self) -> None:
         """Forget all measurements."""
         self.averages = Averages()
-        self._pending: tuple[Tensor, Tensor, float] | None = None
+        self._pending: tuple[Tensor, Tensor] | None = None
         self._start_window()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -82,8 +85,8 @@ class MeasureNoiseScale(GuardMember):
             refuse_manual(type(self).__name__, pl_module)
             if not isinstance(trainer.strategy, (*both(DDPStrategy), *both(SingleDeviceStrategy))):
                 raise UserError(
-                    f"{type(self).__name__}: {type(trainer.strategy).__name__} adds up the gradients of the ranks before "
-                    "those of a single rank can be read. Use strategy=ddp, or plugins/noise_scale=none"
+                    f"{type(self).__name__}: {type(trainer.strategy).__name__} adds up the gradients of the ranks "
+                    "before those of a single rank can be read. Use strategy=ddp, or plugins/noise_scale=none"
                 )
             setting = worded(f"{self.plugin}: plugins.{self.slot}.count", self.slot, type(self).__name__)
             self._counts = BatchCount(self.count, self.ignore_index, setting)
@@ -97,8 +100,8 @@ class MeasureNoiseScale(GuardMember):
         assert self._guard is not None, "the guard is created in setup"
         if trainer.world_size == 1 and self._guard.window.largest == 1:
             raise UserError(
-                f"{type(self).__name__}: the noise scale compares gradients of micro-batches with that of the step, and "
-                "here a step is one micro-batch on one rank. Accumulate over two or more (config key "
+                f"{type(self).__name__}: the noise scale compares gradients of micro-batches with that of the step, "
+                "and here a step is one micro-batch on one rank. Accumulate over two or more (config key "
                 "trainer.accumulate_grad_batches), or use plugins/noise_scale=none"
             )
 
@@ -113,7 +116,7 @@ class MeasureNoiseScale(GuardMember):
             return
         self._here = 0 if isinstance(batch, NoBatch) else self._counts(batch, tells=trainer.is_global_zero)
         self._passes = 0
-        self._squares: list[Tensor] = []
+        self._squares = []
         self._handles = [p.register_hook(self._see) for p in pl_module.parameters() if p.requires_grad]  # type: ignore[no-untyped-call]
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -132,8 +135,8 @@ class MeasureNoiseScale(GuardMember):
         """The step's gradient is complete: add up over the ranks, and keep the result until its outcome is known."""
         self._end_micro_batch()
         assert self._guard is not None, "the guard is created in setup"
-        seen, self._seen = self._seen, []
-        spoilt, self._spoilt = self._spoilt, False
+        seen, spoilt = self._seen, self._spoilt
+        self._start_window()
         if self._guard.decided % self.every:
             return
         device, size = parameters[0].device, float(self._guard.window.size)
@@ -145,7 +148,7 @@ class MeasureNoiseScale(GuardMember):
             rows.append(torch.cat([mean.view(1), torch.tensor([*numbers, 0.0], device=device)]))
         rows.append(torch.tensor([0.0] * 5 + [float(spoilt)], device=device))
         total = self._guard.ranks.sum_tensor(torch.stack(rows).sum(0))
-        self._pending = (total, gradients.global_norm(gradients.of(parameters)), 0.0)
+        self._pending = (total, gradients.global_norm(gradients.of(parameters)))
 
     def on_outcome(self, outcome: Outcome) -> None:
         """An applied step becomes part of the averages; a dropped one is a step never seen."""
@@ -194,8 +197,9 @@ class MeasureNoiseScale(GuardMember):
         return {**own, "_handles": [], "_pending": None, "_seen": [], "_squares": []}
 
     def _start_window(self) -> None:
-        self._seen: list[tuple[Tensor, int, float]] = []
-        self._squares, self._here, self._passes, self._spoilt = [], 0, 0, False
+        self._seen = []
+        self._squares = []
+        self._here, self._passes, self._spoilt = 0, 0, False
 
     def _see(self, gradient: Tensor) -> None:
         """The gradient of one micro-batch; the sum over the window is in ``grad``."""
