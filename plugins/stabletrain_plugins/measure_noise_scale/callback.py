@@ -48,6 +48,7 @@ class MeasureNoiseScale(GuardMember):
 
     plugin: ClassVar[str] = "measure_noise_scale"
     slot: ClassVar[str] = "noise_scale"
+    least_micro_batches: ClassVar[int] = 2
 
     _squares: list[Tensor]
     _seen: list[tuple[Tensor, int, float]]
