@@ -32,6 +32,7 @@ _PLUGINS = {
     "AccumulateMean": "stabletrain_plugins.accumulate_mean.callback:AccumulateMean",
     "AccumulateScheduled": "stabletrain_plugins.accumulate_scheduled.callback:AccumulateScheduled",
     "AccumulateTokens": "stabletrain_plugins.accumulate_tokens.callback:AccumulateTokens",
+    "CheckpointActivations": "stabletrain_plugins.checkpoint_activations.callback:CheckpointActivations",
     "ClipNorm": "stabletrain_plugins.clip_norm.rule:ClipNormRule",
     "ClipPercentile": "stabletrain_plugins.clip_percentile.rule:ClipPercentileRule",
     "ClipTensorwise": "stabletrain_plugins.clip_tensorwise.transform:ClipTensorwise",
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from stabletrain_plugins.accumulate_mean.callback import AccumulateMean as _AccumulateMean
     from stabletrain_plugins.accumulate_scheduled.callback import AccumulateScheduled as _AccumulateScheduled
     from stabletrain_plugins.accumulate_tokens.callback import AccumulateTokens as _AccumulateTokens
+    from stabletrain_plugins.checkpoint_activations.callback import CheckpointActivations as _CheckpointActivations
     from stabletrain_plugins.clip_norm.rule import ClipNormRule
     from stabletrain_plugins.clip_percentile.rule import ClipPercentileRule
     from stabletrain_plugins.clip_tensorwise.transform import ClipTensorwise as _ClipTensorwise
@@ -84,6 +86,8 @@ if TYPE_CHECKING:
     class AccumulateScheduled(_AccumulateScheduled, AcceptedByBoth): ...
 
     class AccumulateTokens(_AccumulateTokens, AcceptedByBoth): ...
+
+    class CheckpointActivations(_CheckpointActivations, AcceptedByBoth): ...
 
     class ClipNorm(RuleCallback, ClipNormRule, AcceptedByBoth): ...
 

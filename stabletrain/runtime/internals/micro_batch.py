@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loops.utilities import _block_parallel_sync_behavior
 from torch import Tensor
 
 from stabletrain.runtime.internals.loader import override
@@ -68,7 +67,8 @@ class MicroBatch:
 
     def without_collectives(self) -> contextlib.AbstractContextManager[None]:
         """Within it DistributedDataParallel does not average gradients."""
-        return _block_parallel_sync_behavior(self._trainer.strategy, block=True)
+        block: Any = getattr(self._trainer.strategy, "block_backward_sync", contextlib.nullcontext)
+        return block()  # type: ignore[no-any-return]
 
 
 def around_micro_batches(trainer: Trainer, run: Callable[[MicroBatch], Any]) -> Callable[[], None]:
