@@ -29,7 +29,7 @@ class CheckpointActivations(Callback):
 
     Args:
         blocks: a regular expression for the whole name of a module; None: the items of the longest ``nn.ModuleList`` or
-            ``nn.Sequential`` whose items have one class.
+            ``nn.Sequential`` whose items have one class, or if there is none, of the longest one.
         every: of the blocks found, every how many-th is checkpointed, >= 1.
 
     Raises:
@@ -67,8 +67,9 @@ class CheckpointActivations(Callback):
         chosen = self._chosen(pl_module)
         self._tells = trainer.is_global_zero
         self._saved, self._unmeasured = 0, len(chosen)
-        for name, block in chosen:
-            self._wrap(name, block)
+        self._names = [name for name, _ in chosen]
+        for _, block in chosen:
+            self._wrap(block)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restore the blocks' own forward pass."""
@@ -104,7 +105,7 @@ class CheckpointActivations(Callback):
                 raise UserError(f"{key}: {within} lies within {name}, and both are chosen. Choose one of them")
         return found[:: self.every]
 
-    def _wrap(self, name: str, block: nn.Module) -> None:
+    def _wrap(self, block: nn.Module) -> None:
         inner = block.forward
         before = block.__dict__.get("forward")
         measured = False
@@ -148,8 +149,9 @@ class CheckpointActivations(Callback):
         self._unmeasured -= 1
         if not self._unmeasured and self._tells:
             logger.info(
-                "activations of %d blocks are computed again: %.1f MB less is kept for a micro-batch",
-                len(self._undo),
+                "activations of %d blocks (%s) are computed again: %.1f MB less is kept for a micro-batch",
+                len(self._names),
+                ", ".join(self._names[:3]) + (", ..." if len(self._names) > 3 else ""),
                 self._saved / 1e6,
             )
 
@@ -194,10 +196,13 @@ class _Again:
 
 
 def _longest_list(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The items of the longest list of modules of one class; if there is none, those of the longest list."""
     best: list[tuple[str, nn.Module]] = []
+    other: list[tuple[str, nn.Module]] = []
     for name, each in module.named_modules():
         if isinstance(each, nn.ModuleList | nn.Sequential):
             items = [(f"{name}.{key}" if name else key, child) for key, child in each.named_children()]
             if len(items) > max(1, len(best)) and len({type(child) for _, child in items}) == 1:
                 best = items
-    return best
+            other = max(other, items, key=len)
+    return best or other
