@@ -140,6 +140,8 @@ if TYPE_CHECKING:
     _Outliers = Literal["none", "olmo", "skip"]
     _Spike = Literal["none", "detect", "rollback"]
     _Accumulate = Literal["none", "auto", "fixed", "mean", "scheduled", "token_weighted"]
+    _Noise_scale = Literal["none", "measure"]
+    _Activations = Literal["none", "checkpoint"]
     _Gradients = Literal["none", "monitor"]
     _Checkpoints = Literal["none", "save"]
 
@@ -152,6 +154,8 @@ if TYPE_CHECKING:
         outliers: _Outliers | Callback | None = "skip",
         spike: _Spike | Callback | None = "rollback",
         accumulate: _Accumulate | Callback | None = "none",
+        noise_scale: _Noise_scale | Callback | None = "none",
+        activations: _Activations | Callback | None = "none",
         gradients: _Gradients | Callback | None = "monitor",
         checkpoints: _Checkpoints | Callback | None = "none",
     ) -> list[Any]:

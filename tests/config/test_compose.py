@@ -7,7 +7,8 @@ from stabletrain.config.compose import compose, expand
 from stabletrain.config.problems import ConfigError
 from stabletrain.config.validate import check
 
-SLOTS = ["resume", "clip", "nonfinite", "outliers", "spike", "accumulate", "gradients", "checkpoints"]
+SLOTS = ["resume", "clip", "nonfinite", "outliers", "spike", "accumulate", "noise_scale", "activations"]
+SLOTS += ["gradients", "checkpoints"]
 TINY = str(Path(__file__).parents[1] / "launch" / "tiny.yaml")
 
 
