@@ -21,7 +21,7 @@ LAYERS = [
     ["optim"],
     ["runtime.records", "runtime.data", "runtime.hidden"],
     ["runtime.guard"],
-    ["runtime.snapshots"],
+    ["runtime.snapshots", "runtime.windows"],
     ["runtime.checkpoints"],
     ["tracking", "config"],
     ["workloads", "chaos"],

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 
+from stabletrain.core.accumulation_plan import Plan, steps_in_epochs
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.internals.packages import both
 
@@ -31,6 +33,8 @@ class AccumulationWindow:
         self._losses: list[Tensor] = []
         self.held = 0
         """Number of micro-batches of the window in progress that had a backward pass; on all ranks the same."""
+        self.weights: list[float] = []
+        """The weights of the micro-batches with a loss, where they have their own; see `StepGuard`."""
         self.is_started = False
         """Whether the buffers were copied for the window in progress."""
         self.lacks_loss = False
@@ -57,11 +61,27 @@ class AccumulationWindow:
         for callback in self._trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, both(GradientAccumulationScheduler)):
                 sizes += callback.scheduling.values()
-        return max(sizes)
+        return max([*sizes, *(stage.size for stage in self.plan or ())])
+
+    @property
+    def plan(self) -> Plan | None:
+        """The sizes of windows that a plugin has planned (`PlannedWindows`); None: there is none."""
+        for callback in self._trainer.callbacks:  # type: ignore[attr-defined]
+            planned = getattr(callback, "window_plan", None)
+            if callable(planned):
+                found: Plan | None = planned(self._trainer)
+                return found
+        return None
 
     def steps_in(self, epoch: int, batches: float) -> int:
         """Number of optimizer steps in an epoch of ``batches`` batches; the optimizer also steps after the last one."""
         return math.ceil(batches / self.size_in(epoch))
+
+    def steps_in_epochs(self, epochs: int, batches: float) -> list[int]:
+        """Number of optimizer steps in each of the first epochs, of ``batches`` batches each."""
+        if (plan := self.plan) is not None:
+            return steps_in_epochs(plan, [int(batches)] * epochs)
+        return [self.steps_in(epoch, batches) for epoch in range(epochs)]
 
     @property
     def is_open(self) -> bool:
@@ -95,6 +115,22 @@ class AccumulationWindow:
         self.clear()
         return losses
 
+    def mark(self) -> tuple[int, int]:
+        """The micro-batches so far, for `join` and `cut`."""
+        return len(self._losses), self.held
+
+    def join(self, mark: tuple[int, int]) -> None:
+        """What was added since the mark is one micro-batch, whose loss is the sum."""
+        losses, held = mark
+        if len(self._losses) > losses + 1:
+            self._losses[losses:] = [torch.stack(self._losses[losses:]).sum()]
+        self.held = min(self.held, held + 1)
+
+    def cut(self, mark: tuple[int, int]) -> None:
+        """Forget what was added since the mark."""
+        del self._losses[mark[0] :]
+        self.held = mark[1]
+
     def clear(self) -> None:
         """Forget the window in progress."""
-        self._losses, self.held, self.lacks_loss, self.is_started = [], 0, False, False
+        self._losses, self.held, self.lacks_loss, self.is_started, self.weights = [], 0, False, False, []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
@@ -18,6 +18,10 @@ T = TypeVar("T")
 
 Placement: TypeAlias = Literal["sharded", "replicated", "local"]
 """Distribution of a parameter over the ranks: in parts, as equal copies, or as copies that may differ."""
+
+
+_BUCKET = 25 << 20
+"""Bytes of gradients that are averaged together, as in DistributedDataParallel."""
 
 
 class Ranks:
@@ -53,18 +57,83 @@ class Ranks:
             if not losses:
                 return None, list(flags)
             return losses[0] if len(losses) == 1 else torch.stack(losses).mean(), list(flags)
+        total, count, *numbers = self._sums(losses, len(losses), *flags)
+        if not losses and not count:  # only a rank without a loss has to read the device
+            return None, list(numbers)
+        return total / count, list(numbers)
+
+    def weighted_mean_loss(
+        self, losses: list[Tensor], weight: float, *flags: bool
+    ) -> tuple[Tensor | None, float | Tensor, list[Tensor | bool]]:
+        """As `mean_loss`, of losses that are multiplied by weights already. A collective.
+
+        Args:
+            losses: 0-d tensors, one for each micro-batch of this rank, each multiplied by its weight; may be empty.
+            weight: the sum of this rank's weights, >= 0.
+            flags: of this rank.
+
+        Returns:
+            The mean, NaN if all weights are 0. The sum of the weights of all ranks, of one process as it is. The flags.
+        """
+        if self.size == 1:
+            return torch.stack(losses).sum() / weight if losses else None, weight, list(flags)
+        total, count, weights, *numbers = self._sums(losses, len(losses), weight, *flags)
+        if not losses and not count:
+            return None, weights, list(numbers)
+        return total / weights, weights, list(numbers)
+
+    def _sums(self, losses: list[Tensor], *numbers: float) -> list[Tensor]:
+        """The sum of the losses and each number, added over all ranks in one all-reduce."""
         device = losses[0].device if losses else self._strategy.root_device
         total = torch.stack(losses).sum(dtype=torch.float32) if losses else torch.zeros((), device=device)
-        numbers = (torch.full((), float(each), device=device) for each in (len(losses), *flags))
-        packed = torch.stack([total, *numbers])
+        packed = torch.stack([total, *(torch.full((), float(each), device=device) for each in numbers)])
         dist.all_reduce(packed)
-        if not losses and not packed[1]:  # only a rank without a loss has to read the device
-            return None, list(packed[2:])
-        return packed[0] / packed[1], list(packed[2:])
+        return list(packed)
+
+    def sum(self, *numbers: float) -> list[float]:
+        """Numbers, each added over all ranks. A collective."""
+        if self.size == 1:
+            return list(numbers)
+        packed = torch.tensor(numbers, device=self._strategy.root_device)
+        dist.all_reduce(packed)
+        return [float(each) for each in packed]
 
     def any(self, flag: bool) -> bool:
         """Whether a flag is set on any rank. A collective."""
         return bool(self._strategy.reduce_boolean_decision(flag, all=False)) if self.size > 1 else flag
+
+    def sum_tensor(self, numbers: Tensor) -> Tensor:
+        """A tensor, added over all ranks, without a read by the host. A collective."""
+        if self.size > 1:
+            dist.all_reduce(numbers)
+        return numbers
+
+    def max(self, number: int) -> int:
+        """The largest number on any rank. A collective."""
+        if self.size == 1:
+            return number
+        largest = torch.tensor(number, device=self._strategy.root_device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return int(largest)
+
+    def average_(self, parameters: Iterable[Tensor]) -> None:
+        """Average the gradients over all ranks, in place, as DistributedDataParallel would have. A collective.
+
+        A gradient that some ranks lack counts as zeros there; one that all lack stays None.
+        """
+        trained = [p for p in parameters if p.requires_grad]
+        present = torch.tensor([float(p.grad is not None) for p in trained], device=self._strategy.root_device)
+        dist.all_reduce(present)
+        wanted = [p for p, number in zip(trained, present.tolist(), strict=True) if number]
+        for p in wanted:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            p.grad.div_(self.size)
+        for part in _buckets([p.grad for p in wanted if p.grad is not None]):
+            flat = torch.cat([each.reshape(-1) for each in part])
+            dist.all_reduce(flat)
+            for each, values in zip(part, flat.split_with_sizes([each.numel() for each in part]), strict=True):
+                each.copy_(values.view_as(each))
 
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, of any type that can be pickled, by rank. A collective."""
@@ -96,3 +165,16 @@ class Ranks:
     def _averages_sharded_modules_only(self) -> bool:
         strategy = self._strategy
         return isinstance(strategy, both(ModelParallelStrategy)) and strategy.device_mesh["data_parallel"].size() > 1
+
+
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Groups of tensors of one type, each of about 25 MiB."""
+    part: list[Tensor] = []
+    for each in tensors:
+        size = sum(t.numel() * t.element_size() for t in part)
+        if part and (size >= _BUCKET or each.dtype != part[0].dtype or each.device != part[0].device):
+            yield part
+            part = []
+        part.append(each)
+    if part:
+        yield part

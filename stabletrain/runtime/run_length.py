@@ -39,7 +39,7 @@ def run_length(trainer: Trainer, tokens_per_step: float | None = None) -> RunLen
     if math.isfinite(batches) and batches > 0:
         known_epochs = epochs if epochs is not None and epochs > 0 else None
         window = AccumulationWindow(trainer)
-        steps = [window.steps_in(epoch, batches) for epoch in range(known_epochs or 1)]
+        steps = window.steps_in_epochs(known_epochs or 1, batches)
         per_epoch = sum(steps) / len(steps)
         total = sum(steps) if known_epochs else None
     if trainer.max_steps >= 0:

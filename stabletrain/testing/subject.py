@@ -49,6 +49,13 @@ class Subject:
         """Build a new object from an option."""
         return instantiate(self.node(option), trust=self.trust, key=choice(option))
 
+    @property
+    def needs_accumulation(self) -> bool:
+        """Whether it refuses steps of one micro-batch on one rank (``least_micro_batches`` of its class)."""
+        if self.plugin.kind != "callback":
+            return False
+        return any(getattr(self.build(option), "least_micro_batches", 1) > 1 for option in self.options)
+
     def plain_option(self) -> Option:
         """Return the option closest to the constructor's defaults."""
         return min(self.options, key=lambda option: len(self.differences(option)))

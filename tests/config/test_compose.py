@@ -9,7 +9,8 @@ from stabletrain.config.validate import check
 
 SLOTS = [
     *("resume", "clip", "nonfinite", "outliers", "spike", "accumulate"),
-    *("optimizer", "noise", "averaging", "overfitting", "stopping", "gradients", "checkpoints"),
+    *("optimizer", "noise", "averaging", "overfitting", "stopping"),
+    *("noise_scale", "activations", "gradients", "checkpoints"),
 ]
 TINY = str(Path(__file__).parents[1] / "launch" / "tiny.yaml")
 

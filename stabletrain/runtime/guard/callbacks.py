@@ -53,6 +53,8 @@ class GuardMember(Callback, metaclass=HiddenFields):
     sets_limits: ClassVar[bool] = False
     transforms_gradients: ClassVar[bool] = False
 
+    least_micro_batches: ClassVar[int] = 1
+    """Micro-batches, over time and ranks, that a step must have; with more than 1, `check_plugin` trains nothing."""
     chosen_by_default: bool = False
     """Whether ``default_callbacks`` has chosen it, and not the user."""
     per_optimizer: ClassVar[tuple[str, ...]] = ()

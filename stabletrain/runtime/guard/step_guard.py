@@ -78,6 +78,9 @@ class StepGuard:
         events: file for the event log; None: ``events.jsonl`` in the logger's folder.
         weigh_windows: divide the gradient of a shorter accumulation window by the micro-batches that it holds, and not
             by the size of a full one as Lightning does.
+        weigh_loss: multiplies the loss of a micro-batch, before its backward pass, by a weight, in place, and returns
+            the weight (>= 0). The loss and the gradient of a step are then weighted means over the micro-batches of all
+            ranks; a window whose weights are all 0 is dropped. None: all micro-batches weigh the same.
 
     Raises:
         UserError: if the guard does not support the module, the strategy or a hook.
@@ -92,6 +95,7 @@ class StepGuard:
         max_attempts: int | None = None,
         events: Path | None = None,
         weigh_windows: bool = False,
+        weigh_loss: Callable[[Tensor], float] | None = None,
     ) -> None:
         support.check_setup(trainer, module, cast(Sequence[Callback], members))
         self.trainer = trainer
@@ -117,6 +121,8 @@ class StepGuard:
         self.window = AccumulationWindow(trainer)
         weighs = weigh_windows and module.automatic_optimization  # by hand, the module divides the losses
         self._short_windows = ShortWindows(trainer.is_global_zero) if weighs else None
+        self._weights: list[float] = []
+        self._weigh_loss = weigh_loss if module.automatic_optimization else None
         self._batch_has_loss = False
         self._manual: ManualSteps | None = None
         self._optimizer_name = ""
@@ -230,7 +236,9 @@ class StepGuard:
         self._batch_has_loss = True
         missing = self._missing_losses.take()
         if missing is None:
-            self.window.add(loss)
+            if self._weigh_loss is not None:
+                self.window.weights.append(self._weigh_loss(loss))
+            self.window.add(loss if self._weigh_loss is None or self.window.weights[-1] else torch.zeros_like(loss))
         else:
             self.window.add_without_loss(drop=missing == "drop")
         self._samples.add_batch()
@@ -278,7 +286,7 @@ class StepGuard:
             return
         self._samples.end_window()
         held, size = self.window.held, self.window.size
-        loss, flags = self._window_loss()  # a collective: also called by ranks without a loss
+        loss, weight, flags = self._window_loss()  # a collective: also called by ranks without a loss
         if not self._scaling.unscale(optimizer):
             return
         if loss is None:
@@ -289,7 +297,9 @@ class StepGuard:
             return
         parameters = self.parameters.read(self.trainer.global_step)  # groups may have been added since the last step
         grads = gradients.of(parameters)
-        if self._short_windows is not None:
+        if weight is not None:
+            gradients.scale_(grads, self.ranks.size * size / weight)
+        elif self._short_windows is not None:
             self._short_windows.weigh(grads, held, size)
         grad_norm = gradients.global_norm(grads)
         for member in self._gradient_observers:
@@ -405,12 +415,25 @@ class StepGuard:
     def _report_missing_loss(self, outcome: Outcome, alone: bool) -> None:
         self._dropped = DroppedStep(outcome.step, self._samples.of_step(alone))
         reason = f"training_step gave no loss on one of {self.ranks.size} ranks or more: step skipped"
+        if self._weigh_loss is not None:
+            lacking = f", or {reason.removesuffix(': step skipped')}" if self.ranks.size > 1 else ""
+            reason = f"every micro-batch of the step has a count of 0{lacking}: step skipped"
         self.report(Event(outcome.step, "guard", "skip", float(self.counters.without_loss), math.nan, reason))
 
     @property
     def decided(self) -> int:
         """Attempted steps, including one whose outcome is pending."""
         return self.counters.attempted + (self._pending is not None)
+
+    @property
+    def loss_scale(self) -> float:
+        """The factor of the loss scaler on the loss at this step; 1 without one."""
+        return self._scaling.scale
+
+    @property
+    def weights_of_window(self) -> list[float]:
+        """The weights of the micro-batches of the window in progress, or just decided; empty if all weigh the same."""
+        return self.window.weights or self._weights
 
     def rewarm(self, request: Request) -> None:
         """Let the learning rate climb again from the next step on, over ``request.steps`` applied steps."""
@@ -492,12 +515,23 @@ class StepGuard:
         assert self._control is not None, "the guard acts only after on_fit_start"
         return self._control
 
-    def _window_loss(self) -> tuple[Tensor | None, list[Tensor | bool]]:
-        """The unscaled mean loss of the window over all ranks; was a change announced, and is a loss missing?"""
-        lacks_loss, announced = self.window.lacks_loss, bool(self.changes.announced)
-        loss, flags = self.ranks.mean_loss(self.window.take(), announced, lacks_loss)
-        factor = self.window.size / self._scaling.scale
-        return loss if loss is None or factor == 1.0 else loss * factor, flags
+    def _window_loss(self) -> tuple[Tensor | None, float | Tensor | None, list[Tensor | bool]]:
+        """The unscaled mean loss of the window over all ranks; the sum of the weights, None if there are none, else not
+        0; was a change announced, and has the step to be dropped, because a loss is missing or all weights are 0?
+        """
+        flags: list[Any] = [bool(self.changes.announced), self.window.lacks_loss]
+        weights, factor = self.window.weights, self.window.size / self._scaling.scale
+        self._weights = weights
+        if self._weigh_loss is None:
+            loss, flags = self.ranks.mean_loss(self.window.take(), *flags)
+            return loss if loss is None or factor == 1.0 else loss * factor, None, flags
+        loss, weight, flags = self.ranks.weighted_mean_loss(self.window.take(), math.fsum(weights), *flags)
+        if isinstance(weight, Tensor):
+            flags[1] = flags[1] + (weight == 0)
+            weight = weight.masked_fill(weight == 0, 1.0)
+        elif loss is not None and weight == 0:
+            flags, weight = [torch.full((), float(each), device=loss.device) for each in (flags[0], True)], 1.0
+        return loss if loss is None else loss * factor, weight, flags
 
     def _limits(self, states: Sequence[Any] | None = None) -> Limits:
         """The limits of all rules.

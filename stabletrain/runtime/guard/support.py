@@ -47,6 +47,21 @@ def check_setup(trainer: Trainer, module: LightningModule, members: Sequence[Cal
     check_hooks([*trainer.callbacks, module, trainer.datamodule])  # type: ignore[attr-defined]
 
 
+def refuse_manual(plugin: str, module: LightningModule) -> None:
+    """Raise an error for a module with manual optimization, whose accumulation windows only the module knows.
+
+    Args:
+        plugin: the class that refuses it.
+        module: the module that is trained.
+    """
+    if not module.automatic_optimization:
+        raise UserError(
+            f"{plugin}: {type(module).__name__} steps by hand (automatic_optimization=False), and decides itself over "
+            "how many backward passes a gradient is accumulated, and how they are weighted. Remove the plugin (config "
+            "key plugins/accumulate=none), or let Lightning step"
+        )
+
+
 def active_members(trainer: Trainer, members: Sequence[_Member]) -> list[_Member]:
     """The members without those that step back from the Trainer's own clipping; the first time that is logged.
 

@@ -1,0 +1,1 @@
+"""Accumulate gradients over a number of micro-batches, samples or tokens."""

@@ -1,0 +1,1 @@
+"""Accumulate gradients over more micro-batches as training goes on."""

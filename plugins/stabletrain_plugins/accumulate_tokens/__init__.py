@@ -1,0 +1,1 @@
+"""Weight each micro-batch by the tokens that count in its mean loss."""

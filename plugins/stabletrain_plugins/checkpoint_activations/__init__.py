@@ -1,0 +1,1 @@
+"""Compute the activations of chosen blocks again in the backward pass, instead of keeping them."""

@@ -1,0 +1,208 @@
+"""Gradient checkpointing of chosen blocks of an unmodified module."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from stabletrain.errors import UserError, require
+from stabletrain.runtime import rng
+from stabletrain.runtime.internals.packages import Callback
+from stabletrain.runtime.records.event_log import logger
+from stabletrain.runtime.windows.batches import tensors_of
+from stabletrain.settings import worded
+
+
+class CheckpointActivations(Callback):
+    """Compute the activations of chosen blocks again in the backward pass, instead of keeping them.
+
+    Weights are bit for bit those without it: random numbers and buffers are for the second forward pass what they were
+    for the first. In the first training step the memory of activations that it saves is measured and logged.
+
+    Args:
+        blocks: a regular expression for the whole name of a module; None: the items of the longest ``nn.ModuleList`` or
+            ``nn.Sequential`` whose items have one class, or if there is none, of the longest one.
+        every: of the blocks found, every how many-th is checkpointed, >= 1.
+
+    Raises:
+        UserError: if an argument is wrong; when training starts, if no module, or one within another, is chosen.
+
+    >>> CheckpointActivations(r"model\\.layers\\.\\d+").every
+    1
+    """
+
+    plugin: ClassVar[str] = "checkpoint_activations"
+    slot: ClassVar[str] = "activations"
+
+    def __init__(self, blocks: str | None = None, every: int = 1) -> None:
+        whole = isinstance(every, int) and not isinstance(every, bool) and every >= 1
+        self._require(whole, "every", "a whole number >= 1", every)
+        try:
+            re.compile(blocks or "")
+        except (re.error, TypeError):
+            self._require(False, "blocks", "a regular expression, or null", blocks)
+        self.blocks = blocks
+        self.every = every
+        self._undo: list[Callable[[], None]] = []
+
+    def _require(self, ok: bool, argument: str, expected: str, got: object) -> None:
+        require(ok, self.plugin, argument, expected, got, f"plugins.{self.slot}", type(self).__name__)
+
+    @property
+    def state_key(self) -> str:
+        """The key of this plugin's state in a checkpoint."""
+        return self.plugin
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Replace the forward pass of the blocks for this fit."""
+        self._restore()
+        chosen = self._chosen(pl_module)
+        self._tells = trainer.is_global_zero
+        self._saved, self._unmeasured = 0, len(chosen)
+        self._names = [name for name, _ in chosen]
+        for _, block in chosen:
+            self._wrap(block)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Restore the blocks' own forward pass."""
+        self._restore()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Restore the blocks' own forward pass."""
+        self._restore()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Exclude the running fit."""
+        return {**self.__dict__, "_undo": []}
+
+    def _restore(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+    def _chosen(self, module: nn.Module) -> list[tuple[str, nn.Module]]:
+        key = worded(f"{self.plugin}: plugins.{self.slot}.blocks", self.slot, type(self).__name__)
+        if self.blocks is None:
+            found = _longest_list(module)
+        else:
+            found = [(name, each) for name, each in module.named_modules() if re.fullmatch(self.blocks, name)]
+        if not found:
+            names = ", ".join([name for name, _ in module.named_modules() if name][:12])
+            raise UserError(
+                f"{key}: no module is chosen by {self.blocks!r}. Expected a regular expression for the whole "
+                f"name of the blocks; the modules are {names}, ..."
+            )
+        for name, block in found:
+            inner = {id(each) for each in block.modules()} - {id(block)}
+            if within := next((other for other, each in found if id(each) in inner), None):
+                raise UserError(f"{key}: {within} lies within {name}, and both are chosen. Choose one of them")
+        return found[:: self.every]
+
+    def _wrap(self, block: nn.Module) -> None:
+        inner = block.forward
+        before = block.__dict__.get("forward")
+        measured = False
+
+        @functools.wraps(inner)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            nonlocal measured
+            if not (block.training and torch.is_grad_enabled()):
+                return inner(*args, **kwargs)
+            if not measured:
+                measured = True
+                self._measure(block, inner, args, kwargs)
+            again = _Again(block)
+            return checkpoint(inner, *args, use_reentrant=False, context_fn=again.contexts, **kwargs)
+
+        block.__dict__["forward"] = forward
+
+        def undo() -> None:
+            block.__dict__.pop("forward", None)
+            if before is not None:
+                block.__dict__["forward"] = before
+
+        self._undo.append(undo)
+
+    def _measure(self, block: nn.Module, inner: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        """Add what the block would have kept, found by one more forward pass, after which everything is put back."""
+        kept: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        state, again = rng.capture(), _Again(block)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), again.put_back_after():
+            inner(*args, **kwargs)
+        rng.restore(state)
+        for tensor in (*block.parameters(), *block.buffers(), *tensors_of([args, kwargs])):
+            kept.pop(tensor.untyped_storage().data_ptr(), None)
+        self._saved += sum(kept.values())
+        self._unmeasured -= 1
+        if not self._unmeasured and self._tells:
+            logger.info(
+                "activations of %d blocks (%s) are computed again: %.1f MB less is kept for a micro-batch",
+                len(self._names),
+                ", ".join(self._names[:3]) + (", ..." if len(self._names) > 3 else ""),
+                self._saved / 1e6,
+            )
+
+
+class _Again:
+    """The buffers of a block as they were before its forward pass, for the second one.
+
+    Args:
+        block: whose forward pass begins.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self._buffers = list(block.buffers())
+        self._before = [each.detach().clone() for each in self._buffers]
+
+    def contexts(self) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+        """Those of the first and of the second forward pass."""
+        return contextlib.nullcontext(), self._second()
+
+    @contextlib.contextmanager
+    def put_back_after(self) -> Iterator[None]:
+        """What the block changes within it is put back."""
+        try:
+            yield
+        finally:
+            self._write(self._before)
+
+    @contextlib.contextmanager
+    def _second(self) -> Iterator[None]:
+        now = [each.detach().clone() for each in self._buffers]
+        self._write(self._before)
+        try:
+            yield
+        finally:
+            self._write(now)
+
+    def _write(self, values: list[Tensor]) -> None:
+        with torch.no_grad():
+            for buffer, value in zip(self._buffers, values, strict=True):
+                # through .data: autograd may have saved the buffer, and would take a new version for a change
+                buffer.data.copy_(value)
+
+
+def _longest_list(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The items of the longest list of modules of one class; if there is none, those of the longest list."""
+    best: list[tuple[str, nn.Module]] = []
+    other: list[tuple[str, nn.Module]] = []
+    for name, each in module.named_modules():
+        if isinstance(each, nn.ModuleList | nn.Sequential):
+            items = [(f"{name}.{key}" if name else key, child) for key, child in each.named_children()]
+            if len(items) > max(1, len(best)) and len({type(child) for _, child in items}) == 1:
+                best = items
+            other = max(other, items, key=len)
+    return best or other
