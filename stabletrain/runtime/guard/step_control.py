@@ -82,6 +82,8 @@ class StepControl:
         self._frozen = False
         self._decided = False
         self._effect = StepEffect(self.optimizer, module)
+        self._unwritten: list[dict[str, Any]] = []
+        """State of parameters whose momentum was allocated in the last step, and not written if that was dropped."""
         self._replaced: list[tuple[object, str, Any]] = []
         self._wrap_optimizer_step()
         self._wrap_scheduler_step()
@@ -98,6 +100,7 @@ class StepControl:
         """Reset the marks of the last step, before the next decision."""
         # after an overflow the loss scaler does not call optimizer.step, which would reset the mark of a drop
         self._drop = self._frozen = False
+        self._unwritten = []
         self._decided = True
 
     def drop(self) -> None:
@@ -118,6 +121,7 @@ class StepControl:
     def freeze_step(self) -> None:
         """Keep the global step and the module's own per-step scheduler from advancing at the step in progress."""
         self._frozen = True
+        self._drop_unwritten()
         trainer_internals.undo_global_step(self.trainer)
 
     def decide_on_device(self, grad_scale: Tensor, dropped: Tensor) -> None:
@@ -137,6 +141,11 @@ class StepControl:
         self._replaced.clear()
         self.optimizer.__dict__.pop("grad_scale", None)
         self.optimizer.__dict__.pop("found_inf", None)
+
+    def _drop_unwritten(self) -> None:
+        for state in self._unwritten:
+            state.pop("momentum_buffer", None)
+        self._unwritten = []
 
     def _replace(self, owner: object, name: str, method: Callable[..., Any]) -> None:
         # torch's schedulers may have set an instance method on the optimizer, which undo must restore
@@ -159,8 +168,11 @@ class StepControl:
                 self._drop = False
                 manual_internals.count_as_stepped(optimizer)
             else:
+                self._unwritten = _without_momentum(optimizer)
                 with self._rewarming.lowered(optimizer):
                     applied = inner(**kwargs) if effect.is_over else effect.check(lambda: inner(**kwargs))
+                if self._frozen:  # an overflow: the loss scaler calls the kernel all the same
+                    self._drop_unwritten()
                 result = result if closure is not None else applied
             if closure is not None:
                 # the loss scaler passes no closure, and deletes these attributes itself
@@ -182,3 +194,19 @@ class StepControl:
                 inner(scheduler, metric)
 
         self._replace(self._module, "lr_scheduler_step", lr_scheduler_step)
+
+
+def _without_momentum(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The state of the parameters for which a fused SGD allocates its momentum in this step.
+
+    It does not initialise that memory. If ``found_inf`` is set, the kernel does not either, and the next step takes
+    what is there for the momentum.
+    """
+    if not isinstance(optimizer, torch.optim.SGD) or getattr(optimizer, "found_inf", None) is None:
+        return []
+    found = []
+    for group in optimizer.param_groups:
+        parameters = [p for p in group["params"] if p.grad is not None] if group["momentum"] else []
+        if parameters and optimizer.state.get(parameters[0], {}).get("momentum_buffer") is None:  # then of all
+            found += [optimizer.state[p] for p in parameters]
+    return found

@@ -1,5 +1,8 @@
 """A skipped step is a batch never seen: equal bit for bit to runs over the other batches, without any plugin."""
 
+import sys
+from typing import Any
+
 import pytest
 import torch
 from fits import (
@@ -18,6 +21,7 @@ from fits import (
     everything,
     fit,
     loader,
+    scaler,
 )
 from torch import Tensor, nn
 
@@ -74,6 +78,35 @@ def test_any_position(mode: str, fault: int, at: int) -> None:
     items = with_fault(fault, at)
     skipped = fit(Net("adamw-fused"), items, *skips(mode))
     assert_same(everything(skipped), everything(fit(Net("adamw-fused"), never_seen(items))))
+
+
+class _Torch:
+    """As torch, but uninitialised memory holds large numbers."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def empty_like(self, *args: Any, **options: Any) -> Tensor:
+        return torch.full_like(*args, fill_value=7e37, **options)
+
+
+@pytest.mark.parametrize("faults", [1, 2])
+@pytest.mark.parametrize("mode", ["device", "overflow"])
+def test_a_dropped_first_step_leaves_no_momentum(mode: str, faults: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: torch's fused SGD allocates its momentum in a step that the kernel then drops, and the next step takes what
+    is in that memory for the momentum."""
+    monkeypatch.setattr(sys.modules[torch.optim.SGD.__module__], "torch", _Torch())
+    healthy = batches(*[HEALTHY] * 6)
+    if mode == "device":
+        items = [*batches(*[NAN_LOSS] * faults), *healthy]
+        skipped, expected = fit(Net("sgd-fused"), items, *skips("device")), fit(Net("sgd-fused"), healthy)
+        assert_same(everything(skipped), everything(expected))
+        return
+    scales = scaler(init_scale=2.0 ** (21 + faults))
+    skipped = fit(Net("sgd-fused"), [*healthy, *healthy], SkipNonFinite(), plugins=[scales])
+    assert 0 < skipped.global_step < 12
+    weights = torch.cat([p.detach().flatten() for p in skipped.lightning_module.parameters()])
+    assert weights.abs().max() < 1e3
 
 
 @pytest.mark.parametrize("at", [0, 7])
