@@ -70,7 +70,7 @@ def test_a_wrong_choice_is_one_message(choices: dict[str, object], words: list[s
 def test_a_third_partys_option_and_slot(tmp_path: Path) -> None:
     """Bug: at run time only the options are taken that the signature names."""
     package = tmp_path / "their_plugins"
-    for option in ("plugins/clip/theirs", "plugins/noise/add"):
+    for option in ("plugins/clip/theirs", "plugins/mood/good"):
         file = package / "clip_theirs" / "conf" / f"{option}.yaml"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("_target_: their_plugins.clip_theirs.Theirs\n")
@@ -84,7 +84,7 @@ def test_a_third_partys_option_and_slot(tmp_path: Path) -> None:
     (info / "entry_points.txt").write_text("[stabletrain.plugins]\ntheirs = their_plugins\n")
     code = (
         "import stabletrain as st\nfrom their_plugins.clip_theirs import Theirs\n"
-        "print([type(each).__name__ for each in st.default_callbacks(clip='theirs', noise='add', spike=None)])\n"
+        "print([type(each).__name__ for each in st.default_callbacks(clip='theirs', mood='good', spike=None)])\n"
         "print(type(st.default_callbacks(clip=Theirs())[0]).__name__)\n"
     )
     path = os.pathsep.join([str(tmp_path), *sys.path])

@@ -32,11 +32,17 @@ def wider() -> ToyModule:
 
 
 def sgd() -> ToyModule:
-    return ToyModule(lambda parameters: torch.optim.SGD(parameters, lr=0.01, momentum=0.9))
+    return ToyModule(lambda groups: torch.optim.SGD(_parameters(groups), lr=0.01, momentum=0.9))
 
 
 def two_groups() -> ToyModule:
-    return ToyModule(lambda parameters: torch.optim.AdamW([{"params": parameters[:2]}, {"params": parameters[2:]}]))
+    return ToyModule(
+        lambda groups: torch.optim.AdamW([{"params": _parameters(groups)[:2]}, {"params": _parameters(groups)[2:]}])
+    )
+
+
+def _parameters(groups: list[dict[str, Any]]) -> list[Any]:
+    return [parameter for group in groups for parameter in group["params"]]
 
 
 @pytest.fixture(scope="module")

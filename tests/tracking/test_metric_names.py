@@ -15,7 +15,15 @@ from fits import HEALTHY, INF_GRAD, Net, batches, fit
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from stabletrain import ClipNorm, DetectSpikes, SaveCheckpoints, ScheduleLR, default_callbacks
+from stabletrain import (
+    ClipNorm,
+    DetectSpikes,
+    MeasureNoiseScale,
+    SaveCheckpoints,
+    ScheduleLR,
+    WatchOverfitting,
+    default_callbacks,
+)
 from stabletrain.cli.replay import replay_file
 from stabletrain.core.metric_names import without_old_names
 from stabletrain.tracking import MLflowLogger, compare
@@ -142,9 +150,16 @@ def test_old_names_are_read_and_named_once(tmp_path: Path, caplog: Any) -> None:
 def test_the_page_lists_what_a_run_writes(tmp_path: Path, uri: str, client: Any) -> None:
     """Bug: a metric that is written and on no page, or on the page and written by nothing."""
     store = MLflowLogger(uri)
-    items = batches(HEALTHY, INF_GRAD, *[HEALTHY] * 2)  # an overflow of the loss scaler
-    module = LogsTheSame({"mine": math.nan})
-    fit(module, items, *default_callbacks(), ScheduleLR("cosine"), logger=store, max_epochs=2, fp16=True)
+    items = batches(HEALTHY, INF_GRAD, *[HEALTHY] * 6)  # an overflow of the loss scaler
+
+    class Module(LogsTheSame):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("own", 1.0, batch_size=1)
+
+    module = Module({"mine": math.nan})
+    more = [ScheduleLR("cosine"), MeasureNoiseScale(every=1), WatchOverfitting("own")]
+    options = {"max_epochs": 2, "fp16": True, "accumulate_grad_batches": 2, "val_items": batches(HEALTHY)}
+    fit(module, items, *default_callbacks(), *more, logger=store, **options)
     written = [name for name in client.get_run(store.version).data.metrics if name.startswith("stability")]
     written = [re.sub("/net.*", "/<layer>", name) for name in written]
     written = [re.sub("^stability_nonfinite/.*", "stability_nonfinite/<metric>", name) for name in written]

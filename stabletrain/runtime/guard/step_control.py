@@ -169,8 +169,10 @@ class StepControl:
                 manual_internals.count_as_stepped(optimizer)
             else:
                 self._unwritten = _without_momentum(optimizer)
+                # a fused kernel of torch's may drop the step, and only the device knows
+                is_sure = effect.is_over or getattr(optimizer, "found_inf", None) is not None
                 with self._rewarming.lowered(optimizer):
-                    applied = inner(**kwargs) if effect.is_over else effect.check(lambda: inner(**kwargs))
+                    applied = inner(**kwargs) if is_sure else effect.check(lambda: inner(**kwargs))
                 if self._frozen:  # an overflow: the loss scaler calls the kernel all the same
                     self._drop_unwritten()
                 result = result if closure is not None else applied
