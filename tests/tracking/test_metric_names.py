@@ -150,7 +150,7 @@ def test_old_names_are_read_and_named_once(tmp_path: Path, caplog: Any) -> None:
 def test_the_page_lists_what_a_run_writes(tmp_path: Path, uri: str, client: Any) -> None:
     """Bug: a metric that is written and on no page, or on the page and written by nothing."""
     store = MLflowLogger(uri)
-    items = batches(HEALTHY, INF_GRAD, *[HEALTHY] * 6)  # an overflow of the loss scaler
+    items = batches(*[HEALTHY] * 2, INF_GRAD, *[HEALTHY] * 5)  # an overflow of the loss scaler
 
     class Module(LogsTheSame):
         def validation_step(self, batch: Any, batch_idx: int) -> None:
