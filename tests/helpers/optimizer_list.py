@@ -132,7 +132,7 @@ _BNB = (
 )
 _PO = (
     *("Lion", "Lamb", "StableAdamW", "SPAM", "StableSPAM", "AdaGC", "SOAP", "ScheduleFreeAdamW", "ScheduleFreeSGD"),
-    *("Prodigy", "AdEMAMix", "MARS", "ADOPT", "CAME", "APOLLO", "GaLore", "FlashAdamW", "Kron", "Fira"),
+    *("Prodigy", "AdEMAMix", "MARS", "ADOPT", "CAME", "APOLLO", "GaLore", "FlashAdamW", "Fira"),
     *("RACS", "Alice", "Shampoo", "Adan"),
 )
 OPTIMIZERS: dict[str, Make] = {

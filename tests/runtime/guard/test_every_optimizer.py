@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch._dynamo as dynamo
 from every_optimizer import Exactness
 from fits import HEALTHY, NAN_LOSS, Net, batches, fit
 from optimizer_list import OPTIMIZERS
@@ -139,11 +140,17 @@ QUICK: dict[str, Callable[[Any], Optimizer]] = {
 }
 
 
+@pytest.fixture
+def not_compiled() -> Iterator[None]:
+    """torchao compiles its step, which takes minutes on a CPU."""
+    with dynamo.config.patch(disable=True):
+        yield
+
+
 @pytest.mark.parametrize("name", QUICK)
-def test_skip_rollback_and_resume_are_exact(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_skip_rollback_and_resume_are_exact(name: str, tmp_path: Path, not_compiled: None) -> None:
     # catches StableSPAM's total_step and Ranger21's lookahead_step left as they are by a rollback; attributes that no
     # state_dict shows left out of a checkpoint; torchao's 8-bit state written to a file that cannot be read
-    monkeypatch.setattr("torch._dynamo.config.disable", True, raising=False)
     assert Exactness(QUICK[name], tmp_path).all_problems() == {}
 
 
@@ -172,9 +179,8 @@ def test_device_mode_is_not_for_a_step_that_does_more_than_the_kernel() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_optimizer_that_is_installed_is_exact(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_optimizer_that_is_installed_is_exact(name: str, tmp_path: Path, not_compiled: None) -> None:
     # catches state that an optimizer keeps where none of the tests above has it
-    monkeypatch.setattr("torch._dynamo.config.disable", True, raising=False)
     try:
         assert Exactness(OPTIMIZERS[name], tmp_path, of_module=True).all_problems() == {}
     except ModuleNotFoundError as error:
