@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 
 from fault_suite.injected import BadShard, digest
 from fault_suite.scenarios import BATCH, FAULT_FREE, LENGTH, Condition, Scenario
-from stabletrain.optim.groups import parameter_groups
 from stabletrain.runtime.accumulation import AccumulationWindow
 from stabletrain.workloads import CharGPT
 
@@ -54,8 +53,12 @@ class Trainee(CharGPT):
         """Do not compute the mean training loss."""
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The contender's optimizer, with the recipe's arguments."""
-        groups = parameter_groups(self, weight_decay=self.weight_decay)
+        """The contender's optimizer, with the recipe's arguments.
+
+        Parameters decay by their shape, as in the record; the recipe has come to decide it by what they belong to.
+        """
+        matrices, others = ([p for p in self.parameters() if (p.ndim > 1) is large] for large in (True, False))
+        groups = [{"params": matrices, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}]
         return self.make_optimizer(self, groups, {"lr": self.lr, "betas": (0.9, 0.95)})
 
 
