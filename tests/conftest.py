@@ -1,8 +1,9 @@
 """Fixtures for tests of several folders."""
 
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -13,7 +14,18 @@ from processes import HELPERS, environment
 hypothesis.settings.register_profile("no_time", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("no_time")
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 OnTwoRanks = Callable[[Path | str], Path]
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers() -> Iterator[None]:
+    """Restore the handlers after each test: one that is left, as after a fit that fails, would end a later test."""
+    before = {each: signal.getsignal(each) for each in _SIGNALS}
+    yield
+    for each, handler in before.items():
+        if signal.getsignal(each) is not handler:
+            signal.signal(each, handler)
 
 
 @pytest.fixture(scope="module")
