@@ -30,7 +30,7 @@ _CONTEXT.set_forkserver_preload([
 
 
 class RanksFailed(AssertionError):
-    """A rank raised, was killed or did not end. `logs` has what each rank printed, `codes` the exit codes (None: hung)."""
+    """A rank raised, was killed or did not end. `logs`: what each rank printed; `codes`: exit codes, None if hung."""
 
     def __init__(self, codes: list[int | None], logs: list[str]) -> None:
         ends = "\n".join(f"--- rank {rank}\n{log[-4000:]}" for rank, log in enumerate(logs))
