@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-import types
 from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from stabletrain.errors import UserError
+from stabletrain.runtime.wrapped_forward import wrap_forward
 from stabletrain.settings import worded
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -96,27 +96,17 @@ class KeptModules:
             self._wrap(name, module, device, outside)
 
     def _wrap(self, name: str, module: nn.Module, device: str, outside: torch.dtype | None) -> None:
-        before = module.__dict__.get("forward")
         called = self._called
 
-        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def around(_: nn.Module, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             called.add(name)
             args, kwargs = _cast(args, torch.float32, *_HALF), _cast(kwargs, torch.float32, *_HALF)
             default = contextlib.nullcontext() if outside is None else _default_dtype(torch.float32)
             with torch.autocast(device, enabled=False), default:
-                output = type(self).forward(self, *args, **kwargs) if before is None else before(*args, **kwargs)
+                output = inner(*args, **kwargs)
             return output if outside is None else _cast(output, outside, torch.float32)
 
-        # a bound method: a copy of the module gets one that is bound to the copy
-        module.__dict__["forward"] = types.MethodType(forward, module)
-
-        def undo() -> None:
-            if before is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.__dict__["forward"] = before
-
-        self._undo.append(undo)
+        self._undo.append(wrap_forward(module, around))
 
     @property
     def uncalled(self) -> list[str]:
