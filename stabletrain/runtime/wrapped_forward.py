@@ -16,7 +16,7 @@ Around = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any
 
 
 def wrap_forward(module: nn.Module, around: Around) -> Callable[[], None]:
-    """Call ``around`` in place of a module's forward pass. A copy of the module is wrapped too, and uses its own weights.
+    """Call ``around`` in place of a module's forward pass; of a copy of the module too, with the copy's weights.
 
     Args:
         module: of which the instance is changed, and not the class.

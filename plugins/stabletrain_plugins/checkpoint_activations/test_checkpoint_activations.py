@@ -103,7 +103,7 @@ def test_mistakes(arguments: Any, says: str, tmp_path: Path) -> None:
 
 
 def test_a_copy_made_in_the_fit_uses_its_own_weights() -> None:
-    """Bug: a target network, copied while the forward passes are replaced, computes with the weights of the original."""
+    """Bug: a target network, copied while forward passes are replaced, computes with the original's weights."""
     found = []
 
     class Target(Deep):
