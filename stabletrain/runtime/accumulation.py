@@ -115,21 +115,23 @@ class AccumulationWindow:
         self.clear()
         return losses
 
-    def mark(self) -> tuple[int, int]:
+    def mark(self) -> tuple[int, int, int]:
         """The micro-batches so far, for `join` and `cut`."""
-        return len(self._losses), self.held
+        return len(self._losses), self.held, len(self.weights)
 
-    def join(self, mark: tuple[int, int]) -> None:
-        """What was added since the mark is one micro-batch, whose loss is the sum."""
-        losses, held = mark
+    def join(self, mark: tuple[int, int, int]) -> None:
+        """What was added since the mark is one micro-batch: its loss is the sum, its weight that of each part."""
+        losses, held, weights = mark
         if len(self._losses) > losses + 1:
             self._losses[losses:] = [torch.stack(self._losses[losses:]).sum()]
         self.held = min(self.held, held + 1)
+        del self.weights[weights + 1 :]
 
-    def cut(self, mark: tuple[int, int]) -> None:
+    def cut(self, mark: tuple[int, int, int]) -> None:
         """Forget what was added since the mark."""
         del self._losses[mark[0] :]
         self.held = mark[1]
+        del self.weights[mark[2] :]
 
     def clear(self) -> None:
         """Forget the window in progress."""

@@ -9,7 +9,7 @@ from fits import HEALTHY, NAN_LOSS, Recorder, SaveAfter, assert_same, batches, e
 from out_of_memory import Hungry
 from torch import nn
 
-from stabletrain import AccumulateAuto, ResumeExactly, Rollback, SkipNonFinite, UserError
+from stabletrain import AccumulateAuto, AccumulateTokens, ResumeExactly, Rollback, SkipNonFinite, UserError
 from stabletrain.runtime.windows.pieces import split
 
 ITEMS = batches(*[HEALTHY] * 8)
@@ -40,6 +40,23 @@ def test_it_trains_as_with_enough_memory(where: str, limit: int, since: int, acc
     bare = everything(fit(Hungry(10**9), ITEMS, SkipNonFinite(), accumulate_grad_batches=accumulate))
     if 8 % accumulate == 0:
         assert_same(ends[0], bare)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_weighted_by_tokens(first: bool) -> None:
+    """Bug: each piece counts with the weight of its whole micro-batch, so that the gradient is too small by the number
+    of pieces, or a failed attempt counts."""
+    items = [(x[: 2 + 3 * (i % 3)], fault) for i, (x, fault) in enumerate(ITEMS)]
+    ends, losses = [], []
+    for limited in (10**9, 3):
+        recorder, plugins = Recorder(), [AccumulateTokens(), AccumulateAuto()]
+        module = Hungry(limited, "backward", since=1)
+        trainer = fit(module, items, recorder, *(plugins if first else plugins[::-1]), accumulate_grad_batches=3)
+        ends.append(everything(trainer))
+        losses.append([outcome.loss for outcome in recorder.state])
+        assert bool(module.failures) is (limited == 3)
+    close(ends[1], ends[0])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_random_numbers_go_back_too() -> None:

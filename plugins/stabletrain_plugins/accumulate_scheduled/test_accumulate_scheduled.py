@@ -22,7 +22,16 @@ from fits import (
 )
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
-from stabletrain import AccumulateScheduled, Guard, ResumeExactly, Rollback, ScheduleLR, SkipNonFinite, UserError
+from stabletrain import (
+    AccumulateFixed,
+    AccumulateScheduled,
+    Guard,
+    ResumeExactly,
+    Rollback,
+    ScheduleLR,
+    SkipNonFinite,
+    UserError,
+)
 from stabletrain.runtime.run_length import run_length
 
 ITEMS = batches(*[HEALTHY] * 10)
@@ -146,6 +155,13 @@ def test_mistakes(arguments: dict[str, Any], says: str) -> None:
 
 def test_two_that_set_the_windows() -> None:
     """Bug: the last one to write wins."""
-    for other, options in (([GradientAccumulationScheduler({0: 1, 1: 4})], {}), ([], {"accumulate_grad_batches": 3})):
-        with pytest.raises(UserError, match="both set"):
-            fit(Net(), ITEMS, *other, AccumulateScheduled(SCHEDULE), **options)
+    for name, other, options in (
+        ("Lightning's", [GradientAccumulationScheduler({0: 1, 1: 4})], {}),
+        ("AccumulateFixed", [AccumulateFixed(1)], {}),
+        ("AccumulateFixed", [AccumulateFixed(2)], {}),
+        ("Trainer", [], {"accumulate_grad_batches": 3}),
+    ):
+        for plugins in ([*other, AccumulateScheduled(SCHEDULE)], [AccumulateScheduled(SCHEDULE), *other]):
+            with pytest.raises(UserError, match=f"({name}.*|)both set") as caught:
+                fit(Net(), ITEMS, *plugins, **options)
+            assert name in str(caught.value)

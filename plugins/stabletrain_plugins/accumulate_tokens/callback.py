@@ -12,7 +12,7 @@ from stabletrain.errors import UserError, require
 from stabletrain.runtime.guard.callbacks import GuardMember
 from stabletrain.runtime.guard.missing_loss import NoBatch
 from stabletrain.runtime.guard.support import refuse_manual
-from stabletrain.runtime.windows.batches import BatchCount, Count
+from stabletrain.runtime.windows.batches import BatchCount, Count, check_count
 from stabletrain.runtime.windows.zero_gradients import ZeroGradients
 from stabletrain.settings import worded
 
@@ -53,11 +53,7 @@ class AccumulateTokens(GuardMember):
         ignore_index: int | None = -100,
         reduction: Literal["mean", "sum"] = "mean",
     ) -> None:
-        known = count is None or callable(count) or (isinstance(count, str | int) and not isinstance(count, bool))
-        forms = "a function of the batch, a key, attribute or position of an entry, or null"
-        self._require(known, "count", forms, count)
-        whole = ignore_index is None or (isinstance(ignore_index, int) and not isinstance(ignore_index, bool))
-        self._require(whole, "ignore_index", "a whole number, or null", ignore_index)
+        check_count(count, ignore_index, self._require)
         self._require(reduction in ("mean", "sum"), "reduction", '"mean" or "sum"', reduction)
         self.count = count
         self.ignore_index = ignore_index

@@ -154,6 +154,11 @@ class PlannedWindows(GuardMember):
                 f"{type(self).__name__} and Lightning's GradientAccumulationScheduler both set the number of "
                 "micro-batches. Remove one of them (config key plugins/accumulate=none)"
             )
+        if others := [each for each in callbacks if isinstance(each, PlannedWindows) and each is not self]:
+            raise UserError(
+                f"{type(self).__name__} and {type(others[0]).__name__} both set the number of micro-batches. Remove "
+                "one of them"
+            )
         plan = self.window_plan(trainer)
         mine = None if plan is None else size_at(plan, 0)
         if self._own_size is None and trainer.accumulate_grad_batches not in (1, mine):
