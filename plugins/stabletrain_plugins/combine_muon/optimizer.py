@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from stabletrain.errors import UserError, require
+from stabletrain.errors import UserError, is_number, is_whole, require
 from stabletrain_plugins.combine_muon.sharded_muon import ShardedMuon
 
 logger = logging.getLogger("stabletrain")
@@ -25,8 +27,9 @@ class MuonAdamW(Optimizer):
     """Train the hidden matrices of a network with Muon, and all other parameters with AdamW.
 
     A parameter is Muon's if it has two dimensions and is in a group whose ``kind`` is ``"weight"``, unless it is the
-    output layer: a group of the kind ``"output"``, a matrix of the shape of an embedding, or, in a network without
-    embeddings, the last matrix. Muon's rate is scaled so that its update has the RMS of AdamW's
+    output layer: a group of the kind ``"output"``; a matrix of the shape of an embedding, if there are not more of them
+    than such embeddings and it is not square, or it is the last one; or, in a network without embeddings, the last
+    matrix. Muon's rate is scaled so that its update has the RMS of AdamW's
     (``adjust_lr_fn="match_rms_adamw"``), so that one rate and one schedule serve both.
 
     Args:
@@ -58,8 +61,7 @@ class MuonAdamW(Optimizer):
         name = type(self).__name__
         if not hasattr(torch.optim, "Muon"):
             raise UserError(f"{name} needs torch 2.9, got {torch.__version__}: update torch (config key optimizer)")
-        require(0 <= momentum < 1, name, "momentum", ">= 0 and < 1", momentum, "optimizer")
-        require(1 <= ns_steps < 100, name, "ns_steps", "1 to 99", ns_steps, "optimizer")
+        _check(name, lr, weight_decay, momentum, ns_steps, betas, eps)
         groups = [dict(group) if isinstance(group, dict) else group for group in params]
         self._output = _output_layer(groups, lr)
         nothing = [torch.nn.Parameter(torch.zeros(1, 1))]  # the parts get their groups from this optimizer
@@ -139,10 +141,39 @@ def _output_layer(groups: Sequence[Any], lr: float) -> set[Tensor]:
         found = group["params"] = [given] if isinstance(given, Tensor) else list(given)
         of_kind.setdefault(group.get("kind", ""), []).extend((float(group.get("lr", lr)), p) for p in found)
     matrices = [(rate, p) for rate, p in of_kind.get("weight", ()) if p.ndim == 2]
-    embeddings = {p.shape for _, p in of_kind.get("embedding", ())}
-    if embeddings:
-        return {p for _, p in matrices if p.shape in embeddings}
-    if "output" in of_kind or not matrices:
+    if not matrices:
         return set()
     highest = max(rate for rate, _ in matrices)  # layer-wise rates fall from the output to the input
-    return {[p for rate, p in matrices if rate == highest][-1]}
+    last = [p for rate, p in matrices if rate == highest][-1]
+    embeddings = Counter(p.shape for _, p in of_kind.get("embedding", ()))
+    if not embeddings:
+        return set() if "output" in of_kind else {last}
+    output: set[Tensor] = set()
+    for shape, count in embeddings.items():
+        output |= _of_shape([p for _, p in matrices if p.shape == shape], count, last)
+    return output
+
+
+def _of_shape(matrices: Sequence[Tensor], embeddings: int, last: Tensor) -> set[Tensor]:
+    """The matrices of the output layer among those that have the shape of some embeddings.
+
+    A hidden matrix may have that shape by chance: a square one where as many positions are embedded as the network is
+    wide, or one of each block. So a square one, or one of more than there are embeddings, has to be the last matrix.
+    """
+    is_square = any(p.shape[0] == p.shape[1] for p in matrices)
+    if not is_square and len(matrices) <= embeddings:
+        return set(matrices)
+    return {p for p in matrices if p is last}
+
+
+def _check(name: str, lr: Any, weight_decay: Any, momentum: Any, ns_steps: Any, betas: Any, eps: Any) -> None:
+    def check(ok: bool, argument: str, expected: str, value: Any) -> None:
+        require(ok, name, argument, expected, value, "optimizer")
+
+    check(isinstance(lr, Tensor) or (is_number(lr) and 0 <= lr < math.inf), "lr", "a number >= 0", lr)
+    check(is_number(weight_decay) and 0 <= weight_decay < math.inf, "weight_decay", "a number >= 0", weight_decay)
+    check(is_number(momentum) and 0 <= momentum < 1, "momentum", ">= 0 and < 1", momentum)
+    check(is_whole(ns_steps) and 1 <= ns_steps < 100, "ns_steps", "1 to 99", ns_steps)
+    pair = isinstance(betas, Sequence) and len(betas) == 2 and all(is_number(each) and 0 <= each < 1 for each in betas)
+    check(pair, "betas", "two numbers >= 0 and < 1", betas)
+    check(is_number(eps) and 0 < eps < math.inf, "eps", "a number > 0", eps)

@@ -1,6 +1,7 @@
 """Muon and AdamW as one optimizer: who trains what, equal to two optimizers, through checkpoints and copies."""
 
 import copy
+import math
 import pickle
 from typing import Any
 
@@ -61,6 +62,22 @@ def test_muon_has_the_hidden_matrices_only() -> None:
     assert of_muon(MuonAdamW(chosen)) == {net.hidden.weight, net.output.weight}
     biases = [{"params": net.norm.parameters(), "kind": "norm"}]
     step(net, MuonAdamW(biases))  # nothing for Muon
+
+
+@pytest.mark.parametrize(("positions", "tied"), [(8, True), (8, False), (32, True), (32, False)])
+def test_a_hidden_matrix_of_the_shape_of_an_embedding_is_muons(positions: int, tied: bool) -> None:
+    """Bug: as many positions are embedded as the network is wide, or its inner width, and every hidden matrix of that
+    shape is taken for an output layer, without a word."""
+    embeddings = [nn.Embedding(50, 8), nn.Embedding(positions, 8)]
+    blocks = [nn.Linear(*shape, bias=False) for _ in range(2) for shape in ((8, 24), (8, 8), (8, 32), (32, 8))]
+    head = [] if tied else [nn.Linear(8, 50, bias=False)]
+    optimizer = MuonAdamW(
+        [
+            {"params": [each.weight for each in [*blocks, *head]], "kind": "weight"},
+            {"params": [each.weight for each in embeddings], "kind": "embedding"},
+        ]
+    )
+    assert of_muon(optimizer) == {each.weight for each in blocks}
 
 
 def test_one_optimizer_equals_two() -> None:
@@ -129,7 +146,17 @@ def test_bad_input_is_one_message() -> None:
     for given in (net.parameters(), [{"params": [net.hidden.weight]}]):
         with pytest.raises(UserError, match=r"expected parameter groups with a kind .*\"kind\": \"weight\""):
             MuonAdamW(given)
-    with pytest.raises(UserError, match="momentum must be >= 0 and < 1, got 1"):
-        MuonAdamW(groups(net), momentum=1.0)
-    with pytest.raises(UserError, match="ns_steps must be 1 to 99, got 0"):
-        MuonAdamW(groups(net), ns_steps=0)
+    for argument, value, expected in (
+        ("momentum", 1.0, ">= 0 and < 1"),
+        ("ns_steps", 0, "1 to 99"),
+        ("ns_steps", 2.5, "1 to 99"),
+        ("lr", math.nan, "a number >= 0"),
+        ("lr", "fast", "a number >= 0"),
+        ("weight_decay", -1, "a number >= 0"),
+        ("betas", (0.9,), "two numbers"),
+        ("betas", 0.9, "two numbers"),
+        ("betas", (0.9, 1.5), "two numbers"),
+        ("eps", -1, "a number > 0"),
+    ):
+        with pytest.raises(UserError, match=f"{argument} must be {expected}.*got "):
+            MuonAdamW(groups(net), **{argument: value})
