@@ -1,5 +1,8 @@
 """The base class of errors that the user can correct: shown as one message, without a traceback."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 from stabletrain.settings import worded
 
 
@@ -32,3 +35,31 @@ def require(
     if not ok:
         text = f"{owner}: {argument} must be {expected}, got {got!r} (config key {key}.{argument})"
         raise UserError(worded(text, key.removeprefix("plugins."), named or owner))
+
+
+def is_number(value: object) -> bool:
+    """Whether an argument is a number, and no truth value; NaN and infinity are numbers.
+
+    >>> is_number(1.5), is_number("1.5"), is_number(True)
+    (True, False, False)
+    """
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_whole(value: object) -> bool:
+    """Whether an argument is a whole number, as an ``int`` or as a ``float`` such as 1e3.
+
+    >>> is_whole(3), is_whole(1e3), is_whole(2.5), is_whole(float("inf")), is_whole("3"), is_whole(True)
+    (True, True, False, False, False, False)
+    """
+    return is_number(value) and (isinstance(value, int) or (isinstance(value, float) and value.is_integer()))
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name; empty if no known one is similar.
+
+    >>> did_you_mean("beta", ["betas", "lr"])
+    "; did you mean 'betas'?"
+    """
+    near = get_close_matches(name, list(known), 1)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -38,6 +38,13 @@ class Arguments:
     def is_given(self, name: str) -> bool:
         """Whether the user has set it."""
         return name in self._given
+
+    def unknown(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """Those of the names that are no argument, each with the arguments; none if the class takes any."""
+        if any(each.kind is each.VAR_KEYWORD for each in self._parameters.values()):
+            return {}
+        known = [name for name in self._parameters if name != "params"]
+        return {name: known for name in names if name not in self._parameters}
 
     def value(self, name: str) -> Any:
         """Its value, or its default; None if it has none, or does not exist."""

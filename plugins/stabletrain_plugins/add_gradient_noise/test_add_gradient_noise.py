@@ -88,7 +88,14 @@ def test_a_dropped_step_leaves_the_noise_of_the_others() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [({"std": -0.1}, "std must be"), ({"decay": math.nan}, "decay must")]
+    ("arguments", "message"),
+    [
+        ({"std": -0.1}, "std must be"),
+        ({"std": "a"}, "std must be"),
+        ({"decay": math.nan}, "decay must"),
+        ({"decay": None}, "decay must"),
+        ({"seed": "a"}, "seed must"),
+    ],
 )
 def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], message: str) -> None:
     """Bug: NaN as a deviation makes every gradient NaN."""

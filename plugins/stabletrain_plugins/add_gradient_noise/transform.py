@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from stabletrain.errors import is_number, is_whole
 from stabletrain.runtime import gradients
 from stabletrain.runtime.guard.transform import TransformCallback
 
@@ -56,8 +57,9 @@ class AddGradientNoise(TransformCallback):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self.require(0 <= self.std < math.inf, "std", "a number >= 0")
-        self.require(0 <= self.decay < math.inf, "decay", "a number >= 0")
+        self.require(is_number(self.std) and 0 <= self.std < math.inf, "std", "a number >= 0")
+        self.require(is_number(self.decay) and 0 <= self.decay < math.inf, "decay", "a number >= 0")
+        self.require(is_whole(self.seed), "seed", "a whole number")
         self._generators: dict[torch.device, torch.Generator] = {}
         self.reset()
 
@@ -110,7 +112,7 @@ class AddGradientNoise(TransformCallback):
         if generator is None:
             generator = self._generators[device] = torch.Generator(device)
         # a digest, because generators whose seeds differ in few bits may begin alike
-        key = hashlib.blake2b(repr((self.seed, self._applied, name)).encode(), digest_size=8)
+        key = hashlib.blake2b(repr((int(self.seed), self._applied, name)).encode(), digest_size=8)
         return generator.manual_seed(int.from_bytes(key.digest(), "little") >> 1)
 
 

@@ -13,10 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 from stabletrain.errors import UserError, require
 from stabletrain.runtime import rng
+from stabletrain.runtime.internals.forward import wrap_forward
 from stabletrain.runtime.internals.packages import Callback
 from stabletrain.runtime.records.event_log import logger
 from stabletrain.runtime.windows.batches import tensors_of
-from stabletrain.runtime.wrapped_forward import wrap_forward
 from stabletrain.settings import worded
 from stabletrain_plugins.checkpoint_activations.again import Again
 

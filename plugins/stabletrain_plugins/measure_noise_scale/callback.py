@@ -12,13 +12,13 @@ from torch import Tensor
 
 from stabletrain.core.metric_names import MetricInfo
 from stabletrain.core.outcome import Outcome
-from stabletrain.errors import UserError, require
+from stabletrain.errors import UserError, is_number, require
 from stabletrain.runtime import gradients
 from stabletrain.runtime.guard.callbacks import GuardMember
 from stabletrain.runtime.guard.missing_loss import NoBatch
 from stabletrain.runtime.guard.support import refuse_manual
 from stabletrain.runtime.internals.packages import both
-from stabletrain.runtime.windows.batches import BatchCount, Count
+from stabletrain.runtime.windows.batches import BatchCount, Count, check_count
 from stabletrain.settings import worded
 from stabletrain_plugins.measure_noise_scale.estimate import Averages, Window, estimate
 
@@ -56,18 +56,19 @@ class MeasureNoiseScale(GuardMember):
     def __init__(
         self, every: int = 1, decay: float = 0.999, count: Count = None, ignore_index: int | None = -100
     ) -> None:
-        for argument, ok, expected in (
-            ("every", isinstance(every, int) and not isinstance(every, bool) and every >= 1, "a whole number >= 1"),
-            ("decay", isinstance(decay, int | float) and 0 < decay < 1, "above 0 and below 1"),
-        ):
-            got = {"every": every, "decay": decay}[argument]
-            require(ok, self.plugin, argument, expected, got, f"plugins.{self.slot}", type(self).__name__)
+        whole = isinstance(every, int) and not isinstance(every, bool)
+        self._require(whole and every >= 1, "every", "a whole number >= 1", every)
+        self._require(is_number(decay) and 0 < decay < 1, "decay", "above 0 and below 1", decay)
+        check_count(count, ignore_index, self._require)
         self.every = every
         self.decay = decay
         self.count = count
         self.ignore_index = ignore_index
         self._handles: list[Any] = []
         self.reset()
+
+    def _require(self, ok: bool, argument: str, expected: str, got: object) -> None:
+        require(ok, self.plugin, argument, expected, got, f"plugins.{self.slot}", type(self).__name__)
 
     @property
     def state_key(self) -> str:

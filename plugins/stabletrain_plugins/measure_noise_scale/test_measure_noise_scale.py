@@ -117,6 +117,6 @@ def test_where_it_is_not_defined() -> None:
     plugin = MeasureNoiseScale()
     fit(Net(), loader(batches(*[HEALTHY] * 3)), plugin, accumulate_grad_batches=2)  # the last window has one
     assert plugin.averages.weight == pytest.approx(0.001)
-    for arguments in ({"every": 0}, {"decay": 1.0}, {"decay": 0}):
+    for arguments in ({"every": 0}, {"decay": 1.0}, {"decay": 0}, {"count": 1.5}, {"ignore_index": "a"}):
         with pytest.raises(UserError, match="must be"):
             MeasureNoiseScale(**arguments)  # type: ignore[arg-type]

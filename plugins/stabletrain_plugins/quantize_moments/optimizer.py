@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from stabletrain.errors import is_number, require
 from stabletrain_plugins.quantize_moments.bits import Bits, BitsPerGroup, bitsandbytes_class
 
 
@@ -35,7 +36,7 @@ class AdamW8bit(BitsPerGroup, bitsandbytes_class("AdamW8bit")):  # type: ignore[
         min_8bit_size: int = 4096,
         embedding_bits: Bits = 32,
     ) -> None:
-        super().__init__(params, lr, tuple(betas), eps, weight_decay, min_8bit_size=min_8bit_size)
+        super().__init__(params, lr, _betas(self, betas, 2), eps, weight_decay, min_8bit_size=min_8bit_size)
         self.own_exceptions(embedding_bits, min_8bit_size)
 
 
@@ -55,7 +56,7 @@ class PagedAdamW8bit(BitsPerGroup, bitsandbytes_class("PagedAdamW8bit")):  # typ
         min_8bit_size: int = 4096,
         embedding_bits: Bits = 32,
     ) -> None:
-        super().__init__(params, lr, tuple(betas), eps, weight_decay, min_8bit_size=min_8bit_size)
+        super().__init__(params, lr, _betas(self, betas, 2), eps, weight_decay, min_8bit_size=min_8bit_size)
         self.own_exceptions(embedding_bits, min_8bit_size)
 
 
@@ -75,7 +76,7 @@ class Adam8bit(BitsPerGroup, bitsandbytes_class("Adam8bit")):  # type: ignore[mi
         min_8bit_size: int = 4096,
         embedding_bits: Bits = 32,
     ) -> None:
-        super().__init__(params, lr, tuple(betas), eps, weight_decay, min_8bit_size=min_8bit_size)
+        super().__init__(params, lr, _betas(self, betas, 2), eps, weight_decay, min_8bit_size=min_8bit_size)
         self.own_exceptions(embedding_bits, min_8bit_size)
 
 
@@ -102,7 +103,7 @@ class Lion8bit(BitsPerGroup, bitsandbytes_class("Lion8bit")):  # type: ignore[mi
         min_8bit_size: int = 4096,
         embedding_bits: Bits = 32,
     ) -> None:
-        super().__init__(params, lr, tuple(betas), weight_decay, min_8bit_size=min_8bit_size)
+        super().__init__(params, lr, _betas(self, betas, 2), weight_decay, min_8bit_size=min_8bit_size)
         self.own_exceptions(embedding_bits, min_8bit_size)
 
 
@@ -191,5 +192,12 @@ class AdEMAMix8bit(BitsPerGroup, bitsandbytes_class("AdEMAMix8bit")):  # type: i
         min_8bit_size: int = 4096,
         embedding_bits: Bits = 32,
     ) -> None:
-        super().__init__(params, lr, tuple(betas), alpha, t_alpha, t_beta3, eps, weight_decay, min_8bit_size)
+        super().__init__(params, lr, _betas(self, betas, 3), alpha, t_alpha, t_beta3, eps, weight_decay, min_8bit_size)
         self.own_exceptions(embedding_bits, min_8bit_size)
+
+
+def _betas(owner: object, betas: Any, count: int) -> tuple[float, ...]:
+    """The decays, as many as the algorithm has: bitsandbytes takes 0 for one that is missing."""
+    ok = isinstance(betas, Sequence) and len(betas) == count and all(map(is_number, betas))
+    require(ok, type(owner).__name__, "betas", f"{count} numbers", betas, "optimizer")
+    return tuple(betas)

@@ -91,6 +91,9 @@ def test_bad_values_are_named() -> None:
     """Bug: 16 bits, which bitsandbytes takes for 8 or ignores."""
     with pytest.raises(UserError, match=r"embedding_bits must be 8 or 32, got 16"):
         AdamW8bit([matrix()], embedding_bits=16)  # type: ignore[arg-type]
+    for make, betas in ((AdamW8bit, (0.9,)), (AdEMAMix8bit, (0.9, 0.99)), (AdamW8bit, 0.9)):
+        with pytest.raises(UserError, match=r"betas must be [23] numbers, got"):
+            make([matrix()], betas=betas)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"min_8bit_size must be >= 0 elements, got -1"):
         AdamW8bit([matrix()], min_8bit_size=-1)
     with pytest.raises(UserError, match=r"optim_bits of a parameter group: expected 8 or 32, got 4"):

@@ -13,7 +13,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from stabletrain.errors import UserError
-from stabletrain.runtime.wrapped_forward import wrap_forward
+from stabletrain.runtime.internals.forward import wrap_forward
 from stabletrain.settings import worded
 
 _HALF = (torch.float16, torch.bfloat16)

@@ -97,3 +97,27 @@ def restore(precision: Any) -> None:
     """Undo `extend`; the object stays the Trainer's, with its scaler."""
     for method in ("convert_module", "train_step_context", "autocast_context_manager"):
         precision.__dict__.pop(method, None)
+
+
+def evaluate_without_inference_mode(trainer: Trainer) -> Callable[[], None]:
+    """Validate, test and predict under ``no_grad``, as the validation of a fit does.
+
+    Within ``inference_mode`` torch does not decompose operations before a tensor subclass gets them, and torchao's
+    float8 tensors do not have all of them.
+
+    Args:
+        trainer: in ``setup``.
+
+    Returns:
+        A function that undoes this.
+    """
+    loops: tuple[Any, ...] = (trainer.validate_loop, trainer.test_loop, trainer.predict_loop)
+    before = [loop.inference_mode for loop in loops]
+    for loop in loops:
+        loop.inference_mode = False
+
+    def undo() -> None:
+        for loop, mode in zip(loops, before, strict=True):
+            loop.inference_mode = mode
+
+    return undo

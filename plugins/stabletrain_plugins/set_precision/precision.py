@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from stabletrain.core.events import Event
 from stabletrain.core.outcome import Outcome
-from stabletrain.errors import UserError, require
+from stabletrain.errors import UserError, is_number, is_whole, require
 from stabletrain.runtime.guard.callbacks import GuardMember
 from stabletrain.runtime.guard.metrics import Counters
 from stabletrain.runtime.internals.packages import both
@@ -153,11 +153,11 @@ class SetPrecision(GuardMember):
         self._require(self.fall_back in (None, *get_args(FallBack)), "fall_back", "bf16, fp32 or None")
         for argument in ("init_scale", "min_scale"):
             value = getattr(self, argument)
-            self._require(0 < value < math.inf, argument, "finite and > 0")
+            self._require(is_number(value) and 0 < value < math.inf, argument, "finite and > 0")
         self._require(self.min_scale <= self.init_scale, "min_scale", f"at most init_scale={self.init_scale:g}")
         for argument in ("growth_interval", "cool_down", "report_every"):
             value = getattr(self, argument)
-            self._require(value >= 1 and value == int(value), argument, "a whole number >= 1")
+            self._require(is_whole(value) and value >= 1, argument, "a whole number >= 1")
         for argument, used in USED_BY.items():
             value, default = getattr(self, argument), _DEFAULTS[argument]
             unused = self.kind not in used and (list(value) if isinstance(value, list) else value) != default
@@ -227,6 +227,8 @@ class SetPrecision(GuardMember):
         self._extend(trainer)
         if self.kind == "tf32":
             self._undo.append(allow_tf32(trainer.strategy.root_device))
+        if self.kind == "fp8":
+            self._undo.append(lightning_precision.evaluate_without_inference_mode(trainer))
         super().setup(trainer, pl_module, stage)
 
     def _install(self, trainer: Trainer) -> None:

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from fits import HEALTHY, batches, fit
+from fits import HEALTHY, batches, fit, loader
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import AdamW
 
 from stabletrain import SetPrecision
 from stabletrain.errors import UserError
+from stabletrain.testing.trainer import quiet_trainer
 from stabletrain_plugins.set_precision import float8
 
 with warnings.catch_warnings():
@@ -66,6 +67,29 @@ def test_layers_are_converted_for_the_fit_only() -> None:
     assert converted(Layers(), fp8(fp8_skip=[], fp8_recipe="rowwise")) == ["a", "c", "head"]
     assert converted(Layers(), fp8(fp8_skip=["c"])) == ["a", "head"]
     assert converted(Layers(), fp8(fp8_skip=[], keep_fp32=["c"])) == ["a", "head"]
+
+
+def test_validate_test_and_predict() -> None:
+    """Bug: within inference mode torchao's tensors lack operations, so that only the validation of a fit works."""
+
+    class Evaluated(Layers):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("loss", self.training_step(batch, batch_idx), batch_size=8)
+
+        def test_step(self, batch: Any, batch_idx: int) -> None:
+            self.validation_step(batch, batch_idx)
+
+        def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.training_step(batch, batch_idx)
+
+    module, items, trainer = Evaluated(), loader(ITEMS[:1]), quiet_trainer(fp8())
+    expected = fit(module, ITEMS, fp8(), val_items=items).callback_metrics["loss"]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*does not have many workers")
+        for evaluate in (trainer.validate, trainer.test):
+            assert evaluate(module, items, verbose=False)[0]["loss"] == expected.item()
+        assert torch.equal(trainer.predict(module, items)[0], expected)
+    assert trainer.validate_loop.inference_mode
 
 
 def test_a_layer_of_a_class_of_its_own_and_a_tied_one_are_left_alone() -> None:

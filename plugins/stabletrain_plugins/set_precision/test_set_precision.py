@@ -289,6 +289,9 @@ def test_validation_after_the_fit_computes_in_the_same_formats() -> None:
         ({"kind": "fp16_mixed", "fall_back": "bf16", "cool_down": 0}, "cool_down must be"),
         ({"kind": "fp8", "emulate": True, "fp8_recipe": "rowwise_with_gw_hp"}, "fp8_recipe must be"),
         ({"report_every": 0}, "report_every must be"),
+        ({"report_every": "5"}, "report_every must be a whole number"),
+        ({"kind": "fp16_mixed", "growth_interval": float("inf")}, "growth_interval must be a whole number"),
+        ({"kind": "fp16_mixed", "init_scale": "a"}, "init_scale must be finite"),
     ],
 )
 def test_wrong_arguments_are_one_message(arguments: dict[str, Any], text: str) -> None:

@@ -12,8 +12,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
 from stabletrain import settings
-from stabletrain.errors import UserError
-from stabletrain.optim.build import own_configure_optimizers, replace_configure_optimizers
+from stabletrain.errors import UserError, did_you_mean
+from stabletrain.optim.build import Arguments, own_configure_optimizers, replace_configure_optimizers
 from stabletrain.optim.options import KEY, GroupOptions, group_options
 from stabletrain.runtime.guard.given_twice import attach, given_once
 from stabletrain.runtime.internals import trainer as trainer_internals
@@ -172,11 +172,22 @@ def _check(optimizer: Any) -> None:
             f"SwapOptimizer: optimizer: expected a class such as torch.optim.AdamW, or a functools.partial of one, got "
             f"{got}; its parameters are passed later"
         )
+    if isinstance(made, type) and not issubclass(made, Optimizer):
+        raise UserError(
+            f"SwapOptimizer: optimizer: expected a class of an optimizer such as torch.optim.AdamW, or a "
+            f"functools.partial of one, got {made.__module__}.{made.__qualname__}, which is none"
+        )
     if not isinstance(made, type) and "lr" not in inspect.signature(made).parameters:
         raise UserError(
             "SwapOptimizer: optimizer: expected a class, or a functools.partial of one, got the function "
             f"{getattr(made, '__name__', made)!r}, of which the arguments are not known; write "
             "functools.partial(torch.optim.AdamW, betas=(0.9, 0.95))"
+        )
+    given = optimizer.keywords if isinstance(optimizer, functools.partial) else {}
+    for name, known in Arguments(made).unknown(given).items():
+        raise UserError(
+            f"SwapOptimizer: optimizer: {made.__name__} has no argument {name!r}{did_you_mean(name, known)}; it has "
+            f"{', '.join(known)}"
         )
 
 

@@ -148,7 +148,15 @@ def _build(old: Optimizer, make: MakeOptimizer, split: Sequence[_Child]) -> Opti
                 "return the loss with the other sign"
             )
         usual["maximize"] = True
-    new = make([child.group for child in split], **usual)
+    try:
+        new = make([child.group for child in split], **usual)
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        hint = "; stabletrain.MuonAdamW takes all" if _name(make) == "Muon" else ""
+        raise UserError(
+            f"SwapOptimizer: {_name(make)} cannot be made of the module's parameter groups: {error}{hint}"
+        ) from error
     for child, group in zip(split, new.param_groups, strict=True):
         if child.names:
             group["param_names"] = child.names

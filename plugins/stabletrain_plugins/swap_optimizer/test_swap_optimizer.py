@@ -265,6 +265,7 @@ def _keeps(module: Any) -> Any:
         (_keeps, "keeps its optimizer in the attribute 'own'"),
         (lambda m: SGD(m.parameters(), lr=0.1, maximize=True), "maximizes"),
         (lambda m: SGD(m.parameters(), lr=0.0), "there is no ratio"),
+        (lambda m: SGD(m.parameters()), "Minimizes cannot be made of the module's parameter groups: too many groups"),
     ],
 )
 def test_what_cannot_be_swapped_is_one_message(make: Any, text: str) -> None:
@@ -272,6 +273,8 @@ def test_what_cannot_be_swapped_is_one_message(make: Any, text: str) -> None:
 
     class Minimizes(AdamW):
         def __init__(self, params: Any, lr: float = 1e-3, weight_decay: float = 0.0) -> None:
+            if "too many" in text:
+                raise ValueError("too many groups")
             super().__init__(params, lr, weight_decay=weight_decay)
 
     new = partial(Minimizes, lr=0.01) if "ratio" in text else Minimizes
@@ -285,6 +288,8 @@ def test_what_cannot_be_swapped_is_one_message(make: Any, text: str) -> None:
         ({"optimizer": AdamW([nn.Parameter(torch.ones(1))])}, "an optimizer that exists already"),
         ({"optimizer": "adamw"}, "got 'adamw'"),
         ({"optimizer": lambda p: AdamW(p)}, "of which the arguments are not known"),
+        ({"optimizer": nn.Linear}, "got torch.nn.modules.linear.Linear, which is none"),
+        ({"optimizer": partial(AdamW, beta=(0.9, 0.95))}, "AdamW has no argument 'beta'; did you mean 'betas'"),
         ({"optimizer": AdamW, "layer_decay": math.nan}, r"SwapOptimizer\(layer_decay=\.\.\.\)"),
         ({"optimizer": AdamW, "overrides": [{"pattern": "("}]}, r"SwapOptimizer\(overrides=\.\.\.\)\[0\]\.pattern"),
     ],

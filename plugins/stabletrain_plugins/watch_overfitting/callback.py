@@ -12,7 +12,7 @@ from stabletrain.core import metric_names
 from stabletrain.core.events import Event
 from stabletrain.core.metric_names import MetricInfo
 from stabletrain.core.outcome import Outcome
-from stabletrain.errors import UserError, require
+from stabletrain.errors import UserError, is_number, is_whole, require
 from stabletrain.runtime.guard.callbacks import GuardMember
 
 METRICS = (
@@ -47,9 +47,9 @@ class WatchOverfitting(GuardMember):
 
     def __init__(self, monitor: str = "val/loss", patience: int = 3, min_delta: float = 0.0) -> None:
         for key, value, is_right, expected in (
-            ("monitor", monitor, bool(monitor), "the name of a metric"),
-            ("patience", patience, patience >= 1, ">= 1"),
-            ("min_delta", min_delta, 0 <= min_delta < math.inf, "a number >= 0"),
+            ("monitor", monitor, isinstance(monitor, str) and bool(monitor), "the name of a metric"),
+            ("patience", patience, is_whole(patience) and patience >= 1, "a whole number >= 1"),
+            ("min_delta", min_delta, is_number(min_delta) and 0 <= min_delta < math.inf, "a number >= 0"),
         ):
             require(is_right, self.plugin, key, expected, value, f"plugins.{self.slot}", type(self).__name__)
         self.monitor, self.patience, self.min_delta = monitor, patience, min_delta

@@ -100,3 +100,14 @@ def test_arguments_out_of_range_are_refused(arguments: dict[str, Any]) -> None:
     """Bug: a watch that can never report, or reports at once, is accepted."""
     with pytest.raises(UserError, match=f"watch_overfitting: {next(iter(arguments))} must be"):
         WatchOverfitting(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("argument", "values"),
+    [("monitor", ["", None, 3]), ("patience", [0, 1.5, "3", None]), ("min_delta", [-1, math.nan, "a"])],
+)
+def test_wrong_arguments_are_one_message(argument: str, values: list[Any]) -> None:
+    """Bug: with a patience of 1.5 nothing is ever reported; a TypeError without the argument's name."""
+    for value in values:
+        with pytest.raises(UserError, match=f"{argument} must be .*, got "):
+            WatchOverfitting(**{argument: value})

@@ -17,6 +17,21 @@ Count: TypeAlias = Callable[[Any], Any] | str | int | None
 """What to count in a batch: a function of the batch, the name or position of an entry, or None for rows."""
 
 
+def check_count(count: Any, ignore_index: Any, require: Callable[[bool, str, str, object], None]) -> None:
+    """Check the arguments of `BatchCount`, before there is a batch.
+
+    Args:
+        count: what the user gives.
+        ignore_index: what the user gives.
+        require: raises an error unless the first argument is true; the others are the name of the argument, the valid
+            values, and the value.
+    """
+    known = count is None or callable(count) or (isinstance(count, str | int) and not isinstance(count, bool))
+    require(known, "count", "a function of the batch, a key, attribute or position of an entry, or null", count)
+    whole = ignore_index is None or (isinstance(ignore_index, int) and not isinstance(ignore_index, bool))
+    require(whole, "ignore_index", "a whole number, or null", ignore_index)
+
+
 class BatchCount:
     """The number of elements of a batch over which the module's mean loss is a mean.
 

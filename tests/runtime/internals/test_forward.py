@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from stabletrain.runtime.wrapped_forward import wrap_forward
+from stabletrain.runtime.internals.forward import wrap_forward
 
 
 class Layer(nn.Linear):
