@@ -56,8 +56,9 @@ def swap(module: nn.Module, output: Any, make: MakeOptimizer, options: GroupOpti
             )
     split = list(_split(module, old, make, options, key))
     new = _build(old, make, split)
+    parts = _match(split, new, make)
     for scheduler in schedulers:
-        problem = retarget(scheduler, old, new, [each.parent for each in split], [each.rates for each in split])
+        problem = retarget(scheduler, old, new, [each.parent for each in parts], [each.rates for each in parts])
         if problem is not None:
             raise UserError(
                 f"SwapOptimizer: the scheduler {type(scheduler).__name__} of {owner} cannot be moved to "
@@ -157,9 +158,6 @@ def _build(old: Optimizer, make: MakeOptimizer, split: Sequence[_Child]) -> Opti
         raise UserError(
             f"SwapOptimizer: {_name(make)} cannot be made of the module's parameter groups: {error}{hint}"
         ) from error
-    for child, group in zip(split, new.param_groups, strict=True):
-        if child.names:
-            group["param_names"] = child.names
     before = [id(each) for group in old.param_groups for each in group["params"]]
     after = [id(each) for group in new.param_groups for each in group["params"]]
     if sorted(before) != sorted(after):
@@ -167,6 +165,23 @@ def _build(old: Optimizer, make: MakeOptimizer, split: Sequence[_Child]) -> Opti
             f"SwapOptimizer: {_name(make)} has other parameters than it was given; choose another optimizer"
         )
     return new
+
+
+def _match(split: Sequence[_Child], new: Optimizer, make: MakeOptimizer) -> list[_Child]:
+    """For each group of the new optimizer, which may have divided those that it was given, the part that it is of."""
+    owners = {id(p): (child, i) for child in split for i, p in enumerate(child.group["params"])}
+    found = []
+    for group in new.param_groups:
+        children = [owners[id(p)][0] for p in group["params"]]
+        if not children or any(each is not children[0] for each in children):
+            raise UserError(
+                f"SwapOptimizer: {_name(make)} puts parameters of several groups into one, or has one without "
+                "parameters; choose another optimizer"
+            )
+        if children[0].names:
+            group["param_names"] = [children[0].names[owners[id(p)][1]] for p in group["params"]]
+        found.append(children[0])
+    return found
 
 
 def _base_rates(old: Optimizer, arguments: Arguments) -> RateChange:

@@ -17,6 +17,7 @@ from torch.optim import SGD, Adam, AdamW
 
 from stabletrain import (
     Guard,
+    MuonAdamW,
     ResumeExactly,
     Rollback,
     ScheduleLR,
@@ -75,6 +76,39 @@ def test_it_trains_as_the_same_optimizer_by_hand(position: int) -> None:
     assert_same(everything(mine), everything(reference))
     assert {"skip", "rollback"} <= {event.kind for event in record.events}
     assert [group["kind"] for group in mine.optimizers[0].param_groups] == ["weight", "norm", "bias"]
+
+
+def test_an_optimizer_that_divides_its_groups(tmp_path: Path) -> None:
+    """Bugs: with an output layer in the group of the hidden matrices a bare error of ``zip``; the names and the rates of
+    a divided group are those of another one; a resume does not fit."""
+    path = tmp_path / "a.ckpt"
+
+    class Named(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net.insert(4, nn.Linear(16, 16))
+
+        def configure_optimizers(self) -> Any:
+            named = list(self.named_parameters())
+            groups = [{"params": named[:3]}, {"params": named[3:], "lr": 0.04}]
+            optimizer = AdamW(groups, 0.02, weight_decay=0.1)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda n: 0.9**n, lambda n: 0.5**n])
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    module = Named()
+    mine = fit(module, batches(0, 0, 0), SwapOptimizer(MuonAdamW), SaveAfter(1, path))
+    names = {id(p): name for name, p in module.named_parameters()}
+    rates = {}
+    for group in mine.optimizers[0].param_groups:
+        assert group["param_names"] == [names[id(p)] for p in group["params"]]
+        rates |= dict.fromkeys(group["param_names"], (group["lr"], group["use_muon"]))
+    slow, fast = pytest.approx(0.02 * 0.9**3), pytest.approx(0.04 * 0.5**3)
+    assert rates["net.0.weight"] == (slow, True)
+    assert rates["net.0.bias"] == (slow, False)
+    assert rates["net.4.weight"] == (fast, True)
+    assert rates["net.5.weight"] == (fast, False)
+    resumed = fit(Named(), batches(0, 0, 0), SwapOptimizer(MuonAdamW), ckpt_path=path)
+    assert resumed.global_step == 3
 
 
 def test_it_does_the_same_under_pytorch_lightning(tmp_path: Path) -> None:
