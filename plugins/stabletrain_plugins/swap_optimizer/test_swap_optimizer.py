@@ -79,7 +79,7 @@ def test_it_trains_as_the_same_optimizer_by_hand(position: int) -> None:
 
 
 def test_an_optimizer_that_divides_its_groups(tmp_path: Path) -> None:
-    """Bugs: with an output layer in the group of the hidden matrices a bare error of ``zip``; the names and the rates of
+    """Bugs: with an output layer in the group of hidden matrices a bare error of ``zip``; the names and the rates of
     a divided group are those of another one; a resume does not fit."""
     path = tmp_path / "a.ckpt"
 
