@@ -16,6 +16,9 @@ from stabletrain.optim.kinds import plain_name
 
 logger = logging.getLogger("stabletrain")
 
+ARTIFACT = "parameter_groups.txt"
+"""The table's name among a run's artifacts."""
+
 _COLUMNS = ("group", "tensors", "elements", "decay", "rate", "state bits", "for example")
 _EXAMPLES = 3
 _BITS_IN_NAME = re.compile(r"(?:(\d+)bit|fp(\d+))", re.IGNORECASE)
@@ -65,15 +68,25 @@ def group_table(module: nn.Module, optimizer: Optimizer) -> str:
 
 @rank_zero_only
 def log_table(module: nn.Module, optimizer: Optimizer, note: str = "") -> None:
-    """Log the table, on one process.
+    """Print the table, and write it to the run's artifacts, on one process.
 
     Args:
-        module: the module.
+        module: the module; in a fit, every logger of its Trainer with a method ``log_text_artifact`` (our
+            `MLflowLogger`) gets the table, as `ARTIFACT`.
         optimizer: its optimizer.
         note: one more sentence for the first line.
     """
-    name = type(optimizer).__name__
-    logger.info("parameter groups of %s%s\n%s", name, note and f" ({note})", group_table(module, optimizer))
+    title = f"parameter groups of {type(optimizer).__name__}{note and f' ({note})'}"
+    table = group_table(module, optimizer)
+    logger.info("%s\n%s", title, table)
+    try:
+        trainer: Any = module.trainer
+    except (AttributeError, RuntimeError):  # no LightningModule, or not in a Trainer
+        return
+    for each in getattr(trainer, "loggers", ()):
+        write = getattr(each, "log_text_artifact", None)
+        if callable(write):
+            write(f"{title}\n{table}\n", ARTIFACT)
 
 
 def _bits(optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor) -> int:

@@ -179,6 +179,24 @@ class MLflowLogger(Logger):
         session = self._open()
         session.attempt(f"artifact {source.name}", lambda: write_artifact(session.client, session.run_id, source, name))
 
+    @rank_zero_only
+    def log_text_artifact(self, text: str, name: str) -> None:
+        """Write a text to the run's artifacts.
+
+        Args:
+            text: the file's content.
+            name: of the artifact, e.g. ``parameter_groups.txt``.
+        """
+        session = self._open()
+
+        def write() -> None:
+            with tempfile.TemporaryDirectory() as scratch:
+                file = Path(scratch) / "text"
+                file.write_text(text, encoding="utf-8")
+                write_artifact(session.client, session.run_id, file, name)
+
+        session.attempt(f"artifact {name}", write)
+
     def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
         """Write queued metrics, and set tags ``checkpoint.*`` with the checkpoint's path; the file is not copied."""
         if _rank() != 0:

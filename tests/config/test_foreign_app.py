@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import stabletrain
 from stabletrain.config.discovery import searchpath
 
 APP = """
@@ -52,6 +53,7 @@ def test_plugins_are_chosen_and_built(app: Path) -> None:
     done = run(app, "+plugins/clip=norm", "+plugins/nonfinite=skip", "+plugins/spike=none", "plugins.clip.max_norm=3")
     assert "CONFIG ['lr', 'plugins', 'trainer']" in done.stdout, done.stderr
     assert "CALLBACKS ['ClipNorm', 'SkipNonFinite']" in done.stdout, done.stderr
+    assert stabletrain.callbacks(None) == []  # an app that selects nothing: cfg.get("plugins")
 
 
 @pytest.mark.parametrize("name", ["a b", "a%20b", "é"])
@@ -76,27 +78,36 @@ def test_nothing_else_of_ours_is_on_the_search_path(app: Path) -> None:
     assert not {"model", "data", "logger", "launch"} & groups
 
 
-def test_an_app_without_plugins_gets_no_callbacks(app: Path) -> None:
-    """Bug: an app that selects nothing fails, or gets a default stack."""
-    done = run(app)
-    assert "CALLBACKS []" in done.stdout, done.stderr
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (
+            ["+plugins.clip._target_=os.system", "+plugins.clip.command=false"],
+            "'os.system' may not be built from a config",
+        ),
+        (
+            ["+plugins/clip=norm", "+plugins.clip.name={_target_:torch.PyTorchFileWriter,_args_:[PWNED]}"],
+            "plugins.clip.name: expected str or None, got a node",
+        ),
+        # an escaped interpolation is text for the check, and must not be resolved when the object is built
+        (
+            ["+plugins/clip=norm", r"plugins.clip.name='\${oc.create:{_target_:psutil.Popen,args:[touch,PWNED]}}'"],
+            "plugins.clip.name: expected a resolved value",
+        ),
+    ],
+)
+def test_a_config_cannot_run_any_function(
+    app: Path, overrides: list[str], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bugs: the check of trust is only in our own command line; a config is resolved a second time."""
+    from hydra import compose, initialize_config_dir
 
-
-def test_a_config_cannot_run_any_function(app: Path) -> None:
-    """Bug: the check of trust is only in our own command line."""
-    done = run(app, "+plugins.clip._target_=os.system", "+plugins.clip.command=false")
-    assert "'os.system' may not be built from a config" in done.stderr
-    done = run(app, "+plugins/clip=norm", "+plugins.clip.name={_target_:torch.PyTorchFileWriter,_args_:[PWNED]}")
-    assert "plugins.clip.name: expected str or None, got a node" in done.stderr
-    assert not list(app.parent.rglob("PWNED"))
-
-
-def test_a_config_is_not_resolved_a_second_time(app: Path) -> None:
-    """Bug: an escaped interpolation is text for the check, and is resolved when the object is built."""
-    done = run(
-        app, "+plugins/clip=norm", r"plugins.clip.name='\${oc.create:{_target_:psutil.Popen,args:[touch,PWNED]}}'"
-    )
-    assert "plugins.clip.name: expected a resolved value" in done.stderr
+    monkeypatch.chdir(app.parent)
+    with initialize_config_dir(str(app.parent / "conf"), version_base="1.3"):
+        config = compose("mine", overrides)
+    with pytest.raises(stabletrain.UserError) as caught:
+        stabletrain.callbacks(config["plugins"])
+    assert says in str(caught.value)
     assert not list(app.parent.rglob("PWNED"))
 
 

@@ -53,16 +53,12 @@ def test_the_mistakes_of_all_jobs_are_found_before_the_first_one_trains(cli) -> 
 
 
 def test_nothing_is_imported_from_the_current_folder(cli) -> None:
-    """Bugs: a file beside the recipe is run by `validate` or by the worker; under ``--trust`` it replaces a module."""
+    """Bug: a file beside the recipe is run by `validate`; `train`, with ``--trust``: test_end_to_end.py."""
     for name in ("xxhash", "queue", "yaml", "mlflow"):
         (cli.folder / f"{name}.py").write_text(f"open('RAN-{name}', 'w')")
-    own = (Path(__file__).parent / "tiny_workload.py").read_text()
-    (cli.folder / "mine.py").write_text(own)
-    recipe = Path(TINY).read_text().replace("tiny_workload.", "mine.")
-    (cli.folder / "own.yaml").write_text(recipe)
+    (cli.folder / "mine.py").write_text("open('RAN-mine', 'w')")
+    (cli.folder / "own.yaml").write_text(Path(TINY).read_text().replace("tiny_workload.", "mine."))
     assert "add --trust mine" in cli("validate", "./own.yaml").stderr
-    done = cli("train", "./own.yaml", "--trust", "mine", "plugins/checkpoints=save", "logger=mlflow")
-    assert done.returncode == 0, done.stderr
     assert list(cli.folder.glob("RAN*")) == []
 
 

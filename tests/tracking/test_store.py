@@ -36,28 +36,34 @@ def test_environment_wins(tmp_path, monkeypatch, value, expected):
     assert default_tracking_uri() == expected.format(cwd=tmp_path)
 
 
+THREE = """
+import multiprocessing, sys
+import mlflow  # once, and not in each process
+from stabletrain.tracking.runs import create_run, ensure_store
+
+forked = multiprocessing.get_context("fork")
+together = forked.Barrier(3)
+
+def start(uri):
+    together.wait(60)
+    ensure_store(uri)
+    return create_run(uri, "race")
+
+with forked.Pool(3) as pool:
+    print(*pool.map(start, sys.argv[1:] * 3, chunksize=1))
+"""
+
+
 def test_three_processes_on_a_fresh_database(tmp_path):
     """Bug: processes that start together all migrate, and all but one die."""
     uri = f"sqlite:///{tmp_path}/deep/er/mlflow.db"
-    code = (
-        "import sys; from stabletrain.tracking.runs import create_run, ensure_store\n"
-        "ensure_store(sys.argv[1]); print(create_run(sys.argv[1], 'race'))"
-    )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, uri],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for _ in range(3)
-    ]
-    ends = [worker.communicate(timeout=120) for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0, 0], [err for _, err in ends]
-    assert len({out.strip() for out, _ in ends}) == 3
-    assert all("Creating initial" not in err for _, err in ends)
+    done = subprocess.run(
+        [sys.executable, "-c", THREE, uri], capture_output=True, text=True, timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(set(done.stdout.split())) == 3
+    assert "Creating initial" not in done.stderr
 
 
 def corrupt_random(path: Path) -> None:

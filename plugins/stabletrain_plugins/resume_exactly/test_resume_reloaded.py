@@ -20,6 +20,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is not resumable"),
 ]
 BATCHES = 6
+MID = {"val_check_interval": 4}
+STEPS = {"max_epochs": -1, "max_steps": 16}
 
 
 class Data(LightningDataModule):
@@ -112,16 +114,35 @@ def assert_same_losses(reference, resumed):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("options", [{}, {"val_check_interval": 4}], ids=str)
-@pytest.mark.parametrize("every", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("every", "options"),
+    [
+        (1, {}),
+        (2, MID),
+        (3, {}),
+        *(pytest.param(n, options, marks=pytest.mark.slow) for n, options in ((1, MID), (2, {}), (3, MID))),
+    ],
+    ids=str,
+)
 def test_loaders_are_reloaded_in_the_epochs_of_the_uninterrupted_run(every, options, tmp_path):
     """Bug: Lightning does not save the epoch of the last reload: a run that resumes in epoch 1 reloads in 3 instead of
     2, and the method that returns the loader sees another epoch and draws other random numbers."""
     assert_resumes_from_each(tmp_path, Net, reload_dataloaders_every_n_epochs=every, **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"max_epochs": -1, "max_steps": 16}], ids=str)
-@pytest.mark.parametrize("ends", [[(0, 4)], [(1, 0)], [(0, 3), (2, 5)]], ids=str)
+@pytest.mark.parametrize(
+    ("ends", "options"),
+    [
+        ([(0, 4)], {}),
+        ([(1, 0)], STEPS),
+        ([(0, 3), (2, 5)], {}),
+        *(
+            pytest.param(ends, options, marks=pytest.mark.slow)
+            for ends, options in (([(0, 4)], STEPS), ([(1, 0)], {}), ([(0, 3), (2, 5)], STEPS))
+        ),
+    ],
+    ids=str,
+)
 def test_an_epoch_that_the_module_ends_early_does_not_shift_what_comes_after(ends, options, tmp_path):
     """Bug: Lightning counts the batch at which on_train_batch_start returned -1 in part, and takes later checkpoints
     for ones that were saved elsewhere: batch_idx is one less, and the epoch one batch longer."""

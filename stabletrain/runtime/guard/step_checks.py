@@ -7,7 +7,7 @@ if it is called after the loss was computed. Both would go unnoticed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +38,8 @@ class _Seen(NamedTuple):
 class BackwardWatch:
     """Compares the trained parameters before and after backward.
 
-    It sees changes of the version counters, and changes of the values that do not count as such (of ``p.data``).
+    It sees changes of the version counters, and changes of the values that do not count as such (of ``p.data``). While
+    FSDP2 has a layer's parameters gathered, they are others than the sharded ones of the optimizer: both are compared.
 
     Args:
         module: that is trained.
@@ -47,6 +48,7 @@ class BackwardWatch:
 
     def __init__(self, module: nn.Module, optimizers: Iterable[Optimizer]) -> None:
         self._module, self._optimizers = module, list(optimizers)
+        self._names = {id(p): name for name, p in module.named_parameters()}
         self._before: list[_Seen] = []
         self._doubtful = False
         self._windows = self._passes = 0
@@ -60,9 +62,21 @@ class BackwardWatch:
         if not self.is_over:
             self._before = [
                 _Seen(name, p, version_of(p), _address(p), _sample(p))
-                for name, p in self._module.named_parameters()
+                for name, p in self._parameters()
                 if p.requires_grad
             ]
+
+    def _parameters(self) -> Iterator[tuple[str, Tensor]]:
+        seen = set()
+        for name, p in self._module.named_parameters():
+            seen.add(id(p))
+            yield name, p
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    if id(p) not in seen:
+                        seen.add(id(p))
+                        yield self._names.get(id(p), "of the optimizer"), p
 
     def after_backward(self) -> None:
         """A backward pass has ended.
