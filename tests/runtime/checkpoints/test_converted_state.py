@@ -1,0 +1,147 @@
+"""A run in 32 bits is resumed in 8, and back: through verified checkpoints, Lightning's files, with any plugin."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from fits import assert_same, everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from state_bits import ADAMW, Make, Small, of
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from stabletrain import ResumeExactly, Rollback, SaveCheckpoints, ScheduleLR, SkipNonFinite
+from stabletrain.errors import UserError
+from stabletrain.launch.checkpoint_mismatch import explain_mismatch
+from stabletrain.testing.trainer import quiet_trainer
+
+pytest.importorskip("bitsandbytes")
+
+WIDE = of("torch.optim.AdamW", **ADAMW)
+NARROW = of("stabletrain.AdamW8bit")
+FIRST, LAST = 6, 12
+
+
+class Model(L.LightningModule):
+    """Learns 12 batches; its embedding is a group of its own."""
+
+    def __init__(self, make: Make, killed_at: int | None = None) -> None:
+        super().__init__()
+        self.small, self.make, self.killed_at = Small(), make, killed_at
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        if self.global_step == self.killed_at:
+            raise KeyboardInterrupt
+        return torch.nn.functional.cross_entropy(self.small.net(batch), (batch * 7 + 3) % 64)
+
+    def configure_optimizers(self) -> Any:
+        return self.make(self.small.groups())
+
+
+def fit(make: Make, last: int, *callbacks: Any, ckpt: Any = None) -> Any:
+    data = [torch.randint(0, 64, (32,), generator=torch.Generator().manual_seed(i)) for i in range(LAST)]
+    trainer = quiet_trainer(*callbacks, max_steps=last)
+    trainer.fit(Model(make), DataLoader(data, batch_size=None), ckpt_path=ckpt, weights_only=None if not ckpt else True)  # type: ignore[arg-type]
+    return trainer
+
+
+def lightnings(folder: Path) -> list[Any]:
+    return [ModelCheckpoint(folder, filename="{step}", every_n_train_steps=3, save_top_k=-1)]
+
+
+WAYS: dict[str, tuple[Callable[[Path], list[Any]], Callable[[Path], Path]]] = {
+    "verified": (lambda folder: [SaveCheckpoints(folder, every=3), ResumeExactly()], lambda folder: folder),
+    "exactly": (lambda folder: [*lightnings(folder), ResumeExactly()], lambda folder: folder / f"step={FIRST}.ckpt"),
+    "guard": (lambda folder: [*lightnings(folder), SkipNonFinite()], lambda folder: folder / f"step={FIRST}.ckpt"),
+}
+
+
+def moments(trainer: Any) -> list[Any]:
+    return [state for state in trainer.optimizers[0].state.values()]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_goes_on_in_8_bits_and_back(way: str, tmp_path: Path) -> None:
+    """Bugs: nobody converts the state when only this plugin is there; the rate of the schedule, the count of steps or
+    the data start again; the resumed run in 8 bits, killed and resumed, is another one; the strategy stays changed."""
+    plugins, newest = WAYS[way]
+    schedule = ScheduleLR("cosine", lr_warmup=2, total=LAST)
+    kept = fit(WIDE, LAST, copy.deepcopy(schedule))
+    folder = tmp_path / "wide"
+    fit(WIDE, FIRST, *plugins(folder), copy.deepcopy(schedule))
+    narrow = tmp_path / "narrow"
+    done = fit(NARROW, LAST, *plugins(narrow), copy.deepcopy(schedule), ckpt=newest(folder))
+    assert "load_optimizer_state_dict" not in vars(done.strategy)
+    assert {each["step"] for each in moments(done)} == {LAST}
+    assert {each["state1"].dtype for each in moments(done)} == {torch.uint8, torch.float32}
+    mine, theirs = (group["lr"] for each in (done, kept) for group in each.optimizers[0].param_groups[:1])
+    assert mine == theirs
+    before = torch.cat([p.flatten() for p in Small().parameters()])
+    ends = [torch.cat([p.detach().flatten() for p in each.lightning_module.parameters()]) for each in (done, kept)]
+    assert (ends[0] - ends[1]).norm() <= 0.05 * (ends[1] - before).norm()
+
+    cut = tmp_path / "cut"
+    fit(NARROW, FIRST + 3, *plugins(cut), copy.deepcopy(schedule), ckpt=newest(folder))
+    path = cut if way == "verified" else cut / f"step={FIRST + 3}.ckpt"
+    assert_same(everything(fit(NARROW, LAST, *plugins(cut), copy.deepcopy(schedule), ckpt=path)), everything(done))
+
+    back = fit(WIDE, LAST, *plugins(tmp_path / "back"), copy.deepcopy(schedule), ckpt=path)
+    assert {float(each["step"]) for each in moments(back)} == {LAST}
+    end = torch.cat([p.detach().flatten() for p in back.lightning_module.parameters()])
+    assert (end - ends[1]).norm() <= 0.05 * (ends[1] - before).norm()
+
+
+@pytest.mark.parametrize("kind", ["AdamW8bit", "AdamWFp8"])
+def test_torchaos_state_is_converted_too(kind: str, tmp_path: Path) -> None:
+    """Bugs: the learning rate is a number, which torchao's step refuses; state that is no plain tensor is not read."""
+    pytest.importorskip("torchao")
+    if os.environ.get("TORCHDYNAMO_DISABLE") != "1":
+        pytest.skip("its step is compiled, which takes minutes on a CPU: set TORCHDYNAMO_DISABLE=1")
+    make = of(f"torchao.optim.{kind}", **ADAMW)
+    fit(WIDE, FIRST, SaveCheckpoints(tmp_path / "wide", every=3))
+    fit(make, FIRST + 3, SaveCheckpoints(tmp_path / "narrow", every=3), ckpt=tmp_path / "wide")
+    done = fit(WIDE, LAST, SaveCheckpoints(tmp_path / "back", every=3), ckpt=tmp_path / "narrow")
+    assert {float(each["step"]) for each in moments(done)} == {LAST}
+
+
+def test_what_does_not_convert_ends_before_the_first_step(tmp_path: Path) -> None:
+    """Bugs: the message of `explain_mismatch` hides the one that says what to do; the checkpoint is changed."""
+    fit(of("torch.optim.SGD", lr=0.1, momentum=0.9), FIRST, SaveCheckpoints(tmp_path, every=3))
+    trainer = quiet_trainer(SaveCheckpoints(tmp_path / "other"), max_steps=LAST)
+    explain_mismatch(trainer.strategy, str(tmp_path))
+    with pytest.raises(UserError, match=r"AdamW8bit: .* of AdamW.* got momentum_buffer of SGD with momentum"):
+        trainer.fit(Model(NARROW), DataLoader([torch.zeros(4, dtype=torch.long)], batch_size=None), ckpt_path=tmp_path)  # type: ignore[arg-type]
+
+
+def test_a_script_without_plugins_is_unchanged(tmp_path: Path) -> None:
+    """Bug: importing stabletrain changes what Lightning loads."""
+    fit(WIDE, FIRST, *lightnings(tmp_path))
+    with pytest.raises(KeyError):
+        fit(of("bitsandbytes.optim.AdamW8bit", **ADAMW), LAST, ckpt=tmp_path / f"step={FIRST}.ckpt")
+
+
+def test_a_rollback_reads_a_checkpoint_from_before_the_change(tmp_path: Path) -> None:
+    """Bug: going back to a checkpoint in 32 bits gives the optimizer in 8 bits a state that it cannot use."""
+    from stabletrain_plugins.rollback import older_checkpoint
+
+    fit(WIDE, FIRST, *lightnings(tmp_path))
+    path = str(tmp_path / f"step={FIRST}.ckpt")
+
+    class Back(L.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step == FIRST + 2 and not self.done:
+                self.done = True
+                older_checkpoint.restore(trainer.callbacks[0]._guard, path, "test")
+                assert trainer.global_step == FIRST
+
+        done = False
+
+    done = fit(NARROW, LAST, SkipNonFinite(), Rollback(), Back())
+    assert {each["step"] for each in moments(done)} == {LAST}
