@@ -20,6 +20,8 @@ from stabletrain.optim.algorithms import Algorithm, Options
 from stabletrain.runtime.internals import quantized_state as quantized
 from stabletrain.runtime.internals.loader import override
 
+_CONVERTS = "converts"
+"""Marks the method of a strategy that `convert_when_loading` has put there."""
 _ADVICE = (
     "Resume with the optimizer of the checkpoint (config key optimizer), or start from scratch (config key resume)"
 )
@@ -61,12 +63,15 @@ def convert_when_loading(trainer: Trainer, once: bool = False) -> Callable[[], N
         The function that undoes this.
     """
     load = trainer.strategy.load_optimizer_state_dict
+    if hasattr(load, _CONVERTS):  # another plugin's
+        return lambda: None
 
     def load_converted(checkpoint: Mapping[str, Any]) -> None:
         if once:
             undo()
         load(loadable(checkpoint, trainer.strategy.optimizers))
 
+    setattr(load_converted, _CONVERTS, True)
     undo = override(trainer.strategy, "load_optimizer_state_dict", load_converted)
     return undo
 

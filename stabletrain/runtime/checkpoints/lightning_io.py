@@ -65,9 +65,9 @@ def load_onto_cpu(trainer: Trainer) -> Callable[[], None]:
     Returns:
         The function that undoes this.
     """
-    inner = trainer.strategy.checkpoint_io
+    inner, undo_converting = trainer.strategy.checkpoint_io, convert_when_loading(trainer)
     if isinstance(inner, VerifiedIO) or not _is_torchs(inner):
-        return lambda: None
+        return undo_converting
     load = inner.load_checkpoint
 
     def load_checkpoint(path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
@@ -75,11 +75,11 @@ def load_onto_cpu(trainer: Trainer) -> Callable[[], None]:
         found: dict[str, Any] = with_known_classes(lambda: load(path, target, weights_only))
         return found
 
-    undos = [override(inner, "load_checkpoint", load_checkpoint), convert_when_loading(trainer)]
+    undo_loading = override(inner, "load_checkpoint", load_checkpoint)
 
     def undo() -> None:
-        for each in undos:
-            each()
+        undo_loading()
+        undo_converting()
 
     return undo
 
