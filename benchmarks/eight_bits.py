@@ -1,6 +1,6 @@
 """AdamW with its state in 8 bits on a GPT of 12 million parameters: size of the state, and loss, against 32 bits.
 
-    python benchmarks/eight_bits.py            3 seeds, 300 steps each (about half an hour on one core)
+    python benchmarks/eight_bits.py            3 seeds, 300 steps each (about 15 minutes on one core)
     python benchmarks/eight_bits.py --write    also write benchmarks/results/eight_bits.md
 
 The network is the recipe char_gpt's with layers=6, heads=6, width=408, context=256; it learns Shakespeare in batches of

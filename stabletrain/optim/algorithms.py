@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, RMSprop
 
-from stabletrain.runtime.internals.quantized_state import is_bitsandbytes, is_torchao
+from stabletrain.runtime.internals.quantized_state import in_4_bits, is_bitsandbytes, is_torchao
 
 Options = dict[str, Any]
 
@@ -77,7 +77,7 @@ def of_optimizer(optimizer: Any) -> Algorithm | None:
     if is_bitsandbytes(optimizer):
         return next((each for each in ALGORITHMS if each.key == optimizer.optimizer_name), None)
     if is_torchao(optimizer):
-        return ADAM
+        return None if in_4_bits(optimizer) else ADAM
     kind = type(optimizer)
     return _OF_TORCH.get(kind) or _OF_PACKAGE.get((kind.__module__.partition(".")[0], kind.__name__))
 
@@ -121,23 +121,21 @@ def moments_of(entries: Iterable[Any]) -> set[str]:
     }
 
 
-def of_8_bits(tensors: int, groups: Sequence[Options]) -> set[Algorithm]:
-    """The algorithms that a state of bitsandbytes may be of: it does not name its own.
+def of_8_bits(tensors: int, groups: Sequence[Options]) -> Algorithm | None:
+    """The algorithm of a state of bitsandbytes, which does not name its own; None for one that does not convert.
 
     Args:
         tensors: number of tensors per parameter, ``state1`` and ``state2``.
         groups: of parameters, as bitsandbytes has them.
     """
-    if not groups:
-        return set()
-    betas, eps = tuple(groups[0].get("betas", ())), groups[0].get("eps")
+    betas = tuple(groups[0].get("betas", ())) if groups else ()
     if tensors == 2:
-        found = [ADEMAMIX if len(betas) == 3 else ADAM]
-    elif eps:
-        found = [RMSPROP]
-    else:  # bitsandbytes' SGD writes (momentum, dampening)
-        found = [LION, MOMENTUM] if len(betas) == 2 and betas[1] else [MOMENTUM]
-    return set(found)
+        return {2: ADAM, 3: ADEMAMIX}.get(len(betas))
+    if len(betas) != 2:
+        return None
+    if groups[0].get("eps"):
+        return RMSPROP if betas[0] else None  # Adagrad has zeros
+    return LION if betas[1] else MOMENTUM
 
 
 def from_8_bits(algorithm: Algorithm, group: Options) -> Options:

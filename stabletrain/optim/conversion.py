@@ -6,11 +6,10 @@ same, bit for bit. Reasons, and the pairs that convert: docs/decisions/0027.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
@@ -18,10 +17,7 @@ from stabletrain.errors import UserError
 from stabletrain.optim import algorithms
 from stabletrain.optim.algorithms import Algorithm, Options
 from stabletrain.runtime.internals import quantized_state as quantized
-from stabletrain.runtime.internals.loader import override
 
-_CONVERTS = "converts"
-"""Marks the method of a strategy that `convert_when_loading` has put there."""
 _ADVICE = (
     "Resume with the optimizer of the checkpoint (config key optimizer), or start from scratch (config key resume)"
 )
@@ -31,13 +27,13 @@ class _Found(NamedTuple):
     """What a checkpoint holds.
 
     Args:
-        algorithms: that the state may be of; none: of another one.
+        algorithm: of the state; None: one that does not convert.
         words: its form, for messages.
         entries: of bitsandbytes' state, flat; None: torch's names.
         kinds: torchao's classes of tensors.
     """
 
-    algorithms: frozenset[Algorithm]
+    algorithm: Algorithm | None
     words: str
     entries: dict[Any, dict[str, Any]] | None
     kinds: set[str]
@@ -50,48 +46,6 @@ class _Slot(NamedTuple):
     group: int
     place: int
     p: Tensor
-
-
-def convert_when_loading(trainer: Trainer, once: bool = False) -> Callable[[], None]:
-    """Let a trainer load the state of optimizers in 32 bits into 8-bit ones of the same algorithm, and back.
-
-    Args:
-        trainer: before it restores a checkpoint.
-        once: only the next state that is loaded.
-
-    Returns:
-        The function that undoes this.
-    """
-    load = trainer.strategy.load_optimizer_state_dict
-    if hasattr(load, _CONVERTS):  # another plugin's
-        return lambda: None
-
-    def load_converted(checkpoint: Mapping[str, Any]) -> None:
-        if once:
-            undo()
-        load(loadable(checkpoint, trainer.strategy.optimizers))
-
-    setattr(load_converted, _CONVERTS, True)
-    undo = override(trainer.strategy, "load_optimizer_state_dict", load_converted)
-    return undo
-
-
-def loadable(checkpoint: Mapping[str, Any], optimizers: Sequence[Optimizer]) -> Mapping[str, Any]:
-    """A checkpoint whose optimizer states have the form of these optimizers; the given one is unchanged.
-
-    Args:
-        checkpoint: of Lightning.
-        optimizers: of the run, in the order of the states.
-
-    Raises:
-        UserError: see `converted`.
-    """
-    states = checkpoint.get("optimizer_states")
-    if not isinstance(states, list | tuple):
-        return checkpoint
-    pairs = zip(optimizers, states, strict=False)
-    made = [converted(state, optimizer) if _is_state(state) else state for optimizer, state in pairs]
-    return {**checkpoint, "optimizer_states": [*made, *states[len(made) :]]}
 
 
 @torch.no_grad()
@@ -114,19 +68,19 @@ def converted(saved: Mapping[str, Any], optimizer: Optimizer) -> Mapping[str, An
     is_quantized = found.entries is not None or bool(found.kinds)
     if not (is_quantized or to_bitsandbytes or to_torchao) or quantized.holds_quantized(optimizer):
         return saved
-    if not any(saved["state"].values()) and not found.algorithms:
+    if not any(saved["state"].values()) and found.algorithm is None:
         return saved
     mine = algorithms.of_optimizer(optimizer)
     if to_bitsandbytes and found.entries is not None:
-        # its state does not say whose it is: refused are only groups that no algorithm has both of
-        if mine is not None and mine not in found.algorithms:
-            own = algorithms.of_8_bits(len(mine.moments), optimizer.param_groups)
-            if found.algorithms.isdisjoint(own):
-                _refuse(optimizer, mine, found)
-        return saved
+        # its state does not say whose it is: what looks as this optimizer's own groups do is its own
+        if mine is None or mine is found.algorithm:
+            return saved
+        if found.algorithm is algorithms.of_8_bits(len(mine.moments), optimizer.param_groups):
+            return saved
+        _refuse(optimizer, mine, found)
     if to_torchao and found.entries is None and _is_own_torchao(optimizer, saved):
         return saved
-    if mine is None or mine not in found.algorithms or not quantized.torchao_widens(found.kinds):
+    if mine is None or mine is not found.algorithm or not quantized.torchao_widens(found.kinds):
         _refuse(optimizer, mine, found)
     slots = list(_slots(optimizer, saved))
     groups = [
@@ -152,27 +106,16 @@ def _find(saved: Mapping[str, Any], expected: bool) -> _Found:
     entries, kinds = quantized.bitsandbytes_entries(saved, expected), quantized.torchao_kinds(saved)
     if entries is not None:
         tensors = 2 if any("state2" in entry for entry in entries.values()) else 1
-        of = algorithms.of_8_bits(tensors, saved["param_groups"])
-        names = " or ".join(sorted(each.name for each in of))
-        return _Found(frozenset(of), f"bitsandbytes' state of {names}", entries, kinds)
-    one = algorithms.of_32_bits(saved)
-    names = ", ".join(sorted(algorithms.moments_of(saved["state"].values()))) or "none"
+        one = algorithms.of_8_bits(tensors, saved["param_groups"])
+        words = "bitsandbytes' state"
+    else:
+        one = algorithms.of_32_bits(saved)
+        words = ", ".join(sorted(algorithms.moments_of(saved["state"].values()))) or "none"
     if one is not None:
-        names += f" of {one.name}"
+        words += f" of {one.name}"
     if kinds:
-        names += f" as torchao's {' and '.join(sorted(kinds))}"
-    return _Found(frozenset({one} - {None}), names, None, kinds)  # type: ignore[arg-type]
-
-
-def _is_state(state: Any) -> bool:
-    """Whether this has the form of an optimizer's state; torch says what is wrong with all else."""
-    return (
-        isinstance(state, Mapping)
-        and isinstance(state.get("state"), Mapping)
-        and all(entry is None or isinstance(entry, Mapping) for entry in state["state"].values())
-        and isinstance(state.get("param_groups"), list | tuple)
-        and all(isinstance(group, Mapping) and "params" in group for group in state["param_groups"])
-    )
+        words += f" as torchao's {' and '.join(sorted(kinds))}"
+    return _Found(one, words, entries, kinds)
 
 
 def _refuse(optimizer: Optimizer, mine: Algorithm | None, found: _Found) -> NoReturn:

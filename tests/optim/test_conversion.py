@@ -13,7 +13,8 @@ from state_bits import ADAMW, Make, Small, distance, of, through_a_file
 from torch import Tensor, nn
 
 from stabletrain.errors import UserError
-from stabletrain.optim.conversion import converted, loadable
+from stabletrain.optim.conversion import converted
+from stabletrain.optim.loading import loadable
 from stabletrain.runtime.internals import quantized_state
 from stabletrain.testing.checks.equality import differences
 
@@ -203,6 +204,9 @@ REFUSED: dict[str, tuple[Make, Make, str]] = {
         of("stabletrain.Lion8bit"),
         "Lion8bit: .* of Lion.* got bitsandbytes' state of RMSprop",
     ),
+    "signs": (of("stabletrain.Lion8bit"), of("stabletrain.SGD8bit"), "got bitsandbytes' state of Lion"),
+    "signs, back": (of("stabletrain.Lion8bit"), of("torch.optim.SGD", lr=0.1, momentum=0.9), "SGD: .* of Lion"),
+    "adagrad": (of("bitsandbytes.optim.Adagrad8bit"), of("torch.optim.RMSprop"), "RMSprop: .* got bitsandbytes' state"),
     "ademamix": (WIDE, of("stabletrain.AdEMAMix8bit"), "AdEMAMix8bit: .* of AdEMAMix.* got .* of AdamW"),
     "no 8-bit form": (
         of("stabletrain.AdamW8bit"),
@@ -305,5 +309,12 @@ def test_all_else_is_loaded_as_it_is() -> None:
     for saved, make in states.values():
         assert converted(saved, make(Small().groups())) is saved
     optimizer = made(of("stabletrain.AdamW8bit"), Small().groups())
+    damaged: Any
     for damaged in ({}, {"optimizer_states": 3}, {"optimizer_states": [3, None, {"state": []}]}):
         assert loadable(damaged, [optimizer]) == damaged
+    state = through_a_file(trained(WIDE, 1))
+    for name, value in {"step": "x", "exp_avg": torch.ones(3), "betas": None}.items():
+        damaged = copy.deepcopy(state)
+        (damaged["param_groups"][0] if name == "betas" else damaged["state"][1])[name] = value
+        with pytest.raises(UserError, match=r"AdamW8bit: .*config key resume"):
+            loadable({"optimizer_states": [damaged]}, [optimizer])

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 
-from stabletrain.optim.conversion import loadable
+from stabletrain.optim.loading import loadable
 from stabletrain.runtime.checkpoints.errors import CheckpointError
 from stabletrain.runtime.checkpoints.loading import is_ours, read, store_of
 from stabletrain.runtime.checkpoints.newest_file import newest_files

@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from stabletrain.errors import UserError
-from stabletrain.optim.conversion import convert_when_loading
+from stabletrain.optim.loading import convert_when_loading
 from stabletrain.runtime.checkpoints.content import check_content, report_conversions
 from stabletrain.runtime.checkpoints.errors import CheckpointError
 from stabletrain.runtime.checkpoints.hyper_parameters import live_object

@@ -26,7 +26,7 @@ from stabletrain.core.positions import resolve
 from stabletrain.core.rule import Rule
 from stabletrain.core.state import from_plain, to_plain
 from stabletrain.errors import UserError
-from stabletrain.optim.conversion import convert_when_loading
+from stabletrain.optim.loading import convert_when_loading
 from stabletrain.runtime.guard.given_twice import attach, check_slots, given_once
 from stabletrain.runtime.guard.hidden_fields import HiddenFields
 from stabletrain.runtime.guard.per_optimizer import PerOptimizer

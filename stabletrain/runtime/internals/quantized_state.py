@@ -133,6 +133,11 @@ def is_decoupled(optimizer: Any) -> bool:
     return bool(optimizer.is_adamw)
 
 
+def in_4_bits(optimizer: Optimizer) -> bool:
+    """Whether a torchao optimizer keeps its state in 4 bits."""
+    return any(_descends(optimizer, _OPTIM, name) for name in ("Adam4bit", "AdamW4bit"))
+
+
 def torchao_kinds(saved: Mapping[str, Any]) -> set[str]:
     """Names of torchao's classes of tensors in a saved state."""
     values = [each for entry in saved["state"].values() if isinstance(entry, Mapping) for each in entry.values()]
