@@ -31,13 +31,15 @@ def explain_mismatch(strategy: Strategy, path: str) -> None:
             raise _mismatch("model", path, _first_line(error)) from error
 
     def load_optimizers_or_explain(*args: Any, **kwargs: Any) -> None:
+        # before loading: torch then adds a default, "differentiable", that only its own optimizers have in their groups
+        needed = [list(getattr(optimizer, "defaults", {})) for optimizer in strategy.optimizers]
         try:
             load_optimizers(*args, **kwargs)
         except _MISMATCH_ERRORS as error:
             raise _mismatch("optimizer", path, _first_line(error)) from error
         # torch replaces the options of the groups without a check: SGD then fails at its first step
-        for optimizer in strategy.optimizers:
-            for option in getattr(optimizer, "defaults", {}):
+        for optimizer, options in zip(strategy.optimizers, needed, strict=True):
+            for option in options:
                 if any(option not in group for group in optimizer.param_groups):
                     name = type(optimizer).__name__
                     raise _mismatch("optimizer", path, f"it has no {option!r}, which {name} needs")

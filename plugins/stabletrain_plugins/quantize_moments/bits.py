@@ -6,14 +6,14 @@ import importlib
 import importlib.util
 import logging
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from stabletrain.errors import UserError, require
 from stabletrain.extras import require as require_package
-from stabletrain_plugins.quantize_moments.conversion import has_own_form, load_converted
+from stabletrain.optim.conversion import converted
 
 Bits: TypeAlias = Literal[8, 32]
 
@@ -47,8 +47,6 @@ class BitsPerGroup:
 
     param_groups: list[dict[str, Any]]
     mng: Any
-    moments: ClassVar[Mapping[str, str]] = {"exp_avg": "state1", "exp_avg_sq": "state2"}
-    """Names of the moments in the state of the 32-bit optimizer of the same algorithm -> in this one's."""
 
     def own_exceptions(self, embedding_bits: Bits, min_8bit_size: int) -> None:
         """Check the arguments, and detach the optimizer from the manager of the process; at the constructor's end.
@@ -87,10 +85,7 @@ class BitsPerGroup:
         Raises:
             UserError: if it is the state of another algorithm, or of other parameters.
         """
-        if has_own_form(state_dict):
-            super().load_state_dict(state_dict, move_to_device)  # type: ignore[misc]
-        else:
-            load_converted(self, state_dict, self.moments)
+        super().load_state_dict(converted(state_dict, self), move_to_device)  # type: ignore[misc, arg-type]
 
     def check_overrides(self) -> None:
         """Read the process's exceptions for this optimizer's own parameters; called at the first step."""

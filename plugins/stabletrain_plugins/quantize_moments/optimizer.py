@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any
 
 from stabletrain.errors import is_number, require
 from stabletrain_plugins.quantize_moments.bits import Bits, BitsPerGroup, bitsandbytes_class
@@ -92,8 +92,6 @@ class Lion8bit(BitsPerGroup, bitsandbytes_class("Lion8bit")):  # type: ignore[mi
         embedding_bits: 8 or 32.
     """
 
-    moments: ClassVar[Mapping[str, str]] = {"exp_avg": "state1"}
-
     def __init__(
         self,
         params: Any,
@@ -120,8 +118,6 @@ class RMSprop8bit(BitsPerGroup, bitsandbytes_class("RMSprop8bit")):  # type: ign
         embedding_bits: 8 or 32.
     """
 
-    moments: ClassVar[Mapping[str, str]] = {"square_avg": "state1"}
-
     def __init__(
         self,
         params: Any,
@@ -147,8 +143,6 @@ class SGD8bit(BitsPerGroup, bitsandbytes_class("SGD8bit")):  # type: ignore[misc
         min_8bit_size: tensors with fewer elements have 32-bit state, >= 0.
         embedding_bits: 8 or 32.
     """
-
-    moments: ClassVar[Mapping[str, str]] = {"momentum_buffer": "state1"}
 
     def __init__(
         self,

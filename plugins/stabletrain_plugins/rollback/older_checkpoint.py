@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 
+from stabletrain.optim.loading import loadable
 from stabletrain.runtime.checkpoints.errors import CheckpointError
 from stabletrain.runtime.checkpoints.loading import is_ours, read, store_of
 from stabletrain.runtime.checkpoints.newest_file import newest_files
@@ -126,7 +127,7 @@ def restore(guard: StepGuard, path: str, cause: str) -> None:
     for callback in averaging:
         callback.on_load_checkpoint(trainer, module, checkpoint)
         callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
-    trainer.strategy.load_optimizer_state_dict(checkpoint)
+    trainer.strategy.load_optimizer_state_dict(loadable(checkpoint, trainer.optimizers))
     for config, state in zip(trainer.lr_scheduler_configs, checkpoint.get("lr_schedulers", []), strict=False):
         config.scheduler.load_state_dict(state)
     precision = trainer.precision_plugin

@@ -19,6 +19,7 @@ from stabletrain.runtime.checkpoints.errors import CheckpointError
 from stabletrain.runtime.checkpoints.fields import INT_LIMIT, Fields, shown
 from stabletrain.runtime.checkpoints.hyper_parameters import with_attributes
 from stabletrain.runtime.checkpoints.tensor_file import Kind
+from stabletrain.runtime.internals.quantized_state import import_known
 from stabletrain.runtime.snapshots.tensor_kinds import WrapperLayout, registered_wrappers
 
 _MAX_DEPTH = 100
@@ -187,6 +188,8 @@ class _Decoder:
     def _wrapper(self, fields: Fields, value: Any, depth: int) -> Tensor:
         name = fields.text("class")
         kind = registered_wrappers().get(name)
+        if kind is None and import_known(name):
+            kind = registered_wrappers().get(name)
         if kind is None:
             raise CheckpointError(
                 f"checkpoint: it holds a tensor of class {name}, which this process has not declared safe to "

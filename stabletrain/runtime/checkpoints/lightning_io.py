@@ -11,11 +11,12 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from stabletrain.errors import UserError
+from stabletrain.optim.loading import convert_when_loading
 from stabletrain.runtime.checkpoints.content import check_content, report_conversions
 from stabletrain.runtime.checkpoints.errors import CheckpointError
 from stabletrain.runtime.checkpoints.hyper_parameters import live_object
 from stabletrain.runtime.checkpoints.loading import is_ours, load_good, read
-from stabletrain.runtime.checkpoints.single_file import load_file
+from stabletrain.runtime.checkpoints.single_file import load_file, with_known_classes
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.internals.loader import override
 from stabletrain.runtime.internals.packages import CheckpointIO, both
@@ -25,7 +26,8 @@ from stabletrain.runtime.plugin_state import FOREIGN_STATE
 def check_when_reading(trainer: Trainer) -> Callable[[], None]:
     """Let a trainer read verified checkpoints, and check every checkpoint before anything of it is restored.
 
-    A state that a callback, scheduler or data module cannot restore ends the run with one message.
+    A state that a callback, scheduler or data module cannot restore ends the run with one message. That of an optimizer
+    in 32 bits is converted for one in 8 bits, and back.
 
     Args:
         trainer: before it restores a checkpoint; its strategy gathers checkpoints on rank 0.
@@ -39,8 +41,10 @@ def check_when_reading(trainer: Trainer) -> Callable[[], None]:
     inner = strategy.checkpoint_io
     strategy.checkpoint_io = VerifiedIO(inner, trainer)
     undo_wrapping = trainer_internals.around_restoring(trainer, _explain)
+    undo_converting = convert_when_loading(trainer)
 
     def undo() -> None:
+        undo_converting()
         undo_wrapping()
         if isinstance(strategy.checkpoint_io, VerifiedIO):
             strategy.checkpoint_io = inner
@@ -49,10 +53,11 @@ def check_when_reading(trainer: Trainer) -> Callable[[], None]:
 
 
 def load_onto_cpu(trainer: Trainer) -> Callable[[], None]:
-    """Let a trainer's own CheckpointIO read the files of ``torch.save`` with ``map_location="cpu"``.
+    """Let a trainer's own CheckpointIO read files with the state of 8-bit optimizers.
 
-    Lightning passes a function that does the same, which torch refuses for tensors that wrap others, such as the state
-    of torchao's optimizers.
+    It reads the files of ``torch.save`` with ``map_location="cpu"``: Lightning passes a function that does the same,
+    which torch refuses for tensors that wrap others, such as the state of torchao's optimizers. That state is converted
+    for an optimizer in 32 bits, and back.
 
     Args:
         trainer: before it restores a checkpoint.
@@ -60,15 +65,23 @@ def load_onto_cpu(trainer: Trainer) -> Callable[[], None]:
     Returns:
         The function that undoes this.
     """
-    inner = trainer.strategy.checkpoint_io
+    inner, undo_converting = trainer.strategy.checkpoint_io, convert_when_loading(trainer)
     if isinstance(inner, VerifiedIO) or not _is_torchs(inner):
-        return lambda: None
+        return undo_converting
     load = inner.load_checkpoint
 
     def load_checkpoint(path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        return load(path, "cpu" if map_location is None else map_location, weights_only)
+        target = "cpu" if map_location is None else map_location
+        found: dict[str, Any] = with_known_classes(lambda: load(path, target, weights_only))
+        return found
 
-    return override(inner, "load_checkpoint", load_checkpoint)
+    undo_loading = override(inner, "load_checkpoint", load_checkpoint)
+
+    def undo() -> None:
+        undo_loading()
+        undo_converting()
+
+    return undo
 
 
 class VerifiedIO(CheckpointIO):

@@ -12,6 +12,7 @@ import torch
 
 from stabletrain.runtime.checkpoints.archive import DATA_ONLY, file_problem
 from stabletrain.runtime.checkpoints.errors import CheckpointError
+from stabletrain.runtime.internals.quantized_state import import_known
 
 _REFUSED = re.compile(r"(?:[Uu]nsupported (?:global: )?GLOBAL|Unsupported class) ([\w.]+)")
 
@@ -31,7 +32,7 @@ def load_file(path: str | Path, read: Callable[[], Any] | None = None) -> dict[s
     if problem is not None:
         raise CheckpointError(f"it {problem}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True) if read is None else read()
+        checkpoint = with_known_classes(read or (lambda: torch.load(path, map_location="cpu", weights_only=True)))
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
@@ -45,3 +46,18 @@ def load_file(path: str | Path, read: Callable[[], Any] | None = None) -> dict[s
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"it holds a {type(checkpoint).__name__}, expected the dict of a checkpoint")
     return checkpoint
+
+
+def with_known_classes(read: Callable[[], Any]) -> Any:
+    """Read a file; again, if it holds the 8-bit state of an optimizer whose package was not imported yet.
+
+    Args:
+        read: reads it with ``weights_only=True``.
+    """
+    try:
+        return read()
+    except pickle.UnpicklingError as error:
+        name = _REFUSED.search(str(error))
+        if name is None or not import_known(name.group(1)):
+            raise
+    return read()

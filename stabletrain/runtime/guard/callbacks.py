@@ -26,6 +26,7 @@ from stabletrain.core.positions import resolve
 from stabletrain.core.rule import Rule
 from stabletrain.core.state import from_plain, to_plain
 from stabletrain.errors import UserError
+from stabletrain.optim.loading import convert_when_loading
 from stabletrain.runtime.guard.given_twice import attach, check_slots, given_once
 from stabletrain.runtime.guard.hidden_fields import HiddenFields
 from stabletrain.runtime.guard.per_optimizer import PerOptimizer
@@ -199,6 +200,8 @@ class GuardMember(Callback, metaclass=HiddenFields):
         """The optimizer exists: open the guard, which wraps the optimizer's step."""
         if self._leads and self._guard is not None:
             self._guard.open()
+            if trainer_internals.resumes_from_checkpoint(trainer):
+                convert_when_loading(trainer, once=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn if the fit resumes from a checkpoint that holds no state of this plugin."""
