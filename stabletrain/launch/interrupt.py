@@ -54,8 +54,8 @@ class SaveAndStop(StopBetweenBatches):
 
     def __init__(self, watch: SignalWatch, folder: Path) -> None:
         self.started = False
-        self.failed: Callable[[BaseException], object] | None = None
-        """Called as soon as an exception has ended the fit, before anything is torn down."""
+        self.failed: Callable[[BaseException, str], object] | None = None
+        """Called with an exception and where it was, as soon as it has ended the fit, before anything is torn down."""
         self._watch = watch
         self._folder = folder
         self._look_at = 0.0
@@ -91,7 +91,7 @@ class SaveAndStop(StopBetweenBatches):
         """From now on a signal ends the process at once."""
         self._watch.patient = False
         if self.failed is not None:
-            self.failed(exception)
+            self.failed(exception, position_of(trainer))
         super().on_exception(trainer, pl_module, exception)
 
     @property
@@ -130,6 +130,16 @@ class SaveAndStop(StopBetweenBatches):
         path = self._folder / INTERRUPTED_CHECKPOINT
         trainer.save_checkpoint(path, weights_only=False)
         return str(path)
+
+
+def position_of(trainer: Trainer) -> str:
+    """Return where a fit is, for messages: ``step 12``, or ``step 12, in validation``.
+
+    Args:
+        trainer: of the fit.
+    """
+    within = ", in validation" if trainer.validating or trainer.sanity_checking else ""
+    return f"step {trainer.global_step}{within}"
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
