@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from stabletrain.runtime.checkpoints.newest_file import newest_files
 from stabletrain.runtime.checkpoints.preemption import StopBetweenBatches
+from stabletrain.runtime.data.uneven import refuse_uneven_training, refuse_uneven_validation
 from stabletrain.runtime.records.run_files import INTERRUPTED_CHECKPOINT
 from stabletrain.runtime.signal_watch import Interrupted, SignalWatch
 
@@ -70,8 +71,13 @@ class SaveAndStop(StopBetweenBatches):
         self._watch.patient = True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Note that training has begun."""
+        """Note that training has begun, if the ranks have equally many batches."""
+        refuse_uneven_training(trainer)
         self.started = True
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse validation loaders of different lengths, if a rank would wait for the others for ever."""
+        refuse_uneven_validation(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From now on a signal ends the process at once."""
