@@ -56,6 +56,7 @@ _LAUNCH_KEYS: dict[str, Any] = {
     "processes": int,
     "nodes": int,
     "threads": int,
+    "timeout": int,
     "sbatch": dict,
     "detach": bool,
 }

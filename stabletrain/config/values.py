@@ -43,7 +43,8 @@ TRAINER: dict[str, _Range] = {
 }
 """Arguments of Lightning's Trainer: what it refuses late, or never."""
 
-_LAUNCH = {"threads": MOST_THREADS, "processes": MOST_PROCESSES, "nodes": MOST_NODES}
+_MOST_SECONDS = 30 * 24 * 3600
+_LAUNCH = {"threads": MOST_THREADS, "processes": MOST_PROCESSES, "nodes": MOST_NODES, "timeout": _MOST_SECONDS}
 
 
 def check_values(config: Mapping[str, Any]) -> Iterator[Problem]:

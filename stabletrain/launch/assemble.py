@@ -25,6 +25,7 @@ from stabletrain.optim.build import build_optimizer, replace_configure_optimizer
 from stabletrain.optim.options import KEY, group_options
 from stabletrain.runtime.checkpoints.lightning_io import check_when_reading
 from stabletrain.runtime.guard.options import Guard, changed_options
+from stabletrain.runtime.internals.process_groups import wait_at_most
 from stabletrain.runtime.internals.trainer import reads_own_checkpoints
 from stabletrain.runtime.records.run_files import CHECKPOINTS
 from stabletrain.runtime.signal_watch import SignalWatch
@@ -168,6 +169,9 @@ def build_parts(
             default_root_dir=config["run_dir"],
         ),
     )
+    timeout = config["launch"].get("timeout")  # missing in a run.yaml of an earlier version
+    if parts.trainer is not None and parts.trainer.world_size > 1 and timeout is not None:
+        wait_at_most(parts.trainer, timeout)
     for key, callback in parts.callbacks:
         prepare = getattr(callback, "prepare_trainer", None)  # of SetPrecision
         if prepare is not None and parts.trainer is not None and module is not None:

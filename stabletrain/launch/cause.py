@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
 import re
 import signal
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from stabletrain.errors import UserError
@@ -16,6 +19,14 @@ from stabletrain.launch.result import End, Result
 from stabletrain.runtime.signal_watch import Interrupted, Terminated
 from stabletrain.runtime.stop import TrainingStopped
 
+_NOT_OWN = re.compile(
+    r"(^<)|[/\\](site-packages|dist-packages|lib[/\\]python[\d.]+)[/\\]|"
+    + re.escape(str(Path(__file__).parents[1]) + os.sep)
+    + r"(?!workloads)|[/\\]stabletrain_plugins[/\\]"
+)
+"""Files that are not the user's own code: installed packages, Python's own modules, and stabletrain without the
+workloads, which are modules like a user's."""
+
 MAX_TRACEBACK = 20_000
 """Longest text of a traceback on the terminal, in characters."""
 
@@ -23,12 +34,19 @@ _LOST_PEER = re.compile(
     r"connection (was )?(closed|reset|refused|aborted) by (the )?(remote )?peer|connection reset|broken pipe"
     r"|connection closed|gloo[/\\]|\bNCCL\b.*(error|abort|timeout|unhandled)|ncclRemoteError|ncclSystemError"
     r"|Socket (closed|Timeout)|failed to recv, got 0 bytes|watchdog.*(timeout|collective)"
-    r"|Timed out waiting \d+ms for (recv|send) operation",
+    r"|Timed out waiting \d+ms for (recv|send) operation|timeout caused pair closure",
     re.IGNORECASE,
 )
+_TIMED_OUT = re.compile(r"timed out|timeout", re.IGNORECASE)
+_DIFFERENT = re.compile(r"preamble\.length|collectives? .*(mismatch|differ)", re.IGNORECASE)
+"""gloo's error when two processes have called collectives of different sizes."""
 _DISTRIBUTED = ("DistBackendError", "DistNetworkError", "DistStoreError", "DistError", "DistQueueEmptyError")
 
 Show = Literal["nothing", "message", "traceback"]
+Lost = Literal["", "connection", "timeout", "different", "perhaps"]
+"""How the connection to another process was lost: it was closed; nothing came in time; the other process had called
+another collective; ``perhaps``: some connection was closed, which may be one of the user's own."""
+LOST: tuple[Lost, ...] = ("", "connection", "timeout", "different", "perhaps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,14 +56,21 @@ class Cause:
     Args:
         result: end, message, and the checkpoint that was saved.
         show: what the user should see: a signal needs no message, a mistake one line, a bug its traceback.
-        lost_peer: whether a connection to another process was lost: it has ended first, or the network failed.
+        lost: how a connection to another process was lost: it has ended first, or the network failed; else empty.
+        place: where in the code the process was, see `place_in_code`.
         agreed: whether all processes decided this end together, so all were alive.
     """
 
     result: Result
     show: Show
-    lost_peer: bool = False
+    lost: Lost = ""
     agreed: bool = False
+    place: str = ""
+
+    @property
+    def lost_peer(self) -> bool:
+        """Whether a connection to another process was lost."""
+        return self.lost != ""
 
 
 def cause_of(error: BaseException, *, started: bool) -> Cause:
@@ -55,6 +80,10 @@ def cause_of(error: BaseException, *, started: bool) -> Cause:
         error: that ended the training.
         started: whether the first training batch has begun: a `UserError` before it refuses the run.
     """
+    return replace(_cause_of(error, started=started), place=place_in_code(error))
+
+
+def _cause_of(error: BaseException, *, started: bool) -> Cause:
     # an exception may hide the signal: an import that a signal has cut short raises an ImportError
     interruption = next((each for each in _chain(error) if isinstance(each, Interrupted)), None)
     if interruption is not None:
@@ -79,19 +108,41 @@ def cause_of(error: BaseException, *, started: bool) -> Cause:
         message = f"{error.strerror}{where}; free some space, then resume from the last checkpoint"
         return Cause(result=Result(end="failed", message=one_message(message)), show="message")
     message = f"{type(error).__name__}: {_first_and_last_line(_text(error))}"
-    lost = any(lost_peer(each) for each in _chain(error))
-    return Cause(result=Result(end="failed", message=one_message(message)), show="traceback", lost_peer=lost)
+    lost: Lost = next((kind for kind in map(lost_peer, _chain(error)) if kind), "")
+    return Cause(result=Result(end="failed", message=one_message(message)), show="traceback", lost=lost)
 
 
-def lost_peer(error: BaseException) -> bool:
-    """Whether an exception says that a connection to another process was lost.
+def lost_peer(error: BaseException) -> Lost:
+    """Return how an exception says that a connection to another process was lost; empty if it does not.
 
     Args:
         error: one exception, without those that caused it.
     """
-    if type(error).__name__ in _DISTRIBUTED or isinstance(error, BrokenPipeError | ConnectionError):
-        return True
-    return isinstance(error, RuntimeError) and _LOST_PEER.search(_text(error)[:20_000]) is not None
+    text = _text(error)[:20_000]
+    if type(error).__name__ in _DISTRIBUTED or (isinstance(error, RuntimeError) and _LOST_PEER.search(text)):
+        if _DIFFERENT.search(text):
+            return "different"
+        return "timeout" if _TIMED_OUT.search(text) else "connection"
+    return "perhaps" if isinstance(error, BrokenPipeError | ConnectionError) else ""
+
+
+def place_in_code(error: BaseException) -> str:
+    """Return where a process was when an exception ended it: file, line and function of the user's own code.
+
+    If none of it was running, the function of torch or Lightning; for a backward pass, that. Empty without a traceback.
+
+    Args:
+        error: the exception.
+    """
+    with contextlib.suppress(Exception):  # of a traceback that was changed by hand
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [each for each in frames if not _NOT_OWN.search(each.filename)]
+        if own:
+            return f"{own[-1].filename}, line {own[-1].lineno} ({own[-1].name})"
+        if any(each.name in ("backward", "_engine_run_backward") for each in frames):
+            return "backward"
+        return frames[-1].name if frames else ""
+    return ""
 
 
 def traceback_text(error: BaseException) -> str:

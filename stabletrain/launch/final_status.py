@@ -36,7 +36,9 @@ def final_result(config: Mapping[str, Any], ended: ProcessEnd, spare: Path | Non
     launch = config["launch"]
     size = launch["processes"] * (launch["nodes"] if launch["kind"] == "slurm" else 1)
     ends = read_ends(folder, spare)
-    result = first_cause(ends, ended, size=size, exits=read_exit_codes(spare)) or _without_ends(folder, ended)
+    timeout = launch.get("timeout")  # missing in a run.yaml of an earlier version
+    found = first_cause(ends, ended, size=size, exits=read_exit_codes(spare), timeout=timeout)
+    result = found or _without_ends(folder, ended)
     if result.checkpoint is None:
         checkpoint = checkpoint_of_run(folder)
         result = replace(result, checkpoint=str(checkpoint) if checkpoint else None)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from stabletrain.launch.bounded import one_message
+from stabletrain.launch.lost_each_other import lost_each_other
 from stabletrain.launch.process import ProcessEnd
 from stabletrain.launch.rank_ends import RankEnd
 from stabletrain.launch.result import End, Result
@@ -18,7 +19,9 @@ from stabletrain.launch.result import End, Result
 _BY_SIGNAL = ("interrupted", "terminated")
 
 
-def first_cause(ends: Sequence[RankEnd], ended: ProcessEnd, *, size: int, exits: Mapping[int, int]) -> Result | None:
+def first_cause(
+    ends: Sequence[RankEnd], ended: ProcessEnd, *, size: int, exits: Mapping[int, int], timeout: int | None = None
+) -> Result | None:
     """Return how a run ended.
 
     Args:
@@ -26,22 +29,26 @@ def first_cause(ends: Sequence[RankEnd], ended: ProcessEnd, *, size: int, exits:
         ended: how the worker, or the program that started the workers, ended.
         size: number of processes.
         exits: exit codes of processes that torchrun reported, by rank.
+        timeout: of the process group, in seconds; None if it is the strategy's own.
 
     Returns:
         The end: of the first process that failed by itself, or of all of them if they ended together; else of one that
-        died without a word; else by a signal; else of the first that lost its connection. None if no process wrote
+        died without a word; else by a signal; else how they waited for each other in vain; else of the first that lost
+        its connection. None if no process wrote
         anything and only ``ended`` is known.
     """
     if not ends:
         return None
-    cause = _cause(ends, ended, size, exits)
+    cause = _cause(ends, ended, size, exits, timeout)
     if isinstance(cause, RankEnd):
         return _joined(cause, ends, size)
     first = ends[0].result
     return replace(first, end=cause.end, message=cause.message, checkpoint=first.checkpoint)
 
 
-def _cause(ends: Sequence[RankEnd], ended: ProcessEnd, size: int, exits: Mapping[int, int]) -> RankEnd | Result:
+def _cause(
+    ends: Sequence[RankEnd], ended: ProcessEnd, size: int, exits: Mapping[int, int], timeout: int | None
+) -> RankEnd | Result:
     in_time = sorted(ends, key=lambda end: end.time_ns)
     own = [end for end in in_time if not end.consequence and end.result.end != "finished"]
     if ended.abandoned and all(end.result.end in _BY_SIGNAL for end in own):
@@ -53,8 +60,13 @@ def _cause(ends: Sequence[RankEnd], ended: ProcessEnd, size: int, exits: Mapping
     silent = [rank for rank in range(size) if all(end.rank != rank for end in ends)]
     if silent and ended.signum is not None:
         return by_signal(ended)
+    # who did not answer in time was killed only afterwards, by torchrun, and has not died by itself
+    if silent and any(exits.get(rank, -signal.SIGKILL) != -signal.SIGKILL for rank in silent):
+        return _died(silent, ended, exits, ends)
+    if not own and (waited := lost_each_other(ends, silent, timeout)):
+        return waited
     if silent:
-        return _died(silent, ended, exits)
+        return _died(silent, ended, exits, ends)
     if own:
         return own[0]
     return next((end for end in in_time if end.result.end != "finished"), in_time[0])
@@ -67,19 +79,27 @@ def _joined(cause: RankEnd, ends: Sequence[RankEnd], size: int) -> Result:
     if len({end.result.message for end in ends}) > 1 or len(ends) < size:
         if not cause.agreed:
             message = f"rank {cause.rank}: {message}"
-        followed = [end.rank for end in ends if end.rank != cause.rank and end.consequence]
-        if followed:
-            message += f" ({ranks(followed)} ended as a consequence)"
+        message += _circumstances(cause.at, [end for end in ends if end.rank != cause.rank])
     checkpoint = cause.result.checkpoint or first.checkpoint
     return replace(first, end=cause.result.end, message=one_message(message), checkpoint=checkpoint)
 
 
-def _died(silent: Sequence[int], ended: ProcessEnd, exits: Mapping[int, int]) -> Result:
+def _circumstances(at: str, others: Sequence[RankEnd]) -> str:
+    """When it happened, and which ranks ended as a consequence, in brackets."""
+    followed = [end.rank for end in others if end.consequence]
+    parts = [f"at {at}"] if at else []
+    parts += [f"{ranks(followed)} ended as a consequence"] if followed else []
+    return f" ({'; '.join(parts)})" if parts else ""
+
+
+def _died(silent: Sequence[int], ended: ProcessEnd, exits: Mapping[int, int], ends: Sequence[RankEnd]) -> Result:
     reported = [rank for rank in silent if rank in exits]
     if reported:
-        rank = reported[0]
-        return without_result(exits[rank], f"rank {rank}")
-    return without_result(ended.code if len(silent) == 1 and ended.code < 0 else None, ranks(silent))
+        found = without_result(exits[reported[0]], f"rank {reported[0]}")
+    else:
+        found = without_result(ended.code if len(silent) == 1 and ended.code < 0 else None, ranks(silent))
+    at = next((end.at for end in sorted(ends, key=lambda end: end.time_ns) if end.at), "")
+    return replace(found, message=found.message + _circumstances(at, ends))
 
 
 def without_result(code: int | None, who: str = "the worker") -> Result:
@@ -97,9 +117,11 @@ def without_result(code: int | None, who: str = "the worker") -> Result:
         message = f"{who} was killed by signal 9 (SIGKILL), for example because it ran out of memory"
         return Result(end="killed", message=message)
     if signum is not None:
-        return Result(
-            end="killed", message=f"{who} was ended by signal {signum}{_name(signum)} before it wrote a result"
-        )
+        text = f"{who} was ended by signal {signum}{_name(signum)} before it wrote a result"
+        if signum == signal.SIGABRT:
+            text += "; see its output above. Gloo ends a process so if the ranks have called different collectives, "
+            text += "and NCCL if it has waited for the others longer than launch.timeout"
+        return Result(end="killed", message=text)
     message = f"{who} ended with exit code {code} before it wrote a result; see its output above"
     return Result(end="failed", message=message)
 

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from stabletrain.runtime.checkpoints.newest_file import newest_files
 from stabletrain.runtime.checkpoints.preemption import StopBetweenBatches
+from stabletrain.runtime.data.uneven import refuse_uneven_training, refuse_uneven_validation
 from stabletrain.runtime.records.run_files import INTERRUPTED_CHECKPOINT
 from stabletrain.runtime.signal_watch import Interrupted, SignalWatch
 
@@ -54,8 +55,8 @@ class SaveAndStop(StopBetweenBatches):
 
     def __init__(self, watch: SignalWatch, folder: Path) -> None:
         self.started = False
-        self.failed: Callable[[BaseException], object] | None = None
-        """Called as soon as an exception has ended the fit, before anything is torn down."""
+        self.failed: Callable[[BaseException, str], object] | None = None
+        """Called with an exception and where it was, as soon as it has ended the fit, before anything is torn down."""
         self._watch = watch
         self._folder = folder
         self._look_at = 0.0
@@ -70,8 +71,13 @@ class SaveAndStop(StopBetweenBatches):
         self._watch.patient = True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Note that training has begun."""
+        """Note that training has begun, if the ranks have equally many batches."""
+        refuse_uneven_training(trainer)
         self.started = True
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse validation loaders of different lengths, if a rank would wait for the others for ever."""
+        refuse_uneven_validation(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From now on a signal ends the process at once."""
@@ -91,7 +97,7 @@ class SaveAndStop(StopBetweenBatches):
         """From now on a signal ends the process at once."""
         self._watch.patient = False
         if self.failed is not None:
-            self.failed(exception)
+            self.failed(exception, position_of(trainer))
         super().on_exception(trainer, pl_module, exception)
 
     @property
@@ -130,6 +136,16 @@ class SaveAndStop(StopBetweenBatches):
         path = self._folder / INTERRUPTED_CHECKPOINT
         trainer.save_checkpoint(path, weights_only=False)
         return str(path)
+
+
+def position_of(trainer: Trainer) -> str:
+    """Return where a fit is, for messages: ``step 12``, or ``step 12, in validation``.
+
+    Args:
+        trainer: of the fit.
+    """
+    within = ", in validation" if trainer.validating or trainer.sanity_checking else ""
+    return f"step {trainer.global_step}{within}"
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from stabletrain.launch.bounded import is_count, one_message, read_json, write_json
+from stabletrain.launch.cause import LOST, Lost
 from stabletrain.launch.result import Result, parse_result
 from stabletrain.runtime.records.run_files import ENDS, RESULT
 
@@ -26,6 +27,7 @@ SPARE_ENV = "STABLETRAIN_ENDS"
 
 _EXITS = "exits.json"
 _MAX_RANKS = 100_000
+_MAX_PLACE = 500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,9 @@ class RankEnd:
         result: how it ended.
         consequence: whether another process ended first, and this one for that reason.
         agreed: whether all processes decided this end together, so all were alive.
+        lost: how the connection to another process was lost, see `stabletrain.launch.cause.Lost`.
+        at: where in the training, such as ``step 12``; empty if it had not begun.
+        place: where in the code.
         time_ns: when it ended, in nanoseconds since 1970.
         pid: of the process.
         host: on which it ran.
@@ -46,6 +51,9 @@ class RankEnd:
     result: Result
     consequence: bool = False
     agreed: bool = False
+    lost: Lost = ""
+    at: str = ""
+    place: str = ""
     time_ns: int = field(default_factory=time.time_ns)
     pid: int = field(default_factory=os.getpid)
     host: str = field(default_factory=socket.gethostname)
@@ -184,6 +192,9 @@ def _parse(content: object) -> RankEnd:
     host, consequence, agreed = content.get("host"), content.get("consequence"), content.get("agreed")
     if not (is_count(rank) and is_count(time_ns) and is_count(pid) and isinstance(host, str)):
         raise ValueError("rank, time_ns, pid, host: not those of a process")
+    lost, at, place = content.get("lost", ""), content.get("at", ""), content.get("place", "")
+    if lost not in LOST or not isinstance(at, str) or not isinstance(place, str):
+        raise ValueError("lost, at, place: not those of a process")
     if not isinstance(consequence, bool) or not isinstance(agreed, bool) or rank >= _MAX_RANKS:
         raise ValueError("consequence, agreed, rank: not those of a process")
     return RankEnd(
@@ -191,6 +202,9 @@ def _parse(content: object) -> RankEnd:
         result=parse_result(content.get("result")),
         consequence=consequence,
         agreed=agreed,
+        lost=lost,
+        at=one_message(at, _MAX_PLACE),
+        place=one_message(place, _MAX_PLACE),
         time_ns=time_ns,
         pid=pid,
         host=one_message(host, 255),

@@ -116,7 +116,7 @@ class _Run:
         run = self.built or check_and_assemble(self.config, self.watch)
         self.trainer = run.trainer
         complete(run, self.config)
-        run.interrupt.failed = lambda error: self.end.note(error, started=run.interrupt.started)
+        run.interrupt.failed = lambda error, at: self.end.note(error, started=run.interrupt.started, at=at)
         try:
             run.fit()
         finally:

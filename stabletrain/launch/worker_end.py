@@ -52,22 +52,25 @@ class WorkerEnd:
         self._cause: Cause | None = None
         self._is_consequence = False
         self._time_ns = 0
+        self._at = ""
         self._leaving: threading.Timer | None = None
         watch.must_not_wait = self._another_has_failed
         remove_own_end(folder, self.rank)
 
-    def note(self, error: BaseException, *, started: bool) -> Cause:
+    def note(self, error: BaseException, *, started: bool, at: str = "") -> Cause:
         """Write at once why this process ends. The first exception counts: later ones come from tearing down.
 
         Args:
             error: that ended the training.
             started: whether the first training batch has begun.
+            at: where in the training, such as ``step 12``; empty if that is unknown.
         """
         if self._cause is None:
             self._time_ns = time.time_ns()
             cause = self._cause = cause_of(error, started=started)
-            by_signal = cause.result.end in ("interrupted", "terminated") and not cause.agreed
-            self._is_consequence = cause.lost_peer or (by_signal and self._another_has_failed())
+            self._at = at
+            unsure = cause.lost == "perhaps" or (cause.result.end in ("interrupted", "terminated") and not cause.agreed)
+            self._is_consequence = self._another_has_failed() if unsure else cause.lost_peer
             if _is_one_of_several():
                 with contextlib.suppress(OSError):  # it is written again at the end
                     write_end(self._end(cause.result), self.folder)
@@ -152,6 +155,9 @@ class WorkerEnd:
             result=result,
             consequence=self._is_consequence and _is_one_of_several(),
             agreed=cause is not None and cause.agreed,
+            lost=cause.lost if cause is not None else "",
+            at=self._at,
+            place=one_message(cause.place, 500) if cause is not None else "",
             time_ns=self._time_ns or time.time_ns(),
         )
 

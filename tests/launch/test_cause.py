@@ -5,6 +5,7 @@ import signal
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from stabletrain.errors import UserError
 from stabletrain.launch.bounded import MAX_MESSAGE
@@ -109,6 +110,32 @@ def test_lightning_turns_a_keyboard_interrupt_into_a_system_exit() -> None:
 def test_a_lost_peer_is_seen_behind_another_exception() -> None:
     """Bug: the user's code that wraps a collective's error makes a consequence look like a cause."""
     assert cause_of(raised(lambda: ValueError("x"), during=RuntimeError(GLOO)), started=True).lost_peer
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError(GLOO), "connection"),
+        (RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 5000ms for recv"), "timeout"),
+        (RuntimeError("Application timeout caused pair closure"), "timeout"),
+        (DistBackendError("wait timeout after 300000ms, keys: /x"), "timeout"),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:456] op.preamble.length <= op.nbytes. 8 vs 4"), "different"),
+        (ConnectionResetError("reset"), "perhaps"),
+        (TimeoutError("the user's own server"), ""),
+    ],
+)
+def test_how_a_peer_was_lost(error: Exception, lost: str) -> None:
+    """Bugs: a wait in vain looks like a process that has died; the user's own lost connection, like another rank's."""
+    assert cause_of(raised(lambda: error), started=True).lost == lost
+
+
+def test_the_place_is_in_the_users_own_code() -> None:
+    """Bug: the place of a process that waited is a line of Lightning or torch, so that nobody finds the branch."""
+    broken = raised(lambda: torch.zeros(2)[5] and None)  # type: ignore[arg-type, return-value]
+    assert cause_of(broken, started=True).place.startswith(f"{__file__}, line ")
+    in_torch = raised(lambda: RuntimeError())
+    in_torch.__traceback__ = None
+    assert cause_of(in_torch, started=True).place == ""
 
 
 def test_tracebacks_are_bounded_and_never_fail() -> None:

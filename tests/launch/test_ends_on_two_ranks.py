@@ -23,13 +23,19 @@ CASES = {
         ["model.does=kill_torchrun", "model.rank=1"], 1, "killed", "torchrun was ended by signal 9", 0),
     "SIGTERM to one rank": (
         ["model.does=sigterm", "model.rank=1"], 143, "terminated", "ended by SIGTERM after a batch, with", 0),
+    "rank 1 does not come": (
+        ["model.does=hang", "model.rank=1", "launch.timeout=5"], 1, "failed", "rank 1 at step 2 in ", 0),
+    "a branch of rank 1 only": (
+        ["model.does=barrier", "model.rank=1", "launch.timeout=5"], 1, "failed", "for 5 s (launch.timeout): rank 0", 0),
+    "rank 1 leaves the loop": (
+        ["model.does=leave", "model.rank=1", "launch.timeout=5"], 1, "failed", "rank 1 at step 2 in ", 0),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_first_cause_is_the_runs_end(cli, case: str) -> None:
     """Bugs: torchrun's SIGTERM makes a bug "terminated" (143), which a scheduler requeues for ever; a hang of the
-    other rank; a traceback for each rank, or torchrun's own report."""
+    other rank, for ever or for half an hour; a traceback for each rank, or torchrun's own report."""
     words, code, end, message, tracebacks = CASES[case]
     begun = time.monotonic()
     done = cli.tiny("launch.processes=2", "launch.threads=1", "model.at=2", *words)

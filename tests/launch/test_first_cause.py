@@ -15,7 +15,7 @@ FAILED = ProcessEnd(code=1)
 
 
 def end(rank: int, at: int, end: Any, message: str = "", **more: Any) -> RankEnd:
-    checkpoint = more.pop("checkpoint", None)
+    checkpoint, more["at"] = more.pop("checkpoint", None), more.pop("at_", "")
     return RankEnd(rank=rank, time_ns=at, result=Result(end=end, message=message, checkpoint=checkpoint), **more)
 
 
@@ -23,8 +23,8 @@ def bug(rank: int, at: int = 10) -> RankEnd:
     return end(rank, at, "failed", "RuntimeError: a bug")
 
 
-def lost(rank: int, at: int = 20) -> RankEnd:
-    return end(rank, at, "failed", "RuntimeError: connection closed by peer", consequence=True)
+def lost(rank: int, at: int = 20, **more: Any) -> RankEnd:
+    return end(rank, at, "failed", "RuntimeError: connection closed by peer", consequence=True, **more)
 
 
 def sigterm(rank: int, at: int = 20, **more: Any) -> RankEnd:
@@ -45,6 +45,22 @@ CASES: dict[str, tuple[list[RankEnd], dict[int, int], ProcessEnd, str, str]] = {
     "left by os._exit(0)": ([lost(0)], {0: 1}, FAILED, "killed", "rank 1 ended without a word"),
     "the other finished": ([end(0, 9, "finished"), bug(1)], {1: 1}, FAILED, "failed", "rank 1: RuntimeError"),
     "all lost their peer": ([lost(0), lost(1, at=19)], {}, FAILED, "failed", "RuntimeError: connection"),
+    "all waited in vain": (
+        [lost(0, lost="timeout", at_="step 2", place="backward"), lost(1, lost="connection", place="a.py, line 3")],
+        {}, FAILED, "failed",
+        "the ranks did not meet in a collective for 5 s (launch.timeout): rank 0 at step 2 in backward, rank 1 in a"),
+    "one waited, the other hung and got a SIGTERM": (
+        [lost(0, lost="timeout"), sigterm(1, consequence=True, place="a.py, line 3")], {0: 1}, FAILED, "failed",
+        "the ranks did not meet in a collective for 5 s (launch.timeout): rank 0, rank 1 in a.py, line 3"),
+    "one waited, the other was stopped": (
+        [lost(0, lost="timeout")], {0: 1, 1: -9}, FAILED, "failed", "rank 1 did not answer for 5 s (launch.timeout)"),
+    "one waited, the other crashed": ([lost(0, lost="timeout")], {1: -11}, FAILED, "killed", "rank 1 was ended by sig"),
+    "a bug in one that the other waited for": (
+        [bug(1, at=30), lost(0, lost="timeout")], {}, FAILED, "failed", "rank 1: RuntimeError: a bug"),
+    "one left the loop": (
+        [end(0, 9, "finished"), lost(1, lost="connection")], {}, FAILED, "failed", "rank 0 (after 0 steps) left the"),
+    "different collectives": (
+        [lost(0, lost="different"), lost(1, lost="connection")], {}, FAILED, "failed", "the ranks called different"),
     "all finished": ([end(0, 9, "finished"), end(1, 8, "finished")], {}, ProcessEnd(code=0), "finished", ""),
     "finished, then abort": ([end(0, 9, "finished"), end(1, 8, "finished")], {1: -6}, FAILED, "finished", ""),
     "one SIGTERM, all saved": ([sigterm(0, **SAVED), sigterm(1, **SAVED)], {}, FAILED, "terminated", "ended by"),
@@ -62,10 +78,11 @@ CASES: dict[str, tuple[list[RankEnd], dict[int, int], ProcessEnd, str, str]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_first_cause_is_the_runs_end(case: str) -> None:
-    """Bug: torchrun's SIGTERM or a lost connection counts as the end, and a scheduler repeats a bug for ever."""
+    """Bugs: torchrun's SIGTERM or a lost connection counts as the end, and a scheduler repeats a bug for ever; of
+    ranks that waited in vain nobody learns where."""
     ends, exits, ended, expected, message = CASES[case]
     for order in itertools.permutations(ends):
-        result = first_cause(order, ended, size=2, exits=exits)
+        result = first_cause(order, ended, size=2, exits=exits, timeout=5)
         if expected == "none":
             assert result is None
             return
@@ -77,9 +94,10 @@ def test_the_first_cause_is_the_runs_end(case: str) -> None:
 def test_consequences_are_marked_and_the_rest_comes_from_rank_0() -> None:
     """Bugs: nobody can see why the other ranks ended; steps and metrics are those of a rank without metrics."""
     first = RankEnd(rank=0, time_ns=20, consequence=True, result=Result(end="failed", steps=7, metrics={"loss": 1.0}))
-    result = first_cause([first, bug(1), lost(2)], FAILED, size=3, exits={1: 1})
+    cause = end(1, 10, "failed", "RuntimeError: a bug", at_="step 7")
+    result = first_cause([first, cause, lost(2)], FAILED, size=3, exits={1: 1})
     assert result is not None
-    assert result.message == "rank 1: RuntimeError: a bug (ranks 0, 2 ended as a consequence)"
+    assert result.message == "rank 1: RuntimeError: a bug (at step 7; ranks 0, 2 ended as a consequence)"
     assert (result.end, result.steps, result.metrics) == ("failed", 7, {"loss": 1.0})
 
 

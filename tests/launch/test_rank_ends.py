@@ -27,7 +27,9 @@ from stabletrain.launch.rank_ends import (
 )
 from stabletrain.launch.result import Result, read_result
 
-END = RankEnd(rank=1, result=Result(end="failed", message="a bug", steps=3, metrics={"loss": 2.0}), agreed=True)
+END = RankEnd(
+    rank=1, result=Result(end="failed", message="a bug", steps=3, metrics={"loss": 2.0}), agreed=True, at="step 3"
+)
 
 
 def test_an_end_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -67,7 +69,7 @@ def test_the_second_folder_is_used_if_the_first_cannot_be_written(
         assert read_exit_codes(spare) == {1: -9}
         config = {"run_dir": str(run), "launch": {"kind": "local", "processes": 2, "nodes": 1}}
         result = final_result(config, ProcessEnd(code=1), spare)
-        assert (result.end, result.message, result.steps) == ("failed", "a bug", 3)
+        assert (result.end, result.message, result.steps) == ("failed", "a bug (at step 3)", 3)
     assert not spare.exists()
     assert (problem == "removed") != run.exists()
 

@@ -43,9 +43,17 @@ class TinyModel(LightningModule):
                 sys.exit(0)
             if self.does == "os_exit":
                 os._exit(7)
+            if self.does == "hang":
+                time.sleep(1000)
+            if self.does == "barrier":
+                self.trainer.strategy.barrier()
             if self.does == "remove_folder":
                 shutil.rmtree(self.trainer.default_root_dir)
         return loss
+
+    def on_train_batch_start(self, batch: list[Tensor], batch_idx: int) -> int | None:
+        leaves = self.does == "leave" and self.global_step == self.at and self.rank in (-1, self.global_rank)
+        return -1 if leaves else None
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         if self.does == "raise_in_validation" and self.rank in (-1, self.global_rank):

@@ -27,6 +27,7 @@ from stabletrain.core.rule import Rule
 from stabletrain.core.state import from_plain, to_plain
 from stabletrain.errors import UserError
 from stabletrain.optim.loading import convert_when_loading
+from stabletrain.runtime.data.uneven import refuse_uneven_training, refuse_uneven_validation
 from stabletrain.runtime.guard.given_twice import attach, check_slots, given_once
 from stabletrain.runtime.guard.hidden_fields import HiddenFields
 from stabletrain.runtime.guard.per_optimizer import PerOptimizer
@@ -211,6 +212,7 @@ class GuardMember(Callback, metaclass=HiddenFields):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start a micro-batch."""
         if self._leads and self._guard is not None:
+            refuse_uneven_training(trainer)
             self._guard.start_batch()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -239,6 +241,8 @@ class GuardMember(Callback, metaclass=HiddenFields):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Observe the outcome in flight and send the metrics before validation."""
+        if self._leads and self._guard is not None:
+            refuse_uneven_validation(trainer)
         self._settle_and_flush()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -64,6 +64,16 @@ def train_loaders(trainer: Trainer) -> list[Any]:
     return [] if combined is None else list(combined.flattened)
 
 
+def combined_train_loader(trainer: Trainer) -> Any:
+    """Lightning's ``CombinedLoader`` of the train loaders, a new one when it reloads them; None before."""
+    return trainer.fit_loop._combined_loader
+
+
+def combined_validation_loader(trainer: Trainer) -> Any:
+    """The same of the validation loaders of a fit."""
+    return trainer.fit_loop.epoch_loop.val_loop._combined_loader
+
+
 def data_fetcher(trainer: Trainer) -> Any:
     """Lightning's fetcher, which prefetches one batch if the loader has no length; None before the fit loop runs."""
     return trainer.fit_loop._data_fetcher

@@ -1,0 +1,43 @@
+"""How long the processes of a run wait for each other: private attributes of Lightning's strategies and of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+
+_DEFAULTS = ("default_pg_timeout", "default_pg_nccl_timeout")
+
+
+def wait_at_most(trainer: Trainer, seconds: float) -> Callable[[], None]:
+    """Set the timeout of a Trainer's process group, and of groups that are made later in this process.
+
+    A timeout that the strategy was given is kept. Torch takes that of later groups (the dimensions of a device mesh)
+    not from the first one, but from defaults of 30 minutes, and 10 for NCCL.
+
+    Args:
+        trainer: before its fit.
+        seconds: above 0.
+
+    Returns:
+        A function that restores torch's defaults.
+    """
+    if not dist.is_available():
+        return lambda: None
+    module, strategy = dist.distributed_c10d, trainer.strategy
+    before = {name: getattr(module, name) for name in _DEFAULTS}
+    chosen = getattr(strategy, "_timeout", None)
+    if chosen is None or chosen in before.values():
+        chosen = timedelta(seconds=seconds)
+        if hasattr(strategy, "_timeout"):
+            strategy._timeout = chosen
+    for name in _DEFAULTS:
+        setattr(module, name, chosen)
+
+    def undo() -> None:
+        for name, value in before.items():
+            setattr(module, name, value)
+
+    return undo

@@ -1,0 +1,34 @@
+"""The timeout of process groups."""
+
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+
+from stabletrain.runtime.internals.process_groups import wait_at_most
+from stabletrain.testing.trainer import quiet_trainer
+
+
+def test_wait_at_most(tmp_path: Path) -> None:
+    """Bugs: half an hour's wait for a rank that never comes, in the groups of a device mesh, too; a strategy's own
+    timeout is replaced."""
+    own, before = timedelta(minutes=2), dist.distributed_c10d.default_pg_timeout
+    for strategy, expected in (
+        (DDPStrategy(process_group_backend="gloo"), timedelta(seconds=7)),
+        (ModelParallelStrategy(1, 1, process_group_backend="gloo"), timedelta(seconds=7)),
+        (DDPStrategy(process_group_backend="gloo", timeout=own), own),
+        (SingleDeviceStrategy(), timedelta(seconds=7)),
+    ):
+        trainer = quiet_trainer(strategy=strategy, devices=1)
+        undo = wait_at_most(trainer, 7)
+        try:
+            assert getattr(trainer.strategy, "_timeout", expected) == expected
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            group = dist.new_group([0])
+            assert group._get_backend(torch.device("cpu")).options._timeout == expected
+        finally:
+            dist.destroy_process_group()
+            undo()
+    assert dist.distributed_c10d.default_pg_timeout == before
