@@ -34,23 +34,21 @@ def local(gradient: Tensor) -> Tensor:
     return gradient._values() if gradient.is_sparse else gradient
 
 
-def global_norm(gradients: Sequence[Tensor]) -> Tensor:
+def global_norm(gradients: Sequence[Tensor], common_on: torch.device | None = None) -> Tensor:
     """The L2 norm of all gradients together, in float32 (float64 for float64 gradients), as a 0-d tensor.
 
     Reads the gradients once, without a device synchronization. If gradients are sharded, all ranks must call it, also
     those whose shards are empty: one collective for each mesh.
+
+    Args:
+        gradients: of any kind.
+        common_on: the device of this process, if all ranks call this and must get the same norm, even where the copies
+            of a plain gradient differ: they count with their mean square. None: such copies are taken to be equal.
     """
-    if not gradients:
-        return torch.zeros(())
     if any(isinstance(g, DTensor) for g in gradients):
-        return sharded_norms.global_norm(*_with_local_norms(gradients))
-    small = sum(g.numel() for g in gradients) <= _SMALL
-    if small and gradients[0].dtype not in _LOW_PRECISION and _alike(gradients):
-        values = torch.cat([g.reshape(-1) for g in gradients])
-    else:
-        values = tensor_norms(gradients)
-    norm: Tensor = torch.linalg.vector_norm(values)
-    return norm
+        return sharded_norms.global_norm(*_with_local_norms(gradients), common_on)
+    norm = _plain_norm(gradients) if gradients else torch.zeros((), device=common_on)
+    return norm if common_on is None else sharded_norms.common(norm, common_on)
 
 
 def tensor_norms(gradients: Sequence[Tensor]) -> Tensor:
@@ -157,6 +155,16 @@ def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The norms of plain tensors of one type on one device, which are all dense."""
     dtype = torch.float32 if tensors[0].dtype in _LOW_PRECISION else None
     return list(torch._foreach_norm(tensors, 2, dtype=dtype))  # type: ignore[arg-type]
+
+
+def _plain_norm(gradients: Sequence[Tensor]) -> Tensor:
+    small = sum(g.numel() for g in gradients) <= _SMALL
+    if small and gradients[0].dtype not in _LOW_PRECISION and _alike(gradients):
+        values = torch.cat([g.reshape(-1) for g in gradients])
+    else:
+        values = tensor_norms(gradients)
+    norm: Tensor = torch.linalg.vector_norm(values)
+    return norm
 
 
 def _with_local_norms(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -106,7 +106,7 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether a flag is set on any rank. A collective."""
-        return bool(self._strategy.reduce_boolean_decision(flag, all=False)) if self.size > 1 else flag
+        return self.max(int(flag)) > 0  # Lightning's reduce_boolean_decision adds a barrier
 
     def sum_tensor(self, numbers: Tensor) -> Tensor:
         """A tensor, added over all ranks, without a read by the host. A collective."""

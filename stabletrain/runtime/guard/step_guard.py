@@ -150,6 +150,7 @@ class StepGuard:
         support.check_optimizer(self.trainer)
         self._scaling = LossScaling(self.trainer)
         self.ranks = Ranks(self.trainer)
+        self._common_on = self.ranks.device if self.ranks.size > 1 else None
         self._replicas = ReplicaCheck(self.trainer, self.module, self.ranks)
         self._replicas.open(self.trainer.optimizers)
         self._missing_losses = MissingLosses(self.trainer, self.module)
@@ -312,7 +313,7 @@ class StepGuard:
             gradients.scale_(grads, self.ranks.size * size / weight)
         elif self._short_windows is not None:
             self._short_windows.weigh(grads, held, size)
-        grad_norm = gradients.global_norm(grads)
+        grad_norm = gradients.global_norm(grads, self._common_on)
         for member in self._gradient_observers:
             member.on_gradients(self._counted.attempted, parameters)
         for plugin, reason in self.changes.expected_at(self.trainer.global_step):
@@ -651,7 +652,7 @@ class StepGuard:
             names = self.parameters.names(parameters)
             for transform in self._transforms:
                 transform.transform(names, parameters, grads)
-        return gradients.global_norm(grads)
+        return gradients.global_norm(grads, self._common_on)
 
     # ---- records ----------------------------------------------------------------------------------------------------
 

@@ -45,7 +45,9 @@ def tensor_norms(tensors: Sequence[Tensor], local_norms: Sequence[Tensor]) -> Te
     return _root(torch.stack([square.to(local_norms[0].device) for square in squares]), local_norms)
 
 
-def global_norm(tensors: Sequence[Tensor], local_norms: Sequence[Tensor]) -> Tensor:
+def global_norm(
+    tensors: Sequence[Tensor], local_norms: Sequence[Tensor], common_on: torch.device | None = None
+) -> Tensor:
     """The norm of all whole tensors together, as a 0-d tensor on the device of the first local norm.
 
     One number for each mesh is exchanged, so that ranks may have gradients of different parameters.
@@ -53,19 +55,35 @@ def global_norm(tensors: Sequence[Tensor], local_norms: Sequence[Tensor]) -> Ten
     Args:
         tensors: as in `tensor_norms`.
         local_norms: as in `tensor_norms`.
+        common_on: as in `common`, which also makes the norms of meshes equal that hold some ranks only.
     """
     squares = [norm.double().square() for norm in local_norms]
     home = local_norms[0].device
     totals = []
     left = set(range(len(tensors)))
-    for each in _sums(tensors):
+    sums = _sums(tensors)
+    for each in sums:
         mine = torch.stack([(squares[i] * share).to(each.device) for i, share in _shares(each)]).sum()
         for group in each.groups:
             dist.all_reduce(mine, group=group)
         totals.append(mine)
         left.difference_update(each.members)
     totals.extend(squares[i] for i in sorted(left))
-    return _root(torch.stack([each.to(home) for each in totals]).sum(), local_norms)
+    norm = _root(torch.stack([each.to(home) for each in totals]).sum(), local_norms)
+    is_common = not left and len(sums) == 1 and sums[0].groups == [dist.group.WORLD]
+    return norm if common_on is None or is_common else common(norm, common_on)
+
+
+def common(norm: Tensor, device: torch.device) -> Tensor:
+    """The root of the mean square of a norm over all ranks: the same bits on all; those of the norm, if all have it.
+
+    Args:
+        norm: a 0-d tensor.
+        device: of this process, whose tensors a collective takes.
+    """
+    square = norm.to(device).double().square() / dist.get_world_size()
+    dist.all_reduce(square)
+    return square.sqrt().to(norm.device, norm.dtype)
 
 
 def settle_partial(tensors: Sequence[Tensor]) -> list[Tensor]:
