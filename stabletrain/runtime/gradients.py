@@ -1,7 +1,8 @@
 """Functions that read, scale and clamp gradients of all kinds of tensors.
 
 Gradients may be plain tensors, DTensors (FSDP2, tensor parallelism; also mixed, also on several meshes) or sparse.
-Plain tensors take a fast path; for all kinds, a norm is that of the *whole* tensor, on every rank.
+Plain tensors take a fast path; for all kinds, a norm is that of the *whole* tensor, on every rank. `sharded_norms` has
+the collectives.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from collections.abc import Iterable, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
+
+from stabletrain.runtime.internals import sharded_norms
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -31,30 +34,31 @@ def local(gradient: Tensor) -> Tensor:
     return gradient._values() if gradient.is_sparse else gradient
 
 
-def global_norm(gradients: Sequence[Tensor]) -> Tensor:
+def global_norm(gradients: Sequence[Tensor], common_on: torch.device | None = None) -> Tensor:
     """The L2 norm of all gradients together, in float32 (float64 for float64 gradients), as a 0-d tensor.
 
     Reads the gradients once, without a device synchronization. If gradients are sharded, all ranks must call it, also
-    those whose shards are empty.
+    those whose shards are empty: one collective for each mesh.
+
+    Args:
+        gradients: of any kind.
+        common_on: the device of this process, if all ranks call this and must get the same norm, even where the copies
+            of a plain gradient differ: they count with their mean square. None: such copies are taken to be equal.
     """
-    if not gradients:
-        return torch.zeros(())
-    small = sum(g.numel() for g in gradients) <= _SMALL
-    if small and gradients[0].dtype not in _LOW_PRECISION and _alike(gradients):
-        values = torch.cat([g.reshape(-1) for g in gradients])
-    else:
-        values = tensor_norms(gradients)
-    norm: Tensor = torch.linalg.vector_norm(values)
-    return norm
+    if any(isinstance(g, DTensor) for g in gradients):
+        return sharded_norms.global_norm(*_with_local_norms(gradients), common_on)
+    norm = _plain_norm(gradients) if gradients else torch.zeros((), device=common_on)
+    return norm if common_on is None else sharded_norms.common(norm, common_on)
 
 
 def tensor_norms(gradients: Sequence[Tensor]) -> Tensor:
-    """The L2 norm of each gradient, as a vector on the first gradient's device."""
-    if not _alike(gradients):
-        return _mixed_norms(gradients)
-    if gradients[0].dtype in _LOW_PRECISION:
-        return torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32))  # type: ignore[arg-type]
-    return torch.stack(torch._foreach_norm(gradients))  # type: ignore[arg-type]
+    """The L2 norm of each gradient, as a vector on the first gradient's device.
+
+    If gradients are sharded, all ranks must call it: one collective for each mesh.
+    """
+    if _alike(gradients):
+        return torch.stack(_norms(gradients))
+    return sharded_norms.tensor_norms(*_with_local_norms(gradients))
 
 
 def unit_norms(tensors: Sequence[Tensor]) -> Tensor:
@@ -65,7 +69,7 @@ def unit_norms(tensors: Sequence[Tensor]) -> Tensor:
     the whole unit. If tensors are sharded, all ranks must call it, also those whose shards are empty.
     """
     with torch.no_grad():
-        whole = [_without_partial(t) for t in tensors]
+        whole = sharded_norms.settle_partial(tensors)
         norms = [_local_unit_norms(local(t)) for t in whole]
         for group, members in _units_split_over(whole).items():
             squares = torch.cat([norms[i] for i in members]).square()
@@ -147,18 +151,34 @@ def _accumulate(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in _LOW_PRECISION else dtype
 
 
-def _mixed_norms(gradients: Sequence[Tensor]) -> Tensor:
-    norms = []
-    for g in gradients:
-        if isinstance(g, DTensor):
-            norm = torch.linalg.vector_norm(g, dtype=_accumulate(g.dtype))
-            # the norm of a DTensor may be a pending reduction; full_tensor() completes it
-            norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        else:
-            values = g.coalesce().values() if g.is_sparse else g
-            norms.append(torch.linalg.vector_norm(values, dtype=_accumulate(values.dtype)))
-    dtype = torch.float64 if any(n.dtype == torch.float64 for n in norms) else torch.float32
-    return torch.stack([n.to(norms[0].device, dtype) for n in norms])
+def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The norms of plain tensors of one type on one device, which are all dense."""
+    dtype = torch.float32 if tensors[0].dtype in _LOW_PRECISION else None
+    return list(torch._foreach_norm(tensors, 2, dtype=dtype))  # type: ignore[arg-type]
+
+
+def _plain_norm(gradients: Sequence[Tensor]) -> Tensor:
+    small = sum(g.numel() for g in gradients) <= _SMALL
+    if small and gradients[0].dtype not in _LOW_PRECISION and _alike(gradients):
+        values = torch.cat([g.reshape(-1) for g in gradients])
+    else:
+        values = tensor_norms(gradients)
+    norm: Tensor = torch.linalg.vector_norm(values)
+    return norm
+
+
+def _with_local_norms(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Tensors of any kind, with pending sums over ranks carried out, and the norm of this rank's part of each."""
+    whole = sharded_norms.settle_partial(tensors)
+    parts = [local(t.coalesce() if t.is_sparse else t) for t in whole]
+    norms = list(parts)
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, part in enumerate(parts):
+        groups.setdefault((part.device, part.dtype), []).append(i)
+    for members in groups.values():
+        for i, norm in zip(members, _norms([parts[i] for i in members]), strict=True):
+            norms[i] = norm
+    return whole, norms
 
 
 def _local_unit_norms(values: Tensor) -> Tensor:
@@ -166,13 +186,6 @@ def _local_unit_norms(values: Tensor) -> Tensor:
     within = tuple(range(1, values.ndim)) or None
     norms: Tensor = torch.linalg.vector_norm(values, dim=within, dtype=dtype)
     return norms if values.ndim > 1 else norms.view(1)
-
-
-def _without_partial(tensor: Tensor) -> Tensor:
-    if not isinstance(tensor, DTensor) or not any(p.is_partial() for p in tensor.placements):
-        return tensor
-    settled: Tensor = tensor.redistribute(placements=[Replicate() if p.is_partial() else p for p in tensor.placements])
-    return settled
 
 
 def _units_split_over(tensors: Sequence[Tensor]) -> dict[dist.ProcessGroup, list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -12,13 +13,13 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from stabletrain.runtime.internals.ddp import ddp_parameters
 from stabletrain.runtime.internals.packages import both
 
 T = TypeVar("T")
 
 Placement: TypeAlias = Literal["sharded", "replicated", "local"]
-"""Distribution of a parameter over the ranks: in parts, as equal copies, or as copies that may differ."""
-
+"""Distribution of a parameter over the ranks: in parts, as equal copies, or as copies that nothing keeps equal."""
 
 _BUCKET = 25 << 20
 """Bytes of gradients that are averaged together, as in DistributedDataParallel."""
@@ -37,6 +38,11 @@ class Ranks:
         """Number of processes."""
         self.is_first: bool = trainer.is_global_zero
         """Whether this is rank 0, which logs and writes files."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process, whose tensors a collective takes."""
+        return self._strategy.root_device
 
     def mean_loss(self, losses: list[Tensor], *flags: bool) -> tuple[Tensor | None, list[Tensor | bool]]:
         """The mean loss over the window and over all ranks, and on how many of them each flag is set. A collective.
@@ -100,7 +106,7 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether a flag is set on any rank. A collective."""
-        return bool(self._strategy.reduce_boolean_decision(flag, all=False)) if self.size > 1 else flag
+        return self.max(int(flag)) > 0  # Lightning's reduce_boolean_decision adds a barrier
 
     def sum_tensor(self, numbers: Tensor) -> Tensor:
         """A tensor, added over all ranks, without a read by the host. A collective."""
@@ -115,6 +121,13 @@ class Ranks:
         largest = torch.tensor(number, device=self._strategy.root_device)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return int(largest)
+
+    def max_each(self, numbers: list[float]) -> Tensor:
+        """Of each number the largest on any rank, in float64. A collective."""
+        largest = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        if self.size > 1:
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return largest
 
     def average_(self, parameters: Iterable[Tensor]) -> None:
         """Average the gradients over all ranks, in place, as DistributedDataParallel would have. A collective.
@@ -143,28 +156,46 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
+    def gather_numbers(self, numbers: list[int]) -> list[list[int]]:
+        """The numbers of all ranks, by rank, of each equally many. A collective."""
+        mine = torch.tensor(numbers, device=self.device)
+        everyone = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(everyone, mine)
+        return [each.tolist() for each in everyone]
+
     def placement(self, parameter: Tensor) -> Placement:
         """The distribution of a parameter over the ranks.
 
-        A DTensor has it as an attribute. A plain tensor is ``"sharded"`` under FSDP's first version, ``"local"`` under
-        a ModelParallelStrategy that trains on different data and averages the gradients of sharded modules only, and
-        otherwise ``"replicated"``: DistributedDataParallel averages all gradients, and so is assumed of other
-        strategies.
+        A DTensor has it as an attribute. A plain tensor is ``"sharded"`` under FSDP's first version. Otherwise it is
+        ``"replicated"`` if something keeps its copies equal, and ``"local"`` if nothing does. They are kept equal
+
+        - in a single process;
+        - by DistributedDataParallel, if it was not told to ignore the parameter; the trained ones, if they were
+          trainable when this was first asked, since it averages no others;
+        - by a strategy whose attribute ``averages_plain_gradients`` is true;
+        - under a ModelParallelStrategy without data parallelism, where all ranks see the same data;
+        - if the parameter is frozen and DistributedDataParallel is not used: nothing changes it.
         """
         if isinstance(parameter, DTensor):
             return "replicated" if all(each.is_replicate() for each in parameter.placements) else "sharded"
         if isinstance(self._strategy, both(FSDPStrategy)):
             return "sharded"
-        return "local" if self._averages_sharded_modules_only else "replicated"
+        if self.size == 1 or self.sees_same_data or getattr(self._strategy, "averages_plain_gradients", False):
+            return "replicated"
+        if not parameter.requires_grad:
+            return "replicated" if parameter in self._ddp_trains or not self._ddp_trains else "local"
+        return "replicated" if self._ddp_trains.get(parameter) else "local"
 
-    def local_parameters(self, named: Iterable[tuple[str, Tensor]]) -> list[str]:
-        """The names of the trained parameters whose copies may differ between the ranks."""
-        return [name for name, p in named if p.requires_grad and self.placement(p) == "local"]
-
-    @property
-    def _averages_sharded_modules_only(self) -> bool:
+    @functools.cached_property
+    def sees_same_data(self) -> bool:
+        """Whether all ranks train on the same data: a ModelParallelStrategy without data parallelism."""
         strategy = self._strategy
-        return isinstance(strategy, both(ModelParallelStrategy)) and strategy.device_mesh["data_parallel"].size() > 1
+        return isinstance(strategy, both(ModelParallelStrategy)) and strategy.device_mesh["data_parallel"].size() == 1
+
+    @functools.cached_property
+    def _ddp_trains(self) -> dict[Tensor, bool]:
+        """The parameters that DistributedDataParallel sends to all ranks; whether it averages the gradient."""
+        return {p: p.requires_grad for p in ddp_parameters(getattr(self._strategy, "model", None))}
 
 
 def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -1,8 +1,7 @@
-"""Run by two processes: what the ranks agree on when only one of them has a loss, and how each parameter is placed."""
+"""Run by two ranks: what they agree on when only one of them has a loss, and how parameters are placed."""
 
-import json
-import logging
-import sys
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
 
@@ -10,26 +9,17 @@ import torch
 import torch.distributed as dist
 import two_ranks
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from replicas_on_ranks import FrozenRest, Plain
 
 from stabletrain import SkipNonFinite
 from stabletrain.runtime.ranks import Ranks
 
-
-class HalfSharded(two_ranks.Net):
-    """Only the first layer is sharded."""
-
-    def configure_model(self) -> None:
-        if self.device_mesh is not None and not isinstance(next(self.net[0].parameters()), DTensor):
-            fully_shard(self.net[0], mesh=self.device_mesh["data_parallel"])
-
-
-class Plain(two_ranks.Net):
-    """Nothing is sharded."""
-
-    def configure_model(self) -> None:
-        return
+CASES = {
+    "ddp": ("ddp", two_ranks.Net),
+    "fsdp2": ("fsdp2", two_ranks.Net),
+    "frozen rest": ("fsdp2", FrozenRest),
+    "tp": ("tp", Plain),
+}
 
 
 class Placements(Callback):
@@ -40,22 +30,15 @@ class Placements(Callback):
         self.found = {name: ranks.placement(p) for name, p in pl_module.named_parameters()}
 
 
-class Records(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__()
-        self.texts: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.texts.append(record.getMessage())
+def train(folder: Path) -> dict[str, dict[str, Any]]:
+    """Of each case the placements, and what the ranks have agreed on."""
+    return {name: _train(folder, *case) for name, case in CASES.items()}
 
 
-def train(folder: Path, kind: str, module: Any) -> dict[str, Any]:
-    records = Records()
-    logging.getLogger("stabletrain").addHandler(records)
+def _train(folder: Path, kind: str, module: Any) -> dict[str, Any]:
     placements = Placements()
     callbacks = [SkipNonFinite(), placements]
     _, mine = two_ranks.train(folder, kind, *callbacks, make_optimizer=lambda p: torch.optim.SGD(p, 0.01), make=module)
-    logging.getLogger("stabletrain").removeHandler(records)
     ranks = Ranks(mine)
     rank = dist.get_rank()
     one_has_none, on_none = ranks.mean_loss([torch.tensor(3.0), torch.tensor(5.0)] if rank == 0 else [])
@@ -65,20 +48,9 @@ def train(folder: Path, kind: str, module: Any) -> dict[str, Any]:
     assert nan_on_one is not None
     return {
         "placements": placements.found,
-        "warned": [text for text in records.texts if "drift apart" in text],
         "one_has_none": one_has_none.item(),
         "none_has_one": without is None,
         "nan_on_one": repr(nan_on_one.item()),
         "flags": [[float(flag) for flag in flags] for flags in (on_none, on_one, on_without)],
         "any": [ranks.any(rank == 1), ranks.any(False)],
     }
-
-
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    whole = two_ranks.Net
-    cases = [("ddp", "ddp", whole), ("fsdp2", "fsdp2", whole), ("half", "fsdp2", HalfSharded), ("tp", "tp", Plain)]
-    for name, kind, module in cases:
-        result = train(folder, kind, module)
-        (folder / f"{name}-{dist.get_rank()}.json").write_text(json.dumps(result))
-    two_ranks.leave()

@@ -24,11 +24,12 @@ NAN_AT = 5
 
 
 def strategy(kind: str) -> Strategy:
-    """``"ddp"``, ``"fsdp2"`` or ``"tp"`` (tensor parallel: both ranks see the same data), for two ranks on the CPU."""
+    """``"ddp"``, ``"fsdp2"``, ``"hsdp"`` or ``"tp"`` (tensor parallel: all ranks see the same data), on the CPU."""
+    size = int(os.environ["WORLD_SIZE"])
     if kind == "tp":
-        return ModelParallelStrategy(1, tensor_parallel_size=2, process_group_backend="gloo")
-    if kind == "fsdp2":
-        return ModelParallelStrategy(2, tensor_parallel_size=1, process_group_backend="gloo")
+        return ModelParallelStrategy(1, tensor_parallel_size=size, process_group_backend="gloo")
+    if kind in ("fsdp2", "hsdp"):
+        return ModelParallelStrategy(size, tensor_parallel_size=1, process_group_backend="gloo")
     return DDPStrategy(process_group_backend="gloo")
 
 
@@ -65,15 +66,16 @@ class Net(LightningModule):
 
 def train(
     folder: Path,
-    kind: str | None,
+    kind: str | Strategy | None,
     *callbacks: Callback,
     make_optimizer: MakeOptimizer,
     make: Callable[[MakeOptimizer], Net] = Net,
     **options: Any,
 ) -> tuple[dict[str, Tensor], Trainer]:
-    """Train on two ranks with a kind of strategy, or on one for None; the whole weights, and the trainer."""
+    """Train on all ranks with a kind of strategy, or on one for None; the whole weights, and the trainer."""
     if kind is not None:
-        options |= {"strategy": strategy(kind), "devices": 2}
+        used = strategy(kind) if isinstance(kind, str) else kind
+        options |= {"strategy": used, "devices": int(os.environ["WORLD_SIZE"])}
     module = make(make_optimizer)
     mine = trainer(*callbacks, default_root_dir=folder, use_distributed_sampler=False, **options)
     with warnings.catch_warnings():

@@ -1,7 +1,5 @@
 """What several processes agree on, and which parameters nothing keeps equal on them."""
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +9,7 @@ import ranks_on_two_ranks as script
 import torch
 from fits import HEALTHY, Net, batches, fit
 from lightning.pytorch.strategies import FSDPStrategy
+from rank_pool import on_ranks
 
 from stabletrain.runtime.ranks import Ranks
 
@@ -24,25 +23,30 @@ def test_one_process_makes_no_collective_call() -> None:
     assert ranks.mean_loss([])[0] is None
     assert [ranks.mean_loss(losses, True, False)[1] for losses in ([], [loss])] == [[True, False]] * 2
     assert (ranks.any(True), ranks.any(False)) == (True, False)
-    assert ranks.local_parameters(Net().named_parameters()) == []
+    assert ranks.placement(next(Net().parameters())) == "replicated"
 
 
-@pytest.mark.parametrize(("strategy", "placement"), [(FSDPStrategy(), "sharded"), (SimpleNamespace(), "replicated")])
-def test_other_strategies_give_no_false_alarm(strategy: Any, placement: str) -> None:
-    """Bug: a warning that copies drift apart, where the first FSDP shards them or a strategy averages them itself."""
+@pytest.mark.parametrize(
+    ("strategy", "placement"),
+    [
+        (FSDPStrategy(), "sharded"),
+        (SimpleNamespace(averages_plain_gradients=True), "replicated"),
+        (SimpleNamespace(averages_plain_gradients=False), "local"),
+        (SimpleNamespace(model=Net()), "local"),
+    ],
+)
+def test_a_strategy_is_asked_who_averages(strategy: Any, placement: str) -> None:
+    """Bugs: an error where the first FSDP shards parameters or a strategy averages them itself; plain parameters taken
+    for replicas where nothing averages them."""
     ranks = Ranks(SimpleNamespace(strategy=strategy, world_size=2, is_global_zero=True))  # type: ignore[arg-type]
     assert ranks.placement(torch.nn.Parameter(torch.ones(2))) == placement
 
 
-@pytest.mark.slow
-def test_two_processes(on_two_ranks: Callable[[str], Path]) -> None:
+def test_two_processes(tmp_path: Path) -> None:
     """Bugs: a rank without a loss that the others wait for for ever; its silence counted as a loss of 0; a NaN or a
-    flag that one rank alone sees; plain parameters beside sharded ones, which nobody averages, taken for replicas;
-    equal copies of tensor parallel ranks, which see the same data, warned of."""
-    folder = on_two_ranks(script.__file__)
-    for name in ("ddp", "fsdp2", "half", "tp"):
-        results = [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in (0, 1)]
-        for result in results:
+    flag that one rank alone sees; equal copies of tensor parallel ranks, which see the same data, taken for others."""
+    for found in on_ranks(script.train, 2, tmp_path):
+        for name, result in found.items():
             assert result["one_has_none"] == 4.0
             assert result["none_has_one"] is True
             assert result["nan_on_one"] == "nan"
@@ -50,9 +54,4 @@ def test_two_processes(on_two_ranks: Callable[[str], Path]) -> None:
             assert result["any"] == [True, False]
             kinds = result["placements"]
             assert kinds["net.0.weight"] == ("replicated" if name in ("ddp", "tp") else "sharded")
-            last = {"ddp": "replicated", "fsdp2": "sharded", "half": "local", "tp": "replicated"}
-            assert kinds["net.3.bias"] == last[name]
-        warned = [len(result["warned"]) for result in results]
-        assert warned == ([1, 0] if name == "half" else [0, 0])
-        if name == "half":
-            assert "net.1.weight, net.1.bias, net.3.weight, net.3.bias" in results[0]["warned"][0]
+            assert kinds["net.3.bias"] == ("sharded" if name == "fsdp2" else "replicated")

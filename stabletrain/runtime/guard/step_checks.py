@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from stabletrain.errors import UserError
 from stabletrain.runtime.internals.attributes import has_hooks, version_of
 from stabletrain.runtime.internals.optimizer_attributes import Fingerprint
+from stabletrain.runtime.ranks import Ranks
 
 _SAMPLED = 512
 """Elements of each parameter that are compared."""
@@ -103,17 +104,19 @@ class BackwardWatch:
 
 
 class StepEffect:
-    """Checks that the first step of an optimizer changes something.
+    """Checks that the first step of an optimizer changes something, on any rank: a rank may have no part of anything.
 
-    It reads from the device only if neither a version counter nor plain state of the optimizer has changed.
+    It reads from the device only if neither a version counter nor plain state of the optimizer has changed. Several
+    ranks decide together, in one collective at each step that is checked.
 
     Args:
         optimizer: the optimizer.
         module: that it trains.
+        ranks: of the fit.
     """
 
-    def __init__(self, optimizer: Optimizer, module: nn.Module) -> None:
-        self._optimizer, self._module = optimizer, module
+    def __init__(self, optimizer: Optimizer, module: nn.Module, ranks: Ranks) -> None:
+        self._optimizer, self._module, self._ranks = optimizer, module, ranks
         self._steps = 0
         self.is_over = False
         """Whether the check is complete."""
@@ -135,8 +138,10 @@ class StepEffect:
         moved = before.has_changed() or any(
             sample is not None and not _same(sample, _sample(p)) for sample, (_, p) in zip(samples, pairs, strict=True)
         )
+        should_move = not moved and any(_would_change(group, p) for group, p in pairs)
+        moved, should_move = (number > 0 for number in self._ranks.sum(float(moved), float(should_move)))
         self.is_over = moved or self._steps >= _WINDOWS
-        if not moved and any(_would_change(group, p) for group, p in pairs):
+        if should_move and not moved:
             raise UserError(
                 f"{type(self._optimizer).__name__}.step() has changed neither parameters nor its own state, although "
                 "there were gradients and the learning rate is not 0. stabletrain calls it without a closure, when the "

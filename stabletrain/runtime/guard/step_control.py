@@ -25,6 +25,7 @@ from stabletrain.runtime.guard.step_checks import StepEffect
 from stabletrain.runtime.hidden.hidden_state import HiddenState
 from stabletrain.runtime.internals import manual as manual_internals
 from stabletrain.runtime.internals import trainer as trainer_internals
+from stabletrain.runtime.ranks import Ranks
 from stabletrain.runtime.records.event_log import logger
 
 
@@ -54,6 +55,7 @@ class StepControl:
         trainer: in a fit, with its optimizer set up.
         module: the module that is trained.
         rewarming: lowers the learning rate within the optimizer's step.
+        ranks: of the fit.
         optimizer: the one that is controlled; None: the module has only one.
         buffers: those that a dropped step restores; None: all of the module.
         hidden: the tensors in the module's attributes, the same for all optimizers; None: found here.
@@ -65,6 +67,7 @@ class StepControl:
         trainer: Trainer,
         module: LightningModule,
         rewarming: Rewarming,
+        ranks: Ranks,
         optimizer: Optimizer | None = None,
         buffers: Restorable | None = None,
         hidden: HiddenState | None = None,
@@ -81,7 +84,7 @@ class StepControl:
         self._drop = False
         self._frozen = False
         self._decided = False
-        self._effect = StepEffect(self.optimizer, module)
+        self._effect = StepEffect(self.optimizer, module, ranks)
         self._unwritten: list[dict[str, Any]] = []
         """State of parameters whose momentum was allocated in the last step, and not written if that was dropped."""
         self._replaced: list[tuple[object, str, Any]] = []

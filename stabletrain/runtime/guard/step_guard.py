@@ -44,6 +44,7 @@ from stabletrain.runtime.guard.members import Member, RuleMember, TransformMembe
 from stabletrain.runtime.guard.metrics import Counters, MetricsWindow
 from stabletrain.runtime.guard.missing_loss import MissingLosses
 from stabletrain.runtime.guard.per_optimizer import PerOptimizer
+from stabletrain.runtime.guard.replica_check import ReplicaCheck
 from stabletrain.runtime.guard.requests import execute
 from stabletrain.runtime.guard.rewarming import Rewarming
 from stabletrain.runtime.guard.short_windows import ShortWindows
@@ -149,13 +150,15 @@ class StepGuard:
         support.check_optimizer(self.trainer)
         self._scaling = LossScaling(self.trainer)
         self.ranks = Ranks(self.trainer)
-        support.warn_of_local_parameters(self.ranks, self.module)
+        self._common_on = self.ranks.device if self.ranks.size > 1 else None
+        self._replicas = ReplicaCheck(self.trainer, self.module, self.ranks)
+        self._replicas.open(self.trainer.optimizers)
         self._missing_losses = MissingLosses(self.trainer, self.module)
         self._undo = [trainer_internals.before_checkpoint(self.trainer, self._before_checkpoint)]
         self._undo.append(self._missing_losses.undo)
         if self.module.automatic_optimization:
             self._optimizers.restart(1)
-            self._control_steps(StepControl(self.trainer, self.module, self.rewarming))
+            self._control_steps(StepControl(self.trainer, self.module, self.rewarming, self.ranks))
         else:
             self._control_manual_steps()
         for member in self.members:
@@ -166,6 +169,10 @@ class StepGuard:
         self._unstepped = set(self._optimizers)
         self._log_every = trainer_internals.log_interval(self.trainer)
         self.is_open = self.is_training = True
+
+    def begin(self) -> None:
+        """``on_train_start``: the weights are loaded."""
+        self._replicas.begin()
 
     def _start_optimizer(self) -> None:
         """What is known of an optimizer before its first step."""
@@ -189,7 +196,9 @@ class StepGuard:
         for i in self._optimizers:
             own = (manual.optimizers[i], manual.buffers[i], hidden)
             self._control_steps(
-                StepControl(self.trainer, self.module, self.rewarming, *own, undecided=manual.refuse_undecided)
+                StepControl(
+                    self.trainer, self.module, self.rewarming, self.ranks, *own, undecided=manual.refuse_undecided
+                )
             )
             self.window = manual.windows[i]
         self._undo.append(manual_internals.after_manual_step(self.trainer, self._after_manual_step))
@@ -271,6 +280,8 @@ class StepGuard:
         """``on_before_optimizer_step``: gradients are complete. Measure, get the limits, act."""
         self.events.show()  # of an earlier step: what follows from it at the end of its batch is in the same line
         self.settle()
+        if self.on_device:
+            self._replicas.compare()
         if self._manual is not None:
             self._select(self._manual.index(optimizer))
         self.control.start_decision()
@@ -297,11 +308,12 @@ class StepGuard:
             return
         parameters = self.parameters.read(self.trainer.global_step)  # groups may have been added since the last step
         grads = gradients.of(parameters)
+        self._replicas.before_step(self._optimizers.selected, optimizer, parameters, len(grads))
         if weight is not None:
             gradients.scale_(grads, self.ranks.size * size / weight)
         elif self._short_windows is not None:
             self._short_windows.weigh(grads, held, size)
-        grad_norm = gradients.global_norm(grads)
+        grad_norm = gradients.global_norm(grads, self._common_on)
         for member in self._gradient_observers:
             member.on_gradients(self._counted.attempted, parameters)
         for plugin, reason in self.changes.expected_at(self.trainer.global_step):
@@ -333,6 +345,8 @@ class StepGuard:
         # in device mode the next step settles this one, unless this may be the last batch
         if not self.on_device or trainer_internals.may_be_last_batch(self.trainer):
             self.settle()
+        if not self.on_device:  # in device mode not all ranks may know the outcome yet
+            self._replicas.compare()
         if self._manual is not None:
             self._manual.end_batch(stepped=self._attempted > 0)
             self._select(0)  # between two batches always the first one
@@ -371,6 +385,8 @@ class StepGuard:
             self._scales = self._scales.add(outcome)
         self.counters, self._of_optimizer = self.counters.add(outcome), self._of_optimizer.add(outcome)
         self.metrics.add(outcome)
+        if outcome.applied:
+            self._replicas.after_step(self._optimizers.selected)
         if outcome.no_loss:
             self._report_missing_loss(outcome, alone)
             return
@@ -636,7 +652,7 @@ class StepGuard:
             names = self.parameters.names(parameters)
             for transform in self._transforms:
                 transform.transform(names, parameters, grads)
-        return gradients.global_norm(grads)
+        return gradients.global_norm(grads, self._common_on)
 
     # ---- records ----------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from stabletrain.runtime.guard.hooks import check_hooks
 from stabletrain.runtime.guard.loss_scaling import LossScaling
 from stabletrain.runtime.guard.sharded_optimizers import check_sharded
 from stabletrain.runtime.internals import trainer as trainer_internals
-from stabletrain.runtime.ranks import Ranks
+from stabletrain.runtime.internals.ddp import overlaps_with_ddp
 from stabletrain.runtime.records.event_log import logger
 
 DecisionMode: TypeAlias = Literal["auto", "exact", "device"]
@@ -86,8 +86,8 @@ def check_optimizer(trainer: Trainer) -> None:
     """Raise an error for unsupported optimizers. Several optimizers exist only with manual optimization.
 
     Raises:
-        UserError: for no optimizer; for LBFGS and others that need a closure; for torchao's CPUOffloadOptimizer; for
-            sharded parameters with an optimizer that fails on them.
+        UserError: for no optimizer; for LBFGS and others that need a closure; for a ZeroRedundancyOptimizer that steps
+            in backward; for torchao's CPUOffloadOptimizer; for sharded parameters with an optimizer that fails on them.
     """
     if not any(group["params"] for each in trainer.optimizers for group in each.param_groups):
         raise UserError(
@@ -100,6 +100,12 @@ def check_optimizer(trainer: Trainer) -> None:
             "is no single gradient to measure. Use a first-order optimizer, or remove the plugins."
         )
     for each in trainer.optimizers:
+        if overlaps_with_ddp(each):
+            raise UserError(
+                f"{type(each).__name__}(overlap_with_ddp=True) steps within backward, in a communication hook that "
+                "Lightning does not register: nothing would be trained. Use overlap_with_ddp=False (or strategy="
+                "ddp_zero1)."
+            )
         if _needs_closure(each):
             raise UserError(
                 f"stabletrain plugins do not support {type(each).__name__}: its step() cannot be called without a "
@@ -114,18 +120,6 @@ def check_optimizer(trainer: Trainer) -> None:
                 "remove the plugins."
             )
     check_sharded(trainer.optimizers)
-
-
-def warn_of_local_parameters(ranks: Ranks, module: LightningModule) -> None:
-    """Log a warning if there are trained parameters whose copies may differ between the ranks."""
-    names = ranks.local_parameters(module.named_parameters())
-    if names and ranks.is_first:
-        logger.warning(
-            "%d parameters are neither sharded nor averaged over the ranks (%s): their copies drift apart, and "
-            "grad_norm counts those of this rank. Shard them too in configure_model, or use strategy=ddp",
-            len(names),
-            ", ".join(names[:4]) + (", ..." if len(names) > 4 else ""),
-        )
 
 
 def decides_on_device(trainer: Trainer, module: LightningModule, mode: DecisionMode, device: torch.device) -> bool:
