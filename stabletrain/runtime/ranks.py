@@ -164,6 +164,8 @@ class Ranks:
     @property
     def _averages_sharded_modules_only(self) -> bool:
         strategy = self._strategy
+        if getattr(strategy, "averages_plain_gradients", False):
+            return False
         return isinstance(strategy, both(ModelParallelStrategy)) and strategy.device_mesh["data_parallel"].size() > 1
 
 

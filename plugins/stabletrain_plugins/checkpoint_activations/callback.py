@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from stabletrain.errors import UserError, require
 from stabletrain.runtime import rng
+from stabletrain.runtime.hidden.second_forward import SecondForward
 from stabletrain.runtime.internals.packages import Callback
 from stabletrain.runtime.records.event_log import logger
 from stabletrain.runtime.windows.batches import tensors_of
@@ -118,7 +118,7 @@ class CheckpointActivations(Callback):
             if not measured:
                 measured = True
                 self._measure(block, inner, args, kwargs)
-            again = _Again(block)
+            again = SecondForward(block)
             return checkpoint(inner, *args, use_reentrant=False, context_fn=again.contexts, **kwargs)
 
         block.__dict__["forward"] = forward
@@ -139,7 +139,7 @@ class CheckpointActivations(Callback):
             kept[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        state, again = rng.capture(), _Again(block)
+        state, again = rng.capture(), SecondForward(block)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), again.put_back_after():
             inner(*args, **kwargs)
         rng.restore(state)
@@ -154,45 +154,6 @@ class CheckpointActivations(Callback):
                 ", ".join(self._names[:3]) + (", ..." if len(self._names) > 3 else ""),
                 self._saved / 1e6,
             )
-
-
-class _Again:
-    """The buffers of a block as they were before its forward pass, for the second one.
-
-    Args:
-        block: whose forward pass begins.
-    """
-
-    def __init__(self, block: nn.Module) -> None:
-        self._buffers = list(block.buffers())
-        self._before = [each.detach().clone() for each in self._buffers]
-
-    def contexts(self) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
-        """Those of the first and of the second forward pass."""
-        return contextlib.nullcontext(), self._second()
-
-    @contextlib.contextmanager
-    def put_back_after(self) -> Iterator[None]:
-        """What the block changes within it is put back."""
-        try:
-            yield
-        finally:
-            self._write(self._before)
-
-    @contextlib.contextmanager
-    def _second(self) -> Iterator[None]:
-        now = [each.detach().clone() for each in self._buffers]
-        self._write(self._before)
-        try:
-            yield
-        finally:
-            self._write(now)
-
-    def _write(self, values: list[Tensor]) -> None:
-        with torch.no_grad():
-            for buffer, value in zip(self._buffers, values, strict=True):
-                # through .data: autograd may have saved the buffer, and would take a new version for a change
-                buffer.data.copy_(value)
 
 
 def _longest_list(module: nn.Module) -> list[tuple[str, nn.Module]]:
