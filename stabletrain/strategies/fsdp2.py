@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -90,6 +90,7 @@ class _FSDP2(_Base):
         """What was sharded; None before the module is set up."""
         self._whole = WholeParameters(())
         self._owner: weakref.ref[Any] | None = None
+        self._undo: list[Callable[[], None]] = []
         self._window_is_open = False
         self._buffers_may_differ = True
 
@@ -97,39 +98,49 @@ class _FSDP2(_Base):
 
     @property
     def accelerator(self) -> Any:
-        """Lightning's accelerator, of the package whose Trainer this strategy belongs to."""
-        return self._accelerator
+        """Lightning's accelerator, of the package whose Trainer this strategy belongs to.
+
+        Not in Lightning's attribute, by which a second Trainer would refuse the strategy with a message about two
+        accelerators, before `setup_environment` can say what is wrong.
+        """
+        return self._lightnings_accelerator
 
     @accelerator.setter
     def accelerator(self, accelerator: Any) -> None:
         if accelerator is not None and type(accelerator).__module__.startswith("pytorch_lightning."):
             self.__class__ = _OfPytorchLightning
-        self._accelerator = accelerator
+        self._lightnings_accelerator = accelerator
 
     def check(self, trainer: Trainer, module: LightningModule) -> None:
         """Raise an error for what is known to fail before any process group is made.
 
         Args:
-            trainer: that has this strategy.
+            trainer: that has this strategy, and the precision of the run.
             module: to be trained.
 
         Raises:
             UserError: names the argument or the parameter.
         """
+        self._check_gather(trainer)
+        self._check_before(trainer, module)
+
+    def _check_gather(self, trainer: Trainer) -> None:
+        if self.gather is not None and getattr(trainer.precision_plugin, "precision", None) != "bf16-mixed":
+            raise UserError(
+                messages.worded(
+                    f"fsdp2: gather={self.gather!r} needs autocast to bf16, without which the first layer after a unit "
+                    f"gets another dtype than its weights; got {trainer.precision_plugin.precision}. Use precision="
+                    "bf16_mixed, or remove it (config key strategy.gather)"
+                )
+            )
+
+    def _check_before(self, trainer: Trainer, module: LightningModule) -> None:
         size = self.num_processes * self.num_nodes
         if size % self.replicate:
             raise UserError(
                 messages.worded(
                     f"fsdp2: replicate must divide the number of processes, got {self.replicate} for {size} (config "
                     "key strategy.replicate)"
-                )
-            )
-        if self.gather is not None and getattr(trainer.precision_plugin, "precision", None) != "bf16-mixed":
-            raise UserError(
-                messages.worded(
-                    f"fsdp2: gather={self.gather!r} needs autocast to bf16, without which the first layer after a unit "
-                    f"gets another dtype than its weights; got precision {trainer.precision}. Use precision=bf16_mixed "
-                    "(config key strategy.gather)"
                 )
             )
         refusals.check_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
@@ -148,7 +159,7 @@ class _FSDP2(_Base):
                 "for each Trainer"
             )
         self._owner = weakref.ref(trainer)
-        self.check(trainer, module)
+        self._check_before(trainer, module)
         internals.set_data_parallel_size(self, self.num_processes * self.num_nodes)
         super().setup_environment()
         module.__dict__.pop(_METHOD, None)
@@ -163,6 +174,7 @@ class _FSDP2(_Base):
         module.__dict__[_METHOD] = configure_model
 
     def _shard(self, trainer: Trainer, module: LightningModule) -> Sharded:
+        self._check_gather(trainer)
         refusals.check_parameters(module)
         precision = self.precision_plugin
         converted = precision.convert_module(module)
@@ -215,7 +227,12 @@ class _FSDP2(_Base):
         """Make the optimizers, and refuse one that was made before the module was sharded."""
         super().setup_optimizers(trainer)
         assert self.sharded is not None
+        assert self.lightning_module is not None
         self.sharded.replaced.check(self.optimizers)
+        refusals.check_manual(self.lightning_module, self.optimizers)
+        scaler = getattr(self.precision_plugin, "scaler", None)
+        if scaler is not None and self.sharded.whole:
+            self._undo.append(internals.unscale_apart(scaler))
 
     def model_to_device(self) -> None:
         """Move what is not sharded to the device; with offloading, parameters stay on the CPU."""
@@ -231,6 +248,8 @@ class _FSDP2(_Base):
     def teardown(self) -> None:
         """Leave the module its own ``configure_model``."""
         super().teardown()
+        while self._undo:
+            self._undo.pop()()
         if self.lightning_module is not None:
             self.lightning_module.__dict__.pop(_METHOD, None)
 
@@ -309,9 +328,12 @@ class _FSDP2(_Base):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         """Step, and drop gradients that a window left without reducing them."""
         output = super().optimizer_step(*args, **kwargs)
+        root: Any = self.model
         if self.defer:
-            assert self.model is not None
-            internals.forget_unreduced_gradients(self.model)
+            internals.forget_unreduced_gradients(root)
+        if not root.automatic_optimization:  # it steps within the root's forward, which may go on with the new weights
+            root.reshard()
+            root.unshard()
         return output
 
     def on_validation_end(self) -> None:

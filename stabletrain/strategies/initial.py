@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -39,15 +39,18 @@ class InitialValues:
         """
         modules = [each for each in part.modules() if id(each) not in self._done]
         self._done |= {id(each) for each in modules}
-        for module in modules:
-            if any(tensor.is_meta for tensor in _own(module)):
-                self._allocate(module)
+        resets = [self._allocate(each) for each in modules if any(tensor.is_meta for tensor in _own(each))]
+        for reset in reversed(resets):  # inner modules first: an outer one may change what they did
+            reset()
         tensors = {id(t): t.detach() for module in modules for t in _own(module)}
         self._broadcast(list(tensors.values()))
 
-    def _allocate(self, module: nn.Module) -> None:
-        reset = getattr(module, "reset_parameters", None)
-        if not callable(reset):
+    def _allocate(self, module: nn.Module) -> Callable[[], object]:
+        """Give a module memory; returns the method that gives it values."""
+        # torch's own attention and Transformer have it under a private name
+        found = (getattr(module, name, None) for name in ("reset_parameters", "_reset_parameters"))
+        reset = next((each for each in found if callable(each)), None)
+        if reset is None:
             raise UserError(
                 f"fsdp2: {self._names[id(module)] or class_name(module)} ({class_name(module)}) was made on the meta "
                 "device and has no reset_parameters(), which would give its parameters and buffers their first values. "
@@ -64,7 +67,7 @@ class InitialValues:
         for key, buffer in list(module._buffers.items()):
             if buffer is not None and buffer.is_meta:
                 module._buffers[key] = torch.empty_like(buffer, device=self._device)
-        reset()
+        return reset
 
     def _broadcast(self, tensors: list[Tensor]) -> None:
         here = [t for t in tensors if t.numel() and t.device == self._device]

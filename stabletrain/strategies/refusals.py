@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -133,6 +133,24 @@ def _tensors(value: Any, depth: int = _DEPTH) -> Iterator[Tensor]:
     elif depth and isinstance(value, list | tuple | set | frozenset):
         for each in value:
             yield from _tensors(each, depth - 1)
+
+
+def check_manual(module: LightningModule, optimizers: Sequence[Optimizer]) -> None:
+    """Refuse several optimizers: they step and freeze parameters while the root's are whole.
+
+    Args:
+        module: that is trained.
+        optimizers: of the module.
+
+    Raises:
+        UserError: if there are several.
+    """
+    if not module.automatic_optimization and len(optimizers) > 1:
+        raise UserError(
+            f"fsdp2: {class_name(module)} steps {len(optimizers)} optimizers by hand. toggle_optimizer reaches the "
+            "sharded parameters only, not the whole ones that a step of FSDP2 computes with, so gradients would go "
+            "to the wrong optimizer. Use one optimizer, or strategy=ddp"
+        )
 
 
 class ReplacedParameters:

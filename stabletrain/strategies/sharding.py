@@ -76,6 +76,16 @@ def plan(root: nn.Module, options: Options, kept: Sequence[nn.Module] = ()) -> d
         for name, each in root.named_modules()
         if name and (name in units or id(each) in apart) and any(p.ndim for p in each.parameters())
     }
+    if options.checkpoint_units and options.compile_units:
+        for name, unit in units.items():
+            if buffers := [key for key, _ in unit.named_buffers()]:
+                raise UserError(
+                    worded(
+                        f"fsdp2: the unit {name} has the buffer {buffers[0]}, which a second forward must not change "
+                        "again, and torch.compile cannot put it back. Use one of both (config keys "
+                        "strategy.checkpoint_units and strategy.compile_units)"
+                    )
+                )
     for name, group in groups(root, scopes).items():
         refusals.check_dtypes(name, group)
     refusals.check_references(root, (p for p in root.parameters() if p.ndim))
@@ -155,12 +165,13 @@ def _prepare(unit: nn.Module, options: Options) -> None:
 def _recompute(block: nn.Module) -> None:
     """Compute the activations of a block again in the backward pass, instead of keeping them."""
     inner: Callable[..., Any] = block.forward
+    has_buffers = any(True for _ in block.buffers())
 
     @functools.wraps(inner)
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not (block.training and torch.is_grad_enabled()):
             return inner(*args, **kwargs)
-        again = SecondForward(block)
-        return checkpoint(inner, *args, use_reentrant=False, context_fn=again.contexts, **kwargs)
+        buffers: dict[str, Any] = {"context_fn": SecondForward(block).contexts} if has_buffers else {}
+        return checkpoint(inner, *args, use_reentrant=False, **buffers, **kwargs)
 
     block.__dict__["forward"] = forward

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 _BUCKET = 250 << 20
 """Bytes that are broadcast together, as in DistributedDataParallel."""
@@ -63,3 +67,34 @@ def forget_unreduced_gradients(root: nn.Module) -> None:
         for group in groups:
             for parameter in group.fsdp_params if group is not None else ():
                 parameter.unsharded_accumulated_grad = None
+
+
+def unscale_apart(scaler: torch.amp.GradScaler) -> Callable[[], None]:
+    """Let a loss scaler unscale plain and sharded gradients one after another: torch's kernel takes no mixture.
+
+    Args:
+        scaler: its object is changed, not its class.
+
+    Returns:
+        The function that undoes this.
+    """
+    lightnings: Any = scaler
+    unscale = lightnings._unscale_grads_
+
+    def unscale_each(optimizer: Optimizer, *args: Any) -> dict[torch.device, Tensor]:
+        found: dict[torch.device, Tensor] = {}
+        for is_sharded in (False, True):
+            groups = [
+                {"params": [p for p in group["params"] if isinstance(p, DTensor) == is_sharded]}
+                for group in optimizer.param_groups
+            ]
+            for device, overflow in unscale(SimpleNamespace(param_groups=groups), *args).items():
+                found[device] = torch.maximum(found[device], overflow) if device in found else overflow
+        return found
+
+    lightnings._unscale_grads_ = unscale_each
+
+    def undo() -> None:
+        scaler.__dict__.pop("_unscale_grads_", None)
+
+    return undo
