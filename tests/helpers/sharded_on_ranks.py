@@ -96,3 +96,51 @@ def ends(folder: Path, cases: Sequence[Case]) -> list[End]:
         share = held / sum(p.numel() for p in module.parameters())
         found.append(End(module.losses, module.validated, copied(module), units, names, share))
     return found
+
+
+def refused_by_trainers(folder: Path) -> dict[str, str]:
+    """The messages of Trainers that FSDP2Strategy does not work for, by what is wrong."""
+    from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+
+    from stabletrain import UserError
+
+    class TwoOptimizers(sharded_modules.Blocks):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.encoder.parameters()), torch.optim.SGD(self.head.parameters())
+
+    used = FSDP2Strategy()
+    attempts: dict[str, tuple[Any, Any, list[Any]]] = {
+        "ema": (sharded_modules.Blocks(), FSDP2Strategy(), [EMAWeightAveraging()]),
+        "swa": (sharded_modules.Blocks(), FSDP2Strategy(), [StochasticWeightAveraging(1e-2)]),
+        "gather": (sharded_modules.Blocks(), FSDP2Strategy(gather="bf16"), []),
+        "replicate": (sharded_modules.Blocks(), FSDP2Strategy(replicate=2), []),
+        "two optimizers": (TwoOptimizers(), FSDP2Strategy(), []),
+        "second": (sharded_modules.Blocks(), used, []),
+    }
+    data = DataLoader(torch.zeros(2, 1))
+    options = {"max_steps": 1, "limit_val_batches": 0, "default_root_dir": folder}
+    warnings.simplefilter("ignore")
+    trainer(strategy=used, **options).fit(sharded_modules.Blocks(), data)
+    texts = {}
+    for name, (module, strategy, callbacks) in attempts.items():
+        try:
+            trainer(*callbacks, strategy=strategy, **options).fit(module, data)
+        except UserError as error:
+            texts[name] = str(error)
+    return texts
+
+
+def bf16_mixed_with_norms() -> list[Any]:
+    from stabletrain import SetPrecision
+
+    return [SetPrecision("bf16_mixed", keep_fp32=["LayerNorm"])]
+
+
+def bf16_true_with_norms() -> list[Any]:
+    from stabletrain import SetPrecision
+
+    return [SetPrecision("bf16_true", keep_fp32=["LayerNorm"], allow_stalling=True)]
