@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from stabletrain.errors import UserError
 from stabletrain.runtime.internals import sharding as internals
-from stabletrain.runtime.internals.packages import both
+from stabletrain.runtime.internals.packages import ModelParallelMethods, both
 from stabletrain.strategies import messages, record, refusals
 from stabletrain.strategies.sharding import Options, Sharded, plan, shard
 from stabletrain.strategies.units import Units
@@ -32,13 +32,8 @@ _METHOD = "configure_model"
 _sharded: weakref.WeakKeyDictionary[nn.Module, Sharded] = weakref.WeakKeyDictionary()
 """Modules that were sharded in this process, by any of its strategies."""
 
-if TYPE_CHECKING:
-    _Base = ModelParallelStrategy
-else:
-    _Base = object
 
-
-class _FSDP2(_Base):
+class _FSDP2(ModelParallelMethods):
     """What the classes of both packages of Lightning share; see `FSDP2Strategy`."""
 
     averages_plain_gradients = True

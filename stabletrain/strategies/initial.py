@@ -49,7 +49,7 @@ class InitialValues:
         """Give a module memory; returns the method that gives it values."""
         # torch's own attention and Transformer have it under a private name
         found = (getattr(module, name, None) for name in ("reset_parameters", "_reset_parameters"))
-        reset = next((each for each in found if callable(each)), None)
+        reset: Callable[[], object] | None = next((each for each in found if callable(each)), None)
         if reset is None:
             raise UserError(
                 f"fsdp2: {self._names[id(module)] or class_name(module)} ({class_name(module)}) was made on the meta "

@@ -2,8 +2,9 @@
 
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import sharded_modules
@@ -41,11 +42,11 @@ class Case(NamedTuple):
 class End(NamedTuple):
     """What a training ended with, on one rank; `error` is the traceback if it failed, and the rest is empty then."""
 
-    losses: list[float] = []
-    validated: list[float] = []
-    tensors: dict[str, torch.Tensor] = {}
-    units: list[str] = []
-    names: list[str] = []
+    losses: Sequence[float] = ()
+    validated: Sequence[float] = ()
+    tensors: Mapping[str, torch.Tensor] = MappingProxyType({})
+    units: Sequence[str] = ()
+    names: Sequence[str] = ()
     local: float = 1.0
     error: str = ""
 
@@ -87,7 +88,7 @@ def ends(folder: Path, cases: Sequence[Case]) -> list[End]:
             module, mine = train(folder, case)
         except Exception as error:
             trace = "".join(traceback.format_exception(error))
-            found.append(End(error=f"{type(error).__name__}: {error}\n{trace}"))
+            found.append(End(tensors={}, error=f"{type(error).__name__}: {error}\n{trace}"))
             continue
         sharded = [p for p in module.parameters() if isinstance(p, DTensor)]
         held = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in module.parameters())

@@ -58,8 +58,8 @@ def meta(folder: Path) -> None:
 
 
 def phases(folder: Path) -> None:
-    """Bugs: an evaluation without a fit sees shards; whole weights are left behind by one; a method named in ``also`` sees
-    shards; the module keeps the strategy's configure_model."""
+    """Bugs: an evaluation without a fit sees shards; whole weights are left behind by one; a method named in ``also``
+    sees shards; the module keeps the strategy's configure_model."""
     module = sharded_modules.Convolutions()
     limits = dict.fromkeys(("limit_val_batches", "limit_test_batches", "limit_predict_batches"), 2)
     mine = fit(folder, module, FSDP2Strategy(), **limits)
@@ -152,7 +152,7 @@ def _alone() -> Any:
 
 
 def other_package(folder: Path) -> None:
-    """Bug: Trainers of pytorch_lightning refuse the strategy, or it looks at modules with the other package's classes."""
+    """Bug: Trainers of pytorch_lightning refuse the strategy, or it asks for the other package's classes."""
     import pytorch_lightning
 
     from stabletrain import default_callbacks
@@ -184,7 +184,7 @@ def other_package(folder: Path) -> None:
 
 
 def lightnings_checkpoints(folder: Path) -> None:
-    """Bug: a resumed run that is not the uninterrupted one: parameters that stay whole, or sharded ones, are not loaded."""
+    """Bug: a resumed run is not the uninterrupted one: whole, or sharded, parameters are not loaded."""
     from lightning.pytorch.callbacks import ModelCheckpoint
 
     for sharded in (True, False):
@@ -194,7 +194,10 @@ def lightnings_checkpoints(folder: Path) -> None:
         fit(folder, whole, FSDP2Strategy(save_distributed_checkpoint=sharded), saver)
         mine = trainer(
             strategy=FSDP2Strategy(save_distributed_checkpoint=sharded),
-            **{"devices": 2, "max_steps": 8, "max_epochs": -1, "limit_val_batches": 0},
+            devices=2,
+            max_steps=8,
+            max_epochs=-1,
+            limit_val_batches=0,
         )
         mine.fit(resumed, loader(), ckpt_path=place / "step=4.ckpt")
         assert resumed.losses == whole.losses[4:]

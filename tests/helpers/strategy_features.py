@@ -1,7 +1,7 @@
 """What works under which strategy: the parameters of tests/strategies/test_features.py, and docs/strategies.md.
 
-``python tests/helpers/strategy_features.py`` writes the table in docs/strategies.md. An entry is either ``works``, which
-a test shows, ``refused`` with a part of the message, which a test shows too, or missing: not tried.
+``python tests/helpers/strategy_features.py`` writes the table in docs/strategies.md. An entry works, or is refused with
+a part of the message; a test shows either. What has no entry is not tried.
 """
 
 from __future__ import annotations

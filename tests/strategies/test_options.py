@@ -86,8 +86,8 @@ def test_quick_ones_are_exact(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_they_are_exact(tmp_path: Path) -> None:
-    """Bugs: as above; the values of each rank's own seed; a validation with each rank's statistics; modules that are kept
-    in fp32 are gathered together with others."""
+    """Bugs: as above; the values of each rank's own seed; a validation with each rank's statistics; modules kept in fp32
+    are gathered together with others."""
     found = trained(tmp_path, EXACT)
     assert_exact(found)
     assert all(len(fsdp.validated) == 2 * (1 + 2) for _, fsdp in found["validation"])
@@ -105,7 +105,7 @@ def test_they_are_close(tmp_path: Path) -> None:
 def test_without_synchronized_buffers_statistics_differ(tmp_path: Path) -> None:
     """Bug: the option does nothing, or the tests above would pass without it."""
     cases = [Case("Convolutions", {"sync_buffers": on}, (("max_steps", 3),)) for on in (True, False)]
-    (on0, off0), (on1, off1) = on_ranks(ends, 2, tmp_path, cases)
+    (on0, off0), (_, off1) = on_ranks(ends, 2, tmp_path, cases)
     key = "net.0.1.running_mean"
     assert not torch.equal(off0.tensors[key], off1.tensors[key])
     assert not torch.equal(on0.tensors[key], off1.tensors[key])

@@ -45,7 +45,7 @@ def test_the_rules_are_tried_in_their_order() -> None:
 
 
 def test_shared_parts_are_no_units() -> None:
-    """Bugs: a weight or a module that is used outside of its unit is sharded there; one block used twice is two units."""
+    """Bugs: a weight or a module that is used outside of its unit is sharded there; a block used twice is two units."""
     assert names(modules.SharedLayer()) == LAYERS[:2]
     assert names(modules.SharedNorm()) == LAYERS[:2]
     assert names(modules.SharedWeight()) == []  # one of three blocks is left, less than half of the parameters
