@@ -17,6 +17,7 @@ from stabletrain.version import __version__ as __version__
 terminal.install()
 
 _EXPORTS = {
+    "FSDP2Strategy": "stabletrain.strategies.fsdp2:FSDP2Strategy",
     "Guard": "stabletrain.runtime.guard.options:Guard",
     "TrainingStopped": "stabletrain.runtime.stop:TrainingStopped",
     "UserError": "stabletrain.errors:UserError",
@@ -230,6 +231,9 @@ if TYPE_CHECKING:
     from stabletrain.runtime.guard.announce import announce as announce
     from stabletrain.runtime.guard.options import Guard as _Guard
     from stabletrain.runtime.stop import TrainingStopped as TrainingStopped
+    from stabletrain.strategies.fsdp2 import FSDP2Strategy as _FSDP2Strategy
+
+    class FSDP2Strategy(_FSDP2Strategy, AcceptedByBoth): ...
 
     class Guard(_Guard, AcceptedByBoth): ...
 

@@ -19,7 +19,8 @@ _PLUGIN = re.compile(
 )
 _LISTED = re.compile(r"config keys? (?P<keys>(?:\w+(?:\.\w+)?(?:=[\w.-]+)?(?:, | and )?)+)")
 _OTHER = re.compile(
-    rf"\b(?P<node>guard|schedule|precision|trainer|resume)(?:\.(?P<argument>\w+))?(?:=(?P<value>{_VALUE}))?"
+    r"\b(?P<node>guard|schedule|precision|trainer|resume|strategy(?=\.))(?:\.(?P<argument>\w+))?"
+    rf"(?:=(?P<value>{_VALUE}))?"
 )
 _CLASSES = {"guard": "Guard", "schedule": "ScheduleLR", "precision": "SetPrecision", "trainer": "Trainer"}
 _VALUES = {"null": "None", "true": "True", "false": "False"}
@@ -108,7 +109,7 @@ def worded(text: str, slot: str | None = None, owner: str | None = None) -> str:
         if node == "resume":
             return "ckpt_path"
         if argument is not None:
-            return _call(_CLASSES[node], argument, value)
+            return _call(classes.get(node) or _CLASSES.get(node), argument, value)
         return _CLASSES[node] if value is None else f'default_callbacks({node}="{value}")'
 
     return _LISTED.sub(listed, _PLUGIN.sub(plugin, text))

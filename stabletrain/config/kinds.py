@@ -22,6 +22,7 @@ PLACES = {
     "optimizer": "torch.optim:Optimizer",
     "schedule": "lightning.pytorch:Callback",
     "precision": "lightning.pytorch:Callback",
+    "strategy": "lightning.pytorch.strategies:Strategy",
     "plugins": "lightning.pytorch:Callback",
     "callbacks": "lightning.pytorch:Callback",
     "chaos": "lightning.pytorch:Callback",
@@ -31,7 +32,7 @@ PLACES = {
 
 TRAINER_PARTS = ("trainer", "precision", "strategy")
 """Keys that hold arguments of Lightning's Trainer; its annotations are their hints. ``precision`` may hold a callback
-instead (`is_callback`)."""
+instead (`is_callback`), ``strategy`` a strategy (`is_node`)."""
 
 _STANDARD_VALUES = frozenset({"datetime"})
 """Modules of the standard library whose classes are plain values, such as the timeout of a process group."""
@@ -48,14 +49,24 @@ def place_of(key: str) -> str:
     return re.split(r"[./=\[]", key, maxsplit=1)[0]
 
 
-def is_callback(part: str, node: object) -> bool:
-    """Return whether one of `TRAINER_PARTS` is a callback to build, and not arguments of the Trainer.
+def is_node(part: str, node: object) -> bool:
+    """Return whether one of `TRAINER_PARTS` is an object to build, and not arguments of the Trainer.
 
     Args:
         part: the key.
         node: the config there.
     """
-    return part == "precision" and isinstance(node, Mapping) and "_target_" in node
+    return part in ("precision", "strategy") and isinstance(node, Mapping) and "_target_" in node
+
+
+def is_callback(part: str, node: object) -> bool:
+    """Return whether one of `TRAINER_PARTS` is a callback to build.
+
+    Args:
+        part: the key.
+        node: the config there.
+    """
+    return part == "precision" and is_node(part, node)
 
 
 def place_hint(key: str) -> Any:

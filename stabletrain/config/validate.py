@@ -126,7 +126,7 @@ def check_node(node: Mapping[str, Any], key: str, trust: Iterable[str] = ()) -> 
         trust: further packages that ``_target_`` may name.
     """
     place = kinds.place_of(key)
-    if place in TRAINER_PARTS and not kinds.is_callback(place, node):
+    if place in TRAINER_PARTS and not kinds.is_node(place, node):
         from lightning.pytorch import Trainer
 
         found, faults = construct.parse_arguments(Trainer, node, key, trust)
@@ -371,8 +371,8 @@ def _trainer(config: Mapping[str, Any], trust: tuple[str, ...]) -> Iterator[Prob
         given = config.get(part)
         if not isinstance(given, Mapping):
             continue
-        if kinds.is_callback(part, given):
-            for argument in {"precision", "plugins"} & seen.keys():
+        if kinds.is_node(part, given):
+            for argument in ({"precision", "plugins"} if part == "precision" else {part}) & seen.keys():
                 yield Problem(
                     seen[argument], f"{part} sets it too; remove one of them ({part}=none removes the group's)"
                 )

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 
 from stabletrain.config.build import build_callback
 from stabletrain.config.construct import instantiate, instantiate_arguments
-from stabletrain.config.kinds import TRAINER_PARTS, is_callback
+from stabletrain.config.kinds import TRAINER_PARTS, is_callback, is_node
 from stabletrain.config.outputs import Outputs
 from stabletrain.config.trust import resolve
 from stabletrain.errors import UserError
@@ -291,7 +291,7 @@ def _build_callback(key: str, node: Mapping[str, Any], outputs: Outputs) -> Call
 
 
 def trainer_arguments(config: Mapping[str, Any], attempt: Attempt = build_or_raise) -> dict[str, Any]:
-    """Return the Trainer's arguments from ``trainer``, ``precision`` and ``strategy``, with the nodes in them built.
+    """Return the Trainer's arguments from ``trainer``, ``precision`` and ``strategy``, with nodes built.
 
     Args:
         config: the content of a run.yaml.
@@ -303,7 +303,11 @@ def trainer_arguments(config: Mapping[str, Any], attempt: Attempt = build_or_rai
     arguments: dict[str, Any] = {}
     outputs = outputs_of(config)
     for part in TRAINER_PARTS:
-        for name, value in ({} if is_callback(part, config.get(part)) else config.get(part) or {}).items():
+        if part == "strategy" and is_node(part, config.get(part)):
+            built = attempt(part, partial(instantiate, config[part], key=part, outputs=outputs))
+            if built is not None:
+                arguments["strategy.strategy"] = built
+        for name, value in ({} if is_node(part, config.get(part)) else config.get(part) or {}).items():
             built = attempt(f"{part}.{name}", partial(_build_argument, part, name, value, outputs))
             if built is not None or value is None:  # else it has failed
                 arguments[f"{part}.{name}"] = built

@@ -13,12 +13,12 @@ from torch.utils.checkpoint import checkpoint
 
 from stabletrain.errors import UserError, require
 from stabletrain.runtime import rng
+from stabletrain.runtime.hidden.second_forward import SecondForward
 from stabletrain.runtime.internals.forward import wrap_forward
 from stabletrain.runtime.internals.packages import Callback
 from stabletrain.runtime.records.event_log import logger
 from stabletrain.runtime.windows.batches import tensors_of
 from stabletrain.settings import worded
-from stabletrain_plugins.checkpoint_activations.again import Again
 
 
 class CheckpointActivations(Callback):
@@ -115,7 +115,7 @@ class CheckpointActivations(Callback):
             if not measured:
                 measured = True
                 self._measure(block, inner, args, kwargs)
-            again = Again(block, (args, kwargs))
+            again = SecondForward(block, (args, kwargs))
             return checkpoint(inner, *args, use_reentrant=False, context_fn=again.contexts, **kwargs)
 
         self._undo.append(wrap_forward(block, around))
@@ -129,7 +129,7 @@ class CheckpointActivations(Callback):
             kept[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        state, again = rng.capture(), Again(block, (args, kwargs))
+        state, again = rng.capture(), SecondForward(block, (args, kwargs))
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), again.put_back_after():
             inner(*args, **kwargs)
         rng.restore(state)

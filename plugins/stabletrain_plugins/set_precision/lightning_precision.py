@@ -40,8 +40,13 @@ def check_free(trainer: Trainer, name: str) -> None:
 
 
 def shards(trainer: Trainer) -> bool:
-    """Whether the module shards itself in ``configure_model`` (FSDP2), before its parameters can be converted."""
-    return isinstance(trainer.strategy, both(ModelParallelStrategy))
+    """Whether the module shards itself in ``configure_model`` (FSDP2), before its parameters can be converted.
+
+    A strategy that shards a module which knows nothing of it converts the parameters first, and says so.
+    """
+    strategy = trainer.strategy
+    converts_first = getattr(strategy, "converts_before_sharding", False)
+    return isinstance(strategy, both(ModelParallelStrategy)) and not converts_first
 
 
 def install(trainer: Trainer, name: str, scaler: torch.amp.GradScaler | None) -> Any:
@@ -95,7 +100,7 @@ def extend(
 
 def restore(precision: Any) -> None:
     """Undo `extend`; the object stays the Trainer's, with its scaler."""
-    for method in ("convert_module", "train_step_context", "autocast_context_manager"):
+    for method in ("convert_module", "train_step_context", "autocast_context_manager", "kept_modules"):
         precision.__dict__.pop(method, None)
 
 

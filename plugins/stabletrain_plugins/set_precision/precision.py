@@ -266,6 +266,7 @@ class SetPrecision(GuardMember):
 
         def convert(module: nn.Module, lightnings: Callable[[nn.Module], nn.Module]) -> nn.Module:
             kept = kept_modules.find(module, self.keep_fp32)
+            self._lightnings.kept_modules = [each.module for each in kept]  # a strategy shards them by themselves
             outside = torch.bfloat16 if self.kind == "bf16_true" else None
             with kept_modules.unconverted(module, kept) if outside else contextlib.nullcontext():
                 module = lightnings(module)

@@ -103,6 +103,10 @@ if TYPE_CHECKING:
     from lightning.pytorch import Callback as Callback
     from lightning.pytorch.callbacks import Checkpoint as Checkpoint
     from lightning.pytorch.loggers.logger import Logger as Logger
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    class ModelParallelMethods(ModelParallelStrategy):
+        """For type checkers."""
 else:
 
     class Callback(*both(lightning_pytorch.Callback)):
@@ -116,3 +120,9 @@ else:
 
     class Logger(*both(pytorch_logger.Logger)):
         """A logger of both packages."""
+
+    class ModelParallelMethods:
+        """Base of what the classes of a strategy for each package share; with `both` of ModelParallelStrategy after it.
+
+        No class of Lightning at run time: each of the two strategies comes first in the order of its own package.
+        """

@@ -13,6 +13,7 @@
 | `diagnosis-<step>/`    | plugins that stop a run            | a report of the model's state                     |
 | `metrics-unsent.jsonl` | the MLflow logger                  | metrics that the store did not accept             |
 | `sample.txt`           | the text workload                  | a sample of the trained model                     |
+| `strategy.json`        | the strategy, if it shards         | which modules are units, and their share          |
 | `chaos/`               | faults of `stabletrain.chaos`      | the steps at which they were applied              |
 """
 
@@ -32,6 +33,7 @@ INTERVENTIONS = "interventions.jsonl"
 DIAGNOSIS_PREFIX = "diagnosis-"
 UNSENT_METRICS = "metrics-unsent.jsonl"
 SAMPLE = "sample.txt"
+STRATEGY = "strategy.json"
 CHAOS = "chaos"
 
 
@@ -53,5 +55,5 @@ def artifacts(folder: Path) -> list[Path]:
     Args:
         folder: the run's folder.
     """
-    files = [folder / name for name in (EVENTS, INTERVENTIONS, RESULT, SAMPLE)]
+    files = [folder / name for name in (EVENTS, INTERVENTIONS, RESULT, SAMPLE, STRATEGY)]
     return [*files, *sorted(folder.glob(f"{DIAGNOSIS_PREFIX}*"))]

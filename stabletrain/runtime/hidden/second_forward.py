@@ -16,7 +16,7 @@ _DEPTH = 6
 _LIBRARIES = frozenset({"torch", "lightning", "pytorch_lightning", "builtins", "functools"})
 
 
-class Again:
+class SecondForward:
     """Buffers, attributes and arguments of a block as they were before its forward pass.
 
     Attributes are those of the block and its submodules that are not torch's: hidden state and counters. Lists,
@@ -28,7 +28,7 @@ class Again:
         arguments: of its forward pass.
     """
 
-    def __init__(self, block: nn.Module, arguments: Any) -> None:
+    def __init__(self, block: nn.Module, arguments: Any = ()) -> None:
         self._owners = [(names, ignored) for names, ignored in _attributes(block)]
         held = [value for names, ignored in self._owners for key, value in names.items() if key not in ignored]
         self._containers: dict[int, Any] = {}
@@ -40,7 +40,7 @@ class Again:
         self._before = self._read()
 
     def contexts(self) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
-        """Those of the first and of the second forward pass."""
+        """Those of the first and of the second forward pass, as `torch.utils.checkpoint.checkpoint` takes them."""
         return contextlib.nullcontext(), self._second()
 
     @contextlib.contextmanager
