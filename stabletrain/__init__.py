@@ -17,7 +17,9 @@ from stabletrain.version import __version__ as __version__
 terminal.install()
 
 _EXPORTS = {
+    "FSDP2TensorParallelStrategy": "stabletrain.strategies.tensor_parallel_fsdp2:FSDP2TensorParallelStrategy",
     "Guard": "stabletrain.runtime.guard.options:Guard",
+    "TensorParallelStrategy": "stabletrain.strategies.tensor_parallel:TensorParallelStrategy",
     "TrainingStopped": "stabletrain.runtime.stop:TrainingStopped",
     "UserError": "stabletrain.errors:UserError",
     "announce": "stabletrain.runtime.guard.announce:announce",
@@ -230,6 +232,12 @@ if TYPE_CHECKING:
     from stabletrain.runtime.guard.announce import announce as announce
     from stabletrain.runtime.guard.options import Guard as _Guard
     from stabletrain.runtime.stop import TrainingStopped as TrainingStopped
+    from stabletrain.strategies.tensor_parallel import TensorParallelStrategy as _TensorParallelStrategy
+    from stabletrain.strategies.tensor_parallel_fsdp2 import FSDP2TensorParallelStrategy as _FSDP2TensorParallelStrategy
+
+    class TensorParallelStrategy(_TensorParallelStrategy, AcceptedByBoth): ...
+
+    class FSDP2TensorParallelStrategy(_FSDP2TensorParallelStrategy, AcceptedByBoth): ...
 
     class Guard(_Guard, AcceptedByBoth): ...
 

@@ -137,7 +137,7 @@ def _build(
         if module is not None and config.get("optimizer") and not attempt.problems:
             optimizer = attempt("optimizer", lambda: module.configure_optimizers())
         if module is not None and trainer is not None:
-            attempt("strategy", lambda: _check_strategy(trainer))
+            attempt("strategy", lambda: _check_strategy(trainer, module))
             trainer.datamodule = parts.data  # type: ignore[attr-defined]
             for key, callback in parts.callbacks if optimizer is not None else ():
                 if check := getattr(callback, "check_optimizers", None):
@@ -153,8 +153,13 @@ def _build(
     return parts
 
 
-def _check_strategy(trainer: Trainer) -> None:
-    """Refuse strategies that start processes from within this one, whose results the launcher would not see."""
+def _check_strategy(trainer: Trainer, module: LightningModule) -> None:
+    """Refuse strategies that start processes from within this one, whose results the launcher would not see.
+
+    A strategy with a method ``check_module`` says itself whether it fits the module and the number of processes.
+    """
+    if check := getattr(trainer.strategy, "check_module", None):
+        check(module, trainer.world_size)
     if any(kind.__name__ == "_MultiProcessingLauncher" for kind in type(trainer.strategy.launcher).__mro__):
         raise UserError(
             f"strategy.strategy: {type(trainer.strategy).__name__} would start its processes itself, by fork or spawn, "

@@ -103,6 +103,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Callback as Callback
     from lightning.pytorch.callbacks import Checkpoint as Checkpoint
     from lightning.pytorch.loggers.logger import Logger as Logger
+    from lightning.pytorch.strategies import ModelParallelStrategy as ModelParallelStrategy
 else:
 
     class Callback(*both(lightning_pytorch.Callback)):
@@ -116,3 +117,6 @@ else:
 
     class Logger(*both(pytorch_logger.Logger)):
         """A logger of both packages."""
+
+    class ModelParallelStrategy(*both(lightning_pytorch.strategies.ModelParallelStrategy)):
+        """A strategy that shards the model, for the Trainers of both packages."""

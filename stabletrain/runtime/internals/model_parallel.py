@@ -1,0 +1,59 @@
+"""What our strategies use of Lightning's ModelParallelStrategy, of its helpers, and of DTensor beyond their public parts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.fabric.strategies.model_parallel import _is_sharded_checkpoint
+from lightning.fabric.utilities.init import _materialize_distributed_module
+from lightning.fabric.utilities.load import _METADATA_FILENAME
+from torch import nn
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
+
+META_FILE: str = _METADATA_FILENAME
+"""The file of a sharded checkpoint with everything but tensors of model and optimizers."""
+
+is_sharded_checkpoint = _is_sharded_checkpoint
+
+
+def set_mesh_sizes(strategy: Any, data_parallel: int, tensor_parallel: int) -> None:
+    """Set the sizes of the device mesh, before the strategy's ``setup_environment`` makes it.
+
+    Args:
+        strategy: a ModelParallelStrategy.
+        data_parallel: number of groups that see different data.
+        tensor_parallel: number of ranks in each of them.
+    """
+    strategy._data_parallel_size, strategy._tensor_parallel_size = data_parallel, tensor_parallel
+
+
+def use_own_sampler(trainer: Any) -> None:
+    """Let loaders keep their samplers, instead of ones that give each rank or group its part of the data.
+
+    Args:
+        trainer: before its loaders are made.
+    """
+    trainer._accelerator_connector.use_distributed_sampler = False
+
+
+def materialize(module: nn.Module, device: torch.device) -> None:
+    """Allocate and initialise the parameters that are on the meta device, by their modules' ``reset_parameters``."""
+    _materialize_distributed_module(module, device)
+
+
+def stacked_shard(dim: int, stacked: int) -> Placement:
+    """The placement of a tensor that holds matrices one below the other, each of which is cut into equal parts.
+
+    A rank has the same part of each of them: of the rows q, k, v, cut for two ranks, the first has (q1, k1, v1).
+
+    Args:
+        dim: the dimension along which they are stacked.
+        stacked: how many there are, at least 2.
+    """
+    return _StridedShard(dim, split_factor=stacked)
+
+
+def stacked_in(placement: object) -> int | None:
+    """The number of stacked matrices of a placement from `stacked_shard`; None for any other."""
+    return int(placement.split_factor) if isinstance(placement, _StridedShard) else None

@@ -1,0 +1,264 @@
+"""Tensor parallelism for a module that stays as it is: a plan says which layers are cut."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from stabletrain.errors import UserError
+from stabletrain.runtime import rng
+from stabletrain.runtime.internals import model_parallel as internals
+from stabletrain.runtime.internals.packages import ModelParallelStrategy
+from stabletrain.runtime.internals.stacked_pieces import for_checkpoint
+from stabletrain.runtime.records.event_log import logger
+from stabletrain.strategies.tensor_parallel_check import PlanCheck
+from stabletrain.strategies.tensor_parallel_layers import GradientSums, cut
+from stabletrain.strategies.tensor_parallel_loading import load_checkpoint
+from stabletrain.strategies.tensor_parallel_plan import Assignment, assign, plan_of
+
+TIMEOUT = timedelta(minutes=30)
+"""Lightning's."""
+
+_CUT: WeakKeyDictionary[nn.Module, tuple[int, Assignment]] = WeakKeyDictionary()
+"""The modules that are cut already, as they are after a fit, by how many ranks, and how."""
+
+
+class TensorParallelStrategy(ModelParallelStrategy):
+    """Cuts layers over the processes, which all see the same batches, and compute each step together.
+
+    Before the first step, the module as it was and the cut module are compared on a few rows of the first batch:
+    outputs and gradients must agree within 1e-5. docs/tensor_parallel.md says how to write a plan.
+
+    Args:
+        plan: pattern of names of the LightningModule's submodules -> ``"colwise"``, ``"colwise:3"``, ``"rowwise"``,
+            ``"partial"`` or ``"divide"``; None: the module's attribute ``tensor_parallel_plan``.
+        size: number of processes over which layers are cut; None: all.
+        check: compare the cut module with the whole one before the first step. That needs memory for the whole module
+            on each process.
+        process_group_backend: None: nccl on GPUs, gloo on the CPU.
+        timeout: after which a collective that not all processes call fails.
+
+    Raises:
+        UserError: when training starts, for a plan or a number of processes that does not fit the module; at the
+            first step, for a plan that makes the module compute something else.
+    """
+
+    averages_plain_gradients = True
+    """Parameters that are not cut have the same gradient on all ranks: computed from the same batch, or added up."""
+
+    def __init__(
+        self,
+        plan: Mapping[str, str] | None = None,
+        size: int | None = None,
+        check: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta = TIMEOUT,
+    ) -> None:
+        super().__init__(process_group_backend=process_group_backend, timeout=timeout)
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise UserError(
+                f"{type(self).__name__}(size=...): expected a number of processes, at least 1, or None, got {size!r} "
+                "(config key strategy.strategy.size)"
+            )
+        self.plan, self.size, self.check = plan, size, check
+        self._gradient_sums: GradientSums | None = None
+        self._plan_check: PlanCheck | None = None
+
+    # ---- sizes and the plan, before anything is cut -----------------------------------------------------------------
+
+    def mesh_sizes(self, processes: int) -> tuple[int, int]:
+        """The number of groups that see different data, and of processes in each.
+
+        Args:
+            processes: of the run.
+
+        Raises:
+            UserError: if the number of processes does not fit ``size``.
+        """
+        if self.size not in (None, processes):
+            raise UserError(
+                f"{type(self).__name__}(size={self.size}): expected {self.size} processes, got {processes} (config key "
+                "strategy.strategy.size). Use as many, or strategy=fsdp2_tp, which has groups of them"
+            )
+        return 1, processes
+
+    def check_module(self, module: LightningModule, processes: int) -> None:
+        """Raise an error for a plan that does not fit the module; nothing is changed and no process is waited for.
+
+        Args:
+            module: not yet cut.
+            processes: of the run.
+
+        Raises:
+            UserError: see `assign`.
+        """
+        _, degree = self.mesh_sizes(processes)
+        if not self.is_cut(module):
+            self._assign(module, degree)
+
+    @staticmethod
+    def is_cut(module: nn.Module) -> bool:
+        """Whether a strategy of this process has cut the module already."""
+        return module in _CUT
+
+    def _assign(self, module: LightningModule, degree: int) -> Assignment:
+        if any(isinstance(p, DTensor) for p in module.parameters()):
+            raise UserError(
+                f"{type(self).__name__}: {type(module).__name__} is sharded already, by its configure_model or an "
+                "earlier run. Use Lightning's ModelParallelStrategy for a module that shards itself, or a new module"
+            )
+        name = type(self).__name__
+        return assign(module, plan_of(module, self.plan, name), degree, name)
+
+    # ---- setup ------------------------------------------------------------------------------------------------------
+
+    def setup_environment(self) -> None:
+        """Start the processes' communication, and make the device mesh."""
+        internals.set_mesh_sizes(self, *self.mesh_sizes(self.num_processes * self.num_nodes))
+        super().setup_environment()
+
+    def setup(self, trainer: Trainer) -> None:
+        """Cut the module, then make the optimizers."""
+        assert self.accelerator is not None
+        assert self.model is not None
+        module = cast(LightningModule, self.lightning_module)
+        self.accelerator.setup(trainer)
+        is_fit = trainer.state.fn == "fit"
+        degree = self.device_mesh["tensor_parallel"].size()
+        if module in _CUT:
+            before, assigned = _CUT[module]
+            if before != degree:
+                raise UserError(f"{type(self).__name__}: the module is cut for {before} processes already; make a new one")
+        else:
+            assigned = self._assign(module, degree)
+            internals.materialize(module, self.root_device)
+            self.model = self.precision_plugin.convert_module(self.model)
+            self.model_to_device()
+            self._make_equal(module)
+            if is_fit:
+                self._plan_check = self._prepare_check(module, assigned)
+            cut(module, assigned, self.device_mesh["tensor_parallel"])
+            self._shard_further(module, assigned)
+            _CUT[module] = degree, assigned
+        if self.device_mesh["data_parallel"].size() == 1:
+            # all ranks see all data, in the order in which one process would; Lightning's sampler would shuffle it
+            internals.use_own_sampler(trainer)
+        self._gradient_sums = GradientSums(self._sums(module, assigned))
+        self._equal_random_numbers()
+        self.barrier()
+        if is_fit:
+            self.setup_optimizers(trainer)
+            self._check_optimizers()
+        self.setup_precision_plugin()
+
+    def _shard_further(self, module: LightningModule, assigned: Assignment) -> None:
+        """Shard the cut module over the ranks that see different data; here there are none."""
+
+    def _sums(
+        self, module: LightningModule, assigned: Assignment
+    ) -> Iterator[tuple[Tensor, list[dist.ProcessGroup], float]]:
+        """The parameters whose gradients are added over groups of ranks, and the number by which the sum is divided."""
+        group = self.device_mesh["tensor_parallel"].get_group()
+        for name in assigned.partial:
+            yield module.get_parameter(name), [group], 1
+
+    def _make_equal(self, module: nn.Module) -> None:
+        """Give all ranks the parameters and buffers of rank 0."""
+        with torch.no_grad():
+            for tensor in [*module.parameters(), *module.buffers()]:
+                dist.broadcast(tensor.detach(), 0)
+
+    def _equal_random_numbers(self) -> None:
+        """Give the ranks of a group the random generators of its first: a dropout of a whole tensor is the same there."""
+        mesh = self.device_mesh["tensor_parallel"]
+        state = [rng.capture()]
+        group = mesh.get_group()
+        dist.broadcast_object_list(state, dist.get_global_rank(group, 0), group=group, device=torch.device("cpu"))
+        rng.restore(state[0])
+
+    def _check_optimizers(self) -> None:
+        """Refuse torch's kernels for several tensors at once, which do not take whole and cut ones together."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                kinds = {(type(p) is DTensor or isinstance(p, DTensor), getattr(p, "device_mesh", None)) for p in group["params"]}
+                option = next((name for name in ("foreach", "fused") if group.get(name)), None)
+                if option and len(kinds) > 1:
+                    raise UserError(
+                        f"{type(optimizer).__name__}({option}=True) cannot train whole and cut parameters (DTensor) in "
+                        f"one group, which {type(self).__name__} makes. Use {option}=False (config key "
+                        f"optimizer.{option})"
+                    )
+
+    # ---- training ---------------------------------------------------------------------------------------------------
+
+    def _prepare_check(self, module: LightningModule, assigned: Assignment) -> PlanCheck | None:
+        name = type(self).__name__
+        if not self.check:
+            if self.global_rank == 0:
+                logger.warning(
+                    "%s(check=False): the plan is not compared with the whole module; a wrong one trains something else",
+                    name,
+                )
+            return None
+        if not module.automatic_optimization:
+            raise UserError(
+                f"{name}: the plan is checked by a call of training_step, in which {type(module).__name__} would step "
+                "by hand. Use check=False (config key strategy.strategy.check) if you have compared the cut module "
+                "with the whole one yourself"
+            )
+        mesh = self.device_mesh
+        try:
+            whole = copy.deepcopy(module, {id(mesh): mesh})
+        except Exception as error:
+            raise UserError(
+                f"{name}: {type(module).__name__} cannot be copied ({type(error).__name__}: {error}), so its plan cannot "
+                "be checked. Use check=False (config key strategy.strategy.check) if you have compared the cut module "
+                "with the whole one yourself"
+            ) from error
+        return PlanCheck(whole, assigned, mesh["tensor_parallel"], name)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the loss; at the first step the plan is checked with the same batch before."""
+        if self._plan_check is not None:
+            module = cast(LightningModule, self.lightning_module)
+            if self._plan_check.run(module, module.trainer, args):
+                self._plan_check = None
+        return super().training_step(*args, **kwargs)
+
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        """Make gradients that cover a part only arrive as sums."""
+        super().pre_backward(closure_loss)
+        if self._gradient_sums is not None:
+            self._gradient_sums.attach()
+
+    def teardown(self) -> None:
+        """Remove what only this strategy needs."""
+        if self._gradient_sums is not None:
+            self._gradient_sums.detach()
+        self._gradient_sums = self._plan_check = None
+        super().teardown()
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Save a sharded checkpoint, in which each tensor has its whole shape."""
+        tensors = {key: for_checkpoint(checkpoint[key]) for key in ("state_dict", "optimizer_states") if key in checkpoint}
+        super().save_checkpoint({**checkpoint, **tensors}, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load a sharded checkpoint, of any number of processes, or a single file of the whole module."""
+        module = cast(LightningModule, self.lightning_module)
+        path = Path(self.broadcast(str(checkpoint_path)))
+        return load_checkpoint(path, module, self.optimizers, module.strict_loading, weights_only)
