@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
-import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from stabletrain.errors import UserError
-from stabletrain.runtime import rng
 from stabletrain.runtime.internals import model_parallel as internals
 from stabletrain.runtime.internals.packages import ModelParallelStrategy
 from stabletrain.runtime.internals.stacked_pieces import for_checkpoint
-from stabletrain.runtime.records.event_log import logger
 from stabletrain.strategies.tensor_parallel_check import PlanCheck
 from stabletrain.strategies.tensor_parallel_layers import GradientSums, cut
 from stabletrain.strategies.tensor_parallel_loading import load_checkpoint
 from stabletrain.strategies.tensor_parallel_plan import Assignment, assign, plan_of
+from stabletrain.strategies.tensor_parallel_setup import (
+    check_optimizers,
+    make_equal,
+    prepare_check,
+    use_equal_random_numbers,
+)
 
 TIMEOUT = timedelta(minutes=30)
 """Lightning's."""
@@ -102,16 +104,11 @@ class TensorParallelStrategy(ModelParallelStrategy):
         Raises:
             UserError: see `assign`.
         """
+        if module not in _CUT:
+            self._assign(module, processes)
+
+    def _assign(self, module: LightningModule, processes: int) -> Assignment:
         _, degree = self.mesh_sizes(processes)
-        if not self.is_cut(module):
-            self._assign(module, degree)
-
-    @staticmethod
-    def is_cut(module: nn.Module) -> bool:
-        """Whether a strategy of this process has cut the module already."""
-        return module in _CUT
-
-    def _assign(self, module: LightningModule, degree: int) -> Assignment:
         if any(isinstance(p, DTensor) for p in module.parameters()):
             raise UserError(
                 f"{type(self).__name__}: {type(module).__name__} is sharded already, by its configure_model or an "
@@ -138,15 +135,18 @@ class TensorParallelStrategy(ModelParallelStrategy):
         if module in _CUT:
             before, assigned = _CUT[module]
             if before != degree:
-                raise UserError(f"{type(self).__name__}: the module is cut for {before} processes already; make a new one")
+                raise UserError(
+                    f"{type(self).__name__}: the module is cut for {before} processes already; make a new one"
+                )
         else:
-            assigned = self._assign(module, degree)
+            assigned = self._assign(module, self.world_size)
             internals.materialize(module, self.root_device)
             self.model = self.precision_plugin.convert_module(self.model)
             self.model_to_device()
-            self._make_equal(module)
+            make_equal(module)
             if is_fit:
-                self._plan_check = self._prepare_check(module, assigned)
+                name = type(self).__name__
+                self._plan_check = prepare_check(module, assigned, self.device_mesh, name, self.check)
             cut(module, assigned, self.device_mesh["tensor_parallel"])
             self._shard_further(module, assigned)
             _CUT[module] = degree, assigned
@@ -154,11 +154,11 @@ class TensorParallelStrategy(ModelParallelStrategy):
             # all ranks see all data, in the order in which one process would; Lightning's sampler would shuffle it
             internals.use_own_sampler(trainer)
         self._gradient_sums = GradientSums(self._sums(module, assigned))
-        self._equal_random_numbers()
+        use_equal_random_numbers(self.device_mesh["tensor_parallel"])
         self.barrier()
         if is_fit:
             self.setup_optimizers(trainer)
-            self._check_optimizers()
+            check_optimizers(self.optimizers, type(self).__name__)
         self.setup_precision_plugin()
 
     def _shard_further(self, module: LightningModule, assigned: Assignment) -> None:
@@ -172,60 +172,7 @@ class TensorParallelStrategy(ModelParallelStrategy):
         for name in assigned.partial:
             yield module.get_parameter(name), [group], 1
 
-    def _make_equal(self, module: nn.Module) -> None:
-        """Give all ranks the parameters and buffers of rank 0."""
-        with torch.no_grad():
-            for tensor in [*module.parameters(), *module.buffers()]:
-                dist.broadcast(tensor.detach(), 0)
-
-    def _equal_random_numbers(self) -> None:
-        """Give the ranks of a group the random generators of its first: a dropout of a whole tensor is the same there."""
-        mesh = self.device_mesh["tensor_parallel"]
-        state = [rng.capture()]
-        group = mesh.get_group()
-        dist.broadcast_object_list(state, dist.get_global_rank(group, 0), group=group, device=torch.device("cpu"))
-        rng.restore(state[0])
-
-    def _check_optimizers(self) -> None:
-        """Refuse torch's kernels for several tensors at once, which do not take whole and cut ones together."""
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                kinds = {(type(p) is DTensor or isinstance(p, DTensor), getattr(p, "device_mesh", None)) for p in group["params"]}
-                option = next((name for name in ("foreach", "fused") if group.get(name)), None)
-                if option and len(kinds) > 1:
-                    raise UserError(
-                        f"{type(optimizer).__name__}({option}=True) cannot train whole and cut parameters (DTensor) in "
-                        f"one group, which {type(self).__name__} makes. Use {option}=False (config key "
-                        f"optimizer.{option})"
-                    )
-
     # ---- training ---------------------------------------------------------------------------------------------------
-
-    def _prepare_check(self, module: LightningModule, assigned: Assignment) -> PlanCheck | None:
-        name = type(self).__name__
-        if not self.check:
-            if self.global_rank == 0:
-                logger.warning(
-                    "%s(check=False): the plan is not compared with the whole module; a wrong one trains something else",
-                    name,
-                )
-            return None
-        if not module.automatic_optimization:
-            raise UserError(
-                f"{name}: the plan is checked by a call of training_step, in which {type(module).__name__} would step "
-                "by hand. Use check=False (config key strategy.strategy.check) if you have compared the cut module "
-                "with the whole one yourself"
-            )
-        mesh = self.device_mesh
-        try:
-            whole = copy.deepcopy(module, {id(mesh): mesh})
-        except Exception as error:
-            raise UserError(
-                f"{name}: {type(module).__name__} cannot be copied ({type(error).__name__}: {error}), so its plan cannot "
-                "be checked. Use check=False (config key strategy.strategy.check) if you have compared the cut module "
-                "with the whole one yourself"
-            ) from error
-        return PlanCheck(whole, assigned, mesh["tensor_parallel"], name)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the loss; at the first step the plan is checked with the same batch before."""
@@ -254,8 +201,10 @@ class TensorParallelStrategy(ModelParallelStrategy):
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
         """Save a sharded checkpoint, in which each tensor has its whole shape."""
-        tensors = {key: for_checkpoint(checkpoint[key]) for key in ("state_dict", "optimizer_states") if key in checkpoint}
-        super().save_checkpoint({**checkpoint, **tensors}, filepath, storage_options)
+        for key in ("state_dict", "optimizer_states"):
+            if key in checkpoint:
+                checkpoint[key] = for_checkpoint(checkpoint[key])
+        super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Load a sharded checkpoint, of any number of processes, or a single file of the whole module."""

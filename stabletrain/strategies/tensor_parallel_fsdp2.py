@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
+from typing import cast
 
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
@@ -66,25 +67,17 @@ class FSDP2TensorParallelStrategy(TensorParallelStrategy):
             )
         return processes // size, size
 
-    def check_module(self, module: LightningModule, processes: int) -> None:
-        """Raise an error for a plan that does not fit the module; nothing is changed and no process is waited for.
-
-        Args:
-            module: not yet cut.
-            processes: of the run.
-
-        Raises:
-            UserError: see `TensorParallelStrategy.check_module`; for a fused layer whose width the groups do not divide.
-        """
-        super().check_module(module, processes)
-        groups, degree = self.mesh_sizes(processes)
-        for name, stacked in self._assign(module, degree).colwise.items() if not self.is_cut(module) else ():
-            width = module.get_submodule(name).in_features
+    def _assign(self, module: LightningModule, processes: int) -> Assignment:
+        assigned = super()._assign(module, processes)
+        groups, _ = self.mesh_sizes(processes)
+        for name, stacked in assigned.colwise.items():
+            width = cast(nn.Linear, module.get_submodule(name)).in_features
             if stacked > 1 and width % groups:
                 raise UserError(
-                    f"{type(self).__name__}: {groups} groups do not divide {name}.in_features={width}, over which FSDP2 "
-                    "shards a fused layer. Use another number of groups, or change the model"
+                    f"{type(self).__name__}: {groups} groups do not divide {name}.in_features={width}, over which "
+                    "FSDP2 shards a fused layer. Use another number of groups, or change the model"
                 )
+        return assigned
 
     def _shard_further(self, module: LightningModule, assigned: Assignment) -> None:
         mesh = self.device_mesh["data_parallel"]

@@ -77,7 +77,7 @@ class GradientSums:
         """Take care of the parameters that are trained now; call it before each backward pass."""
         for parameter, groups, divisor in self._entries:
             if parameter.requires_grad and parameter not in self._handles:
-                self._handles[parameter] = parameter.register_hook(_adder(groups, divisor))
+                self._handles[parameter] = parameter.register_hook(_adder(groups, divisor))  # type: ignore[no-untyped-call]
 
     def detach(self) -> None:
         """Remove the hooks from the parameters."""
@@ -112,6 +112,7 @@ def local_part(whole: Tensor, like: DTensor) -> Tensor:
         whole: of the shape of ``like``.
         like: whose mesh and placements are used.
     """
-    placements: list[Placement] = [p if not isinstance(p, Shard) or p.dim >= 0 else Shard(p.dim + whole.ndim)
-                                   for p in like.placements]
+    placements: list[Placement] = [
+        p if not isinstance(p, Shard) or p.dim >= 0 else Shard(p.dim + whole.ndim) for p in like.placements
+    ]
     return distribute_tensor(whole, like.device_mesh, placements, src_data_rank=None).to_local()

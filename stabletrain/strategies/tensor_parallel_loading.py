@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader as dcp
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -44,9 +44,7 @@ def load_checkpoint(
         rest: dict[str, Any] = torch.load(path / META_FILE, map_location="cpu", weights_only=weights_only)
         return rest
     if not path.is_file():
-        raise UserError(
-            f"resume: expected the folder of a sharded checkpoint, or a file of a whole one, got {path}"
-        )
+        raise UserError(f"resume: expected the folder of a sharded checkpoint, or a file of a whole one, got {path}")
     checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
     _load_model(checkpoint.pop("state_dict"), module, strict)
     for optimizer, state in zip(optimizers, checkpoint.pop("optimizer_states", []), strict=False):

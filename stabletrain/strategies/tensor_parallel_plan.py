@@ -90,7 +90,7 @@ def assign(module: nn.Module, plan: Mapping[str, str], degree: int, owner: str) 
             raise UserError(f"{where}: {_nothing(module, modules, pattern, kind)}")
         for name in names:
             if styles.setdefault(name, style) != style:
-                raise UserError(f"{where}: {name} has the style {styles[name]!r} already, by another pattern of the plan")
+                raise UserError(f"{where}: {name} has the style {styles[name]!r} by another pattern of the plan")
             if kind == "divide":
                 _check_attribute(modules, name, degree, where)
                 found.divided.append(name)
@@ -142,8 +142,8 @@ def _nothing(module: nn.Module, modules: Iterable[str], pattern: str, kind: str)
     near = get_close_matches(pattern, {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in modules}, 1, 0.5)
     hint = f"; did you mean {near[0]!r}?" if near and kind != "divide" else ""
     return (
-        f"no {what} of {type(module).__name__} has such a name{hint} (config key strategy.strategy.plan). Names are those "
-        "of named_modules(); a * stands for one part between two dots"
+        f"no {what} of {type(module).__name__} has such a name{hint} (config key strategy.strategy.plan). Names are "
+        "those of named_modules(); a * stands for one part between two dots"
     )
 
 

@@ -80,7 +80,7 @@ class _Region:
         return True
 
     def leave(self, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """The row-wise layer is about to be computed: back to the common state, which advances if numbers were drawn."""
+        """Before the row-wise layer: back to the common state, which advances if numbers were drawn."""
         if not layer.training or self._common is None or self._seeded is None:
             return
         generator = _generator(inputs[0].device)

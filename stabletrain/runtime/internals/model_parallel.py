@@ -1,11 +1,11 @@
-"""What our strategies use of Lightning's ModelParallelStrategy, of its helpers, and of DTensor beyond their public parts."""
+"""Private parts of Lightning's ModelParallelStrategy, of its helpers and of DTensor, which our strategies use."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.strategies.model_parallel import _is_sharded_checkpoint
 from lightning.fabric.utilities.init import _materialize_distributed_module
 from lightning.fabric.utilities.load import _METADATA_FILENAME
 from torch import nn
@@ -14,7 +14,10 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 META_FILE: str = _METADATA_FILENAME
 """The file of a sharded checkpoint with everything but tensors of model and optimizers."""
 
-is_sharded_checkpoint = _is_sharded_checkpoint
+
+def is_sharded_checkpoint(path: Path) -> bool:
+    """Whether a path is a folder that a ModelParallelStrategy has written as a checkpoint."""
+    return path.is_dir() and (path / META_FILE).is_file()
 
 
 def set_mesh_sizes(strategy: Any, data_parallel: int, tensor_parallel: int) -> None:

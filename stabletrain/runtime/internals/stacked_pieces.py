@@ -30,7 +30,7 @@ class StackedPieces(Tensor):
     pieces: dict[torch.Size, Tensor]
     """By offset in the whole tensor, the blocks that this rank has."""
 
-    def size(self, dim: int | None = None) -> Any:  # type: ignore[override]
+    def size(self, dim: int | None = None) -> Any:
         """The shape of the whole tensor, with which DCP compares that in the checkpoint."""
         return self.whole if dim is None else self.whole[dim]
 
@@ -86,7 +86,7 @@ def pieces_of(tensor: DTensor) -> dict[torch.Size, Tensor] | None:
 
 
 def for_checkpoint(value: Any) -> Any:
-    """A state dict of any depth, with each stacked tensor as `StackedPieces`; what is loaded into it, is in the tensor."""
+    """A state dict of any depth, with each stacked tensor as `StackedPieces`, which shares its memory."""
     if isinstance(value, dict):
         return {key: for_checkpoint(each) for key, each in value.items()}
     if isinstance(value, list):
