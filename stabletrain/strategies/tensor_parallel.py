@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from stabletrain.errors import UserError
+from stabletrain.runtime import rng
 from stabletrain.runtime.internals import model_parallel as internals
 from stabletrain.runtime.internals.packages import ModelParallelStrategy
 from stabletrain.runtime.internals.stacked_pieces import for_checkpoint
@@ -22,10 +24,11 @@ from stabletrain.strategies.tensor_parallel_layers import GradientSums, cut
 from stabletrain.strategies.tensor_parallel_loading import load_checkpoint
 from stabletrain.strategies.tensor_parallel_plan import Assignment, assign, plan_of
 from stabletrain.strategies.tensor_parallel_setup import (
-    check_optimizers,
+    log_single_kernels,
     make_equal,
     prepare_check,
     use_equal_random_numbers,
+    use_single_kernels,
 )
 
 TIMEOUT = timedelta(minutes=30)
@@ -121,8 +124,11 @@ class TensorParallelStrategy(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         """Start the processes' communication, and make the device mesh."""
-        internals.set_mesh_sizes(self, *self.mesh_sizes(self.num_processes * self.num_nodes))
-        super().setup_environment()
+        groups, degree = self.mesh_sizes(self.num_processes * self.num_nodes)
+        internals.set_mesh_sizes(self, groups, degree)
+        # Lightning seeds again here; with one group, the data's order and all else stay those of a single process
+        with rng.preserved() if groups == 1 else nullcontext():
+            super().setup_environment()
 
     def setup(self, trainer: Trainer) -> None:
         """Cut the module, then make the optimizers."""
@@ -158,7 +164,7 @@ class TensorParallelStrategy(ModelParallelStrategy):
         self.barrier()
         if is_fit:
             self.setup_optimizers(trainer)
-            check_optimizers(self.optimizers, type(self).__name__)
+            log_single_kernels(use_single_kernels(self.optimizers), type(self).__name__)
         self.setup_precision_plugin()
 
     def _shard_further(self, module: LightningModule, assigned: Assignment) -> None:
@@ -210,4 +216,6 @@ class TensorParallelStrategy(ModelParallelStrategy):
         """Load a sharded checkpoint, of any number of processes, or a single file of the whole module."""
         module = cast(LightningModule, self.lightning_module)
         path = Path(self.broadcast(str(checkpoint_path)))
-        return load_checkpoint(path, module, self.optimizers, module.strict_loading, weights_only)
+        loaded = load_checkpoint(path, module, self.optimizers, module.strict_loading, weights_only)
+        use_single_kernels(self.optimizers)  # the state of an optimizer contains its options
+        return loaded

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from stabletrain.errors import UserError
 from stabletrain.runtime import rng
+from stabletrain.runtime.internals.model_parallel import refuse_device_decisions
 from stabletrain.runtime.records.event_log import logger
 from stabletrain.strategies.tensor_parallel_check import UNCHECKED, PlanCheck
 from stabletrain.strategies.tensor_parallel_plan import Assignment
@@ -74,19 +75,37 @@ def prepare_check(
     return PlanCheck(whole, assigned, mesh["tensor_parallel"], owner)
 
 
-def check_optimizers(optimizers: Iterable[Optimizer], owner: str) -> None:
-    """Refuse torch's kernels for several tensors at once, which do not take whole and cut parameters together.
+def use_single_kernels(optimizers: Iterable[Optimizer]) -> list[str]:
+    """Set ``fused`` and ``foreach`` to False where a group has whole and cut parameters (DTensor).
+
+    Torch's kernels for several tensors at once do not take both together. The arithmetic is the same.
 
     Args:
-        optimizers: of the module that has been cut.
-        owner: name of the strategy's class, for messages.
+        optimizers: of the module that has been cut, also after their state has been loaded.
+
+    Returns:
+        What has been changed, as text.
     """
+    changed = []
     for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            meshes = {getattr(parameter, "device_mesh", None) for parameter in group["params"]}
-            option = next((name for name in ("foreach", "fused") if group.get(name)), None)
-            if option and len(meshes) > 1:
-                raise UserError(
-                    f"{type(optimizer).__name__}({option}=True) cannot train whole and cut parameters (DTensor) in one "
-                    f"group, as {owner} makes them. Use {option}=False (config key optimizer.{option})"
-                )
+        groups = optimizer.param_groups
+        is_mixed = any(len({getattr(p, "device_mesh", None) for p in group["params"]}) > 1 for group in groups)
+        for option in ("fused", "foreach") if is_mixed else ():
+            if any(group.get(option) for group in groups):
+                for group in groups:
+                    group[option] = False
+                changed.append(f"{type(optimizer).__name__}({option}=True)")
+        if is_mixed:
+            refuse_device_decisions(optimizer)
+    return changed
+
+
+def log_single_kernels(changed: Iterable[str], owner: str) -> None:
+    """Log what `use_single_kernels` has changed, on the first rank.
+
+    Args:
+        changed: from it.
+        owner: name of the strategy's class.
+    """
+    for each in changed if dist.get_rank() == 0 else ():
+        logger.info("%s: %s updates one tensor after another: torch has no kernel for whole and cut ones", owner, each)

@@ -27,7 +27,7 @@ from stabletrain import (
 )
 from stabletrain.workloads import CharGPT
 
-SMALL = {"layers": 2, "heads": 4, "width": 32, "context": 16, "vocab_size": 40, "lr": 1e-2, "sample_length": 0}
+SMALL = {"layers": 2, "heads": 4, "width": 32, "context": 16, "vocab_size": 40, "lr": 3e-3, "sample_length": 0}
 BATCHES, ROWS = 20, 4
 
 
@@ -39,6 +39,12 @@ class Recorded(CharGPT):
         super().__init__(**{**SMALL, **options})
         self.losses: list[float] = []
         self.nan_at = nan_at
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        groups = super().configure_optimizers().param_groups
+        return torch.optim.AdamW(
+            [{k: g[k] for k in ("params", "weight_decay")} for g in groups], lr=self.lr, fused=True
+        )
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         if self.device_mesh is not None:  # each group of ranks sees its rows of a batch

@@ -10,6 +10,7 @@ from lightning.fabric.utilities.init import _materialize_distributed_module
 from lightning.fabric.utilities.load import _METADATA_FILENAME
 from torch import nn
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from torch.optim import Optimizer
 
 META_FILE: str = _METADATA_FILENAME
 """The file of a sharded checkpoint with everything but tensors of model and optimizers."""
@@ -38,6 +39,12 @@ def use_own_sampler(trainer: Any) -> None:
         trainer: before its loaders are made.
     """
     trainer._accelerator_connector.use_distributed_sampler = False
+
+
+def refuse_device_decisions(optimizer: Optimizer) -> None:
+    """Let nobody give an optimizer ``grad_scale`` and ``found_inf``, which it takes only if it is fused."""
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
 
 
 def materialize(module: nn.Module, device: torch.device) -> None:

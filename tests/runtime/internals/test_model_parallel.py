@@ -17,6 +17,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from stabletrain.runtime.internals import model_parallel
 from stabletrain.runtime.internals.packages import ModelParallelStrategy as OfBoth
 from stabletrain.runtime.internals.packages import both
+from stabletrain.runtime.internals.trainer import supports_device_decisions
 from stabletrain.runtime.internals.stacked_pieces import for_checkpoint, pieces_of
 
 
@@ -59,6 +60,15 @@ def test_the_sizes_of_the_mesh_and_the_sampler_can_be_set() -> None:
     assert trainer._accelerator_connector.use_distributed_sampler is True
     model_parallel.use_own_sampler(trainer)
     assert trainer._accelerator_connector.use_distributed_sampler is False
+
+
+def test_a_fused_optimizer_becomes_one_that_is_not() -> None:
+    """Bug: torch's name for "takes grad_scale" has changed, and a loss scaler gives it to an optimizer without it."""
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([parameter], fused=True)
+    assert supports_device_decisions(optimizer)
+    model_parallel.refuse_device_decisions(optimizer)
+    assert not supports_device_decisions(optimizer)
 
 
 def test_modules_on_the_meta_device_are_initialised() -> None:
