@@ -18,7 +18,9 @@ terminal.install()
 
 _EXPORTS = {
     "FSDP2Strategy": "stabletrain.strategies.fsdp2:FSDP2Strategy",
+    "FSDP2TensorParallelStrategy": "stabletrain.strategies.tensor_parallel_fsdp2:FSDP2TensorParallelStrategy",
     "Guard": "stabletrain.runtime.guard.options:Guard",
+    "TensorParallelStrategy": "stabletrain.strategies.tensor_parallel:TensorParallelStrategy",
     "TrainingStopped": "stabletrain.runtime.stop:TrainingStopped",
     "UserError": "stabletrain.errors:UserError",
     "announce": "stabletrain.runtime.guard.announce:announce",
@@ -232,8 +234,14 @@ if TYPE_CHECKING:
     from stabletrain.runtime.guard.options import Guard as _Guard
     from stabletrain.runtime.stop import TrainingStopped as TrainingStopped
     from stabletrain.strategies.fsdp2 import FSDP2Strategy as _FSDP2Strategy
+    from stabletrain.strategies.tensor_parallel import TensorParallelStrategy as _TensorParallelStrategy
+    from stabletrain.strategies.tensor_parallel_fsdp2 import FSDP2TensorParallelStrategy as _FSDP2TensorParallelStrategy
 
     class FSDP2Strategy(_FSDP2Strategy, AcceptedByBoth): ...
+
+    class TensorParallelStrategy(_TensorParallelStrategy, AcceptedByBoth): ...
+
+    class FSDP2TensorParallelStrategy(_FSDP2TensorParallelStrategy, AcceptedByBoth): ...
 
     class Guard(_Guard, AcceptedByBoth): ...
 

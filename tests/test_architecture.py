@@ -195,7 +195,10 @@ OWN_TRAINER = {"config", "launch", "workloads"}
 """Rooms whose Trainer is that of a recipe, which the launcher makes: it is always lightning.pytorch's."""
 BOTH_PACKAGES = {"stabletrain.runtime.internals.packages", "stabletrain.testing.toy"}
 """Modules that have a class for each package."""
-WORKS_FOR_BOTH = {"migrate_checkpoint", "is_param_in_hook_signature", "rank_zero_experiment"}
+WORKS_FOR_BOTH = {
+    "migrate_checkpoint", "is_param_in_hook_signature", "rank_zero_experiment",
+    "_materialize_distributed_module", "_METADATA_FILENAME",
+}  # fmt: skip
 """Functions of Lightning that look at no class."""
 
 

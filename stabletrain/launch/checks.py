@@ -161,6 +161,8 @@ def _check_strategy(trainer: Trainer, module: LightningModule) -> None:
     check: Callable[[Trainer, LightningModule], None] | None = getattr(trainer.strategy, "check", None)
     if check is not None:
         check(trainer, module)
+    if check_module := getattr(trainer.strategy, "check_module", None):
+        check_module(module, trainer.world_size)
     if any(kind.__name__ == "_MultiProcessingLauncher" for kind in type(trainer.strategy.launcher).__mro__):
         raise UserError(
             f"strategy.strategy: {type(trainer.strategy).__name__} would start its processes itself, by fork or spawn, "

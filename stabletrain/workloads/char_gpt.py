@@ -1,5 +1,5 @@
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,16 @@ class CharGPT(Workload):
     """
 
     data_option = "shakespeare"
+
+    tensor_parallel_plan: ClassVar[dict[str, str]] = {
+        "net.blocks.*.attention.qkv": "colwise:3",
+        "net.blocks.*.attention.heads": "divide",
+        "net.blocks.*.attention.*_norm": "partial",
+        "net.blocks.*.attention.out": "rowwise",
+        "net.blocks.*.mlp.0": "colwise",
+        "net.blocks.*.mlp.2": "rowwise",
+    }
+    """For `TensorParallelStrategy`: attention is divided by heads, the perceptron by hidden units."""
 
     def __init__(
         self,

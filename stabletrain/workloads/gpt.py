@@ -12,6 +12,8 @@ _INIT_STD = 0.02
 class Attention(nn.Module):
     """Causal multi-head self-attention.
 
+    Under tensor parallelism each rank has some of the heads: ``heads`` is divided, and `qkv` returns theirs only.
+
     Args:
         width: size of a token's vector; divisible by heads.
         heads: number of heads, at least 1.
@@ -29,7 +31,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, time, width) to the same shape."""
-        batch, time, width = x.shape
+        batch, time, _ = x.shape
         q, k, v = self.qkv(x).view(batch, time, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         y = F.scaled_dot_product_attention(
             self.query_norm(q),
@@ -38,7 +40,7 @@ class Attention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=True,
         )
-        y = self.out(y.transpose(1, 2).reshape(batch, time, width))
+        y = self.out(y.transpose(1, 2).reshape(batch, time, -1))
         return F.dropout(y, self.dropout, self.training)
 
 

@@ -103,7 +103,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Callback as Callback
     from lightning.pytorch.callbacks import Checkpoint as Checkpoint
     from lightning.pytorch.loggers.logger import Logger as Logger
-    from lightning.pytorch.strategies import ModelParallelStrategy
+    from lightning.pytorch.strategies import ModelParallelStrategy as ModelParallelStrategy
 
     class ModelParallelMethods(ModelParallelStrategy):
         """For type checkers."""
@@ -126,3 +126,6 @@ else:
 
         No class of Lightning at run time: each of the two strategies comes first in the order of its own package.
         """
+
+    class ModelParallelStrategy(*both(lightning_pytorch.strategies.ModelParallelStrategy)):
+        """A strategy that shards the model, for the Trainers of both packages."""
