@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +14,8 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils.data import DataLoader
 
 from stabletrain import ClipZScore, ResumeExactly, SaveCheckpoints, SkipNonFinite
@@ -34,14 +30,17 @@ class Net(LightningModule):
     Args:
         kind: ``"single"``, ``"ddp"``, ``"zero1"``, ``"fsdp2"``, ``"hsdp"`` or ``"tp"``.
         width: of the hidden layer.
+        deeper: with one more layer.
     """
 
-    def __init__(self, kind: str, width: int = 10) -> None:
+    def __init__(self, kind: str, width: int = 12, deeper: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.kind = kind
         self.net = nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, 6), nn.LayerNorm(6), nn.Linear(6, 3))
         self.again = self.net[4]
+        if deeper:
+            self.net.append(nn.Linear(3, 3))
         self.register_buffer("seen", torch.zeros(()))
         self.losses: list[float] = []
 
@@ -97,8 +96,7 @@ def strategy(kind: str, size: int) -> dict[str, Any]:
 
 def fit(folder: Path, kind: str, size: int, *callbacks: Callback, resume: Any = None, **options: Any) -> Any:
     """Train; the module and the trainer."""
-    width = options.pop("width", 10)
-    module = Net(kind, width)
+    module = Net(kind, options.pop("width", 12), options.pop("deeper", False))
     mine = fits.trainer(
         *callbacks,
         default_root_dir=folder,
@@ -110,28 +108,41 @@ def fit(folder: Path, kind: str, size: int, *callbacks: Callback, resume: Any = 
     return module, mine
 
 
-def whole(module: Net) -> dict[str, Tensor]:
-    """The weights, of all ranks."""
+def save_each(folder: Path, kinds: list[str]) -> dict[str, Any]:
+    """Train with each kind of strategy to the end, with a checkpoint in the middle: `_results`."""
+    found = {}
+    for kind in kinds:
+        saver = SaveCheckpoints(folder / f"{kind}-{size_now()}", every=CUT, keep_last=None)
+        found[kind] = _results(*fit(folder, kind, size_now(), ResumeExactly(), ClipZScore(), SkipNonFinite(), saver))
+    return found
+
+
+def resume_each(folder: Path, kinds: list[str], saved: list[str]) -> dict[Any, Any]:
+    """Resume with each kind of strategy from the checkpoint of each of ``saved``: by both, `_results`."""
+    found = {}
+    for kind in kinds:
+        for source in saved:
+            skip = SkipNonFinite()
+            plugins = [ResumeExactly(), ClipZScore(), skip, SaveCheckpoints(folder / "again", every=None)]
+            path = folder / source / f"step-{CUT:08d}"
+            found[source, kind] = _results(*fit(folder, kind, size_now(), *plugins, resume=path))
+            assert skip._guard is not None
+            assert skip._guard.counters.attempted == STEPS, "the plugins' state was not restored"
+    return found
+
+
+def save_and_resume(folder: Path, kinds: list[str]) -> tuple[dict[str, Any], dict[Any, Any]]:
+    """`save_each`, and `resume_each` from all of them, with the same ranks."""
+    saved = save_each(folder, kinds)
+    return saved, resume_each(folder, kinds, [f"{kind}-{size_now()}" for kind in kinds])
+
+
+def size_now() -> int:
+    return int(os.environ["WORLD_SIZE"])
+
+
+def _results(module: Net, mine: Any) -> dict[str, Any]:
+    """Losses, and at the end the whole weights and all of this rank."""
     found = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in module.named_parameters()}
-    return {name: p.detach().clone() for name, p in found.items()}
-
-
-def save(folder: Path, kind: str, size: int) -> dict[str, Any]:
-    """Train to the end, with a checkpoint in the middle; losses and weights at the end."""
-    saver = SaveCheckpoints(folder / "checkpoints", every=CUT, keep_last=None)
-    module, mine = fit(folder, kind, size, ResumeExactly(), ClipZScore(), SkipNonFinite(), saver)
-    return {"losses": module.losses, "weights": whole(module), "end": fits.everything(mine)}
-
-
-def resume(folder: Path, kind: str, size: int, path: Path) -> dict[str, Any]:
-    """Resume from a checkpoint; losses and weights at the end."""
-    skip = SkipNonFinite()
-    plugins = [ResumeExactly(), ClipZScore(), skip, SaveCheckpoints(folder / "again", every=None)]
-    module, mine = fit(folder, kind, size, *plugins, resume=path)
-    assert skip._guard is not None
-    return {
-        "losses": module.losses,
-        "weights": whole(module),
-        "end": fits.everything(mine),
-        "attempted": skip._guard.counters.attempted,
-    }
+    weights = {name: p.detach().clone() for name, p in found.items()}
+    return {"losses": module.losses, "weights": weights, "end": fits.everything(mine)}

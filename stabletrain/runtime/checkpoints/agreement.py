@@ -25,4 +25,7 @@ class Together(Alone):
 
     def first_problem(self, problem: str) -> str:
         """The problem of the first rank that has one; empty if none has."""
-        return next((each for each in self._ranks.gather(problem) if each), "")
+        everyone = self._ranks.gather(problem)
+        if everyone[0]:
+            return everyone[0]
+        return next((f"rank {rank}: {each}" for rank, each in enumerate(everyone) if each), "")

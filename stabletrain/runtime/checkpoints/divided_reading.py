@@ -84,6 +84,13 @@ class DividedReading:
             return
         names = parameter_names(trainer_internals.unwrapped(self._trainer.lightning_module))
         for optimizer, saved in zip(self._trainer.optimizers, checkpoint["optimizer_states"], strict=False):
+            lacking = [each for each in optimizer.defaults if any(each not in g for g in saved["param_groups"])]
+            if lacking:
+                raise CheckpointError(
+                    f"resume: the checkpoint is of another optimizer: it has no {lacking[0]}, which "
+                    f"{type(optimizer).__name__} needs. Use the optimizer that it was saved with (config key optimizer), or "
+                    "another checkpoint (config key resume)"
+                )
             groups = [group["params"] for group in optimizer.param_groups]
             state = for_parameters(saved, [[names.get(p, p) for p in group] for group in groups])
             for i, p in enumerate(p for group in groups for p in group):

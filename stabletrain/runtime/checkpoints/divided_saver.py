@@ -68,20 +68,17 @@ class DividedSaver(Saver):
         own: _OwnPart = encoded
         group, file = self._group, part_file(self._group.rank, self._group.size)
         folder, problem = group.share(self._begin(info.step))
-        report = _Report(problem)
-        if folder is not None:
-            report = _written(folder / file, own)
-        reports = group.gather(report)
-        if own.encoded is None:
-            return None
+        report = _written(folder / file, own) if folder is not None else _Report(problem)
         try:
-            lost = [f"rank {i}: {each.problem}" for i, each in enumerate(reports) if each.problem]
-            if lost:
+            reports = group.gather(report)
+            lost = [_named(rank, each.problem) for rank, each in enumerate(reports) if each.problem]
+            if lost and own.encoded is not None:
                 raise CheckpointError(lost[0] if folder is not None else problem)
-            assert folder is not None
+            if own.encoded is None or folder is None:
+                return None
             return self._commit(folder, info, own.encoded, reports)
         except BaseException:
-            if folder is not None:
+            if own.encoded is not None and folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
@@ -104,7 +101,7 @@ class DividedSaver(Saver):
                     files[name] = report.record
             if name not in files:
                 raise CheckpointError(
-                    f"rank {rank}: rank 0 does not see the file that it has written; use a folder that all ranks share"
+                    f"rank 0 does not see the file that rank {rank} has written: use a folder that all ranks share"
                 )
         blocks = index_of({name: report.pieces for name, report in zip(names, reports, strict=True)}, encoded.names)
         state = state_text(encoded.tree, encoded.names, encoded.tensors, blocks)
@@ -144,6 +141,10 @@ def _written(path: Path, own: _OwnPart) -> _Report:
         return _Report(_reason(error))
     except Exception as error:  # whatever it is, the others wait for an answer
         return _Report(f"{type(error).__name__}: {error}")
+
+
+def _named(rank: int, problem: str) -> str:
+    return f"rank {rank} has not written its part: {problem}" if problem else ""
 
 
 def _reason(error: OSError) -> str:

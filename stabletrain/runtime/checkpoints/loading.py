@@ -99,7 +99,7 @@ def load_good(
         ranks: the processes that read it together.
     """
     problems: list[str] = []
-    candidates, unreadable = ranks.share(_listed(Path(path)))
+    candidates, unreadable = ranks.share(_listed(Path(path)) if ranks.is_first else ([], ""))
     if unreadable:
         raise CheckpointError(unreadable)
     for candidate in candidates:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+
+from stabletrain.runtime.checkpoints.errors import CheckpointError
 
 T = TypeVar("T")
 
@@ -27,17 +31,36 @@ class WriterGroup:
         self._group: Any = dist.new_group(backend="gloo", timeout=timeout) if self.size > 1 else None
 
     def share(self, value: T) -> T:
-        """Rank 0's value."""
+        """Rank 0's value.
+
+        Raises:
+            CheckpointError: if a rank is lost.
+        """
         if self._group is None:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self._group)
+        with _naming_lost():
+            dist.broadcast_object_list(box, src=0, group=self._group)
         return box[0]
 
     def gather(self, value: T) -> list[T]:
-        """The values of all ranks, by rank."""
+        """The values of all ranks, by rank.
+
+        Raises:
+            CheckpointError: if a rank is lost.
+        """
         if self._group is None:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self._group)
+        with _naming_lost():
+            dist.all_gather_object(values, value, group=self._group)
         return values
+
+
+@contextlib.contextmanager
+def _naming_lost() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        first = str(error).partition("\n")[0]
+        raise CheckpointError(f"another rank has ended, or does not answer ({first})") from error
