@@ -204,7 +204,8 @@ def replay(
 @app.command(short_help="Write the weights of a checkpoint to one file, for torch.load.")
 def consolidate(
     run: Annotated[
-        Path, typer.Argument(help="A run's folder, for its newest good checkpoint, or one checkpoint (.../step-00000100).")
+        Path,
+        typer.Argument(help="A run's folder, for its newest good checkpoint, or one checkpoint (.../step-00000100)."),
     ],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The new file.", show_default="beside the checkpoint")

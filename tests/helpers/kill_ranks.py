@@ -73,6 +73,10 @@ def train(folder: Path, checkpoints: Path, acknowledged: Path) -> None:
     fits.run(mine, Counting(), DataLoader(torch.zeros(100_000, 1)), ckpt_path=saver.last)
 
 
+def _lines(file: Path) -> int:
+    return len(file.read_text().split()) if file.exists() else 0
+
+
 def main(folder: Path, kills: int) -> dict[str, int]:
     """Kill, and check what is on the disk, again and again; the counts."""
     generator = random.Random(0)
@@ -84,7 +88,7 @@ def main(folder: Path, kills: int) -> dict[str, int]:
         arguments = (checkpoints, acknowledged)
         ranks = [rank_pool._start(train, rank, 2, port, folder, arguments) for rank in range(2)]
         end = time.monotonic() + 60
-        while not acknowledged.exists() and time.monotonic() < end and all(each.is_alive() for each in ranks):
+        while _lines(acknowledged) < 2 and time.monotonic() < end and all(each.is_alive() for each in ranks):
             time.sleep(0.01)
         time.sleep(generator.uniform(0.0, 0.3))
         assert all(each.is_alive() for each in ranks), (folder / "rank0.log").read_text()

@@ -131,13 +131,14 @@ def resume_each(folder: Path, kinds: list[str], saved: list[str]) -> dict[Any, A
     return found
 
 
-def save_and_resume(folder: Path, kinds: list[str]) -> tuple[dict[str, Any], dict[Any, Any]]:
-    """`save_each`, and `resume_each` from all of them, with the same ranks."""
+def save_and_resume(folder: Path, kinds: list[str], sources: list[str]) -> tuple[dict[str, Any], dict[Any, Any]]:
+    """`save_each`, and `resume_each` from some of them, with the same ranks."""
     saved = save_each(folder, kinds)
-    return saved, resume_each(folder, kinds, [f"{kind}-{size_now()}" for kind in kinds])
+    return saved, resume_each(folder, kinds, [f"{kind}-{size_now()}" for kind in sources])
 
 
 def size_now() -> int:
+    """The number of ranks."""
     return int(os.environ["WORLD_SIZE"])
 
 

@@ -159,14 +159,14 @@ def _holds_a_part(optimizer: Optimizer) -> bool:
 
 def _optimizer_state(optimizer: Optimizer, names: Mapping[Tensor, str], path: str) -> dict[str, Any]:
     """The ``state_dict`` of an optimizer with parameter names in place of numbers, and parts in place of tensors."""
-    groups = optimizer.param_groups
-    keys = [names.get(p, i) for i, p in enumerate(p for group in groups for p in group["params"])]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    keys = [names.get(p, i) for i, p in enumerate(parameters)]
+    state: dict[str, Any]
     if _holds_a_part(optimizer):
         own = optimizer.optim.state  # type: ignore[attr-defined]
-        parameters = [p for group in groups for p in group["params"]]
-        state = {"state": {i: own[p] for i, p in enumerate(parameters) if p in own}, "param_groups": groups}
         numbers = {p: i for i, p in enumerate(parameters)}
-        state["param_groups"] = [{**group, "params": [numbers[p] for p in group["params"]]} for group in groups]
+        groups = [{**group, "params": [numbers[p] for p in group["params"]]} for group in optimizer.param_groups]
+        state = {"state": {i: own[p] for i, p in enumerate(parameters) if p in own}, "param_groups": groups}
     else:
         state = optimizer.state_dict()
     named: dict[Any, Any] = {}

@@ -85,8 +85,8 @@ def explain_weights(load: Callable[[], object], state: Mapping[str, Any], module
         if difference is None:
             raise
         raise CheckpointError(
-            f"resume: the checkpoint is of another model: {difference}. Use the model that it was saved with (config key "
-            "model), or another checkpoint (config key resume)"
+            f"resume: the checkpoint is of another model: {difference}. Use the model that it was saved with (config "
+            "key model), or another checkpoint (config key resume)"
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -90,9 +91,7 @@ def _add(found: dict[int, Target], node: Any, kinds: Sequence[Kind], like: Tenso
     if type(number) is not int or not 0 <= number < len(kinds) or number in found or not isinstance(like, DTensor):
         return
     if like.dim() and kinds[number].shape == tuple(like.shape):
-        found[number] = Target(
-            region_of(shards.held_indices(like)), lambda local, like=like: shards.like(like, local)
-        )
+        found[number] = Target(region_of(shards.held_indices(like)), functools.partial(shards.like, like))
 
 
 def _entries(node: Any) -> Iterator[tuple[Any, Any]]:

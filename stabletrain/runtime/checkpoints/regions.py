@@ -82,9 +82,7 @@ def overlap(one: Box, other: Box) -> Box | None:
     Box(offset=(1, 2), shape=(1, 2))
     """
     low = tuple(max(pair) for pair in zip(one.offset, other.offset, strict=True))
-    high = (
-        min(a + m, b + n) for a, m, b, n in zip(one.offset, one.shape, other.offset, other.shape, strict=True)
-    )
+    high = (min(a + m, b + n) for a, m, b, n in zip(one.offset, one.shape, other.offset, other.shape, strict=True))
     shape = tuple(b - a for a, b in zip(low, high, strict=True))
     return Box(low, shape) if all(size > 0 for size in shape) else None
 

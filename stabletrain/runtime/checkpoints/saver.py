@@ -126,7 +126,7 @@ class Saver:
         return value < known if self.store.retention.mode == "min" else value > known
 
     def _encode(self, checkpoint: Mapping[str, Any]) -> Any:
-        """What this process writes: with the attributes ``tensors``, which may be replaced by copies, and ``omitted``."""
+        """What this process writes, with the attributes ``omitted`` and ``tensors``; copies may replace the latter."""
         return Encoded(checkpoint)
 
     def _put(self, info: CheckpointInfo, encoded: Any) -> Path | None:

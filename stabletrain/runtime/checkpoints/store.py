@@ -203,9 +203,7 @@ def state_text(
     Raises:
         CheckpointError: if it is larger than `STATE_LIMIT`, or has too many values.
     """
-    index = [
-        [each, str(t.dtype).removeprefix("torch."), list(t.shape)] for each, t in zip(names, tensors, strict=True)
-    ]
+    index = [[each, str(t.dtype).removeprefix("torch."), list(t.shape)] for each, t in zip(names, tensors, strict=True)]
     content = {"tree": tree, "tensors": index} | ({} if files is None else {"files": files})
     state = json.dumps(content, allow_nan=False).encode()
     if len(state) > STATE_LIMIT:

@@ -33,7 +33,9 @@ def collecting_states(
             undo()
 
 
-def around_reading(trainer: Trainer, read: Callable[[Callable[[], dict[str, Any]], Any], dict[str, Any]]) -> Callable[[], None]:
+def around_reading(
+    trainer: Trainer, read: Callable[[Callable[[], dict[str, Any]], Any], dict[str, Any]]
+) -> Callable[[], None]:
     """Call ``read(load, path)`` when a strategy that reads checkpoints itself is to read one.
 
     Args:
@@ -51,7 +53,9 @@ def around_reading(trainer: Trainer, read: Callable[[Callable[[], dict[str, Any]
     return override(trainer.strategy, "load_checkpoint", load_checkpoint)
 
 
-def around_weights(trainer: Trainer, restore: Callable[[Callable[[], None], Mapping[str, Any]], None]) -> Callable[[], None]:
+def around_weights(
+    trainer: Trainer, restore: Callable[[Callable[[], None], Mapping[str, Any]], None]
+) -> Callable[[], None]:
     """Call ``restore(load, checkpoint)`` in place of each ``load`` of the weights of a checkpoint.
 
     Args:
