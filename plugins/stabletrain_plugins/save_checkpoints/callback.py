@@ -182,8 +182,8 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         """Let ``ckpt_path`` accept folders of checkpoints, and determine the folder to write to."""
         if trainer_internals.reads_own_checkpoints(trainer) and not divides_with_dtensors(trainer):
             raise UserError(
-                "save_checkpoints: expected a strategy that gathers the checkpoint on rank 0, or divides the model with "
-                f"DTensors (FSDP2, tensor parallel), got {type(trainer.strategy).__name__}, which writes its own "
+                "save_checkpoints: expected a strategy that gathers the checkpoint on rank 0, or divides the model "
+                f"with DTensors (FSDP2, tensor parallel), got {type(trainer.strategy).__name__}, which writes its own "
                 "format. Use Lightning's ModelCheckpoint (plugins/checkpoints=none), or strategy=ddp"
             )
         self._restore_reading()  # of a fit that an exception has ended

@@ -169,6 +169,11 @@ def _optimizer_state(optimizer: Optimizer, names: Mapping[Tensor, str], path: st
         state = {"state": {i: own[p] for i, p in enumerate(parameters) if p in own}, "param_groups": groups}
     else:
         state = optimizer.state_dict()
+        if not isinstance(state.get("state"), dict) or not isinstance(state.get("param_groups"), list):
+            raise CheckpointError(
+                f"checkpoint: the state_dict of the optimizer {type(optimizer).__name__} has no state by parameter and "
+                "no param_groups, so it cannot be stored by parameter name"
+            )
     named: dict[Any, Any] = {}
     for number, values in state["state"].items():
         key = keys[number] if type(number) is int and number < len(keys) else number

@@ -88,8 +88,8 @@ class DividedReading:
             if lacking:
                 raise CheckpointError(
                     f"resume: the checkpoint is of another optimizer: it has no {lacking[0]}, which "
-                    f"{type(optimizer).__name__} needs. Use the optimizer that it was saved with (config key optimizer), "
-                    "or another checkpoint (config key resume)"
+                    f"{type(optimizer).__name__} needs. Use the optimizer that it was saved with (config key "
+                    "optimizer), or another checkpoint (config key resume)"
                 )
             groups = [group["params"] for group in optimizer.param_groups]
             state = for_parameters(saved, [[names.get(p, p) for p in group] for group in groups])

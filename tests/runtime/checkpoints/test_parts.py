@@ -67,7 +67,7 @@ def test_parts_make_up_the_whole(tmp_path: Path) -> None:
     ],
 )
 def test_a_damaged_list_of_parts_is_one_message(tmp_path: Path, change: Any, message: str) -> None:
-    """Bugs: a list with a right checksum and a wrong content ends in a traceback, or in a tensor of left-over memory."""
+    """Bugs: a list with a right checksum and a wrong content ends in a traceback, or in left-over memory."""
     with pytest.raises(CheckpointError, match=message):
         verify(write(tmp_path, change))
 
