@@ -29,13 +29,15 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from machine import measured
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from stabletrain import ResumeExactly, SkipNonFinite
 from stabletrain.config import discovery
 from stabletrain.config.construct import instantiate, instantiate_arguments
 from stabletrain.launch.assemble import switching
+from stabletrain.optim.build import Arguments
+from stabletrain.optim.groups import parameter_groups
 from stabletrain.testing.checks.equality import difference
 from stabletrain.testing.trainer import quiet_trainer
 from stabletrain.workloads import ShakespeareData
@@ -58,17 +60,6 @@ class Row(NamedTuple):
     exact: tuple[str, str, str]
 
 
-def groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Parameters by kind: embeddings, norms and biases do not decay."""
-    found: dict[str, list[nn.Parameter]] = {"weight": [], "embedding": [], "other": []}
-    for owner in module.modules():
-        kind = "embedding" if isinstance(owner, nn.Embedding) else "weight" if isinstance(owner, nn.Linear) else "other"
-        for name, p in owner.named_parameters(recurse=False):
-            found["other" if "bias" in name else kind].append(p)
-    decays = {"embedding": {"weight_decay": 0.0}, "other": {"weight_decay": 0.0}, "weight": {}}
-    return [{"params": params, "kind": kind, **decays[kind]} for kind, params in found.items()]
-
-
 class Model(L.LightningModule):
     """A GPT; a batch is tokens, and whether its loss is NaN."""
 
@@ -89,7 +80,8 @@ class Model(L.LightningModule):
         self.ends.append(time.perf_counter())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.make(groups(self.net))
+        decay = Arguments(self.make).value("weight_decay")
+        return self.make(parameter_groups(self.net, weight_decay=decay or 0.0))
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:

@@ -38,6 +38,7 @@ def resolve_once(config: DictConfig) -> dict[str, Any]:
         raise ConfigError([Problem(str(error.full_key or "config"), f"cannot be resolved: {reason[0]}")]) from None
     except RecursionError:
         raise ConfigError([Problem("config", "its interpolations refer to each other in a circle")]) from None
+    plain = _with_text_keys(plain)
     assert isinstance(plain, dict)
     found = [Problem(key or repr(plain), text) for key, text in _not_plain(plain, "")]
     if found:
@@ -60,6 +61,13 @@ def missing_keys(node: object, key: str = "") -> Iterator[str]:
             yield from missing_keys(value, f"{key}[{index}]")
     elif node == "???":
         yield key
+
+
+def _with_text_keys(node: Any) -> Any:
+    """Whole numbers as keys become text: on the command line a key cannot be in quotes, as in ``schedule={0:1}``."""
+    if isinstance(node, dict):
+        return {str(key) if type(key) is int else key: _with_text_keys(value) for key, value in node.items()}
+    return [_with_text_keys(each) for each in node] if isinstance(node, list) else node
 
 
 def _not_plain(node: object, key: str) -> Iterator[tuple[str, str]]:

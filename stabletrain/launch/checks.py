@@ -139,6 +139,10 @@ def _build(
         if module is not None and trainer is not None:
             attempt("strategy", lambda: _check_strategy(trainer, module))
             trainer.datamodule = parts.data  # type: ignore[attr-defined]
+            # without a strategy, as when a batch job is checked on another machine, the ranks are not known
+            for key, callback in parts.callbacks if parts.data is not None and config.get("strategy") else ():
+                if check := getattr(callback, "check_data", None):
+                    attempt(key, partial(check, trainer, parts.data))
             for key, callback in parts.callbacks if optimizer is not None else ():
                 if check := getattr(callback, "check_optimizers", None):
                     attempt(key, partial(check, trainer, module, [optimizer]))
@@ -193,9 +197,9 @@ def problem_of(error: Exception, key: str, node: object = None) -> Problem:
     if not isinstance(error, _ABOUT_VALUES):
         text = f"{type(error).__name__}: {text}"
     known = (*BUILT, *TRAINER_PARTS, "plugins", "callbacks", "guard", "param_groups", "launch", "resume")
-    begins = re.match(rf"((?:{'|'.join(known)})(?:\.\w+|\[\d+\])*): ", text)
+    begins = re.match(rf"(\w+: )?((?:{'|'.join(known)})(?:\.\w+|\[\d+\])*): ", text)
     if begins:
-        return Problem(begins[1], text[begins.end() :])
+        return Problem(begins[2], (begins[1] or "") + text[begins.end() :])
     names = re.search(r"\(config key ([\w.]+\w)", text)
     if names:
         return Problem(names[1], text)

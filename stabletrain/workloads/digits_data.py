@@ -34,6 +34,11 @@ class DigitsData(L.LightningDataModule):
         self.batch_size, self.workers = batch_size, workers
         self._split: tuple[Examples, Examples] | None = None
 
+    @property
+    def samples_per_batch(self) -> int:
+        """Samples in a training batch of one process, which plugins may read before the data are loaded."""
+        return self.batch_size
+
     def setup(self, stage: str | None = None) -> None:
         """Load and split the digits, once for all stages."""
         self._examples()

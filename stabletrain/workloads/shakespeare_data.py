@@ -82,6 +82,11 @@ class ShakespeareData(L.LightningDataModule):
         """Return the text of a 1-D tensor of tokens."""
         return text.decode(tokens)
 
+    @property
+    def samples_per_batch(self) -> int:
+        """Samples in a training batch of one process, which plugins may read before the data are loaded."""
+        return self.batch_size
+
     def setup(self, stage: str | None = None) -> None:
         """Read, check and split the text, once for all stages."""
         self._windows()

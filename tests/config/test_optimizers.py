@@ -21,6 +21,8 @@ from stabletrain.config.validate import check_node
 from stabletrain.errors import UserError
 from stabletrain.extras import pip_line
 from stabletrain.launch.assemble import switching
+from stabletrain.optim.build import Arguments
+from stabletrain.optim.groups import parameter_groups
 from stabletrain.runtime.internals.packages import Callback
 from stabletrain.testing.trainer import quiet_trainer
 from stabletrain.workloads.char_gpt import CharGPT
@@ -40,22 +42,6 @@ def node(name: str, **values: Any) -> dict[str, Any]:
     return {**NODES[name], **values}
 
 
-def groups(module: nn.Module) -> list[dict[str, Any]]:
-    """By kind, as a person would write them."""
-    found: dict[str, list[nn.Parameter]] = {"weight": [], "embedding": [], "other": []}
-    for owner in module.modules():
-        kind = "embedding" if isinstance(owner, nn.Embedding) else "weight" if isinstance(owner, nn.Linear) else "other"
-        for name, p in owner.named_parameters(recurse=False):
-            found["other" if "bias" in name else kind].append(p)
-    known: set[nn.Parameter] = set()
-    made = []
-    for kind in ("embedding", "weight", "other"):  # of tied weights the embedding's rule wins
-        own = [p for p in dict.fromkeys(found[kind]) if p not in known]
-        known |= {*own}
-        made.append({"params": own, "kind": kind})
-    return made
-
-
 class Gpt(CharGPT):
     def __init__(self, make: Any) -> None:
         torch.manual_seed(0)
@@ -63,7 +49,8 @@ class Gpt(CharGPT):
         self.make = make
 
     def configure_optimizers(self) -> Any:
-        return self.make(groups(self))
+        decay = Arguments(self.make).value("weight_decay")
+        return self.make(parameter_groups(self, weight_decay=decay or 0.0))
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.losses = [*getattr(self, "losses", []), float(outputs["loss"])]

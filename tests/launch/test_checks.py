@@ -78,6 +78,14 @@ def found(recipe: str, overrides: str) -> list[tuple[str, str]]:
         ("optimizer=adamw optimizer.betas=[2,3]", "optimizer", "beta"),
         ("optimizer.fused=true optimizer.foreach=true", "optimizer", "fused"),
         ("plugins.clip.decay=-1", "plugins.clip.decay", "(0, 1)"),
+        ("plugins/accumulate=fixed plugins.accumulate.target_samples=100", "plugins.accumulate.target_samples",
+         "expected a multiple of 64, the samples in one micro-batch of all ranks, got 100. Nearest: 64 or 128"),
+        ("plugins/accumulate=fixed plugins.accumulate.target_tokens=640 plugins.accumulate.tokens_per_sample=8 "
+         "plugins.accumulate.samples_per_batch=7", "plugins.accumulate.target_tokens", "a multiple of 56"),
+        ("plugins/accumulate=scheduled plugins.accumulate.schedule={0:64,9:65} plugins.accumulate.unit=samples",
+         "plugins.accumulate.schedule", "a multiple of 64, the samples in one micro-batch of all ranks, got 65"),
+        ("plugins/accumulate=fixed plugins.accumulate.target_samples=192 launch.processes=2 strategy=ddp",
+         "plugins.accumulate.target_samples", "a multiple of 128"),
         (f"{EARLY.format('a')} callbacks.a.mode=banana", "callbacks.a.mode", "min, max"),
         (f"{EARLY.format('a')} {EARLY.format('b')}", "callbacks.a", "together with callbacks.b"),
         ("logger._target_=lightning.pytorch.loggers.CometLogger", "logger._target_", "comet"),
@@ -106,7 +114,8 @@ def test_mistakes_in_several_parts_are_found_together() -> None:
         "precision=bf16_true precision.allow_stalling=true optimizer=sgd", "precision=tf32", "precision=fp64",
         "launch.processes=2", "launch=torchrun", "plugins/checkpoints=save",
         "trainer.limit_train_batches=1.0", "trainer.val_check_interval=0.5", "schedule=cosine",
-        "chaos=nan_grad chaos.at_step=1",
+        "chaos=nan_grad chaos.at_step=1", "plugins/accumulate=fixed plugins.accumulate.target_samples=128",
+        "plugins/accumulate=scheduled plugins.accumulate.schedule={0:1,1e9tok:8} plugins.accumulate.tokens_per_sample=8",
         "launch=slurm trainer.accelerator=gpu launch.processes=8 launch.nodes=4 strategy.strategy=fsdp",
     ],
 )  # fmt: skip
@@ -188,6 +197,7 @@ def test_a_check_prints_and_logs_nothing(capfd: pytest.CaptureFixture[str], capl
         ("Invalid number: 2", {"width": 2, "heads": 2}, "model"),
         ("clip: decay is wrong (config key plugins.clip.decay)", {}, "plugins.clip.decay"),
         ("notes: not a key", {}, "model"),
+        ("clip_norm: plugins.clip.max_norm: expected > 0, got 2", {"width": 2}, "plugins.clip.max_norm"),
         ("", {}, "model"),
     ],
 )

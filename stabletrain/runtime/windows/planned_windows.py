@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.strategies import DDPStrategy
 
 from stabletrain.core.accumulation_plan import Plan, micro_batches, size_at
 from stabletrain.errors import UserError, require
@@ -33,6 +34,7 @@ class PlannedWindows(GuardMember):
     _own_size: int | None = None
     _windows: WindowControl | None = None
     _saved: list[int] | None = None
+    _known: int | None = None
 
     @property
     def state_key(self) -> str:
@@ -53,6 +55,28 @@ class PlannedWindows(GuardMember):
 
     def _key(self, argument: str) -> str:
         return worded(f"{self.plugin}: plugins.{self.slot}.{argument}", self.slot, type(self).__name__)
+
+    def check_data(self, trainer: Trainer, data: object) -> None:
+        """Before a run is opened, and before data are loaded: find a size that does not divide.
+
+        Args:
+            trainer: of the run.
+            data: its data module; only if it has the attribute ``samples_per_batch``, the samples in a batch of one
+                rank, or the argument of this name is given, the sizes are known now.
+
+        Raises:
+            UserError: as at the start of training.
+        """
+        given = self.samples_per_batch
+        per_rank = getattr(data, "samples_per_batch", None) if given is None else given
+        ranks = trainer.num_devices * trainer.num_nodes
+        if not isinstance(per_rank, int) or (ranks > 1 and not isinstance(trainer.strategy, both(DDPStrategy))):
+            return  # ranks of other strategies may share their data
+        self._known = per_rank * ranks
+        try:
+            self._make_plan(trainer)
+        finally:
+            self._known = None
 
     # ---- in a fit ---------------------------------------------------------------------------------------------------
 
@@ -177,6 +201,8 @@ class PlannedWindows(GuardMember):
 
     def _samples(self, trainer: Trainer) -> int | None:
         """The samples in a micro-batch of all ranks."""
+        if self._known is not None:
+            return self._known
         per_rank = self.samples_per_batch
         if per_rank is None:
             loader = trainer.train_dataloader

@@ -1,4 +1,4 @@
-"""Every option of the group `precision` trains a recipe with its whole stack."""
+"""Every option of `precision` and `plugins/accumulate` trains a recipe with its whole stack."""
 
 import importlib.util
 import logging
@@ -19,19 +19,31 @@ SMALL = (
     "data.validation_windows=8 model.sample_length=0 trainer.max_steps=200 trainer.val_check_interval=100 "
     "trainer.enable_progress_bar=false plugins/checkpoints=none trainer.enable_checkpointing=false"
 )
-NEEDED = {"bf16_true": "precision.allow_stalling=true", "fp8": "precision.emulate=true"}
+OPTIONS = [
+    *(f"precision={each}" for each in sorted(groups()["precision"])),
+    *(f"plugins/accumulate={each}" for each in sorted(groups()["plugins/accumulate"])),
+]
+NEEDED = {
+    "precision=bf16_true": "precision.allow_stalling=true",
+    "precision=fp8": "precision.emulate=true",
+    "plugins/accumulate=auto": "plugins.accumulate.pieces=2",
+    "plugins/accumulate=fixed": "plugins.accumulate.micro_batches=2",
+    "plugins/accumulate=mean": "trainer.accumulate_grad_batches=2",
+    "plugins/accumulate=scheduled": "plugins.accumulate.schedule={0:1,150:2}",
+    "plugins/accumulate=token_weighted": "plugins.accumulate.count=1 trainer.accumulate_grad_batches=2",
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("option", sorted(groups()["precision"]))
+@pytest.mark.parametrize("option", OPTIONS)
 def test_each_option_trains_char_gpt_for_200_steps(
     option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bug: an option that only a toy can be trained with; one that a plugin of the recipe fails with."""
-    if option == "fp8" and importlib.util.find_spec("torchao") is None:
+    if option == "precision=fp8" and importlib.util.find_spec("torchao") is None:
         pytest.skip("torchao is not installed")
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
-    words = [*SMALL.split(), f"precision={option}", f"run_dir={tmp_path / 'run'}", *NEEDED.get(option, "").split()]
+    words = [*SMALL.split(), option, f"run_dir={tmp_path / 'run'}", *NEEDED.get(option, "").split()]
     composed = compose("char_gpt", words)
     assert check_keys(composed) == []
     threads = torch.get_num_threads()
@@ -46,4 +58,4 @@ def test_each_option_trains_char_gpt_for_200_steps(
         torch.use_deterministic_algorithms(False)
         torch.set_num_threads(threads)
     assert parts.trainer.global_step == 200
-    assert parts.trainer.callback_metrics["stability/loss"] < (4.4 if option == "bf16_true" else 3.6)
+    assert parts.trainer.callback_metrics["stability/loss"] < (4.4 if option == "precision=bf16_true" else 3.6)
