@@ -39,6 +39,7 @@ def resolve_once(config: DictConfig) -> dict[str, Any]:
     except RecursionError:
         raise ConfigError([Problem("config", "its interpolations refer to each other in a circle")]) from None
     assert isinstance(plain, dict)
+    plain = _number_keys_as_text(plain)
     found = [Problem(key or repr(plain), text) for key, text in _not_plain(plain, "")]
     if found:
         raise ConfigError(found)
@@ -60,6 +61,14 @@ def missing_keys(node: object, key: str = "") -> Iterator[str]:
             yield from missing_keys(value, f"{key}[{index}]")
     elif node == "???":
         yield key
+
+
+def _number_keys_as_text(node: Any) -> Any:
+    """Write keys that are whole numbers as text, as a run.yaml has them: on a command line they cannot be quoted."""
+    if isinstance(node, dict):
+        whole = [key for key in node if type(key) is int and str(key) not in node]
+        return {str(key) if key in whole else key: _number_keys_as_text(value) for key, value in node.items()}
+    return [_number_keys_as_text(each) for each in node] if isinstance(node, list) else node
 
 
 def _not_plain(node: object, key: str) -> Iterator[tuple[str, str]]:
