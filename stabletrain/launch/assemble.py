@@ -169,7 +169,7 @@ def build_parts(
         ),
     )
     for key, callback in parts.callbacks:
-        prepare = getattr(callback, "prepare_trainer", None)  # of SetPrecision
+        prepare = getattr(callback, "prepare_trainer", None)  # of SetPrecision, say
         if prepare is not None and parts.trainer is not None and module is not None:
             attempt(key, partial(prepare, parts.trainer, module))
     return parts

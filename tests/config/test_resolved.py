@@ -9,8 +9,8 @@ from stabletrain.config.resolved import resolve_once
 
 
 def test_keys_that_are_whole_numbers() -> None:
-    """Bugs: a schedule by steps cannot be given on the command line, where Hydra reads 0 as a number and takes no key in
-    quotes; one of two keys that read the same is lost."""
+    """Bugs: a schedule by steps cannot be given on the command line, where Hydra reads 0 as a number and takes no key
+    in quotes; one of two keys that read the same is lost."""
     config = OmegaConf.create({"a": [{"schedule": {0: 1, 1000: {5: 4}, "1e9tok": 8}}]})
     assert resolve_once(config) == {"a": [{"schedule": {"0": 1, "1000": {"5": 4}, "1e9tok": 8}}]}
     positions = [AccumulateScheduled(each)._positions for each in ({"0": 1, "1000": 4}, {0: 1, 1000: 4})]
