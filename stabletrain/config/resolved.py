@@ -38,7 +38,7 @@ def resolve_once(config: DictConfig) -> dict[str, Any]:
         raise ConfigError([Problem(str(error.full_key or "config"), f"cannot be resolved: {reason[0]}")]) from None
     except RecursionError:
         raise ConfigError([Problem("config", "its interpolations refer to each other in a circle")]) from None
-    plain = _with_text_keys(plain)
+    plain = _number_keys_as_text(plain)
     assert isinstance(plain, dict)
     found = [Problem(key or repr(plain), text) for key, text in _not_plain(plain, "")]
     if found:
@@ -63,11 +63,12 @@ def missing_keys(node: object, key: str = "") -> Iterator[str]:
         yield key
 
 
-def _with_text_keys(node: Any) -> Any:
-    """Whole numbers as keys become text: on the command line a key cannot be in quotes, as in ``schedule={0:1}``."""
+def _number_keys_as_text(node: Any) -> Any:
+    """Write keys that are whole numbers as text, as a run.yaml has them: on a command line they cannot be quoted."""
     if isinstance(node, dict):
-        return {str(key) if type(key) is int else key: _with_text_keys(value) for key, value in node.items()}
-    return [_with_text_keys(each) for each in node] if isinstance(node, list) else node
+        whole = [key for key in node if type(key) is int and str(key) not in node]
+        return {str(key) if key in whole else key: _number_keys_as_text(value) for key, value in node.items()}
+    return [_number_keys_as_text(each) for each in node] if isinstance(node, list) else node
 
 
 def _not_plain(node: object, key: str) -> Iterator[tuple[str, str]]:

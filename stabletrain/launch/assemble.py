@@ -174,7 +174,7 @@ def build_parts(
     if parts.trainer is not None and parts.trainer.world_size > 1 and timeout is not None:
         wait_at_most(parts.trainer, timeout)
     for key, callback in parts.callbacks:
-        prepare = getattr(callback, "prepare_trainer", None)  # of SetPrecision
+        prepare = getattr(callback, "prepare_trainer", None)  # of SetPrecision, say
         if prepare is not None and parts.trainer is not None and module is not None:
             attempt(key, partial(prepare, parts.trainer, module))
     return parts

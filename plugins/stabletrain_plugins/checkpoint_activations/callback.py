@@ -15,7 +15,7 @@ from stabletrain.errors import UserError, require
 from stabletrain.runtime import rng
 from stabletrain.runtime.hidden.second_forward import SecondForward
 from stabletrain.runtime.internals.forward import wrap_forward
-from stabletrain.runtime.internals.packages import Callback
+from stabletrain.runtime.internals.packages import Callback, both
 from stabletrain.runtime.records.event_log import logger
 from stabletrain.runtime.windows.batches import tensors_of
 from stabletrain.settings import worded
@@ -60,6 +60,19 @@ class CheckpointActivations(Callback):
     def state_key(self) -> str:
         """The key of this plugin's state in a checkpoint."""
         return self.plugin
+
+    def prepare_trainer(self, trainer: Trainer, module: LightningModule) -> None:
+        """Check before a fit that blocks are found, unless ``configure_model`` is still to make them.
+
+        Args:
+            trainer: that this callback is in.
+            module: to be trained.
+
+        Raises:
+            UserError: as the fit would raise it.
+        """
+        if type(module).configure_model in [each.configure_model for each in both(LightningModule)]:
+            self._chosen(module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Replace the forward pass of the blocks for this fit."""

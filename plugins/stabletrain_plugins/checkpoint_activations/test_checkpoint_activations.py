@@ -11,6 +11,7 @@ from fits import HEALTHY, NAN_LOSS, Net, assert_same, batches, everything, fit
 from torch import nn
 
 from stabletrain import CheckpointActivations, SkipNonFinite, UserError
+from stabletrain.testing.trainer import quiet_trainer
 
 ITEMS = batches(*[HEALTHY] * 3, NAN_LOSS, *[HEALTHY] * 2)
 
@@ -100,6 +101,8 @@ def test_mistakes(arguments: Any, says: str, tmp_path: Path) -> None:
     """Bug: nothing is checkpointed, without a word."""
     with pytest.raises(UserError, match=says):
         fit(Deep(), ITEMS, CheckpointActivations(**arguments))
+    with pytest.raises(UserError, match=says):  # also by `stabletrain validate`, before a run is opened
+        CheckpointActivations(**arguments).prepare_trainer(quiet_trainer(), Deep())
 
 
 def test_a_copy_made_in_the_fit_uses_its_own_weights() -> None:
