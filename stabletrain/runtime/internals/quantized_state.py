@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-BLOCK = 256
-"""Elements that share a scale in bitsandbytes' state."""
+from stabletrain.runtime.internals.block_codes import decoded, encoded
 
 _WRAPPED = "__bnb_optimizer_quant_state__"
 _WRAPS = "_FSDP_WRAPPED_QUANT_STATE_KEY"
@@ -66,19 +65,10 @@ def widened(entry: Mapping[str, Any]) -> dict[str, Tensor]:
     for key, codes in found.items():
         if codes.dtype is torch.uint8:
             number = key.removeprefix("state")
-            found[key] = _decoded(codes, entry[f"qmap{number}"], entry[f"absmax{number}"])
+            found[key] = decoded(codes, entry[f"qmap{number}"], entry[f"absmax{number}"])
         else:
             found[key] = codes.float()
     return found
-
-
-def _decoded(codes: Tensor, table: Tensor, scales: Tensor) -> Tensor:
-    if scales.ndim == 2:  # AdEMAMix: two moments in one tensor, the blocks of each by themselves
-        return torch.stack([_decoded(*pair) for pair in zip(codes, [table] * len(codes), scales, strict=True)])
-    if scales.numel() != -(-codes.numel() // BLOCK) or table.numel() != 256:
-        raise ValueError(f"8-bit state of {codes.numel()} elements has {scales.numel()} scales")
-    each = scales.repeat_interleave(BLOCK)[: codes.numel()]
-    return (table[codes.reshape(-1).int()] * each).view(codes.shape)
 
 
 def narrowed(optimizer: Any, place: tuple[int, int], moments: Mapping[str, Sequence[Tensor]], step: int) -> Any:
@@ -101,9 +91,7 @@ def narrowed(optimizer: Any, place: tuple[int, int], moments: Mapping[str, Seque
             continue
         number = key.removeprefix("state")
         table = entry[f"qmap{number}"] = _table(optimizer, number, p.device)
-        quantize = importlib.import_module("bitsandbytes.functional").quantize_blockwise
-        pairs = [quantize(each, code=table, blocksize=BLOCK) for each in wide]
-        codes, scales = [codes.view(p.shape) for codes, _ in pairs], [state.absmax for _, state in pairs]
+        codes, scales = zip(*(encoded(each, table) for each in wide), strict=True)
         entry[key] = torch.stack(codes) if len(wide) > 1 else codes[0]
         entry[f"absmax{number}"] = torch.stack(scales) if len(wide) > 1 else scales[0]
     if config["max_unorm"] > 0.0:
