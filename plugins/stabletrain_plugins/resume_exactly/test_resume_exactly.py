@@ -327,7 +327,8 @@ def test_indices_are_skipped_that_workers_would_fetch(tmp_path):
     reference = fit(tmp_path, LOADERS["shuffled, 2 workers"], save=Save(tmp_path, 6))
     callbacks = [ResumeExactly(fast_forward="indices")]
     resumed = fit(tmp_path, LOADERS["shuffled, 2 workers"], ckpt_path=tmp_path / "6.ckpt", callbacks=callbacks)
-    assert resumed[0].seen == reference[0].seen[6:]
+    # the random numbers of the workers differ, as the card says
+    assert [samples for samples, _, _ in resumed[0].seen] == [samples for samples, _, _ in reference[0].seen[6:]]
 
 
 @pytest.mark.slow
