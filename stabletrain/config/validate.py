@@ -402,9 +402,7 @@ def _strategy(config: Mapping[str, Any]) -> Iterator[Problem]:
     """A strategy object in the place of the Trainer's arguments, with or without the name of another one."""
     node = config.get("strategy")
     if isinstance(node, Mapping) and "_target_" in node:
-        text = (
-            "the key strategy holds arguments of the Trainer; an object is one of them: strategy.strategy._target_=..."
-        )
+        text = "the key strategy holds arguments of the Trainer; an object is one: strategy.strategy._target_=..."
         yield Problem("strategy._target_", text)
 
 
