@@ -102,7 +102,7 @@ def check_content(config: Mapping[str, Any]) -> list[Problem]:
         config: its content; in run.yaml there are also the keys ``trust``, ``typed`` and ``choices``.
     """
     own = {key: value for key, value in config.items() if key not in RUN_YAML_RECORD}
-    return [*_own_keys(own), *_launch(own), *_resume(own), *_unresolved(own), *check_values(own)]
+    return [*_own_keys(own), *_strategy(own), *_launch(own), *_resume(own), *_unresolved(own), *check_values(own)]
 
 
 def check_signatures(config: Mapping[str, Any], trust: Iterable[str] = ()) -> list[Problem]:
@@ -396,6 +396,14 @@ def _unresolved(config: Mapping[str, Any]) -> Iterator[Problem]:
         if key not in kinds.PLACES and key not in TRAINER_PARTS:
             for where, error in construct.unresolved(value, str(key)):
                 yield Problem(where, str(error))
+
+
+def _strategy(config: Mapping[str, Any]) -> Iterator[Problem]:
+    """A strategy object in the place of the Trainer's arguments, with or without the name of another one."""
+    node = config.get("strategy")
+    if isinstance(node, Mapping) and "_target_" in node:
+        text = "the key strategy holds arguments of the Trainer; an object is one: strategy.strategy._target_=..."
+        yield Problem("strategy._target_", text)
 
 
 def _launch(config: Mapping[str, Any]) -> Iterator[Problem]:

@@ -78,6 +78,13 @@ def test_every_option_that_we_ship_fits_its_signature(group: str) -> None:
         ("callbacks.x._target_=torch.nn.Identity", ["callbacks.x: expected a Lightning callback, got a Identity"]),
         ("trainer.profiler._target_=torch.PyTorchFileWriter", ["trainer.profiler: expected a Profiler, got a"]),
         ("model.width={_target_:torch.nn.Identity}", ["model.width: expected int, got a node with _target_"]),
+        ("launch.timeout=0", ["launch.timeout: expected at least 1"]),
+        ("launch.timeout=1e9", ["launch.timeout: expected int"]),
+        (
+            "strategy=ddp strategy._target_=lightning.pytorch.strategies.DDPStrategy",
+            ["strategy._target_: the key strategy holds arguments of the Trainer", "strategy.strategy._target_="],
+        ),
+        ("strategy=ddp trainer.strategy=ddp", ["strategy.strategy: trainer.strategy sets it too"]),
         ("launch.threads=100000", ["launch.threads: expected at most 1024"]),
         ("launch.processes=100000", ["launch.processes: expected at most 1024"]),
         ("~launch.threads", ["launch.threads: this key is needed"]),

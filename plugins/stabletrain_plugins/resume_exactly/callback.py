@@ -245,12 +245,12 @@ class ResumeExactly(Callback):
         rank, size = self._trainer.global_rank, self._trainer.world_size
         if len(everyone) != size:
             rank_zero_warn(
-                f"{_NAME}: the checkpoint was saved by {len(everyone)} processes, and training resumes with {size}. "
-                "Each resumes at the same batch number of its own data, so samples of this epoch may be used twice or "
-                "not at all, and random numbers differ. To resume exactly, use the same number of processes, or a "
-                "checkpoint saved at the end of an epoch."
+                f"{_NAME}: the checkpoint was saved by {len(everyone)} processes, and training resumes with {size}: "
+                "random numbers differ, as those of dropout. To resume exactly, use the same number of processes."
             )
         saved = SavedState.of(everyone[rank % len(everyone)])
+        if saved is not None and len(everyone) != size:
+            self._loader.warn_of_unknown_order(saved.positions)
         if saved is None:
             rank_zero_warn(
                 f"{_NAME}: the checkpoint is of another version of stabletrain: its data position is not read"

@@ -322,6 +322,16 @@ def test_fast_forward_decides_whether_skipped_batches_are_fetched(how, tmp_path)
 
 
 @pytest.mark.slow
+def test_indices_are_skipped_that_workers_would_fetch(tmp_path):
+    """Bug: a loader with processes makes the sampler's iterator twice, and the second begins at the first batch."""
+    reference = fit(tmp_path, LOADERS["shuffled, 2 workers"], save=Save(tmp_path, 6))
+    callbacks = [ResumeExactly(fast_forward="indices")]
+    resumed = fit(tmp_path, LOADERS["shuffled, 2 workers"], ckpt_path=tmp_path / "6.ckpt", callbacks=callbacks)
+    # the random numbers of the workers differ, as the card says
+    assert [samples for samples, _, _ in resumed[0].seen] == [samples for samples, _, _ in reference[0].seen[6:]]
+
+
+@pytest.mark.slow
 def test_with_persistent_workers_the_order_is_right_and_a_warning_is_given(tmp_path):
     """Bug: another order of samples. The random state of the old worker processes cannot be restored."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 
@@ -34,6 +34,7 @@ class IndexSampler(Iterator[Any]):
         self.excludes = excludes
         self._start_at = self._first = self._drawn = 0
         self._source: Iterator[Any] = iter(())
+        self._instead: Sequence[Any] | None = None
         self._last_skipped: Any = None
         self._ahead: Indices | None = None
         self._in_flight: deque[Indices] = deque()
@@ -47,7 +48,7 @@ class IndexSampler(Iterator[Any]):
         return len(self._sampler)  # type: ignore[arg-type]
 
     def __iter__(self) -> IndexSampler:
-        self._restart(iter(self._sampler))
+        self._restart(iter(self._sampler if self._instead is None else self._instead))
         return self
 
     def __next__(self) -> Any:
@@ -66,6 +67,10 @@ class IndexSampler(Iterator[Any]):
     def start_at(self, position: int) -> None:
         """Skip the batches before ``position`` in the next epoch: draw their indices, do not fetch them."""
         self._start_at = position
+
+    def draw_from(self, batches: Sequence[Any]) -> None:
+        """Draw the next epoch from these index batches, and not from the sampler."""
+        self._instead = batches
 
     def seek(self) -> Any:
         """Draw from the sampler up to the first batch to be fetched; returns the samples of the batch before it."""
@@ -91,9 +96,11 @@ class IndexSampler(Iterator[Any]):
         self._drawn = 0
         self._last_skipped = self._ahead = None
         self._in_flight.clear()
-        self._first, self._start_at = self._start_at, 0
+        self._first = self._start_at
 
     def _find(self) -> Indices | None:
+        # these are for one epoch; not reset in __iter__, which a loader with processes calls twice for each
+        self._instead, self._start_at = None, 0
         for samples in self._source:
             found = Indices(self._drawn, samples)
             self._drawn += 1

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stabletrain.runtime import rng
+from stabletrain.runtime.data.global_order import checked_order, order_of
 from stabletrain.runtime.data.tape import Generators, Identity, IteratorStart, identity
 from stabletrain.runtime.internals import loader as loader_internals
 from stabletrain.runtime.rng import RngState
@@ -38,7 +39,8 @@ class LoaderState(NamedTuple):
     def to_plain(self) -> dict[str, Any]:
         """As tensors and plain Python types."""
         first = None if self.start.first is None else self.start.first._asdict()
-        return {**self._asdict(), "start": {**self.start._asdict(), "first": first}}
+        order = None if self.start.order is None else self.start.order._asdict()
+        return {**self._asdict(), "start": {**self.start._asdict(), "first": first, "order": order}}
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> LoaderState:
@@ -52,6 +54,7 @@ class LoaderState(NamedTuple):
         start = IteratorStart(**plain["start"])
         if start.first is not None:
             start = start._replace(first=Generators(**plain["start"]["first"]))
+        start = start._replace(order=checked_order(start.order))
         found = cls(**{**plain, "start": start, "last": None if last is None else tuple(last)})
         for state in (start.rng, found.rng_before, None if start.first is None else start.first.rng):
             if state is not None:
@@ -87,7 +90,21 @@ def capture_start(loader: Any, epoch: int, state: RngState | None) -> IteratorSt
         getattr(sampler, "epoch", None),
         getattr(sampler, "seed", None),
         loader_internals.reuses_workers(loader),
+        order=order_of(loader, own_generators(loader)),
     )
+
+
+def epoch_indices(start: IteratorStart) -> list[int]:
+    """The samples of the epoch on all ranks, in their order.
+
+    Args:
+        start: of the epoch, whose order is known.
+    """
+    assert start.order is not None
+    if start.first is not None:
+        return start.order.indices((start.first.rng, start.first.own), has_begun=True)
+    states = None if start.rng is None else (start.rng, start.generators)
+    return start.order.indices(states, has_begun=False)
 
 
 def restore_start(start: IteratorStart, loader: Any) -> None:

@@ -12,11 +12,13 @@ from torch.utils.data import DataLoader
 from stabletrain.runtime import rng
 from stabletrain.runtime.data.exclusions import Exclusions
 from stabletrain.runtime.data.fetch_counter import FetchCounter
+from stabletrain.runtime.data.global_order import dealt_batches, order_of, why_not_continued
 from stabletrain.runtime.data.index_sampler import IndexSampler, Indices
 from stabletrain.runtime.data.position import (
     LoaderState,
     capture_generators,
     capture_start,
+    epoch_indices,
     length_mismatch,
     order_mismatch,
     own_generators,
@@ -94,6 +96,7 @@ class LoaderReader:
             with rng.preserved():
                 self._start_workers(position.start)
                 restore_start(position.start, self._loader)
+                self._draw_from_foreign_order(position.start)
                 if position.batches:
                     self._skip_to(position)
                 else:
@@ -145,6 +148,17 @@ class LoaderReader:
         self.index_sampler.excludes = self._excludes if self._exclusions else None
         self.index_sampler.start_at(position)
         self.iterator = loader_internals.iterate_with(self._loader, self.index_sampler)
+
+    def _draw_from_foreign_order(self, start: IteratorStart) -> None:
+        """End an epoch that another number of ranks has begun."""
+        if start.order is None or not start.order.is_foreign:
+            return
+        problem = why_not_continued(start.order, self._loader)
+        if problem:
+            self._resume.warn_of_other_samples(problem)
+            self._start = start._replace(order=order_of(self._loader, self._generators))
+        elif self.index_sampler is not None:
+            self.index_sampler.draw_from(dealt_batches(epoch_indices(start), self._loader))
 
     def _skip_to(self, position: LoaderState) -> None:
         if self.index_sampler is not None and self._resume.skips_fetching(self._in_process):

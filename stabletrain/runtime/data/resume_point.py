@@ -138,6 +138,13 @@ class ResumePoint:
             f"end of an epoch, or {self._opt_out}: the epoch's data then restart at the first batch."
         )
 
+    def warn_of_other_samples(self, reason: str) -> None:
+        """Warn that the rest of an epoch has other samples than it would have had on the ranks that began it."""
+        self.warn(
+            "each process resumes at the same batch number of its own data, so samples of this epoch may be used twice "
+            f"or not at all: {reason}. A checkpoint saved at the end of an epoch has no such rest"
+        )
+
     def warn(self, message: str) -> None:
         """Warn on rank 0, in the name of the plugin that resumes."""
         rank_zero_warn(f"{self._name}: {message}")

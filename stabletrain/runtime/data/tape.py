@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 from torch import Tensor
 
 from stabletrain.runtime.data.batch_size import batch_bytes
+from stabletrain.runtime.data.global_order import GlobalOrder
 from stabletrain.runtime.rng import RngState
 
 Identity: TypeAlias = tuple[Any, ...]
@@ -38,6 +39,7 @@ class IteratorStart(NamedTuple):
         reuses_workers: whether it uses the (persistent) worker processes of an earlier iterator.
         first: the generators before its first fetch, if it fetches in this process: a sampler draws its seed then, not
             when the iterator is created. None: it has not fetched yet.
+        order: of the epoch's samples on all ranks, a `GlobalOrder`, if it is known.
     """
 
     epoch: int
@@ -47,6 +49,7 @@ class IteratorStart(NamedTuple):
     sampler_seed: int | None = None
     reuses_workers: bool = False
     first: Generators | None = None
+    order: GlobalOrder | None = None
 
 
 class EpochStarted(NamedTuple):

@@ -20,6 +20,7 @@ from lightning.pytorch import Trainer
 from stabletrain.runtime import rng
 from stabletrain.runtime.data.exclusions import Exclusions
 from stabletrain.runtime.data.fetch_counter import FetchCounter, FetcherState
+from stabletrain.runtime.data.global_order import UNKNOWN_ORDER
 from stabletrain.runtime.data.position import LoaderState
 from stabletrain.runtime.data.resume_point import ResumePoint
 from stabletrain.runtime.data.tape import Identity, TapedBatch
@@ -287,6 +288,15 @@ class TrainLoader:
             state: from `run_rng`; None: do not change the generators.
         """
         self._resume.set(positions, state)
+
+    def warn_of_unknown_order(self, positions: list[LoaderState]) -> None:
+        """Warn if another number of processes cannot end the epochs in progress, since their order is not known.
+
+        Args:
+            positions: of a checkpoint.
+        """
+        if any(each.batches and each.start.order is None for each in positions):
+            self._resume.warn_of_other_samples(UNKNOWN_ORDER)
 
     def check_positions(self) -> None:
         """Compare the checkpoint's positions with the loaders; no effect if no checkpoint was loaded.

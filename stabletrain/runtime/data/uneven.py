@@ -11,6 +11,7 @@ import math
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import FSDPStrategy
 from torch.distributed.tensor import DTensor
@@ -75,7 +76,9 @@ def _is_new(loader: object, stage: str) -> bool:
 def _lengths(trainer: Trainer, length: float) -> list[int]:
     """The numbers of all ranks, by rank; -1 for a loader without a length."""
     mine = torch.tensor(int(length) if math.isfinite(length) else -1, device=trainer.strategy.root_device)
-    return [int(each) for each in trainer.strategy.all_gather(mine).flatten().tolist()]
+    found = [torch.empty_like(mine) for _ in range(trainer.world_size)]
+    dist.all_gather(found, mine)
+    return [int(each) for each in found]
 
 
 def _differ(lengths: list[int]) -> bool:

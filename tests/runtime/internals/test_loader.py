@@ -12,6 +12,13 @@ class Stream(IterableDataset):
         return iter(range(3))
 
 
+def test_the_combined_loaders():
+    """Bug: a new version of Lightning names them otherwise, and loaders of different lengths are not compared."""
+    trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+    assert loader_internals.combined_train_loader(trainer) is None
+    assert loader_internals.combined_validation_loader(trainer) is None
+
+
 def test_the_private_attributes_that_the_train_loader_uses_exist():
     """Bug: a new Lightning or torch has moved one; this test names it."""
     trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
