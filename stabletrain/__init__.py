@@ -17,6 +17,7 @@ from stabletrain.version import __version__ as __version__
 terminal.install()
 
 _EXPORTS = {
+    "DDPZeRO1Strategy": "stabletrain.strategies.ddp_zero1:DDPZeRO1Strategy",
     "Guard": "stabletrain.runtime.guard.options:Guard",
     "TrainingStopped": "stabletrain.runtime.stop:TrainingStopped",
     "UserError": "stabletrain.errors:UserError",
@@ -230,6 +231,9 @@ if TYPE_CHECKING:
     from stabletrain.runtime.guard.announce import announce as announce
     from stabletrain.runtime.guard.options import Guard as _Guard
     from stabletrain.runtime.stop import TrainingStopped as TrainingStopped
+    from stabletrain.strategies.ddp_zero1 import DDPZeRO1Strategy as _DDPZeRO1Strategy
+
+    class DDPZeRO1Strategy(_DDPZeRO1Strategy, AcceptedByBoth): ...
 
     class Guard(_Guard, AcceptedByBoth): ...
 

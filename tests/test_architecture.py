@@ -23,6 +23,7 @@ LAYERS = [
     ["runtime.guard"],
     ["runtime.snapshots", "runtime.windows"],
     ["runtime.checkpoints"],
+    ["strategies"],
     ["tracking", "config"],
     ["workloads", "chaos"],
     ["launch"],
