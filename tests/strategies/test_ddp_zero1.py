@@ -8,6 +8,8 @@ import torch
 import zero1_on_ranks
 from rank_pool import on_ranks
 
+from stabletrain import DDPZeRO1Strategy
+
 
 def assert_same_training(found: dict[str, Any], ddp: dict[str, Any]) -> None:
     """The weights are equal, and the rates at the steps that both have made."""
@@ -27,6 +29,18 @@ def test_weights_and_rates_are_those_of_ddp(tmp_path: Path) -> None:
         assert "ddp_zero1: " in rank["dtypes"]
         assert "strategy=ddp" in rank["dtypes"]
     assert sum(rank["zero1"]["held"] for rank in ranks) == ranks[0]["ddp"]["held"]
+
+
+@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+def test_it_is_a_strategy_of_the_trainers_package(package: str) -> None:
+    """Bug: checks of one package that do not know the classes of the other."""
+    lightning = pytest.importorskip(package)
+    trainer = lightning.Trainer(strategy=DDPZeRO1Strategy(), devices=2, accelerator="cpu", logger=False)
+    mro = [
+        each.__module__.partition(".")[0] for each in type(trainer.strategy).__mro__ if each.__name__ == "DDPStrategy"
+    ]
+    assert mro[0] == package.partition(".")[0]
+    assert trainer.world_size == 2
 
 
 @pytest.mark.slow
