@@ -570,6 +570,8 @@ class StepGuard:
         if changed:
             self._apply_announced(self.changes.take())
             limits = self._limits()
+        if self.ranks.size > 1 and not math.isfinite(norm):
+            self._scaling.mark_nonfinite(self.control.optimizer)
         scale, overflow = self._scaling.scale, self._scaling.found_nonfinite(self.control.optimizer)
         # a non-finite gradient at a finite loss is an overflow, unless the scale cannot be the cause: the loss scaler
         # drops the step and lowers the scale. It also drops what no rule wants to skip, so NaN is never applied
