@@ -19,6 +19,7 @@ terminal.install()
 _EXPORTS = {
     "FSDP2Strategy": "stabletrain.strategies.fsdp2:FSDP2Strategy",
     "FSDP2TensorParallelStrategy": "stabletrain.strategies.tensor_parallel_fsdp2:FSDP2TensorParallelStrategy",
+    "DDPZeRO1Strategy": "stabletrain.strategies.ddp_zero1:DDPZeRO1Strategy",
     "Guard": "stabletrain.runtime.guard.options:Guard",
     "TensorParallelStrategy": "stabletrain.strategies.tensor_parallel:TensorParallelStrategy",
     "TrainingStopped": "stabletrain.runtime.stop:TrainingStopped",
@@ -233,9 +234,12 @@ if TYPE_CHECKING:
     from stabletrain.runtime.guard.announce import announce as announce
     from stabletrain.runtime.guard.options import Guard as _Guard
     from stabletrain.runtime.stop import TrainingStopped as TrainingStopped
+    from stabletrain.strategies.ddp_zero1 import DDPZeRO1Strategy as _DDPZeRO1Strategy
     from stabletrain.strategies.fsdp2 import FSDP2Strategy as _FSDP2Strategy
     from stabletrain.strategies.tensor_parallel import TensorParallelStrategy as _TensorParallelStrategy
     from stabletrain.strategies.tensor_parallel_fsdp2 import FSDP2TensorParallelStrategy as _FSDP2TensorParallelStrategy
+
+    class DDPZeRO1Strategy(_DDPZeRO1Strategy, AcceptedByBoth): ...
 
     class FSDP2Strategy(_FSDP2Strategy, AcceptedByBoth): ...
 

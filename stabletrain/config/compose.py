@@ -20,6 +20,7 @@ from stabletrain.config.hydra_session import BASE, RECIPE, hydra_session, is_ins
 from stabletrain.config.overrides import adapted, emptied, group_problem, parse
 from stabletrain.config.problems import ConfigError, Problem, suggestion
 from stabletrain.config.recipe_file import groups_in_defaults
+from stabletrain.config.refused_options import why_unknown
 from stabletrain.config.resolved import missing_keys, resolve_once
 from stabletrain.config.sweep import expand
 from stabletrain.config.yaml_file import read_yaml
@@ -138,7 +139,7 @@ def _compose(file: Path, overrides: list[str], groups: Mapping[str, Mapping[str,
         missing = str(error.missing_cfg_file or "").removesuffix(".yaml").lstrip("/")
         group, _, option = missing.rpartition("/")
         known = groups.get(group, {}) if group else groups
-        text = f"there is no {option!r}{suggestion(option, known)}"
+        text = f"there is no {option!r}{why_unknown(group, option, known)}"
         raise ConfigError([Problem(f"{file}: {group or 'defaults'}", text)]) from None
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError([_translate(error, file)]) from None

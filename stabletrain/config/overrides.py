@@ -10,6 +10,7 @@ from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException, OverrideParseException
 
 from stabletrain.config.problems import ConfigError, Problem, suggestion
+from stabletrain.config.refused_options import why_unknown
 
 _EXPECTED = "expected key=value, group=option or ~key, text with special characters in quotes (key='text')"
 
@@ -89,7 +90,7 @@ def group_problem(override: Override, groups: Mapping[str, Mapping[str, Any]]) -
         )
     if not isinstance(value, str | int | float | bool) or str(override.get_value_element_as_str()) not in options:
         typed = str(override.get_value_element_as_str())
-        return Problem(key, f"there is no option {typed!r}{suggestion(typed, options)}")
+        return Problem(key, f"there is no option {typed!r}{why_unknown(key, typed, options)}")
     return None
 
 

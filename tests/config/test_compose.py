@@ -114,6 +114,10 @@ def test_a_folder_with_spaces_and_quotes(tmp_path: Path) -> None:
         ("precision=16", ["'16'", "choose one of: bf16_mixed"]),
         ("optimizer={lr: 3}", ["optimizer", "choose one of"]),
         ("seed=1,2", ["several values", "add -m"]),
+        ("strategy=fsdp", ["strategy", "there is no option 'fsdp'", "use strategy=fsdp2"]),
+        ("strategy=deepspeed_stage_2", ["in its own engine", "use strategy=fsdp2", "ddp_zero1"]),
+        ("strategy=ddp_spawn", ["starts its processes", "strategy=ddp with launch.processes"]),
+        ("strategy=ddp_notebook", ["starts its processes", "strategy='ddp_notebook'"]),
     ],
 )
 def test_a_wrong_choice_is_one_clear_problem(override: str, words: list[str]) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stabletrain import ClipNorm, Rollback, SkipNonFinite, default_callbacks
+from stabletrain import ClipNorm, ClipUnitwise, Rollback, SkipNonFinite, default_callbacks
 from stabletrain.runtime.stop import TrainingStopped
 
 STRATEGIES = {"ddp": "ddp", "fsdp2": "fsdp2", "zero1": "ddp", "hsdp": "fsdp2"}
@@ -96,16 +96,19 @@ def fit(folder: Path, strategy: str, fault: str, reaction: str) -> Result:
         strategy: one of `STRATEGIES`.
         fault: one of `FAULTS`.
         reaction: ``"bare"`` clips at a norm that nothing reaches and skips; ``"skip"`` clips, too; ``"rollback"`` goes
-            back when steps are skipped in a row; ``"halt"`` stops then.
+            back when steps are skipped in a row; ``"halt"`` stops then; ``"fp16"`` has a loss scaler.
     """
     events, recorder = EventRecorder(), Recorder()
     stack: list[Any] = [ClipNorm(1e6 if reaction == "bare" else 0.5), SkipNonFinite(max_in_a_row=2), recorder, events]
     if reaction == "rollback":
         stack.append(Rollback(every=2, trust_after=1, max_rollbacks=2))
-    times = {"skip": 1, "bare": 1, "rollback": 2, "halt": 100}[reaction]
+    times = {"skip": 1, "bare": 1, "fp16": 1, "rollback": 2, "halt": 100}[reaction]
     folder = folder / f"{strategy}-{fault}-{reaction}".replace(" ", "-")
     make = _spoiling(Hsdp if strategy == "hsdp" else two_ranks.Net)
-    options = {"accumulate_grad_batches": 3} if fault == "micro-batch" else {}
+    options: dict[str, Any] = {"accumulate_grad_batches": 3} if fault == "micro-batch" else {}
+    if reaction == "fp16":
+        options["fp16"] = True
+        stack.append(ClipUnitwise(0.1))
     ended, weights = "", {}
     try:
         weights, _ = two_ranks.train(

@@ -70,6 +70,7 @@ def train(
     *callbacks: Callback,
     make_optimizer: MakeOptimizer,
     make: Callable[[MakeOptimizer], Net] = Net,
+    ckpt_path: str | None = None,
     **options: Any,
 ) -> tuple[dict[str, Tensor], Trainer]:
     """Train on all ranks with a kind of strategy, or on one for None; the whole weights, and the trainer."""
@@ -80,7 +81,7 @@ def train(
     mine = trainer(*callbacks, default_root_dir=folder, use_distributed_sampler=False, **options)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*does not have many workers")
-        mine.fit(module, DataLoader(torch.zeros(BATCHES, 1)))
+        mine.fit(module, DataLoader(torch.zeros(BATCHES, 1)), ckpt_path=ckpt_path)
     whole = {key: p.full_tensor() if isinstance(p, DTensor) else p for key, p in module.named_parameters()}
     return {key: weight.detach().clone() for key, weight in whole.items()}, mine
 

@@ -62,6 +62,7 @@ def found(recipe: str, overrides: str) -> list[tuple[str, str]]:
         ("strategy.strategy=banana", "strategy.strategy", "banana"),
         ("strategy.strategy=ddp_spawn", "strategy.strategy", "use strategy=ddp"),
         ("strategy.strategy=deepspeed", "strategy.strategy", "pip install -U deepspeed"),
+        ("strategy=ddp launch.processes=2 trainer.sync_batchnorm=true", "trainer.sync_batchnorm", "for GPUs only"),
         ("precision.precision=transformer-engine", "precision.precision", "transformer_engine"),
         (f"precision.precision=16-mixed precision.plugins={{_target_:{MIXED},precision:bf16-mixed,device:cpu}}",
          "precision.precision", "together with precision.plugins"),
@@ -110,6 +111,7 @@ def test_mistakes_in_several_parts_are_found_together() -> None:
     "overrides",
     [
         "", "optimizer.fused=true", "optimizer=sgd", "precision=bf16_mixed", "precision=fp16_mixed", "strategy=ddp",
+        "strategy=ddp_static launch.processes=2", "strategy=ddp_zero1 launch.processes=2",
         "precision=fp16_mixed precision.keep_fp32=[BatchNorm2d] precision.fall_back=bf16",
         "precision=bf16_true precision.allow_stalling=true optimizer=sgd", "precision=tf32", "precision=fp64",
         "launch.processes=2", "launch=torchrun", "plugins/checkpoints=save",

@@ -109,6 +109,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         self._watch = PreemptionWatch()
         self._saver: Saver | None = None
         self._directory: Path | None = None
+        self._told_best = ""
         self._saved_at: tuple[int, int] | None = None
         self._run = secrets.token_hex(8)
         self._fitted: weakref.ref[Trainer] | None = None
@@ -128,7 +129,14 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
     def best_model_path(self) -> str:
         """The best checkpoint by ``monitor``, or the newest if there is none; used for ``ckpt_path="best"``."""
         best = None if self._saver is None else self._saver.best(self._run)
-        return str(best.path) if best else self.last or ""
+        return str(best.path) if best else self._told_best or self.last or ""
+
+    @best_model_path.setter
+    def best_model_path(self, path: str) -> None:
+        """Lightning sets it in a process that started the ranks by spawn or fork, where nothing was trained."""
+        self._told_best = path
+        if path:
+            self._directory = Path(path).parent
 
     def save(self, trainer: AnyTrainer, *, wait: bool = False, value: float | None = None) -> Path | None:
         """Save a checkpoint now. Call it on all ranks, between batches.

@@ -55,6 +55,11 @@ class LossScaling:
         """
         return self._scaler is not None and trainer_internals.scaler_found_overflow(self._scaler, optimizer)
 
+    def mark_nonfinite(self, optimizer: Optimizer) -> None:
+        """Another rank has a non-finite gradient in this step: the scaler is to act here as it does there."""
+        if self._scaler is not None:
+            trainer_internals.mark_scaler_overflow(self._scaler, optimizer)
+
     def freeze(self) -> None:
         """Store scale and growth count, because the step is dropped for its content; `put_back` restores them."""
         if self._scaler is not None:

@@ -51,6 +51,7 @@ from stabletrain.runtime.guard.short_windows import ShortWindows
 from stabletrain.runtime.guard.signals import Signals
 from stabletrain.runtime.guard.step_checks import BackwardWatch
 from stabletrain.runtime.guard.step_control import StepControl
+from stabletrain.runtime.guard.strategy_checks import check_accumulation
 from stabletrain.runtime.guard.support import DecisionMode
 from stabletrain.runtime.guard.trained_parameters import TrainedParameters
 from stabletrain.runtime.hidden.hidden_state import HiddenState
@@ -171,7 +172,8 @@ class StepGuard:
         self.is_open = self.is_training = True
 
     def begin(self) -> None:
-        """``on_train_start``: the weights are loaded."""
+        """``on_train_start``: the weights are loaded, and the run's length is known."""
+        check_accumulation(self.trainer)
         self._replicas.begin()
 
     def _start_optimizer(self) -> None:
@@ -568,6 +570,8 @@ class StepGuard:
         if changed:
             self._apply_announced(self.changes.take())
             limits = self._limits()
+        if self.ranks.size > 1 and not math.isfinite(norm):
+            self._scaling.mark_nonfinite(self.control.optimizer)
         scale, overflow = self._scaling.scale, self._scaling.found_nonfinite(self.control.optimizer)
         # a non-finite gradient at a finite loss is an overflow, unless the scale cannot be the cause: the loss scaler
         # drops the step and lowers the scale. It also drops what no rule wants to skip, so NaN is never applied

@@ -14,6 +14,7 @@ from stabletrain.errors import UserError
 from stabletrain.runtime.guard.hooks import check_hooks
 from stabletrain.runtime.guard.loss_scaling import LossScaling
 from stabletrain.runtime.guard.sharded_optimizers import check_sharded
+from stabletrain.runtime.guard.strategy_checks import check_strategy
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.internals.ddp import overlaps_with_ddp
 from stabletrain.runtime.records.event_log import logger
@@ -31,13 +32,9 @@ def check_setup(trainer: Trainer, module: LightningModule, members: Sequence[Cal
         members: the callbacks that share the guard.
 
     Raises:
-        UserError: for a strategy that steps by itself, a second clipper, or a wrong hook (see `check_hooks`).
+        UserError: for a strategy that the guard does not support, a second clipper, or a wrong hook.
     """
-    if trainer_internals.handles_own_steps(trainer):
-        raise UserError(
-            f"{_listed(members)}: {type(trainer.strategy).__name__} accumulates, clips and steps in its own engine. "
-            "Use strategy=ddp or a ModelParallelStrategy (FSDP2), or remove these plugins."
-        )
+    check_strategy(trainer, module, _listed(members))
     clippers = [m for m in members if _clips(m) and not _is_default(m)]
     if trainer.gradient_clip_val and clippers:
         raise UserError(

@@ -31,3 +31,21 @@ def averages_weights_only(trainer: Trainer) -> bool:
 def overlaps_with_ddp(optimizer: Optimizer) -> bool:
     """Whether an optimizer is a ZeroRedundancyOptimizer that steps in a communication hook, during backward."""
     return bool(getattr(optimizer, "_overlap_with_ddp", False))
+
+
+def communication_hook(trainer: Trainer) -> str | None:
+    """The name of the function with which a DDPStrategy is told to send gradients; None: there is none."""
+    strategy = trainer.strategy
+    hook = strategy._ddp_comm_hook if isinstance(strategy, both(DDPStrategy)) else None
+    return None if hook is None else getattr(hook, "__name__", type(hook).__name__)
+
+
+def has_static_graph(trainer: Trainer) -> bool:
+    """Whether a DDPStrategy is told that every step has the same graph."""
+    strategy = trainer.strategy
+    return isinstance(strategy, both(DDPStrategy)) and bool(strategy._ddp_kwargs.get("static_graph"))
+
+
+def converts_batch_norm(trainer: Trainer) -> bool:
+    """Whether a strategy replaces BatchNorm by SyncBatchNorm (``Trainer(sync_batchnorm=True)``)."""
+    return getattr(trainer.strategy, "_layer_sync", None) is not None

@@ -219,6 +219,12 @@ def scaler_found_overflow(scaler: torch.amp.GradScaler, optimizer: Optimizer) ->
     return any(bool(each.item()) for each in found)
 
 
+def mark_scaler_overflow(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
+    """Let the scaler treat this step as an overflow: it will not call ``optimizer.step``, and lowers its scale."""
+    for found in scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values():
+        found.fill_(1.0)
+
+
 def supports_device_decisions(optimizer: Optimizer) -> bool:
     """Whether the optimizer's kernel takes ``grad_scale`` and ``found_inf`` from the device (fused Adam and SGD)."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
