@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -17,13 +18,15 @@ from torch.distributed.tensor import DTensor
 from stabletrain.errors import UserError
 from stabletrain.runtime import rng
 from stabletrain.runtime.internals import model_parallel as internals
-from stabletrain.runtime.internals.packages import ModelParallelStrategy
+from stabletrain.runtime.internals.packages import ModelParallelStrategy, both
 from stabletrain.runtime.internals.stacked_pieces import for_checkpoint
 from stabletrain.strategies.tensor_parallel_check import PlanCheck
 from stabletrain.strategies.tensor_parallel_layers import GradientSums, cut
 from stabletrain.strategies.tensor_parallel_loading import load_checkpoint
 from stabletrain.strategies.tensor_parallel_plan import Assignment, assign, plan_of
 from stabletrain.strategies.tensor_parallel_setup import (
+    check_parameters,
+    check_steps_itself,
     log_single_kernels,
     make_equal,
     prepare_check,
@@ -34,8 +37,24 @@ from stabletrain.strategies.tensor_parallel_setup import (
 TIMEOUT = timedelta(minutes=30)
 """Lightning's."""
 
-_CUT: WeakKeyDictionary[nn.Module, tuple[int, Assignment]] = WeakKeyDictionary()
-"""The modules that are cut already, as they are after a fit, by how many ranks, and how."""
+
+@dataclass
+class _Cut:
+    """What is known of a module that is cut.
+
+    Args:
+        degree: over how many ranks.
+        assigned: how.
+        check: still to be run; None: there is nothing to check any more.
+    """
+
+    degree: int
+    assigned: Assignment
+    check: PlanCheck | None
+
+
+_CUT: WeakKeyDictionary[nn.Module, _Cut] = WeakKeyDictionary()
+"""The modules that are cut already, as they are after a fit or a validation."""
 
 
 class TensorParallelStrategy(ModelParallelStrategy):
@@ -107,7 +126,10 @@ class TensorParallelStrategy(ModelParallelStrategy):
         Raises:
             UserError: see `assign`.
         """
-        if module not in _CUT:
+        makes_layers_later = type(module).configure_model not in [
+            each.configure_model for each in both(LightningModule)
+        ]
+        if module not in _CUT and not makes_layers_later:
             self._assign(module, processes)
 
     def _assign(self, module: LightningModule, processes: int) -> Assignment:
@@ -137,35 +159,45 @@ class TensorParallelStrategy(ModelParallelStrategy):
         module = cast(LightningModule, self.lightning_module)
         self.accelerator.setup(trainer)
         is_fit = trainer.state.fn == "fit"
-        degree = self.device_mesh["tensor_parallel"].size()
-        if module in _CUT:
-            before, assigned = _CUT[module]
-            if before != degree:
-                raise UserError(
-                    f"{type(self).__name__}: the module is cut for {before} processes already; make a new one"
-                )
-        else:
-            assigned = self._assign(module, self.world_size)
-            internals.materialize(module, self.root_device)
-            self.model = self.precision_plugin.convert_module(self.model)
-            self.model_to_device()
-            make_equal(module)
-            if is_fit:
-                name = type(self).__name__
-                self._plan_check = prepare_check(module, assigned, self.device_mesh, name, self.check)
-            cut(module, assigned, self.device_mesh["tensor_parallel"])
-            self._shard_further(module, assigned)
-            _CUT[module] = degree, assigned
+        if is_fit and self.check:
+            check_steps_itself(module, type(self).__name__)
+        whole = set(module.parameters())
+        known = self._known(module) or self._cut(module)
+        self._plan_check = known.check if is_fit else None
         if self.device_mesh["data_parallel"].size() == 1:
             # all ranks see all data, in the order in which one process would; Lightning's sampler would shuffle it
             internals.use_own_sampler(trainer)
-        self._gradient_sums = GradientSums(self._sums(module, assigned))
+        self._gradient_sums = GradientSums(self._sums(module, known.assigned))
         use_equal_random_numbers(self.device_mesh["tensor_parallel"])
         self.barrier()
         if is_fit:
             self.setup_optimizers(trainer)
+            check_parameters(self.optimizers, whole - set(module.parameters()), type(self).__name__)
             log_single_kernels(use_single_kernels(self.optimizers), type(self).__name__)
         self.setup_precision_plugin()
+
+    def _known(self, module: LightningModule) -> _Cut | None:
+        """What is known of a module that is cut already; None: it is not."""
+        known, degree = _CUT.get(module), self.device_mesh["tensor_parallel"].size()
+        if known is not None and known.degree != degree:
+            raise UserError(
+                f"{type(self).__name__}: {type(module).__name__} is cut for {known.degree} processes already, not for "
+                f"{degree}; make a new one"
+            )
+        return known
+
+    def _cut(self, module: LightningModule) -> _Cut:
+        """Cut a module, and keep a copy of the whole one for the check."""
+        assigned, mesh = self._assign(module, self.world_size), self.device_mesh["tensor_parallel"]
+        internals.materialize(module, self.root_device)
+        self.model = self.precision_plugin.convert_module(module)
+        self.model_to_device()
+        make_equal(module)
+        check = prepare_check(module, assigned, self.device_mesh, type(self).__name__, self.check)
+        cut(module, assigned, mesh)
+        self._shard_further(module, assigned)
+        _CUT[module] = _Cut(mesh.size(), assigned, check)
+        return _CUT[module]
 
     def _shard_further(self, module: LightningModule, assigned: Assignment) -> None:
         """Shard the cut module over the ranks that see different data; here there are none."""
@@ -185,7 +217,7 @@ class TensorParallelStrategy(ModelParallelStrategy):
         if self._plan_check is not None:
             module = cast(LightningModule, self.lightning_module)
             if self._plan_check.run(module, module.trainer, args):
-                self._plan_check = None
+                self._plan_check = _CUT[module].check = None
         return super().training_step(*args, **kwargs)
 
     def pre_backward(self, closure_loss: Tensor) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
@@ -51,7 +51,7 @@ def prepare_check(
         wanted: whether to compare; otherwise that is logged.
 
     Raises:
-        UserError: if the module cannot be copied, or steps by hand.
+        UserError: if the module cannot be copied.
     """
     if not wanted:
         if dist.get_rank() == 0:
@@ -61,10 +61,6 @@ def prepare_check(
             )
         return None
     name = type(module).__name__
-    if not module.automatic_optimization:
-        raise UserError(
-            f"{owner}: the plan is checked by a call of training_step, in which {name} would step by hand. {UNCHECKED}"
-        )
     try:
         whole = copy.deepcopy(module, {id(mesh): mesh})
     except Exception as error:
@@ -73,6 +69,36 @@ def prepare_check(
             f"{UNCHECKED}"
         ) from error
     return PlanCheck(whole, assigned, mesh["tensor_parallel"], owner)
+
+
+def check_steps_itself(module: LightningModule, owner: str) -> None:
+    """Refuse a module with manual optimization, whose ``training_step`` the check would call.
+
+    Args:
+        module: that is trained.
+        owner: name of the strategy's class, for messages.
+    """
+    if not module.automatic_optimization:
+        raise UserError(
+            f"{owner}: the plan is checked by a call of training_step, in which {type(module).__name__} would step by "
+            f"hand. {UNCHECKED}"
+        )
+
+
+def check_parameters(optimizers: Iterable[Optimizer], replaced: Collection[Tensor], owner: str) -> None:
+    """Refuse an optimizer of the parameters that the module had before it was cut: they are not its own any more.
+
+    Args:
+        optimizers: of the fit.
+        replaced: these parameters.
+        owner: name of the strategy's class, for messages.
+    """
+    for optimizer in optimizers:
+        if any(p in replaced for group in optimizer.param_groups for p in group["params"]):
+            raise UserError(
+                f"{owner}: {type(optimizer).__name__} has the parameters from before the module was cut, and would "
+                "train nothing. Make it in configure_optimizers, from self.parameters()"
+            )
 
 
 def use_single_kernels(optimizers: Iterable[Optimizer]) -> list[str]:

@@ -209,8 +209,24 @@ def wrong_plans(folder: Path) -> dict[str, str]:
     found["right"] = message_of(folder, Recorded(qk_norm=True))
     found["unchecked"] = message_of(folder, Recorded(qk_norm=True), plan=cases["no partial"], check=False)
     found["nan at first"] = message_of(folder, Recorded(qk_norm=True, nan_at=(0, 1)), plan=cases["no partial"])
+    found["early optimizer"] = message_of(folder, EarlyOptimizer())
+    validated, chosen = Recorded(qk_norm=True), {"plan": cases["no partial"]}
+    options = {"devices": 2, "default_root_dir": folder, "use_distributed_sampler": False}
+    trainer(strategy=strategy("tensor_parallel", **chosen), **options).validate(validated, DataLoader(batches(1), 4))
+    found["after a validation"] = message_of(folder, validated, **chosen)
     found["other batches"] = message_of(folder, OtherBatches())
     return found
+
+
+class EarlyOptimizer(Recorded):
+    """Makes its optimizer before it is cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made = torch.optim.SGD(self.parameters(), 0.1)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.made
 
 
 class OtherBatches(Recorded):

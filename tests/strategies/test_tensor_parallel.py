@@ -51,6 +51,8 @@ def test_wrong_plans_are_refused_before_the_first_step(tmp_path: Path) -> None:
     assert "the output of net differs from that of the whole module by 0.1" in mine["equal parts"]
     assert "Add 'net.blocks.0.attention.query_norm': 'partial'" in mine["no partial"]
     assert "Remove the style 'partial' of net.norm" in mine["partial outside"]
+    assert mine["after a validation"] == mine["no partial"]
+    assert "SGD has the parameters from before the module was cut" in mine["early optimizer"]
     for name in ("heads not divided", "no rowwise"):
         assert "the cut module fails in training_step (RuntimeError" in mine[name], mine[name]
     assert "Add 'net.blocks.0.attention.query_norm': 'partial'" in mine["nan at first"]  # found at the second batch

@@ -129,3 +129,8 @@ else:
 
     class ModelParallelStrategy(*both(lightning_pytorch.strategies.ModelParallelStrategy)):
         """A strategy that shards the model, for the Trainers of both packages."""
+
+        def optimizer_step(self, optimizer, closure, model=None, **kwargs):
+            """As Lightning's, which accepts modules of its own package only."""
+            model = model or self.lightning_module
+            return self.precision_plugin.optimizer_step(optimizer, model=model, closure=closure, **kwargs)
