@@ -86,8 +86,8 @@ def test_quick_ones_are_exact(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_they_are_exact(tmp_path: Path) -> None:
-    """Bugs: as above; the values of each rank's own seed; a validation with each rank's statistics; modules kept in fp32
-    are gathered together with others."""
+    """Bugs: as above; the values of each rank's own seed; a validation with each rank's statistics; modules kept in
+    fp32 are gathered together with others."""
     found = trained(tmp_path, EXACT)
     assert_exact(found)
     assert all(len(fsdp.validated) == 2 * (1 + 2) for _, fsdp in found["validation"])
