@@ -126,7 +126,8 @@ def test_replicas_of_shards(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "what", ["meta", "phases", "second_fit", "manual", "unfrozen", "other_package", "lightnings_checkpoints"]
+    "what",
+    ["meta", "phases", "second_fit", "manual", "unfrozen", "other_package", "lightnings_checkpoints", "inference_mode"],
 )
 def test_uses(what: str, tmp_path: Path) -> None:
     """Bugs are named in the functions of `sharded_uses`, which make the assertions."""
