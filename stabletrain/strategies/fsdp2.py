@@ -157,6 +157,13 @@ class _FSDP2(ModelParallelMethods):
         self._check_before(trainer, module)
         internals.set_data_parallel_size(self, self.num_processes * self.num_nodes)
         super().setup_environment()
+        for loop in (
+            trainer.fit_loop.epoch_loop.val_loop,
+            trainer.validate_loop,
+            trainer.test_loop,
+            trainer.predict_loop,
+        ):
+            loop.inference_mode = False  # hooks may call the module, too: see _no_inference_tensors
         module.__dict__.pop(_METHOD, None)
         users = module.configure_model
 
@@ -274,7 +281,7 @@ class _FSDP2(ModelParallelMethods):
                 self._synchronize_buffers()
             # as in DistributedDataParallel: once before the first forward after one whose gradients were reduced
             self._buffers_may_differ = torch.is_grad_enabled() and not self._window_is_open
-            with self._translated():
+            with self._translated(), _no_inference_tensors():
                 return internals.call_through_root(self, method, *args, **kwargs)
 
     def _synchronize_buffers(self) -> None:
@@ -346,6 +353,16 @@ class _FSDP2(ModelParallelMethods):
     def _reshard(self) -> None:
         root: Any = self.model
         root.reshard()
+
+
+@contextlib.contextmanager
+def _no_inference_tensors() -> Iterator[None]:
+    """In place of torch's inference mode, in which whole weights would be made that no later backward may use."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 if TYPE_CHECKING:

@@ -203,3 +203,21 @@ def lightnings_checkpoints(folder: Path) -> None:
         assert resumed.losses == whole.losses[4:]
         first = copied(whole)
         assert all(torch.equal(first[key], value) for key, value in copied(resumed).items())
+
+
+def inference_mode(folder: Path) -> None:
+    """Bug: an evaluation in torch's inference mode, which Lightning uses with nccl, gathers weights that the next backward
+    cannot use."""
+    from fits import Callback
+
+    class Evaluate(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx in (0, 2):
+                with torch.inference_mode():
+                    trainer.strategy.validation_step(batch, batch_idx)
+
+    modules = [sharded_modules.Scalar(), sharded_modules.Scalar()]
+    for module, strategy in zip(modules, (ddp(), FSDP2Strategy()), strict=True):
+        fit(folder, module, strategy, Evaluate())
+    assert len(modules[1].validated) == 2
+    _assert_alike(*modules)

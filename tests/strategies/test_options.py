@@ -86,8 +86,8 @@ def test_quick_ones_are_exact(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_they_are_exact(tmp_path: Path) -> None:
-    """Bugs: as above; the values of each rank's own seed; a validation with each rank's statistics; modules kept in fp32
-    are gathered together with others."""
+    """Bugs: as above; the values of each rank's own seed; a validation with each rank's statistics; modules kept in
+    fp32 are gathered together with others."""
     found = trained(tmp_path, EXACT)
     assert_exact(found)
     assert all(len(fsdp.validated) == 2 * (1 + 2) for _, fsdp in found["validation"])
@@ -126,7 +126,8 @@ def test_replicas_of_shards(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "what", ["meta", "phases", "second_fit", "manual", "unfrozen", "other_package", "lightnings_checkpoints"]
+    "what",
+    ["meta", "phases", "second_fit", "manual", "unfrozen", "other_package", "lightnings_checkpoints", "inference_mode"],
 )
 def test_uses(what: str, tmp_path: Path) -> None:
     """Bugs are named in the functions of `sharded_uses`, which make the assertions."""
