@@ -54,7 +54,8 @@ def test_all_pairs_of_strategies_and_sizes(tmp_path: Path, capsys: pytest.Captur
         for rank, found in enumerate(on_ranks(moving.resume_each, size, tmp_path, kinds, names, limit=400)):
             for kind in kinds:
                 for source, other in sources:
-                    same = other == size and (source == kind or {source, kind} <= {*AT_TWO})
+                    alike = {*AT_TWO} if size == 2 else {"ddp", "zero1"}  # gloo's sums of 4 depend on the collective
+                    same = other == size and (source == kind or {source, kind} <= alike)
                     assert_continues(found[f"{source}-{other}", kind], saved[size][rank][kind], same)
                     pairs += rank == 0
     for name in names:
