@@ -117,7 +117,8 @@ def test_mistakes_in_several_parts_are_found_together() -> None:
         "launch.processes=2", "launch=torchrun", "plugins/checkpoints=save",
         "trainer.limit_train_batches=1.0", "trainer.val_check_interval=0.5", "schedule=cosine",
         "chaos=nan_grad chaos.at_step=1", "plugins/accumulate=fixed plugins.accumulate.target_samples=128",
-        "plugins/accumulate=scheduled plugins.accumulate.schedule={0:1,1e9tok:8} plugins.accumulate.tokens_per_sample=8",
+        "plugins/accumulate=scheduled plugins.accumulate.tokens_per_sample=8 "
+        "plugins.accumulate.schedule={0:1,1e9tok:8}",
         "launch=slurm trainer.accelerator=gpu launch.processes=8 launch.nodes=4 strategy.strategy=fsdp",
     ],
 )  # fmt: skip
