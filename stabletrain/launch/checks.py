@@ -30,7 +30,7 @@ from stabletrain.errors import UserError
 from stabletrain.launch.assemble import Assembled, Parts, assembled, build_model, build_parts
 from stabletrain.runtime import rng
 from stabletrain.runtime.guard.callbacks import GuardMember
-from stabletrain.runtime.guard.strategy_checks import check_without_gpu
+from stabletrain.runtime.guard.strategy_checks import check_settings
 from stabletrain.runtime.guard.support import check_setup, decides_on_device
 from stabletrain.runtime.signal_watch import SignalWatch
 
@@ -149,7 +149,7 @@ def _build(
                     attempt(key, partial(check, trainer, module, [optimizer]))
             members = [callback for _, callback in parts.callbacks if isinstance(callback, GuardMember)]
             if not members:
-                attempt("strategy", lambda: check_without_gpu(trainer, module))
+                attempt("strategy", lambda: check_settings(trainer, module))
             if members:
                 attempt("plugins", lambda: check_setup(trainer, module, members))
                 if optimizer is not None:

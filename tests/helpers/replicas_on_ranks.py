@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from stabletrain import Guard, SkipNonFinite, UserError
+from stabletrain import AccumulateFixed, Guard, SkipNonFinite, UserError
 
 
 def rank() -> int:
@@ -167,6 +167,16 @@ def zero(parameters: Any) -> torch.optim.Optimizer:
     return ZeroRedundancyOptimizer(parameters, NeverSteps, lr=0.01)
 
 
+class Silent(SkipNonFinite):
+    """A plugin, first in the list, whose hook does not call the one of its base class."""
+
+    def __init__(self) -> None:
+        super().__init__(name="silent")
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        return
+
+
 class RateFromZero(Callback):
     """A learning rate of 0 in the first step, as a warmup has."""
 
@@ -199,6 +209,8 @@ def cases() -> dict[str, Case]:
         "damaged": ("ddp", WeightDamagedOnOne, sgd, []),
         "overlap": ("ddp", two_ranks.Net, overlapped, []),
         "no step": ("ddp", two_ranks.Net, zero, []),
+        "static": (DDPStrategy(static_graph=True, **gloo), two_ranks.Net, sgd, [AccumulateFixed(micro_batches=2)]),
+        "leader without a word": ("tp", OtherSeed, sgd, [Silent()]),
         "no step, sharded": ("fsdp2", two_ranks.Net, lambda p: NeverSteps(p, 0.01), []),
     }
 
@@ -217,9 +229,8 @@ def fits(folder: Path, size: int) -> dict[str, tuple[str, int, list[Tensor]]]:
     for name, (kind, module, optimizer, callbacks) in (cases() if size == 2 else cases_of_four()).items():
         seen = Steps()
         try:
-            weights, _ = two_ranks.train(
-                folder, kind, SkipNonFinite(), *callbacks, seen, make_optimizer=optimizer, make=module
-            )
+            stack = [*callbacks, SkipNonFinite(), seen]
+            weights, _ = two_ranks.train(folder, kind, *stack, make_optimizer=optimizer, make=module)
             found[name] = ("", seen.applied, list(weights.values()))
         except UserError as error:
             found[name] = (str(error), seen.applied, [])

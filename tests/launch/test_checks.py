@@ -62,6 +62,8 @@ def found(recipe: str, overrides: str) -> list[tuple[str, str]]:
         ("strategy.strategy=banana", "strategy.strategy", "banana"),
         ("strategy.strategy=ddp_spawn", "strategy.strategy", "use strategy=ddp"),
         ("strategy.strategy=deepspeed", "strategy.strategy", "pip install -U deepspeed"),
+        ("strategy=ddp_static launch.processes=2 plugins/accumulate=fixed plugins.accumulate.micro_batches=2",
+         "plugins", "static_graph=True"),
         ("strategy=ddp launch.processes=2 trainer.sync_batchnorm=true", "trainer.sync_batchnorm", "for GPUs only"),
         ("precision.precision=transformer-engine", "precision.precision", "transformer_engine"),
         (f"precision.precision=16-mixed precision.plugins={{_target_:{MIXED},precision:bf16-mixed,device:cpu}}",

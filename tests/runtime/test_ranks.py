@@ -42,6 +42,7 @@ def test_a_strategy_is_asked_who_averages(strategy: Any, placement: str) -> None
     assert ranks.placement(torch.nn.Parameter(torch.ones(2))) == placement
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
     """Bugs: a rank without a loss that the others wait for for ever; its silence counted as a loss of 0; a NaN or a
     flag that one rank alone sees; equal copies of tensor parallel ranks, which see the same data, taken for others."""

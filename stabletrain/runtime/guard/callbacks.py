@@ -205,9 +205,7 @@ class GuardMember(Callback, metaclass=HiddenFields):
                 convert_when_loading(trainer, once=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The weights are loaded. Warn if the fit resumes from a checkpoint that holds no state of this plugin."""
-        if self._leads and self._guard is not None:
-            self._guard.begin()
+        """Warn if the fit resumes from a checkpoint that holds no state of this plugin."""
         if trainer_internals.resumes_from_checkpoint(trainer) and not self._loaded:
             rank_zero_warn(f"the checkpoint holds no state of {self.state_key}: its history starts empty")
 

@@ -137,6 +137,7 @@ class StepGuard:
         self._attempted = 0
         """Steps that were decided in the batch in progress."""
         self.is_open = False
+        self._has_begun = False
         self.is_training = False
         """As ``is_open``, but only until the training loop has ended."""
         self._control: StepControl | None = None
@@ -155,6 +156,7 @@ class StepGuard:
         self._replicas = ReplicaCheck(self.trainer, self.module, self.ranks)
         self._replicas.open(self.trainer.optimizers)
         self._missing_losses = MissingLosses(self.trainer, self.module)
+        self._has_begun = False
         self._undo = [trainer_internals.before_checkpoint(self.trainer, self._before_checkpoint)]
         self._undo.append(self._missing_losses.undo)
         if self.module.automatic_optimization:
@@ -170,11 +172,6 @@ class StepGuard:
         self._unstepped = set(self._optimizers)
         self._log_every = trainer_internals.log_interval(self.trainer)
         self.is_open = self.is_training = True
-
-    def begin(self) -> None:
-        """``on_train_start``: the weights are loaded, and the run's length is known."""
-        check_accumulation(self.trainer)
-        self._replicas.begin()
 
     def _start_optimizer(self) -> None:
         """What is known of an optimizer before its first step."""
@@ -226,6 +223,10 @@ class StepGuard:
 
     def start_batch(self) -> None:
         """``on_train_batch_start``: copy the buffers before the first micro-batch of a window."""
+        if not self._has_begun:
+            self._has_begun = True
+            check_accumulation(self.trainer)  # plans of windows need the train loader
+            self._replicas.begin()  # strategies that shard load the weights after `open`
         if self._manual is not None:
             for i in self._optimizers:
                 if not self._manual.windows[i].may_be_open:

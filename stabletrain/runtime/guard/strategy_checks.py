@@ -39,11 +39,11 @@ def check_strategy(trainer: Trainer, module: LightningModule, plugins: str) -> N
             "shards to itself: each rank would decide on numbers of its own. Use FSDP2 (a ModelParallelStrategy with "
             "fully_shard), or strategy=ddp, or remove these plugins."
         )
-    check_without_gpu(trainer, module)
+    check_settings(trainer, module)
 
 
-def check_without_gpu(trainer: Trainer, module: LightningModule) -> None:
-    """Raise an error for what Lightning ignores, or torch cannot do, with several processes on the CPU.
+def check_settings(trainer: Trainer, module: LightningModule) -> None:
+    """Raise an error for settings that Lightning ignores, or torch fails with in the first steps.
 
     Args:
         trainer: in ``setup`` of a fit, or before it.
@@ -52,6 +52,7 @@ def check_without_gpu(trainer: Trainer, module: LightningModule) -> None:
     Raises:
         UserError: says what to use instead.
     """
+    check_accumulation(trainer)
     if trainer.world_size == 1 or not isinstance(trainer.accelerator, both(CPUAccelerator)):
         return
     if hook := ddp.communication_hook(trainer):
@@ -73,7 +74,7 @@ def check_accumulation(trainer: Trainer) -> None:
     """Raise an error for a static graph of DistributedDataParallel together with gradient accumulation.
 
     Args:
-        trainer: in a fit; its length is known.
+        trainer: in ``setup`` of a fit, or before it; again in it, since some plans of windows need the train loader.
 
     Raises:
         UserError: says what to use instead.

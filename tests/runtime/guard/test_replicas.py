@@ -26,6 +26,8 @@ EXPECTED = {
     "unfrozen": ([NOT_AVERAGED, "net.0.weight, net.0.bias on 2 ranks", "require gradients from the start"], 3),
     "frozen differs": ([AT_START, "net.1.weight (ranks 0, 1) differs"], 0),
     "other seed": ([AT_START, "net.3.weight (ranks 0, 1) differs", "seed_everything"], 0),
+    "leader without a word": ([AT_START, "net.3.weight (ranks 0, 1) differs"], 0),
+    "static": (["static_graph=True", "windows of 2 micro-batches"], 0),
     "missing": ([AT_START, "more.weight (missing on rank 0), more.bias (missing on rank 0)"], 0),
     "partial": ([AFTER_STEP, "net.1.weight (ranks 0, 1) differs", "sum it over the group"], 0),
     "partial, warmup": ([AFTER_STEP, "net.1.weight (ranks 0, 1) differs"], 1),

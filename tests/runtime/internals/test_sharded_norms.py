@@ -14,7 +14,7 @@ COLLECTIVES = {"replicas": 1, "pending": 2, "2-d and a part": 2}
 """For all others 1: the sum of squares. A pending sum is carried out first."""
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_every_kind_of_shard(size: int, tmp_path: Path) -> None:
     """Bugs: norms of shards instead of tensors; copies on a mesh's other dimension counted twice; a collective for each
     tensor; a rank with an empty shard that hangs; a NaN or Inf that one rank alone sees, or that vanishes."""
