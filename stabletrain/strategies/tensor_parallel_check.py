@@ -133,8 +133,8 @@ class PlanCheck:
         dist.all_gather_object(found, digest.digest(), group=self._mesh.get_group())
         if any(_gathered(len(set(found)) > 1)):
             raise UserError(
-                f"{self._owner}: the processes of a tensor-parallel group got different first batches, but compute each "
-                "step together. Call seed_everything before data are made or drawn at random, let data depend on "
+                f"{self._owner}: the processes of a tensor-parallel group got different first batches, but compute "
+                "each step together. Call seed_everything before data are made or drawn at random, let data depend on "
                 "trainer.distributed_sampler_kwargs['rank'] instead of the process's rank, and let random augmentation "
                 "in data-loader workers not depend on the rank"
             )

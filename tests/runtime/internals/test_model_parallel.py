@@ -17,8 +17,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from stabletrain.runtime.internals import model_parallel
 from stabletrain.runtime.internals.packages import ModelParallelStrategy as OfBoth
 from stabletrain.runtime.internals.packages import both
-from stabletrain.runtime.internals.trainer import supports_device_decisions
 from stabletrain.runtime.internals.stacked_pieces import for_checkpoint, pieces_of
+from stabletrain.runtime.internals.trainer import supports_device_decisions
 
 
 def stacked(folder: Path) -> None:
