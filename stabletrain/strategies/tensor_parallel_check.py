@@ -133,10 +133,10 @@ class PlanCheck:
         dist.all_gather_object(found, digest.digest(), group=self._mesh.get_group())
         if any(_gathered(len(set(found)) > 1)):
             raise UserError(
-                f"{self._owner}: the processes of a tensor-parallel group got different first batches, and compute "
-                "each step together. Let Lightning set the sampler (use_distributed_sampler=True), or let the data "
-                "depend on trainer.distributed_sampler_kwargs['rank'], not on the process's rank; random augmentation "
-                "in data-loader workers needs a seed that does not depend on the rank"
+                f"{self._owner}: the processes of a tensor-parallel group got different first batches, but compute "
+                "each step together. Call seed_everything before data are made or drawn at random, let data depend on "
+                "trainer.distributed_sampler_kwargs['rank'] instead of the process's rank, and let random augmentation "
+                "in data-loader workers not depend on the rank"
             )
 
     def _reference(self, trainer: Trainer, arguments: tuple[Any, ...]) -> tuple[Computed | None, _Call]:
