@@ -24,6 +24,7 @@ _GROUPS = {
     "trainer": "Which arguments does Lightning's Trainer get?",
     "logger": "Where are metrics, parameters and artifacts recorded?",
     "launch": "Where and how are the training processes started?",
+    "debug": "How is a recipe scaled down, to see that it runs? (+debug=OPTION)",
     "chaos": "Which fault is made on purpose, to see what the plugins do? (+chaos=OPTION)",
 }
 """What the options of a group answer; slots have their question in none.yaml."""

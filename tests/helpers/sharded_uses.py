@@ -206,8 +206,8 @@ def lightnings_checkpoints(folder: Path) -> None:
 
 
 def inference_mode(folder: Path) -> None:
-    """Bug: an evaluation in torch's inference mode, which Lightning uses with nccl, gathers weights that the next backward
-    cannot use."""
+    """Bug: an evaluation in torch's inference mode, which Lightning uses with nccl, gathers weights that the next
+    backward cannot use."""
     from fits import Callback
 
     class Evaluate(Callback):

@@ -66,7 +66,10 @@ def forget_unreduced_gradients(root: nn.Module) -> None:
             groups = [getattr(state, "_fsdp_param_group", None)]
         for group in groups:
             for parameter in group.fsdp_params if group is not None else ():
-                parameter.unsharded_accumulated_grad = None
+                parameter.unsharded_accumulated_grad = None  # where gradients are reduced in another dtype
+                whole = getattr(parameter, "_unsharded_param", None)
+                if whole is not None:
+                    whole.grad = None
 
 
 def unscale_apart(scaler: torch.amp.GradScaler) -> Callable[[], None]:
