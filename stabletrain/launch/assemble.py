@@ -23,6 +23,7 @@ from stabletrain.launch.interrupt import SaveAndStop
 from stabletrain.launch.progress import progress_bar
 from stabletrain.optim.build import build_optimizer, replace_configure_optimizers
 from stabletrain.optim.options import KEY, group_options
+from stabletrain.runtime.checkpoints.collecting import divides_with_dtensors
 from stabletrain.runtime.checkpoints.lightning_io import check_when_reading
 from stabletrain.runtime.guard.options import Guard, changed_options
 from stabletrain.runtime.internals.trainer import reads_own_checkpoints
@@ -62,7 +63,7 @@ class Assembled:
         """
         weights_only = None if self.resume is None else True
         if self.resume is not None:
-            if not reads_own_checkpoints(self.trainer):
+            if divides_with_dtensors(self.trainer) or not reads_own_checkpoints(self.trainer):
                 check_when_reading(self.trainer)
             explain_mismatch(self.trainer.strategy, self.resume)
         self.trainer.fit(self.model, datamodule=self.data, ckpt_path=self.resume, weights_only=weights_only)

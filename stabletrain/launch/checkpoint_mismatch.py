@@ -27,12 +27,16 @@ def explain_mismatch(strategy: Strategy, path: str) -> None:
     def load_model_or_explain(*args: Any, **kwargs: Any) -> None:
         try:
             load_model(*args, **kwargs)
+        except UserError:
+            raise
         except _MISMATCH_ERRORS as error:
             raise _mismatch("model", path, _first_line(error)) from error
 
     def load_optimizers_or_explain(*args: Any, **kwargs: Any) -> None:
         try:
             load_optimizers(*args, **kwargs)
+        except UserError:
+            raise
         except _MISMATCH_ERRORS as error:
             raise _mismatch("optimizer", path, _first_line(error)) from error
         # torch replaces the options of the groups without a check: SGD then fails at its first step

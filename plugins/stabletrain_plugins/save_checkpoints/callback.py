@@ -18,7 +18,9 @@ from stabletrain.core.intervals import SaveTriggers
 from stabletrain.core.lengths import LengthLike
 from stabletrain.errors import UserError, require
 from stabletrain.runtime.accumulation import AccumulationWindow
+from stabletrain.runtime.checkpoints.collecting import collect, divides_with_dtensors, is_divided
 from stabletrain.runtime.checkpoints.data_only import naming_optimizers
+from stabletrain.runtime.checkpoints.divided_saver import DividedSaver
 from stabletrain.runtime.checkpoints.lightning_io import check_when_reading
 from stabletrain.runtime.checkpoints.loading import newest
 from stabletrain.runtime.checkpoints.manifest import CheckpointInfo
@@ -62,8 +64,9 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
             one is kept too. None: no metric.
         mode: whether the smallest (``"min"``) or the largest (``"max"``) value of ``monitor`` is best.
         tokens_per_step: tokens in one step over all ranks, > 0; only for intervals in tokens.
-        background: write from a copy in memory, which takes as much memory as the checkpoint, on rank 0; False:
-            training waits for every write.
+        background: write from a copy in memory, which takes as much memory as the checkpoint, on rank 0; of a divided
+            model (FSDP2, tensor parallel) or optimizer (ZeroRedundancyOptimizer), as this rank's part, on each rank.
+            False: training waits for every write.
         on_sigterm: on SIGTERM save after the batch, and end the process with exit code 143.
 
     Raises:
@@ -101,7 +104,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         self._reset()
 
     def _reset(self) -> None:
-        self._active = self._checked = self._watching = False
+        self._active = self._checked = self._watching = self._divided = False
         self._triggers = SaveTriggers(self.every, _EVERY)
         self._watch = PreemptionWatch()
         self._saver: Saver | None = None
@@ -143,7 +146,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         return self._save(cast(Trainer, trainer), wait, value)
 
     def _save(self, trainer: Trainer, wait: bool, value: float | None) -> Path | None:
-        checkpoint = trainer_internals.dump_checkpoint(trainer)
+        checkpoint = self._collect(trainer)
         self._saved_at = _position(trainer)
         self._triggers.saved(time.monotonic())
         if self._saver is not None:
@@ -177,11 +180,11 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let ``ckpt_path`` accept folders of checkpoints, and determine the folder to write to."""
-        if trainer_internals.reads_own_checkpoints(trainer):
+        if trainer_internals.reads_own_checkpoints(trainer) and not divides_with_dtensors(trainer):
             raise UserError(
-                f"save_checkpoints: expected a strategy that gathers the checkpoint on rank 0, got "
-                f"{type(trainer.strategy).__name__}, which writes its own format. Use Lightning's ModelCheckpoint "
-                "(plugins/checkpoints=none), or strategy=ddp"
+                "save_checkpoints: expected a strategy that gathers the checkpoint on rank 0, or divides the model "
+                f"with DTensors (FSDP2, tensor parallel), got {type(trainer.strategy).__name__}, which writes its own "
+                "format. Use Lightning's ModelCheckpoint (plugins/checkpoints=none), or strategy=ddp"
             )
         self._restore_reading()  # of a fit that an exception has ended
         self._undo_reading = check_when_reading(trainer)
@@ -198,9 +201,6 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
             self._epoch = EpochState(trainer, self.plugin)
         self._active = not trainer_internals.is_fast_dev_run(trainer)
         self._recipe = recipe_hash(Path(trainer.default_root_dir), but=("chaos",))
-        if self._active and trainer.is_global_zero:
-            retention = Retention(last=self.keep_last, metric=self.monitor, mode=self.mode)
-            self._saver = Saver(Store(self._directory, retention), self.background, f"the interval ({_EVERY})")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the intervals and handle SIGTERM: the run's length is known, and Lightning's handlers are installed."""
@@ -208,12 +208,13 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
             loader_internals.begin_next_epoch(trainer)
         if not self._active:
             return
+        self._saver = self._new_saver(trainer)
         run = run_length(trainer, self.tokens_per_step)
         self._triggers.start(run, trainer.global_step, time.monotonic())
         self._watching = self.on_sigterm and self._watch.take_over(trainer)
         # decides whether collectives are called, so all ranks must agree
         self._watching = bool(trainer.strategy.broadcast(self._watching))
-        if self._saver is not None:
+        if self._saver is not None and trainer.is_global_zero:
             self._saver.begin(self._run)
             if self._loaded_recipe and self._recipe and self._loaded_recipe != self._recipe:
                 logger.warning(
@@ -261,7 +262,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
                 f"{self.monitor!r}; there are: {known} (config key plugins.checkpoints.monitor)"
             )
         value = float(trainer.strategy.broadcast(float(trainer.callback_metrics[metric])))
-        is_best = self._saver is not None and self._saver.is_best(self._run, value)
+        is_best = self._saver is not None and trainer.is_global_zero and self._saver.is_best(self._run, value)
         if trainer.strategy.broadcast(is_best):
             self.save(trainer, value=value)
 
@@ -273,6 +274,8 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
             self.save(trainer)
         self.wait()
         trainer.strategy.barrier("stabletrain.save_checkpoints")
+        if self._saver is not None:
+            self._saver.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Finish an unfinished write; the state of a failed run is not saved."""
@@ -317,6 +320,18 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
             self._epoch.close()
             self._epoch = None
 
+    def _new_saver(self, trainer: Trainer) -> Saver | None:
+        """On rank 0, or on all if each has a part of the state."""
+        assert self._directory is not None
+        store = Store(self._directory, Retention(last=self.keep_last, metric=self.monitor, mode=self.mode))
+        self._divided, setting = is_divided(trainer), f"the interval ({_EVERY})"
+        if self._divided:
+            return DividedSaver(store, trainer, self.background, setting)
+        return Saver(store, self.background, setting) if trainer.is_global_zero else None
+
+    def _collect(self, trainer: Trainer) -> dict[str, Any]:
+        return collect(trainer) if self._divided else trainer_internals.dump_checkpoint(trainer)
+
     def _is_due(self, trainer: Trainer) -> bool:
         """Whether a checkpoint is due, by the clock of any rank; the same on all ranks."""
         due = self._triggers.due(trainer.global_step, time.monotonic())
@@ -325,7 +340,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
     def _check_and_allocate(self, trainer: Trainer) -> None:
         """After the first step: raise an error for state that cannot be saved, and allocate the memory for the copy."""
         self._checked = True
-        checkpoint = trainer_internals.dump_checkpoint(trainer)
+        checkpoint = self._collect(trainer)
         if self._saver is not None:
             with naming_optimizers(trainer.optimizers):
                 self._saver.prepare(checkpoint)

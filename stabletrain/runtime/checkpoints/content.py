@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -64,6 +64,44 @@ def report_conversions(checkpoint: Mapping[str, Any], module: LightningModule) -
             len(changed),
             ", ".join(sorted(set(changed))),
         )
+
+
+def explain_weights(load: Callable[[], object], state: Mapping[str, Any], module: LightningModule) -> None:
+    """Load weights; if they are those of another model, the error names the first difference.
+
+    Args:
+        load: loads them.
+        state: of the checkpoint.
+        module: that gets them.
+
+    Raises:
+        CheckpointError: with the first name that is missing, or both shapes.
+        RuntimeError: whatever else ``load`` raises.
+    """
+    try:
+        load()
+    except RuntimeError as error:
+        difference = _first_difference(state, module)
+        if difference is None:
+            raise
+        raise CheckpointError(
+            f"resume: the checkpoint is of another model: {difference}. Use the model that it was saved with (config "
+            "key model), or another checkpoint (config key resume)"
+        ) from error
+
+
+def _first_difference(state: Mapping[str, Any], module: LightningModule) -> str | None:
+    mine = {name: each for name, each in module.state_dict().items() if isinstance(each, Tensor)}
+    theirs = {name: each for name, each in state.items() if isinstance(each, Tensor)}
+    for name, own in mine.items():
+        if name not in theirs:
+            return f"it has no {name}, which the model has with shape {list(own.shape)}"
+        if theirs[name].shape != own.shape:
+            return f"{name} has shape {list(theirs[name].shape)} in it, and {list(own.shape)} in the model"
+    for name, found in theirs.items():
+        if name not in mine:
+            return f"it has {name} with shape {list(found.shape)}, which the model does not have"
+    return None
 
 
 def _require_version(checkpoint: dict[str, Any]) -> None:

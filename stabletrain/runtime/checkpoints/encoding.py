@@ -8,7 +8,7 @@ tuples, sets and non-finite numbers are restored with their types:
 | None, bool, int, str, finite float, list | itself |
 | dict, ordered dict | `{"d": [[key, value], ...]}`, `{"o": ...}`; `"m"`: the versions in a module's state |
 | tuple, set, frozenset, deque | `{"t": [...]}`, `{"s": [...]}`, `{"fs": [...]}`, `{"q": [[...], maxlen]}` |
-| tensor, numpy array | `{"T": index}`, `{"N": index}` |
+| tensor (also one of which each process has a `Part`), numpy array | `{"T": index}`, `{"N": index}` |
 | tensor whose dimensions are in another order in memory | `{"P": [index, order]}` |
 | wrapper-subclass tensor | `{"W": {"class": ..., "inner": [[name, tensor], ...], "context", "size", "stride"}}` |
 | inf and nan, complex, bytes | `{"f": "nan"}`, `{"c": [re, im]}`, `{"b": base64}` |
@@ -37,6 +37,7 @@ from torch import Tensor
 
 from stabletrain.runtime.checkpoints import hyper_parameters
 from stabletrain.runtime.checkpoints.errors import CheckpointError
+from stabletrain.runtime.checkpoints.parts import Part
 from stabletrain.runtime.snapshots.state_tree import DictNode, Flattener, ObjectNode, SequenceNode, TensorNode
 from stabletrain.runtime.snapshots.tensor_kinds import WrapperLayout, class_name, not_dense, registered_wrappers
 
@@ -65,6 +66,8 @@ class Encoded:
     def __init__(self, checkpoint: Mapping[str, Any]) -> None:
         self.tensors: list[Tensor] = []
         self.names: list[str] = []
+        self.parts: dict[str, int] = {}
+        """Name and index of each `Part`, of which `tensors` has an empty tensor of the same dtype and whole shape."""
         self.omitted: list[str] = []
         """The hyper-parameters that are kept as text, each with its path and class."""
         encoder = _Encoder(self)
@@ -192,6 +195,8 @@ class _Encoder:
             return self._node(str.__str__(value) if base is str else base(value), path)
         if isinstance(value, bytes | complex | torch.dtype | torch.device | PurePath):
             return _scalar(value)
+        if isinstance(value, Part):
+            return {"T": self._part(value)}
         if isinstance(value, torch.Size):
             return {"size": list(value)}
         if isinstance(value, deque):
@@ -251,6 +256,15 @@ class _Encoder:
             "size": list(layout.size),
             "stride": list(layout.stride),
         }
+
+    def _part(self, part: Part) -> int:
+        encoded = self._encoded
+        if part.name not in encoded.parts:
+            encoded.parts[part.name] = len(encoded.tensors)
+            encoded.tensors.append(torch.empty(part.shape, dtype=part.dtype, device="meta"))
+            encoded.names.append(part.name)
+            self._used.add(part.name)
+        return encoded.parts[part.name]
 
     def _add(self, tensor: Tensor, path: str) -> int:
         if tensor.is_conj() or tensor.is_neg():

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from stabletrain.errors import UserError
-from stabletrain.runtime.checkpoints.content import check_content, report_conversions
+from stabletrain.runtime.checkpoints.agreement import Together
+from stabletrain.runtime.checkpoints.content import check_content, explain_weights, report_conversions
+from stabletrain.runtime.checkpoints.divided_reading import DividedReading
 from stabletrain.runtime.checkpoints.errors import CheckpointError
 from stabletrain.runtime.checkpoints.hyper_parameters import live_object
-from stabletrain.runtime.checkpoints.loading import is_ours, load_good, read
+from stabletrain.runtime.checkpoints.loading import is_ours, load_good
+from stabletrain.runtime.checkpoints.names import with_own_names
 from stabletrain.runtime.checkpoints.single_file import load_file
+from stabletrain.runtime.internals import dividing
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.internals.loader import override
 from stabletrain.runtime.internals.packages import CheckpointIO, both
@@ -28,7 +33,8 @@ def check_when_reading(trainer: Trainer) -> Callable[[], None]:
     A state that a callback, scheduler or data module cannot restore ends the run with one message.
 
     Args:
-        trainer: before it restores a checkpoint; its strategy gathers checkpoints on rank 0.
+        trainer: before it restores a checkpoint; its strategy gathers checkpoints on rank 0, or divides the model with
+            DTensors.
 
     Returns:
         The function that undoes this.
@@ -38,10 +44,15 @@ def check_when_reading(trainer: Trainer) -> Callable[[], None]:
         return lambda: None
     inner = strategy.checkpoint_io
     strategy.checkpoint_io = VerifiedIO(inner, trainer)
-    undo_wrapping = trainer_internals.around_restoring(trainer, _explain)
+    undos = [trainer_internals.around_restoring(trainer, _explain)]
+    if isinstance(strategy, both(ModelParallelStrategy)):
+        undos.append(DividedReading(trainer).remove)
+    else:
+        undos.append(dividing.around_weights(trainer, functools.partial(_explain_weights, trainer)))
 
     def undo() -> None:
-        undo_wrapping()
+        for each in undos:
+            each()
         if isinstance(strategy.checkpoint_io, VerifiedIO):
             strategy.checkpoint_io = inner
 
@@ -94,7 +105,7 @@ class VerifiedIO(CheckpointIO):
             weights_only: False: also build objects from it, which can run code.
 
         Raises:
-            CheckpointError: on all ranks, if rank 0 finds no good one; on any rank that cannot read the one it found.
+            CheckpointError: on all ranks, if there is none that all of them can read.
         """
         if is_ours(path):
             checkpoint = self._load_verified(path)
@@ -117,18 +128,15 @@ class VerifiedIO(CheckpointIO):
         self.inner.teardown()
 
     def _load_verified(self, path: Any) -> dict[str, Any]:
-        found, answer = None, ("", "")
-        objects = functools.partial(live_object, self._trainer)
-        if self._trainer.is_global_zero:
-            try:
-                found = load_good(path, lambda checkpoint: check_content(checkpoint, self._trainer), objects)
-                answer = (str(found.path), "")
-            except CheckpointError as error:
-                answer = ("", str(error))
-        chosen, problem = self._trainer.strategy.broadcast(answer)
-        if problem:
-            raise CheckpointError(f"{problem} (config key resume)")
-        return (found or read(Path(chosen), objects)).checkpoint
+        try:
+            return load_good(
+                path,
+                lambda checkpoint: check_content(checkpoint, self._trainer),
+                functools.partial(live_object, self._trainer),
+                ranks=Together(self._trainer),
+            ).checkpoint
+        except CheckpointError as error:
+            raise CheckpointError(f"{error} (config key resume)") from None
 
     def _load_other(self, path: Any, map_location: Any, weights_only: bool | None) -> dict[str, Any]:
         """Of each rank: a file, a URL, or the folder of a sharded strategy. ``weights_only=False`` means trust."""
@@ -156,6 +164,14 @@ class VerifiedIO(CheckpointIO):
 def _is_torchs(inner: CheckpointIO) -> bool:
     """Whether a CheckpointIO reads files of ``torch.save``; some wrap another one."""
     return isinstance(getattr(inner, "checkpoint_io", inner), both(TorchCheckpointIO))
+
+
+def _explain_weights(trainer: Trainer, load: Callable[[], None], checkpoint: Mapping[str, Any]) -> None:
+    module = trainer_internals.unwrapped(trainer.lightning_module)
+    state = with_own_names(checkpoint["state_dict"], module)
+    if isinstance(checkpoint, dict) and state.keys() != checkpoint["state_dict"].keys():
+        checkpoint["state_dict"] = state
+    explain_weights(load, state, module)
 
 
 def _explain(what: str, restore: Callable[[], None]) -> None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import xxhash
 
-from stabletrain.runtime.checkpoints import tensor_file
+from stabletrain.runtime.checkpoints import pieces
 from stabletrain.runtime.checkpoints.decoding import Objects, decode, tensor_kinds
 from stabletrain.runtime.checkpoints.errors import CheckpointError
 from stabletrain.runtime.checkpoints.fields import parse, shown
-from stabletrain.runtime.checkpoints.manifest import STATE, TENSORS, Manifest
+from stabletrain.runtime.checkpoints.manifest import STATE, Manifest
+from stabletrain.runtime.checkpoints.optimizer_keys import by_number, is_by_name
+from stabletrain.runtime.checkpoints.placing import Place
 from stabletrain.runtime.checkpoints.regular_file import read_regular
 from stabletrain.runtime.checkpoints.store import (
     PREFIX,
@@ -26,6 +28,8 @@ from stabletrain.runtime.checkpoints.store import (
 from stabletrain.runtime.records import run_files
 
 logger = logging.getLogger("stabletrain")
+
+Shared = TypeVar("Shared")
 
 
 class Loaded(NamedTuple):
@@ -40,6 +44,24 @@ class Loaded(NamedTuple):
     checkpoint: dict[str, Any]
     path: Path
     manifest: Manifest
+
+
+class Alone:
+    """A process that reads a checkpoint without others; with others, `lightning_io` agrees with them."""
+
+    is_first = True
+    """Whether this is rank 0, which logs."""
+
+    def share(self, value: Shared) -> Shared:
+        """What rank 0 gave."""
+        return value
+
+    def first_problem(self, problem: str) -> str:
+        """The problem of the first rank that has one; empty if none has."""
+        return problem
+
+
+ALONE = Alone()
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -59,25 +81,40 @@ def load(path: str | Path) -> dict[str, Any]:
 
 
 def load_good(
-    path: str | Path, check: Callable[[dict[str, Any]], object] | None = None, objects: Objects | None = None
+    path: str | Path,
+    check: Callable[[dict[str, Any]], object] | None = None,
+    objects: Objects | None = None,
+    place: Place | None = None,
+    ranks: Alone = ALONE,
 ) -> Loaded:
     """As `load`, with the path and the manifest of the checkpoint that was read.
+
+    With several processes all read the same one: the first that none of them finds damaged.
 
     Args:
         path: as for `load`.
         check: raises a `CheckpointError` for a content that is not that of a run; the previous one is then tried.
         objects: as for `decode`.
+        place: as for `read`.
+        ranks: the processes that read it together.
     """
     problems: list[str] = []
-    for candidate in _found(Path(path)):
+    candidates, unreadable = ranks.share(_listed(Path(path)) if ranks.is_first else ([], ""))
+    if unreadable:
+        raise CheckpointError(unreadable)
+    for candidate in candidates:
+        found, problem = None, ""
         try:
-            found = read(candidate, objects)
+            found = read(candidate, objects, place)
             if check is not None:
                 check(found.checkpoint)
         except CheckpointError as error:
-            problems.append(f"{candidate.name} is damaged: {error}")
+            problem = str(error)
+        problem = ranks.first_problem(problem)
+        if problem or found is None:
+            problems.append(f"{candidate.name} is damaged: {problem}")
             continue
-        if problems:
+        if problems and ranks.is_first:
             logger.warning(
                 "checkpoints: %s; reading %s (step %d) instead",
                 "; ".join(problems),
@@ -90,12 +127,14 @@ def load_good(
     raise CheckpointError(f"checkpoints: there is none in {path}; expected a checkpoint, or a folder of checkpoints")
 
 
-def read(path: Path, objects: Objects | None = None) -> Loaded:
+def read(path: Path, objects: Objects | None = None, place: Place | None = None) -> Loaded:
     """Read one checkpoint, without falling back to another. Only regular files in its folder are opened.
 
     Args:
         path: its folder, not a link to it.
         objects: as for `decode`.
+        place: the parts that this process needs of the model's tensors, and what is made of them; None: all are read
+            whole, and optimizer states are by number.
 
     Raises:
         CheckpointError: if it is damaged; the message names the damage.
@@ -111,13 +150,17 @@ def read(path: Path, objects: Objects | None = None) -> Loaded:
     del raw
     if not isinstance(state, dict) or not {"tree", "tensors"} <= state.keys():
         raise CheckpointError(f"{STATE}: expected an object with the entries tree and tensors")
-    try:
-        tensors = tensor_file.read(path / TENSORS, manifest.files[TENSORS], tensor_kinds(state["tensors"]))
-    except OSError as error:
-        raise CheckpointError(f"{TENSORS} cannot be read ({error.strerror})") from None
+    kinds = tensor_kinds(state["tensors"])
+    targets = {} if place is None else place(state["tree"], kinds)
+    files = pieces.files_of(state.get("files"), kinds, manifest)
+    tensors = pieces.read(path, manifest, kinds, files, {i: each.region for i, each in targets.items()})
+    for i, target in targets.items():
+        tensors[i] = target.build(tensors[i])
     checkpoint = decode(state["tree"], tensors, objects)
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{STATE}: expected a dict, got {shown(checkpoint)}")
+    if place is None:
+        _number_optimizers(checkpoint)
     return Loaded(checkpoint, path, manifest)
 
 
@@ -160,11 +203,19 @@ def is_ours(path: str | Path) -> bool:
     return is_checkpoint(Path(path)) or store_of(Path(path)) is not None
 
 
-def _found(path: Path) -> Iterator[Path]:
+def _number_optimizers(checkpoint: dict[str, Any]) -> None:
+    """Optimizer states as torch loads them, so that any strategy and Lightning itself can."""
+    states = checkpoint.get("optimizer_states")
+    if isinstance(states, list):
+        checkpoint["optimizer_states"] = [by_number(each) if is_by_name(each) else each for each in states]
+
+
+def _listed(path: Path) -> tuple[list[Path], str]:
+    """The checkpoints to try, and what prevents it."""
     try:
-        yield from _candidates(path)
+        return list(_candidates(path)), ""
     except OSError as error:
-        raise CheckpointError(f"checkpoints: {path} cannot be read ({error.strerror})") from None
+        return [], f"checkpoints: {path} cannot be read ({error.strerror})"
 
 
 def _candidates(path: Path) -> Iterator[Path]:

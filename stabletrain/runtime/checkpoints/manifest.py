@@ -20,9 +20,21 @@ NAME = "manifest.json"
 STATE = "state.json"
 TENSORS = "tensors.safetensors"
 FORMAT = 1
-_LIMIT = 1 << 20
-"""Largest size, bytes; a manifest has about 700."""
+"""Of checkpoints that one process writes: all tensors are in `TENSORS`."""
+DIVIDED_FORMAT = 2
+"""Of checkpoints that several processes write, each its own file: `part_file`."""
+_LIMIT = 16 << 20
+"""Largest size, bytes; a manifest has about 700, and 120 more for each file."""
 _CHECKSUM = re.compile("[0-9a-f]{32}")
+
+
+def part_file(rank: int, size: int) -> str:
+    """Name of the file that one of several processes writes.
+
+    >>> part_file(0, 2)
+    'tensors-00000-of-00002.safetensors'
+    """
+    return f"tensors-{rank:05d}-of-{size:05d}.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +80,15 @@ class Manifest:
     files: Mapping[str, FileRecord]
     versions: Mapping[str, str]
 
+    @property
+    def is_divided(self) -> bool:
+        """Whether each of several processes has written a file of its own."""
+        return TENSORS not in self.files
+
     def write(self, folder: Path) -> None:
         """Write it into a checkpoint's folder, and sync it to the disk."""
         content = {
-            "format": FORMAT,
+            "format": DIVIDED_FORMAT if self.is_divided else FORMAT,
             "sequence": self.sequence,
             **asdict(self.info),
             "versions": dict(self.versions),
@@ -98,8 +115,11 @@ class Manifest:
         if raw != signed:
             raise CheckpointError(f"{NAME} does not match its checksum")
         fields = Fields(content, NAME)
-        if fields.integer("format") != FORMAT:
-            raise CheckpointError(f"expected format {FORMAT}, got format {content['format']}: update stabletrain")
+        found = fields.integer("format")
+        if found not in (FORMAT, DIVIDED_FORMAT):
+            raise CheckpointError(
+                f"expected format {FORMAT} or {DIVIDED_FORMAT}, got format {found}: update stabletrain"
+            )
         versions = fields.nested("versions")
         return cls(
             sequence=fields.integer("sequence"),
@@ -113,7 +133,7 @@ class Manifest:
                 value=fields.number("value"),
                 whole=fields.boolean("whole", default=True),
             ),
-            files=_records(fields.nested("files")),
+            files=_records(fields.nested("files"), found == DIVIDED_FORMAT),
             versions={name: versions.text(name) for name in versions.items(limit=100)},
         )
 
@@ -129,10 +149,14 @@ class Manifest:
         return None
 
 
-def _records(files: Fields) -> dict[str, FileRecord]:
-    """Size and checksum of the files of a checkpoint, of which there are exactly two."""
-    names = files.items()
-    if set(names) != {STATE, TENSORS}:
+def _records(files: Fields, is_divided: bool) -> dict[str, FileRecord]:
+    """Size and checksum of the files of a checkpoint: `STATE`, and one with tensors or one for each process."""
+    names = files.items(limit=100_000)
+    if is_divided:
+        expected = {part_file(rank, len(names) - 1) for rank in range(len(names) - 1)}
+        if not expected or set(names) != {STATE, *expected}:
+            raise CheckpointError(f"{NAME}: expected the file {STATE} and one of tensors for each process, got others")
+    elif set(names) != {STATE, TENSORS}:
         raise CheckpointError(f"{NAME}: expected the files {STATE} and {TENSORS}, got others")
     records = {}
     for name in names:

@@ -77,7 +77,7 @@ class Saver:
         Raises:
             CheckpointError: if it holds something that cannot be stored as data.
         """
-        encoded = Encoded(checkpoint)
+        encoded = self._encode(checkpoint)
         self._warn_omitted(encoded)
         buffers = self._buffers
         if buffers is not None:
@@ -97,7 +97,7 @@ class Saver:
             CheckpointError: if it holds something that cannot be stored as data.
         """
         self._wait_for_previous()
-        encoded = Encoded(checkpoint)
+        encoded = self._encode(checkpoint)
         self._warn_omitted(encoded)
         if wait or self._buffers is None:
             self._write(info, encoded, is_last=wait)
@@ -112,6 +112,10 @@ class Saver:
             self._thread.join()
             self._thread = None
 
+    def close(self) -> None:
+        """Wait for an unfinished write; nothing is saved any more."""
+        self.wait()
+
     def best(self, run: str) -> Entry | None:
         """The best checkpoint of a run by the store's metric; waits for an unfinished write."""
         self.wait()
@@ -125,9 +129,17 @@ class Saver:
             return math.isfinite(value)
         return value < known if self.store.retention.mode == "min" else value > known
 
-    def _write(self, info: CheckpointInfo, encoded: Encoded, is_last: bool = False) -> None:
+    def _encode(self, checkpoint: Mapping[str, Any]) -> Any:
+        """What this process writes, with the attributes ``omitted`` and ``tensors``; copies may replace the latter."""
+        return Encoded(checkpoint)
+
+    def _put(self, info: CheckpointInfo, encoded: Any) -> Path | None:
+        """Write what `_encode` returned; the folder of the complete checkpoint, None if another process has it."""
+        return self.store.write(info, encoded.tree, encoded.names, encoded.tensors)
+
+    def _write(self, info: CheckpointInfo, encoded: Any, is_last: bool = False) -> None:
         try:
-            self.newest = self.store.write(info, encoded.tree, encoded.names, encoded.tensors)
+            self.newest = self._put(info, encoded) or self.newest
             self._failures = 0
         except (OSError, CheckpointError) as error:
             self._failures += 1
@@ -168,7 +180,7 @@ class Saver:
                 self._setting,
             )
 
-    def _warn_omitted(self, encoded: Encoded) -> None:
+    def _warn_omitted(self, encoded: Any) -> None:
         if encoded.omitted and not self._warned_omitted:
             self._warned_omitted = True
             logger.warning(

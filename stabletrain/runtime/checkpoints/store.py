@@ -2,7 +2,7 @@
 
     checkpoints/
       step-00000100/  manifest.json  state.json  tensors.safetensors
-      step-00000200/  ...
+      step-00000200/  manifest.json  state.json  tensors-00000-of-00002.safetensors  tensors-00001-of-00002.safetensors
       .writing-step-00000300-host-4711/        never read; removed when the next run starts
 
 Order of a write: files, fsync, manifest, fsync, rename, fsync of the parent. Only then are older checkpoints deleted.
@@ -16,7 +16,7 @@ import logging
 import os
 import platform
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -96,30 +96,46 @@ class Store:
             OSError: if it cannot be written; older checkpoints are untouched, and the new one is removed.
             CheckpointError: if everything but the tensors is larger than `STATE_LIMIT`, or has too many values.
         """
-        older = self.entries()
-        name = self._free_name(info.step)
-        index = [
-            [each, str(t.dtype).removeprefix("torch."), list(t.shape)] for each, t in zip(names, tensors, strict=True)
-        ]
-        state = json.dumps({"tree": tree, "tensors": index}, allow_nan=False).encode()
-        if len(state) > STATE_LIMIT:
-            raise CheckpointError(
-                f"checkpoint: everything but its tensors takes {len(state) >> 20} MB, expected at most "
-                f"{STATE_LIMIT >> 20} MB: keep large lists of numbers as tensors"
-            )
-        require_few_values(state, "checkpoint: it")
-        folder = durable.new_folder(self.folder, name)
+        state = state_text(tree, names, tensors)
+        folder = self.begin(info.step)
         try:
             files = {
                 TENSORS: durable.write_file(folder / TENSORS, tensor_file.chunks(names, tensors)),
                 STATE: durable.write_file(folder / STATE, [state]),
             }
-            sequence = 1 + max((entry.manifest.sequence for entry in older), default=0)
-            Manifest(sequence=sequence, info=info, files=files, versions=_versions()).write(folder)
-            final = durable.publish(folder, name)
+            return self.commit(folder, info, files)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
+
+    def begin(self, step: int) -> Path:
+        """Make a folder for the files of a checkpoint, which counts as incomplete until `commit`.
+
+        Args:
+            step: of the checkpoint.
+
+        Raises:
+            OSError: if it cannot be made.
+        """
+        return durable.new_folder(self.folder, self._free_name(step))
+
+    def commit(self, folder: Path, info: CheckpointInfo, files: Mapping[str, durable.FileRecord]) -> Path:
+        """Write the manifest, give the folder its name, and delete older checkpoints.
+
+        Args:
+            folder: from `begin`; all files are in it, and synced.
+            info: step, run and metric of the checkpoint.
+            files: name -> size and checksum.
+
+        Returns:
+            Its folder.
+
+        Raises:
+            OSError: if it cannot be written; the folder is left as it is.
+        """
+        sequence = 1 + max((entry.manifest.sequence for entry in self.entries()), default=0)
+        Manifest(sequence=sequence, info=info, files=files, versions=_versions()).write(folder)
+        final = durable.publish(folder, self._free_name(info.step))
         try:
             self._prune(info.run)
         except OSError as error:
@@ -171,6 +187,32 @@ class Store:
         while os.path.lexists(self.folder / (name if number == 1 else f"{name}-{number}")):
             number += 1
         return name if number == 1 else f"{name}-{number}"
+
+
+def state_text(
+    tree: Any, names: Sequence[str], tensors: Sequence[Tensor], files: Mapping[str, Any] | None = None
+) -> bytes:
+    """The content of the state file.
+
+    Args:
+        tree: the checkpoint as JSON values, from `Encoded`.
+        names: of the tensors.
+        tensors: of which only dtype and shape are read.
+        files: of a checkpoint of several processes: `pieces.index_of`.
+
+    Raises:
+        CheckpointError: if it is larger than `STATE_LIMIT`, or has too many values.
+    """
+    index = [[each, str(t.dtype).removeprefix("torch."), list(t.shape)] for each, t in zip(names, tensors, strict=True)]
+    content = {"tree": tree, "tensors": index} | ({} if files is None else {"files": files})
+    state = json.dumps(content, allow_nan=False).encode()
+    if len(state) > STATE_LIMIT:
+        raise CheckpointError(
+            f"checkpoint: everything but its tensors takes {len(state) >> 20} MB, expected at most "
+            f"{STATE_LIMIT >> 20} MB: keep large lists of numbers as tensors"
+        )
+    require_few_values(state, "checkpoint: it")
+    return state
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,7 +75,7 @@ def chunks(names: Sequence[str], tensors: Sequence[Tensor]) -> Iterator[bytes | 
             yield _bytes(tensors[i].detach().cpu().contiguous())
 
 
-def read(path: Path, record: FileRecord, kinds: Sequence[Kind]) -> list[Tensor]:
+def read(path: Path, record: FileRecord, kinds: Sequence[Kind], wanted: Set[int] | None = None) -> dict[int, Tensor]:
     """Read a file and verify it in the same pass; every tensor gets its own memory.
 
     The header must be, byte for byte, the one that `chunks` writes for these tensors: names, dtypes, shapes and offsets
@@ -85,9 +85,10 @@ def read(path: Path, record: FileRecord, kinds: Sequence[Kind]) -> list[Tensor]:
         path: the file.
         record: its size and checksum.
         kinds: of its tensors, in the order in which they were written.
+        wanted: the positions in ``kinds`` of the tensors to return; None: all. The others take no memory.
 
     Returns:
-        Its tensors, in the same order.
+        Its tensors by their position in ``kinds``.
 
     Raises:
         CheckpointError: if size, checksum or header differ from what was written, or the memory does not suffice.
@@ -97,7 +98,7 @@ def read(path: Path, record: FileRecord, kinds: Sequence[Kind]) -> list[Tensor]:
     nbytes = sum(kind.nbytes for kind in kinds)
     if len(header) + nbytes != record.bytes:
         raise CheckpointError(f"{path.name} has a damaged header: its tensors need {len(header) + nbytes} bytes")
-    _require_memory(path.name, nbytes)
+    _require_memory(path.name, sum(k.nbytes for i, k in enumerate(kinds) if wanted is None or i in wanted))
     digest = xxhash.xxh3_128()
     with open_regular(path) as file:
 
@@ -110,12 +111,20 @@ def read(path: Path, record: FileRecord, kinds: Sequence[Kind]) -> list[Tensor]:
                 digest.update(target[done : done + count])
                 done += count
 
+        def skip(nbytes: int) -> None:
+            scratch = memoryview(bytearray(min(nbytes, 16 << 20)))
+            for start in range(0, nbytes, len(scratch) or 1):
+                take(scratch[: nbytes - start])
+
         found_header = bytearray(len(header))
         take(memoryview(found_header))
         if found_header != header:
             raise CheckpointError(f"{path.name} has a damaged header")
         found: dict[int, Tensor] = {}
         for i in _order(kinds):
+            if wanted is not None and i not in wanted:
+                skip(kinds[i].nbytes)
+                continue
             try:
                 found[i] = torch.empty(kinds[i].shape, dtype=kinds[i].dtype)
             except RuntimeError as error:  # too many elements for torch, or too many bytes for the machine
@@ -126,7 +135,7 @@ def read(path: Path, record: FileRecord, kinds: Sequence[Kind]) -> list[Tensor]:
             raise CheckpointError(f"{path.name} is longer than expected")
     if digest.hexdigest() != record.xxh3_128:
         raise CheckpointError(f"{path.name} does not match its checksum")
-    return [found[i] for i in range(len(kinds))]
+    return found
 
 
 def _header(kinds: Sequence[Kind]) -> bytes:

@@ -149,8 +149,8 @@ def test_a_format_of_the_future_is_named(write: Write) -> None:
     file = write(1) / "manifest.json"
     content = json.loads(file.read_bytes())
     del content["checksum"]
-    file.write_bytes(_signed({**content, "format": 2}))
-    with pytest.raises(CheckpointError, match=r"format 2.*update"):
+    file.write_bytes(_signed({**content, "format": 3}))
+    with pytest.raises(CheckpointError, match=r"format 3.*update"):
         verify(file.parent)
 
 
