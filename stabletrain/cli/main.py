@@ -201,6 +201,29 @@ def replay(
     print(replay_file(words[0], words[1], words[2:], run))
 
 
+@app.command(short_help="Write the weights of a checkpoint to one file, for torch.load.")
+def consolidate(
+    run: Annotated[
+        Path,
+        typer.Argument(help="A run's folder, for its newest good checkpoint, or one checkpoint (.../step-00000100)."),
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The new file.", show_default="beside the checkpoint")
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="The whole checkpoint, for load_from_checkpoint and ckpt_path.")
+    ] = False,
+) -> None:
+    """Write the weights of a checkpoint to one file, however many processes have written it.
+
+    The file is for module.load_state_dict(torch.load(FILE, weights_only=True)).
+    """
+    from stabletrain.runtime.checkpoints.consolidating import consolidate as write
+
+    found = write(run, output, everything)
+    print(f"wrote {found.file}: step {found.step} of {found.checkpoint}")
+
+
 @app.command("new-plugin", short_help="Make a distribution with a complete plugin, to edit.")
 def new_plugin(
     name: Annotated[str, typer.Argument(help="verb_noun, such as clip_median.")],
