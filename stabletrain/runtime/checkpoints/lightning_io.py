@@ -149,6 +149,12 @@ class VerifiedIO(CheckpointIO):
             return self.inner.load_checkpoint(path, map_location, True)
 
         try:
+            if "://" not in str(path) and (Path(path) / "meta.pt").is_file() and _is_torchs(self.inner):
+                raise CheckpointError(
+                    "it is a sharded checkpoint of Lightning, which is read as a pickle, by the strategies that write "
+                    "it: resume with one of them (strategy=fsdp2), or convert it with "
+                    "python -m lightning.pytorch.utilities.consolidate_checkpoint, if you trust it"
+                )
             if "://" not in str(path) and not Path(path).is_dir() and _is_torchs(self.inner):
                 checkpoint = load_file(path, read_with_inner)
             else:
