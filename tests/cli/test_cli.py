@@ -95,6 +95,37 @@ def test_cp_makes_a_recipe_that_runs(cli) -> None:
     assert "DigitsCNN" in cli("show", "./mine.yaml").stdout
 
 
+def test_consolidate_writes_plain_weights(tmp_path: Path) -> None:
+    """Bugs: a file that torch reads only with pickle; an existing one is overwritten; a traceback."""
+    import torch
+    from typer.testing import CliRunner
+
+    from stabletrain.cli.main import app
+    from stabletrain.runtime.checkpoints import CheckpointInfo, Saver, Store
+
+    def call(*words: str) -> tuple[int, str]:
+        done = CliRunner().invoke(app, ["consolidate", *words])
+        return done.exit_code, done.output
+
+    weights = {"net._orig_mod.weight": torch.tensor([1.0, float("nan")])}
+    saver = Saver(Store(tmp_path / "run" / "checkpoints"))
+    saver.save({"state_dict": weights, "global_step": 3}, CheckpointInfo(step=3, run="a"), wait=True)
+    file = tmp_path / "run" / "checkpoints" / "step-00000003.pt"
+    code, text = call(str(tmp_path / "run"))
+    assert code == 0
+    assert f"wrote {file}: step 3" in text
+    found = torch.load(file, weights_only=True)
+    assert list(found) == ["net.weight"]
+    assert found["net.weight"].isnan().tolist() == [False, True]
+    code, text = call(str(tmp_path / "run"), "-o", str(file))
+    assert (code, "already exists" in text.replace("\n", " ")) == (2, True)
+    code, text = call(str(tmp_path))
+    assert (code, "there is none in" in text.replace("\n", " ")) == (2, True)
+    code, text = call(str(tmp_path / "run"), "--all", "--output", str(tmp_path / "all.ckpt"))
+    assert code == 0
+    assert torch.load(tmp_path / "all.ckpt", weights_only=True)["global_step"] == 3
+
+
 @pytest.fixture
 def series(tmp_path: Path) -> Path:
     rows = ["2.0,0.5", "1.9,8.0", "nan,0.5", "1.8,inf", "1.7,0.4"]
@@ -183,7 +214,9 @@ def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["train"], ["validate"], ["ls"], ["show"], ["cp"], ["replay"], ["new-plugin"]], ids=" ".join
+    "command",
+    [[], ["train"], ["validate"], ["ls"], ["show"], ["cp"], ["replay"], ["consolidate"], ["new-plugin"]],
+    ids=" ".join,
 )
 def test_help_fits_80_columns(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug: lines that a terminal wraps, or a sentence that is cut off with an ellipsis."""

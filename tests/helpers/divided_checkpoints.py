@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -11,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import moving
+import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
 
 from stabletrain import Rollback, SaveCheckpoints, UserError
 from stabletrain.runtime.checkpoints import durable
@@ -85,6 +88,7 @@ def faults(folder: Path, kind: str) -> dict[str, Any]:
     return {
         "unwritable": [unwritable(folder, kind, background) for background in (True, False)],
         "damage": damage(folder, kind, ["tensors-00001-of-00002.safetensors"]),
+        "validated": after_validation(folder),
         "shares": {each: shares(folder, each) for each in ("fsdp2", "zero1")},
     }
 
@@ -130,6 +134,23 @@ def shares(folder: Path, kind: str) -> dict[str, Any]:
     files = sorted((place / "step-00000002").glob("tensors-*"))
     found["written"] = [each.stat().st_size for each in files]
     return found
+
+
+def after_validation(folder: Path) -> list[str]:
+    """The names of the optimizer's state in a checkpoint that a validation has saved."""
+
+    class Validated(moving.Net):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("loss", self.net(torch.ones(2, 6)).sum())
+
+        def val_dataloader(self) -> Any:
+            return DataLoader(torch.zeros(1, 1))
+
+    place = folder / "validated"
+    saver = SaveCheckpoints(place, every=None, monitor="loss", keep_last=None)
+    moving.fit(folder, "fsdp2", 2, saver, make=Validated, max_steps=4, val_check_interval=2)
+    state = json.loads((place / "step-00000002" / "state.json").read_text())
+    return [name for name, *_ in state["tensors"] if name.startswith("optimizer_states.")]
 
 
 def another_model(folder: Path, kind: str) -> list[Any]:

@@ -89,8 +89,8 @@ def strategy(kind: str, size: int) -> dict[str, Any]:
     if kind == "single":
         return {"devices": 1}
     if kind in ("ddp", "zero1"):
-        # else DDP lays its buckets out anew after the first step of a fit, also of one that resumes, and from three ranks
-        # on gloo's sums depend on the place in the bucket
+        # else DDP lays its buckets out anew after the first step of a fit, also of one that resumes, and from three
+        # ranks on gloo's sums depend on the place in the bucket
         fixed = {"find_unused_parameters": True} if size > 2 else {}
         return {"devices": size, "strategy": DDPStrategy(process_group_backend="gloo", **fixed)}
     sizes = (1, size) if kind == "tp" else (size, 1)
@@ -99,7 +99,7 @@ def strategy(kind: str, size: int) -> dict[str, Any]:
 
 def fit(folder: Path, kind: str, size: int, *callbacks: Callback, resume: Any = None, **options: Any) -> Any:
     """Train; the module and the trainer."""
-    module = Net(kind, options.pop("width", 12), options.pop("deeper", False))
+    module = options.pop("make", Net)(kind, options.pop("width", 12), options.pop("deeper", False))
     mine = fits.trainer(
         *callbacks,
         default_root_dir=folder,
@@ -120,24 +120,25 @@ def save_each(folder: Path, kinds: list[str]) -> dict[str, Any]:
     return found
 
 
-def resume_each(folder: Path, kinds: list[str], saved: list[str]) -> dict[Any, Any]:
-    """Resume with each kind of strategy from the checkpoint of each of ``saved``: by both, `_results`."""
+def resume_each(folder: Path, pairs: list[tuple[str, str]]) -> dict[Any, Any]:
+    """Resume from a checkpoint, such as ``"ddp-2"``, with a kind of strategy: for each pair of both, `_results`."""
     found = {}
-    for kind in kinds:
-        for source in saved:
-            skip = SkipNonFinite()
-            plugins = [ResumeExactly(), ClipZScore(), skip, SaveCheckpoints(folder / "again", every=None)]
-            path = folder / source / f"step-{CUT:08d}"
-            found[source, kind] = _results(*fit(folder, kind, size_now(), *plugins, resume=path))
-            assert skip._guard is not None
-            assert skip._guard.counters.attempted == STEPS, "the plugins' state was not restored"
+    for source, kind in pairs:
+        skip = SkipNonFinite()
+        plugins = [ResumeExactly(), ClipZScore(), skip, SaveCheckpoints(folder / "again", every=None)]
+        path = folder / source / f"step-{CUT:08d}"
+        found[source, kind] = _results(*fit(folder, kind, size_now(), *plugins, resume=path))
+        assert skip._guard is not None
+        assert skip._guard.counters.attempted == STEPS, "the plugins' state was not restored"
     return found
 
 
-def save_and_resume(folder: Path, kinds: list[str], sources: list[str]) -> tuple[dict[str, Any], dict[Any, Any]]:
-    """`save_each`, and `resume_each` from some of them, with the same ranks."""
+def save_and_resume(
+    folder: Path, kinds: list[str], pairs: list[tuple[str, str]]
+) -> tuple[dict[str, Any], dict[Any, Any]]:
+    """`save_each`, and `resume_each` for pairs of them, with the same ranks."""
     saved = save_each(folder, kinds)
-    return saved, resume_each(folder, kinds, [f"{kind}-{size_now()}" for kind in sources])
+    return saved, resume_each(folder, [(f"{source}-{size_now()}", kind) for source, kind in pairs])
 
 
 def size_now() -> int:

@@ -282,6 +282,8 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
             self.save(trainer)
         self.wait()
         trainer.strategy.barrier("stabletrain.save_checkpoints")
+        if self._saver is not None:
+            self._saver.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Finish an unfinished write; the state of a failed run is not saved."""

@@ -13,11 +13,12 @@ from typing import Any
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from stabletrain.runtime.checkpoints.errors import CheckpointError
+from stabletrain.runtime.checkpoints.names import parameter_names, plain_name
 from stabletrain.runtime.checkpoints.parts import Part
 from stabletrain.runtime.checkpoints.regions import region_of, whole
 from stabletrain.runtime.internals import dividing, shards
@@ -25,8 +26,6 @@ from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.internals.packages import both
 from stabletrain.runtime.ranks import Ranks
 from stabletrain.runtime.snapshots.tensor_kinds import class_name, is_plain
-
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 
 def divides_with_dtensors(trainer: Trainer) -> bool:
@@ -45,22 +44,6 @@ def is_divided(trainer: Trainer) -> bool:
     return trainer.world_size > 1 and any(_holds_a_part(each) for each in trainer.optimizers)
 
 
-def plain_name(name: str) -> str:
-    """The name of a parameter or buffer without what torch.compile and activation checkpointing add to it.
-
-    >>> plain_name("net._orig_mod.0.weight")
-    'net.0.weight'
-    """
-    for each in _WRAPPERS:
-        name = name.replace(each, "")
-    return name
-
-
-def parameter_names(module: nn.Module) -> dict[Tensor, str]:
-    """The plain name of each parameter; of one with several names the first."""
-    return {p: plain_name(name) for name, p in module.named_parameters()}
-
-
 def collect(trainer: Trainer) -> dict[str, Any]:
     """The content of a checkpoint, as Lightning collects it, with a `Part` for each tensor of model and optimizers.
 
@@ -74,6 +57,7 @@ def collect(trainer: Trainer) -> dict[str, Any]:
         CheckpointError: on all processes, if the state of one of them cannot be stored.
     """
     module = trainer_internals.unwrapped(trainer.lightning_module)
+    shards.reshard(module)
     names = parameter_names(module)
     states = {id(each): f"optimizer_states.{i}" for i, each in enumerate(trainer.optimizers)}
 

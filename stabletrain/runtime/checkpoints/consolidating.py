@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from stabletrain.runtime.checkpoints.collecting import plain_name
 from stabletrain.runtime.checkpoints.errors import CheckpointError
 from stabletrain.runtime.checkpoints.loading import load_good
+from stabletrain.runtime.checkpoints.names import plain_name
 
 
 class Consolidated(NamedTuple):

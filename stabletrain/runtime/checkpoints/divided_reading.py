@@ -9,14 +9,14 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from stabletrain.runtime.checkpoints.agreement import Together
-from stabletrain.runtime.checkpoints.collecting import parameter_names, plain_name
 from stabletrain.runtime.checkpoints.content import check_content, explain_weights, report_conversions
 from stabletrain.runtime.checkpoints.errors import CheckpointError
 from stabletrain.runtime.checkpoints.hyper_parameters import live_object
 from stabletrain.runtime.checkpoints.loading import is_ours, load_good
+from stabletrain.runtime.checkpoints.names import parameter_names, with_own_names
 from stabletrain.runtime.checkpoints.optimizer_keys import for_parameters
 from stabletrain.runtime.checkpoints.placing import live_tensors, placed, places_of
-from stabletrain.runtime.internals import dividing
+from stabletrain.runtime.internals import dividing, shards
 from stabletrain.runtime.internals import trainer as trainer_internals
 
 
@@ -47,6 +47,7 @@ class DividedReading:
         if not ours:
             return load()
         module = trainer_internals.unwrapped(trainer.lightning_module)
+        shards.reshard(module)
         optimizers = trainer.optimizers if trainer.state.fn == "fit" else []
         try:
             self._checkpoint = load_good(
@@ -67,15 +68,11 @@ class DividedReading:
             load()
             return
         module = trainer_internals.unwrapped(self._trainer.lightning_module)
-        names = {plain_name(name): name for name in module.state_dict()}
         live = live_tensors(module)
-        saved = checkpoint["state_dict"]
-        state: dict[str, Any] = type(saved)()
-        for key, value in saved.items():
-            name = names.get(plain_name(key), key)
-            state[name] = placed(value, live[name]) if name in live else value
-        if (metadata := getattr(saved, "_metadata", None)) is not None:
-            state._metadata = metadata  # type: ignore[attr-defined]
+        state = with_own_names(checkpoint["state_dict"], module)
+        for name, value in state.items():
+            if name in live:
+                state[name] = placed(value, live[name])
         explain_weights(lambda: module.load_state_dict(state, strict=module.strict_loading), state, module)
 
     def _load_optimizers(self) -> None:

@@ -41,7 +41,13 @@ class DividedSaver(Saver):
         self._ranks = Ranks(trainer)
         self._group = WriterGroup()
 
+    def close(self) -> None:
+        """As for `Saver`. Call it on all ranks, when all have finished their writes: a process group is given back."""
+        super().close()
+        self._group.close()
+
     def _encode(self, checkpoint: Mapping[str, Any]) -> _OwnPart:
+        self._group.open()
         problem, encoded, names = "", None, set()
         parts = {part.name: part for part in parts_of([checkpoint["state_dict"], checkpoint.get("optimizer_states")])}
         tables = self._ranks.gather({name: part.held for name, part in parts.items() if part.local is not None})

@@ -19,6 +19,7 @@ from stabletrain.runtime.checkpoints.divided_reading import DividedReading
 from stabletrain.runtime.checkpoints.errors import CheckpointError
 from stabletrain.runtime.checkpoints.hyper_parameters import live_object
 from stabletrain.runtime.checkpoints.loading import is_ours, load_good
+from stabletrain.runtime.checkpoints.names import with_own_names
 from stabletrain.runtime.checkpoints.single_file import load_file, with_known_classes
 from stabletrain.runtime.internals import dividing
 from stabletrain.runtime.internals import trainer as trainer_internals
@@ -159,6 +160,12 @@ class VerifiedIO(CheckpointIO):
             return self.inner.load_checkpoint(path, map_location, True)
 
         try:
+            if "://" not in str(path) and (Path(path) / "meta.pt").is_file() and _is_torchs(self.inner):
+                raise CheckpointError(
+                    "it is a sharded checkpoint of Lightning, which is read as a pickle, by the strategies that write "
+                    "it: resume with one of them (strategy=fsdp2), or convert it with "
+                    "python -m lightning.pytorch.utilities.consolidate_checkpoint, if you trust it"
+                )
             if "://" not in str(path) and not Path(path).is_dir() and _is_torchs(self.inner):
                 checkpoint = load_file(path, read_with_inner)
             else:
@@ -177,7 +184,11 @@ def _is_torchs(inner: CheckpointIO) -> bool:
 
 
 def _explain_weights(trainer: Trainer, load: Callable[[], None], checkpoint: Mapping[str, Any]) -> None:
-    explain_weights(load, checkpoint["state_dict"], trainer_internals.unwrapped(trainer.lightning_module))
+    module = trainer_internals.unwrapped(trainer.lightning_module)
+    state = with_own_names(checkpoint["state_dict"], module)
+    if isinstance(checkpoint, dict) and state.keys() != checkpoint["state_dict"].keys():
+        checkpoint["state_dict"] = state
+    explain_weights(load, state, module)
 
 
 def _explain(what: str, restore: Callable[[], None]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from stabletrain.runtime.checkpoints.collecting import parameter_names, plain_name
+from stabletrain.runtime.checkpoints.names import parameter_names, plain_name
 from stabletrain.runtime.checkpoints.regions import Region, boxes, region_of, sizes, view
 from stabletrain.runtime.checkpoints.tensor_file import Kind
 from stabletrain.runtime.internals import shards

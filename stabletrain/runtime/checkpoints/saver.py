@@ -112,6 +112,10 @@ class Saver:
             self._thread.join()
             self._thread = None
 
+    def close(self) -> None:
+        """Wait for an unfinished write; nothing is saved any more."""
+        self.wait()
+
     def best(self, run: str) -> Entry | None:
         """The best checkpoint of a run by the store's metric; waits for an unfinished write."""
         self.wait()

@@ -28,7 +28,14 @@ class WriterGroup:
         is_distributed = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if is_distributed else 0
         self.size = dist.get_world_size() if is_distributed else 1
-        self._group: Any = dist.new_group(backend="gloo", timeout=timeout) if self.size > 1 else None
+        self._timeout = timeout
+        self._group: Any = None
+        self.open()
+
+    def open(self) -> None:
+        """Make the process group, if it was given back. A collective."""
+        if self._group is None and self.size > 1:
+            self._group = dist.new_group(backend="gloo", timeout=self._timeout)
 
     def share(self, value: T) -> T:
         """Rank 0's value.
@@ -55,6 +62,12 @@ class WriterGroup:
         with _naming_lost():
             dist.all_gather_object(values, value, group=self._group)
         return values
+
+    def close(self) -> None:
+        """Give the process group back, when no rank uses it any more."""
+        if self._group is not None and dist.is_initialized():
+            dist.destroy_process_group(self._group)
+        self._group = None
 
 
 @contextlib.contextmanager

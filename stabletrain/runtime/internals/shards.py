@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
+
+
+def reshard(module: nn.Module) -> None:
+    """Let the parameters of a module be the DTensors that its optimizer trains.
+
+    FSDP2 keeps those of its outermost group whole after a forward without a backward, as in validation; until the next
+    one, ``named_parameters`` then has other tensors.
+    """
+    for each in module.modules():
+        if isinstance(each, FSDPModule):
+            each.reshard()
 
 
 def held_indices(tensor: DTensor) -> list[Tensor]:

@@ -107,6 +107,17 @@ def test_in_a_trainer(kind: str, tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_sharded_folder_says_how_to_convert_it(tmp_path: Path) -> None:
+    """Bug: the message of torch.load for a folder, when a run at one process resumes from Lightning's sharded form."""
+    path = tmp_path / "x.ckpt"
+    path.mkdir()
+    (path / "meta.pt").touch()
+    trainer = quiet_trainer(max_steps=1)
+    check_when_reading(trainer)
+    with pytest.raises(CheckpointError, match=r"resume: .*sharded checkpoint of Lightning.*consolidate_checkpoint"):
+        trainer.fit(ToyModule(), ToyBatches(), ckpt_path=path)
+
+
 def test_a_url_is_read_as_data_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug: Lightning reads URLs with ``weights_only=False``: whoever serves them runs code."""
     seen: list[Any] = []
