@@ -138,6 +138,7 @@ class _FSDP2(ModelParallelMethods):
                     "key strategy.replicate)"
                 )
             )
+        refusals.check_compiler(self.root_device, self.options.compile_units)
         refusals.check_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
         is_complete = type(module).configure_model in [each.configure_model for each in both(LightningModule)]
         if is_complete and module not in _sharded:

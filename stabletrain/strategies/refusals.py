@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -37,6 +39,29 @@ def check_callbacks(callbacks: Iterable[Callback]) -> None:
                     "(optimizer=adamw_schedulefree), or strategy=ddp"
                 )
             )
+
+
+def check_compiler(device: torch.device, backend: bool | str) -> None:
+    """Refuse torch's default compiler on a machine that has no compiler for C++; it would fail in the first step.
+
+    Args:
+        device: of the training.
+        backend: the argument ``compile_units``.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if device.type != "cpu" or backend not in (True, "inductor"):
+        return
+    names = [os.environ.get("CXX") or "g++", "clang++"]
+    if not any(shutil.which(each) for each in names):
+        raise UserError(
+            worded(
+                f"fsdp2: compile_units={backend!r} needs a compiler for C++ on a CPU, and {' and '.join(names)} are "
+                "not found. Install one, name it in the environment variable CXX, or do not compile (config key "
+                "strategy.compile_units=false)"
+            )
+        )
 
 
 def check_parameters(root: nn.Module) -> None:

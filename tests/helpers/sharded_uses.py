@@ -76,7 +76,7 @@ def phases(folder: Path) -> None:
     assert torch.equal(sharded.generate(tokens), plain.generate(tokens))
 
 
-def secondfit(folder: Path) -> None:
+def second_fit(folder: Path) -> None:
     """Bugs: a module is sharded twice; a sharded module can be trained on by no other Trainer."""
     module, reference = sharded_modules.Scalar(), sharded_modules.Scalar()
     for each, make in ((module, FSDP2Strategy), (reference, ddp)):

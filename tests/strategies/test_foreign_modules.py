@@ -47,7 +47,7 @@ def assert_equal(pairs: list[tuple[End, End]]) -> None:
         assert different == []
 
 
-QUICK = ("Tied", "SharedNorm", "Scalar", "LoRA", "Convolutions", "Recurrent")
+QUICK = ("Tied", "Scalar", "LoRA", "Convolutions")
 
 
 def check(modules: list[str], folder: Path) -> None:

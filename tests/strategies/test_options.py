@@ -102,6 +102,7 @@ def test_they_are_close(tmp_path: Path) -> None:
             assert fsdp.losses == pytest.approx(ddp.losses, rel=CLOSE[name][2]), name
 
 
+@pytest.mark.slow
 def test_without_synchronized_buffers_statistics_differ(tmp_path: Path) -> None:
     """Bug: the option does nothing, or the tests above would pass without it."""
     cases = [Case("Convolutions", {"sync_buffers": on}, (("max_steps", 3),)) for on in (True, False)]

@@ -1,15 +1,18 @@
 """What FSDP2 cannot train is refused before the first step, with the reason and a way out."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sharded_modules as modules
+import torch
 from rank_pool import on_ranks
 from sharded_on_ranks import Case, ends, refused_by_trainers
 
 from stabletrain import UserError
 from stabletrain.strategies.fsdp2 import FSDP2Strategy
+from stabletrain.strategies.refusals import check_compiler
 from stabletrain.strategies.sharding import plan
 
 
@@ -38,6 +41,21 @@ def test_modules(module: str, arguments: dict[str, Any], says: str | None) -> No
         return
     with pytest.raises(UserError, match=says):
         plan(made, options)
+
+
+def test_a_compiler_is_needed_on_a_cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: torch.compile's own error in the first step, or a refusal of backends that compile nothing."""
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    cpu = torch.device("cpu")
+    for backend in (True, "inductor"):
+        with pytest.raises(UserError, match=r"g\+\+ and clang\+\+ are not found.*compile_units=False"):
+            check_compiler(cpu, backend)
+        check_compiler(torch.device("cuda", 0), backend)
+    check_compiler(cpu, "aot_eager")
+    check_compiler(cpu, False)
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/g++" if name == "g++" else None)
+    check_compiler(cpu, True)
 
 
 def test_what_only_a_run_shows(tmp_path: Path) -> None:
