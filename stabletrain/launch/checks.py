@@ -163,13 +163,10 @@ def _build(
 def _check_strategy(trainer: Trainer, module: LightningModule) -> None:
     """Refuse strategies that start processes from within this one, whose results the launcher would not see.
 
-    A strategy of ours checks the module by itself.
+    A strategy with a method ``check_module`` says itself whether it fits the module and the number of processes.
     """
-    check: Callable[[Trainer, LightningModule], None] | None = getattr(trainer.strategy, "check", None)
-    if check is not None:
-        check(trainer, module)
     if check_module := getattr(trainer.strategy, "check_module", None):
-        check_module(module, trainer.world_size)
+        check_module(trainer, module)
     if any(kind.__name__ == "_MultiProcessingLauncher" for kind in type(trainer.strategy.launcher).__mro__):
         raise UserError(
             f"strategy.strategy: {type(trainer.strategy).__name__} would start its processes itself, by fork or spawn, "

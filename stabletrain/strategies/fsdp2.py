@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -24,6 +23,7 @@ from stabletrain.runtime.internals.packages import ModelParallelMethods, both
 from stabletrain.strategies import messages, record, refusals
 from stabletrain.strategies.sharding import Options, Sharded, plan, shard
 from stabletrain.strategies.units import Units
+from stabletrain.strategies.waiting import waiting_limit
 from stabletrain.strategies.whole import WholeParameters
 
 Gather = Literal["bf16"]
@@ -55,11 +55,9 @@ class _FSDP2(ModelParallelMethods):
         sync_buffers: bool = True,
         save_distributed_checkpoint: bool = True,
         process_group_backend: str | None = None,
-        timeout: float | timedelta = 300.0,
+        timeout: float | timedelta | None = None,
     ) -> None:
-        seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
-        is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
-        messages.check(is_number and 0 < seconds < math.inf, "timeout", "seconds > 0", timeout)
+        limit = waiting_limit(timeout, messages.OWNER)
         names = isinstance(also, Sequence) and not isinstance(also, str) and all(isinstance(each, str) for each in also)
         messages.check(names, "also", "a list of names of methods", also)
         whole = isinstance(replicate, int) and not isinstance(replicate, bool) and replicate >= 1
@@ -69,8 +67,9 @@ class _FSDP2(ModelParallelMethods):
             tensor_parallel_size=1,
             save_distributed_checkpoint=save_distributed_checkpoint,
             process_group_backend=process_group_backend,
-            timeout=timedelta(seconds=seconds),
+            timeout=limit,
         )
+        self.timeout_was_given = timeout is not None
         self.replicate, self.defer, self.gather, self.sync_buffers = replicate, defer, gather, sync_buffers
         self.options = Options(
             units=units,
@@ -106,7 +105,7 @@ class _FSDP2(ModelParallelMethods):
             self.__class__ = _OfPytorchLightning
         self._lightnings_accelerator = accelerator
 
-    def check(self, trainer: Trainer, module: LightningModule) -> None:
+    def check_module(self, trainer: Trainer, module: LightningModule) -> None:
         """Raise an error for what is known to fail before any process group is made.
 
         Args:
@@ -400,7 +399,8 @@ else:
             sync_buffers: give all ranks rank 0's buffers (BatchNorm statistics) before a step's forward, as DDP does.
             save_distributed_checkpoint: Lightning's checkpoints are folders with a file per rank; False: one file.
             process_group_backend: ``nccl`` or ``gloo``; None: by device.
-            timeout: seconds, or a timedelta, that a rank waits for the others, > 0.
+            timeout: seconds, or a timedelta, that a process waits for the others, > 0; None: 5 minutes, or what the
+                command line has in ``launch.timeout``.
 
         Raises:
             UserError: if an argument is wrong; before the first step, if FSDP2 cannot train the module.

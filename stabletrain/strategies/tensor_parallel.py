@@ -33,8 +33,8 @@ from stabletrain.strategies.tensor_parallel_setup import (
     use_equal_random_numbers,
     use_single_kernels,
 )
+from stabletrain.strategies.waiting import waiting_limit
 
-TIMEOUT = timedelta(minutes=30)
 """Lightning's."""
 
 
@@ -70,7 +70,8 @@ class TensorParallelStrategy(ModelParallelStrategy):
         check: compare the cut module with the whole one before the first step. That needs memory for the whole module
             on each process.
         process_group_backend: None: nccl on GPUs, gloo on the CPU.
-        timeout: after which a collective that not all processes call fails.
+        timeout: seconds, or a timedelta, that a process waits for the others, > 0; None: 5 minutes, or what the
+            command line has in ``launch.timeout``.
 
     Raises:
         UserError: when training starts, for a plan or a number of processes that does not fit the module; at the
@@ -86,9 +87,11 @@ class TensorParallelStrategy(ModelParallelStrategy):
         size: int | None = None,
         check: bool = True,
         process_group_backend: str | None = None,
-        timeout: timedelta = TIMEOUT,
+        timeout: float | timedelta | None = None,
     ) -> None:
-        super().__init__(process_group_backend=process_group_backend, timeout=timeout)
+        limit = waiting_limit(timeout, type(self).__name__, "strategy.strategy")
+        super().__init__(process_group_backend=process_group_backend, timeout=limit)
+        self.timeout_was_given = timeout is not None
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
             raise UserError(
                 f"{type(self).__name__}(size=...): expected a number of processes, at least 1, or None, got {size!r} "
@@ -116,7 +119,19 @@ class TensorParallelStrategy(ModelParallelStrategy):
             )
         return 1, processes
 
-    def check_module(self, module: LightningModule, processes: int) -> None:
+    def check_module(self, trainer: Trainer, module: LightningModule) -> None:
+        """Raise an error for a plan that does not fit the module; nothing is changed and no process is waited for.
+
+        Args:
+            trainer: that has this strategy.
+            module: not yet cut.
+
+        Raises:
+            UserError: see `assign`.
+        """
+        self.check_plan(module, trainer.world_size)
+
+    def check_plan(self, module: LightningModule, processes: int) -> None:
         """Raise an error for a plan that does not fit the module; nothing is changed and no process is waited for.
 
         Args:

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from stabletrain.errors import UserError
 from stabletrain.runtime.internals.stacked_pieces import pieces_of
-from stabletrain.strategies.tensor_parallel import TIMEOUT, TensorParallelStrategy
+from stabletrain.strategies.tensor_parallel import TensorParallelStrategy
 from stabletrain.strategies.tensor_parallel_plan import Assignment
 
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
@@ -32,7 +32,7 @@ class FSDP2TensorParallelStrategy(TensorParallelStrategy):
         size: number of processes in a group, over which layers are cut; it divides the number of all processes.
         check: see `TensorParallelStrategy`; it compares the cut module before FSDP2 shards it.
         process_group_backend: None: nccl on GPUs, gloo on the CPU.
-        timeout: after which a collective that not all processes call fails.
+        timeout: see `TensorParallelStrategy`.
 
     Raises:
         UserError: see `TensorParallelStrategy`.
@@ -44,7 +44,7 @@ class FSDP2TensorParallelStrategy(TensorParallelStrategy):
         size: int = 2,
         check: bool = True,
         process_group_backend: str | None = None,
-        timeout: timedelta = TIMEOUT,
+        timeout: float | timedelta | None = None,
     ) -> None:
         super().__init__(plan, size, check, process_group_backend, timeout)
         self._kept_whole: set[nn.Parameter] = set()

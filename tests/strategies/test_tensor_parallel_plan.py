@@ -99,9 +99,9 @@ def test_sizes_that_do_not_divide_are_one_message(
 ) -> None:
     """Bugs: an error of torch, in each process, after the start; a head that is cut in the middle."""
     with pytest.raises(UserError, match=message):
-        strategy.check_module(module, processes)
+        strategy.check_plan(module, processes)
     fitting = TensorParallelStrategy()
-    fitting.check_module(gpt(), 3)
+    fitting.check_plan(gpt(), 3)
 
 
 @pytest.mark.parametrize("size", [0, -1, True, 1.5])

@@ -80,7 +80,7 @@ def test_units_that_cannot_be(units: object, says: str | None) -> None:
     [
         ({"replicate": 0}, "replicate must be a whole number >= 1"),
         ({"replicate": True}, "replicate must be"),
-        ({"timeout": float("inf")}, "timeout must be seconds > 0"),
+        ({"timeout": float("inf")}, "timeout must be seconds > 0, or None"),
         ({"timeout": float("nan")}, "timeout must be"),
         ({"gather": "fp16"}, r"gather must be bf16 or None, got 'fp16' \(FSDP2Strategy\(gather=...\)\)"),
         ({"also": "generate"}, "also must be a list of names"),

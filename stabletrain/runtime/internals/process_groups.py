@@ -14,7 +14,8 @@ _DEFAULTS = ("default_pg_timeout", "default_pg_nccl_timeout")
 def wait_at_most(trainer: Trainer, seconds: float) -> Callable[[], None]:
     """Set the timeout of a Trainer's process group, and of groups that are made later in this process.
 
-    A timeout that the strategy was given is kept. Torch takes that of later groups (the dimensions of a device mesh)
+    A timeout that the strategy was given is kept: an attribute ``timeout_was_given`` says so of strategies whose own
+    default is not one of torch's. Torch takes that of later groups (the dimensions of a device mesh)
     not from the first one, but from defaults of 30 minutes, and 10 for NCCL.
 
     Args:
@@ -29,7 +30,7 @@ def wait_at_most(trainer: Trainer, seconds: float) -> Callable[[], None]:
     module, strategy = dist.distributed_c10d, trainer.strategy
     before = {name: getattr(module, name) for name in _DEFAULTS}
     chosen = getattr(strategy, "_timeout", None)
-    if chosen is None or chosen in before.values():
+    if not getattr(strategy, "timeout_was_given", chosen is not None and chosen not in before.values()):
         chosen = timedelta(seconds=seconds)
         if hasattr(strategy, "_timeout"):
             strategy._timeout = chosen

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
+from stabletrain import FSDP2Strategy, TensorParallelStrategy
 from stabletrain.runtime.internals.process_groups import wait_at_most
 from stabletrain.testing.trainer import quiet_trainer
 
@@ -19,6 +20,10 @@ def test_wait_at_most(tmp_path: Path) -> None:
         (DDPStrategy(process_group_backend="gloo"), timedelta(seconds=7)),
         (ModelParallelStrategy(1, 1, process_group_backend="gloo"), timedelta(seconds=7)),
         (DDPStrategy(process_group_backend="gloo", timeout=own), own),
+        (FSDP2Strategy(process_group_backend="gloo"), timedelta(seconds=7)),
+        (FSDP2Strategy(process_group_backend="gloo", timeout=own), own),
+        (TensorParallelStrategy(process_group_backend="gloo"), timedelta(seconds=7)),
+        (TensorParallelStrategy(process_group_backend="gloo", timeout=120), own),
         (SingleDeviceStrategy(), timedelta(seconds=7)),
     ):
         trainer = quiet_trainer(strategy=strategy, devices=1)
