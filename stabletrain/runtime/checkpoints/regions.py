@@ -48,7 +48,7 @@ def region_of(indices: Sequence[Tensor]) -> Region:
     >>> region_of([torch.tensor([0, 1, 4, 5]), torch.arange(3)])
     (((0, 2), (4, 6)), ((0, 3),))
     """
-    return tuple(tuple(_runs(each.tolist())) for each in indices)
+    return tuple(tuple(_runs(each)) for each in indices)
 
 
 def sizes(region: Region) -> tuple[int, ...]:
@@ -101,12 +101,12 @@ def view(tensor: Tensor, origin: Sequence[int], box: Box) -> Tensor:
     return tensor
 
 
-def _runs(indices: list[int]) -> Iterator[Run]:
-    start = 0
-    for i in range(1, len(indices) + 1):
-        if i == len(indices) or indices[i] != indices[i - 1] + 1:
-            yield indices[start], indices[i - 1] + 1
-            start = i
+def _runs(indices: Tensor) -> Iterator[Run]:
+    if not len(indices):
+        return
+    gaps = (indices.diff() != 1).nonzero().flatten().tolist()  # a run ends at each of these positions
+    for first, last in zip([0, *(gap + 1 for gap in gaps)], [*gaps, len(indices) - 1], strict=True):
+        yield int(indices[first]), int(indices[last]) + 1
 
 
 def _placed(runs: tuple[Run, ...]) -> Iterator[tuple[Run, int]]:
