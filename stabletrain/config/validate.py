@@ -399,10 +399,13 @@ def _unresolved(config: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def _strategy(config: Mapping[str, Any]) -> Iterator[Problem]:
-    """A strategy object in the place of the Trainer's arguments, with or without the name of another one."""
+    """A strategy object beside the name of another one."""
     node = config.get("strategy")
-    if isinstance(node, Mapping) and "_target_" in node:
-        text = "the key strategy holds arguments of the Trainer; an object is one: strategy.strategy._target_=..."
+    if isinstance(node, Mapping) and "_target_" in node and "strategy" in node:
+        text = (
+            f"expected one strategy, got an object of this class and {node['strategy']!r}, which the chosen option "
+            "names; remove this one, or choose strategy=none and give it as strategy.strategy._target_=..."
+        )
         yield Problem("strategy._target_", text)
 
 

@@ -82,7 +82,7 @@ def test_every_option_that_we_ship_fits_its_signature(group: str) -> None:
         ("launch.timeout=1e9", ["launch.timeout: expected int"]),
         (
             "strategy=ddp strategy._target_=lightning.pytorch.strategies.DDPStrategy",
-            ["strategy._target_: the key strategy holds arguments of the Trainer", "strategy.strategy._target_="],
+            ["strategy._target_: expected one strategy, got an object", "strategy.strategy._target_="],
         ),
         ("strategy=ddp trainer.strategy=ddp", ["strategy.strategy: trainer.strategy sets it too"]),
         ("launch.threads=100000", ["launch.threads: expected at most 1024"]),

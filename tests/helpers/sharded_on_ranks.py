@@ -145,3 +145,9 @@ def bf16_true_with_norms() -> list[Any]:
     from stabletrain import SetPrecision
 
     return [SetPrecision("bf16_true", keep_fp32=["LayerNorm"], allow_stalling=True)]
+
+
+def checkpointed() -> list[Any]:
+    from stabletrain import CheckpointActivations
+
+    return [CheckpointActivations()]

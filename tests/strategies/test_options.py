@@ -35,6 +35,10 @@ EXACT: dict[str, tuple[Case, Case]] = {
     ),
     "units within units": (Case("Blocks"), Case("Blocks", {"units": ["Block", "encoder.*.linear"]})),
     "also": (Case("Blocks"), Case("Blocks", {"also": ["generate"]})),
+    "checkpointed by the plugin": (
+        Case("Convolutions", "ddp", callbacks="checkpointed"),
+        Case("Convolutions", {}, callbacks="checkpointed"),
+    ),
     "kept in fp32, bf16-mixed": (
         Case("Encoder", "ddp", callbacks="bf16_mixed_with_norms"),
         Case("Encoder", {}, callbacks="bf16_mixed_with_norms"),
