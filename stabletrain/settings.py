@@ -109,7 +109,7 @@ def worded(text: str, slot: str | None = None, owner: str | None = None) -> str:
         if node == "resume":
             return "ckpt_path"
         if argument is not None:
-            return _call(classes.get(node) or _CLASSES.get(node), argument, value)
+            return _call(_CLASSES.get(node) or classes.get(node), argument, value)
         return _CLASSES[node] if value is None else f'default_callbacks({node}="{value}")'
 
     return _LISTED.sub(listed, _PLUGIN.sub(plugin, text))

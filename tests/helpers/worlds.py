@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from fits import SaveAfter, trainer
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, DistributedSampler
 
 from stabletrain import ResumeExactly
@@ -41,9 +44,14 @@ class Net(LightningModule):
     def __init__(self, samples: int, batch: int, kind: str) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.net = nn.Linear(1, 1)
+        self.net = nn.Linear(1, 2)
         self.samples, self.batch, self.kind = samples, batch, kind
         self.seen: dict[int, list[list[int]]] = {}
+
+    def configure_model(self) -> None:
+        """Cut the layer over the ranks, with tensor parallelism."""
+        if self.device_mesh is not None and not isinstance(self.net.weight, DTensor):
+            parallelize_module(self.net, self.device_mesh["tensor_parallel"], ColwiseParallel())
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         self.seen.setdefault(self.current_epoch, []).append(batch.tolist())
@@ -51,7 +59,7 @@ class Net(LightningModule):
         return self.net(batch[:, None].float()).square().mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=1e-6)
+        return torch.optim.SGD(self.parameters(), lr=1e-6, momentum=0.5)
 
     def train_dataloader(self) -> DataLoader[int]:
         data, size = Numbers(self.samples), self.trainer.world_size
@@ -65,8 +73,21 @@ class Net(LightningModule):
         return DataLoader(data, self.batch, shuffle=True, generator=generator, **workers)
 
 
+def _strategy(kind: str) -> Strategy:
+    if kind == "ddp":
+        return DDPStrategy(process_group_backend="gloo")
+    return ModelParallelStrategy(1, 2, save_distributed_checkpoint=False, process_group_backend="gloo")
+
+
 def train(
-    folder: Path, size: int, samples: int, batch: int, kind: str, resume: Path | None, save: dict[int, Path]
+    folder: Path,
+    size: int,
+    samples: int,
+    batch: int,
+    kind: str,
+    resume: Path | None,
+    save: dict[int, Path],
+    trained_by: str = "ddp",
 ) -> tuple[dict[int, list[list[int]]], list[str]]:
     """Train two epochs; what this rank has seen, and the warnings of ResumeExactly.
 
@@ -76,9 +97,10 @@ def train(
         samples, batch, kind: see `Net`.
         resume: checkpoint to resume from; None: from scratch.
         save: where to save after which batch of the run.
+        trained_by: kind of strategy, of several ranks; of ``"tp"`` all ranks read the same batches.
     """
     torch.manual_seed(3)
-    more: dict[str, Any] = {"strategy": "ddp"} if size > 1 else {}
+    more: dict[str, Any] = {"strategy": _strategy(trained_by)} if size > 1 else {}
     saves = [SaveAfter(number, path) for number, path in save.items()]
     mine = trainer(ResumeExactly(), *saves, default_root_dir=folder, devices=size, max_epochs=2, **more)
     module = Net(samples, batch, kind)

@@ -10,7 +10,7 @@ from torch import Tensor
 from stabletrain.runtime import rng
 from stabletrain.runtime.data import epoch_state
 from stabletrain.runtime.data.loads import Loading
-from stabletrain.runtime.data.position import LoaderState
+from stabletrain.runtime.data.position import LoaderState, of_another_world
 from stabletrain.runtime.hidden.plain import from_plain
 from stabletrain.runtime.internals.resuming import BatchCount
 from stabletrain_plugins.resume_exactly import optimizer_state, trained
@@ -90,15 +90,9 @@ class SavedState(NamedTuple):
 
     def for_another_world(self, has_rng: bool) -> SavedState:
         """As far as it can be used by another number of processes."""
-        positions = [_of_another_world(position) for position in self.positions]
+        positions = [of_another_world(position) for position in self.positions]
         epoch = None if self.epoch is None else epoch_state.without_ranks(self.epoch)
         return self._replace(positions=positions, rng=self.rng if has_rng else None, epoch=epoch, hidden=None)
-
-
-def _of_another_world(position: LoaderState) -> LoaderState:
-    order = position.start.order
-    start = position.start._replace(order=None if order is None else order._replace(is_foreign=True))
-    return position._replace(length=None, last=None, start=start)
 
 
 def problem_of(plain: dict[str, Any]) -> str:

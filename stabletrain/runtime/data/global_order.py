@@ -38,6 +38,7 @@ class GlobalOrder(NamedTuple):
             sampler draws.
         is_foreign: whether the loader's own order in this run is another: the epoch was begun by another number of
             ranks.
+        readers: on how many ranks the rest of a foreign order is dealt out; 0: it is not foreign.
     """
 
     kind: str
@@ -48,6 +49,7 @@ class GlobalOrder(NamedTuple):
     generator: int = -1
     base_generator: int = -1
     is_foreign: bool = False
+    readers: int = 0
 
     def indices(self, states: tuple[RngState, Sequence[Tensor]] | None, *, has_begun: bool) -> list[int]:
         """The samples in their order, each once.
@@ -78,16 +80,17 @@ def _pick(own: Sequence[torch.Generator], index: int) -> torch.Generator | None:
     return None if index == -1 else own[index]
 
 
-def order_of(loader: Any, generators: Sequence[torch.Generator]) -> GlobalOrder | None:
+def order_of(loader: Any, generators: Sequence[torch.Generator], shared: bool) -> GlobalOrder | None:
     """Return the order of the loader's next epoch; None if it is not known.
 
     Args:
         loader: as the fit loop reads from it.
         generators: the loader's own.
+        shared: whether all ranks read the same batches, as under tensor parallelism.
     """
     if not loader_internals.takes_index_sampler(loader) or type(loader.batch_sampler) is not BatchSampler:
         return None
-    sampler, dealt = loader.sampler, _dealt_out(loader)
+    sampler, dealt = loader.sampler, dealt_out(loader, shared)
     if dealt is None or loader.batch_size is None:
         return None
     samples = len(loader.dataset)
@@ -104,11 +107,17 @@ def order_of(loader: Any, generators: Sequence[torch.Generator]) -> GlobalOrder 
     return GlobalOrder("random", samples, 1, loader.batch_size, generator=own, base_generator=base)
 
 
-def _dealt_out(loader: DataLoader[Any]) -> tuple[int, int] | None:
-    """On how many ranks the loader's samples are dealt out, and this rank's number; None if that is not known."""
+def dealt_out(loader: DataLoader[Any], shared: bool) -> tuple[int, int] | None:
+    """On how many ranks the loader's samples are dealt out, and this rank's number; None if that is not known.
+
+    Args:
+        loader: with a sampler.
+        shared: whether all ranks read the same batches.
+    """
     if isinstance(loader.sampler, DistributedSampler):
         return loader.sampler.num_replicas, loader.sampler.rank
-    return None if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 else (1, 0)
+    alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+    return (1, 0) if alone or shared else None
 
 
 def checked_order(plain: Any) -> GlobalOrder | None:
@@ -122,22 +131,28 @@ def checked_order(plain: Any) -> GlobalOrder | None:
     found = GlobalOrder(**plain)
     numbers = (found.samples, found.replicas, found.batch, found.seed, found.generator, found.base_generator)
     known = found.kind in ("sequential", "random", "seeded") and type(found.is_foreign) is bool
-    if not known or not all(type(each) is int for each in numbers) or min(numbers[:4]) < 0 or min(numbers[:3]) < 1:
+    if (
+        not known
+        or not all(type(each) is int for each in (*numbers, found.readers))
+        or min(numbers[:4]) < 0
+        or min(numbers[:3]) < 1
+    ):
         raise ValueError(f"expected the order of a train loader, got {plain!r:.200}")
     return found
 
 
-def why_not_continued(order: GlobalOrder | None, loader: Any) -> str:
+def why_not_continued(order: GlobalOrder | None, loader: Any, shared: bool) -> str:
     """Why the rest of an epoch that other ranks have begun cannot be dealt out with this loader; empty if it can.
 
     Args:
         order: of the epoch, from the checkpoint.
         loader: of this process, as the fit loop reads from it.
+        shared: whether all ranks read the same batches.
     """
     if order is None:
         return UNKNOWN_ORDER
     sized = loader_internals.takes_index_sampler(loader) and type(loader.batch_sampler) is BatchSampler
-    dealt = _dealt_out(loader) if sized and loader.batch_size is not None else None
+    dealt = dealt_out(loader, shared) if sized and loader.batch_size is not None else None
     if dealt is None:
         return "the present train loader does not deal the samples out with torch's DistributedSampler"
     if len(loader.dataset) != order.samples:
@@ -151,14 +166,15 @@ def why_not_continued(order: GlobalOrder | None, loader: Any) -> str:
     return ""
 
 
-def dealt_batches(indices: Sequence[int], loader: DataLoader[Any]) -> list[list[int]]:
+def dealt_batches(indices: Sequence[int], loader: DataLoader[Any], shared: bool) -> list[list[int]]:
     """The batches of this rank, of an epoch in this order; as torch's DistributedSampler and BatchSampler make them.
 
     Args:
         indices: of all samples.
         loader: of this process.
+        shared: whether all ranks read the same batches.
     """
-    dealt = _dealt_out(loader)
+    dealt = dealt_out(loader, shared)
     assert dealt is not None
     replicas, rank = dealt
     total = len(indices)

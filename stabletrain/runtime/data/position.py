@@ -80,8 +80,8 @@ def position_in(
     return LoaderState(batches, start, rng_before, _size(loader), _size(getattr(loader, "dataset", None)), last, own)
 
 
-def capture_start(loader: Any, epoch: int, state: RngState | None) -> IteratorStart:
-    """How an iterator of the loader would be created now."""
+def capture_start(loader: Any, epoch: int, state: RngState | None, shared: bool) -> IteratorStart:
+    """How an iterator of the loader would be created now; ``shared``: whether all ranks read the same batches."""
     sampler = _seeded_sampler(loader)
     return IteratorStart(
         epoch,
@@ -90,7 +90,7 @@ def capture_start(loader: Any, epoch: int, state: RngState | None) -> IteratorSt
         getattr(sampler, "epoch", None),
         getattr(sampler, "seed", None),
         loader_internals.reuses_workers(loader),
-        order=order_of(loader, own_generators(loader)),
+        order=order_of(loader, own_generators(loader), shared),
     )
 
 
@@ -128,6 +128,29 @@ def restore_own(states: Sequence[Tensor], loader: Any) -> None:
     """Set the loader's own generators, in the order of `capture_generators`."""
     for generator, state in zip(own_generators(loader), states, strict=False):
         generator.set_state(state.cpu())
+
+
+def of_another_world(position: LoaderState) -> LoaderState:
+    """A position whose epoch was dealt out to another number of ranks, as far as it can be used by these."""
+    order = position.start.order
+    start = position.start._replace(order=None if order is None else order._replace(is_foreign=True))
+    return position._replace(length=None, last=None, start=start)
+
+
+def in_this_world(position: LoaderState, loader: Any, shared: bool) -> LoaderState:
+    """The position itself, or `of_another_world` if its epoch was dealt out to another number of ranks.
+
+    As many processes may read other data: two of tensor parallelism read as one, two of FSDP2 as two.
+
+    Args:
+        position: from the checkpoint.
+        loader: as the fit loop reads from it.
+        shared: whether all ranks read the same batches.
+    """
+    order, now = position.start.order, order_of(loader, own_generators(loader), shared)
+    if order is None or now is None or (order.readers or order.replicas) == now.replicas:
+        return position
+    return of_another_world(position)
 
 
 def size_mismatch(position: LoaderState, loader: Any) -> str:

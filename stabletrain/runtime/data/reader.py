@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from stabletrain.runtime import rng
 from stabletrain.runtime.data.exclusions import Exclusions
 from stabletrain.runtime.data.fetch_counter import FetchCounter
-from stabletrain.runtime.data.global_order import dealt_batches, order_of, why_not_continued
+from stabletrain.runtime.data.global_order import dealt_batches, dealt_out, order_of, why_not_continued
 from stabletrain.runtime.data.index_sampler import IndexSampler, Indices
 from stabletrain.runtime.data.position import (
     LoaderState,
@@ -72,6 +72,11 @@ class LoaderReader:
         """The epoch of the iterator, or the trainer's before the first one."""
         return self._start.epoch if self._start is not None else loader_internals.epoch_number(self._trainer)
 
+    @property
+    def shared(self) -> bool:
+        """Whether all ranks read the same batches, as under tensor parallelism."""
+        return loader_internals.all_ranks_read_alike(self._trainer)
+
     def start_epoch(self, position: LoaderState | None, record_rng: bool) -> EpochStarted:
         """Create an iterator.
 
@@ -89,7 +94,7 @@ class LoaderReader:
                 self._start_workers(position.start)
                 restore_start(position.start, self._loader)
                 epoch = position.start.epoch
-            self._start = capture_start(self._loader, epoch, rng.capture())
+            self._start = capture_start(self._loader, epoch, rng.capture(), self.shared)
             self._open(0)
         else:
             self._start, last = position.start, position.batches - 1
@@ -153,12 +158,15 @@ class LoaderReader:
         """End an epoch that another number of ranks has begun."""
         if start.order is None or not start.order.is_foreign:
             return
-        problem = why_not_continued(start.order, self._loader)
+        problem = why_not_continued(start.order, self._loader, self.shared)
         if problem:
             self._resume.warn_of_other_samples(problem)
-            self._start = start._replace(order=order_of(self._loader, self._generators))
+            self._start = start._replace(order=order_of(self._loader, self._generators, self.shared))
         elif self.index_sampler is not None:
-            self.index_sampler.draw_from(dealt_batches(epoch_indices(start), self._loader))
+            dealt = dealt_out(self._loader, self.shared)
+            assert dealt is not None
+            self._start = start._replace(order=start.order._replace(readers=dealt[0]))
+            self.index_sampler.draw_from(dealt_batches(epoch_indices(start), self._loader, self.shared))
 
     def _skip_to(self, position: LoaderState) -> None:
         if self.index_sampler is not None and self._resume.skips_fetching(self._in_process):

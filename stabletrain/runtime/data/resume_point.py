@@ -10,7 +10,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from stabletrain.errors import UserError
 from stabletrain.runtime import rng
-from stabletrain.runtime.data.position import LoaderState, restore_own, size_mismatch
+from stabletrain.runtime.data.position import LoaderState, in_this_world, restore_own, size_mismatch
 from stabletrain.runtime.internals import loader as loader_internals
 
 
@@ -70,7 +70,11 @@ class ResumePoint:
                 f"{self._name}: the checkpoint was saved with {len(positions)} train loaders, got {len(loaders)}. "
                 f"Use the same train_dataloader, or {self._opt_out}."
             )
-        for position, loader in zip(positions, loaders, strict=True):
+        shared = loader_internals.all_ranks_read_alike(self._trainer)
+        for i, loader in enumerate(loaders):
+            position = positions[i] = in_this_world(positions[i], loader.loader, shared)
+            if self._pending[i] is not None:
+                self._pending[i] = position
             problem = size_mismatch(position, loader)
             if problem and position.batches:
                 raise self.mismatch(

@@ -200,7 +200,7 @@ class TapedLoader(Iterator[Any]):
         cursor, last = place.cursor_before if prefetched else place.cursor, place.last_batch
         if epoch_over or cursor.start is None:
             epoch = self._reader.epoch if cursor.start is None else cursor.start.epoch + 1
-            start = capture_start(self._loader, epoch, None)._replace(generators=place.own)
+            start = capture_start(self._loader, epoch, None, self._reader.shared)._replace(generators=place.own)
             return position_in(self._loader, 0, start, own=place.own)
         rng_before = last.rng_before if last is not None and prefetched else None
         known = last is not None and last.samples is not None and not prefetched and cursor.position >= 0

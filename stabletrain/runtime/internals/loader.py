@@ -85,6 +85,16 @@ def prefetched(trainer: Trainer) -> list[Any]:
     return batches
 
 
+def all_ranks_read_alike(trainer: Trainer) -> bool:
+    """Whether the strategy gives all of several ranks the same batches, as tensor parallelism does.
+
+    Args:
+        trainer: in a fit.
+    """
+    dealt: dict[str, int] | None = trainer.distributed_sampler_kwargs if trainer.world_size > 1 else None
+    return dealt is not None and dealt.get("num_replicas") == 1
+
+
 def epoch_number(trainer: Trainer) -> int:
     """The current epoch from 0, as passed to ``set_epoch`` of samplers."""
     counts: Any = trainer.fit_loop.epoch_progress.current

@@ -64,6 +64,30 @@ def test_every_sample_comes_exactly_once(sizes: tuple[int, ...], kinds: list[tup
 
 
 @pytest.mark.slow
+def test_as_many_ranks_that_read_other_batches(tmp_path: Path) -> None:
+    """Bug: a run of two ranks cannot go on with tensor parallelism, or back: its ranks all read the whole batch."""
+    kinds, saved = KINDS[1:3], {}
+    parts = []
+    for after, trained_by in ((1, "ddp"), (3, "tp"), (5, "ddp")):
+        folder = tmp_path / str(after)
+        folder.mkdir()
+        batch, before = GLOBAL // (2 if trained_by == "ddp" else 1), dict(saved)
+        saved = {i: folder / f"{i}.ckpt" for i in range(len(kinds))}
+        cases = [(n, batch, kind, before.get(i), {after: saved[i]}, trained_by) for i, (kind, n) in enumerate(kinds)]
+        parts.append((trained_by, on_ranks(train_all, 2, folder, 2, cases)))
+    for i, (_, samples) in enumerate(kinds):
+        trained = []
+        for part, (trained_by, (mine, theirs)) in enumerate(parts):
+            of_mine, of_theirs = mine[i][0][0], theirs[i][0][0]
+            if trained_by == "tp":
+                assert of_mine == of_theirs
+                of_theirs = []
+            until = 2 if part < 2 else None
+            trained += [*chain(*of_mine[:until]), *chain(*of_theirs[:until])]
+        assert Counter(trained) == Counter(range(samples))
+
+
+@pytest.mark.slow
 def test_what_cannot_be_dealt_out_is_said(tmp_path: Path) -> None:
     """Bug: another global batch, whose position is another sample, resumes without a word."""
     (tmp_path / "first").mkdir()

@@ -33,7 +33,14 @@ def test_diagnoses_are_artifacts(tmp_path: Path) -> None:
     """Bug: the report of why a run was stopped is not in MLflow."""
     (tmp_path / "diagnosis-42").mkdir()
     names = [path.name for path in run_files.artifacts(tmp_path)]
-    assert names == ["events.jsonl", "interventions.jsonl", "result.json", "sample.txt", "diagnosis-42"]
+    assert names == [
+        "events.jsonl",
+        "interventions.jsonl",
+        "result.json",
+        "sample.txt",
+        "strategy.json",
+        "diagnosis-42",
+    ]
 
 
 def test_no_checkpoint_of_a_run_that_saved_none(tmp_path: Path) -> None:
