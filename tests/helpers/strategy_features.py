@@ -37,18 +37,16 @@ FEATURES = (
 )
 """Columns of the table."""
 
-_SHARDED = ("clip", "skip", "rollback", "exact resume", "accumulation", "fp16", "compile")
+_SHARDED = ("clip", "skip", "rollback", "exact resume", "save_checkpoints", "accumulation", "fp16", "compile")
 _COPIES = "copies the whole module"
 _KERNELS = "cannot train sharded parameters"
-_SINGLE_FILE = "save_checkpoints"
 
 ENTRIES = [
-    *(Entry("ddp", name) for name in FEATURES if name != "compile"),
+    *(Entry(each, name) for each in ("ddp", "ddp_zero1") for name in FEATURES if name != "compile"),
     *(Entry(each, name) for each in ("fsdp2", "zero2") for name in _SHARDED),
     *(Entry(each, "EMA", _COPIES) for each in ("fsdp2", "zero2")),
     *(Entry(each, "8-bit", _KERNELS) for each in ("fsdp2", "zero2")),
-    *(Entry(each, "save_checkpoints", _SINGLE_FILE) for each in ("fsdp2", "zero2")),
-    *(Entry("hsdp", name, processes=4) for name in ("clip", "skip", "rollback", "accumulation", "fp16")),
+    *(Entry("hsdp", name, processes=4) for name in _SHARDED if name != "compile"),
     Entry("hsdp", "EMA", _COPIES, 4),
     Entry("hsdp", "8-bit", _KERNELS, 4),
 ]
@@ -86,14 +84,14 @@ def run(folder: Path, entry: Entry) -> str:
 
 
 def _strategy(name: str, **options: Any) -> Any:
-    """The object that the option of the config group makes; of ours with further arguments."""
+    """The object that the option of the config group makes; of FSDP2 with further arguments."""
     import yaml
     from lightning.pytorch.strategies import DDPStrategy
 
-    from stabletrain import FSDP2Strategy
+    from stabletrain import DDPZeRO1Strategy, FSDP2Strategy
 
-    if name == "ddp":
-        return DDPStrategy(process_group_backend="gloo")
+    if name in ("ddp", "ddp_zero1"):
+        return {"ddp": DDPStrategy, "ddp_zero1": DDPZeRO1Strategy}[name](process_group_backend="gloo")
     content = yaml.safe_load((PAGE.parents[1] / "conf" / "strategy" / f"{name}.yaml").read_text())
     content = {key: value for key, value in content.items() if key not in ("defaults", "_target_")}
     return FSDP2Strategy(**{**content, **options})
@@ -214,10 +212,21 @@ def _exact_resume(folder: Path, entry: Entry) -> None:
 
 
 def _save_checkpoints(folder: Path, entry: Entry) -> None:
-    from stabletrain import SaveCheckpoints
+    import sharded_modules
+    import sharded_uses
 
-    _trained(folder, entry, SaveCheckpoints(folder / "checkpoints", every=4))
-    assert any((folder / "checkpoints").iterdir())
+    from stabletrain import ResumeExactly, SaveCheckpoints, default_callbacks
+
+    def callbacks() -> list[Any]:
+        return [*default_callbacks(), ResumeExactly(), SaveCheckpoints(folder / "checkpoints", every=4, keep_last=3)]
+
+    whole = _trained(folder, entry, *callbacks())
+    other = sharded_modules.Scalar(seed=3)
+    saved = folder / "checkpoints" / "step-00000004"
+    sharded_uses.fit(
+        folder, other, _strategy(entry.strategy), *callbacks(), devices=entry.processes, ckpt_path=saved
+    )
+    assert other.losses == whole.lightning_module.losses[4:]
 
 
 def _accumulation(folder: Path, entry: Entry) -> None:
