@@ -223,9 +223,7 @@ def _save_checkpoints(folder: Path, entry: Entry) -> None:
     whole = _trained(folder, entry, *callbacks())
     other = sharded_modules.Scalar(seed=3)
     saved = folder / "checkpoints" / "step-00000004"
-    sharded_uses.fit(
-        folder, other, _strategy(entry.strategy), *callbacks(), devices=entry.processes, ckpt_path=saved
-    )
+    sharded_uses.fit(folder, other, _strategy(entry.strategy), *callbacks(), devices=entry.processes, ckpt_path=saved)
     assert other.losses == whole.lightning_module.losses[4:]
 
 
