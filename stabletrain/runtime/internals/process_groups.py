@@ -29,8 +29,10 @@ def wait_at_most(trainer: Trainer, seconds: float) -> Callable[[], None]:
         return lambda: None
     module, strategy = dist.distributed_c10d, trainer.strategy
     before = {name: getattr(module, name) for name in _DEFAULTS}
+    # torch's own, whatever an earlier call has set
+    defaults = [getattr(dist.constants, name, None) for name in _DEFAULTS]
     chosen = getattr(strategy, "_timeout", None)
-    if not getattr(strategy, "timeout_was_given", chosen is not None and chosen not in before.values()):
+    if not getattr(strategy, "timeout_was_given", chosen is not None and chosen not in defaults):
         chosen = timedelta(seconds=seconds)
         if hasattr(strategy, "_timeout"):
             strategy._timeout = chosen
