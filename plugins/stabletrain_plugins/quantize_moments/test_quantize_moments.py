@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from state_bits import Small
 from torch import Tensor, nn
 
 from stabletrain import AdamW8bit, AdEMAMix8bit, Lion8bit, RMSprop8bit, SGD8bit, UserError
@@ -98,29 +99,6 @@ def test_bad_values_are_named() -> None:
         AdamW8bit([matrix()], min_8bit_size=-1)
     with pytest.raises(UserError, match=r"optim_bits of a parameter group: expected 8 or 32, got 4"):
         AdamW8bit([{"params": [matrix()], "optim_bits": 4}])
-
-
-class Small(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = nn.Sequential(
-            nn.Embedding(64, 64), nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 64)
-        )
-
-    def groups(self) -> list[dict[str, Any]]:
-        others = list(self.net[1:].parameters())
-        return [{"params": [self.net[0].weight], "kind": "embedding"}, {"params": others, "kind": "weight"}]
-
-    def steps(self, optimizer: Any, first: int, count: int) -> Tensor:
-        """Train; the change of all parameters."""
-        before = torch.cat([p.detach().flatten() for p in self.parameters()])
-        for i in range(first, first + count):
-            x = torch.randint(0, 64, (32,), generator=torch.Generator().manual_seed(i))
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(self.net(x), (x * 7 + 3) % 64).backward()
-            optimizer.step()
-        return torch.cat([p.detach().flatten() for p in self.parameters()]) - before
 
 
 def test_a_32_bit_checkpoint_goes_on_in_8_bits() -> None:
