@@ -23,7 +23,7 @@ def wait_at_most(trainer: Trainer, seconds: float) -> Callable[[], None]:
         seconds: above 0.
 
     Returns:
-        A function that restores torch's defaults.
+        A function that restores the defaults that were set before.
     """
     if not dist.is_available():
         return lambda: None
