@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import two_ranks
 from fits import run, trainer
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy
@@ -57,6 +58,7 @@ def main(folder: Path) -> None:
             },
             folder / "result.pt",
         )
+    two_ranks.leave()
 
 
 if __name__ == "__main__":
