@@ -40,6 +40,7 @@ from stabletrain.runtime.guard.changes import Changes
 from stabletrain.runtime.guard.dropped_steps import DroppedStep, StepSamples
 from stabletrain.runtime.guard.loss_scaling import LossScaling
 from stabletrain.runtime.guard.manual_steps import ManualSteps
+from stabletrain.runtime.guard.measurement import common_norm, measure
 from stabletrain.runtime.guard.members import Member, RuleMember, TransformMember
 from stabletrain.runtime.guard.metrics import Counters, MetricsWindow
 from stabletrain.runtime.guard.missing_loss import MissingLosses
@@ -152,7 +153,6 @@ class StepGuard:
         support.check_optimizer(self.trainer)
         self._scaling = LossScaling(self.trainer)
         self.ranks = Ranks(self.trainer)
-        self._common_on = self.ranks.device if self.ranks.size > 1 else None
         self._replicas = ReplicaCheck(self.trainer, self.module, self.ranks)
         self._replicas.open(self.trainer.optimizers)
         self._missing_losses = MissingLosses(self.trainer, self.module)
@@ -300,8 +300,13 @@ class StepGuard:
             return
         self._samples.end_window()
         held, size = self.window.held, self.window.size
-        loss, weight, flags = self._window_loss()  # a collective: also called by ranks without a loss
-        if not self._scaling.unscale(optimizer):
+        unscaled = self._scaling.unscale(optimizer)
+        parameters = self.parameters.read(self.trainer.global_step)  # groups may have been added since the last step
+        grads = gradients.of(parameters) if unscaled else []
+        if self._short_windows is not None:
+            self._short_windows.weigh(grads, held, size)
+        loss, weight, grad_norm, flags = self._measure(grads)  # a collective: also called by ranks without a loss
+        if not unscaled:
             return
         if loss is None:
             self.control.pass_over()  # several ranks: the gradients are zeros, not None
@@ -309,14 +314,10 @@ class StepGuard:
             self._scaling.freeze()
             self._pass_over(optimizer)
             return
-        parameters = self.parameters.read(self.trainer.global_step)  # groups may have been added since the last step
-        grads = gradients.of(parameters)
         self._replicas.before_step(self._optimizers.selected, optimizer, parameters, len(grads))
         if weight is not None:
             gradients.scale_(grads, self.ranks.size * size / weight)
-        elif self._short_windows is not None:
-            self._short_windows.weigh(grads, held, size)
-        grad_norm = gradients.global_norm(grads, self._common_on)
+            grad_norm = common_norm(self.ranks, grads)
         for member in self._gradient_observers:
             member.on_gradients(self._counted.attempted, parameters)
         for plugin, reason in self.changes.expected_at(self.trainer.global_step):
@@ -534,23 +535,24 @@ class StepGuard:
         assert self._control is not None, "the guard acts only after on_fit_start"
         return self._control
 
-    def _window_loss(self) -> tuple[Tensor | None, float | Tensor | None, list[Tensor | bool]]:
+    def _measure(self, grads: list[Tensor]) -> tuple[Tensor | None, float | Tensor | None, Tensor, list[Tensor | bool]]:
         """The unscaled mean loss of the window over all ranks; the sum of the weights, None if there are none, else not
-        0; was a change announced, and has the step to be dropped, because a loss is missing or all weights are 0?
+        0; the norm of the gradients, if there are none; was a change announced, and has the step to be dropped, because
+        a loss is missing or all weights are 0?
         """
-        flags: list[Any] = [bool(self.changes.announced), self.window.lacks_loss]
-        weights, factor = self.window.weights, self.window.size / self._scaling.scale
-        self._weights = weights
+        flags = bool(self.changes.announced), self.window.lacks_loss
+        self._weights, factor = self.window.weights, self.window.size / self._scaling.scale
         if self._weigh_loss is None:
-            loss, flags = self.ranks.mean_loss(self.window.take(), *flags)
-            return loss if loss is None or factor == 1.0 else loss * factor, None, flags
-        loss, weight, flags = self.ranks.weighted_mean_loss(self.window.take(), math.fsum(weights), *flags)
+            loss, grad_norm, _, found = measure(self.ranks, self.window.take(), None, grads, *flags)
+            return loss if loss is None or factor == 1.0 else loss * factor, None, grad_norm, found
+        # the gradients are measured once they are multiplied by what is known afterwards
+        loss, grad_norm, weight, found = measure(self.ranks, self.window.take(), self._weights, [], *flags)
         if isinstance(weight, Tensor):
-            flags[1] = flags[1] + (weight == 0)
+            found[1] = found[1] + (weight == 0)
             weight = weight.masked_fill(weight == 0, 1.0)
         elif loss is not None and weight == 0:
-            flags, weight = [torch.full((), float(each), device=loss.device) for each in (flags[0], True)], 1.0
-        return loss if loss is None else loss * factor, weight, flags
+            found, weight = [torch.full((), float(each), device=loss.device) for each in (flags[0], True)], 1.0
+        return loss if loss is None else loss * factor, weight, grad_norm, found
 
     def _limits(self, states: Sequence[Any] | None = None) -> Limits:
         """The limits of all rules.
@@ -657,7 +659,7 @@ class StepGuard:
             names = self.parameters.names(parameters)
             for transform in self._transforms:
                 transform.transform(names, parameters, grads)
-        return gradients.global_norm(grads, self._common_on)
+        return common_norm(self.ranks, grads)
 
     # ---- records ----------------------------------------------------------------------------------------------------
 
