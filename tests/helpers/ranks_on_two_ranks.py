@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from replicas_on_ranks import FrozenRest, Plain
 
 from stabletrain import SkipNonFinite
-from stabletrain.runtime.guard.measurement import measure
+from stabletrain.runtime.guard.measurement import add_up
 from stabletrain.runtime.ranks import Ranks
 
 CASES = {
@@ -43,12 +43,12 @@ def _train(folder: Path, kind: str, module: Any) -> dict[str, Any]:
     ranks = Ranks(mine)
     rank = dist.get_rank()
     gradient = [torch.tensor([3.0, 4.0])]  # this rank's copy, equal to the other's
-    one_has_none = measure(ranks, [torch.tensor(3.0), torch.tensor(5.0)] if rank == 0 else [], None, gradient)
+    one_has_none = add_up(ranks, [torch.tensor(3.0), torch.tensor(5.0)] if rank == 0 else [], None, gradient)
     loss = torch.tensor(float("nan") if rank else 1.0)
-    nan_on_one = measure(ranks, [loss], None, gradient if rank else [], False, rank == 1, True)
-    without = measure(ranks, [], None, [], rank == 0)
-    weighted = measure(ranks, [torch.tensor(6.0)] * (1 + rank), [3.0] * (1 + rank), gradient)
-    nan_in_one = measure(ranks, [loss], None, [torch.tensor([float("nan") if rank == 0 else 1.0])])
+    nan_on_one = add_up(ranks, [loss], None, gradient if rank else [], False, rank == 1, True)
+    without = add_up(ranks, [], None, [], rank == 0)
+    weighted = add_up(ranks, [torch.tensor(6.0)] * (1 + rank), [3.0] * (1 + rank), gradient)
+    nan_in_one = add_up(ranks, [loss], None, [torch.tensor([float("nan") if rank == 0 else 1.0])])
     assert one_has_none.loss is not None
     assert nan_on_one.loss is not None
     assert weighted.loss is not None

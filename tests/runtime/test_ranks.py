@@ -11,7 +11,7 @@ from fits import HEALTHY, Net, batches, fit
 from lightning.pytorch.strategies import FSDPStrategy
 from rank_pool import on_ranks
 
-from stabletrain.runtime.guard.measurement import measure
+from stabletrain.runtime.guard.measurement import add_up
 from stabletrain.runtime.ranks import Ranks
 
 
@@ -20,11 +20,11 @@ def test_one_process_makes_no_collective_call() -> None:
     ranks = Ranks(fit(Net(), batches(HEALTHY)))
     loss = torch.tensor(0.1)
     gradient = torch.tensor([3.0, 4.0])
-    assert measure(ranks, [loss], None, [])[0] is loss
-    assert measure(ranks, [torch.tensor(1.0), torch.tensor(2.0)], None, [gradient])[:3] == (1.5, 5.0, 2)
-    assert measure(ranks, [torch.tensor(1.0), torch.tensor(2.0)], [0.5, 1.5], [])[:3] == (1.5, 0.0, 2.0)
-    assert measure(ranks, [], None, [])[0] is None
-    assert [measure(ranks, losses, None, [], True, False).flags for losses in ([], [loss])] == [[True, False]] * 2
+    assert add_up(ranks, [loss], None, [])[0] is loss
+    assert add_up(ranks, [torch.tensor(1.0), torch.tensor(2.0)], None, [gradient])[:3] == (1.5, 5.0, 2)
+    assert add_up(ranks, [torch.tensor(1.0), torch.tensor(2.0)], [0.5, 1.5], [])[:3] == (1.5, 0.0, 2.0)
+    assert add_up(ranks, [], None, [])[0] is None
+    assert [add_up(ranks, losses, None, [], True, False).flags for losses in ([], [loss])] == [[True, False]] * 2
     assert (ranks.any(True), ranks.any(False)) == (True, False)
     assert ranks.placement(next(Net().parameters())) == "replicated"
 
