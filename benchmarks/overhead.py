@@ -40,8 +40,8 @@ from torch.utils.data import DataLoader, IterableDataset
 import stabletrain as st
 from stabletrain.core.limits import Bound, Limits, SkipNonFinite
 from stabletrain.runtime import gradients
+from stabletrain.runtime.guard import device_limits
 from stabletrain.runtime.guard.signals import SignalCopy, Signals
-from stabletrain.runtime.guard.step_guard import device_limits
 
 Case = Callable[[], list[L.Callback]]
 

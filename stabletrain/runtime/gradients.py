@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from stabletrain.runtime.internals import sharded_norms
+from stabletrain.runtime.internals.sharded_norms import NormShare
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -34,7 +35,7 @@ def local(gradient: Tensor) -> Tensor:
     return gradient._values() if gradient.is_sparse else gradient
 
 
-def global_norm(gradients: Sequence[Tensor], common_on: torch.device | None = None) -> Tensor:
+def global_norm(gradients: Sequence[Tensor]) -> Tensor:
     """The L2 norm of all gradients together, in float32 (float64 for float64 gradients), as a 0-d tensor.
 
     Reads the gradients once, without a device synchronization. If gradients are sharded, all ranks must call it, also
@@ -42,13 +43,26 @@ def global_norm(gradients: Sequence[Tensor], common_on: torch.device | None = No
 
     Args:
         gradients: of any kind.
-        common_on: the device of this process, if all ranks call this and must get the same norm, even where the copies
-            of a plain gradient differ: they count with their mean square. None: such copies are taken to be equal.
     """
     if any(isinstance(g, DTensor) for g in gradients):
-        return sharded_norms.global_norm(*_with_local_norms(gradients), common_on)
-    norm = _plain_norm(gradients) if gradients else torch.zeros((), device=common_on)
-    return norm if common_on is None else sharded_norms.common(norm, common_on)
+        return sharded_norms.global_norm(*_with_local_norms(gradients))
+    return _plain_norm(gradients) if gradients else torch.zeros(())
+
+
+def norm_share(gradients: Sequence[Tensor], device: torch.device) -> NormShare:
+    """As `global_norm`, but all ranks get the same norm, and it is left to the caller to add up what they contribute.
+
+    Where the copies of a plain gradient differ, they count with their mean square. A collective only for gradients on
+    meshes that hold some ranks, and for pending sums.
+
+    Args:
+        gradients: of any kind; may be empty on some ranks.
+        device: of this process, whose tensors a collective takes.
+    """
+    if any(isinstance(g, DTensor) for g in gradients):
+        return sharded_norms.share(*_with_local_norms(gradients), device)
+    norm = _plain_norm(gradients) if gradients else torch.zeros((), device=device)
+    return sharded_norms.plain_share(norm, device)
 
 
 def tensor_norms(gradients: Sequence[Tensor]) -> Tensor:

@@ -44,58 +44,6 @@ class Ranks:
         """The device of this process, whose tensors a collective takes."""
         return self._strategy.root_device
 
-    def mean_loss(self, losses: list[Tensor], *flags: bool) -> tuple[Tensor | None, list[Tensor | bool]]:
-        """The mean loss over the window and over all ranks, and on how many of them each flag is set. A collective.
-
-        Sum, count and flags are added over all ranks in one all-reduce, so that all ranks get the same bits. Ranks that
-        see the same data (tensor parallelism) do not change the mean. A NaN or infinity on any rank makes the mean
-        non-finite on all ranks.
-
-        Args:
-            losses: 0-d tensors, one for each micro-batch of this rank; may be empty.
-            flags: of this rank.
-
-        Returns:
-            The mean, a 0-d tensor, None if no rank had a loss. And the flags: of one process as they are, of several
-            0-d tensors, the number of ranks on which each is set, so that no rank has to read the device.
-        """
-        if self.size == 1:
-            if not losses:
-                return None, list(flags)
-            return losses[0] if len(losses) == 1 else torch.stack(losses).mean(), list(flags)
-        total, count, *numbers = self._sums(losses, len(losses), *flags)
-        if not losses and not count:  # only a rank without a loss has to read the device
-            return None, list(numbers)
-        return total / count, list(numbers)
-
-    def weighted_mean_loss(
-        self, losses: list[Tensor], weight: float, *flags: bool
-    ) -> tuple[Tensor | None, float | Tensor, list[Tensor | bool]]:
-        """As `mean_loss`, of losses that are multiplied by weights already. A collective.
-
-        Args:
-            losses: 0-d tensors, one for each micro-batch of this rank, each multiplied by its weight; may be empty.
-            weight: the sum of this rank's weights, >= 0.
-            flags: of this rank.
-
-        Returns:
-            The mean, NaN if all weights are 0. The sum of the weights of all ranks, of one process as it is. The flags.
-        """
-        if self.size == 1:
-            return torch.stack(losses).sum() / weight if losses else None, weight, list(flags)
-        total, count, weights, *numbers = self._sums(losses, len(losses), weight, *flags)
-        if not losses and not count:
-            return None, weights, list(numbers)
-        return total / weights, weights, list(numbers)
-
-    def _sums(self, losses: list[Tensor], *numbers: float) -> list[Tensor]:
-        """The sum of the losses and each number, added over all ranks in one all-reduce."""
-        device = losses[0].device if losses else self._strategy.root_device
-        total = torch.stack(losses).sum(dtype=torch.float32) if losses else torch.zeros((), device=device)
-        packed = torch.stack([total, *(torch.full((), float(each), device=device) for each in numbers)])
-        dist.all_reduce(packed)
-        return list(packed)
-
     def sum(self, *numbers: float) -> list[float]:
         """Numbers, each added over all ranks. A collective."""
         if self.size == 1:

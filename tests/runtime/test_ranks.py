@@ -11,6 +11,7 @@ from fits import HEALTHY, Net, batches, fit
 from lightning.pytorch.strategies import FSDPStrategy
 from rank_pool import on_ranks
 
+from stabletrain.runtime.guard.measurement import add_up
 from stabletrain.runtime.ranks import Ranks
 
 
@@ -18,10 +19,12 @@ def test_one_process_makes_no_collective_call() -> None:
     """Bugs: a mean that is not the only loss itself; an empty window taken for a NaN; a warning of drifting copies."""
     ranks = Ranks(fit(Net(), batches(HEALTHY)))
     loss = torch.tensor(0.1)
-    assert ranks.mean_loss([loss])[0] is loss
-    assert ranks.mean_loss([torch.tensor(1.0), torch.tensor(2.0)])[0] == 1.5
-    assert ranks.mean_loss([])[0] is None
-    assert [ranks.mean_loss(losses, True, False)[1] for losses in ([], [loss])] == [[True, False]] * 2
+    gradient = torch.tensor([3.0, 4.0])
+    assert add_up(ranks, [loss], None, [])[0] is loss
+    assert add_up(ranks, [torch.tensor(1.0), torch.tensor(2.0)], None, [gradient])[:3] == (1.5, 5.0, 2)
+    assert add_up(ranks, [torch.tensor(1.0), torch.tensor(2.0)], [0.5, 1.5], [])[:3] == (1.5, 0.0, 2.0)
+    assert add_up(ranks, [], None, [])[0] is None
+    assert [add_up(ranks, losses, None, [], True, False).flags for losses in ([], [loss])] == [[True, False]] * 2
     assert (ranks.any(True), ranks.any(False)) == (True, False)
     assert ranks.placement(next(Net().parameters())) == "replicated"
 
@@ -51,6 +54,9 @@ def test_two_processes(tmp_path: Path) -> None:
             assert result["one_has_none"] == 4.0
             assert result["none_has_one"] is True
             assert result["nan_on_one"] == "nan"
+            assert result["weighted"] == (2.0, 9.0)
+            assert result["norms"] == ["5.0", "0.0", "nan"]
+            assert result["mean_square"] == pytest.approx(12.5)  # the other rank has no gradient
             assert result["flags"] == [[], [0.0, 1.0, 2.0], [1.0]]
             assert result["any"] == [True, False]
             kinds = result["placements"]

@@ -45,9 +45,7 @@ def tensor_norms(tensors: Sequence[Tensor], local_norms: Sequence[Tensor]) -> Te
     return _root(torch.stack([square.to(local_norms[0].device) for square in squares]), local_norms)
 
 
-def global_norm(
-    tensors: Sequence[Tensor], local_norms: Sequence[Tensor], common_on: torch.device | None = None
-) -> Tensor:
+def global_norm(tensors: Sequence[Tensor], local_norms: Sequence[Tensor]) -> Tensor:
     """The norm of all whole tensors together, as a 0-d tensor on the device of the first local norm.
 
     One number for each mesh is exchanged, so that ranks may have gradients of different parameters.
@@ -55,35 +53,76 @@ def global_norm(
     Args:
         tensors: as in `tensor_norms`.
         local_norms: as in `tensor_norms`.
-        common_on: as in `common`, which also makes the norms of meshes equal that hold some ranks only.
     """
-    squares = [norm.double().square() for norm in local_norms]
-    home = local_norms[0].device
-    totals = []
-    left = set(range(len(tensors)))
-    sums = _sums(tensors)
-    for each in sums:
-        mine = torch.stack([(squares[i] * share).to(each.device) for i, share in _shares(each)]).sum()
-        for group in each.groups:
-            dist.all_reduce(mine, group=group)
-        totals.append(mine)
-        left.difference_update(each.members)
-    totals.extend(squares[i] for i in sorted(left))
-    norm = _root(torch.stack([each.to(home) for each in totals]).sum(), local_norms)
-    is_common = not left and len(sums) == 1 and sums[0].groups == [dist.group.WORLD]
-    return norm if common_on is None or is_common else common(norm, common_on)
+    open_sum, known = _squares(tensors, local_norms)
+    if open_sum is not None:
+        dist.all_reduce(open_sum)
+        known.insert(0, open_sum)
+    return _root(torch.stack([each.to(local_norms[0].device) for each in known]).sum(), local_norms)
 
 
-def common(norm: Tensor, device: torch.device) -> Tensor:
-    """The root of the mean square of a norm over all ranks: the same bits on all; those of the norm, if all have it.
+class NormShare(NamedTuple):
+    """What one rank contributes to a norm over all ranks.
+
+    Args:
+        square: 0-d, float64: added over all ranks it is the square of the norm.
+        device: of the norm.
+        dtype: of the norm.
+    """
+
+    square: Tensor
+    device: torch.device
+    dtype: torch.dtype
+
+    def norm(self, square: Tensor) -> Tensor:
+        """The norm, from the sum of what all ranks contribute."""
+        return square.sqrt().to(self.device, self.dtype)
+
+
+def share(tensors: Sequence[Tensor], local_norms: Sequence[Tensor], device: torch.device) -> NormShare:
+    """What this rank contributes to the norm of all whole tensors together.
+
+    A collective only for meshes of some ranks: each of their ranks contributes an equal part of the whole.
+
+    Args:
+        tensors: as in `tensor_norms`.
+        local_norms: as in `tensor_norms`.
+        device: of this process, whose tensors a collective takes.
+    """
+    open_sum, known = _squares(tensors, local_norms)
+    parts = [each.to(device) / dist.get_world_size() for each in known]
+    if open_sum is not None:
+        parts.append(open_sum.to(device))
+    return NormShare(torch.stack(parts).sum(), local_norms[0].device, _dtype(local_norms))
+
+
+def plain_share(norm: Tensor, device: torch.device) -> NormShare:
+    """What this rank contributes to the norm of plain gradients: the root of the mean square of all ranks' norms.
+
+    That is the same on all ranks, and where all copies are equal it has the bits of ``norm``.
 
     Args:
         norm: a 0-d tensor.
         device: of this process, whose tensors a collective takes.
     """
-    square = norm.to(device).double().square() / dist.get_world_size()
-    dist.all_reduce(square)
-    return square.sqrt().to(norm.device, norm.dtype)
+    return NormShare(norm.to(device).double().square() / dist.get_world_size(), norm.device, norm.dtype)
+
+
+def _squares(tensors: Sequence[Tensor], local_norms: Sequence[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
+    """The square of the global norm in parts: what all ranks have yet to add up, None if nothing is; what is known."""
+    squares = [norm.double().square() for norm in local_norms]
+    open_sum, known = None, []
+    left = set(range(len(tensors)))
+    for each in _sums(tensors):
+        mine = torch.stack([(squares[i] * share).to(each.device) for i, share in _shares(each)]).sum()
+        left.difference_update(each.members)
+        if each.groups == [dist.group.WORLD]:
+            open_sum = mine
+            continue
+        for group in each.groups:
+            dist.all_reduce(mine, group=group)
+        known.append(mine)
+    return open_sum, [*known, *(squares[i] for i in sorted(left))]
 
 
 def settle_partial(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -159,5 +198,8 @@ def _shares(each: _Sum) -> list[tuple[int, float]]:
 
 
 def _root(squares: Tensor, local_norms: Sequence[Tensor]) -> Tensor:
-    dtype = torch.float64 if any(norm.dtype == torch.float64 for norm in local_norms) else torch.float32
-    return squares.sqrt().to(dtype)
+    return squares.sqrt().to(_dtype(local_norms))
+
+
+def _dtype(local_norms: Sequence[Tensor]) -> torch.dtype:
+    return torch.float64 if any(norm.dtype == torch.float64 for norm in local_norms) else torch.float32
