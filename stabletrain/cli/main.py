@@ -201,6 +201,22 @@ def replay(
     print(replay_file(words[0], words[1], words[2:], run))
 
 
+@app.command(short_help="Say what happened in a run, and what to try next: stabletrain report RUN")
+def report(
+    run: Annotated[
+        str,
+        typer.Argument(help="A run's folder, its id, the beginning of an id, or its name.", show_default=False),
+    ],
+) -> None:
+    """Say what happened in a run: its numbers, each intervention with its reason, and findings with what to try next.
+
+    Findings are hints and no diagnosis; docs/findings.md has the table of their thresholds and sources.
+    """
+    from stabletrain.cli.report import report as text
+
+    print(text(run))
+
+
 @app.command(short_help="Write the weights of a checkpoint to one file, for torch.load.")
 def consolidate(
     run: Annotated[

@@ -185,7 +185,7 @@ def find_run(wanted: str, *, command: str, uri: str | None = None) -> RecordedRu
         UserError: if there is no such run, or several, which are listed; or if the store cannot be read.
     """
     if Path(wanted).is_dir():
-        return _of_folder(Path(wanted), command)
+        return run_in_folder(Path(wanted), command=command)
     if "/" in wanted:
         raise UserError(f"{command}: there is no folder {wanted}; expected a run's folder, its id or its name")
     store = _ready(uri)
@@ -301,7 +301,17 @@ def _logger(folder: Path) -> Mapping[str, Any]:
     return node if isinstance(node, Mapping) else {}
 
 
-def _of_folder(folder: Path, command: str) -> RecordedRun:
+def run_in_folder(folder: Path, *, command: str, remote: bool = True) -> RecordedRun:
+    """Return the run in a folder, with what its store has recorded if it can be read.
+
+    Args:
+        folder: the run's folder.
+        command: begins the messages.
+        remote: whether to ask a store that is no file on this machine, which may take long.
+
+    Raises:
+        UserError: if it is not the folder of a run.
+    """
     if not (folder / RUN_YAML).is_file():
         raise UserError(f"{command}: {folder} is not the folder of a run: it has no {RUN_YAML}; name a run's folder")
     node = _logger(folder)
@@ -311,6 +321,8 @@ def _of_folder(folder: Path, command: str) -> RecordedRun:
 
         database = sqlite_path(uri)
         with suppress(UserError):  # the folder has most of what the store has
+            if database is None and not remote:
+                raise UserError(f"{uri} is not asked")
             if database is not None and not database.is_file():
                 raise UserError(f"{uri} is gone")
             from mlflow.exceptions import MlflowException

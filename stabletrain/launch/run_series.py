@@ -19,7 +19,7 @@ from stabletrain.config import discovery
 from stabletrain.core import metric_names
 from stabletrain.core.events import Event
 from stabletrain.errors import UserError
-from stabletrain.launch.recorded_run import RecordedRun, find_run
+from stabletrain.launch.recorded_run import RecordedRun, run_in_folder
 from stabletrain.runtime.records.json_lines import read_lines
 from stabletrain.runtime.records.run_files import INTERVENTIONS
 from stabletrain.runtime.records.steps_file import Flag, Steps
@@ -40,7 +40,7 @@ _MOST_REPORTED = 100_000
 
 
 def series_of_folder(folder: Path) -> Series:
-    """Return what the run in a folder has recorded, in the folder and in its store.
+    """Return what the run in a folder has recorded, in the folder and in its store if that is a file on this machine.
 
     Args:
         folder: the run's folder, with run.yaml.
@@ -48,7 +48,7 @@ def series_of_folder(folder: Path) -> Series:
     Raises:
         UserError: if it is not the folder of a run, or the store cannot be read.
     """
-    return series_of_run(find_run(str(folder), command="report"))
+    return series_of_run(run_in_folder(folder, command="report", remote=False))
 
 
 def series_of_run(run: RecordedRun) -> Series:

@@ -207,6 +207,23 @@ def findings(series: Series) -> list[Finding]:
     return found
 
 
+def sentence(series: Series) -> str | None:
+    """Return the one thing about a run that matters, in a line; None if nothing does.
+
+    Args:
+        series: what the run has recorded.
+    """
+    found = [each for each in findings(series) if each.name != "clipped never"]
+    if found:
+        more = f" ({len(found) - 1} more)" if len(found) > 1 else ""
+        return f"{found[0].sentence}{more}"
+    skipped = 0 if series.skipped is None else round(float(series.skipped.sum()))
+    if series.rollbacks or skipped:
+        rollbacks = [f"{len(series.rollbacks)} rollbacks, the last at step {series.rollbacks[-1].step}"]
+        return ", ".join([*(rollbacks if series.rollbacks else []), *([f"{skipped} steps skipped"] if skipped else [])])
+    return None
+
+
 OUTCOMES = (
     ("failed", "an exception or a mistake in the config ended it"),
     ("killed", "a signal ended it, or its process died"),
@@ -219,7 +236,8 @@ OUTCOMES = (
     ("rolled_back", "it went back to an earlier state at least once"),
     (
         "spiked",
-        "a detector has reported a loss above its limit, the finding *spiky*, or three outliers of the loss in a row",
+        "a detector has reported a loss above its limit, three outliers of the loss in a row, or the finding *spiky* "
+        "or *rises at the start*",
     ),
     ("healthy", "none of these"),
 )
@@ -252,6 +270,7 @@ def outcome(series: Series, end: str) -> str:
         return "rolled_back"
     steps = rules.spikes(series)[0]
     in_a_row = len(steps) > 2 and bool((steps[2:] - steps[:-2] <= 2 * series.every).any())
-    if series.spikes or in_a_row or rules.spiky(series, series.curve) is not None:
+    if series.spikes or in_a_row:
         return "spiked"
-    return "healthy"
+    rose = (rules.spiky, rules.rises_at_the_start)
+    return "spiked" if any(rule(series, series.curve) is not None for rule in rose) else "healthy"

@@ -170,8 +170,8 @@ class Curve:
         """The first step of each window."""
         self.last_step = int(step[-1])
         finite = self.s[np.isfinite(self.s)]
-        self.first = median(loss[: max(-(-10 // every), 3)])
-        """Loss of the first ten steps; NaN if none was finite."""
+        self.first = median(loss[: max(-(-5 // every), 3)])
+        """Loss of the first five steps, before a rate that is too high shows; NaN if none was finite."""
         self.best_index = int(np.nanargmin(np.where(np.isfinite(self.s), self.s, np.nan))) if len(finite) else 0
         self.best = float(self.s[self.best_index]) if len(finite) else float("nan")
         self.end = median(self.s[-max(2, len(self.s) // 20) :])
