@@ -171,8 +171,8 @@ def replay(
         list[str],
         typer.Argument(
             metavar="[PLUGIN] SERIES [KEY=VALUE]...",
-            help="A rule or one of its options, such as zscore; a CSV file, or the id of a run in MLflow; arguments of "
-            "the rule. With --stack: the series, and SLOT=OPTION.",
+            help="A rule or one of its options, such as zscore; a CSV file, or a run's folder, id or name; arguments "
+            "of the rule. With --stack: the series, and SLOT=OPTION.",
             show_default=False,
         ),
     ],
@@ -187,7 +187,8 @@ def replay(
     """Print what a rule would have done at recorded steps.
 
     A series is a CSV file with the columns loss and grad_norm, of CSVLogger or your own, one row for each attempted
-    step; or MLflow's export with the columns run, key, step and value; or the id of a run in MLflow.
+    step; or MLflow's export with the columns run, key, step and value; or a run: its folder, id, the beginning of an
+    id, or its name. Of a run every step is read, if it has recorded them, and otherwise the sampled metrics.
     """
     from stabletrain.cli.replay import replay_file, replay_stack
 

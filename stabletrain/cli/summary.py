@@ -84,16 +84,20 @@ def _describe(job: FinishedJob) -> Iterator[str]:
     metrics = _headline(result)
     if metrics:
         yield f"  {metrics}"
-    finding = _finding(Path(job.config["run_dir"]))
-    if finding:
-        yield f"  {finding}"
+    found = finding(Path(job.config["run_dir"]))
+    if found:
+        yield f"  {found}"
     yield f"  folder: {job.config['run_dir']}"
     if result.checkpoint:
         yield f"  checkpoint: {result.checkpoint}"
 
 
-def _finding(folder: Path) -> str | None:
-    """The one thing about a run that matters, if any: never an error, since the run has ended as it did."""
+def finding(folder: Path) -> str | None:
+    """Return the one thing about a run that matters, if any; never an error, since the run has ended as it did.
+
+    Args:
+        folder: the run's folder.
+    """
     try:
         from stabletrain.launch.run_series import series_of_folder
         from stabletrain.tracking.findings import sentence

@@ -1,4 +1,4 @@
-"""The outcome of a run as one word, in the tag ``stabletrain.outcome`` of its MLflow run."""
+"""The outcome of a run as one word, for the tag ``stabletrain.outcome``."""
 
 from __future__ import annotations
 
@@ -10,40 +10,26 @@ from stabletrain.launch.result import Result
 OUTCOME = "stabletrain.outcome"
 """The tag: one of the words of `stabletrain.tracking.findings.OUTCOMES`."""
 
-_logger = logging.getLogger("stabletrain")
-
 
 def outcome_of(folder: Path, result: Result) -> str | None:
-    """Return the outcome of the run in a folder; None if it cannot be told. Never fails.
+    """Return ``healthy``, ``spiked``, ``rolled_back``, ``diverged``, ``stopped``, ``killed`` or ``failed``.
 
     Args:
         folder: the run's folder.
         result: how the run ended.
+
+    Returns:
+        The word; None if the record does not say it.
     """
+    from stabletrain.launch.run_series import series_of_folder
+    from stabletrain.tracking.findings import outcome, outcome_by_end
+
     try:
-        from stabletrain.launch.run_series import series_of_folder
-        from stabletrain.tracking.findings import outcome
-
-        return outcome(series_of_folder(folder), result.end)
-    except Exception as error:  # a run that has ended well stays so, whatever its record looks like
-        _logger.debug("the outcome of %s is unknown: %s: %s", folder, type(error).__name__, error)
+        by_end = outcome_by_end(result.end)
+        if by_end is not None:
+            return by_end
+        series = series_of_folder(folder)
+        return outcome(series, result.end) if len(series.step) else None
+    except Exception as error:  # a record that somebody has damaged changes no end of a run
+        logging.getLogger("stabletrain").debug("no outcome of %s: %s: %s", folder, type(error).__name__, error)
         return None
-
-
-def tag_outcome(uri: str, run_id: str, folder: Path, result: Result) -> None:
-    """Set the tag of a run that has ended, if its outcome is known.
-
-    Args:
-        uri: tracking URI of the store.
-        run_id: of the run.
-        folder: the run's folder.
-        result: how the run ended.
-
-    Raises:
-        MlflowException: if the store cannot be written.
-    """
-    word = outcome_of(folder, result)
-    if word is not None:
-        from stabletrain.tracking.store import open_client
-
-        open_client(uri).set_tag(run_id, OUTCOME, word)

@@ -173,13 +173,14 @@ class RecordedRun:
         return {}
 
 
-def find_run(wanted: str, *, command: str, uri: str | None = None) -> RecordedRun:
+def find_run(wanted: str, *, command: str, uri: str | None = None, what: str = "run") -> RecordedRun:
     """Return the run that a word names.
 
     Args:
         wanted: the run's folder, its id, the beginning of an id (four characters or more), or its name.
         command: begins the messages, such as ``report``.
         uri: tracking URI of the store; None: ``MLFLOW_TRACKING_URI`` or mlflow.db in the current folder.
+        what: there is none of, in the message, such as ``file and no run``.
 
     Raises:
         UserError: if there is no such run, or several, which are listed; or if the store cannot be read.
@@ -188,7 +189,7 @@ def find_run(wanted: str, *, command: str, uri: str | None = None) -> RecordedRu
         return run_in_folder(Path(wanted), command=command)
     if "/" in wanted:
         raise UserError(f"{command}: there is no folder {wanted}; expected a run's folder, its id or its name")
-    store = _ready(uri)
+    store = _ready(uri, command)
     with _store_errors(store):
         client = _client(store)
         experiments = {each.experiment_id: each.name for each in client.search_experiments(max_results=1000)}
@@ -196,7 +197,7 @@ def find_run(wanted: str, *, command: str, uri: str | None = None) -> RecordedRu
         if len(found) == 1:
             return _of_store(found[0], store, experiments)
         if not found:
-            raise _nothing(command, wanted, store, client, experiments)
+            raise _nothing(command, what, wanted, store, client, experiments)
     lines = "".join(f"\n  {_line(run, experiments)}" for run in found[:_MANY])
     more = "" if len(found) <= _MANY else f"\n  and {len(found) - _MANY} more"
     raise UserError(f"{command}: {wanted} fits {len(found)} runs; name one by its id:{lines}{more}")
@@ -219,7 +220,7 @@ def find_runs(
     """
     from mlflow.exceptions import MlflowException
 
-    store = _ready(uri)
+    store = _ready(uri, command)
     with _store_errors(store):
         client = _client(store)
         known = client.get_experiment_by_name(experiment)
@@ -250,11 +251,13 @@ def _search(client: Any, experiments: Mapping[str, str], wanted: str) -> list[An
     return []
 
 
-def _nothing(command: str, wanted: str, store: str, client: Any, experiments: Mapping[str, str]) -> UserError:
+def _nothing(
+    command: str, what: str, wanted: str, store: str, client: Any, experiments: Mapping[str, str]
+) -> UserError:
     newest = client.search_runs(list(experiments), max_results=200, order_by=["attributes.start_time DESC"])
     hint = did_you_mean(wanted, [run.info.run_name or "" for run in newest])
     return UserError(
-        f"{command}: there is no run {wanted} in {store} (another store: MLFLOW_TRACKING_URI); expected a run's "
+        f"{command}: there is no {what} {wanted} in {store} (another store: MLFLOW_TRACKING_URI); expected a run's "
         f"folder, its id, the beginning of an id, or its name{hint}"
     )
 
@@ -319,15 +322,12 @@ def run_in_folder(folder: Path, *, command: str, remote: bool = True) -> Recorde
     if isinstance(run_id, str) and isinstance(uri, str):
         from stabletrain.tracking.store_errors import sqlite_path
 
-        database = sqlite_path(uri)
         with suppress(UserError):  # the folder has most of what the store has
-            if database is None and not remote:
+            if sqlite_path(uri) is None and not remote:
                 raise UserError(f"{uri} is not asked")
-            if database is not None and not database.is_file():
-                raise UserError(f"{uri} is gone")
             from mlflow.exceptions import MlflowException
 
-            with suppress(MlflowException), _store_errors(_ready(uri)):
+            with suppress(MlflowException), _store_errors(_ready(uri, command)):
                 client = _client(uri)
                 run = client.get_run(run_id)
                 experiment = client.get_experiment(run.info.experiment_id)
@@ -361,10 +361,18 @@ def _is_regular(path: Path) -> bool:
         return False
 
 
-def _ready(uri: str | None) -> str:
+def _ready(uri: str | None, command: str) -> str:
+    """The absolute URI of a store that exists: to look for a run makes none."""
     from stabletrain.tracking.store import absolute_uri, default_tracking_uri, ensure_store
+    from stabletrain.tracking.store_errors import sqlite_path
 
     store = absolute_uri(uri) if uri else default_tracking_uri()
+    database = sqlite_path(store)
+    if database is not None and not database.exists():
+        raise UserError(
+            f"{command}: there is no store of runs at {store}; run this command in the folder of the runs, set "
+            "MLFLOW_TRACKING_URI, or name a run's folder"
+        )
     ensure_store(store)
     return store
 

@@ -217,11 +217,17 @@ def sentence(series: Series) -> str | None:
     if found:
         more = f" ({len(found) - 1} more)" if len(found) > 1 else ""
         return f"{found[0].sentence}{more}"
-    skipped = 0 if series.skipped is None else round(float(series.skipped.sum()))
-    if series.rollbacks or skipped:
-        rollbacks = [f"{len(series.rollbacks)} rollbacks, the last at step {series.rollbacks[-1].step}"]
-        return ", ".join([*(rollbacks if series.rollbacks else []), *([f"{skipped} steps skipped"] if skipped else [])])
-    return None
+    parts = []
+    if series.rollbacks:
+        where = "at step" if len(series.rollbacks) == 1 else "the last at step"
+        parts.append(f"{_many(len(series.rollbacks), 'rollback')}, {where} {series.rollbacks[-1].step}")
+    if series.skipped is not None and (skipped := round(float(series.skipped.sum()))):
+        parts.append(f"{_many(skipped, 'step')} skipped")
+    return "; ".join(parts) or None
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}{'s' if count > 1 else ''}"
 
 
 OUTCOMES = (
@@ -253,6 +259,15 @@ _OF_END = {
 }
 
 
+def outcome_by_end(end: str) -> str | None:
+    """Return the outcome of a run that did not finish; None if what it has recorded decides.
+
+    Args:
+        end: as for `outcome`.
+    """
+    return _OF_END.get(end.lower())
+
+
 def outcome(series: Series, end: str) -> str:
     """Return the outcome of a run as one of the words of `OUTCOMES`.
 
@@ -261,7 +276,7 @@ def outcome(series: Series, end: str) -> str:
         end: how it ended, as in result.json, or MLflow's status; any other word is a run that has finished, or that
             still runs.
     """
-    by_end = _OF_END.get(end.lower())
+    by_end = outcome_by_end(end)
     if by_end is not None:
         return by_end
     if rules.diverged(series, series.curve) is not None or rules.ends_above_start(series):
