@@ -109,9 +109,10 @@ def train(condition: Condition, seed: int) -> Series:
         loss = nn.functional.cross_entropy(network(inputs[at]), labels[at])
         optimizer.zero_grad()
         loss.backward()
+        value = float(loss.detach())
         norm = float(nn.utils.clip_grad_norm_(network.parameters(), condition.bound))
-        skipped = not (math.isfinite(float(loss)) and math.isfinite(norm))
-        rows.append((float(loss), norm, norm > condition.bound, skipped, rate))
+        skipped = not (math.isfinite(value) and math.isfinite(norm))
+        rows.append((value, norm, norm > condition.bound, skipped, rate))
         sizes.append([float(w.grad.square().mean().sqrt()) for w in weights if w.grad is not None])
         if not skipped:
             optimizer.step()

@@ -13,6 +13,7 @@ from stabletrain.launch.bounded import one_message
 from stabletrain.launch.recorded_run import RecordedRun, find_run
 from stabletrain.launch.result import read_result
 from stabletrain.launch.run_series import loss_history, series_of_run
+from stabletrain.runtime.records.run_files import RESULT
 from stabletrain.tracking.findings import SHOWN, findings, outcome
 from stabletrain.tracking.series import MIN_STEPS, Series, median
 
@@ -63,16 +64,14 @@ def check_loss(run: RecordedRun, series: Series) -> None:
 
 
 def end_of(run: RecordedRun) -> str:
-    """How a run ended, for `outcome`: as in result.json if it can be read, else MLflow's status.
+    """How a run ended, for `outcome`: as in its result.json, else MLflow's status.
 
     Args:
         run: from `find_run`.
     """
-    result = read_result(run.folder) if run.folder is not None else None
-    if result is not None and run.status != "RUNNING":
-        return result.end
-    tag = run.tags.get("stabletrain.outcome", "")
-    return tag if run.status == "FAILED" and tag == "stopped" else run.status
+    path = None if run.status == "RUNNING" else run.file(RESULT)
+    result = None if path is None else read_result(path.parent)
+    return run.status if result is None else result.end
 
 
 def _lines(run: RecordedRun, series: Series) -> Iterator[str]:

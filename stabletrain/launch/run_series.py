@@ -75,7 +75,7 @@ def series_of_run(run: RecordedRun) -> Series:
         bound=_fixed_bound(config),
         clips_tensors=_clips_tensors(config),
         changes=_changes(events, step),
-        spikes=[event.step for event in events if event.kind == "spike" and event.reason.startswith("loss")],
+        spikes=[event.step for event in events if _is_of_the_loss(event)],
         mixed=any(name.startswith("stability/loss/") for name in run.metrics),
     )
 
@@ -207,6 +207,11 @@ def _rollbacks(run: RecordedRun) -> list[Rollback]:
 def _changes(events: Sequence[Event], step: NDArray[np.int64]) -> list[int]:
     last = int(step[-1]) if len(step) else 0
     return sorted({event.step for event in events if event.kind in _BY_DESIGN and 0 < event.step <= last})
+
+
+def _is_of_the_loss(event: Event) -> bool:
+    """Whether a detector has reported a loss above its limit; a reason begins with the signal."""
+    return event.kind == "divergence" or (event.kind == "spike" and event.reason.startswith("loss"))
 
 
 def _config(run: RecordedRun) -> Mapping[str, Any]:

@@ -205,7 +205,7 @@ def skips_in_one_place(series: Series, curve: Curve | None) -> Found | None:
     if high - low >= 0.05 * len(series.step):
         return None
     inside = places[(places >= low) & (places <= high)]
-    first, last = int(series.step[inside[0]]), int(series.step[inside[-1]])
+    first, last = int(series.step[inside[0]]) - series.every + 1, int(series.step[inside[-1]])
     return Found(
         f"{len(inside)} of {len(places)} dropped steps are steps {first} to {last}",
         f"look at the data of steps {first} to {last} (events.jsonl names the samples where they are known)",

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
+
 from stabletrain.tracking import finding_rules as rules
 from stabletrain.tracking.finding_rules import Found
 from stabletrain.tracking.series import Curve, Series
@@ -191,6 +193,7 @@ RULES: tuple[FindingRule, ...] = (
 """All rules, the worst first."""
 
 
+@np.errstate(all="ignore")  # a loss of any size is one: 1e308 twice is infinity
 def findings(series: Series) -> list[Finding]:
     """Return all findings in a run, the worst first; none in a run of less than 100 steps.
 
@@ -268,6 +271,7 @@ def outcome_by_end(end: str) -> str | None:
     return _OF_END.get(end.lower())
 
 
+@np.errstate(all="ignore")
 def outcome(series: Series, end: str) -> str:
     """Return the outcome of a run as one of the words of `OUTCOMES`.
 

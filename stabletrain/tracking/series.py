@@ -172,6 +172,7 @@ class Curve:
         finite = self.s[np.isfinite(self.s)]
         self.first = median(loss[: max(-(-5 // every), 3)])
         """Loss of the first five steps, before a rate that is too high shows; NaN if none was finite."""
+        self._first_ten = median(loss[: max(-(-10 // every), 3)])
         self.best_index = int(np.nanargmin(np.where(np.isfinite(self.s), self.s, np.nan))) if len(finite) else 0
         self.best = float(self.s[self.best_index]) if len(finite) else float("nan")
         self.end = median(self.s[-max(2, len(self.s) // 20) :])
@@ -186,7 +187,8 @@ class Curve:
     @property
     def has_fallen(self) -> bool:
         """Whether the loss has fallen by more than its noise, and by a part of itself that matters."""
-        return self.gain >= max(0.02 * abs(self.first), 3 * self.noise)
+        gain = min(self.first, self._first_ten) - self.best  # the first five alone may be high by chance
+        return gain >= max(0.02 * abs(self.first), 3 * self.noise)
 
     def mean(self, begin: int, end: int | None = None) -> float:
         """The mean of the finite medians in a range of windows; NaN if there is none."""

@@ -61,6 +61,14 @@ def test_non_finite_losses_at_every_position(value: float) -> None:
     assert names(with_loss(healthy, slice(0, 60), value))[:1] == ["non-finite often"]
 
 
+def test_numbers_of_any_size() -> None:
+    """Bug: a loss or norm near the largest float ends in a warning of numpy's, or in infinity."""
+    for value in (1e308, -1e308, 1.7e308, 5e-324):
+        loss = np.where(np.arange(300) % 2, value, 1.0)
+        findings(run(300, loss=loss, grad_norm=np.abs(loss)))
+        assert outcome(run(300, loss=loss), "finished") in {word for word, _ in OUTCOMES}
+
+
 def test_steps_that_are_meant_to_have_no_loss() -> None:
     """Bugs: steps without a loss by design, or overflows, count as non-finite; a NaN that was dropped at the end is
     taken for NaN weights."""

@@ -148,7 +148,7 @@ def test_sampled_metrics_of_our_own(uri, client):
     assert "60 values of stability/loss, one for each 10 steps" in text
     assert "1. vanishing: the gradient of net.blocks.0 is 1.0e-04 of that of net.blocks.4" in text
     assert "2. overfitting: validation ends 47% above its best, 1.5 at step 299" in text
-    assert "3. skips in one place: 8 of 8 dropped steps are steps 309 to 309" in text
+    assert "3. skips in one place: 8 of 8 dropped steps are steps 300 to 309" in text
     assert "findings, the worst 3 of 5 (hints, no diagnosis):" in text
 
 
