@@ -96,8 +96,10 @@ def _numbers(run: RecordedRun, series: Series) -> Iterator[tuple[str, str]]:
     if series.mixed:
         yield "loss", "several optimizers, each with its own: no curve"
     elif finite.any():
-        losses, steps = series.loss[finite], series.step[finite]
+        losses, steps, curve = series.loss[finite], series.step[finite], series.curve
         first, end = median(losses[:5]), median(losses[-max(5, len(losses) // 20) :])
+        if curve is not None and not series.changes:  # the numbers of the findings
+            first, end = curve.first, curve.end
         yield (
             "loss",
             f"{first:.4g} at first, {losses.min():.4g} lowest (step {steps[losses.argmin()]}), {end:.4g} at the end",

@@ -189,7 +189,7 @@ def find_run(wanted: str, *, command: str, uri: str | None = None, what: str = "
         return run_in_folder(Path(wanted), command=command)
     if "/" in wanted:
         raise UserError(f"{command}: there is no folder {wanted}; expected a run's folder, its id or its name")
-    store = _ready(uri, command)
+    store = _ready(uri)
     with _store_errors(store):
         client = _client(store)
         experiments = {each.experiment_id: each.name for each in client.search_experiments(max_results=1000)}
@@ -220,7 +220,7 @@ def find_runs(
     """
     from mlflow.exceptions import MlflowException
 
-    store = _ready(uri, command)
+    store = _ready(uri)
     with _store_errors(store):
         client = _client(store)
         known = client.get_experiment_by_name(experiment)
@@ -327,7 +327,7 @@ def run_in_folder(folder: Path, *, command: str, remote: bool = True) -> Recorde
                 raise UserError(f"{uri} is not asked")
             from mlflow.exceptions import MlflowException
 
-            with suppress(MlflowException), _store_errors(_ready(uri, command)):
+            with suppress(MlflowException), _store_errors(_ready(uri)):
                 client = _client(uri)
                 run = client.get_run(run_id)
                 experiment = client.get_experiment(run.info.experiment_id)
@@ -361,17 +361,16 @@ def _is_regular(path: Path) -> bool:
         return False
 
 
-def _ready(uri: str | None, command: str) -> str:
-    """The absolute URI of a store that exists: to look for a run makes none."""
+def _ready(uri: str | None) -> str:
     from stabletrain.tracking.store import absolute_uri, default_tracking_uri, ensure_store
     from stabletrain.tracking.store_errors import sqlite_path
 
     store = absolute_uri(uri) if uri else default_tracking_uri()
     database = sqlite_path(store)
-    if database is not None and not database.exists():
+    if database is not None and not database.exists():  # reading makes no database
         raise UserError(
-            f"{command}: there is no store of runs at {store}; run this command in the folder of the runs, set "
-            "MLFLOW_TRACKING_URI, or name a run's folder"
+            f"there is no tracking store {store}; name a run's folder, go to the folder of mlflow.db, or set "
+            "MLFLOW_TRACKING_URI"
         )
     ensure_store(store)
     return store

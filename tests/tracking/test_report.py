@@ -10,9 +10,10 @@ import yaml
 
 from stabletrain.cli.recorded import read
 from stabletrain.cli.report import report
-from stabletrain.cli.summary import finding
+from stabletrain.cli.summary import finding, summarize
 from stabletrain.core.events import Event
 from stabletrain.errors import UserError
+from stabletrain.launch.launcher import FinishedJob
 from stabletrain.launch.outcome_tag import outcome_of
 from stabletrain.launch.recorded_run import find_run
 from stabletrain.launch.result import Result
@@ -92,7 +93,11 @@ def test_a_folder_with_every_step(tmp_path, monkeypatch):
     assert outcome_of(folder, Result(end="finished")) == "diverged"
     assert outcome_of(folder, Result(end="terminated")) == "killed"
     assert finding(folder).startswith("diverged: the loss is not finite from step 590 on; try: a third")
-    assert f"(stabletrain report {folder})" in finding(folder)
+    config = {"run_dir": str(folder), "logger": None, "trust": []}
+    job = FinishedJob(recipe="demo", overrides=(), config=config, result=Result(end="finished", steps=600))
+    (line,) = [line for line in summarize([job]).splitlines() if "diverged" in line]
+    assert line == f"  {finding(folder)}"
+    assert f"(stabletrain report {folder})" in line
     assert list(tmp_path.iterdir()) == [folder]
 
     pairs = read(str(folder))
