@@ -171,8 +171,8 @@ def replay(
         list[str],
         typer.Argument(
             metavar="[PLUGIN] SERIES [KEY=VALUE]...",
-            help="A rule or one of its options, such as zscore; a CSV file, or the id of a run in MLflow; arguments of "
-            "the rule. With --stack: the series, and SLOT=OPTION.",
+            help="A rule or one of its options, such as zscore; a CSV file, or a run's folder, id or name; arguments "
+            "of the rule. With --stack: the series, and SLOT=OPTION.",
             show_default=False,
         ),
     ],
@@ -187,7 +187,8 @@ def replay(
     """Print what a rule would have done at recorded steps.
 
     A series is a CSV file with the columns loss and grad_norm, of CSVLogger or your own, one row for each attempted
-    step; or MLflow's export with the columns run, key, step and value; or the id of a run in MLflow.
+    step; or MLflow's export with the columns run, key, step and value; or a run: its folder, id, the beginning of an
+    id, or its name. Of a run every step is read, if it has recorded them, and otherwise the sampled metrics.
     """
     from stabletrain.cli.replay import replay_file, replay_stack
 
@@ -199,6 +200,22 @@ def replay(
             f"replay: expected a rule and a series, got {' '.join(words)!r}; for the whole default stack add --stack"
         )
     print(replay_file(words[0], words[1], words[2:], run))
+
+
+@app.command(short_help="Say what happened in a run, and what to try next: stabletrain report RUN")
+def report(
+    run: Annotated[
+        str,
+        typer.Argument(help="A run's folder, its id, the beginning of an id, or its name.", show_default=False),
+    ],
+) -> None:
+    """Say what happened in a run: its numbers, each intervention with its reason, and findings with what to try next.
+
+    Findings are hints and no diagnosis; docs/findings.md has the table of their thresholds and sources.
+    """
+    from stabletrain.cli.report import report as text
+
+    print(text(run))
 
 
 @app.command(short_help="Write the weights of a checkpoint to one file, for torch.load.")

@@ -1,23 +1,27 @@
-"""Read recorded losses and gradient norms: CSV files of several kinds, and runs in MLflow."""
+"""Read recorded losses and gradient norms: CSV files of several kinds, and runs in their folders and in MLflow."""
 
 from __future__ import annotations
 
 import csv
 import itertools
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from stabletrain.config.problems import suggestion
+from stabletrain.core import metric_names
 from stabletrain.core.metric_names import full_name
 from stabletrain.errors import UserError
+from stabletrain.launch.recorded_run import RecordedRun, find_run
+from stabletrain.runtime.records.steps_file import Flag
 
 NAMES = {signal: (full_name(signal), signal) for signal in ("loss", "grad_norm")}
 """Signal -> names under which the loggers may have it, the most certain one first."""
 
-_RUN_ID = re.compile(r"[0-9a-f]{32}")
+_FILES = (".csv", ".tsv", ".txt")
 _LONG = {
     "run": ("run_id", "run id", "run_uuid", "run"),
     "key": ("key", "metric"),
@@ -43,16 +47,17 @@ def read(source: str, run: str | None = None) -> Series:
     """Read a recorded run.
 
     Args:
-        source: a CSV file, or the id of a run in MLflow. A file has a column for each signal (CSVLogger; a row may have
-            empty cells, rows of one ``step`` belong together), or a row for each value (MLflow: run, key, step, value).
+        source: a CSV file, or a run: its folder, its id, the beginning of an id, or its name. A file has a column for
+            each signal (CSVLogger; a row may have empty cells, rows of one ``step`` belong together), or a row for each
+            value (MLflow: run, key, step, value). Of a run, ``steps.bin`` is read, and sampled metrics if it has none.
         run: id or name of the run in a file with several.
 
     Raises:
         UserError: if it cannot be read, or has no such values; the message names the file and the line.
     """
-    if _RUN_ID.fullmatch(source) and not Path(source).exists():
-        return _of_steps(_mlflow_run(source), source)
     file = Path(source)
+    if _is_run(file):
+        return _of_run(find_run(source, command="replay", what="file and no run"))
     try:
         if file.exists() and not file.is_file():  # a named pipe or a device has no end
             raise UserError(f"replay: expected a CSV file, got {file}, which is none; name a file")
@@ -69,8 +74,16 @@ def read(source: str, run: str | None = None) -> Series:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"replay: {file} cannot be read ({error}); expected a CSV file, or the id of a run in MLflow"
+            f"replay: {file} cannot be read ({error}); expected a CSV file, or a run: its folder, id or name"
         ) from None
+
+
+def _is_run(source: Path) -> bool:
+    """Whether a source is a run's folder, or may be its id or name, which can have dots: ``optimizer.lr=0.01``."""
+    if source.is_dir():
+        return True
+    is_a_name = len(source.parts) == 1 and source.name.isprintable() and source.suffix.lower() not in _FILES
+    return is_a_name and not source.exists()
 
 
 def _wide_rows(rows: csv.DictReader[str], columns: Sequence[str], file: Path) -> Series:
@@ -128,28 +141,20 @@ def _long_rows(
     return _merged(values[wanted if wanted is not None else runs[0]] if runs else {}, str(file))
 
 
-def _mlflow_run(run_id: str) -> list[tuple[int, dict[str, float]]]:
-    from stabletrain.tracking.store import default_tracking_uri, ensure_store, open_client
-    from stabletrain.tracking.store_errors import translate_errors
-
-    uri = default_tracking_uri()
-    ensure_store(uri)
-    with translate_errors(uri):
-        from mlflow.exceptions import MlflowException
-
-        client = open_client(uri)
-        try:
-            run = client.get_run(run_id)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            raise UserError(
-                f"replay: there is no file and no run {run_id} in {uri}; correct the id, or set MLFLOW_TRACKING_URI"
-            ) from None
-        names = [name for names in NAMES.values() for name in names if name in run.data.metrics]
-        histories = {name: client.get_metric_history(run_id, name) for name in names}
-    values = {name: {point.step: point.value for point in history} for name, history in histories.items()}
-    return _merged(values, f"run {run_id}", list(run.data.metrics))
+def _of_run(run: RecordedRun) -> Series:
+    """Every step that was recorded; for a run without such a record, the sampled metrics."""
+    steps = run.steps()
+    name = run.run_id or run.folder or run.name
+    if steps is None or not len(steps.step) or not np.isfinite(steps.grad_norm).any():
+        names = {logged: logged for signal in NAMES if (logged := metric_names.find(full_name(signal), run.metrics))}
+        values = {logged: dict(run.history(logged)) for logged in names}
+        return _of_steps(_merged(values, f"run {name}", list(run.metrics)), str(name))
+    seen = (steps.flags & (Flag.OVERFLOW | Flag.NO_LOSS)) == 0
+    if not seen.any():
+        raise UserError(f"replay: expected steps with a loss, got run {name}, in which each overflowed or had none")
+    left_out = int(len(seen) - seen.sum())
+    pairs = list(zip(steps.loss[seen].tolist(), steps.grad_norm[seen].tolist(), strict=True))
+    return Series(pairs, f"{left_out} steps that rules do not see are left out" if left_out else "")
 
 
 def _merged(

@@ -27,7 +27,7 @@ def replay_file(name: str, source: str, arguments: Sequence[str] = (), run: str 
 
     Args:
         name: a plugin that is a rule, or one of its config options.
-        source: a CSV file, or the id of a run in MLflow; see `stabletrain.cli.recorded.read`.
+        source: a CSV file, or a run's folder, id or name; see `stabletrain.cli.recorded.read`.
         arguments: ``key=value``; they override the option's values.
         run: of a file with several runs.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ from stabletrain.launch.launcher import FinishedJob, Reporter
 from stabletrain.launch.mlflow_run import is_tracked
 from stabletrain.launch.result import Result
 from stabletrain.runtime.records.run_files import CHECKPOINTS, EVENTS, WORKER_LOG, slurm_output
+
+_logger = logging.getLogger("stabletrain")
 
 _HEADLINE = {
     "val/loss": "val/loss",
@@ -81,9 +84,29 @@ def _describe(job: FinishedJob) -> Iterator[str]:
     metrics = _headline(result)
     if metrics:
         yield f"  {metrics}"
+    found = finding(Path(job.config["run_dir"]))
+    if found:
+        yield f"  {found}"
     yield f"  folder: {job.config['run_dir']}"
     if result.checkpoint:
         yield f"  checkpoint: {result.checkpoint}"
+
+
+def finding(folder: Path) -> str | None:
+    """Return the one thing about a run that matters, if any; never an error, since the run has ended as it did.
+
+    Args:
+        folder: the run's folder.
+    """
+    try:
+        from stabletrain.launch.run_series import series_of_folder
+        from stabletrain.tracking.findings import sentence
+
+        found = sentence(series_of_folder(folder))
+    except Exception as error:
+        _logger.debug("nothing is found in %s: %s: %s", folder, type(error).__name__, error)
+        return None
+    return None if found is None else f"{found} (stabletrain report {shlex.quote(str(folder))})"
 
 
 def _headline(result: Result) -> str:

@@ -173,19 +173,20 @@ class RecordedRun:
         return {}
 
 
-def find_run(wanted: str, *, command: str, uri: str | None = None) -> RecordedRun:
+def find_run(wanted: str, *, command: str, uri: str | None = None, what: str = "run") -> RecordedRun:
     """Return the run that a word names.
 
     Args:
         wanted: the run's folder, its id, the beginning of an id (four characters or more), or its name.
         command: begins the messages, such as ``report``.
         uri: tracking URI of the store; None: ``MLFLOW_TRACKING_URI`` or mlflow.db in the current folder.
+        what: there is none of, in the message, such as ``file and no run``.
 
     Raises:
         UserError: if there is no such run, or several, which are listed; or if the store cannot be read.
     """
     if Path(wanted).is_dir():
-        return _of_folder(Path(wanted), command)
+        return run_in_folder(Path(wanted), command=command)
     if "/" in wanted:
         raise UserError(f"{command}: there is no folder {wanted}; expected a run's folder, its id or its name")
     store = _ready(uri)
@@ -196,7 +197,7 @@ def find_run(wanted: str, *, command: str, uri: str | None = None) -> RecordedRu
         if len(found) == 1:
             return _of_store(found[0], store, experiments)
         if not found:
-            raise _nothing(command, wanted, store, client, experiments)
+            raise _nothing(command, what, wanted, store, client, experiments)
     lines = "".join(f"\n  {_line(run, experiments)}" for run in found[:_MANY])
     more = "" if len(found) <= _MANY else f"\n  and {len(found) - _MANY} more"
     raise UserError(f"{command}: {wanted} fits {len(found)} runs; name one by its id:{lines}{more}")
@@ -250,11 +251,13 @@ def _search(client: Any, experiments: Mapping[str, str], wanted: str) -> list[An
     return []
 
 
-def _nothing(command: str, wanted: str, store: str, client: Any, experiments: Mapping[str, str]) -> UserError:
+def _nothing(
+    command: str, what: str, wanted: str, store: str, client: Any, experiments: Mapping[str, str]
+) -> UserError:
     newest = client.search_runs(list(experiments), max_results=200, order_by=["attributes.start_time DESC"])
     hint = did_you_mean(wanted, [run.info.run_name or "" for run in newest])
     return UserError(
-        f"{command}: there is no run {wanted} in {store} (another store: MLFLOW_TRACKING_URI); expected a run's "
+        f"{command}: there is no {what} {wanted} in {store} (another store: MLFLOW_TRACKING_URI); expected a run's "
         f"folder, its id, the beginning of an id, or its name{hint}"
     )
 
@@ -301,7 +304,17 @@ def _logger(folder: Path) -> Mapping[str, Any]:
     return node if isinstance(node, Mapping) else {}
 
 
-def _of_folder(folder: Path, command: str) -> RecordedRun:
+def run_in_folder(folder: Path, *, command: str, remote: bool = True) -> RecordedRun:
+    """Return the run in a folder, with what its store has recorded if it can be read.
+
+    Args:
+        folder: the run's folder.
+        command: begins the messages.
+        remote: whether to ask a store that is no file on this machine, which may take long.
+
+    Raises:
+        UserError: if it is not the folder of a run.
+    """
     if not (folder / RUN_YAML).is_file():
         raise UserError(f"{command}: {folder} is not the folder of a run: it has no {RUN_YAML}; name a run's folder")
     node = _logger(folder)
@@ -309,10 +322,9 @@ def _of_folder(folder: Path, command: str) -> RecordedRun:
     if isinstance(run_id, str) and isinstance(uri, str):
         from stabletrain.tracking.store_errors import sqlite_path
 
-        database = sqlite_path(uri)
         with suppress(UserError):  # the folder has most of what the store has
-            if database is not None and not database.is_file():
-                raise UserError(f"{uri} is gone")
+            if sqlite_path(uri) is None and not remote:
+                raise UserError(f"{uri} is not asked")
             from mlflow.exceptions import MlflowException
 
             with suppress(MlflowException), _store_errors(_ready(uri)):
@@ -351,8 +363,15 @@ def _is_regular(path: Path) -> bool:
 
 def _ready(uri: str | None) -> str:
     from stabletrain.tracking.store import absolute_uri, default_tracking_uri, ensure_store
+    from stabletrain.tracking.store_errors import sqlite_path
 
     store = absolute_uri(uri) if uri else default_tracking_uri()
+    database = sqlite_path(store)
+    if database is not None and not database.exists():  # reading makes no database
+        raise UserError(
+            f"there is no tracking store {store}; name a run's folder, go to the folder of mlflow.db, or set "
+            "MLFLOW_TRACKING_URI"
+        )
     ensure_store(store)
     return store
 

@@ -29,6 +29,7 @@ TABLE = [
     ("cp nowhere new.yaml", 2, ["'nowhere'"]),
     ("replay clip_norm pipe.csv", 2, ["pipe.csv", "expected a CSV file"]),
     ("replay clip_norm negative.csv", 2, ["negative.csv, line 2", "grad_norm >= 0"]),
+    ("report nowhere", 2, ["there is no tracking store", "mlflow.db", "MLFLOW_TRACKING_URI"]),
     ("ls plugin", 2, ["'plugin'", "did you mean 'plugins'"]),
     ("cp char_gpt mine.txt", 2, ["mine.txt", ".yaml"]),
     ("cp char_gpt /dev/null/x.yaml", 2, ["/dev/null/x.yaml"]),

@@ -1,0 +1,1 @@
+"""Runs for the benchmark of the findings: synthetic ones (`synthetic`), and small real trainings (`digits`)."""

@@ -1,0 +1,35 @@
+"""The outcome of a run as one word, for the tag ``stabletrain.outcome``."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from stabletrain.launch.result import Result
+
+OUTCOME = "stabletrain.outcome"
+"""The tag: one of the words of `stabletrain.tracking.findings.OUTCOMES`."""
+
+
+def outcome_of(folder: Path, result: Result) -> str | None:
+    """Return ``healthy``, ``spiked``, ``rolled_back``, ``diverged``, ``stopped``, ``killed`` or ``failed``.
+
+    Args:
+        folder: the run's folder.
+        result: how the run ended.
+
+    Returns:
+        The word; None if the record does not say it.
+    """
+    from stabletrain.launch.run_series import series_of_folder
+    from stabletrain.tracking.findings import outcome, outcome_by_end
+
+    try:
+        by_end = outcome_by_end(result.end)
+        if by_end is not None:
+            return by_end
+        series = series_of_folder(folder)
+        return outcome(series, result.end) if len(series.step) else None
+    except Exception as error:  # a record that somebody has damaged changes no end of a run
+        logging.getLogger("stabletrain").debug("no outcome of %s: %s: %s", folder, type(error).__name__, error)
+        return None
