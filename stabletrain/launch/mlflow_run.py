@@ -104,7 +104,7 @@ def finish_sweep(uri: str, run_id: str, results: Sequence[Result]) -> None:
     from stabletrain.tracking.runs import set_final_status
 
     statuses = [MLFLOW_STATUS[result.end] for result in results]
-    for status in ("KILLED", "FAILED", "FINISHED"):
+    for status in ("FAILED", "KILLED", "FINISHED"):
         if status in statuses or status == "FINISHED":
             set_final_status(uri, run_id, status, force=True)
             return
