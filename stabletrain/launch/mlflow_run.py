@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -76,38 +76,6 @@ def open_run(config: dict[str, Any], uri: str, *, parent: str | None = None, nam
         name=name or Path(config["run_dir"]).name,
         owner=config["launch"].get("kind") != "slurm",  # whose process is on another machine, perhaps much later
     )
-
-
-def open_sweep(uri: str, experiment: str, command: str) -> str:
-    """Create the parent run of a sweep's jobs, and return its id.
-
-    Args:
-        uri: tracking URI of the store.
-        experiment: name of the experiment.
-        command: the command line.
-    """
-    from stabletrain.tracking.runs import create_run, owner_tags, settled_if_it_fails
-
-    tags = {"stabletrain.command": command, "stabletrain.sweep": "true", **owner_tags()}
-    with settled_if_it_fails(uri) as launch:
-        return create_run(uri, experiment, name="sweep", tags=launch.tags | tags)
-
-
-def finish_sweep(uri: str, run_id: str, results: Sequence[Result]) -> None:
-    """Set the final status of a sweep's parent run: the worst of its jobs'.
-
-    Args:
-        uri: tracking URI of the store.
-        run_id: the parent run.
-        results: how the jobs ended.
-    """
-    from stabletrain.tracking.runs import set_final_status
-
-    statuses = [MLFLOW_STATUS[result.end] for result in results]
-    for status in ("FAILED", "KILLED", "FINISHED"):
-        if status in statuses or status == "FINISHED":
-            set_final_status(uri, run_id, status, force=True)
-            return
 
 
 def _status_in(folder: Path) -> Literal["FINISHED", "FAILED", "KILLED"] | None:

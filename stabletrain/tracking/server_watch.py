@@ -23,7 +23,7 @@ PATIENCE = 5.0
 
 
 def main(command: Sequence[str]) -> None:
-    """Run a command until it ends, or standard input does; SIGKILL then ends what is left of the group, this process too.
+    """Run a command until it ends, or standard input does; then SIGKILL ends what is left, this process too.
 
     Args:
         command: program and arguments of the server.

@@ -95,9 +95,11 @@ def test_a_server_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.Monkey
         port = other.getsockname()[1]
         monkeypatch.setattr(server, "is_healthy", lambda address: True)  # the other one answers
         monkeypatch.setattr(server, "_command", lambda *_: [sys.executable, "-c", "print('no such table')"])
-        with server.local_server_for("sqlite:///x.db", "127.0.0.1", port) as running:
-            with pytest.raises(server.PortTaken, match="no such table"):
-                running.wait_until_ready()
+        with (
+            server.local_server_for("sqlite:///x.db", "127.0.0.1", port) as running,
+            pytest.raises(server.PortTaken, match="no such table"),
+        ):
+            running.wait_until_ready()
     with server.local_server_for("sqlite:///x.db", "127.0.0.1", port) as running:
         with pytest.raises(server.ServerFailed, match="no such table") as caught:
             running.wait_until_ready()
