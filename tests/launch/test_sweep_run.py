@@ -12,15 +12,6 @@ from stabletrain.launch.sweep_run import SweepRun
 from stabletrain.launch.sweep_text import SweepJob, objective_of, sweep_name
 
 
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from stabletrain.tracking import ensure_store
-
-    path = tmp_path_factory.mktemp("template") / "mlflow.db"
-    ensure_store(f"sqlite:///{path}")
-    return path
-
-
 @pytest.fixture
 def uri(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.chdir(tmp_path)
@@ -29,9 +20,8 @@ def uri(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def job(number: int, end: End | None, run_id: str | None = None, **metrics: float) -> SweepJob:
-    result = (
-        None if end is None else Result(end=end, steps=5, metrics={k.replace("_", "/"): v for k, v in metrics.items()})
-    )
+    named = {name.replace("_", "/"): value for name, value in metrics.items()}
+    result = None if end is None else Result(end=end, steps=5, metrics=named)
     return SweepJob(number=number, recipe="gpt", name=f"seed={number}", run_id=run_id, result=result)
 
 
@@ -140,3 +130,31 @@ def test_a_metric_that_does_not_exist_is_said(uri: str, caplog: pytest.LogCaptur
     result: dict[str, Any] = {"end": "finished", "metrics": {"val/loss": 1.0}}
     sweep.add(SweepJob(number=0, recipe="gpt", name="", run_id=None, result=Result(**result), objective="val/los"))
     assert "no metric val/los; it has: val/loss" in caplog.text
+
+
+def test_a_job_that_cannot_be_started_does_not_end_the_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bugs: one job whose worker dies at its start cancels the jobs after it; a single run's failure is no error."""
+    from stabletrain.cli.summary import PrintingReporter, exit_code, summarize
+    from stabletrain.launch import launcher
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launcher, "check_jobs", lambda *_: None)
+
+    def start(job: launcher.Job, *_: object) -> launcher.FinishedJob:
+        if job.number in (0, None):
+            raise launcher.StartFailed("the worker was ended by signal 9")
+        config = {**launcher.run_config(job.composed, ()), "run_dir": str(tmp_path)}
+        return launcher.FinishedJob(recipe="digits_cnn", overrides=(), config=config, result=Result(end="finished"))
+
+    monkeypatch.setattr(launcher, "_run_job", start)
+    request = launcher.LaunchRequest(recipe="digits_cnn", overrides=("seed=1,2", "logger=none"), multirun=True)
+    finished = launcher.run(request, launcher.prepare(request), PrintingReporter())
+    assert [done.result.end for done in finished if done.result] == ["failed", "finished"]
+    assert exit_code(finished) == 1
+    assert "not started: the worker was ended by signal 9" in summarize(finished)
+    assert "job 0 cannot be started, the sweep goes on: the worker was ended by signal 9" in capsys.readouterr().err
+    one = launcher.LaunchRequest(recipe="digits_cnn", overrides=("logger=none",))
+    with pytest.raises(launcher.StartFailed, match="signal 9"):
+        launcher.run(one, launcher.prepare(one), PrintingReporter())
