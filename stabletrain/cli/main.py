@@ -248,6 +248,25 @@ def ui(
         serve(uri, host, port)
 
 
+@app.command(short_help="Send a run to the tracking store that did not respond before.")
+def upload(
+    run: Annotated[Path, typer.Argument(help="The run's folder.")],
+    uri: Annotated[
+        str | None,
+        typer.Option(
+            "--uri", help="The tracking store.", show_default="MLFLOW_TRACKING_URI, or mlflow.db in the current folder"
+        ),
+    ] = None,
+) -> None:
+    """Send to the tracking store what it did not accept of a run: the whole run, or metrics, artifacts and status."""
+    from stabletrain.cli.starting import starting
+
+    with starting():
+        from stabletrain.launch.uploading import upload as send
+
+        print(send(run, uri))
+
+
 @app.command("new-plugin", short_help="Make a distribution with a complete plugin, to edit.")
 def new_plugin(
     name: Annotated[str, typer.Argument(help="verb_noun, such as clip_median.")],

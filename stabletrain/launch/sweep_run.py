@@ -38,8 +38,8 @@ class SweepRun:
         self._objectives: dict[str, str] = {}
         self._logged: set[int] = set()
 
-    def open(self, uri: str, experiment: str) -> str:
-        """Return the id of the run, which the first call creates.
+    def open(self, uri: str, experiment: str) -> str | None:
+        """Return the id of the run, which the first call creates; None if the server does not respond.
 
         Args:
             uri: tracking URI of the store.
@@ -48,6 +48,7 @@ class SweepRun:
         if self._opened is None:
             from stabletrain.tracking.latest import SWEEP
             from stabletrain.tracking.runs import create_run, owner_tags, settled_if_it_fails
+            from stabletrain.tracking.store_errors import StoreUnreachable, translate_errors
 
             tags = {
                 SWEEP: "true",
@@ -57,8 +58,11 @@ class SweepRun:
                 "mlflow.note.content": head(self._command, self._count),
                 **owner_tags(),
             }
-            with settled_if_it_fails(uri) as launch:
-                run_id = create_run(uri, experiment, name=self.name, tags=launch.tags | tags)
+            try:
+                with translate_errors(uri), settled_if_it_fails(uri) as launch:
+                    run_id = create_run(uri, experiment, name=self.name, tags=launch.tags | tags)
+            except StoreUnreachable:  # as the jobs say, whose runs are sent later, without this one
+                return None
             self._opened = uri, run_id
         return self._opened[1]
 
