@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stabletrain.errors import UserError
+from stabletrain.runtime.records.run_files import UNSENT_RUNS
 from stabletrain.tracking.artifacts import require_safe_location, upload_files
 from stabletrain.tracking.naming import chunks
 from stabletrain.tracking.ownership import OWNER, WORKER
@@ -20,9 +21,6 @@ from stabletrain.tracking.runs import create_run, write_params, write_tags
 from stabletrain.tracking.store import ensure_store, open_client
 from stabletrain.tracking.store_errors import StoreError, translate_errors
 from stabletrain.tracking.writer import BATCH
-
-BUFFER = "mlflow-unsent"
-"""Name of the folder, in a run's folder."""
 
 SEND_TO = "stabletrain.buffer.send_to"
 """Tag of a run in the buffer: the store that it is for."""
@@ -53,7 +51,7 @@ def buffer_uri(folder: Path) -> str:
     Args:
         folder: of the run.
     """
-    return f"sqlite:///{folder.absolute() / BUFFER / 'mlflow.db'}"
+    return f"sqlite:///{folder.absolute() / UNSENT_RUNS / 'mlflow.db'}"
 
 
 def open_buffer(folder: Path) -> str:
@@ -86,7 +84,7 @@ def send_buffer(folder: Path, uri: str, run_id: str | None = None, *, any_store:
         StoreError: if the store or the buffer cannot be used; what was not sent stays.
         UserError: if a run is for another store.
     """
-    place = folder.absolute() / BUFFER
+    place = folder.absolute() / UNSENT_RUNS
     if not (place / "mlflow.db").is_file():
         return []
     source_uri = open_buffer(folder)

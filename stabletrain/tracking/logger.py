@@ -25,11 +25,11 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from stabletrain.core import metric_names
 from stabletrain.extras import require
 from stabletrain.runtime.internals.packages import Logger, both
-from stabletrain.runtime.records.run_files import UNSENT_METRICS
+from stabletrain.runtime.records.run_files import UNSENT_METRICS, UNSENT_RUNS
 from stabletrain.runtime.signal_watch import Interrupted, Terminated
 from stabletrain.tracking import runs
 from stabletrain.tracking.artifacts import require_safe_artifacts, write_artifact
-from stabletrain.tracking.buffer import BUFFER, open_buffer, send_buffer, tags_for
+from stabletrain.tracking.buffer import open_buffer, send_buffer, tags_for
 from stabletrain.tracking.enclosing import enclosing_run, end_autologged, is_autologged
 from stabletrain.tracking.end_signals import EndSignals
 from stabletrain.tracking.ownership import WORKER, this_process
@@ -302,7 +302,7 @@ class MLflowLogger(Logger):
         else:
             runs.reopen(client, self._buffered)
         buffered = self._buffered
-        log.warning("%s\n  The run is recorded in %s for now, and sent at its end.", error, self._folder / BUFFER)
+        log.warning("%s\n  The run is recorded in %s for now, and sent at its end.", error, self._folder / UNSENT_RUNS)
 
         def end(status: str) -> None:
             client.set_terminated(buffered, status)

@@ -121,9 +121,14 @@ def _outside(record: logging.LogRecord) -> bool:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text that says something of the cause; the error's class if there is none.
 
+    That of a server that does not respond is shortened.
+
     Args:
         error: any.
     """
+    found = _REASON.search(str(error))
+    if found and any(mark in str(error) for mark in ("HTTPConnectionPool", "API request to")):
+        return f"the server does not respond ({found.group()})"
     lines = [line for line in str(error).strip().splitlines() if not line.startswith(_NO_CAUSE)]
     return lines[0] if lines else type(error).__name__
 

@@ -141,6 +141,19 @@ def test_a_sweep_is_one_parent_and_a_process_for_each_job(cli) -> None:
 
 
 @pytest.mark.slow
+def test_eight_runs_at_once_on_a_fresh_database(cli) -> None:
+    """Bug: runs that start together all migrate the new database, or create the experiment, and all but one die."""
+    words = ("train", TINY, "--trust", "tiny_workload", "logger=mlflow", "plugins/nonfinite=skip")
+    processes = [cli.start(*words) for _ in range(8)]
+    ends = [(process.communicate(timeout=300), process.returncode) for process in processes]
+    assert [code for _, code in ends] == [0] * 8, ends
+    runs = cli.runs()
+    assert [run.info.status for run in runs] == ["FINISHED"] * 8
+    assert all(run.data.metrics["stability/loss"] for run in runs)
+    assert len({run.info.experiment_id for run in runs}) == 1
+
+
+@pytest.mark.slow
 def test_a_users_mistake_before_and_after_the_first_step(cli) -> None:
     """Bug: a traceback for a mistake in the data; the same exit code before and during training."""
     before = cli.tiny("data.broken=true", "run_dir=before")

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from stabletrain.errors import UserError
+from stabletrain.runtime.records.run_files import UNSENT_RUNS
 from stabletrain.tracking import MLflowLogger, buffer
-from stabletrain.tracking.buffer import BUFFER, SEND_TO, buffer_uri, open_buffer, send_buffer, tags_for
+from stabletrain.tracking.buffer import SEND_TO, buffer_uri, open_buffer, send_buffer, tags_for
 from stabletrain.tracking.runs import create_run, write_params
 from stabletrain.tracking.store_errors import StoreError, StoreUnreachable, translate_errors
 
@@ -18,7 +19,7 @@ DEAD = "http://127.0.0.1:1"
 @pytest.fixture
 def folder(template: Path, tmp_path: Path) -> Path:
     """A run's folder with an empty buffer."""
-    place = tmp_path / "run" / BUFFER
+    place = tmp_path / "run" / UNSENT_RUNS
     place.mkdir(parents=True)
     shutil.copy(template, place / "mlflow.db")
     return tmp_path / "run"
@@ -53,7 +54,7 @@ def test_a_run_is_sent_whole_and_once(uri, client, folder: Path, monkeypatch: py
         send_buffer(folder, uri)
     monkeypatch.setattr(buffer, "upload_files", real)
     (sent,) = send_buffer(folder, uri)
-    assert not (folder / BUFFER).exists()
+    assert not (folder / UNSENT_RUNS).exists()
     assert send_buffer(folder, uri) == []
     (run,) = client.search_runs([client.get_experiment_by_name("demo").experiment_id])
     assert run.info.run_id == sent.run_id
@@ -79,9 +80,9 @@ def test_a_run_that_exists_is_continued(uri, client, folder: Path) -> None:
     assert [sent.run_id for sent in send_buffer(folder, uri)] == [run_id]
     run = client.get_run(run_id)
     assert (run.info.run_name, run.info.status, run.data.tags["note"]) == ("there", "FAILED", "x")
-    assert (folder / BUFFER).is_dir()
+    assert (folder / UNSENT_RUNS).is_dir()
     assert [sent.buffered for sent in send_buffer(folder, uri, running)] == [running]
-    assert not (folder / BUFFER).exists()
+    assert not (folder / UNSENT_RUNS).exists()
 
 
 def test_a_buffer_from_elsewhere_decides_no_path(uri, client, folder: Path, tmp_path: Path) -> None:
@@ -143,4 +144,4 @@ def test_a_logger_whose_server_does_not_respond(uri, client, folder: Path, caplo
     assert (run.info.status, run.data.params) == ("FAILED", {"lr": "0.1"})
     assert [point.value for point in client.get_metric_history(run.info.run_id, "loss")] == [1.0, 1.0, 1.0, 2.0]
     assert Path(client.download_artifacts(run.info.run_id, "note.txt")).read_text() == "x"
-    assert not (folder / BUFFER).exists()
+    assert not (folder / UNSENT_RUNS).exists()
