@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 import typer
 
@@ -12,6 +14,8 @@ from stabletrain.tracking.latest import latest_pages
 from stabletrain.tracking.server import PortTaken, ServerFailed, free_port, is_healthy, local_server_for
 from stabletrain.tracking.store import absolute_uri, default_tracking_uri, ensure_store
 
+_HOSTED = ("databricks", "uc")
+"""Beginnings of stores without an address of their own."""
 _MOST_STARTS = 5
 """How often a port is chosen anew because another program was faster."""
 
@@ -30,10 +34,12 @@ def serve(uri: str | None, host: str, port: int) -> None:
     """
     uri = absolute_uri(uri) if uri else default_tracking_uri()
     ensure_store(uri)
+    if "://" not in uri and not uri.startswith(_HOSTED):  # a folder, which the server would look for in its own
+        uri = str(Path(uri).absolute())
     if (server := server_of(uri)) is not None:
         _show_running(uri, server)
         return
-    if uri.startswith(("databricks", "uc")):
+    if uri.startswith(_HOSTED):
         raise UserError(f"ui: {uri} has pages of its own; open your workspace's address")
     print(f"starting MLflow's server for {uri}", flush=True)
     try:
@@ -43,8 +49,9 @@ def serve(uri: str | None, host: str, port: int) -> None:
                 print(f"port {port} is in use; the next free one is {chosen}", flush=True)
             try:
                 with local_server_for(uri, host, chosen) as running:
+                    pages = list(latest_pages(uri, running.address))  # while the server starts
                     running.wait_until_ready()
-                    _show(uri, running.address, host)
+                    _show(running.address, pages, host)
                     running.wait()
             except PortTaken:
                 continue
@@ -65,9 +72,9 @@ def _show_running(uri: str, server: str) -> None:
         print(f"  {name}: {address}")
 
 
-def _show(uri: str, address: str, host: str) -> None:
+def _show(address: str, pages: Sequence[tuple[str, str]], host: str) -> None:
     print(home_url(address))
-    for name, page in latest_pages(uri, address):
+    for name, page in pages:
         print(f"  {name}: {page}")
     if host in ("0.0.0.0", "::"):
         print(
