@@ -241,6 +241,49 @@ def consolidate(
     print(f"wrote {found.file}: step {found.step} of {found.checkpoint}")
 
 
+@app.command(short_help="Show the runs in MLflow's web interface.")
+def ui(
+    port: Annotated[
+        int, typer.Option("--port", min=1, max=65535, help="Of the server; if it is in use, the next free one.")
+    ] = 5000,
+    host: Annotated[
+        str, typer.Option("--host", help="Name or address of this machine; 0.0.0.0: other machines may connect, too.")
+    ] = "127.0.0.1",
+    uri: Annotated[
+        str | None,
+        typer.Option(
+            "--uri", help="The tracking store.", show_default="MLFLOW_TRACKING_URI, or mlflow.db in the current folder"
+        ),
+    ] = None,
+) -> None:
+    """Start MLflow's server for the runs of a store, print its address once it answers, and end it with Ctrl-C."""
+    from stabletrain.cli.starting import starting
+
+    with starting():
+        from stabletrain.cli.ui import serve
+
+        serve(uri, host, port)
+
+
+@app.command(short_help="Send a run to the tracking store that did not respond before.")
+def upload(
+    run: Annotated[Path, typer.Argument(help="The run's folder.")],
+    uri: Annotated[
+        str | None,
+        typer.Option(
+            "--uri", help="The tracking store.", show_default="MLFLOW_TRACKING_URI, or mlflow.db in the current folder"
+        ),
+    ] = None,
+) -> None:
+    """Send to the tracking store what it did not accept of a run: the whole run, or metrics, artifacts and status."""
+    from stabletrain.cli.starting import starting
+
+    with starting():
+        from stabletrain.launch.uploading import upload as send
+
+        print(send(run, uri))
+
+
 @app.command("new-plugin", short_help="Make a distribution with a complete plugin, to edit.")
 def new_plugin(
     name: Annotated[str, typer.Argument(help="verb_noun, such as clip_median.")],

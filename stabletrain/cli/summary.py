@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import shlex
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,15 @@ class PrintingReporter(Reporter):
         job = "" if number is None else f"job {number}: "
         print(f"{job}{config['recipe']}, seed {config['seed']}, in {config['run_dir']}", flush=True)
 
+    def not_started(self, error: Exception, number: int | None) -> None:
+        """Print why a job of a sweep cannot be started.
+
+        Args:
+            error: the reason.
+            number: of the job.
+        """
+        print(f"job {number} cannot be started, the sweep goes on: {error}", file=sys.stderr, flush=True)
+
 
 def summarize(jobs: Sequence[FinishedJob]) -> str:
     """Return the text that is printed at the end: how each job ended, where its files are, and commands to run next.
@@ -53,12 +64,30 @@ def summarize(jobs: Sequence[FinishedJob]) -> str:
         if job.warning:
             lines.append(f"warning: {job.warning}")
     last = jobs[-1]
-    if is_tracked(last.config):
-        uri = last.config["logger"]["tracking_uri"]
-        lines += ["", f"MLflow:      {shlex.join(['mlflow', 'ui', '--backend-store-uri', uri])}"]
+    lines += _where_to_look(jobs)
     first, second = next_commands(last)
     lines += [f"next:        {first}", f"             {second}"]
     return "\n".join(lines)
+
+
+def _where_to_look(jobs: Sequence[FinishedJob]) -> list[str]:
+    """Return how to see the runs in MLflow: the command, unless their store is a server, and the address."""
+    tracked = [job.config for job in jobs if is_tracked(job.config) and job.config["logger"].get("run_id")]
+    if not tracked:
+        return []
+    from stabletrain.tracking.addresses import local_server, server_of
+    from stabletrain.tracking.latest import page_of_runs
+    from stabletrain.tracking.store import default_tracking_uri
+
+    uri = tracked[-1]["logger"]["tracking_uri"]
+    server = server_of(uri)
+    lines = []
+    if server is None:
+        lines.append(shlex.join(["stabletrain", "ui", *([] if uri == default_tracking_uri() else ["--uri", uri])]))
+    ids = [config["logger"]["run_id"] for config in tracked if config["logger"]["tracking_uri"] == uri]
+    with suppress(Exception):  # a store that fails now has been reported
+        lines.append(page_of_runs(uri, server or local_server(), ids))
+    return ["", *(f"{'MLflow:' if line is lines[0] else '':13}{line}" for line in lines)] if lines else []
 
 
 def exit_code(jobs: Sequence[FinishedJob]) -> int:

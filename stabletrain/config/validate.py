@@ -40,6 +40,7 @@ _TOP_LEVEL: dict[str, Any] = {
     "run_dir": str | None,
     "resume": str | None,
     "dry_run": bool,
+    "objective": str | None,
     "callbacks": dict,
     "plugins": dict,
     "guard": dict | None,
@@ -49,8 +50,8 @@ _TOP_LEVEL: dict[str, Any] = {
     "precision": dict | None,
     "strategy": dict | None,
 }
-_OPTIONAL = ("dry_run", KEY)
-"""Composing adds them; run.yaml leaves the first out, and one of an earlier version has no other."""
+_OPTIONAL = ("dry_run", "objective", KEY)
+"""Composing adds them; run.yaml leaves the first two out, and one of an earlier version has no other."""
 _LAUNCH_KEYS: dict[str, Any] = {
     "kind": Literal["local", "torchrun", "slurm"],
     "processes": int,

@@ -30,7 +30,17 @@ from stabletrain.launch.rank_ends import SPARE_ENV, remove_ends, spare_folder
 from stabletrain.launch.result import Result, read_result
 from stabletrain.launch.run_folder import choose_run_folder, make_run_folder, remove_unused, write_run_yaml
 from stabletrain.launch.slurm import submit
-from stabletrain.launch.start_up import AFTER_TRAINING, BEFORE_TRAINING, StartInterrupted, StartUp, checked, end
+from stabletrain.launch.start_up import (
+    AFTER_TRAINING,
+    BEFORE_TRAINING,
+    StartFailed,
+    StartInterrupted,
+    StartUp,
+    checked,
+    end,
+)
+from stabletrain.launch.sweep_run import SweepRun
+from stabletrain.launch.sweep_text import SweepJob
 from stabletrain.runtime.records.run_files import RUN_YAML
 
 _logger = logging.getLogger("stabletrain")
@@ -143,7 +153,7 @@ def check_jobs(jobs: Sequence[Job], request: LaunchRequest) -> None:
 
 
 def run(request: LaunchRequest, jobs: Sequence[Job], report: Reporter) -> list[FinishedJob]:
-    """Run prepared jobs one after the other, each in a new process; Ctrl-C ends the whole sweep.
+    """Run prepared jobs one after the other, each in a new process; Ctrl-C ends the whole sweep, a failure one job.
 
     Args:
         request: the arguments of the command.
@@ -151,25 +161,30 @@ def run(request: LaunchRequest, jobs: Sequence[Job], report: Reporter) -> list[F
         report: called when a job starts.
 
     Raises:
-        UserError: if a job cannot be started; the jobs before it have run.
-        StartFailed: if the user's own code fails before training, or the worker died.
+        UserError: if a single job cannot be started.
+        StartFailed: if the user's own code fails before the training of a single job, or its worker died.
         StartInterrupted: if Ctrl-C or SIGTERM arrived before training.
     """
     if len(jobs) > 1 or jobs[0].composed.config["launch"]["kind"] == "slurm":
         check_jobs(jobs, request)
-    sweep = _Sweep(request)
+    names, overrides = [job.composed.recipe for job in jobs], [job.composed.overrides for job in jobs]
+    sweep = SweepRun(request.command, names, overrides) if request.multirun else None
     finished: list[FinishedJob] = []
     with StartUp() as start_up:
         try:
             for job in jobs:
-                done = _run_job(job, sweep, start_up, report)
+                done = _run_job_of_several(job, request, sweep, start_up, report)
                 finished.append(done)
+                if sweep is not None:
+                    sweep.add(_sweep_job(job, done))
                 if start_up.signum or (done.result is not None and done.result.end in ("interrupted", "terminated")):
                     break
         except BaseException as error:
-            sweep.finish([*_results(finished), _result_of(error)])
+            if sweep is not None:
+                sweep.finish(_result_of(error))
             raise
-        sweep.finish(_results(finished))
+        if sweep is not None:
+            sweep.finish()
     return finished
 
 
@@ -184,39 +199,13 @@ class Reporter:
             number: of the job in a sweep; None outside a sweep.
         """
 
-
-class _Sweep:
-    """The MLflow run above the jobs of a sweep; there is none outside a sweep, and without MLflow."""
-
-    def __init__(self, request: LaunchRequest) -> None:
-        self.request = request
-        self._opened: tuple[str, str] | None = None
-
-    def parent(self, composed: Composed, uri: str) -> str | None:
-        """Return the id of the run above a job, which the first job creates.
+    def not_started(self, error: Exception, number: int | None) -> None:
+        """Called if a job of a sweep cannot be started.
 
         Args:
-            composed: of the job.
-            uri: tracking URI of the store.
+            error: why.
+            number: of the job.
         """
-        if not self.request.multirun:
-            return None
-        if self._opened is None:
-            experiment = composed.config["logger"].get("experiment") or composed.recipe
-            self._opened = uri, mlflow_run.open_sweep(uri, experiment, " ".join(self.request.command))
-        return self._opened[1]
-
-    def finish(self, results: Sequence[Result]) -> None:
-        """Set the final status.
-
-        Args:
-            results: of the jobs that have run.
-        """
-        if self._opened is not None:
-            try:
-                mlflow_run.finish_sweep(*self._opened, results)
-            except Exception as error:  # the jobs have run, and each has its own status
-                _logger.warning("the sweep's run in MLflow has no final status: %s", error)
 
 
 def _names(jobs: Sequence[Composed]) -> list[str | None]:
@@ -240,8 +229,39 @@ def _problems_in(jobs: Sequence[Job], request: LaunchRequest, *, build: bool) ->
             end(workers, process)
 
 
-def _run_job(job: Job, sweep: _Sweep, start_up: StartUp, report: Reporter) -> FinishedJob:
-    recipe, composed, request = job.recipe, job.composed, sweep.request
+def _run_job_of_several(
+    job: Job, request: LaunchRequest, sweep: SweepRun | None, start_up: StartUp, report: Reporter
+) -> FinishedJob:
+    """Run one job; one of a sweep that cannot be started is a failed job, and not the end of the sweep."""
+    try:
+        return _run_job(job, request, sweep, start_up, report)
+    except (StartFailed, UserError) as error:
+        if job.name is None:
+            raise
+        report.not_started(error, job.number)
+        config = run_config(job.composed, request.trust)
+        config["run_dir"] = str(choose_run_folder(job.composed.recipe, config["run_dir"], job=job.number))
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        result = Result(end=_result_of(error).end, message=f"not started: {lines[-1]}")
+        return FinishedJob(recipe=job.recipe, overrides=job.composed.overrides, config=config, result=result)
+
+
+def _sweep_job(job: Job, done: FinishedJob) -> SweepJob:
+    run_id = done.config["logger"].get("run_id") if mlflow_run.is_tracked(done.config) else None
+    return SweepJob(
+        number=job.number or 0,
+        recipe=job.composed.recipe,
+        name=job.name or job.composed.recipe,
+        run_id=run_id,
+        result=done.result,
+        objective=job.composed.config["objective"],
+    )
+
+
+def _run_job(
+    job: Job, request: LaunchRequest, sweep: SweepRun | None, start_up: StartUp, report: Reporter
+) -> FinishedJob:
+    recipe, composed = job.recipe, job.composed
     config = run_config(composed, request.trust)
     folder = choose_run_folder(composed.recipe, config["run_dir"], job=job.number)
     config["run_dir"] = str(folder)
@@ -293,7 +313,9 @@ class _Opened:
 
 
 @contextmanager
-def _opened(config: dict[str, Any], job: Job, sweep: _Sweep, uri: str | None, start_up: StartUp) -> Iterator[_Opened]:
+def _opened(
+    config: dict[str, Any], job: Job, sweep: SweepRun | None, uri: str | None, start_up: StartUp
+) -> Iterator[_Opened]:
     """Make the run's folder and open its MLflow run; undo both if the block fails before the run is used."""
     folder = Path(config["run_dir"])
     existed = folder.exists()
@@ -302,7 +324,9 @@ def _opened(config: dict[str, Any], job: Job, sweep: _Sweep, uri: str | None, st
     opened = _Opened(folder / RUN_YAML)
     try:
         if uri is not None:
-            mlflow_run.open_run(config, uri, parent=sweep.parent(job.composed, uri), name=job.name)
+            experiment = config["logger"].get("experiment") or config["recipe"]
+            parent = None if sweep is None else sweep.open(uri, experiment)
+            mlflow_run.open_run(config, uri, parent=parent, name=job.name)
         write_run_yaml(config)
         start_up.check()
         yield opened
@@ -311,10 +335,6 @@ def _opened(config: dict[str, Any], job: Job, sweep: _Sweep, uri: str | None, st
         if not opened.is_used:
             remove_unused(folder, keep_folder=existed)
         raise
-
-
-def _results(jobs: Sequence[FinishedJob]) -> list[Result]:
-    return [done.result for done in jobs if done.result is not None]
 
 
 def _result_of(error: BaseException) -> Result:
@@ -330,7 +350,7 @@ def run_config(composed: Composed, trust: Sequence[str]) -> dict[str, Any]:
         composed: a config without problems.
         trust: packages given by ``--trust``; recorded only, since a worker does not trust what run.yaml names.
     """
-    config = {key: value for key, value in composed.config.items() if key != "dry_run"}
+    config = {key: value for key, value in composed.config.items() if key not in ("dry_run", "objective")}
     if config["resume"] is not None:
         config["resume"] = str(checkpoint_of(config["resume"]))
     order = ("recipe", "seed", "run_dir", "resume", "model", "data", "optimizer", "schedule", "plugins", "guard")

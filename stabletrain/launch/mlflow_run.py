@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+import shlex
+from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from stabletrain.errors import UserError
 from stabletrain.launch.result import MLFLOW_STATUS, Result, read_result
+from stabletrain.launch.run_folder import write_run_yaml
 from stabletrain.runtime.records.run_files import RESULT, UNSENT_METRICS, artifacts
+
+_logger = logging.getLogger("stabletrain")
 
 MLFLOW_LOGGER = "stabletrain.tracking.MLflowLogger"
 
@@ -52,6 +58,8 @@ def open_store(config: Mapping[str, Any]) -> str | None:
 def open_run(config: dict[str, Any], uri: str, *, parent: str | None = None, name: str | None = None) -> None:
     """Create the run in the store, and write its id and location into the config.
 
+    If the store is a server that does not respond, the run is created in a buffer in its folder, and sent later.
+
     Args:
         config: the resolved config; its ``logger`` node is completed.
         uri: tracking URI of the store.
@@ -61,53 +69,32 @@ def open_run(config: dict[str, Any], uri: str, *, parent: str | None = None, nam
     Raises:
         UserError: if the store cannot be used.
     """
+    from stabletrain.tracking.buffer import open_buffer, tags_for
     from stabletrain.tracking.runs import start_run
+    from stabletrain.tracking.store_errors import StoreUnreachable
 
     logger = config["logger"]
     logger["tracking_uri"] = uri
     logger["experiment"] = logger.get("experiment") or config["recipe"]
     logger["save_dir"] = logger.get("save_dir") or config["run_dir"]
-    logger["run_id"] = start_run(
+    start = partial(
+        start_run,
         config,
-        uri=uri,
         experiment=logger["experiment"],
         parent_run_id=parent,
-        run_id=logger.get("run_id"),
         name=name or Path(config["run_dir"]).name,
         owner=config["launch"].get("kind") != "slurm",  # whose process is on another machine, perhaps much later
     )
-
-
-def open_sweep(uri: str, experiment: str, command: str) -> str:
-    """Create the parent run of a sweep's jobs, and return its id.
-
-    Args:
-        uri: tracking URI of the store.
-        experiment: name of the experiment.
-        command: the command line.
-    """
-    from stabletrain.tracking.runs import create_run, owner_tags, settled_if_it_fails
-
-    tags = {"stabletrain.command": command, "stabletrain.sweep": "true", **owner_tags()}
-    with settled_if_it_fails(uri) as launch:
-        return create_run(uri, experiment, name="sweep", tags=launch.tags | tags)
-
-
-def finish_sweep(uri: str, run_id: str, results: Sequence[Result]) -> None:
-    """Set the final status of a sweep's parent run: the worst of its jobs'.
-
-    Args:
-        uri: tracking URI of the store.
-        run_id: the parent run.
-        results: how the jobs ended.
-    """
-    from stabletrain.tracking.runs import set_final_status
-
-    statuses = [MLFLOW_STATUS[result.end] for result in results]
-    for status in ("KILLED", "FAILED", "FINISHED"):
-        if status in statuses or status == "FINISHED":
-            set_final_status(uri, run_id, status, force=True)
-            return
+    try:
+        logger["run_id"] = start(uri=uri, run_id=logger.get("run_id"))
+    except StoreUnreachable as error:
+        tags = tags_for(uri, logger.get("run_id"))
+        logger["tracking_uri"] = open_buffer(Path(config["run_dir"]))
+        logger["run_id"] = start(uri=logger["tracking_uri"], tags=tags)
+        _logger.warning(
+            "%s\n  The run is recorded in its folder for now, and sent when it has ended, if the server responds then.",
+            error,
+        )
 
 
 def _status_in(folder: Path) -> Literal["FINISHED", "FAILED", "KILLED"] | None:
@@ -116,7 +103,7 @@ def _status_in(folder: Path) -> Literal["FINISHED", "FAILED", "KILLED"] | None:
     return MLFLOW_STATUS.get(result.end) if result is not None else None
 
 
-def finish_run(config: Mapping[str, Any], result: Result) -> str | None:
+def finish_run(config: Mapping[str, Any], result: Result, *, store: str | None = None) -> str | None:
     """Send the worker's unsent metrics and the run's files to the store, and set the final status.
 
     If a signal cuts that short by an exception, the status is set nevertheless; the files stay in the run's folder.
@@ -124,6 +111,7 @@ def finish_run(config: Mapping[str, Any], result: Result) -> str | None:
     Args:
         config: the resolved config.
         result: how the run ended.
+        store: tracking URI of the store to which a buffer is sent; None: the one for which it was made.
 
     Returns:
         What failed, for the user; None if nothing did.
@@ -131,22 +119,59 @@ def finish_run(config: Mapping[str, Any], result: Result) -> str | None:
     if not is_tracked(config) or not config["logger"].get("run_id"):
         return None
     from stabletrain.tracking.artifacts import upload_files
+    from stabletrain.tracking.buffer import buffer_uri, send_buffer
     from stabletrain.tracking.runs import set_final_status, upload_unsent
 
     folder = Path(config["run_dir"])
     uri, run_id, unsent = config["logger"]["tracking_uri"], config["logger"]["run_id"], folder / UNSENT_METRICS
+    target = uri if store is None else store
     try:
+        target = store or _store_of(config)
+        if uri != buffer_uri(folder):  # the worker began a buffer of its own
+            send_buffer(folder, uri)
         if unsent.is_file():
             upload_unsent(uri, unsent, run_id=run_id)
         upload_files(uri, run_id, artifacts(folder))
         set_final_status(uri, run_id, MLFLOW_STATUS[result.end], force=True)
+        _send_buffered(config, target)
     except Exception as error:  # a store that fails must not change the exit code of a run that has ended
         text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        return f"{text}\n  the run's files are complete, in {config['run_dir']}"
+        return f"{text}\n  the run's files are complete; send them later with: {_upload_command(config, target)}"
     except BaseException:  # a signal, which matters more than a store that fails
         settle_run(config, result)
         raise
     return None
+
+
+def _store_of(config: Mapping[str, Any]) -> str:
+    """The store of a run; if the run is in a buffer, the one for which it was recorded."""
+    from stabletrain.tracking.buffer import SEND_TO, buffer_uri
+    from stabletrain.tracking.store import open_client
+
+    logger = config["logger"]
+    uri = str(logger["tracking_uri"])
+    if uri != buffer_uri(Path(config["run_dir"])):
+        return uri
+    return str(open_client(uri).get_run(logger["run_id"]).data.tags[SEND_TO])
+
+
+def _send_buffered(config: Mapping[str, Any], store: str) -> None:
+    """Send the run, if it is in a buffer, and write into the config and run.yaml where it is now."""
+    from stabletrain.tracking.buffer import buffer_uri, send_buffer
+
+    logger, folder = config["logger"], Path(config["run_dir"])
+    if logger["tracking_uri"] != buffer_uri(folder):
+        return
+    for sent in send_buffer(folder, store, logger["run_id"], any_store=True):
+        logger["tracking_uri"], logger["run_id"] = sent.uri, sent.run_id
+        write_run_yaml(config)
+
+
+def _upload_command(config: Mapping[str, Any], store: str) -> str:
+    from stabletrain.tracking.store import default_tracking_uri
+
+    other = [] if store == default_tracking_uri() else ["--uri", store]
+    return shlex.join(["stabletrain", "upload", str(config["run_dir"]), *other])
 
 
 def settle_run(config: Mapping[str, Any], result: Result) -> None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from stabletrain.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from stabletrain.tracking.comparison import Comparison, RunSummary, compare, comparison_url, side_by_side
+    from stabletrain.tracking.addresses import comparison_url
+    from stabletrain.tracking.comparison import Comparison, RunSummary, compare, side_by_side
     from stabletrain.tracking.git import git_state
     from stabletrain.tracking.logger import MLflowLogger
     from stabletrain.tracking.record import environment, write_environment
@@ -24,7 +25,7 @@ _MODULES = {
     "RunSummary": "comparison",
     "StoreError": "store_errors",
     "compare": "comparison",
-    "comparison_url": "comparison",
+    "comparison_url": "addresses",
     "default_tracking_uri": "store",
     "ensure_store": "store",
     "environment": "record",

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import quote
 
 from stabletrain.core import metric_names
 from stabletrain.errors import UserError
@@ -120,21 +118,6 @@ def side_by_side(
     if metrics is not None:
         metric_rows = _matching(metric_rows, [_present(each, metric_rows) for each in metrics])
     return Comparison(runs=tuple(runs), params=param_rows, metrics=metric_rows)
-
-
-def comparison_url(server: str, run_ids: Sequence[str], experiment_ids: Sequence[str]) -> str:
-    """Return the URL of MLflow's page that compares runs.
-
-    Args:
-        server: URL of a running ``mlflow ui``.
-        run_ids: the runs.
-        experiment_ids: ids (not names) of their experiments.
-
-    >>> comparison_url("http://127.0.0.1:5000/", ["a", "b"], ["1"])
-    'http://127.0.0.1:5000/#/compare-runs?runs=%5B%22a%22%2C%22b%22%5D&experiments=%5B%221%22%5D'
-    """
-    lists = [quote(json.dumps(list(items), separators=(",", ":"))) for items in (run_ids, experiment_ids)]
-    return f"{server.rstrip('/')}/#/compare-runs?runs={lists[0]}&experiments={lists[1]}"
 
 
 def _keys(mappings: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import shlex
 import sys
 import tempfile
 import time
@@ -24,16 +25,17 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from stabletrain.core import metric_names
 from stabletrain.extras import require
 from stabletrain.runtime.internals.packages import Logger, both
-from stabletrain.runtime.records.run_files import UNSENT_METRICS
+from stabletrain.runtime.records.run_files import UNSENT_METRICS, UNSENT_RUNS
 from stabletrain.runtime.signal_watch import Interrupted, Terminated
 from stabletrain.tracking import runs
 from stabletrain.tracking.artifacts import require_safe_artifacts, write_artifact
+from stabletrain.tracking.buffer import open_buffer, send_buffer, tags_for
 from stabletrain.tracking.enclosing import enclosing_run, end_autologged, is_autologged
 from stabletrain.tracking.end_signals import EndSignals
 from stabletrain.tracking.ownership import WORKER, this_process
 from stabletrain.tracking.sqlite_file import check_file
 from stabletrain.tracking.store import absolute_uri, default_tracking_uri, ensure_store, open_client
-from stabletrain.tracking.store_errors import first_line, no_tracebacks, translate_errors
+from stabletrain.tracking.store_errors import StoreUnreachable, first_line, no_tracebacks, translate_errors
 from stabletrain.tracking.unsent import send_unsent
 from stabletrain.tracking.writer import MetricWriter, Point
 
@@ -54,9 +56,10 @@ class MLflowLogger(Logger):
     FAILED (exception) or KILLED (Ctrl-C, SIGTERM and other signals). Within an active MLflow run, of
     ``mlflow.start_run()`` or autologging, nothing is created: all is logged to that run, and whoever started it ends
     it; ``experiment`` and ``run_name`` are ignored then. Metrics that the store does not accept are written to
-    ``metrics-unsent.jsonl`` and sent at the end. NaN and infinities are stored as NaN and counted by
-    ``stability_nonfinite/<name>``. Names that MLflow does not accept are changed and get a hash, so that different ones
-    stay different.
+    ``metrics-unsent.jsonl`` and sent at the end. If the store is a server that does not respond when training begins,
+    all is recorded in the folder ``mlflow-unsent``, and sent at the end, or later by ``stabletrain upload``. NaN and
+    infinities are stored as NaN and counted by ``stability_nonfinite/<name>``. Names that MLflow does not accept are
+    changed and get a hash, so that different ones stay different.
 
     Args:
         tracking_uri: MLflow store; None: that of the active run, ``MLFLOW_TRACKING_URI``, or else
@@ -99,6 +102,7 @@ class MLflowLogger(Logger):
         self._save_dir = None if save_dir is None else str(Path(save_dir).absolute())
         self._tags = dict(tags or {})
         self._parent_run_id = parent_run_id
+        self._buffered: str | None = None
         self._last_step = 0
         self._session: _Session | None = None
 
@@ -255,6 +259,13 @@ class MLflowLogger(Logger):
         ensure_store(self.tracking_uri)
         if self._is_enclosing:
             return self._join()
+        try:
+            return self._begin()
+        except StoreUnreachable as error:
+            return self._begin_in_buffer(error)
+
+    def _begin(self) -> _Session:
+        self._send_buffered()
         with translate_errors(self.tracking_uri), runs.settled_if_it_fails(self.tracking_uri, self._run_id) as launch:
             client = open_client(self.tracking_uri)
             is_new = self._run_id is None
@@ -278,6 +289,39 @@ class MLflowLogger(Logger):
         if self._run_id in (None, found.run_id) or self._is_enclosing:
             self._run_id, self.tracking_uri, self._is_enclosing = found.run_id, found.tracking_uri, True
 
+    def _begin_in_buffer(self, error: StoreUnreachable) -> _Session:
+        """Record the run in a local database; it is sent at its end."""
+        uri = open_buffer(self._folder)
+        client = open_client(uri)
+        if self._buffered is None:
+            tags = {**runs.describe({}), **self._tags, **tags_for(self.tracking_uri, self._run_id), **runs.owner_tags()}
+            if self._parent_run_id is not None:
+                tags["mlflow.parentRunId"] = self._parent_run_id
+            self._buffered = runs.create_run(uri, self._experiment_name, name=self._run_name, tags=tags)
+            self._run_id = self._run_id or self._buffered
+        else:
+            runs.reopen(client, self._buffered)
+        buffered = self._buffered
+        log.warning("%s\n  The run is recorded in %s for now, and sent at its end.", error, self._folder / UNSENT_RUNS)
+
+        def end(status: str) -> None:
+            client.set_terminated(buffered, status)
+            self._send_buffered()
+
+        self._session = _Session(client, buffered, self._unsent, end=end, ends_at_signals=True)
+        return self._session
+
+    def _send_buffered(self) -> None:
+        """Send a run that was recorded while the server did not respond."""
+        if self._buffered is not None:
+            try:
+                for sent in send_buffer(self._folder, self.tracking_uri, self._buffered, any_store=True):
+                    self._run_id = sent.run_id
+            except StoreUnreachable as error:
+                command = shlex.join(["stabletrain", "upload", str(self._folder), "--uri", self.tracking_uri])
+                raise StoreUnreachable(f"{error}; send it later with: {command}") from error
+            self._buffered = None
+
     def _join(self) -> _Session:
         """Log to a run of somebody else, whose status, tags and artifacts are left as they are."""
         assert self._run_id is not None
@@ -293,8 +337,12 @@ class MLflowLogger(Logger):
         return self._session
 
     @property
+    def _folder(self) -> Path:
+        return Path(self._save_dir or Path.cwd())
+
+    @property
     def _unsent(self) -> Path:
-        return Path(self._save_dir or Path.cwd()) / UNSENT_METRICS
+        return self._folder / UNSENT_METRICS
 
     def _create(self, client: Any, launch: runs.Launch) -> str:
         from stabletrain.tracking.git import git_state

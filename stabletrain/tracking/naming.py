@@ -13,6 +13,7 @@ from typing import TypeVar
 _T = TypeVar("_T")
 
 MAX_KEY = 250
+MAX_NAME = 250
 MAX_PARAM = 6000
 MAX_TAG = 8000
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from stabletrain.runtime.records.run_files import RUN_YAML
 from stabletrain.tracking.artifacts import require_safe_artifacts, require_safe_location
-from stabletrain.tracking.naming import MAX_PARAM, MAX_TAG, chunks, flatten, safe_key, shorten
+from stabletrain.tracking.naming import MAX_NAME, MAX_PARAM, MAX_TAG, chunks, flatten, safe_key, shorten
 from stabletrain.tracking.ownership import ELSEWHERE, OWNER, RUN_DIR, abandoned_runs, this_process
 from stabletrain.tracking.sqlite_file import check_file
 from stabletrain.tracking.store import ensure_store, open_client, store_lock
@@ -252,7 +252,14 @@ def describe(config: Mapping[str, Any]) -> dict[str, str]:
     return {key: str(value) for key, value in tags.items() if value is not None}
 
 
-def create_run(uri: str, experiment: str, *, name: str | None = None, tags: Mapping[str, str] | None = None) -> str:
+def create_run(
+    uri: str,
+    experiment: str,
+    *,
+    name: str | None = None,
+    tags: Mapping[str, str] | None = None,
+    start_time: int | None = None,
+) -> str:
     """Create an empty run (and its experiment if missing) and return its id.
 
     Args:
@@ -260,6 +267,7 @@ def create_run(uri: str, experiment: str, *, name: str | None = None, tags: Mapp
         experiment: name of the experiment.
         name: shown in the UI; None: MLflow chooses one.
         tags: tags of the new run.
+        start_time: milliseconds since 1970; None: now.
 
     Raises:
         StoreError: if the experiment is deleted, or its artifacts are at an unsafe place.
@@ -279,7 +287,7 @@ def create_run(uri: str, experiment: str, *, name: str | None = None, tags: Mapp
     if found is not None:
         require_safe_location(uri, found.artifact_location)
     sent = {safe_key(key): shorten(value, MAX_TAG) for key, value in (tags or {}).items()}
-    run = client.create_run(experiment_id, run_name=name, tags=sent)
+    run = client.create_run(experiment_id, start_time, run_name=name and shorten(name, MAX_NAME), tags=sent)
     return str(run.info.run_id)
 
 

@@ -31,12 +31,22 @@ _CAUSES = (
 )
 
 
+_NO_ANSWER = ("connection", "max retries", "timed out", "error code 502", "error code 503", "error code 504")
+"""The last ones are of a proxy before a server that does not run."""
+
+_REASON = re.compile(r"Connection refused|Name or service not known|timed out|error code \d+|Connection reset")
+"""What is worth showing of the error of a connection, which is a paragraph."""
+
 _NO_CAUSE = "(raised as a result of Query-invoked autoflush"
 """With such a line SQLAlchemy begins some errors."""
 
 
 class StoreError(UserError):
     """The tracking store cannot be used; the message names the store, the cause and what to do."""
+
+
+class StoreUnreachable(StoreError):
+    """The tracking store is a server that does not respond; it may do so later."""
 
 
 def sqlite_path(uri: str) -> Path | None:
@@ -71,19 +81,24 @@ def translate_errors(uri: str) -> Iterator[None]:
             for word, advice in _CAUSES:
                 if word in text.lower():
                     raise StoreError(_message(uri, error, advice)) from error
-            if any(word in text.lower() for word in ("connection", "max retries", "timed out")):
-                raise StoreError(
-                    _message(uri, error, "the server does not respond; start it or correct the URI")
-                ) from error
+            if any(word in text.lower() for word in _NO_ANSWER):
+                found = _REASON.search(text)
+                reason = f" ({found.group()})" if found else ""
+                what = f"tracking store: {uri}: the server does not respond{reason}"
+                raise StoreUnreachable(f"{what}; start it or correct the URI {OTHER_STORE}") from error
         raise
 
 
 @contextmanager
 def no_tracebacks() -> Iterator[None]:
-    """Drop the tracebacks that MLflow logs in this thread: it raises the same errors, which are reported once."""
-    database = logging.getLogger("mlflow.store.db.utils")
-    if _without_traceback not in database.filters:
-        database.addFilter(_without_traceback)
+    """Drop the tracebacks that MLflow logs in this thread, and the retries of a connection that urllib3 logs.
+
+    Both raise the same errors, which are reported once.
+    """
+    for name, keep in (("mlflow.store.db.utils", _without_traceback), ("urllib3.connectionpool", _outside)):
+        logger = logging.getLogger(name)
+        if keep not in logger.filters:
+            logger.addFilter(keep)
     before = getattr(_quiet, "depth", 0)
     _quiet.depth = before + 1
     try:
@@ -96,15 +111,24 @@ _quiet = threading.local()
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
-    return record.exc_info is None or getattr(_quiet, "depth", 0) == 0
+    return record.exc_info is None or _outside(record)
+
+
+def _outside(record: logging.LogRecord) -> bool:
+    return getattr(_quiet, "depth", 0) == 0
 
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text that says something of the cause; the error's class if there is none.
 
+    That of a server that does not respond is shortened.
+
     Args:
         error: any.
     """
+    found = _REASON.search(str(error))
+    if found and any(mark in str(error) for mark in ("HTTPConnectionPool", "API request to")):
+        return f"the server does not respond ({found.group()})"
     lines = [line for line in str(error).strip().splitlines() if not line.startswith(_NO_CAUSE)]
     return lines[0] if lines else type(error).__name__
 

@@ -1,6 +1,7 @@
 """Whole runs through the command line: launcher, worker, MLflow, exit codes."""
 
 import fcntl
+import math
 import os
 import pty
 import signal
@@ -47,7 +48,8 @@ def test_a_run_writes_its_folder_and_prints_the_next_commands(cli) -> None:
     assert run.info.status == "FINISHED"
     assert content["logger"]["run_id"] == run.info.run_id
     assert "parameter_groups.txt" in cli.artifacts()
-    assert f"mlflow ui --backend-store-uri sqlite:///{cli.folder}/mlflow.db" in done.stdout
+    page = f"/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}?workflowType=machine_learning"
+    assert f"MLflow:      stabletrain ui\n             http://127.0.0.1:5000{page}\n" in done.stdout
     assert done.stdout.count("stabletrain train") == 2
     assert "--trust=mine" in done.stdout
 
@@ -101,21 +103,54 @@ def test_a_signal_saves_and_the_run_can_be_resumed(cli, signum: signal.Signals, 
 
 def test_a_sweep_is_one_parent_and_a_process_for_each_job(cli) -> None:
     """Bugs: jobs share a process, a folder or a run in MLflow; one failure cancels the other jobs, or the sweep exits
-    with 0; an error in the user's code is one line; a run that failed, or was killed, stays RUNNING."""
-    done = cli.tiny("-m", "seed=7", "model.does=raise,sigkill,nothing", "model.at=2", "logger=mlflow", "run_dir=sweep")
+    with 0; an error in the user's code is one line; a run that failed, or was killed, stays RUNNING; the parent has no
+    name, chart or table, or a better status than its jobs; the address is that of the parent, which is empty."""
+    from mlflow import MlflowClient
+
+    done = cli.tiny(
+        "-m", "seed=7", "model.does=raise,sigkill,nothing", "model.at=2", "logger=mlflow", "run_dir=sweep",
+        "plugins/nonfinite=skip",
+    )  # fmt: skip
     assert done.returncode == 1
     runs = {run.info.run_name: run for run in cli.runs()}
-    parent = runs.pop("sweep")
+    parent = runs.pop("tiny: model.does=raise,sigkill,nothing")
     statuses = {name: run.info.status for name, run in runs.items()}
     assert statuses == {
         "model.does=raise": "FAILED", "model.does=sigkill": "KILLED", "model.does=nothing": "FINISHED"
     }  # fmt: skip
-    assert parent.info.status in ("FAILED", "KILLED")
+    assert parent.info.status == "FAILED"
     assert {run.data.tags["mlflow.parentRunId"] for run in runs.values()} == {parent.info.run_id}
     ends = [read_result(cli.folder / "sweep" / number) for number in "012"]
     assert [each.end for each in ends if each] == ["failed", "killed", "finished"]
     assert 'raise RuntimeError("a bug in the user\'s module")' in done.stderr
     assert "signal 9" in done.stdout
+    client = MlflowClient(f"sqlite:///{cli.folder}/mlflow.db")
+    assert ends[2] is not None
+    (metric,) = parent.data.metrics
+    points = {point.step: point.value for point in client.get_metric_history(parent.info.run_id, metric)}
+    assert metric == "sweep/stability/loss"
+    assert points[2] == ends[2].metrics["stability/loss"]
+    assert {step for step, value in points.items() if math.isnan(value)} == {0, 1}
+    assert parent.data.tags["stabletrain.sweep.unfinished"] == "0 (failed), 1 (killed)"
+    assert "| 2 | model.does=nothing | finished | 5 |" in parent.data.tags["mlflow.note.content"]
+    table = Path(client.download_artifacts(parent.info.run_id, "comparison.csv")).read_text()
+    assert all(run.info.run_id in table for run in runs.values())
+    (address,) = (line for line in done.stdout.splitlines() if "compare-runs?" in line)
+    assert address.endswith("workflowType=machine_learning")
+    assert all(run.info.run_id in address for run in runs.values())
+
+
+@pytest.mark.slow
+def test_eight_runs_at_once_on_a_fresh_database(cli) -> None:
+    """Bug: runs that start together all migrate the new database, or create the experiment, and all but one die."""
+    words = ("train", TINY, "--trust", "tiny_workload", "logger=mlflow", "plugins/nonfinite=skip")
+    processes = [cli.start(*words) for _ in range(8)]
+    ends = [(process.communicate(timeout=300), process.returncode) for process in processes]
+    assert [code for _, code in ends] == [0] * 8, ends
+    runs = cli.runs()
+    assert [run.info.status for run in runs] == ["FINISHED"] * 8
+    assert all(run.data.metrics["stability/loss"] for run in runs)
+    assert len({run.info.experiment_id for run in runs}) == 1
 
 
 @pytest.mark.slow

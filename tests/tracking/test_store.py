@@ -183,6 +183,8 @@ def test_a_message_begins_with_the_cause():
     assert first_line(RuntimeError(f"{advice}\n(sqlite3.OperationalError) no such table: metrics\n[SQL: ]")) == (
         "(sqlite3.OperationalError) no such table: metrics"
     )
+    pool = "API request to http://x failed with exception HTTPConnectionPool(...): Max retries (Connection refused)"
+    assert first_line(RuntimeError(pool)) == "the server does not respond (Connection refused)"
 
 
 def test_other_errors_keep_their_type():

@@ -13,6 +13,7 @@
 | `interventions.jsonl`  | plugins that restore earlier state | the rollbacks, to replay them                     |
 | `diagnosis-<step>/`    | plugins that stop a run            | a report of the model's state                     |
 | `metrics-unsent.jsonl` | the MLflow logger                  | metrics that the store did not accept             |
+| `mlflow-unsent/`       | the launcher, or the MLflow logger | a run whose server did not respond, to be sent    |
 | `sample.txt`           | the text workload                  | a sample of the trained model                     |
 | `strategy.json`        | the strategy, if it shards         | which modules are units, and their share          |
 | `chaos/`               | faults of `stabletrain.chaos`      | the steps at which they were applied              |
@@ -34,6 +35,7 @@ STEPS = "steps.bin"
 INTERVENTIONS = "interventions.jsonl"
 DIAGNOSIS_PREFIX = "diagnosis-"
 UNSENT_METRICS = "metrics-unsent.jsonl"
+UNSENT_RUNS = "mlflow-unsent"
 SAMPLE = "sample.txt"
 STRATEGY = "strategy.json"
 CHAOS = "chaos"
