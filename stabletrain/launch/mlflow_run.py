@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from stabletrain.errors import UserError
 from stabletrain.launch.result import MLFLOW_STATUS, Result, read_result
-from stabletrain.runtime.records.run_files import RESULT, UNSENT_METRICS, artifacts
+from stabletrain.runtime.records.run_files import ENVIRONMENT, RESULT, UNSENT_METRICS, artifacts
 
 MLFLOW_LOGGER = "stabletrain.tracking.MLflowLogger"
 
@@ -49,7 +49,14 @@ def open_store(config: Mapping[str, Any]) -> str | None:
     return uri
 
 
-def open_run(config: dict[str, Any], uri: str, *, parent: str | None = None, name: str | None = None) -> None:
+def open_run(
+    config: dict[str, Any],
+    uri: str,
+    *,
+    parent: str | None = None,
+    name: str | None = None,
+    git: Mapping[str, Any] | None = None,
+) -> None:
     """Create the run in the store, and write its id and location into the config.
 
     Args:
@@ -57,6 +64,7 @@ def open_run(config: dict[str, Any], uri: str, *, parent: str | None = None, nam
         uri: tracking URI of the store.
         parent: id of the sweep's run; None outside a sweep.
         name: shown in MLflow; None: the folder's name.
+        git: from `stabletrain.launch.recording.git_of_run`; None: it is read here.
 
     Raises:
         UserError: if the store cannot be used.
@@ -74,6 +82,7 @@ def open_run(config: dict[str, Any], uri: str, *, parent: str | None = None, nam
         parent_run_id=parent,
         run_id=logger.get("run_id"),
         name=name or Path(config["run_dir"]).name,
+        git=git,
         owner=config["launch"].get("kind") != "slurm",  # whose process is on another machine, perhaps much later
     )
 
@@ -131,7 +140,7 @@ def finish_run(config: Mapping[str, Any], result: Result) -> str | None:
     if not is_tracked(config) or not config["logger"].get("run_id"):
         return None
     from stabletrain.tracking.artifacts import upload_files
-    from stabletrain.tracking.runs import set_final_status, upload_unsent
+    from stabletrain.tracking.runs import segment_of_run, set_final_status, upload_unsent
 
     folder = Path(config["run_dir"])
     uri, run_id, unsent = config["logger"]["tracking_uri"], config["logger"]["run_id"], folder / UNSENT_METRICS
@@ -139,6 +148,7 @@ def finish_run(config: Mapping[str, Any], result: Result) -> str | None:
         if unsent.is_file():
             upload_unsent(uri, unsent, run_id=run_id)
         upload_files(uri, run_id, artifacts(folder))
+        upload_files(uri, run_id, [folder / ENVIRONMENT], folder=segment_of_run(uri, run_id))
         set_final_status(uri, run_id, MLFLOW_STATUS[result.end], force=True)
     except Exception as error:  # a store that fails must not change the exit code of a run that has ended
         text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

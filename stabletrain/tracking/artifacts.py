@@ -66,13 +66,14 @@ def require_safe_location(uri: str, location: str) -> None:
         )
 
 
-def upload_files(uri: str, run_id: str, paths: Iterable[str | Path]) -> None:
+def upload_files(uri: str, run_id: str, paths: Iterable[str | Path], *, folder: str = "") -> None:
     """Copy files and folders to a run's artifacts; only regular files, and nothing that a link leads to.
 
     Args:
         uri: MLflow tracking URI.
         run_id: the run.
         paths: those that do not exist are skipped.
+        folder: of the artifacts, such as ``resume-1``; empty: their root.
 
     Raises:
         StoreError: if the store cannot be used.
@@ -85,7 +86,7 @@ def upload_files(uri: str, run_id: str, paths: Iterable[str | Path]) -> None:
         client = open_client(uri)
         require_safe_artifacts(client, run_id)
         for file, parent in found:
-            client.log_artifact(run_id, str(file), artifact_path=parent)
+            client.log_artifact(run_id, str(file), artifact_path="/".join(filter(None, (folder, parent))) or None)
 
 
 def write_artifact(client: Any, run_id: str, path: str | Path, name: str | None = None) -> None:
