@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from stabletrain.errors import UserError
 from stabletrain.launch.result import MLFLOW_STATUS, Result, read_result
-from stabletrain.runtime.records.run_files import ENVIRONMENT, RESULT, UNSENT_METRICS, artifacts
+from stabletrain.runtime.records.run_files import RESULT, UNSENT_METRICS, artifacts
 
 MLFLOW_LOGGER = "stabletrain.tracking.MLflowLogger"
 
@@ -140,7 +140,7 @@ def finish_run(config: Mapping[str, Any], result: Result) -> str | None:
     if not is_tracked(config) or not config["logger"].get("run_id"):
         return None
     from stabletrain.tracking.artifacts import upload_files
-    from stabletrain.tracking.runs import segment_of_run, set_final_status, upload_unsent
+    from stabletrain.tracking.runs import set_final_status, upload_unsent
 
     folder = Path(config["run_dir"])
     uri, run_id, unsent = config["logger"]["tracking_uri"], config["logger"]["run_id"], folder / UNSENT_METRICS
@@ -148,7 +148,6 @@ def finish_run(config: Mapping[str, Any], result: Result) -> str | None:
         if unsent.is_file():
             upload_unsent(uri, unsent, run_id=run_id)
         upload_files(uri, run_id, artifacts(folder))
-        upload_files(uri, run_id, [folder / ENVIRONMENT], folder=segment_of_run(uri, run_id))
         set_final_status(uri, run_id, MLFLOW_STATUS[result.end], force=True)
     except Exception as error:  # a store that fails must not change the exit code of a run that has ended
         text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

@@ -27,7 +27,7 @@ from stabletrain.runtime.internals.packages import Logger, both
 from stabletrain.runtime.records.run_files import ENVIRONMENT, UNSENT_METRICS
 from stabletrain.runtime.signal_watch import Interrupted, Terminated
 from stabletrain.tracking import runs
-from stabletrain.tracking.artifacts import upload_files, write_artifact
+from stabletrain.tracking.artifacts import RESUMES, upload_files, write_artifact
 from stabletrain.tracking.dataset import data_tags, log_dataset
 from stabletrain.tracking.enclosing import enclosing_run, end_autologged, is_autologged
 from stabletrain.tracking.end_signals import EndSignals
@@ -317,11 +317,11 @@ class MLflowLogger(Logger):
             else:
                 resumes = runs.reopen(client, self._run_id)
                 tags = {WORKER: this_process().to_tag()}
-                if self.records_itself and not self._is_recorded and self._given_run_id is not None:
-                    tags[runs.RESUMES] = str(resumes)
+                is_resumed = self.records_itself and not self._is_recorded and self._given_run_id is not None
+                runs.write_tags(client, self._run_id, tags | ({RESUMES: str(resumes)} if is_resumed else {}))
+                if is_resumed:
                     self._is_recorded = True
-                    upload_own_record(self.tracking_uri, self._run_id, runs.segment_of(tags))
-                runs.write_tags(client, self._run_id, tags)
+                    upload_own_record(self.tracking_uri, self._run_id)
             end = partial(_set_terminated, client, self._run_id)
             self._session = _Session(client, self._run_id, self._unsent, end=end, ends_at_signals=is_new)
         return self._session
@@ -362,7 +362,7 @@ class MLflowLogger(Logger):
             tags["mlflow.parentRunId"] = self._parent_run_id
         run_id = runs.create_run(self.tracking_uri, self._experiment_name, name=self._run_name, tags=launch.tags | tags)
         self._is_recorded = True
-        upload_own_record(self.tracking_uri, run_id, "")
+        upload_own_record(self.tracking_uri, run_id)
         return run_id
 
     def __getstate__(self) -> dict[str, Any]:
@@ -389,9 +389,7 @@ class _Session:
         self.client = client
         self._end = end
         self.run_id = run_id
-        recorded = client.get_run(run_id).data
-        self.segment = runs.segment_of(recorded.tags)
-        metrics = recorded.metrics
+        metrics = client.get_run(run_id).data.metrics
         counts = {
             key.removeprefix(prefix): int(value)
             for prefix in ("nonfinite/", metric_names.NONFINITE)  # the first of runs that an earlier version began
@@ -440,8 +438,8 @@ class _Session:
             self._waiting[what] = action
 
     def upload(self, folder: Path) -> None:
-        """Copy a folder of files to the artifacts of this part of the run."""
-        upload_files(self.client.tracking_uri, self.run_id, [folder], folder=self.segment)
+        """Copy a folder of files to the artifacts."""
+        upload_files(self.client.tracking_uri, self.run_id, [folder])
 
     def _postponed(self) -> AbstractContextManager[None]:
         return nullcontext() if self._signals is None else self._signals.postponed()

@@ -41,17 +41,16 @@ def write_start(folder: Path, start: StartRecord) -> None:
     write_texts(folder, {DATA: as_json(start.data)})
 
 
-def upload_own_record(uri: str, run_id: str, segment: str) -> None:
+def upload_own_record(uri: str, run_id: str) -> None:
     """Write the environment of this process, its code and the state in git to the artifacts of a run.
 
     Args:
         uri: MLflow tracking URI.
         run_id: the run.
-        segment: folder of the artifacts; empty: their root.
     """
     packages = named_packages({})
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / ENVIRONMENT
         write_built(folder, environment(), packages)
         write_git(folder, git_record(Path.cwd(), packages))
-        upload_files(uri, run_id, [folder], folder=segment)
+        upload_files(uri, run_id, [folder])

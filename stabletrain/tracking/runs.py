@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stabletrain.runtime.records.run_files import ENVIRONMENT, RUN_YAML
-from stabletrain.tracking.artifacts import require_safe_artifacts, require_safe_location
+from stabletrain.tracking.artifacts import RESUMES, require_safe_artifacts, require_safe_location, segment_of
 from stabletrain.tracking.naming import MAX_PARAM, MAX_TAG, chunks, flatten, safe_key, shorten
 from stabletrain.tracking.ownership import ELSEWHERE, OWNER, RUN_DIR, abandoned_runs, this_process
 from stabletrain.tracking.sqlite_file import check_file
@@ -28,8 +28,6 @@ _NOT_PARAMS = ("run_dir", "resume", "logger", "trust")
 _OPEN = ("RUNNING", "SCHEDULED")
 
 _LAUNCH = "stabletrain.launch_id"
-RESUMES = "stabletrain.resumes"
-"""Tag with the number of times that a run was resumed."""
 
 
 def start_run(
@@ -306,26 +304,6 @@ def reopen(client: Any, run_id: str) -> int:
     if run.info.status != "RUNNING":
         client.update_run(run_id, status="RUNNING")
     return int(run.data.tags.get(RESUMES, 0)) + 1
-
-
-def segment_of(tags: Mapping[str, str]) -> str:
-    """Return the folder of the artifacts of a run's newest part: empty at first, then ``resume-1`` and so on.
-
-    Args:
-        tags: of the run.
-    """
-    return f"resume-{tags[RESUMES]}" if tags.get(RESUMES) else ""
-
-
-def segment_of_run(uri: str, run_id: str) -> str:
-    """As `segment_of`, of a run in the store.
-
-    Args:
-        uri: MLflow tracking URI.
-        run_id: the run.
-    """
-    with translate_errors(uri):
-        return segment_of(open_client(uri).get_run(run_id).data.tags)
 
 
 def write_params(client: Any, run_id: str, params: Mapping[str, Any]) -> None:

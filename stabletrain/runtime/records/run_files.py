@@ -62,5 +62,5 @@ def artifacts(folder: Path) -> list[Path]:
     Args:
         folder: the run's folder.
     """
-    files = [folder / name for name in (EVENTS, INTERVENTIONS, RESULT, SAMPLE, STRATEGY)]
+    files = [folder / name for name in (EVENTS, INTERVENTIONS, RESULT, SAMPLE, STRATEGY, ENVIRONMENT)]
     return [*files, *sorted(folder.glob(f"{DIAGNOSIS_PREFIX}*"))]
