@@ -10,7 +10,7 @@ whole command line, and under a sweep every rank would compose other hyper-param
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,7 @@ from stabletrain.launch.connection import Workers
 from stabletrain.launch.final_status import final_result
 from stabletrain.launch.process import local_command, start_process, wait_for, worker_command, worker_environment
 from stabletrain.launch.rank_ends import SPARE_ENV, remove_ends, spare_folder
+from stabletrain.launch.recording import git_of_run, record_git
 from stabletrain.launch.result import Result, read_result
 from stabletrain.launch.run_folder import choose_run_folder, make_run_folder, remove_unused, write_run_yaml
 from stabletrain.launch.slurm import submit
@@ -267,7 +268,8 @@ def _run_job(
     config["run_dir"] = str(folder)
     environment = worker_environment(config["launch"], request.trust)
     if config["launch"]["kind"] == "slurm":
-        with _opened(config, job, sweep, mlflow_run.open_store(config), start_up) as opened:
+        uri, git = mlflow_run.open_store(config), git_of_run(config)
+        with _opened(config, job, sweep, uri, git, start_up) as opened:
             report.starting(config, job.number)
             number = submit(config, opened.run_yaml, environment)
         return FinishedJob(recipe=recipe, overrides=composed.overrides, config=config, result=None, slurm_job=number)
@@ -278,11 +280,11 @@ def _run_job(
         start_up.doing = BEFORE_TRAINING
         process = start_process(worker_command(config["launch"], *workers.arguments), environment)
         try:
-            uri = mlflow_run.open_store(config)
+            uri, git = mlflow_run.open_store(config), git_of_run(config)  # while the worker imports torch
             problems = checked(workers, process, config["launch"]["processes"], start_up)
             if problems:
                 raise ConfigError(dict.fromkeys(problems))
-            with _opened(config, job, sweep, uri, start_up) as opened:
+            with _opened(config, job, sweep, uri, git, start_up) as opened:
                 report.starting(config, job.number)
                 remove_ends(folder)
 
@@ -314,7 +316,12 @@ class _Opened:
 
 @contextmanager
 def _opened(
-    config: dict[str, Any], job: Job, sweep: SweepRun | None, uri: str | None, start_up: StartUp
+    config: dict[str, Any],
+    job: Job,
+    sweep: SweepRun | None,
+    uri: str | None,
+    git: Mapping[str, Any],
+    start_up: StartUp,
 ) -> Iterator[_Opened]:
     """Make the run's folder and open its MLflow run; undo both if the block fails before the run is used."""
     folder = Path(config["run_dir"])
@@ -326,7 +333,8 @@ def _opened(
         if uri is not None:
             experiment = config["logger"].get("experiment") or config["recipe"]
             parent = None if sweep is None else sweep.open(uri, experiment)
-            mlflow_run.open_run(config, uri, parent=parent, name=job.name)
+            mlflow_run.open_run(config, uri, parent=parent, name=job.name, git=git)
+        record_git(git, folder)
         write_run_yaml(config)
         start_up.check()
         yield opened

@@ -55,7 +55,14 @@ def open_store(config: Mapping[str, Any]) -> str | None:
     return uri
 
 
-def open_run(config: dict[str, Any], uri: str, *, parent: str | None = None, name: str | None = None) -> None:
+def open_run(
+    config: dict[str, Any],
+    uri: str,
+    *,
+    parent: str | None = None,
+    name: str | None = None,
+    git: Mapping[str, Any] | None = None,
+) -> None:
     """Create the run in the store, and write its id and location into the config.
 
     If the store is a server that does not respond, the run is created in a buffer in its folder, and sent later.
@@ -65,6 +72,7 @@ def open_run(config: dict[str, Any], uri: str, *, parent: str | None = None, nam
         uri: tracking URI of the store.
         parent: id of the sweep's run; None outside a sweep.
         name: shown in MLflow; None: the folder's name.
+        git: from `stabletrain.launch.recording.git_of_run`; None: it is read here.
 
     Raises:
         UserError: if the store cannot be used.
@@ -83,6 +91,7 @@ def open_run(config: dict[str, Any], uri: str, *, parent: str | None = None, nam
         experiment=logger["experiment"],
         parent_run_id=parent,
         name=name or Path(config["run_dir"]).name,
+        git=git,
         owner=config["launch"].get("kind") != "slurm",  # whose process is on another machine, perhaps much later
     )
     try:

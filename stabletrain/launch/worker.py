@@ -28,6 +28,7 @@ from stabletrain.launch.hand_over import (
 from stabletrain.launch.logs import WorkerLog
 from stabletrain.launch.mlflow_run import finish_run
 from stabletrain.launch.process import AGREED_ENDS_EXIT_0, PATHS_OUTSIDE
+from stabletrain.launch.recording import Recording
 from stabletrain.launch.result import Result
 from stabletrain.launch.run_folder import read_run_yaml
 from stabletrain.launch.worker_end import WorkerEnd
@@ -116,6 +117,9 @@ class _Run:
         run = self.built or check_and_assemble(self.config, self.watch)
         self.trainer = run.trainer
         complete(run, self.config)
+        recording = Recording(self.config, run.trainer)
+        recording.write()
+        run.interrupt.begins = recording.begin
         run.interrupt.failed = lambda error, at: self.end.note(error, started=run.interrupt.started, at=at)
         try:
             run.fit()

@@ -10,6 +10,7 @@
 | `checkpoints/`         | checkpoint callbacks               | checkpoints; `interrupted.ckpt` after a signal    |
 | `events.jsonl`         | the guard                          | the events of all plugins                         |
 | `steps.bin`            | the worker                         | loss, norm and end of every attempted step        |
+| `environment/`         | launcher and worker                | versions, settings, code, data, git: see below    |
 | `interventions.jsonl`  | plugins that restore earlier state | the rollbacks, to replay them                     |
 | `diagnosis-<step>/`    | plugins that stop a run            | a report of the model's state                     |
 | `metrics-unsent.jsonl` | the MLflow logger                  | metrics that the store did not accept             |
@@ -17,6 +18,9 @@
 | `sample.txt`           | the text workload                  | a sample of the trained model                     |
 | `strategy.json`        | the strategy, if it shards         | which modules are units, and their share          |
 | `chaos/`               | faults of `stabletrain.chaos`      | the steps at which they were applied              |
+
+In ``environment/``: ``git.json`` and diffs (the launcher); ``environment.json``, ``requirements.txt`` and ``code.json``
+(the worker, once it is built), ``data.json`` (the worker, at the first batch).
 """
 
 from pathlib import Path
@@ -32,6 +36,9 @@ CHECKPOINTS = "checkpoints"
 INTERRUPTED_CHECKPOINT = "interrupted.ckpt"
 EVENTS = "events.jsonl"
 STEPS = "steps.bin"
+ENVIRONMENT = "environment"
+CODE = "code.json"
+DATA = "data.json"
 INTERVENTIONS = "interventions.jsonl"
 DIAGNOSIS_PREFIX = "diagnosis-"
 UNSENT_METRICS = "metrics-unsent.jsonl"
@@ -59,5 +66,5 @@ def artifacts(folder: Path) -> list[Path]:
     Args:
         folder: the run's folder.
     """
-    files = [folder / name for name in (EVENTS, INTERVENTIONS, RESULT, SAMPLE, STRATEGY)]
+    files = [folder / name for name in (EVENTS, INTERVENTIONS, RESULT, SAMPLE, STRATEGY, ENVIRONMENT)]
     return [*files, *sorted(folder.glob(f"{DIAGNOSIS_PREFIX}*"))]
