@@ -307,12 +307,7 @@ def _of_folder(folder: Path, command: str) -> RecordedRun:
     node = _logger(folder)
     run_id, uri = node.get("run_id"), node.get("tracking_uri")
     if isinstance(run_id, str) and isinstance(uri, str):
-        from stabletrain.tracking.store_errors import sqlite_path
-
-        database = sqlite_path(uri)
         with suppress(UserError):  # the folder has most of what the store has
-            if database is not None and not database.is_file():
-                raise UserError(f"{uri} is gone")
             from mlflow.exceptions import MlflowException
 
             with suppress(MlflowException), _store_errors(_ready(uri)):
@@ -351,8 +346,15 @@ def _is_regular(path: Path) -> bool:
 
 def _ready(uri: str | None) -> str:
     from stabletrain.tracking.store import absolute_uri, default_tracking_uri, ensure_store
+    from stabletrain.tracking.store_errors import sqlite_path
 
     store = absolute_uri(uri) if uri else default_tracking_uri()
+    database = sqlite_path(store)
+    if database is not None and not database.exists():  # reading makes no database
+        raise UserError(
+            f"there is no tracking store {store}; name a run's folder, go to the folder of mlflow.db, or set "
+            "MLFLOW_TRACKING_URI"
+        )
     ensure_store(store)
     return store
 
