@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from stabletrain.launch.comparing import Compared, compare_recorded, find, write_comparison
+from stabletrain.launch.comparing import ALL, Compared, compare_recorded, find, write_comparison
 from stabletrain.tracking import comparison_url
 from stabletrain.tracking.measures import shown
 
@@ -125,7 +125,7 @@ def _variants(compared: Compared) -> str:
     rows = [["variant", "n", "seeds", "outcomes", *(each.title for each in compared.measures)]]
     for each in compared.variants:
         values = [each.text(measure.key) for measure in compared.measures]
-        rows.append([each.label or "all runs", str(len(each.members)), ", ".join(each.seeds), each.ends, *values])
+        rows.append([each.label or ALL, str(len(each.members)), ", ".join(each.seeds), each.ends, *values])
     return aligned(rows)
 
 

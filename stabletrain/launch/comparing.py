@@ -19,6 +19,8 @@ from stabletrain.tracking.seeds import Variant, by_seed
 SWEEP = "stabletrain.sweep"
 """Tag of the run above the jobs of a sweep, which has trained nothing itself."""
 PARENT = "mlflow.parentRunId"
+ALL = "all runs"
+"""Name of a variant that is the only one."""
 LIMIT = 50
 """Runs that are read from an experiment or a sweep, unless another limit is given."""
 
@@ -152,7 +154,7 @@ def write_comparison(file: str | Path, compared: Compared, *, title: str | None 
         UserError: if it cannot be written, or the store cannot be read.
     """
     variants = compared.variants
-    group_of = {place: variant.label for variant in variants for place in variant.members}
+    group_of = {place: variant.label or ALL for variant in variants for place in variant.members}
     by_variant = seeds or len(compared.runs) > 5
     pages = [page_run(each, group_of[place] if by_variant else "") for place, each in enumerate(compared.runs)]
     tables = [_variants_table(compared)] if seeds else []
@@ -163,7 +165,7 @@ def write_comparison(file: str | Path, compared: Compared, *, title: str | None 
 def _title(compared: Compared) -> str:
     experiments = dict.fromkeys(each.run.experiment for each in compared.runs if each.run.experiment)
     count = len(compared.runs)
-    runs = compared.runs[0].run.name if count == 1 else f"{count} runs"
+    runs = compared.runs[0].run.name if count == 1 else f"{count} runs compared"
     return f"{', '.join(experiments)}: {runs}" if experiments else runs
 
 
@@ -187,7 +189,7 @@ def _runs_table(compared: Compared, title: str) -> PageTable:
 def _variants_table(compared: Compared) -> PageTable:
     rows: list[list[str | Cell]] = [
         [
-            Cell(each.label or "all runs", run=each.members[0]),
+            Cell(each.label or ALL, run=each.members[0]),
             Cell(str(len(each.members)), float(len(each.members))),
             ", ".join(each.seeds),
             each.ends,

@@ -28,6 +28,9 @@ _MANY_RUNS = 5
 """Above this number of runs a curve is a smoothed line over a faint raw one."""
 _COLOURS = 8
 _GREATEST = 3.4e38
+"""About the largest float32."""
+_TOO_LATE = 2**53
+"""A step that no run reaches: JavaScript has no larger whole numbers."""
 
 
 class Chart(NamedTuple):
@@ -162,8 +165,10 @@ def _steps(step: NDArray[np.int64]) -> list[str]:
     import numpy as np
 
     apart = np.diff(step, prepend=0)
-    if len(step) and (apart.max() > 0xFFFF or apart.min() < 0):
-        return ["u", _base64(np.clip(step, 0, 0xFFFFFFFF).astype("<u4"))]
+    if len(step) and (step.max() > 0xFFFFFFFF or apart.min() < 0):  # another tool's, such as tokens
+        return ["f", _base64(step.astype("<f8"))]
+    if len(step) and apart.max() > 0xFFFF:
+        return ["u", _base64(step.astype("<u4"))]
     return ["d", _base64(apart.astype("<u2"))]
 
 
@@ -176,9 +181,9 @@ def _marks(run: PageRun, characters: int) -> list[dict[str, Any]]:
     import numpy as np
 
     reasons: dict[str, dict[int, str]] = defaultdict(dict)
-    for event in run.events:
-        if event.kind in _RANK:
-            reasons[event.kind].setdefault(event.step, event.reason)
+    for event in run.events:  # from a file that anybody may have written
+        if str(event.kind) in _RANK and 0 <= event.step < _TOO_LATE:
+            reasons[event.kind].setdefault(event.step, str(event.reason))
     steps = {kind: np.array(sorted(found), dtype=np.int64) for kind, found in reasons.items()}
     for kind, found in run.marks.items():
         steps[kind] = np.union1d(steps.get(kind, found), found)

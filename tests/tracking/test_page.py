@@ -47,11 +47,13 @@ def test_untrusted_text_stays_text():
 def test_values_that_json_or_float32_lacks():
     """Bugs: NaN makes the data no JSON; a value beyond float32 becomes an infinity; a step beyond 16 bits is cut."""
     value = np.array([1.0, np.nan, np.inf, 1e300, -1e300])
-    for step in (np.array([0, 1, 2, 3, 70_000]), np.arange(5)):
+    for step in (np.array([0, 1, 2, 3, 70_000]), np.arange(5), np.array([-1, 0, 1, 2, 10**12])):
         packed = page_data([PageRun(name="a", curves={"loss": Curve(step, value)})])["runs"][0]["curves"]["loss"][0]
         form, text = packed[0]
         raw = base64.b64decode(text)
-        steps = struct.unpack("<5I", raw) if form == "u" else np.cumsum(struct.unpack("<5H", raw))
+        steps = (
+            np.cumsum(struct.unpack("<5H", raw)) if form == "d" else struct.unpack({"u": "<5I", "f": "<5d"}[form], raw)
+        )
         assert list(steps) == step.tolist()
         values = np.frombuffer(base64.b64decode(packed[1]), dtype="<f4")
         assert np.array_equal(np.isfinite(values), [True, False, False, True, True])
@@ -72,6 +74,13 @@ def test_events_are_complete_or_counted():
     assert "count" not in page_data([few])["runs"][0]["marks"][0]
     noisy = PageRun(name="a", events=[back, *(skip(step, "x" * 10_000) for step in range(MAX_EVENTS - 1))])
     assert len(page([noisy], title="a")) < 500_000
+
+
+def test_events_that_somebody_has_made_up():
+    """Bug: an event of no step that can be, or of no kind, in a run from anywhere, ends the command with a traceback."""
+    wrong = [skip(-1), skip(10**30), skip(2)._replace(reason=[1]), skip(3)._replace(kind=["skip"])]
+    marks = page_data([PageRun(name="a", events=wrong)])["runs"][0]["marks"]
+    assert [(mark["kind"], mark["reasons"]) for mark in marks] == [("skip", ["[1]"])]
 
 
 def test_colours_say_what_differs():

@@ -8,10 +8,11 @@
   const offKinds = new Set();
   let plots = [];
 
-  // ---- the data: base64 of differences of steps (uint16) or steps (uint32), and of float32 values
+  // ---- the data: base64 of differences of steps (uint16), or steps (uint32, float64), and of float32 values
   const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer;
   function steps([form, text]) {
     if (form === "u") return Array.from(new Uint32Array(bytes(text)));
+    if (form === "f") return Array.from(new Float64Array(bytes(text)));
     let sum = 0;
     return Array.from(new Uint16Array(bytes(text)), (d) => (sum += d));
   }
@@ -36,7 +37,7 @@
   const number = (v) => {
     if (v === null || v === undefined) return "-";
     const size = Math.abs(v);
-    return size !== 0 && (size < 1e-3 || size >= 1e6) ? v.toExponential(2) : String(+v.toPrecision(4));
+    return size !== 0 && (size < 1e-3 || size >= 1e6) ? v.toExponential(2).replace(/\.?0+e/, "e") : String(+v.toPrecision(4));
   };
   const element = (tag, className, text) => {
     const node = document.createElement(tag);
@@ -123,11 +124,11 @@
     return innerWidth < 600 ? Math.min(96, Math.max(46, widest)) : Math.min(220, Math.max(62, widest));
   };
   const rowNames = () => (!kinds.length ? [] : page.runs.length === 1 ? kinds.map((kind) => kind.label) : page.runs.filter((run) => run.marks.length).map((run) => run.name));
-  function short(text, most) {
-    if (widthOf(text) <= most) return text;
-    let length = text.length;
-    while (length > 1 && widthOf(text.slice(0, length) + "\u2026") > most) length--;
-    return text.slice(0, length) + "\u2026";
+  function short(text, most) {  // both ends of a name stay: the seed is often at its end
+    let kept = text.length;
+    const cut = () => (kept === text.length ? text : text.slice(0, Math.ceil(kept / 2)) + "\u2026" + text.slice(text.length - Math.floor(kept / 2)));
+    while (kept > 2 && widthOf(cut()) > most) kept--;
+    return cut();
   }
 
   // the greatest value that a linear chart shows at first: a single outlier must not flatten the rest
@@ -318,9 +319,9 @@
           const found = [];
           for (const run of runs) for (const mark of marksOf(run)) mark.x.forEach((step, i) => {
             const dx = Math.abs(u.valToPos(step, "x") - u.cursor.left), dy = Math.abs(u.valToPos(rowOf(run, mark), "y") - u.cursor.top);
-            if (dx <= 6) found.push({ run, mark, step, i, away: dx + dy });
+            if (dx <= 6) found.push({ run, mark, step, i, dx, away: dy > 9, rank: kinds.indexOf(kindOf.get(mark.kind)) });
           });
-          found.sort((a, b) => a.away - b.away);
+          found.sort((a, b) => a.away - b.away || a.rank - b.rank || a.dx - b.dx);  // its row, then the rarest kind
           for (const { run, mark, step, i } of found.slice(0, 2)) {
             const count = mark.count ? ` \u00d7 ${mark.count[i]} within ${mark.every} steps` : "";
             const reason = mark.reasons && mark.reasons[i] ? `: ${mark.reasons[i]}` : "";
