@@ -77,7 +77,7 @@ def test_events_are_complete_or_counted():
 
 
 def test_events_that_somebody_has_made_up():
-    """Bug: an event of no step that can be, or of no kind, in a run from anywhere, ends the command with a traceback."""
+    """Bug: an event of an impossible step, or of no kind, in a run from anywhere, ends the command with a traceback."""
     wrong = [skip(-1), skip(10**30), skip(2)._replace(reason=[1]), skip(3)._replace(kind=["skip"])]
     marks = page_data([PageRun(name="a", events=wrong)])["runs"][0]["marks"]
     assert [(mark["kind"], mark["reasons"]) for mark in marks] == [("skip", ["[1]"])]
