@@ -16,7 +16,7 @@ from stabletrain.launch.result import read_result
 from stabletrain.runtime.records.steps_file import Flag, Steps
 from stabletrain.tracking import measures
 from stabletrain.tracking.comparison import RunSummary
-from stabletrain.tracking.differences import parameters
+from stabletrain.tracking.differences import parameters, params_of
 from stabletrain.tracking.page_data import PageRun
 from stabletrain.tracking.thinning import Curve
 
@@ -167,7 +167,7 @@ class ComparedRun:
             run_id=self.run.run_id or "",
             name=self.run.name,
             status=self.run.status,
-            params=parameters(self.run.params, self.run.tags),
+            params=parameters(self.run.params or params_of(self.run.config() or {}), self.run.tags),
             metrics=self.run.metrics,
             tags=self.run.tags,
             measures=self.measures,

@@ -5,10 +5,13 @@ import math
 import re
 
 import pytest
+import yaml
 from mlflow.entities import Metric
 from recorded_runs import Run
+from typer.testing import CliRunner
 
 from stabletrain.cli.comparing import aligned, mlflow_address, tables
+from stabletrain.cli.main import app
 from stabletrain.errors import UserError
 from stabletrain.launch.comparing import compare_recorded, find, write_comparison
 from stabletrain.tracking.runs import create_run, set_final_status, write_params
@@ -112,6 +115,19 @@ def test_runs_of_other_tools(uri, client, tmp_path, monkeypatch):
     assert "<script>alert" not in (tmp_path / "page.html").read_text()
 
 
+def test_folders_without_a_store(four, tmp_path):
+    """Bugs: runs with logger=none have no parameters to differ in, or are not comparable with those of a store; the
+    command needs a store for them."""
+    folders = [tmp_path / "runs" / str(place) for place in (0, 2)]
+    for folder in folders:
+        config = yaml.safe_load((folder / "run.yaml").read_text())
+        (folder / "run.yaml").write_text(yaml.safe_dump({**config, "logger": None, "run_dir": str(folder)}))
+    compared = compare_recorded(find([*map(str, folders), four[3]]))
+    assert dict(compared.params) == {"clip": ("none", "norm", "norm")}
+    assert compared.summaries[1].measures["clipped_share"] == compared.summaries[2].measures["clipped_share"] == 0.25
+    assert mlflow_address(compared) is None
+
+
 def test_mistakes(uri, monkeypatch):
     """Bug: a mistake gives a traceback or an empty table."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
@@ -135,6 +151,20 @@ def test_no_store(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="there is no tracking store"):
         find(["one"])
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command(four, tmp_path):
+    """Bugs: an option does not reach the function; a mistake is a traceback, or exit code 0 or 1."""
+    page = tmp_path / "page.html"
+    done = CliRunner().invoke(app, ["compare", four[1], "norm 0", "--html", str(page), "--metrics", "stability/lr"])
+    assert done.exit_code == 0, done.output
+    assert "stability/lr" in done.stdout
+    assert f"page:    {page}" in done.stdout
+    assert "2 runs compared" in page.read_text()
+    for words in (["compare"], ["compare", "norm"], ["compare", four[1], "--html", str(tmp_path)]):
+        done = CliRunner().invoke(app, words)
+        assert (done.exit_code, done.stderr.startswith("error: ")) == (2, True), done.output
+        assert "Traceback" not in done.output
 
 
 def test_alignment():
