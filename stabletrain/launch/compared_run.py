@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -121,9 +122,12 @@ class ComparedRun:
             found["val_loss"] = float(curve.value[-1])
             found |= {"best_val_loss": min(finite)} if finite else {}
         found = (self._counted() if self.is_ours else {}) | found
-        for key in ("tokens_per_s", "samples_per_s", "peak_memory_mib"):
-            if (value := self.run.metrics.get(f"throughput/{key}")) is not None:
-                found[key] = value
+        for key in ("tokens_per_s", "samples_per_s"):
+            if rates := [value for _, value in self.run.history(f"throughput/{key}")]:
+                found[key] = statistics.median(rates)
+                break
+        if (peak := self.run.metrics.get("throughput/peak_memory_mib")) is not None:
+            found["peak_memory_mib"] = peak
         if (seconds := self._seconds()) is not None:
             found["wall_s"] = seconds
         return found
