@@ -32,6 +32,8 @@ from stabletrain.runtime.records.steps_file import Steps, read_steps
 _ID = re.compile(r"[0-9a-f]{4,32}")
 _MANY = 10
 """Runs that a message lists."""
+_LARGEST_CONFIG = 1 << 20
+"""Bytes of run.yaml in which a run's id is looked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,8 +296,10 @@ def _of_store(run: Any, uri: str, experiments: Mapping[str, str]) -> RecordedRun
 
 def _is_of(folder: Path, run_id: str) -> bool:
     """Whether a folder, which a store names, is this run's: the store may come from another machine."""
-    with suppress(UserError, OSError):
-        return _logger(folder).get("run_id") == run_id
+    with suppress(OSError), open(folder / RUN_YAML, "rb", opener=only_regular) as file:
+        # the line alone: parsing the file takes 15 ms, of each of the runs of an experiment
+        wanted = rf"\brun_id: ['\"]?{re.escape(run_id)}\b"
+        return re.search(wanted.encode(), file.read(_LARGEST_CONFIG)) is not None
     return False
 
 
