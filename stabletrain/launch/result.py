@@ -33,11 +33,9 @@ MLFLOW_STATUS: dict[End, Literal["FINISHED", "FAILED", "KILLED"]] = {
     "killed": "KILLED",
 }
 
-_NOT_FINITE = ("nan", "inf", "-inf")
-"""How `write_json` writes numbers that JSON does not have."""
-
 _MAX_METRICS = 10_000
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
+"""How `write_json` writes numbers that JSON does not have."""
 _MAX_NAME = 4_096
 
 

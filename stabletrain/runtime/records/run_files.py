@@ -9,6 +9,7 @@
 | `job.sbatch`           | the launcher, with SLURM           | the batch script; its output is `slurm-<job>.out` |
 | `checkpoints/`         | checkpoint callbacks               | checkpoints; `interrupted.ckpt` after a signal    |
 | `events.jsonl`         | the guard                          | the events of all plugins                         |
+| `steps.bin`            | the worker                         | loss, norm and end of every attempted step        |
 | `interventions.jsonl`  | plugins that restore earlier state | the rollbacks, to replay them                     |
 | `diagnosis-<step>/`    | plugins that stop a run            | a report of the model's state                     |
 | `metrics-unsent.jsonl` | the MLflow logger                  | metrics that the store did not accept             |
@@ -29,6 +30,7 @@ SLURM_SCRIPT = "job.sbatch"
 CHECKPOINTS = "checkpoints"
 INTERRUPTED_CHECKPOINT = "interrupted.ckpt"
 EVENTS = "events.jsonl"
+STEPS = "steps.bin"
 INTERVENTIONS = "interventions.jsonl"
 DIAGNOSIS_PREFIX = "diagnosis-"
 UNSENT_METRICS = "metrics-unsent.jsonl"

@@ -1,0 +1,140 @@
+"""The exact record of every attempted step, ``steps.bin``: loss, gradient norm and what became of the step.
+
+The loggers' metrics are means of several steps; whether two runs are bit-identical, and where they part, needs each
+step. A record has 17 bytes, little-endian: loss and gradient norm as float64, then a byte of `Flag`. The record of step
+``i`` is at byte ``17 * i``, so a run that is resumed overwrites the steps that it makes again.
+"""
+
+from __future__ import annotations
+
+import struct
+from enum import IntFlag
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from stabletrain.core.outcome import Outcome
+from stabletrain.runtime.records.regular_file import only_regular
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+_RECORD = struct.Struct("<ddB")
+_FIELDS = [("loss", "<f8"), ("grad_norm", "<f8"), ("flags", "u1")]
+
+
+class Flag(IntFlag):
+    """What became of a step."""
+
+    RECORDED = 1
+    """Set in every record: where it is not, the file has a hole."""
+    SKIPPED = 2
+    """Dropped by a rule, or because there was no loss."""
+    OVERFLOW = 4
+    """Dropped by the fp16 loss scaler."""
+    CLIPPED = 8
+    """Applied with a gradient that a transform or a bound had made smaller."""
+    NO_LOSS = 16
+    """``training_step`` gave no loss."""
+
+
+class Steps(NamedTuple):
+    """The recorded steps in order; arrays of equal length.
+
+    Args:
+        step: number of the attempted step, int64; gaps where none was recorded.
+        loss: float64, in the module's unit; NaN for a step without a loss.
+        grad_norm: float64, global L2 norm before any clipping.
+        flags: uint8, of `Flag`.
+    """
+
+    step: NDArray[np.int64]
+    loss: NDArray[np.float64]
+    grad_norm: NDArray[np.float64]
+    flags: NDArray[np.uint8]
+
+
+def flags_of(outcome: Outcome) -> int:
+    """Return the flags of a step.
+
+    >>> flags_of(Outcome(7, loss=2.0, grad_norm=3.0, transformed_norm=3.0, applied_norm=1.0))
+    9
+    """
+    return (
+        Flag.RECORDED.value
+        | Flag.SKIPPED.value * outcome.skipped
+        | Flag.OVERFLOW.value * outcome.overflow
+        | Flag.CLIPPED.value * outcome.clipped
+        | Flag.NO_LOSS.value * outcome.no_loss
+    )
+
+
+class StepsFile:
+    """Writes the record; what is written reaches the file at `flush` and `close`, or when the buffer is full.
+
+    Args:
+        path: the file; made if missing, else its records are kept until they are overwritten.
+
+    Raises:
+        OSError: if it cannot be opened, or is no regular file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.touch()
+        self._file = open(path, "r+b", opener=only_regular)  # noqa: SIM115  (closed by `close`)
+        self._next = -1
+
+    def append(self, step: int, loss: float, grad_norm: float, flags: int) -> None:
+        """Write the record of a step.
+
+        Args:
+            step: number of the attempted step, >= 0.
+            loss: in the module's unit.
+            grad_norm: L2.
+            flags: see `flags_of`.
+
+        Raises:
+            OSError: if the disk is full.
+        """
+        if step != self._next:  # only after a resume, since a seek empties the buffer
+            self._file.seek(step * _RECORD.size)
+        self._file.write(_RECORD.pack(loss, grad_norm, flags))
+        self._next = step + 1
+
+    def cut(self, step: int) -> None:
+        """Remove the records from a step on: a resumed run that ends earlier must not keep the end of the other.
+
+        Args:
+            step: the first one to remove, >= 0.
+        """
+        self._file.flush()
+        if step * _RECORD.size < self._file.seek(0, 2):
+            self._file.truncate(step * _RECORD.size)
+        self._next = -1
+
+    def flush(self) -> None:
+        """Hand what was written to the operating system: it then survives the death of this process."""
+        self._file.flush()
+
+    def close(self) -> None:
+        """Write the rest and close the file; a second call does nothing."""
+        self._file.close()
+
+
+def read_steps(path: Path) -> Steps:
+    """Return the steps that a file records, without holes and without half a record at its end.
+
+    Args:
+        path: of a ``steps.bin`` that anybody may have written.
+
+    Raises:
+        OSError: if it cannot be read, or is no regular file.
+    """
+    import numpy as np
+
+    with open(path, "rb", opener=only_regular) as file:
+        content = file.read()
+    records = np.frombuffer(content[: len(content) // _RECORD.size * _RECORD.size], dtype=np.dtype(_FIELDS))
+    step = np.flatnonzero(records["flags"] & Flag.RECORDED.value)
+    found = records[step]
+    return Steps(step, *(np.ascontiguousarray(found[name]) for name, _ in _FIELDS))
