@@ -21,6 +21,7 @@ from stabletrain.errors import UserError
 from stabletrain.launch.checkpoint_mismatch import explain_mismatch
 from stabletrain.launch.interrupt import SaveAndStop
 from stabletrain.launch.progress import progress_bar
+from stabletrain.launch.throughput import MeasureThroughput
 from stabletrain.optim.build import build_optimizer, replace_configure_optimizers
 from stabletrain.optim.options import KEY, group_options
 from stabletrain.runtime.checkpoints.collecting import divides_with_dtensors
@@ -168,7 +169,7 @@ def build_parts(
         "trainer",
         lambda: Trainer(
             **arguments,
-            callbacks=[*found, step_recorder(found, Path(config["run_dir"]) / STEPS), parts.interrupt],
+            callbacks=[*found, *recorders(found, Path(config["run_dir"]) / STEPS), parts.interrupt],
             logger=parts.logger,
             default_root_dir=config["run_dir"],
         ),
@@ -183,15 +184,17 @@ def build_parts(
     return parts
 
 
-def step_recorder(callbacks: Sequence[Callback], path: Path) -> Callback:
-    """Return the callback that records every step: losses and norms that plugins measure, without any the losses.
+def recorders(callbacks: Sequence[Callback], steps: Path) -> list[Callback]:
+    """Return the callbacks that record a run: its speed, and every step.
+
+    Of a step these are the loss and the norm that plugins measure; without any plugin, only the loss.
 
     Args:
         callbacks: of the run.
-        path: of the file.
+        steps: the file of the steps.
     """
     is_guarded = any(isinstance(callback, GuardMember) for callback in callbacks)
-    return RecordSteps(path) if is_guarded else RecordLosses(path)
+    return [MeasureThroughput(), RecordSteps(steps) if is_guarded else RecordLosses(steps)]
 
 
 def build_model(config: Mapping[str, Any]) -> LightningModule:
