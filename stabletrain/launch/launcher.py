@@ -80,12 +80,16 @@ class Job:
         composed: its config.
         number: in a sweep; None outside a sweep.
         name: what distinguishes it in a sweep; None for one job.
+        tags: further ones of its run in MLflow.
+        command: the command line that makes this run alone.
     """
 
     recipe: str
     composed: Composed
     number: int | None
     name: str | None
+    tags: Mapping[str, str] = field(default_factory=dict)
+    command: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +130,13 @@ def prepare(request: LaunchRequest) -> list[Job]:
         problems += check_keys(composed[-1][1])
     names = _names([each for _, each in composed])
     jobs = [
-        Job(recipe=recipe, composed=each, number=number if request.multirun else None, name=names[number])
+        Job(
+            recipe=recipe,
+            composed=each,
+            number=number if request.multirun else None,
+            name=names[number],
+            command=LaunchRequest(recipe=recipe, overrides=each.overrides, trust=request.trust).command,
+        )
         for number, (recipe, each) in enumerate(composed)
     ]
     if problems:
@@ -333,7 +343,7 @@ def _opened(
         if uri is not None:
             experiment = config["logger"].get("experiment") or config["recipe"]
             parent = None if sweep is None else sweep.open(uri, experiment)
-            mlflow_run.open_run(config, uri, parent=parent, name=job.name, git=git)
+            mlflow_run.open_run(config, uri, parent=parent, name=job.name, command=job.command, git=git)
         record_git(git, folder)
         write_run_yaml(config)
         start_up.check()

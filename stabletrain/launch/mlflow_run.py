@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from stabletrain.errors import UserError
 from stabletrain.launch.result import MLFLOW_STATUS, Result, read_result
+from stabletrain.launch.run_end import describe_end
 from stabletrain.launch.run_folder import write_run_yaml
 from stabletrain.runtime.records.run_files import RESULT, UNSENT_METRICS, artifacts
 
@@ -61,6 +62,7 @@ def open_run(
     *,
     parent: str | None = None,
     name: str | None = None,
+    command: Sequence[str] = (),
     git: Mapping[str, Any] | None = None,
 ) -> None:
     """Create the run in the store, and write its id and location into the config.
@@ -72,12 +74,14 @@ def open_run(
         uri: tracking URI of the store.
         parent: id of the sweep's run; None outside a sweep.
         name: shown in MLflow; None: the folder's name.
+        command: the command line.
         git: from `stabletrain.launch.recording.git_of_run`; None: it is read here.
 
     Raises:
         UserError: if the store cannot be used.
     """
     from stabletrain.tracking.buffer import open_buffer, tags_for
+    from stabletrain.tracking.description import NOTE, note_at_start, source_tags
     from stabletrain.tracking.runs import start_run
     from stabletrain.tracking.store_errors import StoreUnreachable
 
@@ -94,12 +98,13 @@ def open_run(
         git=git,
         owner=config["launch"].get("kind") != "slurm",  # whose process is on another machine, perhaps much later
     )
+    told = {NOTE: note_at_start(config, command), **source_tags(command)}
     try:
-        logger["run_id"] = start(uri=uri, run_id=logger.get("run_id"))
+        logger["run_id"] = start(uri=uri, run_id=logger.get("run_id"), tags=told)
     except StoreUnreachable as error:
         tags = tags_for(uri, logger.get("run_id"))
         logger["tracking_uri"] = open_buffer(Path(config["run_dir"]))
-        logger["run_id"] = start(uri=logger["tracking_uri"], tags=tags)
+        logger["run_id"] = start(uri=logger["tracking_uri"], tags=told | tags)
         _logger.warning(
             "%s\n  The run is recorded in its folder for now, and sent when it has ended, if the server responds then.",
             error,
@@ -129,6 +134,7 @@ def finish_run(config: Mapping[str, Any], result: Result, *, store: str | None =
         return None
     from stabletrain.tracking.artifacts import upload_files
     from stabletrain.tracking.buffer import buffer_uri, send_buffer
+    from stabletrain.tracking.picture import draw
     from stabletrain.tracking.runs import set_final_status, upload_unsent
 
     folder = Path(config["run_dir"])
@@ -140,7 +146,11 @@ def finish_run(config: Mapping[str, Any], result: Result, *, store: str | None =
             send_buffer(folder, uri)
         if unsent.is_file():
             upload_unsent(uri, unsent, run_id=run_id)
+        with suppress(Exception):  # no picture is no reason to say more of a run that has ended
+            draw(folder, f"{config['recipe']}, seed {config['seed']}: {result.end}")
         upload_files(uri, run_id, artifacts(folder))
+        with suppress(Exception):  # a store that fails is said below
+            describe_end(config, result)
         set_final_status(uri, run_id, MLFLOW_STATUS[result.end], force=True)
         _send_buffered(config, target)
     except Exception as error:  # a store that fails must not change the exit code of a run that has ended

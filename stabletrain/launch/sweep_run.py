@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shlex
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from stabletrain.core import metric_names
 from stabletrain.launch.result import MLFLOW_STATUS, Result
 from stabletrain.launch.sweep_text import SweepJob, head, objective_of, sweep_name, table
+from stabletrain.tracking.description import as_typed, source_tags
 
 _logger = logging.getLogger("stabletrain")
 
@@ -31,7 +31,8 @@ class SweepRun:
 
     def __init__(self, command: Sequence[str], recipes: Sequence[str], overrides: Sequence[Sequence[str]]) -> None:
         self.name = sweep_name(recipes, overrides)
-        self._command = shlex.join(command)
+        self._words = command
+        self._command = as_typed(command)
         self._count = len(recipes)
         self._opened: tuple[str, str] | None = None
         self._jobs: list[SweepJob] = []
@@ -53,8 +54,7 @@ class SweepRun:
             tags = {
                 SWEEP: "true",
                 "stabletrain.command": self._command,
-                "mlflow.source.name": self._command,
-                "mlflow.source.type": "LOCAL",
+                **source_tags(self._words),
                 "mlflow.note.content": head(self._command, self._count),
                 **owner_tags(),
             }

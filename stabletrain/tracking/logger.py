@@ -31,6 +31,7 @@ from stabletrain.tracking import runs
 from stabletrain.tracking.artifacts import RESUMES, upload_files, write_artifact
 from stabletrain.tracking.buffer import open_buffer, send_buffer, tags_for
 from stabletrain.tracking.dataset import data_tags, log_dataset
+from stabletrain.tracking.description import source_tags
 from stabletrain.tracking.enclosing import enclosing_run, end_autologged, is_autologged
 from stabletrain.tracking.end_signals import EndSignals
 from stabletrain.tracking.own_record import upload_own_record, write_start
@@ -409,7 +410,8 @@ class MLflowLogger(Logger):
     def _create(self, client: Any, launch: runs.Launch) -> str:
         from stabletrain.tracking.git import git_state
 
-        tags = {**runs.describe({}), **runs.git_tags(git_state(Path.cwd())), **runs.owner_tags(), **self._tags}
+        tags = {**runs.describe({}), **source_tags(), **runs.git_tags(git_state(Path.cwd())), **runs.owner_tags()}
+        tags |= self._tags
         if self._parent_run_id is not None:
             tags["mlflow.parentRunId"] = self._parent_run_id
         run_id = runs.create_run(self.tracking_uri, self._experiment_name, name=self._run_name, tags=launch.tags | tags)

@@ -95,6 +95,7 @@ class StepGuard(SharedGuard):
         self._transforms = sorted(transforms, key=lambda m: (m.plugin, m.state_key))
         self._gradient_observers = [m for m in self._active if m.observes_gradients]
         self._outcome_observers = [m for m in self._active if m.observes_outcomes]
+        self._recorders = [m for m in self._active if m.records_attempts]
         weighs = weigh_windows and module.automatic_optimization  # by hand, the module divides the losses
         self._short_windows = ShortWindows(trainer.is_global_zero) if weighs else None
         self._weigh_loss = weigh_loss if module.automatic_optimization else None
@@ -289,6 +290,8 @@ class StepGuard(SharedGuard):
         step, unknown = self.counters.attempted, math.nan
         nothing = Outcome(step, unknown, unknown, unknown, unknown, skipped=True, no_loss=True)
         self._history.add(nothing)
+        for recorder in self._recorders:
+            recorder.on_attempt(nothing)
         self._history.own.lr = self.rewarming.rate(optimizer)
         self._attempted += 1
 
@@ -340,6 +343,8 @@ class StepGuard(SharedGuard):
         if self.on_device and not outcome.applied:
             self.control.freeze_step()
         self._history.add(outcome, scaled=self._scaling.is_active)
+        for recorder in self._recorders:
+            recorder.on_attempt(outcome)
         if outcome.applied:
             self._replicas.after_step(self._history.selected)
         if outcome.skipped:

@@ -11,6 +11,7 @@
 | `events.jsonl`         | the guard                          | the events of all plugins                         |
 | `steps.bin`            | the worker                         | loss, norm and end of every attempted step        |
 | `environment/`         | launcher and worker                | versions, settings, code, data, git: see below    |
+| `stability.png`        | the launcher, if it can draw       | loss, norm and interventions, for the artifacts   |
 | `interventions.jsonl`  | plugins that restore earlier state | the rollbacks, to replay them                     |
 | `diagnosis-<step>/`    | plugins that stop a run            | a report of the model's state                     |
 | `metrics-unsent.jsonl` | the MLflow logger                  | metrics that the store did not accept             |
@@ -39,6 +40,7 @@ STEPS = "steps.bin"
 ENVIRONMENT = "environment"
 CODE = "code.json"
 DATA = "data.json"
+PICTURE = "stability.png"
 INTERVENTIONS = "interventions.jsonl"
 DIAGNOSIS_PREFIX = "diagnosis-"
 UNSENT_METRICS = "metrics-unsent.jsonl"
@@ -66,5 +68,5 @@ def artifacts(folder: Path) -> list[Path]:
     Args:
         folder: the run's folder.
     """
-    files = [folder / name for name in (EVENTS, INTERVENTIONS, RESULT, SAMPLE, STRATEGY, ENVIRONMENT)]
+    files = [folder / name for name in (EVENTS, STEPS, PICTURE, INTERVENTIONS, RESULT, SAMPLE, STRATEGY, ENVIRONMENT)]
     return [*files, *sorted(folder.glob(f"{DIAGNOSIS_PREFIX}*"))]
