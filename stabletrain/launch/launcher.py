@@ -10,7 +10,7 @@ whole command line, and under a sweep every rank would compose other hyper-param
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,12 +69,14 @@ class Job:
         composed: its config.
         number: in a sweep; None outside a sweep.
         name: what distinguishes it in a sweep; None for one job.
+        tags: further ones of its run in MLflow.
     """
 
     recipe: str
     composed: Composed
     number: int | None
     name: str | None
+    tags: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,7 +304,7 @@ def _opened(config: dict[str, Any], job: Job, sweep: _Sweep, uri: str | None, st
     opened = _Opened(folder / RUN_YAML)
     try:
         if uri is not None:
-            mlflow_run.open_run(config, uri, parent=sweep.parent(job.composed, uri), name=job.name)
+            mlflow_run.open_run(config, uri, parent=sweep.parent(job.composed, uri), name=job.name, tags=job.tags)
         write_run_yaml(config)
         start_up.check()
         yield opened

@@ -49,7 +49,14 @@ def open_store(config: Mapping[str, Any]) -> str | None:
     return uri
 
 
-def open_run(config: dict[str, Any], uri: str, *, parent: str | None = None, name: str | None = None) -> None:
+def open_run(
+    config: dict[str, Any],
+    uri: str,
+    *,
+    parent: str | None = None,
+    name: str | None = None,
+    tags: Mapping[str, str] | None = None,
+) -> None:
     """Create the run in the store, and write its id and location into the config.
 
     Args:
@@ -57,6 +64,7 @@ def open_run(config: dict[str, Any], uri: str, *, parent: str | None = None, nam
         uri: tracking URI of the store.
         parent: id of the sweep's run; None outside a sweep.
         name: shown in MLflow; None: the folder's name.
+        tags: further tags.
 
     Raises:
         UserError: if the store cannot be used.
@@ -74,6 +82,7 @@ def open_run(config: dict[str, Any], uri: str, *, parent: str | None = None, nam
         parent_run_id=parent,
         run_id=logger.get("run_id"),
         name=name or Path(config["run_dir"]).name,
+        tags=tags,
         owner=config["launch"].get("kind") != "slurm",  # whose process is on another machine, perhaps much later
     )
 

@@ -137,6 +137,16 @@ class GuardMember(Callback, metaclass=HiddenFields):
         self._guard.changes.announce(reason, trainer.global_step)
         return True
 
+    def attempted(self, at_least: int) -> int:
+        """The steps of the run that were decided; once there are ``at_least`` as many, one in flight is observed.
+
+        A collective where the last step was dropped: to be called on all ranks, between two batches.
+        """
+        guard = self._guard
+        if guard is not None and guard.decided >= at_least:
+            guard.settle()
+        return 0 if guard is None else guard.decided
+
     # ---- several optimizers -----------------------------------------------------------------------------------------
 
     def use_optimizers(self, names: Sequence[str]) -> None:
