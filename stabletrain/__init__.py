@@ -21,6 +21,7 @@ _EXPORTS = {
     "FSDP2TensorParallelStrategy": "stabletrain.strategies.tensor_parallel_fsdp2:FSDP2TensorParallelStrategy",
     "DDPZeRO1Strategy": "stabletrain.strategies.ddp_zero1:DDPZeRO1Strategy",
     "Guard": "stabletrain.runtime.guard.options:Guard",
+    "RecordSteps": "stabletrain.runtime.guard.record_steps:RecordSteps",
     "TensorParallelStrategy": "stabletrain.strategies.tensor_parallel:TensorParallelStrategy",
     "TrainingStopped": "stabletrain.runtime.stop:TrainingStopped",
     "UserError": "stabletrain.errors:UserError",
@@ -233,6 +234,7 @@ if TYPE_CHECKING:
     from stabletrain.errors import UserError as UserError
     from stabletrain.runtime.guard.announce import announce as announce
     from stabletrain.runtime.guard.options import Guard as _Guard
+    from stabletrain.runtime.guard.record_steps import RecordSteps as _RecordSteps
     from stabletrain.runtime.stop import TrainingStopped as TrainingStopped
     from stabletrain.strategies.ddp_zero1 import DDPZeRO1Strategy as _DDPZeRO1Strategy
     from stabletrain.strategies.fsdp2 import FSDP2Strategy as _FSDP2Strategy
@@ -248,6 +250,8 @@ if TYPE_CHECKING:
     class FSDP2TensorParallelStrategy(_FSDP2TensorParallelStrategy, AcceptedByBoth): ...
 
     class Guard(_Guard, AcceptedByBoth): ...
+
+    class RecordSteps(_RecordSteps, AcceptedByBoth): ...
 
 
 __all__ = [*_EXPORTS, *_PLUGINS]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,10 +25,13 @@ from stabletrain.optim.build import build_optimizer, replace_configure_optimizer
 from stabletrain.optim.options import KEY, group_options
 from stabletrain.runtime.checkpoints.collecting import divides_with_dtensors
 from stabletrain.runtime.checkpoints.lightning_io import check_when_reading
+from stabletrain.runtime.guard.callbacks import GuardMember
 from stabletrain.runtime.guard.options import Guard, changed_options
+from stabletrain.runtime.guard.record_steps import RecordSteps
 from stabletrain.runtime.internals.process_groups import wait_at_most
 from stabletrain.runtime.internals.trainer import reads_own_checkpoints
-from stabletrain.runtime.records.run_files import CHECKPOINTS
+from stabletrain.runtime.records.record_losses import RecordLosses
+from stabletrain.runtime.records.run_files import CHECKPOINTS, STEPS
 from stabletrain.runtime.signal_watch import SignalWatch
 from stabletrain.settings import by_config
 
@@ -165,7 +168,7 @@ def build_parts(
         "trainer",
         lambda: Trainer(
             **arguments,
-            callbacks=[*found, parts.interrupt],
+            callbacks=[*found, step_recorder(found, Path(config["run_dir"]) / STEPS), parts.interrupt],
             logger=parts.logger,
             default_root_dir=config["run_dir"],
         ),
@@ -178,6 +181,17 @@ def build_parts(
         if prepare is not None and parts.trainer is not None and module is not None:
             attempt(key, partial(prepare, parts.trainer, module))
     return parts
+
+
+def step_recorder(callbacks: Sequence[Callback], path: Path) -> Callback:
+    """Return the callback that records every step: losses and norms that plugins measure, without any the losses.
+
+    Args:
+        callbacks: of the run.
+        path: of the file.
+    """
+    is_guarded = any(isinstance(callback, GuardMember) for callback in callbacks)
+    return RecordSteps(path) if is_guarded else RecordLosses(path)
 
 
 def build_model(config: Mapping[str, Any]) -> LightningModule:

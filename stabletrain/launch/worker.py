@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from stabletrain.config.trust import ENV as TRUST_ENV
 from stabletrain.errors import UserError
 from stabletrain.launch.connection import OPTION
+from stabletrain.launch.earlier_steps import take_over_steps
 from stabletrain.launch.hand_over import (
     LAUNCHER_IS_GONE,
     check_and_assemble,
@@ -116,6 +117,8 @@ class _Run:
         run = self.built or check_and_assemble(self.config, self.watch)
         self.trainer = run.trainer
         complete(run, self.config)
+        if self.is_rank_0:
+            take_over_steps(self.config)
         run.interrupt.failed = lambda error, at: self.end.note(error, started=run.interrupt.started, at=at)
         try:
             run.fit()

@@ -103,6 +103,9 @@ class GuardMember(Callback, metaclass=HiddenFields):
     def on_outcome(self, outcome: Outcome) -> None:
         """Called after the rules have observed an outcome. The learning rate of the next step may be set here."""
 
+    def on_attempt(self, outcome: Outcome) -> None:
+        """Called with the outcome of every attempted step, also of one without a loss, before the rules observe it."""
+
     def on_change(self) -> None:
         """Called when the training changes by design (`stabletrain.announce`): forget what was learned before.
 
@@ -129,6 +132,11 @@ class GuardMember(Callback, metaclass=HiddenFields):
     def observes_outcomes(self) -> bool:
         """Whether `on_outcome` is overridden."""
         return type(self).on_outcome is not GuardMember.on_outcome
+
+    @property
+    def records_attempts(self) -> bool:
+        """Whether `on_attempt` is overridden."""
+        return type(self).on_attempt is not GuardMember.on_attempt
 
     def announce(self, trainer: Trainer, reason: str) -> bool:
         """Pass an announced change (`stabletrain.announce`) to the guard; False while there is none for this fit."""

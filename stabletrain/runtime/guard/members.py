@@ -39,6 +39,10 @@ class Member(Protocol):
     def observes_outcomes(self) -> bool:
         """Whether the guard has to call `on_outcome`."""
 
+    @property
+    def records_attempts(self) -> bool:
+        """Whether the guard has to call `on_attempt`."""
+
     def use_optimizers(self, names: Sequence[str]) -> None:
         """Called once per fit, when the optimizers exist: their names; of a single one empty."""
 
@@ -53,6 +57,9 @@ class Member(Protocol):
 
     def on_outcome(self, outcome: Outcome) -> None:
         """Called when the outcome of a step is known and all rules have observed it."""
+
+    def on_attempt(self, outcome: Outcome) -> None:
+        """Called first with the outcome of every attempted step, also of one without a loss."""
 
     def on_change(self) -> None:
         """Called when the training changes by design: learn baselines anew from here, and judge nothing until then."""

@@ -120,6 +120,7 @@ class StepGuard:
         self._transforms = sorted(transforms, key=lambda m: (m.plugin, m.state_key))
         self._gradient_observers = [m for m in self._active if m.observes_gradients]
         self._outcome_observers = [m for m in self._active if m.observes_outcomes]
+        self._recorders = [m for m in self._active if m.records_attempts]
         self.window = AccumulationWindow(trainer)
         weighs = weigh_windows and module.automatic_optimization  # by hand, the module divides the losses
         self._short_windows = ShortWindows(trainer.is_global_zero) if weighs else None
@@ -335,6 +336,8 @@ class StepGuard:
         nothing = Outcome(step, unknown, unknown, unknown, unknown, skipped=True, no_loss=True)
         self.counters = self.counters.add(nothing)
         self.metrics.add(nothing)
+        for recorder in self._recorders:
+            recorder.on_attempt(nothing)
         self._lr = self.rewarming.rate(optimizer)
         self._attempted += 1
 
@@ -388,6 +391,8 @@ class StepGuard:
             self._scales = self._scales.add(outcome)
         self.counters, self._of_optimizer = self.counters.add(outcome), self._of_optimizer.add(outcome)
         self.metrics.add(outcome)
+        for recorder in self._recorders:
+            recorder.on_attempt(outcome)
         if outcome.applied:
             self._replicas.after_step(self._optimizers.selected)
         if outcome.no_loss:

@@ -219,6 +219,13 @@ def scaler_found_overflow(scaler: torch.amp.GradScaler, optimizer: Optimizer) ->
     return any(bool(each.item()) for each in found)
 
 
+def scale_on_device(scaler: torch.amp.GradScaler) -> torch.Tensor:
+    """The scaler's scale as a tensor, which `GradScaler.update` changes; ``get_scale`` would read the device."""
+    scale = scaler._scale
+    assert scale is not None, "the scaler makes it when it scales the first loss"
+    return scale
+
+
 def mark_scaler_overflow(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
     """Let the scaler treat this step as an overflow: it will not call ``optimizer.step``, and lowers its scale."""
     for found in scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values():

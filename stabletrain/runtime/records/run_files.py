@@ -57,5 +57,5 @@ def artifacts(folder: Path) -> list[Path]:
     Args:
         folder: the run's folder.
     """
-    files = [folder / name for name in (EVENTS, INTERVENTIONS, RESULT, SAMPLE, STRATEGY)]
+    files = [folder / name for name in (EVENTS, STEPS, INTERVENTIONS, RESULT, SAMPLE, STRATEGY)]
     return [*files, *sorted(folder.glob(f"{DIAGNOSIS_PREFIX}*"))]

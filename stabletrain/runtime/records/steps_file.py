@@ -8,6 +8,7 @@ step. A record has 17 bytes, little-endian: loss and gradient norm as float64, t
 from __future__ import annotations
 
 import struct
+import time
 from enum import IntFlag
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _RECORD = struct.Struct("<ddB")
+_PAUSE = 0.01
+"""Seconds between two writes: some file systems take as long for 17 bytes as for many more."""
 _FIELDS = [("loss", "<f8"), ("grad_norm", "<f8"), ("flags", "u1")]
 
 
@@ -70,7 +73,9 @@ def flags_of(outcome: Outcome) -> int:
 
 
 class StepsFile:
-    """Writes the record; what is written reaches the file at `flush` and `close`, or when the buffer is full.
+    """Writes the record. A step is in the file at most 10 ms after its `append`, or with the next one.
+
+    The records wait in a buffer of this object, so that a process that is forked from this one never writes them.
 
     Args:
         path: the file; made if missing, else its records are kept until they are overwritten.
@@ -81,8 +86,12 @@ class StepsFile:
 
     def __init__(self, path: Path) -> None:
         path.touch()
-        self._file = open(path, "r+b", opener=only_regular)  # noqa: SIM115  (closed by `close`)
-        self._next = -1
+        self._file = open(path, "r+b", buffering=0, opener=only_regular)  # noqa: SIM115  (closed by `close`)
+        self._waiting = bytearray()
+        self._first = 0
+        """The step of the first record that waits."""
+        self._next = 0
+        self._write_at = 0.0
 
     def append(self, step: int, loss: float, grad_norm: float, flags: int) -> None:
         """Write the record of a step.
@@ -96,10 +105,20 @@ class StepsFile:
         Raises:
             OSError: if the disk is full.
         """
-        if step != self._next:  # only after a resume, since a seek empties the buffer
-            self._file.seek(step * _RECORD.size)
-        self._file.write(_RECORD.pack(loss, grad_norm, flags))
+        if step != self._next:
+            self.flush()
+            self._first = step
+        self._waiting += _RECORD.pack(loss, grad_norm, flags)
         self._next = step + 1
+        now = time.monotonic()
+        if now >= self._write_at:
+            self._write_at = now + _PAUSE
+            self.flush()
+
+    @property
+    def waits(self) -> bool:
+        """Whether a record is not in the file yet."""
+        return bool(self._waiting)
 
     def cut(self, step: int) -> None:
         """Remove the records from a step on: a resumed run that ends earlier must not keep the end of the other.
@@ -107,18 +126,31 @@ class StepsFile:
         Args:
             step: the first one to remove, >= 0.
         """
-        self._file.flush()
+        self.flush()
         if step * _RECORD.size < self._file.seek(0, 2):
             self._file.truncate(step * _RECORD.size)
-        self._next = -1
 
     def flush(self) -> None:
-        """Hand what was written to the operating system: it then survives the death of this process."""
-        self._file.flush()
+        """Hand what was written to the operating system: it then survives the death of this process.
+
+        Raises:
+            OSError: if the disk is full; the records still wait.
+        """
+        if self._waiting:
+            self._file.seek(self._first * _RECORD.size)
+            left = memoryview(bytes(self._waiting))
+            while left:
+                left = left[self._file.write(left) :]
+            self._waiting.clear()
+        self._first = self._next
 
     def close(self) -> None:
         """Write the rest and close the file; a second call does nothing."""
-        self._file.close()
+        try:
+            if not self._file.closed:
+                self.flush()
+        finally:
+            self._file.close()
 
 
 def read_steps(path: Path) -> Steps:

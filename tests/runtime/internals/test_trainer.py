@@ -122,6 +122,7 @@ def test_grad_scaler_and_its_state() -> None:
         mine.unscale_(optimizer)
         assert trainer_internals.scaler_has_unscaled(mine, optimizer)
         assert trainer_internals.scaler_found_overflow(mine, optimizer) is overflow
+        assert trainer_internals.scale_on_device(mine) == mine.get_scale()
         mine.step(optimizer)
         mine.update()
         optimizer.zero_grad()

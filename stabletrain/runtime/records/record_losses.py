@@ -1,0 +1,127 @@
+"""``steps.bin`` of a run without plugins, where no guard measures: the losses alone."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from stabletrain.runtime.internals import trainer as trainer_internals
+from stabletrain.runtime.internals.packages import Callback
+from stabletrain.runtime.records.steps_file import Flag
+from stabletrain.runtime.records.steps_record import StepsRecord
+
+_READ_EVERY = 1.0
+"""Seconds between two readings of losses on another device than the CPU."""
+
+
+class RecordLosses(Callback):
+    """Write the loss of every optimizer step to ``steps.bin``; the gradient norm is NaN, since nobody measures it.
+
+    It changes nothing and calls no collective: the loss is that of rank 0, the mean over the micro-batches of its
+    accumulation window. Losses on a GPU are read once in a second, all at once. With several optimizers (manual
+    optimization) a step's loss is the mean over the backward passes since the last step of any of them.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._record: StepsRecord | None = None
+        self._window: list[Tensor] = []
+        self._unread: list[Tensor | None] = []
+        """The losses of the last steps; None: the step had none."""
+        self._step = 0
+        self._read_at = 0.0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let Lightning skip the hooks that are not used."""
+        trainer_internals.silence_step_hooks(self, among=Callback)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The number of the first step is known."""
+        writes = trainer.is_global_zero and not trainer_internals.is_fast_dev_run(trainer)
+        self._record = StepsRecord(self._path) if writes else None
+        self._step = trainer.global_step
+        if self._record is not None:
+            self._record.begin(self._step)
+        self._window, self._unread = [], []
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Keep the loss of a micro-batch, divided by the window's size and multiplied by the loss scale."""
+        self._window.append(loss.detach())
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Count a step."""
+        window, self._window = self._window, []
+        if self._record is None or trainer_internals.skips_backward(trainer):
+            return
+        self._unread.append(_mean(trainer, pl_module, window) if window else None)
+        now = time.monotonic()
+        if now >= self._read_at or not window or window[0].device.type == "cpu":
+            self._read_at = now + _READ_EVERY
+            self._read()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the steps so far."""
+        self._flush()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, object]) -> None:
+        """Write the steps so far; nothing is added to the checkpoint."""
+        self._flush()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the steps so far."""
+        self._close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Write the steps so far, unless the device is what has failed."""
+        with contextlib.suppress(RuntimeError):
+            self._flush()
+        self._unread = []
+        self._close()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Restore the hooks."""
+        trainer_internals.restore_step_hooks(self)
+
+    def _read(self) -> None:
+        """Read the losses of the last steps from their device, and write them."""
+        if self._record is None or not self._unread:
+            return
+        unread, self._unread = self._unread, []
+        there = [loss.double() for loss in unread if loss is not None]
+        values = iter(torch.stack(there).tolist() if there else ())
+        for loss in unread:
+            known = loss is not None
+            flags = Flag.RECORDED.value | (0 if known else Flag.NO_LOSS.value)
+            self._record.append(self._step, next(values) if known else math.nan, math.nan, flags)
+            self._step += 1
+
+    def _flush(self) -> None:
+        self._read()
+        if self._record is not None:
+            self._record.flush()
+
+    def _close(self) -> None:
+        self._flush()
+        if self._record is not None:
+            self._record.close()
+
+
+def _mean(trainer: Trainer, module: LightningModule, window: list[Tensor]) -> Tensor:
+    """The mean loss of a window, unscaled, computed as the guard does."""
+    losses = [loss.reshape(()) for loss in window]
+    loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+    scaler = trainer_internals.grad_scaler(trainer)
+    size = trainer.accumulate_grad_batches if module.automatic_optimization else 1
+    if scaler is not None:
+        return loss * (size / trainer_internals.scale_on_device(scaler))
+    return loss if size == 1 else loss * size
