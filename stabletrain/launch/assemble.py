@@ -21,6 +21,7 @@ from stabletrain.errors import UserError
 from stabletrain.launch.checkpoint_mismatch import explain_mismatch
 from stabletrain.launch.interrupt import SaveAndStop
 from stabletrain.launch.progress import progress_bar
+from stabletrain.launch.record_resume import RecordResume
 from stabletrain.optim.build import build_optimizer, replace_configure_optimizers
 from stabletrain.optim.options import KEY, group_options
 from stabletrain.runtime.checkpoints.collecting import divides_with_dtensors
@@ -168,7 +169,7 @@ def build_parts(
         "trainer",
         lambda: Trainer(
             **arguments,
-            callbacks=[*found, step_recorder(found, Path(config["run_dir"]) / STEPS), parts.interrupt],
+            callbacks=[*found, *recorders(found, config), parts.interrupt],
             logger=parts.logger,
             default_root_dir=config["run_dir"],
         ),
@@ -183,15 +184,19 @@ def build_parts(
     return parts
 
 
-def step_recorder(callbacks: Sequence[Callback], path: Path) -> Callback:
-    """Return the callback that records every step: losses and norms that plugins measure, without any the losses.
+def recorders(callbacks: Sequence[Callback], config: Mapping[str, Any]) -> list[Callback]:
+    """Return the callbacks that record every step, and the step at which a run is resumed.
+
+    The losses and norms are those that plugins measure; without plugins there are the losses alone.
 
     Args:
         callbacks: of the run.
-        path: of the file.
+        config: the content of a run.yaml.
     """
+    path = Path(config["run_dir"]) / STEPS
     is_guarded = any(isinstance(callback, GuardMember) for callback in callbacks)
-    return RecordSteps(path) if is_guarded else RecordLosses(path)
+    steps = RecordSteps(path) if is_guarded else RecordLosses(path)
+    return [steps, *([RecordResume(config)] if config.get("resume") else [])]
 
 
 def build_model(config: Mapping[str, Any]) -> LightningModule:

@@ -285,7 +285,6 @@ def _of_store(run: Any, uri: str, experiments: Mapping[str, str]) -> RecordedRun
         logged_names=names,
         start_ms=info.start_time,
         end_ms=info.end_time,
-<<<<<<< HEAD
         folder=folder if folder is not None and belongs_to(folder, info.run_id) else None,
     )
 
@@ -321,14 +320,6 @@ def belongs_to(folder: Path, run_id: str) -> bool:
         folder: any path.
         run_id: of the run.
     """
-=======
-        folder=folder if folder is not None and _is_of(folder, info.run_id) else None,
-    )
-
-
-def _is_of(folder: Path, run_id: str) -> bool:
-    """Whether a folder, which a store names, is this run's: the store may come from another machine."""
->>>>>>> y-steps
     with suppress(UserError, OSError):
         return _logger(folder).get("run_id") == run_id
     return False

@@ -10,13 +10,14 @@ import importlib.metadata
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from stabletrain.errors import UserError
 from stabletrain.launch import run_again
 from stabletrain.launch.bounded import one_message, read_json
+from stabletrain.launch.earlier_steps import read_resumes
 from stabletrain.launch.launcher import FinishedJob, LaunchRequest, Reporter
 from stabletrain.launch.launcher import run as launch
 from stabletrain.launch.original import Restore, restore_commands
@@ -24,7 +25,7 @@ from stabletrain.launch.recorded_run import RecordedRun, find_run
 from stabletrain.launch.result import read_result
 from stabletrain.launch.segments import Segment, segments_of
 from stabletrain.runtime.records.regular_file import only_regular
-from stabletrain.runtime.records.run_files import STEPS, WORKER_LOG
+from stabletrain.runtime.records.run_files import RESUMES, STEPS, WORKER_LOG
 from stabletrain.runtime.records.steps_file import Steps, read_steps
 from stabletrain.tracking.git import git_state
 from stabletrain.tracking.same_run import SameSteps, compare_steps
@@ -35,7 +36,6 @@ CHANGED_TAG = "reproduces.changed"
 
 _UNDETERMINED = re.compile(r"(\w[\w.:]*) does not have a deterministic implementation")
 _LARGEST_LOG = 20_000_000
-_NO_STEPS = "it has no steps.bin, the exact record of every step that runs of stabletrain train write"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +142,7 @@ def reproduce(
     for config, part in zip(configs, parts, strict=True):
         run_again.job_of(config, part.segment.config.get("choices"), changes, tags=tags, resume=part.resume)
     report.begins(run, parts)
+    record = parts[-1].segment.steps() if check else None
     done: list[Repeat] = []
     resume: str | None = None
     for number, (part, config) in enumerate(zip(parts, configs, strict=True), start=1):
@@ -149,7 +150,7 @@ def reproduce(
         job = run_again.job_of(config, choices, changes, tags=tags, resume=start)
         told = _Starting(report, part.segment)
         (finished,) = launch(LaunchRequest(recipe=None, trust=tuple(trust)), [job], told)
-        repeat = Repeat(part=part, job=finished, checked=_check(part, finished) if check else None)
+        repeat = Repeat(part=part, job=finished, checked=_check(part, finished, record) if check else None)
         done.append(repeat)
         report.ended(repeat, number, len(parts))
         if repeat.checked is not None and repeat.checked.same.verdict != "identical":
@@ -176,40 +177,40 @@ def plan(run: RecordedRun, *, check: bool, steps: int | None) -> list[Part]:
     segments = segments_of(run, command="reproduce")
     if not segments:
         raise UserError(f"reproduce: {_named(run)} has no run.yaml{_why_none(run)}")
-    records = [segment.steps() for segment in segments]
-    if check and records[-1] is None:
+    last = segments[-1]
+    record = last.steps()
+    if check and record is None:
         raise UserError(
-            f"reproduce: --check: {_named(run)} cannot be checked: {_NO_STEPS}; without --check it can be run again"
+            f"reproduce: --check: {_named(run)} cannot be checked: it has no {STEPS}, the exact record of every step "
+            "that runs of stabletrain train write; without --check it can be run again"
         )
-    if segments[-1].config.get("launch", {}).get("kind") == "slurm" and (check or len(segments) > 1):
+    if (last.config.get("launch") or {}).get("kind") == "slurm" and (check or len(segments) > 1):
         raise UserError(
             f"reproduce: {_named(run)} was a SLURM job, and a check has to wait for its end; "
             "inside an allocation add launch.kind=torchrun, or leave --check out"
         )
-    parts: list[Part] = []
-    for index, segment in enumerate(segments):
-        begin = _first_step(records[index]) if segment.resumed_from else 0
-        if steps is not None and begin is not None and begin >= steps:
-            break
-        following = segments[index + 1] if index + 1 < len(segments) else None
-        cut = _first_step(records[index + 1]) if following else None
-        if following and cut is None:
-            _require_checkpoint(following, run)
-            continue  # where it was resumed is not known: the next part starts from the original's checkpoint
-        resume = None
-        if segment.resumed_from and not parts:
-            resume = _require_checkpoint(segment, run)
-        has_next = following is not None and (steps is None or cut is None or cut < steps)
-        end = cut if has_next else steps
-        limit = end if end is not None or not check else _limit(segment, records[index])
-        parts.append(Part(segment=segment, begin=begin or 0, end=end, limit=limit, has_next=has_next, resume=resume))
-    if check and any(records[segments.index(part.segment)] is None for part in parts):
-        raise UserError(f"reproduce: --check: an earlier part of {_named(run)} cannot be checked: {_NO_STEPS}")
+    known = last.resumes()
+    before_last = len(known) - len(segments)
+    began = [
+        0 if segment.resumed_from is None else known[before_last + index] if before_last + index >= 0 else None
+        for index, segment in enumerate(segments)
+    ]
+    # the first part whose own beginning is not in the record starts from the checkpoint of the original
+    first = max((index for index, at in enumerate(began) if at is None), default=0)
+    resume = None if segments[first].resumed_from is None else _require_checkpoint(segments[first], run)
+    parts = [
+        Part(segment=segment, begin=begin or 0, end=end, has_next=end is not None)
+        for segment, begin, end in zip(segments[first:], began[first:], [*began[first + 1 :], None], strict=True)
+    ]
+    parts[0] = replace(parts[0], resume=resume)
+    if steps is not None:
+        parts = [part for part in parts if part.begin < steps] or parts[:1]
+        if parts[-1].end is None or parts[-1].end >= steps:
+            parts[-1] = replace(parts[-1], end=steps, has_next=False)
+    for index, part in enumerate(parts):
+        limit = part.end if part.end is not None or not check else _limit(part.segment, record)
+        parts[index] = replace(part, limit=limit)
     return parts
-
-
-def _first_step(record: Steps | None) -> int | None:
-    return None if record is None else int(record.step[0])
 
 
 def _limit(segment: Segment, record: Steps | None) -> int | None:
@@ -227,8 +228,8 @@ def _require_checkpoint(segment: Segment, run: RecordedRun) -> str:
     path = segment.resumed_from
     if path is None or not path.exists():
         raise UserError(
-            f"reproduce: {_named(run)} was resumed from {path}, which is not here, and the run that wrote it is not "
-            "known or has no steps.bin; make the checkpoint available there, or name a run that began with new weights"
+            f"reproduce: {_named(run)} was resumed from {path}, which is not here, and the run that wrote it, or "
+            "the step, is not known; make the checkpoint available there, or name a run that began with new weights"
         )
     return str(path)
 
@@ -266,16 +267,17 @@ class _Starting(Reporter):
             self._report.restore(commands)
 
 
-def _check(part: Part, finished: FinishedJob) -> Checked:
+def _check(part: Part, finished: FinishedJob, then: Steps | None) -> Checked:
     folder = Path(finished.config["run_dir"])
-    then = part.segment.steps()
     now = None
     with suppress(OSError):
         now = read_steps(folder / STEPS)
     if then is None or now is None:
         same = SameSteps(compared=0)
     else:
-        same = compare_steps(then, now, begin=part.begin, end=part.end)
+        # the steps before are those of the checkpoint's run
+        resumed = read_resumes(folder / RESUMES)[-1:] if part.resume is not None else []
+        same = compare_steps(then, now, begin=max([part.begin, *resumed]), end=part.end)
     here = _record(finished.config, lambda name: _json(folder / name))
     here = here._replace(git={key: value for key, value in git_state(Path.cwd()).items() if key != "diff"})
     original = _record(part.segment.config, part.segment.json)

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stabletrain.launch.bounded import read_json
+from stabletrain.launch.earlier_steps import read_resumes
 from stabletrain.launch.recorded_run import RecordedRun, belongs_to, run_of_folder
-from stabletrain.runtime.records.run_files import CHECKPOINTS, STEPS
+from stabletrain.runtime.records.run_files import CHECKPOINTS, RESUMES, STEPS
 from stabletrain.runtime.records.steps_file import Steps, read_steps
 
 if TYPE_CHECKING:
@@ -74,21 +75,21 @@ class Segment:
         return None
 
     def steps(self) -> Steps | None:
-        """Return the record of its steps; None if there is none.
-
-        Without a folder on this machine, that of an earlier segment may have been overwritten in the store.
-        """
+        """Return the record of the steps until its end, with those before it was resumed; None if there is none."""
         path = self.file(STEPS)
-        is_last = self.name == self.run.segments()[-1]
-        if path is None and is_last:
+        if path is None and self.name == self.run.segments()[-1]:
             path = self.run.file(STEPS, "")
-        found = None
-        if path is not None:
-            with suppress(OSError):
-                found = read_steps(path)
-        if found is None or not len(found.step):
-            return None
-        return None if not is_last and self.resumed_from is None and found.step[0] > 0 else found
+        with suppress(OSError):
+            found = None if path is None else read_steps(path)
+            return found if found is not None and len(found.step) else None
+        return None
+
+    def resumes(self) -> list[int]:
+        """Return the attempted steps at which the run was resumed until this segment, as far as they are recorded."""
+        path = self.file(RESUMES)
+        if path is None and self.name == self.run.segments()[-1]:
+            path = self.run.file(RESUMES, "")
+        return [] if path is None else read_resumes(path)
 
 
 def segments_of(run: RecordedRun, *, command: str) -> list[Segment]:

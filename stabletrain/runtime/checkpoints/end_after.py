@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from stabletrain.errors import UserError
 from stabletrain.runtime.accumulation import AccumulationWindow
 from stabletrain.runtime.checkpoints.save_now import save_now
-from stabletrain.runtime.guard.callbacks import GuardMember
+from stabletrain.runtime.guard.attempts import attempted_steps
 from stabletrain.runtime.internals.packages import Callback
 from stabletrain.runtime.records.run_files import CHECKPOINTS
 from stabletrain.runtime.stop import EndReached
@@ -37,13 +37,8 @@ class EndAfter(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """End the fit if there were as many steps."""
-        made = self._attempted(trainer)
+        made = attempted_steps(trainer, observe_from=self.steps)
         if made < self.steps or AccumulationWindow(trainer).is_open:
             return
         checkpoint = save_now(trainer, Path(trainer.default_root_dir) / CHECKPOINTS) if self.save else None
         raise EndReached(f"ended after {made} attempted steps, as it was asked to", checkpoint)
-
-    def _attempted(self, trainer: Trainer) -> int:
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        member = next((each for each in callbacks if isinstance(each, GuardMember)), None)
-        return trainer.global_step if member is None else member.attempted(self.steps)

@@ -10,6 +10,7 @@
 | `checkpoints/`         | checkpoint callbacks               | checkpoints; `interrupted.ckpt` after a signal    |
 | `events.jsonl`         | the guard                          | the events of all plugins                         |
 | `steps.bin`            | the worker                         | loss, norm and end of every attempted step        |
+| `resumes.json`         | the worker                         | the attempted steps at which it was resumed       |
 | `interventions.jsonl`  | plugins that restore earlier state | the rollbacks, to replay them                     |
 | `diagnosis-<step>/`    | plugins that stop a run            | a report of the model's state                     |
 | `metrics-unsent.jsonl` | the MLflow logger                  | metrics that the store did not accept             |
@@ -31,6 +32,7 @@ CHECKPOINTS = "checkpoints"
 INTERRUPTED_CHECKPOINT = "interrupted.ckpt"
 EVENTS = "events.jsonl"
 STEPS = "steps.bin"
+RESUMES = "resumes.json"
 INTERVENTIONS = "interventions.jsonl"
 DIAGNOSIS_PREFIX = "diagnosis-"
 UNSENT_METRICS = "metrics-unsent.jsonl"
@@ -57,5 +59,5 @@ def artifacts(folder: Path) -> list[Path]:
     Args:
         folder: the run's folder.
     """
-    files = [folder / name for name in (EVENTS, STEPS, INTERVENTIONS, RESULT, SAMPLE, STRATEGY)]
+    files = [folder / name for name in (EVENTS, STEPS, RESUMES, INTERVENTIONS, RESULT, SAMPLE, STRATEGY)]
     return [*files, *sorted(folder.glob(f"{DIAGNOSIS_PREFIX}*"))]
