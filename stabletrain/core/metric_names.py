@@ -15,6 +15,8 @@ OWN = "stability/"
 """Prefix of the metrics of all plugins."""
 LAYERS = "stability_layers/"
 """Prefix of metrics of single layers, which are many: a group of their own, sorted after `OWN`."""
+THROUGHPUT = "throughput/"
+"""Prefix of the metrics of the speed of a run, which are not the plugins'."""
 NONFINITE = "stability_nonfinite/"
 """Prefix of the counts of non-finite values that a logger has stored, by metric."""
 
@@ -72,7 +74,7 @@ def full_name(name: str) -> str:
     >>> full_name("spike_score"), full_name("stability_layers/grad_norm/net")
     ('stability/spike_score', 'stability_layers/grad_norm/net')
     """
-    return name if is_own(name) else OWN + name
+    return name if is_own(name) or name.startswith(THROUGHPUT) else OWN + name
 
 
 def is_own(name: str) -> bool:

@@ -22,6 +22,7 @@ from stabletrain.launch.checkpoint_mismatch import explain_mismatch
 from stabletrain.launch.interrupt import SaveAndStop
 from stabletrain.launch.progress import progress_bar
 from stabletrain.launch.record_resume import RecordResume
+from stabletrain.launch.throughput import MeasureThroughput
 from stabletrain.optim.build import build_optimizer, replace_configure_optimizers
 from stabletrain.optim.options import KEY, group_options
 from stabletrain.runtime.checkpoints.collecting import divides_with_dtensors
@@ -185,9 +186,9 @@ def build_parts(
 
 
 def recorders(callbacks: Sequence[Callback], config: Mapping[str, Any]) -> list[Callback]:
-    """Return the callbacks that record every step, and the step at which a run is resumed.
+    """Return the callbacks that record a run: its speed, every step, and the step at which it is resumed.
 
-    The losses and norms are those that plugins measure; without plugins there are the losses alone.
+    Of a step these are the loss and the norm that plugins measure; without any plugin, only the loss.
 
     Args:
         callbacks: of the run.
@@ -196,7 +197,7 @@ def recorders(callbacks: Sequence[Callback], config: Mapping[str, Any]) -> list[
     path = Path(config["run_dir"]) / STEPS
     is_guarded = any(isinstance(callback, GuardMember) for callback in callbacks)
     steps = RecordSteps(path) if is_guarded else RecordLosses(path)
-    return [steps, *([RecordResume(config)] if config.get("resume") else [])]
+    return [MeasureThroughput(), steps, *([RecordResume(config)] if config.get("resume") else [])]
 
 
 def build_model(config: Mapping[str, Any]) -> LightningModule:

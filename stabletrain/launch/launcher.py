@@ -205,8 +205,17 @@ class _Sweep:
             return None
         if self._opened is None:
             experiment = composed.config["logger"].get("experiment") or composed.recipe
-            self._opened = uri, mlflow_run.open_sweep(uri, experiment, " ".join(self.request.command))
+            self._opened = uri, mlflow_run.open_sweep(uri, experiment, self.request.command)
         return self._opened[1]
+
+    def command_of(self, job: Job) -> list[str]:
+        """Return the command that runs one job alone.
+
+        Args:
+            job: of the request.
+        """
+        recipe, overrides = job.recipe, job.composed.overrides
+        return LaunchRequest(recipe=recipe, overrides=overrides, trust=self.request.trust).command
 
     def finish(self, results: Sequence[Result]) -> None:
         """Set the final status.
@@ -304,7 +313,8 @@ def _opened(config: dict[str, Any], job: Job, sweep: _Sweep, uri: str | None, st
     opened = _Opened(folder / RUN_YAML)
     try:
         if uri is not None:
-            mlflow_run.open_run(config, uri, parent=sweep.parent(job.composed, uri), name=job.name, tags=job.tags)
+            parent, command = sweep.parent(job.composed, uri), sweep.command_of(job)
+            mlflow_run.open_run(config, uri, parent=parent, name=job.name, command=command, tags=job.tags)
         write_run_yaml(config)
         start_up.check()
         yield opened

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from stabletrain.errors import UserError
 from stabletrain.launch.result import MLFLOW_STATUS, Result, read_result
+from stabletrain.launch.run_end import describe_end
 from stabletrain.runtime.records.run_files import RESULT, UNSENT_METRICS, artifacts
 
 MLFLOW_LOGGER = "stabletrain.tracking.MLflowLogger"
@@ -55,6 +56,7 @@ def open_run(
     *,
     parent: str | None = None,
     name: str | None = None,
+    command: Sequence[str] = (),
     tags: Mapping[str, str] | None = None,
 ) -> None:
     """Create the run in the store, and write its id and location into the config.
@@ -64,11 +66,13 @@ def open_run(
         uri: tracking URI of the store.
         parent: id of the sweep's run; None outside a sweep.
         name: shown in MLflow; None: the folder's name.
+        command: the command line.
         tags: further tags.
 
     Raises:
         UserError: if the store cannot be used.
     """
+    from stabletrain.tracking.description import NOTE, note_at_start, source_tags
     from stabletrain.tracking.runs import start_run
 
     logger = config["logger"]
@@ -82,12 +86,12 @@ def open_run(
         parent_run_id=parent,
         run_id=logger.get("run_id"),
         name=name or Path(config["run_dir"]).name,
-        tags=tags,
+        tags={NOTE: note_at_start(config, command), **source_tags(command), **(tags or {})},
         owner=config["launch"].get("kind") != "slurm",  # whose process is on another machine, perhaps much later
     )
 
 
-def open_sweep(uri: str, experiment: str, command: str) -> str:
+def open_sweep(uri: str, experiment: str, command: Sequence[str]) -> str:
     """Create the parent run of a sweep's jobs, and return its id.
 
     Args:
@@ -95,9 +99,11 @@ def open_sweep(uri: str, experiment: str, command: str) -> str:
         experiment: name of the experiment.
         command: the command line.
     """
+    from stabletrain.tracking.description import as_typed, source_tags
     from stabletrain.tracking.runs import create_run, owner_tags, settled_if_it_fails
 
-    tags = {"stabletrain.command": command, "stabletrain.sweep": "true", **owner_tags()}
+    tags = {"stabletrain.command": as_typed(command), "stabletrain.sweep": "true"}
+    tags |= {**source_tags(command), **owner_tags()}
     with settled_if_it_fails(uri) as launch:
         return create_run(uri, experiment, name="sweep", tags=launch.tags | tags)
 
@@ -148,6 +154,8 @@ def finish_run(config: Mapping[str, Any], result: Result) -> str | None:
         if unsent.is_file():
             upload_unsent(uri, unsent, run_id=run_id)
         upload_files(uri, run_id, artifacts(folder))
+        with suppress(Exception):  # a store that fails is said below
+            describe_end(config, result)
         set_final_status(uri, run_id, MLFLOW_STATUS[result.end], force=True)
     except Exception as error:  # a store that fails must not change the exit code of a run that has ended
         text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

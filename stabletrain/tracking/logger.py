@@ -29,6 +29,7 @@ from stabletrain.runtime.signal_watch import Interrupted, Terminated
 from stabletrain.runtime.stop import EndReached
 from stabletrain.tracking import runs
 from stabletrain.tracking.artifacts import require_safe_artifacts, write_artifact
+from stabletrain.tracking.description import source_tags
 from stabletrain.tracking.enclosing import enclosing_run, end_autologged, is_autologged
 from stabletrain.tracking.end_signals import EndSignals
 from stabletrain.tracking.ownership import WORKER, this_process
@@ -301,7 +302,8 @@ class MLflowLogger(Logger):
         from stabletrain.tracking.git import git_state
         from stabletrain.tracking.record import write_environment
 
-        tags = {**runs.describe({}), **runs.git_tags(git_state(Path.cwd())), **runs.owner_tags(), **self._tags}
+        tags = {**runs.describe({}), **source_tags(), **runs.git_tags(git_state(Path.cwd())), **runs.owner_tags()}
+        tags |= self._tags
         if self._parent_run_id is not None:
             tags["mlflow.parentRunId"] = self._parent_run_id
         run_id = runs.create_run(self.tracking_uri, self._experiment_name, name=self._run_name, tags=launch.tags | tags)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from stabletrain.runtime.records.run_files import RUN_YAML
 from stabletrain.tracking.artifacts import require_safe_artifacts, require_safe_location
+from stabletrain.tracking.description import EXPERIMENT, NOTE, note_at_resume, options
 from stabletrain.tracking.naming import MAX_PARAM, MAX_TAG, chunks, flatten, safe_key, shorten
 from stabletrain.tracking.ownership import ELSEWHERE, OWNER, RUN_DIR, abandoned_runs, this_process
 from stabletrain.tracking.sqlite_file import check_file
@@ -84,8 +85,14 @@ def start_run(
                 if not owner:  # else the process that it had before would count, and has ended
                     all_tags[OWNER] = ELSEWHERE
                 all_tags["stabletrain.resumes"] = str(resumes)
+                if NOTE in all_tags:  # what was written about the run so far stays
+                    before = client.get_run(run_id).data.tags.get(NOTE)
+                    all_tags[NOTE] = all_tags[NOTE] if before is None else note_at_resume(before)
                 write_tags(client, run_id, all_tags)
-            write_params(client, run_id, {key: value for key, value in config.items() if key not in _NOT_PARAMS})
+            chosen = options(config.get("choices") or {})
+            write_params(client, run_id, chosen)
+            named = {key: value for key, value in config.items() if key not in _NOT_PARAMS}
+            write_params(client, run_id, {key: value for key, value in named.items() if value or key not in chosen})
             with tempfile.TemporaryDirectory() as scratch:
                 (Path(scratch) / RUN_YAML).write_text(_yaml(_with_run_id(config, run_id)), encoding="utf-8")
                 write_environment(Path(scratch) / "environment", code=code)
@@ -268,7 +275,8 @@ def create_run(uri: str, experiment: str, *, name: str | None = None, tags: Mapp
     with store_lock(uri):
         found = client.get_experiment_by_name(experiment)
         if found is None:
-            experiment_id = client.create_experiment(experiment, artifact_location=_artifact_location(uri, experiment))
+            location = _artifact_location(uri, experiment)
+            experiment_id = client.create_experiment(experiment, artifact_location=location, tags={NOTE: EXPERIMENT})
         else:
             experiment_id = found.experiment_id
     if found is not None and found.lifecycle_stage == "deleted":

@@ -63,7 +63,12 @@ def test_a_plugin_that_stops_the_run_exits_with_3(cli) -> None:
     assert result["end"] == "stopped"
     assert "4" in result["message"]
     # without its events a run in MLflow does not say why it stopped
-    assert cli.artifacts() >= {"run.yaml", "events.jsonl", "result.json"}
+    assert cli.artifacts() >= {"run.yaml", "events.jsonl", "result.json", "steps.bin"}
+    tags = cli.runs()[0].data.tags
+    assert tags["stabletrain.outcome"] == "stopped"
+    assert tags["mlflow.source.name"].startswith("stabletrain train ")
+    assert "**stopped after 0 steps" in tags["mlflow.note.content"]
+    assert "| 4 of 4 |" in tags["mlflow.note.content"]
 
 
 @pytest.mark.parametrize(
@@ -97,6 +102,9 @@ def test_a_signal_saves_and_the_run_can_be_resumed(cli, signum: signal.Signals, 
     resumed = cli.tiny(f"resume={checkpoint}", f"trainer.max_steps={steps + 3}", "run_dir=second")
     assert resumed.returncode == 0, resumed.stderr
     assert json.loads((cli.folder / "second" / "result.json").read_text())["steps"] == steps + 3
+    first, second = ((cli.folder / name / "steps.bin").read_bytes() for name in ("first", "second"))
+    assert len(second) == 17 * (steps + 3)
+    assert second[: 17 * steps] == first[: 17 * steps]  # a resumed run has the whole record
 
 
 def test_a_sweep_is_one_parent_and_a_process_for_each_job(cli) -> None:

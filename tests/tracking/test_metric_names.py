@@ -26,6 +26,7 @@ from stabletrain import (
 )
 from stabletrain.cli.replay import replay_file
 from stabletrain.core.metric_names import without_old_names
+from stabletrain.launch.throughput import MeasureThroughput
 from stabletrain.tracking import MLflowLogger, compare
 
 ITEMS = batches(*[HEALTHY] * 6)
@@ -157,14 +158,15 @@ def test_the_page_lists_what_a_run_writes(tmp_path: Path, uri: str, client: Any)
             self.log("own", 1.0, batch_size=1)
 
     module = Module({"mine": math.nan})
-    more = [ScheduleLR("cosine"), MeasureNoiseScale(every=1), WatchOverfitting("own")]
+    more = [MeasureThroughput(), ScheduleLR("cosine"), MeasureNoiseScale(every=1), WatchOverfitting("own")]
     options = {"max_epochs": 2, "fp16": True, "accumulate_grad_batches": 2, "val_items": batches(HEALTHY)}
     fit(module, items, *default_callbacks(), *more, logger=store, **options)
-    written = [name for name in client.get_run(store.version).data.metrics if name.startswith("stability")]
+    metrics = client.get_run(store.version).data.metrics
+    written = [name for name in metrics if name.startswith(("stability", "throughput"))]
     written = [re.sub("/net.*", "/<layer>", name) for name in written]
     written = [re.sub("^stability_nonfinite/.*", "stability_nonfinite/<metric>", name) for name in written]
-    on_page = re.findall(r"^\| `(stability[^`]+)` \|", PAGE.read_text(), re.MULTILINE)
-    assert set(on_page) == set(written)
+    on_page = re.findall(r"^\| `((?:stability|throughput)[^`]+)` \|", PAGE.read_text(), re.MULTILINE)
+    assert set(on_page) == {*written, "throughput/tokens_per_s"}  # these batches hold no tokens
 
 
 def test_a_named_instance_has_a_place_of_its_own() -> None:

@@ -15,7 +15,9 @@ _told: WeakKeyDictionary[Trainer, set[str]] = WeakKeyDictionary()
 """By Trainer, what it was warned of."""
 
 
-def publish(trainer: Trainer, metrics: Mapping[str, float], shown: Mapping[str, float]) -> None:
+def publish(
+    trainer: Trainer, metrics: Mapping[str, float], shown: Mapping[str, float], step: int | None = None
+) -> None:
     """Send metrics under their full names (`metric_names.full_name`); the same names on every rank.
 
     A name that the module logs itself is left to it, with one warning. In ``callback_metrics`` each value has its old
@@ -25,6 +27,7 @@ def publish(trainer: Trainer, metrics: Mapping[str, float], shown: Mapping[str, 
         trainer: in a fit.
         metrics: by short or full name.
         shown: metrics for the progress bar, by the words to show.
+        step: for the loggers; None: the step in progress.
     """
     of_module = trainer_internals.logged_names(trainer)
     if taken := sorted(filter(metric_names.is_own, of_module)):
@@ -43,7 +46,7 @@ def publish(trainer: Trainer, metrics: Mapping[str, float], shown: Mapping[str, 
     trainer_internals.publish_metrics(trainer, named, words, copies)
     if trainer.is_global_zero:
         for each in trainer.loggers:
-            each.log_metrics(named, step=trainer_internals.logger_step(trainer))
+            each.log_metrics(named, step=trainer_internals.logger_step(trainer) if step is None else step)
 
 
 def warn_of_old_names(trainer: Trainer) -> None:

@@ -85,6 +85,37 @@ def prefetched(trainer: Trainer) -> list[Any]:
     return batches
 
 
+def around_fetching(trainer: Trainer, before: Callable[[], None], after: Callable[[], None]) -> Callable[[], None]:
+    """Call two functions before and after each training batch is fetched; returns a function that undoes this.
+
+    Lightning's profiler is told at the same places, by two methods of the loop that it reads when an epoch begins.
+
+    Args:
+        trainer: before an epoch begins.
+        before: called before a batch is fetched.
+        after: called when it is there, or when there is none.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    begin, end = loop._on_before_fetch, loop._on_after_fetch
+
+    def fetching() -> None:
+        begin()
+        before()
+
+    def fetched() -> None:
+        after()
+        end()
+
+    undo_before = override(loop, "_on_before_fetch", fetching)
+    undo_after = override(loop, "_on_after_fetch", fetched)
+
+    def undo() -> None:
+        undo_after()
+        undo_before()
+
+    return undo
+
+
 def all_ranks_read_alike(trainer: Trainer) -> bool:
     """Whether the strategy gives all of several ranks the same batches, as tensor parallelism does.
 

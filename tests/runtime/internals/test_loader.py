@@ -38,6 +38,7 @@ def test_the_private_attributes_that_the_train_loader_uses_exist():
         (loader_internals.after_train_start(trainer, print), "on_run_start", trainer.fit_loop),
         (loader_internals.silence_resume_warning(trainer), "reset", loop),
         (loader_internals.around_validation(trainer, print, print), "run", loop.val_loop),
+        (loader_internals.around_fetching(trainer, print, print), "_on_before_fetch", loop),
         (loader_internals.wrap_train_loaders(trainer, iter), "process_dataloader", trainer.strategy),
     ]:
         assert name in vars(owner)
