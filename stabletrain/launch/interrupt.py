@@ -36,6 +36,8 @@ class SaveAndStop(StopBetweenBatches):
         self.started = False
         self.failed: Callable[[BaseException, str], object] | None = None
         """Called with an exception and where it was, as soon as it has ended the fit, before anything is torn down."""
+        self.begins: Callable[[Trainer, Any], object] | None = None
+        """Called with the first batch, on all ranks, if they have equally many batches."""
         self._watch = watch
         self._folder = folder
         self._look_at = 0.0
@@ -52,6 +54,8 @@ class SaveAndStop(StopBetweenBatches):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note that training has begun, if the ranks have equally many batches."""
         refuse_uneven_training(trainer)
+        if not self.started and self.begins is not None:
+            self.begins(trainer, batch)
         self.started = True
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

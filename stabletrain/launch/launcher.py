@@ -27,6 +27,7 @@ from stabletrain.launch.connection import Workers
 from stabletrain.launch.final_status import final_result
 from stabletrain.launch.process import local_command, start_process, wait_for, worker_command, worker_environment
 from stabletrain.launch.rank_ends import SPARE_ENV, remove_ends, spare_folder
+from stabletrain.launch.recording import git_of_run, record_git
 from stabletrain.launch.result import Result, read_result
 from stabletrain.launch.run_folder import choose_run_folder, make_run_folder, remove_unused, write_run_yaml
 from stabletrain.launch.slurm import submit
@@ -258,7 +259,8 @@ def _run_job(job: Job, sweep: _Sweep, start_up: StartUp, report: Reporter) -> Fi
     config["run_dir"] = str(folder)
     environment = worker_environment(config["launch"], request.trust)
     if config["launch"]["kind"] == "slurm":
-        with _opened(config, job, sweep, mlflow_run.open_store(config), start_up) as opened:
+        uri, git = mlflow_run.open_store(config), git_of_run(config)
+        with _opened(config, job, sweep, uri, git, start_up) as opened:
             report.starting(config, job.number)
             number = submit(config, opened.run_yaml, environment)
         return FinishedJob(recipe=recipe, overrides=composed.overrides, config=config, result=None, slurm_job=number)
@@ -269,11 +271,11 @@ def _run_job(job: Job, sweep: _Sweep, start_up: StartUp, report: Reporter) -> Fi
         start_up.doing = BEFORE_TRAINING
         process = start_process(worker_command(config["launch"], *workers.arguments), environment)
         try:
-            uri = mlflow_run.open_store(config)
+            uri, git = mlflow_run.open_store(config), git_of_run(config)  # while the worker imports torch
             problems = checked(workers, process, config["launch"]["processes"], start_up)
             if problems:
                 raise ConfigError(dict.fromkeys(problems))
-            with _opened(config, job, sweep, uri, start_up) as opened:
+            with _opened(config, job, sweep, uri, git, start_up) as opened:
                 report.starting(config, job.number)
                 remove_ends(folder)
 
@@ -304,7 +306,9 @@ class _Opened:
 
 
 @contextmanager
-def _opened(config: dict[str, Any], job: Job, sweep: _Sweep, uri: str | None, start_up: StartUp) -> Iterator[_Opened]:
+def _opened(
+    config: dict[str, Any], job: Job, sweep: _Sweep, uri: str | None, git: Mapping[str, Any], start_up: StartUp
+) -> Iterator[_Opened]:
     """Make the run's folder and open its MLflow run; undo both if the block fails before the run is used."""
     folder = Path(config["run_dir"])
     existed = folder.exists()
@@ -314,7 +318,8 @@ def _opened(config: dict[str, Any], job: Job, sweep: _Sweep, uri: str | None, st
     try:
         if uri is not None:
             parent, command = sweep.parent(job.composed, uri), sweep.command_of(job)
-            mlflow_run.open_run(config, uri, parent=parent, name=job.name, command=command, tags=job.tags)
+            mlflow_run.open_run(config, uri, parent=parent, name=job.name, command=command, tags=job.tags, git=git)
+        record_git(git, folder)
         write_run_yaml(config)
         start_up.check()
         yield opened

@@ -58,6 +58,7 @@ def open_run(
     name: str | None = None,
     command: Sequence[str] = (),
     tags: Mapping[str, str] | None = None,
+    git: Mapping[str, Any] | None = None,
 ) -> None:
     """Create the run in the store, and write its id and location into the config.
 
@@ -68,6 +69,7 @@ def open_run(
         name: shown in MLflow; None: the folder's name.
         command: the command line.
         tags: further tags.
+        git: from `stabletrain.launch.recording.git_of_run`; None: it is read here.
 
     Raises:
         UserError: if the store cannot be used.
@@ -87,6 +89,7 @@ def open_run(
         run_id=logger.get("run_id"),
         name=name or Path(config["run_dir"]).name,
         tags={NOTE: note_at_start(config, command), **source_tags(command), **(tags or {})},
+        git=git,
         owner=config["launch"].get("kind") != "slurm",  # whose process is on another machine, perhaps much later
     )
 

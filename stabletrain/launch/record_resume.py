@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from stabletrain.launch.bounded import write_json
 from stabletrain.launch.earlier_steps import read_resumes, resumed_folder
 from stabletrain.runtime.guard.attempts import attempted_steps
-from stabletrain.runtime.records.run_files import RESUMES
+from stabletrain.runtime.records.run_files import RESUMED
 
 
 class RecordResume(Callback):
@@ -25,12 +25,12 @@ class RecordResume(Callback):
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        self._file = Path(config["run_dir"]) / RESUMES
+        self._file = Path(config["run_dir"]) / RESUMED
         self._earlier = resumed_folder(config)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The checkpoint is loaded: write the file."""
         if trainer.is_global_zero:
-            earlier = [] if self._earlier is None else read_resumes(self._earlier / RESUMES)
+            earlier = [] if self._earlier is None else read_resumes(self._earlier / RESUMED)
             with suppress(OSError):  # a disk that is full does not end the training
                 write_json(self._file, [*earlier, attempted_steps(trainer)])

@@ -25,7 +25,7 @@ from stabletrain.launch.recorded_run import RecordedRun, find_run
 from stabletrain.launch.result import read_result
 from stabletrain.launch.segments import Segment, segments_of
 from stabletrain.runtime.records.regular_file import only_regular
-from stabletrain.runtime.records.run_files import RESUMES, STEPS, WORKER_LOG
+from stabletrain.runtime.records.run_files import RESUMED, STEPS, WORKER_LOG
 from stabletrain.runtime.records.steps_file import Steps, read_steps
 from stabletrain.tracking.git import git_state
 from stabletrain.tracking.same_run import SameSteps, compare_steps
@@ -276,7 +276,7 @@ def _check(part: Part, finished: FinishedJob, then: Steps | None) -> Checked:
         same = SameSteps(compared=0)
     else:
         # the steps before are those of the checkpoint's run
-        resumed = read_resumes(folder / RESUMES)[-1:] if part.resume is not None else []
+        resumed = read_resumes(folder / RESUMED)[-1:] if part.resume is not None else []
         same = compare_steps(then, now, begin=max([part.begin, *resumed]), end=part.end)
     here = _record(finished.config, lambda name: _json(folder / name))
     here = here._replace(git={key: value for key, value in git_state(Path.cwd()).items() if key != "diff"})

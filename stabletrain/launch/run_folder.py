@@ -15,7 +15,7 @@ import yaml
 
 from stabletrain.config.yaml_file import read_yaml
 from stabletrain.errors import UserError
-from stabletrain.runtime.records.run_files import CHECKPOINTS, RUN_YAML
+from stabletrain.runtime.records.run_files import CHECKPOINTS, ENVIRONMENT, RUN_YAML
 
 _PROBE = 65_536
 """Bytes that a run's folder must have room for; run.yaml and the logs are about as large."""
@@ -111,6 +111,7 @@ def remove_unused(folder: Path, *, keep_folder: bool) -> None:
     if not keep_folder:
         shutil.rmtree(folder, ignore_errors=True)
         return
+    shutil.rmtree(folder / ENVIRONMENT, ignore_errors=True)
     with contextlib.suppress(OSError):
         (folder / RUN_YAML).unlink()
     with contextlib.suppress(OSError):

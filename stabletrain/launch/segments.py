@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from stabletrain.launch.bounded import read_json
 from stabletrain.launch.earlier_steps import read_resumes
 from stabletrain.launch.recorded_run import RecordedRun, belongs_to, run_of_folder
-from stabletrain.runtime.records.run_files import CHECKPOINTS, RESUMES, STEPS
+from stabletrain.runtime.records.run_files import CHECKPOINTS, RESUMED, STEPS
 from stabletrain.runtime.records.steps_file import Steps, read_steps
 
 if TYPE_CHECKING:
@@ -86,9 +86,9 @@ class Segment:
 
     def resumes(self) -> list[int]:
         """Return the attempted steps at which the run was resumed until this segment, as far as they are recorded."""
-        path = self.file(RESUMES)
+        path = self.file(RESUMED)
         if path is None and self.name == self.run.segments()[-1]:
-            path = self.run.file(RESUMES, "")
+            path = self.run.file(RESUMED, "")
         return [] if path is None else read_resumes(path)
 
 

@@ -29,6 +29,7 @@ from stabletrain.launch.hand_over import (
 from stabletrain.launch.logs import WorkerLog
 from stabletrain.launch.mlflow_run import finish_run
 from stabletrain.launch.process import AGREED_ENDS_EXIT_0, PATHS_OUTSIDE
+from stabletrain.launch.recording import Recording
 from stabletrain.launch.result import Result
 from stabletrain.launch.run_folder import read_run_yaml
 from stabletrain.launch.worker_end import WorkerEnd
@@ -119,6 +120,9 @@ class _Run:
         complete(run, self.config)
         if self.is_rank_0:
             take_over_steps(self.config)
+        recording = Recording(self.config, run.trainer)
+        recording.write()
+        run.interrupt.begins = recording.begin
         run.interrupt.failed = lambda error, at: self.end.note(error, started=run.interrupt.started, at=at)
         try:
             run.fit()

@@ -9,16 +9,30 @@ from __future__ import annotations
 import os
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from stabletrain.runtime.records.run_files import ENVIRONMENT
 from stabletrain.tracking.sqlite_file import check_file
 from stabletrain.tracking.store import open_client
 from stabletrain.tracking.store_errors import StoreError, sqlite_path, translate_errors
 
 _ALLOWED = "MLFLOW_DEFAULT_ARTIFACT_ROOT"
 """MLflow's own variable for its server, names a folder in which artifacts may lie."""
+
+
+RESUMES = "stabletrain.resumes"
+"""Tag with the number of times that a run was resumed."""
+
+
+def segment_of(tags: Mapping[str, str]) -> str:
+    """Return the folder of the artifacts of a run's newest part: empty at first, then ``resume-1`` and so on.
+
+    Args:
+        tags: of the run.
+    """
+    return f"resume-{tags[RESUMES]}" if tags.get(RESUMES) else ""
 
 
 def require_safe_artifacts(client: Any, run_id: str) -> None:
@@ -69,6 +83,8 @@ def require_safe_location(uri: str, location: str) -> None:
 def upload_files(uri: str, run_id: str, paths: Iterable[str | Path]) -> None:
     """Copy files and folders to a run's artifacts; only regular files, and nothing that a link leads to.
 
+    The record of a run's newest part (``environment/``) goes to the folder of that part, see `segment_of`.
+
     Args:
         uri: MLflow tracking URI.
         run_id: the run.
@@ -83,8 +99,12 @@ def upload_files(uri: str, run_id: str, paths: Iterable[str | Path]) -> None:
     with translate_errors(uri):
         check_file(uri, timeout=5.0)
         client = open_client(uri)
-        require_safe_artifacts(client, run_id)
+        run = client.get_run(run_id)
+        require_safe_location(client.tracking_uri, run.info.artifact_uri)
+        segment = segment_of(run.data.tags)
         for file, parent in found:
+            if parent is not None and segment and PurePosixPath(parent).parts[0] == ENVIRONMENT:
+                parent = f"{segment}/{parent}"
             client.log_artifact(run_id, str(file), artifact_path=parent)
 
 

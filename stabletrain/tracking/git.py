@@ -15,12 +15,15 @@ import stat
 import subprocess
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+T = TypeVar("T")
 
 _DIFF_BYTES = 200_000
 _STATUS_BYTES = 2_000_000
+_MOST_UNTRACKED = 1_000
 _SMALL_FILE = 5_000_000
 _TIMEOUT = 20.0
 
@@ -46,7 +49,8 @@ def git_state(path: str | Path, *, limit: int = _DIFF_BYTES) -> dict[str, Any]:
 
     Args:
         path: a folder. Outside a repository (or without git) every value is None or empty.
-        limit: maximum length of the diff in bytes; ``diff_truncated`` is True if it was longer.
+        limit: maximum length of the diff in bytes; ``diff_truncated`` is True if it was longer, or git did not write
+            all of it in 20 s. ``untracked_truncated`` is True if more files or folders are untracked than are listed.
     """
     nothing: dict[str, Any] = {
         "sha": None,
@@ -55,18 +59,44 @@ def git_state(path: str | Path, *, limit: int = _DIFF_BYTES) -> dict[str, Any]:
         "diff": "",
         "diff_truncated": False,
         "untracked": [],
+        "untracked_truncated": False,
     }
+    return _with_git(Path(path), lambda git: _state(git, limit)) or nothing
+
+
+def repository_of(path: str | Path) -> Path | None:
+    """Return the top folder of the repository that holds a package; None if none does.
+
+    An environment within a repository is not held by it: of what is installed, only files that are committed count.
+
+    Args:
+        path: the package's folder, or a module's file.
+    """
+    real = Path(path).resolve()
+    folder = real if real.is_dir() else real.parent
+    is_installed = bool({"site-packages", "dist-packages"} & set(real.parts))
+    kinds = ("--cached",) if is_installed else ("--cached", "--others", "--exclude-standard")
+
+    def held(git: _Git) -> Path | None:
+        within = os.path.relpath(real, git.repository.top)
+        return git.repository.top if git.read("ls-files", "-z", *kinds, "--", within, limit=1) else None
+
+    return _with_git(folder, held)
+
+
+def _with_git(path: Path, read: Callable[[_Git], T]) -> T | None:
+    """Call a function with the repository that contains a folder; None if there is none, or it is damaged."""
     tool = shutil.which("git")
     if tool is None or not os.path.isabs(tool):  # a relative one is in the current folder
-        return nothing
+        return None
     try:
-        repository = _find(Path(path).absolute())
+        repository = _find(path.absolute())
         if repository is None:
-            return nothing
+            return None
         with tempfile.TemporaryDirectory() as scratch:
-            return _state(_Git(tool, repository, Path(scratch)), limit)
+            return read(_Git(tool, repository, Path(scratch)))
     except (OSError, ValueError, RuntimeError):  # of paths that a damaged repository names
-        return nothing
+        return None
 
 
 class _Git:
@@ -96,6 +126,7 @@ class _Git:
             "GIT_WORK_TREE": str(repository.top),
             "GIT_INDEX_FILE": str(repository.git_dir / "index"),
             "GIT_OBJECT_DIRECTORY": str(repository.common / "objects"),
+            "GIT_LITERAL_PATHSPECS": "1",
             "GIT_OPTIONAL_LOCKS": "0",  # so that reading never blocks the user's own git commands
             "GIT_TERMINAL_PROMPT": "0",
             "GIT_NO_LAZY_FETCH": "1",
@@ -159,15 +190,18 @@ def _state(git: _Git, limit: int) -> dict[str, Any]:
     sha = git.repository.sha
     base = "HEAD" if sha else "--cached"
     shape = ("--no-color", "--no-ext-diff", "--no-textconv", "--submodule=short", submodules)
-    diff = b"" if status is None else git.read("diff", *shape, base, "--", limit=limit) or b""
+    found = None if status is None else git.read("diff", *shape, base, "--", limit=limit)
+    diff = found or b""
     entries = [entry.decode(errors="replace") for entry in (status or b"").split(b"\0")]
+    untracked = [entry[3:] for entry in entries if entry.startswith("?? ")]
     return {
         "sha": sha,
         "branch": git.repository.branch,
         "dirty": None if status is None else bool(status),
         "diff": diff[:limit].decode(errors="replace").rstrip("\n"),
-        "diff_truncated": len(diff) > limit,
-        "untracked": [entry[3:] for entry in entries if entry.startswith("?? ")][:1000],
+        "diff_truncated": len(diff) > limit or (found is None and status != b""),
+        "untracked": untracked[:_MOST_UNTRACKED],
+        "untracked_truncated": len(untracked) > _MOST_UNTRACKED or len(status or b"") > _STATUS_BYTES,
     }
 
 

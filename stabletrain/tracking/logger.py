@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -24,20 +24,26 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from stabletrain.core import metric_names
 from stabletrain.extras import require
 from stabletrain.runtime.internals.packages import Logger, both
-from stabletrain.runtime.records.run_files import UNSENT_METRICS
+from stabletrain.runtime.records.run_files import ENVIRONMENT, UNSENT_METRICS
 from stabletrain.runtime.signal_watch import Interrupted, Terminated
 from stabletrain.runtime.stop import EndReached
 from stabletrain.tracking import runs
-from stabletrain.tracking.artifacts import require_safe_artifacts, write_artifact
+from stabletrain.tracking.artifacts import RESUMES, upload_files, write_artifact
+from stabletrain.tracking.dataset import data_tags, log_dataset
 from stabletrain.tracking.description import source_tags
 from stabletrain.tracking.enclosing import enclosing_run, end_autologged, is_autologged
 from stabletrain.tracking.end_signals import EndSignals
+from stabletrain.tracking.own_record import upload_own_record, write_start
 from stabletrain.tracking.ownership import WORKER, this_process
 from stabletrain.tracking.sqlite_file import check_file
+from stabletrain.tracking.start_record import record_start
 from stabletrain.tracking.store import absolute_uri, default_tracking_uri, ensure_store, open_client
 from stabletrain.tracking.store_errors import first_line, no_tracebacks, translate_errors
 from stabletrain.tracking.unsent import send_unsent
 from stabletrain.tracking.writer import MetricWriter, Point
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 METRICS = (
     metric_names.MetricInfo("stability_nonfinite/<metric>", "values", "NaN and infinite values of a metric; in MLflow"),
@@ -103,6 +109,9 @@ class MLflowLogger(Logger):
         self._parent_run_id = parent_run_id
         self._last_step = 0
         self._session: _Session | None = None
+        self.records_itself = True
+        """Whether this logger records environment, code and data; False in a run whose launcher's worker does."""
+        self._is_recorded = False
 
     @property
     @rank_zero_experiment
@@ -199,6 +208,50 @@ class MLflowLogger(Logger):
 
         session.attempt(f"artifact {name}", write)
 
+    @rank_zero_only
+    def log_record(self, folder: str | os.PathLike[str], data: Mapping[str, Any], *, name: str) -> None:
+        """Copy the record of a run to its artifacts, and log its data as a dataset and as the tag ``data.digest``.
+
+        Args:
+            folder: with the files of the record; their artifacts lie in a folder of the same name.
+            data: the content of data.json, from `stabletrain.tracking.start_record.record_start`.
+            name: of the dataset, if the data module does not say one.
+        """
+        session = self._open()
+        session.attempt(f"{Path(folder).name} record", lambda: session.upload(Path(folder)))
+        self._log_data(session, data, name)
+
+    def record_start(self, trainer: Trainer, batch: Any) -> None:
+        """Record data and weights by content, if no worker does; the guard calls it on all ranks. A collective.
+
+        Args:
+            trainer: in ``on_train_batch_start`` of the first batch.
+            batch: that batch.
+        """
+        if not self.records_itself:
+            return
+        start = record_start(trainer, batch)
+        if start is None:
+            return
+        session = self._open()
+        if self._is_enclosing:
+            return
+        data = start.data
+
+        def write() -> None:
+            with tempfile.TemporaryDirectory() as scratch:
+                folder = Path(scratch) / ENVIRONMENT
+                write_start(folder, start)
+                session.upload(folder)
+
+        session.attempt("record", write)
+        module = getattr(trainer, "datamodule", None)
+        self._log_data(session, data, "training data" if module is None else type(module).__name__)
+
+    def _log_data(self, session: _Session, data: Mapping[str, Any], name: str) -> None:
+        session.attempt("data tags", lambda: runs.write_tags(session.client, session.run_id, data_tags(data)))
+        session.attempt("dataset", lambda: log_dataset(session.client, session.run_id, data, name))
+
     def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
         """Write queued metrics, and set tags ``checkpoint.*`` with the checkpoint's path; the file is not copied."""
         if _rank() != 0:
@@ -264,8 +317,13 @@ class MLflowLogger(Logger):
                 runs.settle_abandoned(self.tracking_uri, of_scripts=True)
                 self._run_id = self._create(client, launch)
             else:
-                runs.reopen(client, self._run_id)
-                runs.write_tags(client, self._run_id, {WORKER: this_process().to_tag()})
+                resumes = runs.reopen(client, self._run_id)
+                tags = {WORKER: this_process().to_tag()}
+                is_resumed = self.records_itself and not self._is_recorded and self._given_run_id is not None
+                runs.write_tags(client, self._run_id, tags | ({RESUMES: str(resumes)} if is_resumed else {}))
+                if is_resumed:
+                    self._is_recorded = True
+                    upload_own_record(self.tracking_uri, self._run_id)
             end = partial(_set_terminated, client, self._run_id)
             self._session = _Session(client, self._run_id, self._unsent, end=end, ends_at_signals=is_new)
         return self._session
@@ -300,17 +358,14 @@ class MLflowLogger(Logger):
 
     def _create(self, client: Any, launch: runs.Launch) -> str:
         from stabletrain.tracking.git import git_state
-        from stabletrain.tracking.record import write_environment
 
         tags = {**runs.describe({}), **source_tags(), **runs.git_tags(git_state(Path.cwd())), **runs.owner_tags()}
         tags |= self._tags
         if self._parent_run_id is not None:
             tags["mlflow.parentRunId"] = self._parent_run_id
         run_id = runs.create_run(self.tracking_uri, self._experiment_name, name=self._run_name, tags=launch.tags | tags)
-        with tempfile.TemporaryDirectory() as scratch:
-            write_environment(scratch)
-            require_safe_artifacts(client, run_id)
-            client.log_artifacts(run_id, scratch, artifact_path="environment")
+        self._is_recorded = True
+        upload_own_record(self.tracking_uri, run_id)
         return run_id
 
     def __getstate__(self) -> dict[str, Any]:
@@ -384,6 +439,10 @@ class _Session:
         self._waiting.pop(what, None)
         if self.writer.failing or self._try(action, waits=(0.1,)) is not None:
             self._waiting[what] = action
+
+    def upload(self, folder: Path) -> None:
+        """Copy a folder of files to the artifacts."""
+        upload_files(self.client.tracking_uri, self.run_id, [folder])
 
     def _postponed(self) -> AbstractContextManager[None]:
         return nullcontext() if self._signals is None else self._signals.postponed()

@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 import shutil
 import subprocess
-import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from stabletrain.tracking.git import git_state
+from stabletrain.tracking.git_record import git_record, write_git
+from stabletrain.tracking.json_files import as_json, write_texts
+from stabletrain.tracking.torch_settings import torch_settings, trainer_settings
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 # only these variables: the whole environment contains passwords, tokens, user and host names
 _VARIABLES = (
     "OMP_NUM_THREADS",
+    "OMP_DYNAMIC",
+    "OMP_PROC_BIND",
+    "OMP_SCHEDULE",
     "MKL_NUM_THREADS",
+    "MKL_CBWR",
+    "MKL_DYNAMIC",
     "OPENBLAS_NUM_THREADS",
     "KMP_AFFINITY",
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
     "CUBLAS_WORKSPACE_CONFIG",
     "CUDA_LAUNCH_BLOCKING",
     "CUDA_VISIBLE_DEVICES",
@@ -34,17 +45,43 @@ _VARIABLES = (
 )
 
 
-def environment() -> dict[str, Any]:
-    """Return the properties of this process that can change a result; no secrets, no user or host names."""
+def environment(trainer: Trainer | None = None) -> dict[str, Any]:
+    """Return the properties of this process that can change a result; no secrets, no user or host names.
+
+    Args:
+        trainer: of the training; None: there is none yet, and ``training`` is missing.
+    """
     return {
         "python": {"version": platform.python_version(), "implementation": platform.python_implementation()},
         "platform": {"system": platform.system(), "release": platform.release(), "machine": platform.machine()},
         "cpu": _cpu(),
         "gpus": _gpus(),
-        "torch": _torch(),
-        "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
+        **current_settings(trainer),
         "packages": packages(),
     }
+
+
+def current_settings(trainer: Trainer | None = None) -> dict[str, Any]:
+    """Return the part of `environment` that code can change until training begins.
+
+    Args:
+        trainer: see `environment`.
+    """
+    variables = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+    training = {} if trainer is None else {"training": trainer_settings(trainer)}
+    return {"torch": torch_settings(), "variables": variables, **training}
+
+
+def node_entry(record: Mapping[str, Any], rank: int) -> dict[str, Any]:
+    """Return what may differ between the nodes of a run, without names of hosts.
+
+    Args:
+        record: of one process of the node, from `environment`.
+        rank: of that process.
+    """
+    torch = {name: record["torch"][name] for name in ("version", "cuda", "cudnn", "threads", "cpu_capability")}
+    same = {name: record[name] for name in ("python", "platform", "cpu", "gpus", "variables")}
+    return {"rank": rank, **same, "torch": torch}
 
 
 def packages() -> dict[str, str]:
@@ -60,20 +97,18 @@ def write_environment(folder: str | Path, *, code: str | Path | None = None) -> 
         folder: the folder to write to; made if missing.
         code: folder of the user's code; None: the current folder.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    state, record = git_state(code or Path.cwd()), environment()
-    diff = state.pop("diff")
-    texts = {
-        "environment.json": json.dumps(record, indent=2) + "\n",
-        "requirements.txt": "".join(f"{name}=={version}\n" for name, version in record["packages"].items()),
-        "git.json": json.dumps(state, indent=2) + "\n",
-    }
-    if diff:
-        texts["git.diff"] = diff + "\n"
-    for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
-    return [folder / name for name in texts]
+    return [*write_process(folder, environment()), *write_git(folder, git_record(code or Path.cwd()))]
+
+
+def write_process(folder: str | Path, record: Mapping[str, Any]) -> list[Path]:
+    """Write ``environment.json`` and ``requirements.txt``.
+
+    Args:
+        folder: the folder to write to; made if missing.
+        record: from `environment`.
+    """
+    requirements = "".join(f"{name}=={version}\n" for name, version in record["packages"].items())
+    return write_texts(folder, {"environment.json": as_json(record), "requirements.txt": requirements})
 
 
 def _cpu() -> dict[str, Any]:
@@ -107,22 +142,3 @@ def _gpus() -> list[dict[str, str]]:
         return []
     rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.count(",") == 2]
     return [{"name": name, "memory": memory, "driver": driver} for name, memory, driver in rows]
-
-
-def _torch() -> dict[str, Any]:
-    import torch
-
-    return {
-        "version": torch.__version__,
-        "lightning": importlib.metadata.version("lightning"),
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
-        "threads": torch.get_num_threads(),
-        "interop_threads": torch.get_num_interop_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
-        "cudnn_deterministic": torch.backends.cudnn.deterministic,
-        "cudnn_benchmark": torch.backends.cudnn.benchmark,
-        "python_flags": {"optimize": sys.flags.optimize, "hash_randomization": sys.flags.hash_randomization},
-    }

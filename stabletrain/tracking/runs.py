@@ -11,8 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from stabletrain.runtime.records.run_files import RUN_YAML
-from stabletrain.tracking.artifacts import require_safe_artifacts, require_safe_location
+from stabletrain.runtime.records.run_files import ENVIRONMENT, RUN_YAML
+from stabletrain.tracking.artifacts import RESUMES, require_safe_artifacts, require_safe_location, segment_of
 from stabletrain.tracking.description import EXPERIMENT, NOTE, note_at_resume, options
 from stabletrain.tracking.naming import MAX_PARAM, MAX_TAG, chunks, flatten, safe_key, shorten
 from stabletrain.tracking.ownership import ELSEWHERE, OWNER, RUN_DIR, abandoned_runs, this_process
@@ -41,9 +41,12 @@ def start_run(
     run_id: str | None = None,
     tags: Mapping[str, str] | None = None,
     code: str | Path | None = None,
+    git: Mapping[str, Any] | None = None,
     owner: bool = True,
 ) -> str:
-    """Create a run with its parameters, tags, ``run.yaml`` and environment record, or reopen one to resume it.
+    """Create a run with its parameters, tags, ``run.yaml`` and state in git, or reopen one to resume it.
+
+    The environment is not that of this process: the worker records it.
 
     Parameters cannot be changed in MLflow, so on a resume those that changed become tags ``changed.<name>``, and the
     artifacts go to ``resume-<n>/``. In the ``run.yaml`` artifact, ``logger.run_id`` is the run's id.
@@ -57,6 +60,7 @@ def start_run(
         run_id: the run to resume; its status becomes RUNNING again.
         tags: further tags.
         code: folder of the user's code, for its git state; None: the current folder.
+        git: the state in git, from `stabletrain.tracking.git_record.git_record`; None: it is read here.
         owner: whether this process owns the run, so that the run is settled if the process is killed; False for a job
             that another machine will run.
 
@@ -66,25 +70,25 @@ def start_run(
     Raises:
         StoreError: if the store cannot be used, the experiment is deleted, or ``run_id`` does not exist.
     """
-    from stabletrain.tracking.git import git_state
-    from stabletrain.tracking.record import write_environment
+    from stabletrain.tracking.code_files import named_packages
+    from stabletrain.tracking.git_record import git_record, write_git
 
     ensure_store(uri)
     with translate_errors(uri):
         client = open_client(uri)
-        state = git_state(code or Path.cwd())
+        state = git if git is not None else git_record(code or Path.cwd(), named_packages(config))
         all_tags = {**describe(config), **git_tags(state), **(owner_tags(config) if owner else {}), **(tags or {})}
         if parent_run_id is not None:
             all_tags["mlflow.parentRunId"] = parent_run_id
         with settled_if_it_fails(uri, run_id) as launch:
             if run_id is None:
-                run_id, folder = create_run(uri, experiment, name=name, tags=launch.tags | all_tags), None
+                run_id, folder = create_run(uri, experiment, name=name, tags=launch.tags | all_tags), ""
             else:
                 resumes = reopen(client, run_id)
-                folder = f"resume-{resumes}"
+                folder = segment_of({RESUMES: str(resumes)})
                 if not owner:  # else the process that it had before would count, and has ended
                     all_tags[OWNER] = ELSEWHERE
-                all_tags["stabletrain.resumes"] = str(resumes)
+                all_tags[RESUMES] = str(resumes)
                 if NOTE in all_tags:  # what was written about the run so far stays
                     before = client.get_run(run_id).data.tags.get(NOTE)
                     all_tags[NOTE] = all_tags[NOTE] if before is None else note_at_resume(before)
@@ -95,9 +99,9 @@ def start_run(
             write_params(client, run_id, {key: value for key, value in named.items() if value or key not in chosen})
             with tempfile.TemporaryDirectory() as scratch:
                 (Path(scratch) / RUN_YAML).write_text(_yaml(_with_run_id(config, run_id)), encoding="utf-8")
-                write_environment(Path(scratch) / "environment", code=code)
+                write_git(Path(scratch) / ENVIRONMENT, state)
                 require_safe_artifacts(client, run_id)
-                client.log_artifacts(run_id, scratch, artifact_path=folder)
+                client.log_artifacts(run_id, scratch, artifact_path=folder or None)
     return run_id
 
 
@@ -307,7 +311,7 @@ def reopen(client: Any, run_id: str) -> int:
     require_safe_location(client.tracking_uri, run.info.artifact_uri)
     if run.info.status != "RUNNING":
         client.update_run(run_id, status="RUNNING")
-    return int(run.data.tags.get("stabletrain.resumes", 0)) + 1
+    return int(run.data.tags.get(RESUMES, 0)) + 1
 
 
 def write_params(client: Any, run_id: str, params: Mapping[str, Any]) -> None:

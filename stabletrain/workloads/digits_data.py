@@ -4,6 +4,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from stabletrain.extras import require
+from stabletrain.runtime.records.checksums import checksum
 from stabletrain.workloads.arguments import MOST_WORKERS, whole
 from stabletrain.workloads.batches import Examples, as_gathered
 
@@ -38,6 +39,12 @@ class DigitsData(L.LightningDataModule):
     def samples_per_batch(self) -> int:
         """Samples in a training batch of one process, which plugins may read before the data are loaded."""
         return self.batch_size
+
+    def fingerprint(self) -> dict[str, str]:
+        """Name and digest of the digits, for the record of a run."""
+        train, validation = self._examples()
+        tensors = [tensor for part in (train, validation) for tensor in (part.inputs, part.labels)]
+        return {"name": "digits", "digest": checksum(tensors)}
 
     def setup(self, stage: str | None = None) -> None:
         """Load and split the digits, once for all stages."""

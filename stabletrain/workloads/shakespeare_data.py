@@ -67,6 +67,7 @@ class ShakespeareData(L.LightningDataModule):
         self.save_hyperparameters(logger=False)
         self.path, self.sha256, self.context, self.batch_size = path, sha256, context, batch_size
         self.validation_windows, self.seed, self.shuffle, self.workers = validation_windows, seed, shuffle, workers
+        self._digest: str | None = None
         self._split: tuple[Windows, Windows] | None = None
 
     @property
@@ -87,6 +88,12 @@ class ShakespeareData(L.LightningDataModule):
         """Samples in a training batch of one process, which plugins may read before the data are loaded."""
         return self.batch_size
 
+    def fingerprint(self) -> dict[str, str]:
+        """Name and digest of the text, for the record of a run: the sha256 of its uncompressed bytes."""
+        self._windows()
+        assert self._digest is not None
+        return {"name": "shakespeare" if self.path is None else Path(self.path).name, "digest": self._digest}
+
     def setup(self, stage: str | None = None) -> None:
         """Read, check and split the text, once for all stages."""
         self._windows()
@@ -96,7 +103,7 @@ class ShakespeareData(L.LightningDataModule):
             return self._split
         path = _SHIPPED if self.path is None else Path(self.path).absolute()
         expected = _SHIPPED_SHA256 if self.path is None and self.sha256 is None else self.sha256
-        characters = text.read_text(path, expected)
+        characters, self._digest = text.read_text(path, expected)
         try:
             tokens = text.encode(characters)
         except DataError as error:

@@ -67,12 +67,15 @@ def decode(tokens: Tensor) -> str:
     return bytes(_BYTE_OF_TOKEN[tokens.cpu().long()].tolist()).decode("ascii")
 
 
-def read_text(path: Path, sha256: str | None) -> str:
+def read_text(path: Path, sha256: str | None) -> tuple[str, str]:
     """Read and check a text file, decompressed if its name ends in `.gz`.
 
     Args:
         path: of the file, in UTF-8.
         sha256: expected digest of the uncompressed bytes; None: not checked.
+
+    Returns:
+        The text, and the sha256 of its uncompressed bytes.
 
     Raises:
         DataError: if the file is missing, empty, truncated, not UTF-8, or has another digest.
@@ -108,7 +111,7 @@ def read_text(path: Path, sha256: str | None) -> str:
             f"correct data.sha256, or {remedy}"
         )
     try:
-        return raw.decode("utf-8")
+        return raw.decode("utf-8"), digest
     except UnicodeDecodeError as error:
         raise DataError(f"data file {path}: expected UTF-8 text, got {error}; convert it, or {remedy}") from error
 

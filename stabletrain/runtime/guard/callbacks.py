@@ -32,6 +32,7 @@ from stabletrain.runtime.guard.given_twice import attach, check_slots, given_onc
 from stabletrain.runtime.guard.hidden_fields import HiddenFields
 from stabletrain.runtime.guard.per_optimizer import PerOptimizer
 from stabletrain.runtime.guard.publishing import warn_of_old_names
+from stabletrain.runtime.guard.start_record import show_first_batch
 from stabletrain.runtime.guard.step_guard import StepGuard
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.internals.fabric import refuse_in_fabric
@@ -66,6 +67,7 @@ class GuardMember(Callback, metaclass=HiddenFields):
     _optimizers: PerOptimizer | None = None
     _optimizer_names: Sequence[str] = ("",)
     _leads: bool = False
+    _is_first_batch: bool = False
     _fitted: weakref.ref[Trainer] | None = None
     _loaded: bool = False
 
@@ -221,6 +223,7 @@ class GuardMember(Callback, metaclass=HiddenFields):
         """The optimizer exists: open the guard, which wraps the optimizer's step."""
         if self._leads and self._guard is not None:
             self._guard.open()
+            self._is_first_batch = True
             if trainer_internals.resumes_from_checkpoint(trainer):
                 convert_when_loading(trainer, once=True)
 
@@ -233,6 +236,9 @@ class GuardMember(Callback, metaclass=HiddenFields):
         """Start a micro-batch."""
         if self._leads and self._guard is not None:
             refuse_uneven_training(trainer)
+            if self._is_first_batch:
+                self._is_first_batch = False
+                show_first_batch(trainer, batch)
             self._guard.start_batch()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:

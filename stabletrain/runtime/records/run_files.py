@@ -11,12 +11,16 @@
 | `events.jsonl`         | the guard                          | the events of all plugins                         |
 | `steps.bin`            | the worker                         | loss, norm and end of every attempted step        |
 | `resumes.json`         | the worker                         | the attempted steps at which it was resumed       |
+| `environment/`         | launcher and worker                | versions, settings, code, data, git: see below    |
 | `interventions.jsonl`  | plugins that restore earlier state | the rollbacks, to replay them                     |
 | `diagnosis-<step>/`    | plugins that stop a run            | a report of the model's state                     |
 | `metrics-unsent.jsonl` | the MLflow logger                  | metrics that the store did not accept             |
 | `sample.txt`           | the text workload                  | a sample of the trained model                     |
 | `strategy.json`        | the strategy, if it shards         | which modules are units, and their share          |
 | `chaos/`               | faults of `stabletrain.chaos`      | the steps at which they were applied              |
+
+In ``environment/``: ``git.json`` and diffs (the launcher); ``environment.json``, ``requirements.txt`` and ``code.json``
+(the worker, once it is built), ``data.json`` (the worker, at the first batch).
 """
 
 from pathlib import Path
@@ -32,7 +36,10 @@ CHECKPOINTS = "checkpoints"
 INTERRUPTED_CHECKPOINT = "interrupted.ckpt"
 EVENTS = "events.jsonl"
 STEPS = "steps.bin"
-RESUMES = "resumes.json"
+RESUMED = "resumes.json"
+ENVIRONMENT = "environment"
+CODE = "code.json"
+DATA = "data.json"
 INTERVENTIONS = "interventions.jsonl"
 DIAGNOSIS_PREFIX = "diagnosis-"
 UNSENT_METRICS = "metrics-unsent.jsonl"
@@ -59,5 +66,6 @@ def artifacts(folder: Path) -> list[Path]:
     Args:
         folder: the run's folder.
     """
-    files = [folder / name for name in (EVENTS, STEPS, RESUMES, INTERVENTIONS, RESULT, SAMPLE, STRATEGY)]
+    names = (EVENTS, STEPS, RESUMED, INTERVENTIONS, RESULT, SAMPLE, STRATEGY, ENVIRONMENT)
+    files = [folder / name for name in names]
     return [*files, *sorted(folder.glob(f"{DIAGNOSIS_PREFIX}*"))]
