@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from stabletrain.launch.segments import Segment
-from stabletrain.tracking.git import git_state
+from stabletrain.tracking.code_files import package_paths
+from stabletrain.tracking.git import git_state, repository_of
 from stabletrain.tracking.record import packages
 
 FOLDER = "original"
 _REQUIREMENT = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9][A-Za-z0-9.!+_-]*)")
 _SHA = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_DIFF = re.compile(r"git(-\w+)?\.diff")
 _LARGEST = 2_000_000
 
 
@@ -55,18 +58,42 @@ def _packages(segment: Segment, folder: Path) -> list[Restore]:
 
 def _code(segment: Segment, folder: Path, code: Path) -> list[Restore]:
     recorded = segment.json("environment/git.json") or {}
-    sha = recorded.get("sha")
+    others = recorded.get("repositories")
+    found = _repository(segment, folder, {"diff": "git.diff", **_of_folder(recorded)}, code)
+    for each in others if isinstance(others, list) else ():
+        names = each.get("packages") if isinstance(each, Mapping) else None
+        package = names[0] if isinstance(names, list) and names else None
+        if not isinstance(package, str) or not package.isidentifier() or each.get("sha") == recorded.get("sha"):
+            continue
+        tops = [top for path in package_paths(package) if (top := repository_of(path)) is not None]
+        found += _repository(segment, folder, each, tops[0], package) if tops else []
+    return found
+
+
+def _of_folder(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: recorded.get(key) for key in ("sha", "diff_truncated")}
+
+
+def _repository(
+    segment: Segment, folder: Path, recorded: Mapping[str, Any], code: Path, package: str = ""
+) -> list[Restore]:
+    """The commands for one repository; of a package, in the folder of its repository here."""
+    sha, name = recorded.get("sha"), recorded.get("diff")
     if not isinstance(sha, str) or not _SHA.fullmatch(sha):
         return []
     here = git_state(code)
-    diff = _text(segment, "environment/git.diff").rstrip("\n")
+    diff = _text(segment, f"environment/{name}").rstrip("\n") if isinstance(name, str) and _DIFF.fullmatch(name) else ""
+    git = ["git", "-C", str(code)] if package else ["git"]
+    of = f" of {package}" if package else ""
     found = []
     if here["sha"] != sha:
-        found.append(Restore(f"git switch --detach {sha}", f"the commit here is {(here['sha'] or 'none')[:12]}"))
+        reason = f"the commit{of} here is {(here['sha'] or 'none')[:12]}"
+        found.append(Restore(shlex.join([*git, "switch", "--detach", sha]), reason))
     if diff and (here["sha"] != sha or here["diff"] != diff):
-        path = _write(folder / FOLDER / "git.diff", diff + "\n")
+        path = _write(folder / FOLDER / str(name), diff + "\n")
         cut = ", of which the end is not recorded" if recorded.get("diff_truncated") else ""
-        found.append(Restore(shlex.join(["git", "apply", str(path)]), f"it had changes that were not committed{cut}"))
+        reason = f"there were changes{of} that were not committed{cut}"
+        found.append(Restore(shlex.join([*git, "apply", str(path)]), reason))
     return found
 
 

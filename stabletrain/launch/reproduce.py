@@ -27,7 +27,6 @@ from stabletrain.launch.segments import Segment, segments_of
 from stabletrain.runtime.records.regular_file import only_regular
 from stabletrain.runtime.records.run_files import RESUMED, STEPS, WORKER_LOG
 from stabletrain.runtime.records.steps_file import Steps, read_steps
-from stabletrain.tracking.git import git_state
 from stabletrain.tracking.same_run import SameSteps, compare_steps
 from stabletrain.tracking.what_differs import Differences, Imported, Record, what_differs
 
@@ -279,7 +278,6 @@ def _check(part: Part, finished: FinishedJob, then: Steps | None) -> Checked:
         resumed = read_resumes(folder / RESUMED)[-1:] if part.resume is not None else []
         same = compare_steps(then, now, begin=max([part.begin, *resumed]), end=part.end)
     here = _record(finished.config, lambda name: _json(folder / name))
-    here = here._replace(git={key: value for key, value in git_state(Path.cwd()).items() if key != "diff"})
     original = _record(part.segment.config, part.segment.json)
     result = finished.result
     end = "" if result is None else f"{result.end}: {result.message}"
