@@ -67,7 +67,7 @@ def run(wanted: str, *, check: bool, steps: int | None, changes: Sequence[str], 
         each.job for each in done if each.job.result and each.job.result.end in ("interrupted", "terminated")
     ]
     if not check:
-        print(summarize([each.job for each in done]), flush=True)
+        print(summarize([each.job for each in done], suggest=False), flush=True)
         return exit_code([each.job for each in done])
     same = all(each.checked is not None and each.checked.same.verdict == "identical" for each in done)
     complete = not done[-1].part.has_next
@@ -90,7 +90,7 @@ def _lines(checked: Checked, part: str) -> Iterator[str]:
         yield "differs, without effect on these steps:" if is_same else "what differs, the most likely cause first:"
         yield from _listed([str(each) for each in found.likely])
     elif same.first is not None:
-        yield "nothing that was recorded differs" if found.unknown else _NEVER_RECORDED
+        yield _NEVER_RECORDED
     if same.first is not None and checked.undetermined:
         yield f"  torch names as non-deterministic: {', '.join(checked.undetermined)}"
     if found.unknown and not is_same:

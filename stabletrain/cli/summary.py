@@ -38,11 +38,12 @@ class PrintingReporter(Reporter):
         print(f"{job}{config['recipe']}, seed {config['seed']}, in {config['run_dir']}", flush=True)
 
 
-def summarize(jobs: Sequence[FinishedJob]) -> str:
+def summarize(jobs: Sequence[FinishedJob], *, suggest: bool = True) -> str:
     """Return the text that is printed at the end: how each job ended, where its files are, and commands to run next.
 
     Args:
         jobs: the jobs that ran, at least one.
+        suggest: whether to add the commands, which are those of ``stabletrain train``.
     """
     lines: list[str] = []
     for job in jobs:
@@ -53,8 +54,9 @@ def summarize(jobs: Sequence[FinishedJob]) -> str:
     if is_tracked(last.config):
         uri = last.config["logger"]["tracking_uri"]
         lines += ["", f"MLflow:      {shlex.join(['mlflow', 'ui', '--backend-store-uri', uri])}"]
-    first, second = next_commands(last)
-    lines += [f"next:        {first}", f"             {second}"]
+    if suggest:
+        first, second = next_commands(last)
+        lines += [f"next:        {first}", f"             {second}"]
     return "\n".join(lines)
 
 

@@ -71,6 +71,7 @@ class Job:
         number: in a sweep; None outside a sweep.
         name: what distinguishes it in a sweep; None for one job.
         tags: further ones of its run in MLflow.
+        command: the command line that makes this run; empty: ``stabletrain train`` with recipe and overrides.
     """
 
     recipe: str
@@ -78,6 +79,7 @@ class Job:
     number: int | None
     name: str | None
     tags: Mapping[str, str] = field(default_factory=dict)
+    command: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +217,8 @@ class _Sweep:
         Args:
             job: of the request.
         """
+        if job.command:
+            return list(job.command)
         recipe, overrides = job.recipe, job.composed.overrides
         return LaunchRequest(recipe=recipe, overrides=overrides, trust=self.request.trust).command
 

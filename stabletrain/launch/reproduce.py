@@ -18,7 +18,7 @@ from stabletrain.errors import UserError
 from stabletrain.launch import run_again
 from stabletrain.launch.bounded import one_message, read_json
 from stabletrain.launch.earlier_steps import read_resumes
-from stabletrain.launch.launcher import FinishedJob, LaunchRequest, Reporter
+from stabletrain.launch.launcher import FinishedJob, Job, LaunchRequest, Reporter
 from stabletrain.launch.launcher import run as launch
 from stabletrain.launch.original import Restore, restore_commands
 from stabletrain.launch.recorded_run import RecordedRun, find_run
@@ -137,18 +137,22 @@ def reproduce(
     parts = plan(run, check=check, steps=steps)
     configs = [_config(part, check, changes) for part in parts]
     tags = {TAG: run.run_id or run.name} | ({CHANGED_TAG: " ".join(changes)} if changes else {})
-    # every mistake is found before the first part runs
-    for config, part in zip(configs, parts, strict=True):
-        run_again.job_of(config, part.segment.config.get("choices"), changes, tags=tags, resume=part.resume)
+    options = [*(["--check"] if check else []), *(["--steps", str(steps)] if steps is not None else [])]
+    command = ["stabletrain", "reproduce", wanted, *changes, *options, *(w for t in trust for w in ("--trust", t))]
+
+    def job(part: Part, config: dict[str, Any], resume: str | None) -> Job:
+        choices = part.segment.config.get("choices")
+        return run_again.job_of(config, choices, changes, tags=tags, command=command, resume=part.resume or resume)
+
+    for part, config in zip(parts, configs, strict=True):
+        job(part, config, None)  # so that every mistake is found before the first part runs
     report.begins(run, parts)
     record = parts[-1].segment.steps() if check else None
     done: list[Repeat] = []
     resume: str | None = None
     for number, (part, config) in enumerate(zip(parts, configs, strict=True), start=1):
-        choices, start = part.segment.config.get("choices"), part.resume or resume
-        job = run_again.job_of(config, choices, changes, tags=tags, resume=start)
-        told = _Starting(report, part.segment)
-        (finished,) = launch(LaunchRequest(recipe=None, trust=tuple(trust)), [job], told)
+        request = LaunchRequest(recipe=None, trust=tuple(trust))
+        (finished,) = launch(request, [job(part, config, resume)], _Starting(report, part.segment))
         repeat = Repeat(part=part, job=finished, checked=_check(part, finished, record) if check else None)
         done.append(repeat)
         report.ended(repeat, number, len(parts))
@@ -207,8 +211,10 @@ def plan(run: RecordedRun, *, check: bool, steps: int | None) -> list[Part]:
         if parts[-1].end is None or parts[-1].end >= steps:
             parts[-1] = replace(parts[-1], end=steps, has_next=False)
     for index, part in enumerate(parts):
-        limit = part.end if part.end is not None or not check else _limit(part.segment, record)
-        parts[index] = replace(part, limit=limit)
+        ends = [part.end, run_again.own_end(part.segment.config)]
+        if check and not part.has_next:
+            ends.append(_limit(part.segment, record))
+        parts[index] = replace(part, limit=min((each for each in ends if each is not None), default=None))
     return parts
 
 

@@ -12,6 +12,7 @@ from stabletrain.config.overrides import parse
 from stabletrain.config.problems import ConfigError, suggestion
 from stabletrain.config.validate import check_keys
 from stabletrain.errors import UserError
+from stabletrain.launch.bounded import is_count
 from stabletrain.launch.launcher import Job
 from stabletrain.launch.mlflow_run import MLFLOW_LOGGER, is_tracked
 from stabletrain.runtime.records.run_files import RUN_YAML, RUN_YAML_RECORD
@@ -55,12 +56,25 @@ def same_config(config: Mapping[str, Any], name: str) -> dict[str, Any]:
         raise UserError(f"reproduce: the {RUN_YAML} of {name}: recipe: expected a plain name, got {recipe!r:.100}")
     found = {key: copy.deepcopy(value) for key, value in config.items() if key not in RUN_YAML_RECORD}
     found = {**copy.deepcopy(dict(_DEFAULTS)), **found, "run_dir": None, "resume": None, "dry_run": False}
+    found["callbacks"] = {} if found["callbacks"] is None else found["callbacks"]
     if isinstance(found["callbacks"], dict):
         for key, target in ((END, END_TARGET), (IMPORTS, IMPORTS_TARGET)):
             node = found["callbacks"].get(key)
             if isinstance(node, dict) and node.get("_target_") == target:  # of a run that is a repeat itself
                 del found["callbacks"][key]
     return found
+
+
+def own_end(config: Mapping[str, Any]) -> int | None:
+    """Return the steps after which a run was ended that is a repeat itself; None for any other run.
+
+    Args:
+        config: the content of its run.yaml, from anybody.
+    """
+    callbacks = config.get("callbacks")
+    node = callbacks.get(END) if isinstance(callbacks, Mapping) else None
+    steps = node.get("steps") if isinstance(node, Mapping) and node.get("_target_") == END_TARGET else None
+    return steps if is_count(steps) and steps > 0 else None
 
 
 def fresh_logger(config: Mapping[str, Any], experiment: str, *, tracked: bool) -> dict[str, Any] | None:
@@ -119,7 +133,13 @@ def _set(config: dict[str, Any], key: str, value: Any) -> None:
 
 
 def job_of(
-    config: dict[str, Any], choices: object, changes: Sequence[str], *, tags: Mapping[str, str], resume: str | None
+    config: dict[str, Any],
+    choices: object,
+    changes: Sequence[str],
+    *,
+    tags: Mapping[str, str],
+    command: Sequence[str],
+    resume: str | None,
 ) -> Job:
     """Return the job that runs a config again.
 
@@ -128,6 +148,7 @@ def job_of(
         choices: config group -> chosen option, from run.yaml.
         changes: what the command line has changed; their keys may name any path.
         tags: of the new run.
+        command: the command line.
         resume: checkpoint of this machine from which it starts; None: from new weights.
 
     Raises:
@@ -144,7 +165,7 @@ def job_of(
     problems = check_keys(composed)
     if problems:
         raise ConfigError(dict.fromkeys(problems))
-    return Job(recipe=composed.recipe, composed=composed, number=None, name=None, tags=tags)
+    return Job(recipe=composed.recipe, composed=composed, number=None, name=None, tags=tags, command=command)
 
 
 def add_end(config: dict[str, Any], steps: int | None, *, save: bool) -> None:

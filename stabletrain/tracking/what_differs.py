@@ -236,7 +236,7 @@ def _named_packages(node: object) -> set[str]:
 def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     before, after = dict(_flat(then)), dict(_flat(now))
     for key in sorted({*before, *after}):
-        a, b = before.get(key, _MISSING), after.get(key, _MISSING)
+        a, b = before.get(key), after.get(key)  # a key that an earlier version did not write is null
         if a is not b and (a != b or type(a) is not type(b)):
             yield f"{_plain(key)} {_shown(a)} -> {_shown(b)}"
 

@@ -39,7 +39,7 @@ def config() -> dict[str, Any]:
 def job(config: dict[str, Any], *changes: str) -> Any:
     found = same_config(config, "it")
     changed(found, changes)
-    return job_of(found, {"plugins/clip": "zscore", "odd": 3}, changes, tags={}, resume=None)
+    return job_of(found, {"plugins/clip": "zscore", "odd": 3}, changes, tags={}, command=(), resume=None)
 
 
 def test_what_names_the_old_run_is_made_fresh(config, tmp_path):
@@ -133,6 +133,11 @@ def test_a_run_is_repeated_until_its_own_end_or_where_it_was_stopped(config, tmp
         assert planned(tmp_path / end) == [(end, 0, None, limit, False)]
         assert planned(tmp_path / end, check=False) == [(end, 0, None, None, False)]
         assert planned(tmp_path / end, steps=4) == [(end, 0, 4, 4, False)]
+        assert planned(tmp_path / end, steps=20)[0][3] == (limit or 20)
+    cut = {**config, "callbacks": {}}
+    add_end(cut, 6, save=False)  # a repeat that --steps has ended
+    recorded(tmp_path / "cut", cut, steps=6)
+    assert planned(tmp_path / "cut") == [("cut", 0, None, 6, False)]
 
 
 def test_a_resumed_run_is_repeated_segment_by_segment(config, tmp_path):

@@ -52,6 +52,7 @@ def test_equal_records_have_no_differences():
     """Bug: what is equal is listed, as nested values that are compared by identity."""
     assert what_differs(THEN, changed(), IMPORTED) == ([], [], [])
     assert what_differs(THEN, changed()) == ([], [], [])
+    assert what_differs(THEN, changed(config__param_groups=None)) == ([], [], [])
 
 
 ONE = [
