@@ -18,8 +18,8 @@ writes `stability/NAME/...`. Of a module with several optimizers (manual optimiz
 optimizer's name at the end, such as `stability/loss/discriminator`; `stability/skipped` and `stability/overflows` also
 exist without one, for all together. Names that the module logs are its own: if it logs one of these, its value is kept,
 the plugin's is not written, and a warning says so. The progress bar shows `loss`, `grad_norm`, `clipped` and `skipped`,
-unless the module shows something under that word. A run of a recipe also writes its speed, `throughput/...`, at the
-steps of the plugins' metrics.
+unless the module shows something under that word. A run of a recipe also writes its speed, `throughput/...`, every
+`log_every_n_steps` steps, but at most twice a second.
 
 Before version 0.1 the names had no prefix. They are still understood by `compare` and `replay`, in runs that were
 logged under them, and by `monitor=`. In version 0.1 `trainer.callback_metrics` has each value under its old name too,

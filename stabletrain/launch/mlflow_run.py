@@ -149,6 +149,7 @@ def finish_run(config: Mapping[str, Any], result: Result) -> str | None:
     if not is_tracked(config) or not config["logger"].get("run_id"):
         return None
     from stabletrain.tracking.artifacts import upload_files
+    from stabletrain.tracking.picture import draw
     from stabletrain.tracking.runs import set_final_status, upload_unsent
 
     folder = Path(config["run_dir"])
@@ -156,6 +157,8 @@ def finish_run(config: Mapping[str, Any], result: Result) -> str | None:
     try:
         if unsent.is_file():
             upload_unsent(uri, unsent, run_id=run_id)
+        with suppress(Exception):  # no picture is no reason to say more of a run that has ended
+            draw(folder, f"{config['recipe']}, seed {config['seed']}: {result.end}")
         upload_files(uri, run_id, artifacts(folder))
         with suppress(Exception):  # a store that fails is said below
             describe_end(config, result)

@@ -28,11 +28,13 @@ METRICS = (
     MetricInfo("throughput/data_wait_share", "0 to 1", "share of that time in which the loop waited for a batch"),
     MetricInfo("throughput/peak_memory_mib", "MiB", "most memory of rank 0 so far: of its GPU by torch, else resident"),
 )
+_PAUSE = 0.5
+"""Seconds of training between two points, at least: of very short steps, a point would cost more than they do."""
 _TOKENS = (torch.int32, torch.int64)
 
 
 class MeasureThroughput(Callback):
-    """Log the speed of the training every ``log_every_n_steps`` steps, at the steps of the plugins' metrics.
+    """Log the speed of the training every ``log_every_n_steps`` steps, but at most twice a second.
 
     Times are those of the host: on a GPU, where it runs ahead, they are right as means over many steps.
     """
@@ -66,7 +68,7 @@ class MeasureThroughput(Callback):
         step = trainer_internals.logger_step(trainer)
         if self._since is not None:
             self._elapsed += now - self._since
-            if step - self._first >= self._every:
+            if self._elapsed >= _PAUSE and step - self._first >= self._every:
                 self._publish(trainer, step)
         else:
             self._waited = 0.0  # for the first batch of all, before the time began

@@ -17,6 +17,7 @@ from stabletrain.runtime.internals.packages import Callback
 from stabletrain.runtime.records.steps_file import Flag
 from stabletrain.runtime.records.steps_record import StepsRecord
 
+_KNOWN, _NO_LOSS = Flag.RECORDED.value, Flag.RECORDED.value | Flag.NO_LOSS.value
 _READ_EVERY = 1.0
 """Seconds between two readings of losses on another device than the CPU."""
 
@@ -39,6 +40,8 @@ class RecordLosses(Callback):
         self._unread: list[Tensor | None] = []
         """The losses of the last steps; None: the step had none."""
         self._step = 0
+        self._scaler: torch.amp.GradScaler | None = None
+        self._is_automatic = True
         self._read_at = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -50,24 +53,28 @@ class RecordLosses(Callback):
         writes = trainer.is_global_zero and not trainer_internals.is_fast_dev_run(trainer)
         self._record = StepsRecord(self._path) if writes else None
         self._step = trainer.global_step
+        self._scaler = trainer_internals.grad_scaler(trainer)
+        self._is_automatic = pl_module.automatic_optimization
         if self._record is not None:
             self._record.begin(self._step)
         self._window, self._unread = [], []
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Keep the loss of a micro-batch, divided by the window's size and multiplied by the loss scale."""
-        self._window.append(loss.detach())
+        self._window.append(loss.detach().reshape(()) if loss.ndim else loss.detach())
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Count a step."""
         window, self._window = self._window, []
         if self._record is None or trainer_internals.skips_backward(trainer):
             return
-        self._unread.append(_mean(trainer, pl_module, window) if window else None)
-        now = time.monotonic()
-        if now >= self._read_at or not window or window[0].device.type == "cpu":
+        self._unread.append(self._mean(trainer, window) if window else None)
+        if not window or not window[0].is_cpu:
+            now = time.monotonic()
+            if now < self._read_at:
+                return
             self._read_at = now + _READ_EVERY
-            self._read()
+        self._read()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the steps so far."""
@@ -97,12 +104,12 @@ class RecordLosses(Callback):
         if self._record is None or not self._unread:
             return
         unread, self._unread = self._unread, []
-        there = [loss.double() for loss in unread if loss is not None]
-        values = iter(torch.stack(there).tolist() if there else ())
+        there = [loss for loss in unread if loss is not None]
+        values = iter(torch.stack([loss.double() for loss in there]).tolist() if len(there) > 1 else map(float, there))
         for loss in unread:
             known = loss is not None
-            flags = Flag.RECORDED.value | (0 if known else Flag.NO_LOSS.value)
-            self._record.append(self._step, next(values) if known else math.nan, math.nan, flags)
+            value, flags = (next(values), _KNOWN) if known else (math.nan, _NO_LOSS)
+            self._record.append(self._step, value, math.nan, flags)
             self._step += 1
 
     def _flush(self) -> None:
@@ -115,13 +122,10 @@ class RecordLosses(Callback):
         if self._record is not None:
             self._record.close()
 
-
-def _mean(trainer: Trainer, module: LightningModule, window: list[Tensor]) -> Tensor:
-    """The mean loss of a window, unscaled, computed as the guard does."""
-    losses = [loss.reshape(()) for loss in window]
-    loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
-    scaler = trainer_internals.grad_scaler(trainer)
-    size = trainer.accumulate_grad_batches if module.automatic_optimization else 1
-    if scaler is not None:
-        return loss * (size / trainer_internals.scale_on_device(scaler))
-    return loss if size == 1 else loss * size
+    def _mean(self, trainer: Trainer, window: list[Tensor]) -> Tensor:
+        """The mean loss of a window, unscaled, computed as the guard does."""
+        loss = window[0] if len(window) == 1 else torch.stack(window).mean()
+        size = trainer.accumulate_grad_batches if self._is_automatic else 1
+        if self._scaler is not None:
+            return loss * (size / trainer_internals.scale_on_device(self._scaler))
+        return loss if size == 1 else loss * size

@@ -12,6 +12,7 @@
 | `steps.bin`            | the worker                         | loss, norm and end of every attempted step        |
 | `resumes.json`         | the worker                         | the attempted steps at which it was resumed       |
 | `environment/`         | launcher and worker                | versions, settings, code, data, git: see below    |
+| `stability.png`        | the launcher, if it can draw       | loss, norm and interventions, for the artifacts   |
 | `interventions.jsonl`  | plugins that restore earlier state | the rollbacks, to replay them                     |
 | `diagnosis-<step>/`    | plugins that stop a run            | a report of the model's state                     |
 | `metrics-unsent.jsonl` | the MLflow logger                  | metrics that the store did not accept             |
@@ -40,6 +41,7 @@ RESUMED = "resumes.json"
 ENVIRONMENT = "environment"
 CODE = "code.json"
 DATA = "data.json"
+PICTURE = "stability.png"
 INTERVENTIONS = "interventions.jsonl"
 DIAGNOSIS_PREFIX = "diagnosis-"
 UNSENT_METRICS = "metrics-unsent.jsonl"
@@ -66,6 +68,6 @@ def artifacts(folder: Path) -> list[Path]:
     Args:
         folder: the run's folder.
     """
-    names = (EVENTS, STEPS, RESUMED, INTERVENTIONS, RESULT, SAMPLE, STRATEGY, ENVIRONMENT)
+    names = (EVENTS, STEPS, PICTURE, RESUMED, INTERVENTIONS, RESULT, SAMPLE, STRATEGY, ENVIRONMENT)
     files = [folder / name for name in names]
     return [*files, *sorted(folder.glob(f"{DIAGNOSIS_PREFIX}*"))]

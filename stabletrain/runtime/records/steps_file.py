@@ -41,6 +41,9 @@ class Flag(IntFlag):
     """``training_step`` gave no loss."""
 
 
+_RECORDED, _SKIPPED, _OVERFLOW, _CLIPPED, _NO_LOSS = (flag.value for flag in Flag)  # at every step: as plain numbers
+
+
 class Steps(NamedTuple):
     """The recorded steps in order; arrays of equal length.
 
@@ -63,13 +66,16 @@ def flags_of(outcome: Outcome) -> int:
     >>> flags_of(Outcome(7, loss=2.0, grad_norm=3.0, transformed_norm=3.0, applied_norm=1.0))
     9
     """
-    return (
-        Flag.RECORDED.value
-        | Flag.SKIPPED.value * outcome.skipped
-        | Flag.OVERFLOW.value * outcome.overflow
-        | Flag.CLIPPED.value * outcome.clipped
-        | Flag.NO_LOSS.value * outcome.no_loss
-    )
+    flags = _RECORDED
+    if outcome.skipped:
+        flags |= _SKIPPED
+    if outcome.overflow:
+        flags |= _OVERFLOW
+    if outcome.clipped:
+        flags |= _CLIPPED
+    if outcome.no_loss:
+        flags |= _NO_LOSS
+    return flags
 
 
 class StepsFile:
