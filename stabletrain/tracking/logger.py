@@ -221,8 +221,9 @@ class MLflowLogger(Logger):
         session.attempt(f"{Path(folder).name} record", lambda: session.upload(Path(folder)))
         self._log_data(session, data, name)
 
+    @rank_zero_only
     def record_start(self, trainer: Trainer, batch: Any) -> None:
-        """Record data and weights by content, if no worker does; the guard calls it on all ranks. A collective.
+        """Record data and weights by content, if no worker does; the guard calls it. Not a collective.
 
         Args:
             trainer: in ``on_train_batch_start`` of the first batch.
@@ -230,7 +231,7 @@ class MLflowLogger(Logger):
         """
         if not self.records_itself:
             return
-        start = record_start(trainer, batch)
+        start = record_start(trainer, batch, alone=True)  # other ranks may have no such logger
         if start is None:
             return
         session = self._open()

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from stabletrain.runtime import rng
+from stabletrain.runtime.internals.packages import both
 from stabletrain.runtime.internals.trainer import unwrapped
 from stabletrain.runtime.ranks import Ranks
 from stabletrain.runtime.records.checksums import checksum, combined, weights_checksum
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("stabletrain")
 
+_DIVIDES = (*both(ModelParallelStrategy), *both(FSDPStrategy))
+
 
 @dataclass(frozen=True, kw_only=True)
 class StartRecord:
@@ -28,15 +32,19 @@ class StartRecord:
 
     Args:
         environment: the content of environment.json.
-        data: the content of data.json.
+        data: the content of data.json: ``fingerprint``, what the data module says; ``first_batch`` and
+            ``initial_weights``, checksums, None if unknown; ``parts``, of how many different parts each is made, by
+            rank; ``ranks``, of how many processes.
     """
 
     environment: dict[str, Any]
     data: dict[str, Any]
 
 
-def record_start(trainer: Trainer, batch: Any, record: Mapping[str, Any] | None = None) -> StartRecord | None:
-    """Return the record of a start; None on ranks other than 0. A collective.
+def record_start(
+    trainer: Trainer, batch: Any, record: Mapping[str, Any] | None = None, *, alone: bool = False
+) -> StartRecord | None:
+    """Return the record of a start; None on ranks other than 0. A collective, unless it is made alone.
 
     No random number is drawn, no loader is advanced, and nothing is changed.
 
@@ -44,14 +52,18 @@ def record_start(trainer: Trainer, batch: Any, record: Mapping[str, Any] | None 
         trainer: in ``on_train_batch_start`` of the first batch.
         batch: that batch, on the device.
         record: of this process, from `stabletrain.tracking.environment`, if it was made before.
+        alone: whether rank 0 alone calls this. It then sees its own batch, and no weights that are divided.
     """
-    weights = _checksum("the initial weights", weights_checksum, unwrapped(trainer.lightning_module))
+    alone = alone or trainer.world_size == 1 or not (dist.is_available() and dist.is_initialized())
+    weights = None
+    # a process that lets its shards be as the optimizer has them, while the others do not, would wait for them later
+    if not (alone and trainer.world_size > 1 and isinstance(trainer.strategy, _DIVIDES)):
+        weights = _checksum("the initial weights", weights_checksum, unwrapped(trainer.lightning_module))
     data = None if batch is None else _checksum("the first batch", checksum, batch)
     leads_node = trainer.is_global_zero or (trainer.num_nodes > 1 and trainer.local_rank == 0)
     mine = _settings(trainer, record) if leads_node else None
     entry = None if mine is None else node_entry(mine, trainer.global_rank)
-    is_alone = trainer.world_size == 1 or not (dist.is_available() and dist.is_initialized())
-    everyone = [(weights, data, entry)] if is_alone else Ranks(trainer).gather((weights, data, entry))
+    everyone = [(weights, data, entry)] if alone else Ranks(trainer).gather((weights, data, entry))
     if not trainer.is_global_zero or mine is None:
         return None
     initial_weights, parts_of_weights = combined(each[0] for each in everyone)
@@ -61,6 +73,7 @@ def record_start(trainer: Trainer, batch: Any, record: Mapping[str, Any] | None 
         "first_batch": first_batch,
         "initial_weights": initial_weights,
         "parts": {"first_batch": parts_of_batch, "initial_weights": parts_of_weights},
+        "ranks": len(everyone),
     }
     nodes = [each[2] for each in everyone if each[2] is not None]
     return StartRecord(environment={**mine, "nodes": nodes}, data=content)

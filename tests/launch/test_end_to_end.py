@@ -1,6 +1,7 @@
 """Whole runs through the command line: launcher, worker, MLflow, exit codes."""
 
 import fcntl
+import json
 import os
 import pty
 import signal
@@ -21,20 +22,29 @@ TINY = str(LAUNCH / "tiny.yaml")
 
 def test_a_run_writes_its_folder_and_prints_the_next_commands(cli) -> None:
     """Bugs: a file is missing in the run folder; MLflow has another run; a printed command lacks ``--trust``; a file
-    beside the recipe is run by the launcher or the worker, or replaces a module under ``--trust``."""
+    beside the recipe is run by the launcher or the worker, or replaces a module under ``--trust``; the record has the
+    settings of the launcher."""
     for name in ("xxhash", "queue", "yaml", "mlflow"):
         (cli.folder / f"{name}.py").write_text(f"open('RAN-{name}', 'w')")
     (cli.folder / "mine.py").write_text((LAUNCH / "tiny_workload.py").read_text())
     (cli.folder / "tiny.yaml").write_text(Path(TINY).read_text().replace("tiny_workload.", "mine."))
     done = cli(
-        "train", "./tiny.yaml", "--trust", "mine", "optimizer=adamw", "logger=mlflow", "plugins/checkpoints=save"
+        "train",
+        "./tiny.yaml",
+        "--trust",
+        "mine",
+        "optimizer=adamw",
+        "logger=mlflow",
+        "plugins/checkpoints=save",
+        "model.does=settings",
+        "launch.threads=2",
     )
     assert done.returncode == 0, done.stderr
     assert list(cli.folder.glob("RAN*")) == []
     (result,) = cli.results()
     assert result["end"] == "finished"
     assert result["steps"] == 5
-    assert result["threads"] == 1
+    assert result["threads"] == 2
     (folder,) = (cli.folder / "runs" / "tiny").iterdir()
     content = yaml.safe_load((folder / "run.yaml").read_text())
     assert content["run_dir"] == str(folder)
@@ -43,10 +53,20 @@ def test_a_run_writes_its_folder_and_prints_the_next_commands(cli) -> None:
     assert content["trust"] == ["mine"]
     assert any((folder / "checkpoints").iterdir())
     assert (folder / "worker.log").exists()
+    record = {path.name: path.read_text() for path in (folder / "environment").iterdir()}
+    assert record.keys() >= {"environment.json", "code.json", "data.json", "git.json", "requirements.txt"}
+    environment, used = json.loads(record["environment.json"]), json.loads((folder / "settings.json").read_text())
+    assert used.pop("variables").items() <= environment["variables"].items()
+    assert used.items() <= environment["torch"].items()
+    assert (used["threads"], environment["variables"]["OMP_NUM_THREADS"]) == (2, "2")
+    assert json.loads(record["code.json"])["mine"]["files"].keys() == {"mine.py"}
     (run,) = cli.runs()
     assert run.info.status == "FINISHED"
+    assert run.data.tags["data.digest"] == f"first_batch:{json.loads(record['data.json'])['first_batch']}"
+    (dataset,) = run.inputs.dataset_inputs
+    assert (dataset.dataset.name, dataset.tags[0].value) == ("TinyData", "training")
     assert content["logger"]["run_id"] == run.info.run_id
-    assert "parameter_groups.txt" in cli.artifacts()
+    assert {"parameter_groups.txt", "environment"} <= cli.artifacts()
     assert f"mlflow ui --backend-store-uri sqlite:///{cli.folder}/mlflow.db" in done.stdout
     assert done.stdout.count("stabletrain train") == 2
     assert "--trust=mine" in done.stdout
@@ -93,8 +113,6 @@ def test_a_signal_saves_and_the_run_can_be_resumed(cli, signum: signal.Signals, 
     checkpoint = cli.folder / "first" / "checkpoints" / "interrupted.ckpt"
     assert f"resume={checkpoint}" in out
     assert cli.runs()[0].info.status == "KILLED"
-    import json
-
     result = json.loads((cli.folder / "first" / "result.json").read_text())
     steps = result["steps"]
     assert result["end"] == end

@@ -1,11 +1,13 @@
 """A small workload, as of a user, that does at a given batch what a test needs."""
 
+import json
 import logging
 import os
 import shutil
 import signal
 import sys
 import time
+from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -50,6 +52,21 @@ class TinyModel(LightningModule):
             if self.does == "remove_folder":
                 shutil.rmtree(self.trainer.default_root_dir)
         return loss
+
+    def on_fit_start(self) -> None:
+        if self.does == "settings":
+            torch.set_float32_matmul_precision("medium")
+
+    def on_train_end(self) -> None:
+        if self.does == "settings":
+            found = {
+                "threads": torch.get_num_threads(),
+                "float32_matmul_precision": torch.get_float32_matmul_precision(),
+                "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+                "deterministic_warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
+                "variables": {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "PYTHONHASHSEED")},
+            }
+            (Path(self.trainer.default_root_dir) / "settings.json").write_text(json.dumps(found))
 
     def on_train_batch_start(self, batch: list[Tensor], batch_idx: int) -> int | None:
         leaves = self.does == "leave" and self.global_step == self.at and self.rank in (-1, self.global_rank)

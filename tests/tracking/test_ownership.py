@@ -38,7 +38,7 @@ def statuses(client) -> list[str]:
     "where",
     [
         "stabletrain.tracking.runs.write_params",
-        "stabletrain.tracking.record.environment",
+        "stabletrain.tracking.git_record.write_git",
         "mlflow.MlflowClient.log_artifacts",
         "mlflow.MlflowClient.create_run",
     ],

@@ -37,6 +37,21 @@ def test_environment_holds_no_secrets(monkeypatch):
     assert getpass.getuser() not in json.dumps(record["platform"])
 
 
+def test_settings_by_the_new_names_of_torch():
+    """Bug: torch raises when a precision that was set by its new name is read by its old one, and no run starts."""
+    import torch
+
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        settings = environment()["torch"]
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert settings["cuda_matmul_fp32_precision"] == "tf32"
+    assert settings["float32_matmul_precision"] is None
+    assert environment()["torch"]["float32_matmul_precision"] == "highest"
+
+
 def test_clean_and_dirty(repository):
     """Bug: a run from changed code claims the commit's results."""
     clean = git_state(repository)

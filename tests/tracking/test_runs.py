@@ -59,7 +59,11 @@ def test_a_new_run_has_everything(uri, client):
     assert saved["logger"]["run_id"] == run_id
     assert {**saved, "logger": CONFIG["logger"]} == CONFIG
     assert CONFIG["logger"]["run_id"] is None, "the caller's configuration is not changed"
-    assert json.loads(artifact(client, run_id, "environment/environment.json"))["torch"]["version"]
+    assert "sha" in json.loads(artifact(client, run_id, "environment/git.json"))
+    # the environment of this process is not the worker's
+    assert {each.path for each in client.list_artifacts(run_id, "environment")} <= {
+        f"environment/{name}" for name in ("git.json", "git.diff", "git-stabletrain.diff")
+    }
 
 
 def test_artifacts_lie_beside_the_database(uri, client, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 
 
 def show_first_batch(trainer: Trainer, batch: Any) -> None:
-    """Call ``record_start(trainer, batch)`` of each logger whose attribute ``records_itself`` is True. A collective.
+    """Call ``record_start(trainer, batch)`` of each logger whose attribute ``records_itself`` is True.
 
     Args:
         trainer: in ``on_train_batch_start`` of the first batch of a fit.
