@@ -290,7 +290,7 @@ def _check(part: Part, finished: FinishedJob, then: Steps | None) -> Checked:
     return Checked(
         same=same,
         differences=what_differs(original, here, _imported(folder)),
-        undetermined=_undetermined(folder),
+        undetermined=undetermined_operators(folder),
         end=end,
     )
 
@@ -318,8 +318,12 @@ def _imported(folder: Path) -> Imported | None:
     return None
 
 
-def _undetermined(folder: Path) -> tuple[str, ...]:
-    """Operators of which torch has warned that they have no deterministic implementation."""
+def undetermined_operators(folder: Path) -> tuple[str, ...]:
+    """Return the operators of which torch has warned that they have no deterministic implementation.
+
+    Args:
+        folder: of the run, with its log.
+    """
     with suppress(OSError), open(folder / WORKER_LOG, "rb", opener=only_regular) as file:
         text = file.read(_LARGEST_LOG).decode("utf-8", "replace")
         return tuple(dict.fromkeys(_UNDETERMINED.findall(text)))
