@@ -88,7 +88,8 @@ def table(trials: list[Trial]) -> str:
     """The results."""
     ready, ended = [each.ready for each in trials], [each.ended for each in trials]
     rows = [
-        ("start to address, s", f"{statistics.median(ready):.1f}", f"{max(ready):.1f}", f"at most {REQUIRED:g} on an idle machine"),
+        ("start to address, s", f"{statistics.median(ready):.1f}", f"{max(ready):.1f}",
+         f"at most {REQUIRED:g} on an idle machine"),
         ("processor time until then, s", f"{statistics.median(t.processor for t in trials):.1f}",
          f"{max(t.processor for t in trials):.1f}", ""),
         ("Ctrl-C to end, s", f"{statistics.median(ended):.1f}", f"{max(ended):.1f}", ""),

@@ -260,6 +260,54 @@ def compare(
     )
 
 
+@app.command(
+    short_help="Run a recorded run again, and check whether every step is the same: stabletrain reproduce RUN --check"
+)
+def reproduce(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN [KEY=VALUE]...",
+            help="The run: its id, the beginning of an id, its name, or its folder; then values of its config to "
+            "change.",
+            show_default=False,
+        ),
+    ],
+    check: Annotated[
+        bool, typer.Option("--check", help="Run without tracking, and compare the bits of every attempted step.")
+    ] = False,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            "--steps",
+            metavar="N",
+            help="End after N attempted steps; schedules and max_steps stay.",
+            show_default=False,
+        ),
+    ] = None,
+    trust: Trust = None,
+) -> None:
+    """Run a recorded run again from its run.yaml, in a new folder; its config is not trusted.
+
+    Without --check it is a new run in MLflow, with the tag reproduces. With --check nothing is logged, and the loss,
+    the gradient norm and the end of every attempted step are compared with the original's, bit for bit; then comes
+    what differs between the two, the most likely cause first. Nothing is installed or checked out: the commands that
+    would are printed.
+
+    Exit codes: 0 every compared step is bit-identical (without --check: the run has finished), 1 a step differs, is
+    missing or unknown, 2 a mistake in the command or the run's config.
+    """
+    from stabletrain.cli.starting import starting
+    from stabletrain.launch.streams import tolerate_broken_output
+
+    tolerate_broken_output()
+    with starting():
+        from stabletrain.cli.reproduce import run
+
+        code = run(words[0], check=check, steps=steps, changes=words[1:], trust=trust or ())
+    raise typer.Exit(code)
+
+
 @app.command(short_help="Write the weights of a checkpoint to one file, for torch.load.")
 def consolidate(
     run: Annotated[

@@ -52,11 +52,12 @@ class PrintingReporter(Reporter):
         print(f"job {number} cannot be started, the sweep goes on: {error}", file=sys.stderr, flush=True)
 
 
-def summarize(jobs: Sequence[FinishedJob]) -> str:
+def summarize(jobs: Sequence[FinishedJob], *, suggest: bool = True) -> str:
     """Return the text that is printed at the end: how each job ended, where its files are, and commands to run next.
 
     Args:
         jobs: the jobs that ran, at least one.
+        suggest: whether to add the commands, which are those of ``stabletrain train``.
     """
     lines: list[str] = []
     for job in jobs:
@@ -65,8 +66,9 @@ def summarize(jobs: Sequence[FinishedJob]) -> str:
             lines.append(f"warning: {job.warning}")
     last = jobs[-1]
     lines += _where_to_look(jobs)
-    first, second = next_commands(last)
-    lines += [f"next:        {first}", f"             {second}"]
+    if suggest:
+        first, second = next_commands(last)
+        lines += [f"next:        {first}", f"             {second}"]
     return "\n".join(lines)
 
 

@@ -21,6 +21,7 @@ from stabletrain.errors import UserError
 from stabletrain.launch.checkpoint_mismatch import explain_mismatch
 from stabletrain.launch.interrupt import SaveAndStop
 from stabletrain.launch.progress import progress_bar
+from stabletrain.launch.record_resume import RecordResume
 from stabletrain.launch.throughput import MeasureThroughput
 from stabletrain.optim.build import build_optimizer, replace_configure_optimizers
 from stabletrain.optim.options import KEY, group_options
@@ -169,7 +170,7 @@ def build_parts(
         "trainer",
         lambda: Trainer(
             **arguments,
-            callbacks=[*found, *recorders(found, Path(config["run_dir"]) / STEPS), parts.interrupt],
+            callbacks=[*found, *recorders(found, config), parts.interrupt],
             logger=parts.logger,
             default_root_dir=config["run_dir"],
         ),
@@ -184,17 +185,19 @@ def build_parts(
     return parts
 
 
-def recorders(callbacks: Sequence[Callback], steps: Path) -> list[Callback]:
-    """Return the callbacks that record a run: its speed, and every step.
+def recorders(callbacks: Sequence[Callback], config: Mapping[str, Any]) -> list[Callback]:
+    """Return the callbacks that record a run: its speed, every step, and the step at which it is resumed.
 
     Of a step these are the loss and the norm that plugins measure; without any plugin, only the loss.
 
     Args:
         callbacks: of the run.
-        steps: the file of the steps.
+        config: the content of a run.yaml.
     """
+    path = Path(config["run_dir"]) / STEPS
     is_guarded = any(isinstance(callback, GuardMember) for callback in callbacks)
-    return [MeasureThroughput(), RecordSteps(steps) if is_guarded else RecordLosses(steps)]
+    steps = RecordSteps(path) if is_guarded else RecordLosses(path)
+    return [MeasureThroughput(), steps, *([RecordResume(config)] if config.get("resume") else [])]
 
 
 def build_model(config: Mapping[str, Any]) -> LightningModule:

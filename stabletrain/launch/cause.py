@@ -17,7 +17,7 @@ from stabletrain.errors import UserError
 from stabletrain.launch.bounded import one_message
 from stabletrain.launch.result import End, Result
 from stabletrain.runtime.signal_watch import Interrupted, Terminated
-from stabletrain.runtime.stop import TrainingStopped
+from stabletrain.runtime.stop import EndReached, TrainingStopped
 
 _NOT_OWN = re.compile(
     r"(^<)|[/\\](site-packages|dist-packages|lib[/\\]python[\d.]+)[/\\]|"
@@ -94,6 +94,9 @@ def _cause_of(error: BaseException, *, started: bool) -> Cause:
         return Cause(result=Result(end="terminated", message="ended by SIGTERM"), show="nothing", agreed=True)
     if any(isinstance(each, KeyboardInterrupt) for each in _chain(error)):
         return Cause(result=Result(end="interrupted", message="ended by a KeyboardInterrupt"), show="nothing")
+    if isinstance(error, EndReached):
+        result = Result(end="finished", message=one_message(_text(error)), checkpoint=error.checkpoint)
+        return Cause(result=result, show="nothing", agreed=True)
     if isinstance(error, TrainingStopped):
         return Cause(result=Result(end="stopped", message=one_message(_text(error))), show="message", agreed=True)
     if isinstance(error, UserError):

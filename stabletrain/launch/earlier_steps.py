@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from stabletrain.launch.bounded import is_count, read_json
 from stabletrain.runtime.records.regular_file import only_regular
 from stabletrain.runtime.records.run_files import RUN_YAML, STEPS
 
@@ -23,15 +24,39 @@ def take_over_steps(config: Mapping[str, Any]) -> None:
         config: the content of run.yaml.
     """
     target = Path(config["run_dir"]) / STEPS
-    resume = config.get("resume")
-    if not isinstance(resume, str) or target.exists():
+    if target.exists():
         return
     with suppress(OSError):
-        path = Path(resume).resolve()
-        source = next((each / STEPS for each in (path, *path.parents) if (each / RUN_YAML).is_file()), None)
-        if source is None or not source.exists():
+        folder = resumed_folder(config)
+        if folder is None or not (folder / STEPS).exists():
             return
-        part = target.with_name(f"{STEPS}.part")
+        source, part = folder / STEPS, target.with_name(f"{STEPS}.part")
         with open(source, "rb", opener=only_regular) as earlier, open(part, "wb") as copy:
             shutil.copyfileobj(earlier, copy)
         os.replace(part, target)
+
+
+def read_resumes(path: Path) -> list[int]:
+    """Return the numbers of attempted steps at which a run was resumed; empty if that is not recorded.
+
+    Args:
+        path: of ``resumes.json``, which anybody may have written.
+    """
+    with suppress(OSError, ValueError):
+        content = read_json(path)
+        if isinstance(content, list) and all(map(is_count, content)):
+            return content
+    return []
+
+
+def resumed_folder(config: Mapping[str, Any]) -> Path | None:
+    """Return the folder of the run whose checkpoint is resumed; None if it is in no run's folder.
+
+    Args:
+        config: the content of run.yaml.
+    """
+    resume = config.get("resume")
+    if not isinstance(resume, str):
+        return None
+    path = Path(resume).resolve()
+    return next((each for each in (path, *path.parents) if (each / RUN_YAML).is_file()), None)

@@ -2,47 +2,26 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import re
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, TypeGuard
+from typing import Any, NoReturn
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
 
 from stabletrain.runtime.checkpoints.newest_file import newest_files
 from stabletrain.runtime.checkpoints.preemption import StopBetweenBatches
+from stabletrain.runtime.checkpoints.save_now import find_saver, save_now
 from stabletrain.runtime.data.uneven import refuse_uneven_training, refuse_uneven_validation
-from stabletrain.runtime.records.run_files import INTERRUPTED_CHECKPOINT
 from stabletrain.runtime.signal_watch import Interrupted, SignalWatch
 
 logger = logging.getLogger("stabletrain")
 
 _LOOK_EVERY = 10.0
 """Seconds between two looks whether the run's folder still exists."""
-
-
-class SavesOnRequest(Protocol):
-    """A checkpoint callback (Lightning's ``Checkpoint``) with a method that saves at once.
-
-    A run that is interrupted saves through it, so that the checkpoint has the callback's own format and counts in its
-    retention. Without such a callback, the run saves an ordinary Lightning checkpoint.
-    """
-
-    def save(self, trainer: Trainer, *, wait: bool) -> Path | None:
-        """Save a checkpoint now; called on all ranks, between batches.
-
-        Args:
-            trainer: in a fit.
-            wait: whether to return only when the checkpoint is on disk.
-
-        Returns:
-            Where the checkpoint is; None if it is not on disk, and on ranks other than 0.
-        """
 
 
 class SaveAndStop(StopBetweenBatches):
@@ -117,7 +96,7 @@ class SaveAndStop(StopBetweenBatches):
     def save_and_stop(self, trainer: Trainer) -> NoReturn:
         """Save a checkpoint and raise `Interrupted`; on a rank that received no signal itself, with SIGTERM."""
         signum = self._watch.signum
-        path = self._save(trainer)
+        path = save_now(trainer, self._folder)
         is_saved = path is not None or not trainer.is_global_zero  # only rank 0 writes
         how = "after a batch, with a checkpoint" if is_saved else "after a batch; the checkpoint could not be written"
         raise Interrupted(signum if signum is not None else signal.SIGTERM, path, how=how, agreed=True)
@@ -131,15 +110,6 @@ class SaveAndStop(StopBetweenBatches):
             "what would be written to it later may be, too",
             self._folder.parent,
         )
-
-    def _save(self, trainer: Trainer) -> str | None:
-        callback = find_saver(trainer.checkpoint_callbacks)
-        if callback is not None:
-            saved = callback.save(trainer, wait=True)
-            return str(saved) if saved else None
-        path = self._folder / INTERRUPTED_CHECKPOINT
-        trainer.save_checkpoint(path, weights_only=False)
-        return str(path)
 
 
 def position_of(trainer: Trainer) -> str:
@@ -172,17 +142,3 @@ def _lost(trainer: Trainer, first_step: int, folder: Path) -> str:
     steps = [int(found[1]) for name in names if (found := _STEP.search(name))]
     lost = trainer.global_step - max([first_step, *(step for step in steps if step <= trainer.global_step)])
     return f"without a checkpoint; steps lost since the last checkpoint: {lost}"
-
-
-def find_saver(callbacks: Iterable[Checkpoint]) -> SavesOnRequest | None:
-    """Return the first callback with the method of `SavesOnRequest`; None if there is none.
-
-    Args:
-        callbacks: of a Trainer.
-    """
-    return next((callback for callback in callbacks if _saves_on_request(callback)), None)
-
-
-def _saves_on_request(callback: object) -> TypeGuard[SavesOnRequest]:
-    save = getattr(callback, "save", None)
-    return callable(save) and "wait" in inspect.signature(save).parameters

@@ -343,7 +343,7 @@ def _opened(
         if uri is not None:
             experiment = config["logger"].get("experiment") or config["recipe"]
             parent = None if sweep is None else sweep.open(uri, experiment)
-            mlflow_run.open_run(config, uri, parent=parent, name=job.name, command=job.command, git=git)
+            mlflow_run.open_run(config, uri, parent=parent, name=job.name, command=job.command, tags=job.tags, git=git)
         record_git(git, folder)
         write_run_yaml(config)
         start_up.check()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -63,6 +63,7 @@ def open_run(
     parent: str | None = None,
     name: str | None = None,
     command: Sequence[str] = (),
+    tags: Mapping[str, str] | None = None,
     git: Mapping[str, Any] | None = None,
 ) -> None:
     """Create the run in the store, and write its id and location into the config.
@@ -75,6 +76,7 @@ def open_run(
         parent: id of the sweep's run; None outside a sweep.
         name: shown in MLflow; None: the folder's name.
         command: the command line.
+        tags: further tags.
         git: from `stabletrain.launch.recording.git_of_run`; None: it is read here.
 
     Raises:
@@ -98,13 +100,13 @@ def open_run(
         git=git,
         owner=config["launch"].get("kind") != "slurm",  # whose process is on another machine, perhaps much later
     )
-    told = {NOTE: note_at_start(config, command), **source_tags(command)}
+    wanted = logger.get("run_id")
+    told = {NOTE: note_at_start(config, command), **source_tags(command), **(tags or {})}
     try:
-        logger["run_id"] = start(uri=uri, run_id=logger.get("run_id"), tags=told)
+        logger["run_id"] = start(uri=uri, run_id=wanted, tags=told)
     except StoreUnreachable as error:
-        tags = tags_for(uri, logger.get("run_id"))
         logger["tracking_uri"] = open_buffer(Path(config["run_dir"]))
-        logger["run_id"] = start(uri=logger["tracking_uri"], tags=told | tags)
+        logger["run_id"] = start(uri=logger["tracking_uri"], tags={**told, **tags_for(uri, wanted)})
         _logger.warning(
             "%s\n  The run is recorded in its folder for now, and sent when it has ended, if the server responds then.",
             error,

@@ -290,12 +290,41 @@ def _of_store(run: Any, uri: str, experiments: Mapping[str, str]) -> RecordedRun
         logged_names=names,
         start_ms=info.start_time,
         end_ms=info.end_time,
-        folder=folder if folder is not None and _is_of(folder, info.run_id) else None,
+        folder=folder if folder is not None and belongs_to(folder, info.run_id) else None,
     )
 
 
-def _is_of(folder: Path, run_id: str) -> bool:
-    """Whether a folder, which a store names, is this run's: the store may come from another machine."""
+def run_of_folder(folder: Path, *, command: str, uri: str | None) -> RecordedRun | None:
+    """Return the run that a folder is of, also if only the store still knows it; None if there is none.
+
+    Args:
+        folder: absolute path, such as that of the checkpoint from which another run was resumed.
+        command: begins the messages.
+        uri: tracking URI of the store; None: there is none.
+
+    Raises:
+        UserError: if the store cannot be read.
+    """
+    if _is_regular(folder / RUN_YAML):
+        return run_in_folder(folder, command=command)
+    if uri is None or "'" in str(folder):
+        return None
+    from stabletrain.tracking.ownership import RUN_DIR
+
+    with _store_errors(uri):
+        client = _client(uri)
+        experiments = {each.experiment_id: each.name for each in client.search_experiments(max_results=1000)}
+        found = client.search_runs(list(experiments), f"tags.`{RUN_DIR}` = '{folder}'", max_results=1)
+        return _of_store(found[0], uri, experiments) if found else None
+
+
+def belongs_to(folder: Path, run_id: str) -> bool:
+    """Whether a folder, which a store names, is this run's: the store may come from another machine.
+
+    Args:
+        folder: any path.
+        run_id: of the run.
+    """
     with suppress(OSError), open(folder / RUN_YAML, "rb", opener=only_regular) as file:
         # the line alone: parsing the file takes 15 ms, of each of the runs of an experiment
         wanted = rf"\brun_id: ['\"]?{re.escape(run_id)}\b"

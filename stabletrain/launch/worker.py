@@ -118,11 +118,11 @@ class _Run:
         run = self.built or check_and_assemble(self.config, self.watch)
         self.trainer = run.trainer
         complete(run, self.config)
+        if self.is_rank_0:
+            take_over_steps(self.config)
         recording = Recording(self.config, run.trainer)
         recording.write()
         run.interrupt.begins = recording.begin
-        if self.is_rank_0:
-            take_over_steps(self.config)
         run.interrupt.failed = lambda error, at: self.end.note(error, started=run.interrupt.started, at=at)
         try:
             run.fit()

@@ -1,4 +1,4 @@
-"""How a plugin ends a run."""
+"""How a plugin or callback ends a run."""
 
 
 class TrainingStopped(Exception):
@@ -27,3 +27,23 @@ class TrainingStopped(Exception):
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
         return type(self), (self.plugin, self.reason)
+
+
+class EndReached(Exception):
+    """Raised on all ranks when a run has come to the end that it was given, before the Trainer's own end.
+
+    It is an exception since ``trainer.should_stop`` has no effect before ``min_steps`` and ``min_epochs``, and runs one
+    more validation. The exit code of the command line is 0.
+
+    Args:
+        reason: one sentence that contains the number.
+        checkpoint: path of the checkpoint that was saved at the end; None if none was.
+    """
+
+    def __init__(self, reason: str, checkpoint: str | None = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.checkpoint = checkpoint
+
+    def __reduce__(self) -> tuple[type, tuple[str, str | None]]:
+        return type(self), (self.reason, self.checkpoint)

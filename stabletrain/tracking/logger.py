@@ -27,6 +27,7 @@ from stabletrain.extras import require
 from stabletrain.runtime.internals.packages import Logger, both
 from stabletrain.runtime.records.run_files import ENVIRONMENT, UNSENT_METRICS, UNSENT_RUNS
 from stabletrain.runtime.signal_watch import Interrupted, Terminated
+from stabletrain.runtime.stop import EndReached
 from stabletrain.tracking import runs
 from stabletrain.tracking.artifacts import RESUMES, upload_files, write_artifact
 from stabletrain.tracking.buffer import open_buffer, send_buffer, tags_for
@@ -291,7 +292,7 @@ class MLflowLogger(Logger):
         # Lightning passes "failed" for every exception, from within its handler
         signals = (KeyboardInterrupt, Interrupted, Terminated, *both(SIGTERMException))
         interrupted = isinstance(sys.exc_info()[1], signals)
-        if status in ("success", "finished"):
+        if status in ("success", "finished") or isinstance(sys.exc_info()[1], EndReached):
             final: runs.Status = "FINISHED"
         elif interrupted or status in ("killed", "aborted"):
             final = "KILLED"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -13,7 +14,9 @@ from fits import NAN_LOSS, Net, Recorder, SkipHighLoss, batches, fit, loader
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from stabletrain import ClipNorm, Guard, RecordSteps, SkipNonFinite
+from stabletrain.runtime.checkpoints.end_after import EndAfter
 from stabletrain.runtime.records.record_losses import RecordLosses
+from stabletrain.runtime.stop import EndReached
 
 FAULTS = (0, 5, NAN_LOSS, 0, 4, 0, NAN_LOSS, 5, 0, 0)  # healthy, large gradient, high loss
 ITEMS = batches(*FAULTS)
@@ -53,6 +56,14 @@ def on_two_ranks(folder: Path, guarded: bool) -> list[tuple[float, float]]:
     members = [recorder, SkipNonFinite(), RecordSteps(path)] if guarded else [RecordLosses(path)]
     two_ranks.train(folder, "ddp", *members, make_optimizer=_sgd)
     return [(each.loss, each.grad_norm) for each in recorder.state] if guarded else []
+
+
+def ended_on_two_ranks(folder: Path, steps: int) -> int:
+    """The attempted steps of a fit that `EndAfter` has ended, as this rank has seen them."""
+    recorder = Recorder()
+    with contextlib.suppress(EndReached):
+        two_ranks.train(folder, "ddp", recorder, SkipNonFinite(), EndAfter(steps), make_optimizer=_sgd)
+    return len(recorder.state)
 
 
 def _sgd(parameters: Any) -> Any:

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 from stabletrain import SaveCheckpoints
 from stabletrain.errors import UserError
 from stabletrain.launch.checkpoint_mismatch import explain_mismatch
-from stabletrain.launch.interrupt import SaveAndStop, find_saver
+from stabletrain.launch.interrupt import SaveAndStop
+from stabletrain.runtime.checkpoints.save_now import find_saver
 from stabletrain.runtime.signal_watch import Interrupted, SignalWatch
 from stabletrain.testing.toy import ToyBatches, ToyModule
 from stabletrain.testing.trainer import quiet_trainer

@@ -147,6 +147,18 @@ class GuardMember(Callback, metaclass=HiddenFields):
         self._guard.changes.announce(reason, trainer.global_step)
         return True
 
+    def attempted(self, observe_from: int | None = None) -> int:
+        """The steps of the run that were decided, also before a resume.
+
+        Args:
+            observe_from: from this number on an outcome in flight is observed first, by a collective if the step was
+                dropped: to be given on all ranks, between two batches. None: never.
+        """
+        guard = self._guard
+        if guard is not None and observe_from is not None and guard.decided >= observe_from:
+            guard.settle()
+        return 0 if guard is None else guard.decided
+
     # ---- several optimizers -----------------------------------------------------------------------------------------
 
     def use_optimizers(self, names: Sequence[str]) -> None:

@@ -10,6 +10,7 @@
 | `checkpoints/`         | checkpoint callbacks               | checkpoints; `interrupted.ckpt` after a signal    |
 | `events.jsonl`         | the guard                          | the events of all plugins                         |
 | `steps.bin`            | the worker                         | loss, norm and end of every attempted step        |
+| `resumes.json`         | the worker                         | the attempted steps at which it was resumed       |
 | `environment/`         | launcher and worker                | versions, settings, code, data, git: see below    |
 | `stability.png`        | the launcher, if it can draw       | loss, norm and interventions, for the artifacts   |
 | `interventions.jsonl`  | plugins that restore earlier state | the rollbacks, to replay them                     |
@@ -37,6 +38,7 @@ CHECKPOINTS = "checkpoints"
 INTERRUPTED_CHECKPOINT = "interrupted.ckpt"
 EVENTS = "events.jsonl"
 STEPS = "steps.bin"
+RESUMED = "resumes.json"
 ENVIRONMENT = "environment"
 CODE = "code.json"
 DATA = "data.json"
@@ -68,5 +70,6 @@ def artifacts(folder: Path) -> list[Path]:
     Args:
         folder: the run's folder.
     """
-    files = [folder / name for name in (EVENTS, STEPS, PICTURE, INTERVENTIONS, RESULT, SAMPLE, STRATEGY, ENVIRONMENT)]
+    names = (EVENTS, STEPS, PICTURE, RESUMED, INTERVENTIONS, RESULT, SAMPLE, STRATEGY, ENVIRONMENT)
+    files = [folder / name for name in names]
     return [*files, *sorted(folder.glob(f"{DIAGNOSIS_PREFIX}*"))]

@@ -1,0 +1,36 @@
+"""At which step a run was resumed: ``resumes.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from stabletrain.launch.bounded import write_json
+from stabletrain.launch.earlier_steps import read_resumes, resumed_folder
+from stabletrain.runtime.guard.attempts import attempted_steps
+from stabletrain.runtime.records.run_files import RESUMED
+
+
+class RecordResume(Callback):
+    """Append the attempted steps that the checkpoint holds to ``resumes.json``, with those of earlier resumes.
+
+    `stabletrain.launch.reproduce` needs them: a resumed run's ``steps.bin`` holds the steps before the resume, too.
+
+    Args:
+        config: the content of run.yaml, with a checkpoint to resume from.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._file = Path(config["run_dir"]) / RESUMED
+        self._earlier = resumed_folder(config)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The checkpoint is loaded: write the file."""
+        if trainer.is_global_zero:
+            earlier = [] if self._earlier is None else read_resumes(self._earlier / RESUMED)
+            with suppress(OSError):  # a disk that is full does not end the training
+                write_json(self._file, [*earlier, attempted_steps(trainer)])
