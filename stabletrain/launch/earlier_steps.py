@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -29,8 +30,8 @@ def take_over_steps(config: Mapping[str, Any]) -> None:
     with suppress(OSError):
         path = Path(resume).resolve()
         source = next((each / STEPS for each in (path, *path.parents) if (each / RUN_YAML).is_file()), None)
-        if source is None or not source.exists():
-            return
+        if source is None or not stat.S_ISREG(source.lstat().st_mode):
+            return  # a link in a folder from elsewhere may lead to any file of the user, and the copy is an artifact
         part = target.with_name(f"{STEPS}.part")
         with open(source, "rb", opener=only_regular) as earlier, open(part, "wb") as copy:
             shutil.copyfileobj(earlier, copy)
