@@ -17,7 +17,7 @@ from stabletrain.runtime.records.run_files import UNSENT_RUNS
 from stabletrain.tracking.artifacts import require_safe_location, upload_files
 from stabletrain.tracking.naming import chunks
 from stabletrain.tracking.ownership import OWNER, WORKER
-from stabletrain.tracking.runs import create_run, write_params, write_tags
+from stabletrain.tracking.runs import create_run, settle_abandoned, write_params, write_tags
 from stabletrain.tracking.store import ensure_store, open_client
 from stabletrain.tracking.store_errors import StoreError, translate_errors
 from stabletrain.tracking.writer import BATCH
@@ -88,6 +88,7 @@ def send_buffer(folder: Path, uri: str, run_id: str | None = None, *, any_store:
     if not (place / "mlflow.db").is_file():
         return []
     source_uri = open_buffer(folder)
+    settle_abandoned(source_uri)  # of a process that was killed
     with translate_errors(source_uri):
         source = open_client(source_uri)
         experiments = {each.experiment_id: each.name for each in source.search_experiments()}

@@ -27,8 +27,11 @@ _MOST_PORTS = 100
 _START_TIMEOUT = 120.0
 """Seconds until a server must answer; it takes about 4 on an idle machine."""
 _LAST_LINES = 5
-_OTHER_SETTINGS = ("MLFLOW_ARTIFACTS_ONLY", "MLFLOW_GUNICORN_OPTS", "MLFLOW_STATIC_PREFIX", "MLFLOW_UVICORN_OPTS")
-"""Settings for a server in general, with which this one would have other pages or processes."""
+_OTHER_SETTINGS = (
+    "MLFLOW_ARTIFACTS_ONLY", "MLFLOW_GUNICORN_OPTS", "MLFLOW_STATIC_PREFIX", "MLFLOW_TRACKING_URI",
+    "MLFLOW_UVICORN_OPTS",
+)  # fmt: skip
+"""Settings for other programs and servers, with which this one would have other pages, processes or stores."""
 
 
 class ServerFailed(Exception):

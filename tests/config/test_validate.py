@@ -66,6 +66,7 @@ def test_every_option_that_we_ship_fits_its_signature(group: str) -> None:
         ("+guard.mod=auto", ["guard.mod: Guard has no argument 'mod'; did you mean 'mode'"]),
         ("seed=abc", ["seed: expected int"]),
         ("dry_run=3", ["dry_run: expected bool"]),
+        ("objective=3", ["objective: expected"]),
         ("launch.threads=0", ["launch.threads: expected at least 1"]),
         ("launch.kind=locl", ["launch.kind", "did you mean 'local'"]),
         ("launch.procs=2", ["launch.procs: there is no such key"]),

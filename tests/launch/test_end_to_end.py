@@ -172,7 +172,7 @@ def test_eight_runs_at_once_on_a_fresh_database(cli) -> None:
     words = ("train", TINY, "--trust", "tiny_workload", "logger=mlflow", "plugins/nonfinite=skip")
     processes = [cli.start(*words) for _ in range(8)]
     ends = [(process.communicate(timeout=300), process.returncode) for process in processes]
-    assert [code for _, code in ends] == [0] * 8, ends
+    assert [errors for (_, errors), code in ends if code] == []
     runs = cli.runs()
     assert [run.info.status for run in runs] == ["FINISHED"] * 8
     assert all(run.data.metrics["stability/loss"] for run in runs)

@@ -10,7 +10,8 @@ from stabletrain.errors import UserError
 from stabletrain.runtime.records.run_files import UNSENT_RUNS
 from stabletrain.tracking import MLflowLogger, buffer
 from stabletrain.tracking.buffer import SEND_TO, buffer_uri, open_buffer, send_buffer, tags_for
-from stabletrain.tracking.runs import create_run, write_params
+from stabletrain.tracking.ownership import OWNER, this_process
+from stabletrain.tracking.runs import create_run, owner_tags, write_params
 from stabletrain.tracking.store_errors import StoreError, StoreUnreachable, translate_errors
 
 DEAD = "http://127.0.0.1:1"
@@ -74,7 +75,7 @@ def test_a_run_that_exists_is_continued(uri, client, folder: Path) -> None:
     another store than that for which it was recorded, without a word."""
     run_id = create_run(uri, "demo", name="there")
     record(folder, uri, run_id)
-    running = create_run(buffer_uri(folder), "demo", tags=tags_for(uri, None))
+    running = create_run(buffer_uri(folder), "demo", tags={**tags_for(uri, None), **owner_tags()})
     with pytest.raises(UserError, match=r"is for the store .*mlflow.db, not for http.*--uri"):
         send_buffer(folder, DEAD)
     assert [sent.run_id for sent in send_buffer(folder, uri)] == [run_id]
@@ -83,6 +84,14 @@ def test_a_run_that_exists_is_continued(uri, client, folder: Path) -> None:
     assert (folder / UNSENT_RUNS).is_dir()
     assert [sent.buffered for sent in send_buffer(folder, uri, running)] == [running]
     assert not (folder / UNSENT_RUNS).exists()
+
+
+def test_a_run_whose_process_was_killed_is_sent(uri, client, folder: Path) -> None:
+    """Bug: a run that was killed while its server was away stays in the buffer as RUNNING, and is never sent."""
+    owner = this_process()._replace(started="0").to_tag()
+    create_run(buffer_uri(folder), "demo", tags={**tags_for(uri, None), OWNER: owner})
+    (sent,) = send_buffer(folder, uri)
+    assert client.get_run(sent.run_id).info.status == "KILLED"
 
 
 def test_a_buffer_from_elsewhere_decides_no_path(uri, client, folder: Path, tmp_path: Path) -> None:
