@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from stabletrain.runtime.internals import sharded_norms
+from stabletrain.runtime.internals.flatten import flatten
 from stabletrain.runtime.internals.sharded_norms import NormShare
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
@@ -174,7 +175,7 @@ def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
 def _plain_norm(gradients: Sequence[Tensor]) -> Tensor:
     small = sum(g.numel() for g in gradients) <= _SMALL
     if small and gradients[0].dtype not in _LOW_PRECISION and _alike(gradients):
-        values = torch.cat([g.reshape(-1) for g in gradients])
+        values = flatten(gradients)
     else:
         values = tensor_norms(gradients)
     norm: Tensor = torch.linalg.vector_norm(values)
