@@ -78,7 +78,7 @@ def rises_at_the_start(series: Series, curve: Curve | None) -> Found | None:
     if curve is None or not _is_whole(series) or diverged(series, curve):
         return None
     early = curve.s[: max(3, len(curve.s) // 5)]
-    high = early > curve.first + 0.2 * abs(curve.first) + 3 * curve.noise
+    high = early > curve.first + 0.2 * abs(curve.first) + 3 * max(curve.noise, curve.first_noise)
     if not (high[1:] & high[:-1]).any():
         return None
     top = int(np.nanargmax(early))
