@@ -7,7 +7,6 @@ with a checkpoint of its own. A run that was stopped is repeated up to there.
 from __future__ import annotations
 
 import importlib.metadata
-import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -24,17 +23,13 @@ from stabletrain.launch.original import Restore, restore_commands
 from stabletrain.launch.recorded_run import RecordedRun, find_run
 from stabletrain.launch.result import read_result
 from stabletrain.launch.segments import Segment, segments_of
-from stabletrain.runtime.records.regular_file import only_regular
-from stabletrain.runtime.records.run_files import RESUMED, STEPS, WORKER_LOG
+from stabletrain.runtime.records.run_files import RESUMED, STEPS
 from stabletrain.runtime.records.steps_file import Steps, read_steps
 from stabletrain.tracking.same_run import SameSteps, compare_steps
 from stabletrain.tracking.what_differs import Differences, Imported, Record, what_differs
 
 TAG = "reproduces"
 CHANGED_TAG = "reproduces.changed"
-
-_UNDETERMINED = re.compile(r"(\w[\w.:]*) does not have a deterministic implementation")
-_LARGEST_LOG = 20_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +60,7 @@ class Checked:
     Args:
         same: the comparison of the steps.
         differences: between what the two have recorded of themselves.
-        undetermined: operators without a deterministic implementation, from the repeat's log.
+        undetermined: operators without a deterministic implementation, as torch has warned in the repeat.
         end: how the repeat has ended, as text.
     """
 
@@ -248,7 +243,7 @@ def _config(part: Part, check: bool, changes: Sequence[str]) -> dict[str, Any]:
         return config  # a mistake that is reported with the others
     run_again.add_end(config, part.limit, save=part.has_next)
     if check:
-        run_again.add_imports(config)
+        run_again.add_record(config)
     return config
 
 
@@ -287,10 +282,12 @@ def _check(part: Part, finished: FinishedJob, then: Steps | None) -> Checked:
     original = _record(part.segment.config, part.segment.json)
     result = finished.result
     end = "" if result is None else f"{result.end}: {result.message}"
+    modules, undetermined = run_again.repeat_record(folder)
+    imported = None if modules is None else Imported(frozenset(modules), importlib.metadata.packages_distributions())
     return Checked(
         same=same,
-        differences=what_differs(original, here, _imported(folder)),
-        undetermined=undetermined_operators(folder),
+        differences=what_differs(original, here, imported),
+        undetermined=tuple(undetermined),
         end=end,
     )
 
@@ -298,7 +295,7 @@ def _check(part: Part, finished: FinishedJob, then: Steps | None) -> Checked:
 def _record(config: Any, read: Callable[[str], Any]) -> Record:
     computed = run_again.same_config(config, "")
     del computed["logger"]
-    for name in (run_again.END, run_again.IMPORTS):
+    for name in (run_again.END, run_again.REPEAT):
         computed["callbacks"].pop(name, None)
     files = {name: read(f"environment/{name}.json") for name in ("environment", "code", "data", "git")}
     return Record(config=computed, **files)
@@ -309,25 +306,6 @@ def _json(path: Path) -> Any:
         content = read_json(path)
         return content if isinstance(content, dict) else None
     return None
-
-
-def _imported(folder: Path) -> Imported | None:
-    with suppress(OSError, ValueError):
-        names = read_json(run_again.imports_path(folder))
-        return Imported(frozenset(names), importlib.metadata.packages_distributions())
-    return None
-
-
-def undetermined_operators(folder: Path) -> tuple[str, ...]:
-    """Return the operators of which torch has warned that they have no deterministic implementation.
-
-    Args:
-        folder: of the run, with its log.
-    """
-    with suppress(OSError), open(folder / WORKER_LOG, "rb", opener=only_regular) as file:
-        text = file.read(_LARGEST_LOG).decode("utf-8", "replace")
-        return tuple(dict.fromkeys(_UNDETERMINED.findall(text)))
-    return ()
 
 
 def _named(run: RecordedRun) -> str:
