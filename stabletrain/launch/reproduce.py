@@ -7,7 +7,7 @@ with a checkpoint of its own. A run that was stopped is repeated up to there.
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -131,6 +131,11 @@ def reproduce(
         raise UserError(f"reproduce: --steps: expected at least 1, got {steps}")
     parts = plan(run, check=check, steps=steps)
     configs = [_config(part, check, changes) for part in parts]
+    if (check or len(parts) > 1) and any(_kind(config) == "slurm" for config in configs):
+        raise UserError(
+            f"reproduce: {_named(run)} was a SLURM job, for whose end this command does not wait; inside an allocation "
+            "add launch.kind=torchrun, or run it again without --check"
+        )
     tags = {TAG: run.run_id or run.name} | ({CHANGED_TAG: " ".join(changes)} if changes else {})
     options = [*(["--check"] if check else []), *(["--steps", str(steps)] if steps is not None else [])]
     command = ["stabletrain", "reproduce", wanted, *changes, *options, *(w for t in trust for w in ("--trust", t))]
@@ -181,11 +186,6 @@ def plan(run: RecordedRun, *, check: bool, steps: int | None) -> list[Part]:
         raise UserError(
             f"reproduce: --check: {_named(run)} cannot be checked: it has no {STEPS}, the exact record of every step "
             "that runs of stabletrain train write; without --check it can be run again"
-        )
-    if (last.config.get("launch") or {}).get("kind") == "slurm" and (check or len(segments) > 1):
-        raise UserError(
-            f"reproduce: {_named(run)} was a SLURM job, and a check has to wait for its end; "
-            "inside an allocation add launch.kind=torchrun, or leave --check out"
         )
     known = last.resumes()
     before_last = len(known) - len(segments)
@@ -245,6 +245,11 @@ def _config(part: Part, check: bool, changes: Sequence[str]) -> dict[str, Any]:
     if check:
         run_again.add_record(config)
     return config
+
+
+def _kind(config: Mapping[str, Any]) -> object:
+    launch = config["launch"]
+    return launch.get("kind") if isinstance(launch, Mapping) else None
 
 
 def _same_run(configs: Sequence[dict[str, Any]], finished: FinishedJob) -> None:
