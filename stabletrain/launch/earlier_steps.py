@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -28,9 +29,10 @@ def take_over_steps(config: Mapping[str, Any]) -> None:
         return
     with suppress(OSError):
         folder = resumed_folder(config)
-        if folder is None or not (folder / STEPS).exists():
-            return
-        source, part = folder / STEPS, target.with_name(f"{STEPS}.part")
+        source = None if folder is None else folder / STEPS
+        if source is None or not stat.S_ISREG(source.lstat().st_mode):
+            return  # a link in a folder from elsewhere may lead to any file of the user, and the copy is an artifact
+        part = target.with_name(f"{STEPS}.part")
         with open(source, "rb", opener=only_regular) as earlier, open(part, "wb") as copy:
             shutil.copyfileobj(earlier, copy)
         os.replace(part, target)

@@ -149,6 +149,7 @@ def finish_run(config: Mapping[str, Any], result: Result) -> str | None:
     if not is_tracked(config) or not config["logger"].get("run_id"):
         return None
     from stabletrain.tracking.artifacts import upload_files
+    from stabletrain.tracking.checkpoint_models import sync_models
     from stabletrain.tracking.picture import draw
     from stabletrain.tracking.runs import set_final_status, upload_unsent
 
@@ -162,6 +163,7 @@ def finish_run(config: Mapping[str, Any], result: Result) -> str | None:
         upload_files(uri, run_id, artifacts(folder))
         with suppress(Exception):  # a store that fails is said below
             describe_end(config, result)
+            sync_models(uri, run_id, folder, link=True)
         set_final_status(uri, run_id, MLFLOW_STATUS[result.end], force=True)
     except Exception as error:  # a store that fails must not change the exit code of a run that has ended
         text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

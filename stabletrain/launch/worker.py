@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from stabletrain.config.trust import ENV as TRUST_ENV
 from stabletrain.errors import UserError
+from stabletrain.launch.background import sending
 from stabletrain.launch.connection import OPTION
 from stabletrain.launch.earlier_steps import take_over_steps
 from stabletrain.launch.hand_over import (
@@ -125,7 +126,8 @@ class _Run:
         run.interrupt.begins = recording.begin
         run.interrupt.failed = lambda error, at: self.end.note(error, started=run.interrupt.started, at=at)
         try:
-            run.fit()
+            with sending(self.config, run.trainer):
+                run.fit()
         finally:
             self.started = run.interrupt.started
         self.watch.ignore()

@@ -39,6 +39,7 @@ from stabletrain.tracking.sqlite_file import check_file
 from stabletrain.tracking.start_record import record_start
 from stabletrain.tracking.store import absolute_uri, default_tracking_uri, ensure_store, open_client
 from stabletrain.tracking.store_errors import first_line, no_tracebacks, translate_errors
+from stabletrain.tracking.system_metrics import SystemMetrics, this_node
 from stabletrain.tracking.unsent import send_unsent
 from stabletrain.tracking.writer import MetricWriter, Point
 
@@ -76,6 +77,8 @@ class MLflowLogger(Logger):
             None: the Trainer's ``default_root_dir`` and, for unsent metrics, the current folder.
         tags: tags of the run.
         parent_run_id: the run under which MLflow shows a new one, which is created also within an active run.
+        system_metrics: log CPU, memory, disk, network and GPUs (``system/...``) every 10 seconds, but not within an
+            active run, for which ``mlflow.start_run`` does it.
 
     Raises:
         StoreError: when training begins, if the store cannot be used.
@@ -94,6 +97,7 @@ class MLflowLogger(Logger):
         save_dir: str | os.PathLike[str] | None = None,
         tags: Mapping[str, str] | None = None,
         parent_run_id: str | None = None,
+        system_metrics: bool = False,
     ) -> None:
         super().__init__()
         require("mlflow", "MLflowLogger")
@@ -107,6 +111,7 @@ class MLflowLogger(Logger):
         self._save_dir = None if save_dir is None else str(Path(save_dir).absolute())
         self._tags = dict(tags or {})
         self._parent_run_id = parent_run_id
+        self._system_metrics = system_metrics
         self._last_step = 0
         self._session: _Session | None = None
         self.records_itself = True
@@ -327,6 +332,8 @@ class MLflowLogger(Logger):
                     upload_own_record(self.tracking_uri, self._run_id)
             end = partial(_set_terminated, client, self._run_id)
             self._session = _Session(client, self._run_id, self._unsent, end=end, ends_at_signals=is_new)
+            if self._system_metrics:
+                self._session.system = SystemMetrics(self.tracking_uri, self._run_id, this_node())
         return self._session
 
     def _look_around(self) -> None:
@@ -401,6 +408,7 @@ class _Session:
             if key.startswith(prefix)
         }
         self.writer = MetricWriter(self._send, unsent, run_id, nonfinite=counts)
+        self.system: SystemMetrics | None = None
         self._waiting: dict[str, Callable[[], None]] = {}
         self._signals = EndSignals(lambda: self.close("KILLED")) if ends_at_signals else None
         atexit.register(self._at_exit)
@@ -414,6 +422,8 @@ class _Session:
             self._signals.remove()
 
     def _close(self, status: runs.Status) -> None:
+        if self.system is not None:
+            self.system.stop()
         self.writer.close()
         if self.writer.unsent.is_file():
             self._waiting[f"metrics in {self.writer.unsent}"] = self._send_unsent
