@@ -67,6 +67,9 @@ class MLflowLogger(Logger):
     ``stability_nonfinite/<name>``. Names that MLflow does not accept are changed and get a hash, so that different ones
     stay different.
 
+    A run that this logger creates or continues gets a record in ``environment/``: versions, settings, code by content,
+    state in git and, if the Trainer has a plugin, data and initial weights by content.
+
     Args:
         tracking_uri: MLflow store; None: that of the active run, ``MLFLOW_TRACKING_URI``, or else
             ``sqlite:///<current folder>/mlflow.db``.

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from stabletrain.runtime.records.run_files import ENVIRONMENT, RUN_YAML
 from stabletrain.tracking.artifacts import RESUMES, require_safe_artifacts, require_safe_location, segment_of
+from stabletrain.tracking.code_files import OURS, named_packages
 from stabletrain.tracking.description import EXPERIMENT, NOTE, note_at_resume, options
 from stabletrain.tracking.naming import MAX_PARAM, MAX_TAG, chunks, flatten, safe_key, shorten
 from stabletrain.tracking.ownership import ELSEWHERE, OWNER, RUN_DIR, abandoned_runs, this_process
@@ -70,7 +71,6 @@ def start_run(
     Raises:
         StoreError: if the store cannot be used, the experiment is deleted, or ``run_id`` does not exist.
     """
-    from stabletrain.tracking.code_files import named_packages
     from stabletrain.tracking.git_record import git_record, write_git
 
     ensure_store(uri)
@@ -351,7 +351,14 @@ def _artifact_location(uri: str, experiment: str) -> str | None:
 
 
 def git_tags(state: Mapping[str, Any]) -> dict[str, str]:
-    """Return the tags of a state from `stabletrain.tracking.git_state`; empty outside a repository."""
+    """Return the tags of a state in git; empty if nothing of the run is in a repository.
+
+    Args:
+        state: from `stabletrain.tracking.git_state`, or from `stabletrain.tracking.git_record.git_record`: if the
+            folder is in no repository, the one that holds a package of the run counts, the user's before ours.
+    """
+    held = sorted(state.get("repositories", ()), key=lambda each: set(each["packages"]) <= set(OURS))
+    state = next((each for each in (state, *held) if each["sha"] is not None), state)
     if state["sha"] is None:
         return {}
     tags = {"git.sha": state["sha"], "git.dirty": str(state["dirty"]).lower(), "mlflow.source.git.commit": state["sha"]}

@@ -9,6 +9,7 @@ import pytest
 
 from stabletrain.tracking.code_files import code_record, named_packages, package_paths
 from stabletrain.tracking.git_record import git_record, write_git
+from stabletrain.tracking.runs import git_tags
 
 
 @pytest.fixture
@@ -102,6 +103,8 @@ def test_git_of_every_repository_that_holds_a_package(user_folder: Path, tmp_pat
     assert (len(found["sha"]), found["branch"], found["dirty"]) == (40, "trunk", True)
     assert "lone.py" in found["untracked"]
     assert (found["diff_truncated"], found["untracked_truncated"]) == (False, False)
+    tags = git_tags({**record, "repositories": [{**found, "packages": ["stabletrain"], "sha": "1" * 40}, found]})
+    assert (tags["git.sha"], tags["git.dirty"]) == (found["sha"], "true")
     names = {path.name for path in write_git(tmp_path / "record", record)}
     assert names == {"git.json", "git-pkg.diff"}
     assert "+# changed" in (tmp_path / "record/git-pkg.diff").read_text()

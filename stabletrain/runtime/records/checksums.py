@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -17,12 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 
 from stabletrain.optim.kinds import plain_name
 from stabletrain.runtime.internals.shards import reshard
 
 _PIECE = 64 << 20
 """Bytes of a tensor that are copied from its device at once."""
+_LARGE = 100_000_000
+"""Parameters of a model from which on several threads read it."""
+_THREADS = 4
 _DEPTH = 16
 _OPAQUE = (type, nn.Module, FunctionType, MethodType, BuiltinFunctionType, functools.partial, ModuleType)
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.Size)
@@ -60,7 +65,9 @@ def weights_checksum(module: nn.Module) -> str:
         Unreadable: if there is a parameter without values.
     """
     reshard(module)
-    return _sha256(_weights(module))
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    digests = _in_threads(lambda each: _sha256(_tensor(each[1])), tensors)
+    return _sha256(f"{plain_name(name)}:{each}\n".encode() for (name, _), each in zip(tensors, digests, strict=True))
 
 
 def combined(checksums: Iterable[str | None]) -> tuple[str | None, int]:
@@ -95,10 +102,12 @@ def _sha256(parts: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
-def _weights(module: nn.Module) -> Iterator[Any]:
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        yield f"{plain_name(name)}\0".encode()
-        yield from _tensor(tensor)
+def _in_threads(read: Callable[[tuple[str, Tensor]], str], tensors: Sequence[tuple[str, Tensor]]) -> list[str]:
+    """Read tensors in order, large ones side by side: one thread does about 1 GB/s."""
+    if sum(each.numel() for _, each in tensors if not is_lazy(each)) < _LARGE:
+        return [read(each) for each in tensors]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(read, tensors))
 
 
 def _content(value: Any, depth: int, around: frozenset[int]) -> Iterator[Any]:
