@@ -7,8 +7,7 @@ with a checkpoint of its own. A run that was stopped is repeated up to there.
 from __future__ import annotations
 
 import importlib.metadata
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,17 +23,13 @@ from stabletrain.launch.original import Restore, restore_commands
 from stabletrain.launch.recorded_run import RecordedRun, find_run
 from stabletrain.launch.result import read_result
 from stabletrain.launch.segments import Segment, segments_of
-from stabletrain.runtime.records.regular_file import only_regular
-from stabletrain.runtime.records.run_files import RESUMED, STEPS, WORKER_LOG
+from stabletrain.runtime.records.run_files import RESUMED, STEPS
 from stabletrain.runtime.records.steps_file import Steps, read_steps
 from stabletrain.tracking.same_run import SameSteps, compare_steps
 from stabletrain.tracking.what_differs import Differences, Imported, Record, what_differs
 
 TAG = "reproduces"
 CHANGED_TAG = "reproduces.changed"
-
-_UNDETERMINED = re.compile(r"(\w[\w.:]*) does not have a deterministic implementation")
-_LARGEST_LOG = 20_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +60,7 @@ class Checked:
     Args:
         same: the comparison of the steps.
         differences: between what the two have recorded of themselves.
-        undetermined: operators without a deterministic implementation, from the repeat's log.
+        undetermined: operators without a deterministic implementation, as torch has warned in the repeat.
         end: how the repeat has ended, as text.
     """
 
@@ -136,6 +131,11 @@ def reproduce(
         raise UserError(f"reproduce: --steps: expected at least 1, got {steps}")
     parts = plan(run, check=check, steps=steps)
     configs = [_config(part, check, changes) for part in parts]
+    if (check or len(parts) > 1) and any(_kind(config) == "slurm" for config in configs):
+        raise UserError(
+            f"reproduce: {_named(run)} was a SLURM job, for whose end this command does not wait; inside an allocation "
+            "add launch.kind=torchrun, or run it again without --check"
+        )
     tags = {TAG: run.run_id or run.name} | ({CHANGED_TAG: " ".join(changes)} if changes else {})
     options = [*(["--check"] if check else []), *(["--steps", str(steps)] if steps is not None else [])]
     command = ["stabletrain", "reproduce", wanted, *changes, *options, *(w for t in trust for w in ("--trust", t))]
@@ -186,11 +186,6 @@ def plan(run: RecordedRun, *, check: bool, steps: int | None) -> list[Part]:
         raise UserError(
             f"reproduce: --check: {_named(run)} cannot be checked: it has no {STEPS}, the exact record of every step "
             "that runs of stabletrain train write; without --check it can be run again"
-        )
-    if (last.config.get("launch") or {}).get("kind") == "slurm" and (check or len(segments) > 1):
-        raise UserError(
-            f"reproduce: {_named(run)} was a SLURM job, and a check has to wait for its end; "
-            "inside an allocation add launch.kind=torchrun, or leave --check out"
         )
     known = last.resumes()
     before_last = len(known) - len(segments)
@@ -248,8 +243,13 @@ def _config(part: Part, check: bool, changes: Sequence[str]) -> dict[str, Any]:
         return config  # a mistake that is reported with the others
     run_again.add_end(config, part.limit, save=part.has_next)
     if check:
-        run_again.add_imports(config)
+        run_again.add_record(config)
     return config
+
+
+def _kind(config: Mapping[str, Any]) -> object:
+    launch = config["launch"]
+    return launch.get("kind") if isinstance(launch, Mapping) else None
 
 
 def _same_run(configs: Sequence[dict[str, Any]], finished: FinishedJob) -> None:
@@ -287,10 +287,12 @@ def _check(part: Part, finished: FinishedJob, then: Steps | None) -> Checked:
     original = _record(part.segment.config, part.segment.json)
     result = finished.result
     end = "" if result is None else f"{result.end}: {result.message}"
+    modules, undetermined = run_again.repeat_record(folder)
+    imported = None if modules is None else Imported(frozenset(modules), importlib.metadata.packages_distributions())
     return Checked(
         same=same,
-        differences=what_differs(original, here, _imported(folder)),
-        undetermined=undetermined_operators(folder),
+        differences=what_differs(original, here, imported),
+        undetermined=tuple(undetermined),
         end=end,
     )
 
@@ -298,7 +300,7 @@ def _check(part: Part, finished: FinishedJob, then: Steps | None) -> Checked:
 def _record(config: Any, read: Callable[[str], Any]) -> Record:
     computed = run_again.same_config(config, "")
     del computed["logger"]
-    for name in (run_again.END, run_again.IMPORTS):
+    for name in (run_again.END, run_again.REPEAT):
         computed["callbacks"].pop(name, None)
     files = {name: read(f"environment/{name}.json") for name in ("environment", "code", "data", "git")}
     return Record(config=computed, **files)
@@ -309,25 +311,6 @@ def _json(path: Path) -> Any:
         content = read_json(path)
         return content if isinstance(content, dict) else None
     return None
-
-
-def _imported(folder: Path) -> Imported | None:
-    with suppress(OSError, ValueError):
-        names = read_json(run_again.imports_path(folder))
-        return Imported(frozenset(names), importlib.metadata.packages_distributions())
-    return None
-
-
-def undetermined_operators(folder: Path) -> tuple[str, ...]:
-    """Return the operators of which torch has warned that they have no deterministic implementation.
-
-    Args:
-        folder: of the run, with its log.
-    """
-    with suppress(OSError), open(folder / WORKER_LOG, "rb", opener=only_regular) as file:
-        text = file.read(_LARGEST_LOG).decode("utf-8", "replace")
-        return tuple(dict.fromkeys(_UNDETERMINED.findall(text)))
-    return ()
 
 
 def _named(run: RecordedRun) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,17 @@ from stabletrain.config.overrides import parse
 from stabletrain.config.problems import ConfigError, suggestion
 from stabletrain.config.validate import check_keys
 from stabletrain.errors import UserError
-from stabletrain.launch.bounded import is_count
+from stabletrain.launch.bounded import is_count, read_json
 from stabletrain.launch.launcher import Job
 from stabletrain.launch.mlflow_run import MLFLOW_LOGGER, is_tracked
 from stabletrain.runtime.records.run_files import RUN_YAML, RUN_YAML_RECORD
 
 END = "reproduce_end"
-IMPORTS = "reproduce_imports"
+REPEAT = "reproduce_record"
 """Names in ``callbacks`` of what is added to a repeat."""
 END_TARGET = "stabletrain.runtime.checkpoints.end_after.EndAfter"
-IMPORTS_TARGET = "stabletrain.runtime.records.record_imports.RecordImports"
-IMPORTS_FILE = "environment/imports.json"
+REPEAT_TARGET = "stabletrain.runtime.records.record_repeat.RecordRepeat"
+REPEAT_FILE = "environment/repeat.json"
 NO_LOGGER = {"_target_": "lightning.pytorch.loggers.logger.DummyLogger"}
 """Logs nothing, as in ``fast_dev_run``; callbacks and modules that need a logger have one."""
 
@@ -58,7 +59,7 @@ def same_config(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     found = {**copy.deepcopy(dict(_DEFAULTS)), **found, "run_dir": None, "resume": None, "dry_run": False}
     found["callbacks"] = {} if found["callbacks"] is None else found["callbacks"]
     if isinstance(found["callbacks"], dict):
-        for key, target in ((END, END_TARGET), (IMPORTS, IMPORTS_TARGET)):
+        for key, target in ((END, END_TARGET), (REPEAT, REPEAT_TARGET)):
             node = found["callbacks"].get(key)
             if isinstance(node, dict) and node.get("_target_") == target:  # of a run that is a repeat itself
                 del found["callbacks"][key]
@@ -180,19 +181,25 @@ def add_end(config: dict[str, Any], steps: int | None, *, save: bool) -> None:
         config["callbacks"][END] = {"_target_": END_TARGET, "steps": steps, "save": save}
 
 
-def add_imports(config: dict[str, Any]) -> None:
-    """Let a run record which modules it has imported.
+def add_record(config: dict[str, Any]) -> None:
+    """Let a run record what `repeat_record` returns.
 
     Args:
         config: from `same_config`; it is changed.
     """
-    config["callbacks"][IMPORTS] = {"_target_": IMPORTS_TARGET, "file": IMPORTS_FILE}
+    config["callbacks"][REPEAT] = {"_target_": REPEAT_TARGET, "file": REPEAT_FILE}
 
 
-def imports_path(folder: Path) -> Path:
-    """Return where a repeat has recorded what it has imported.
+def repeat_record(folder: Path) -> tuple[list[str] | None, list[str]]:
+    """Return the modules that a repeat has imported, and the operators that torch called non-deterministic in it.
 
     Args:
         folder: the run's.
+
+    Returns:
+        None and an empty list, if it has recorded nothing.
     """
-    return folder / IMPORTS_FILE
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        content = read_json(folder / REPEAT_FILE)
+        return content["modules"], content["undetermined"]
+    return None, []

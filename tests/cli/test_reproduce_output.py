@@ -1,13 +1,12 @@
 """What `stabletrain reproduce --check` prints of a comparison, and its exit codes."""
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from stabletrain.cli import reproduce as command
-from stabletrain.launch.reproduce import Checked, undetermined_operators
+from stabletrain.launch.reproduce import Checked
 from stabletrain.launch.result import Result
 from stabletrain.tracking.same_run import SameSteps, Step
 from stabletrain.tracking.what_differs import Difference, Differences
@@ -41,15 +40,6 @@ def test_the_verdict_comes_first_then_the_likely_cause() -> None:
     assert "the repeat has ended: failed: out of memory" in ended
     many = Differences([Difference("code", f"{i}") for i in range(30)], [], [])
     assert "  and 20 more" in printed(OTHER, many)
-
-
-def test_the_operators_that_torch_warns_of_are_found(tmp_path: Path) -> None:
-    """Bugs: one is named twice; a log that is missing is an error."""
-    assert undetermined_operators(tmp_path) == ()
-    line = "UserWarning: {} does not have a deterministic implementation, but you set 'torch.use_determin"
-    names = ("index_add_cuda_", "cumsum_cuda_kernel", "index_add_cuda_", "upsample_bilinear2d_backward_out_cuda")
-    (tmp_path / "worker.log").write_text("\n".join(line.format(name) for name in names))
-    assert undetermined_operators(tmp_path) == (names[0], names[1], names[3])
 
 
 @pytest.mark.parametrize(

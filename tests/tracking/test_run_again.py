@@ -196,6 +196,7 @@ def test_what_cannot_be_reproduced_is_one_message(uri, client, config, tmp_path,
     create_run(uri, "demo", name="parent", tags={"stabletrain.sweep": "true"})
     recorded(tmp_path / "no_steps", config, steps=0)
     recorded(tmp_path / "slurm", {**config, "launch": {**config["launch"], "kind": "slurm"}}, steps=3)
+    recorded(tmp_path / "odd", {**config, "launch": "x", "callbacks": 3, "logger": [1], "trainer": "y"}, steps=3)
     recorded(tmp_path / "broken", config, steps=3)
     (tmp_path / "broken" / "run.yaml").write_text("model: [")
     for name, text in (
@@ -204,10 +205,13 @@ def test_what_cannot_be_reproduced_is_one_message(uri, client, config, tmp_path,
         ("parent", "parent of a sweep"),
         (str(tmp_path / "no_steps"), "no steps.bin"),
         (str(tmp_path / "slurm"), "SLURM"),
+        (str(tmp_path / "odd"), "launch: expected"),
         (str(tmp_path / "broken"), "expected valid YAML"),
     ):
         with pytest.raises((UserError, ConfigError), match=text):
             reproduce(name, Silent(), check=True)
+    with pytest.raises(AssertionError, match="nothing may start"):  # inside an allocation
+        reproduce(str(tmp_path / "slurm"), Silent(), check=True, changes=["launch.kind=torchrun"])
     with pytest.raises(UserError, match="--steps: expected at least 1, got 0"):
         reproduce(str(tmp_path / "slurm"), Silent(), steps=0)
 

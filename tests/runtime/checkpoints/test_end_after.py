@@ -1,6 +1,7 @@
 """`EndAfter` ends a fit after attempted steps, and changes nothing before."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from recorded_steps import ITEMS, plugins, train
 
 from stabletrain.errors import UserError
 from stabletrain.runtime.checkpoints.end_after import EndAfter
-from stabletrain.runtime.records.record_imports import RecordImports
+from stabletrain.runtime.records.record_repeat import RecordRepeat
 from stabletrain.runtime.records.steps_file import read_steps
 from stabletrain.runtime.stop import EndReached
 
@@ -85,9 +86,27 @@ def test_a_wrong_number_is_one_message(steps: Any) -> None:
         EndAfter(steps)
 
 
-def test_imports_are_recorded_also_of_a_fit_that_ends_early(tmp_path: Path) -> None:
-    """Bug: no file after an exception, so that every package counts as imported."""
-    with pytest.raises(EndReached):
-        fit(Net(), ITEMS, *plugins(), RecordImports("in/imports.json"), EndAfter(1), default_root_dir=tmp_path)
-    names = json.loads((tmp_path / "in" / "imports.json").read_text())
-    assert {"torch", "lightning.pytorch", "stabletrain.runtime.stop"} <= set(names)
+class Scattered(Net):
+    """Uses an operator of which torch warns."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        for name in ("index_add_cuda_", "cumsum_cuda_kernel", "index_add_cuda_"):
+            text = f"{name} does not have a deterministic implementation, but you set 'torch.use_deterministic_"
+            warnings.warn(text, stacklevel=2)
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_repeat_records_its_imports_and_what_torch_has_warned_of(tmp_path: Path) -> None:
+    """Bugs: no file after an exception, so that every package counts as imported; an operator is named twice; the
+    warnings are not shown any more, or noted after the fit, too."""
+    record = RecordRepeat("in/repeat.json")
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        before = warnings.showwarning
+        with pytest.raises(EndReached):
+            fit(Scattered(), ITEMS, *plugins(), record, EndAfter(2), default_root_dir=tmp_path)
+        assert warnings.showwarning is before
+    assert sum("index_add_cuda_" in str(each.message) for each in shown) == 4
+    content = json.loads((tmp_path / "in" / "repeat.json").read_text())
+    assert {"torch", "lightning.pytorch", "stabletrain.runtime.stop"} <= set(content["modules"])
+    assert content["undetermined"] == ["index_add_cuda_", "cumsum_cuda_kernel"]
