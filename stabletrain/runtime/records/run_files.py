@@ -9,12 +9,12 @@
 | `job.sbatch`           | the launcher, with SLURM           | the batch script; its output is `slurm-<job>.out` |
 | `checkpoints/`         | checkpoint callbacks               | checkpoints; `interrupted.ckpt` after a signal    |
 | `events.jsonl`         | the guard                          | the events of all plugins                         |
-| `environment/`         | launcher and worker                | versions, settings, code, data, git: see below    |
 | `interventions.jsonl`  | plugins that restore earlier state | the rollbacks, to replay them                     |
 | `diagnosis-<step>/`    | plugins that stop a run            | a report of the model's state                     |
 | `metrics-unsent.jsonl` | the MLflow logger                  | metrics that the store did not accept             |
 | `sample.txt`           | the text workload                  | a sample of the trained model                     |
 | `strategy.json`        | the strategy, if it shards         | which modules are units, and their share          |
+| `environment/`        | launcher and worker                | versions, settings, code, data, git: see below    |
 | `chaos/`               | faults of `stabletrain.chaos`      | the steps at which they were applied              |
 
 In ``environment/``: ``git.json`` and diffs (the launcher); ``environment.json``, ``requirements.txt`` and ``code.json``
@@ -33,15 +33,15 @@ SLURM_SCRIPT = "job.sbatch"
 CHECKPOINTS = "checkpoints"
 INTERRUPTED_CHECKPOINT = "interrupted.ckpt"
 EVENTS = "events.jsonl"
-ENVIRONMENT = "environment"
-CODE = "code.json"
-DATA = "data.json"
 INTERVENTIONS = "interventions.jsonl"
 DIAGNOSIS_PREFIX = "diagnosis-"
 UNSENT_METRICS = "metrics-unsent.jsonl"
 SAMPLE = "sample.txt"
 STRATEGY = "strategy.json"
 CHAOS = "chaos"
+ENVIRONMENT = "environment"
+CODE = "code.json"
+DATA = "data.json"
 
 
 def slurm_output(job: str) -> str:
