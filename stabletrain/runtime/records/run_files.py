@@ -14,7 +14,7 @@
 | `metrics-unsent.jsonl` | the MLflow logger                  | metrics that the store did not accept             |
 | `sample.txt`           | the text workload                  | a sample of the trained model                     |
 | `strategy.json`        | the strategy, if it shards         | which modules are units, and their share          |
-| `environment/`        | launcher and worker                | versions, settings, code, data, git: see below    |
+| `environment/`         | launcher and worker                | versions, settings, code, data, git: see below    |
 | `chaos/`               | faults of `stabletrain.chaos`      | the steps at which they were applied              |
 
 In ``environment/``: ``git.json`` and diffs (the launcher); ``environment.json``, ``requirements.txt`` and ``code.json``
