@@ -23,7 +23,11 @@ def git_of_run(config: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         config: composed, or the content of run.yaml.
     """
-    return git_record(Path.cwd(), named_packages(config))
+    try:
+        folder = Path.cwd()
+    except OSError:  # it was deleted
+        folder = Path(config["run_dir"])
+    return git_record(folder, named_packages(config))
 
 
 def record_git(git: Mapping[str, Any], folder: Path) -> None:

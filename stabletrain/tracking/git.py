@@ -72,8 +72,8 @@ def repository_of(path: str | Path) -> Path | None:
     Args:
         path: the package's folder, or a module's file.
     """
-    real = Path(path).resolve()
-    folder = real if real.is_dir() else real.parent
+    real = Path(os.path.realpath(path))  # unlike pathlib's methods, these do not raise
+    folder = real if os.path.isdir(real) else real.parent
     is_installed = bool({"site-packages", "dist-packages"} & set(real.parts))
     kinds = ("--cached",) if is_installed else ("--cached", "--others", "--exclude-standard")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def git_record(code: str | Path, packages: Iterable[str] = ()) -> dict[str, Any]
         for top in dict.fromkeys(tops):
             if top is not None:
                 held.setdefault(top, []).append(name)
-    folder = Path(code).resolve()
+    folder = Path(os.path.realpath(code))
     own = next((top for top in held if folder.is_relative_to(top) and repository_of(folder) == top), None)
     states = {top: git_state(top) for top in held}
     mine = states[own] if own is not None else git_state(code)

@@ -108,6 +108,7 @@ def test_git_of_every_repository_that_holds_a_package(user_folder: Path, tmp_pat
     names = {path.name for path in write_git(tmp_path / "record", record)}
     assert names == {"git.json", "git-pkg.diff"}
     assert "+# changed" in (tmp_path / "record/git-pkg.diff").read_text()
+    assert git_record(tmp_path / "gone", ["pkg"])["repositories"][0]["sha"] == found["sha"]
     own = git_record(user_folder, ["pkg"])
     assert own["repositories"][0]["sha"] == own["sha"]
     assert {path.name for path in write_git(tmp_path / "own", own)} == {"git.json", "git.diff"}
