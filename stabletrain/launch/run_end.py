@@ -8,11 +8,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from stabletrain.launch.outcome_tag import OUTCOME, outcome_of
+from stabletrain.launch.outcome_tag import outcome_of
 from stabletrain.launch.result import Result
 from stabletrain.runtime.records.run_files import STEPS
 from stabletrain.runtime.records.steps_file import Flag, Steps, read_steps
 
+OUTCOME = "stabletrain.outcome"
+"""The tag of the outcome."""
 _LAST = 50
 """Steps whose mean loss is that of the end."""
 

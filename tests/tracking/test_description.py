@@ -10,7 +10,7 @@ import pytest
 from stabletrain.launch import outcome_tag
 from stabletrain.launch.mlflow_run import finish_run, open_run
 from stabletrain.launch.result import End, Result
-from stabletrain.launch.run_end import numbers_of_end
+from stabletrain.launch.run_end import OUTCOME, numbers_of_end
 from stabletrain.runtime.records.steps_file import Flag, StepsFile
 from stabletrain.tracking.description import NOTE, RUNNING, note_at_end, note_at_start, source_tags
 
@@ -76,7 +76,7 @@ def test_a_run_from_start_to_end(uri: str, client: Any, config: dict[str, Any]) 
     client.set_experiment_tag(run.info.experiment_id, NOTE, "mine")
     assert finish_run(config, Result(end="terminated", message="a | b\nc", steps=50, seconds=5.0)) is None
     tags = client.get_run(run_id).data.tags
-    assert tags[outcome_tag.OUTCOME] == "killed"
+    assert tags[OUTCOME] == "killed"
     assert tags[NOTE].startswith("Look at this one!")
     assert RUNNING not in tags[NOTE]
     assert "**terminated after 50 steps, 5 s; killed: a \\| b c**" in tags[NOTE]
