@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from stabletrain.errors import UserError
 from stabletrain.launch.result import MLFLOW_STATUS, Result, read_result
-from stabletrain.launch.run_end import describe_end
+from stabletrain.launch.run_end import describe_end, forget_end
 from stabletrain.runtime.records.run_files import RESULT, UNSENT_METRICS, artifacts
 
 MLFLOW_LOGGER = "stabletrain.tracking.MLflowLogger"
@@ -87,6 +87,7 @@ def open_run(
         tags={NOTE: note_at_start(config, command), **source_tags(command)},
         owner=config["launch"].get("kind") != "slurm",  # whose process is on another machine, perhaps much later
     )
+    forget_end(uri, logger["run_id"])
 
 
 def open_sweep(uri: str, experiment: str, command: Sequence[str]) -> str:
