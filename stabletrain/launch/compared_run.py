@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-OUTCOME = "stabletrain.outcome"
+from stabletrain.launch.run_end import OUTCOME
+
 EVERY_STEP = "every attempted step"
 """Where the loss of a run with a record of its steps comes from."""
 

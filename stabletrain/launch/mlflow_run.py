@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from stabletrain.errors import UserError
 from stabletrain.launch.result import MLFLOW_STATUS, Result, read_result
-from stabletrain.launch.run_end import describe_end
+from stabletrain.launch.run_end import describe_end, forget_end
 from stabletrain.launch.run_folder import write_run_yaml
 from stabletrain.runtime.records.run_files import RESULT, UNSENT_METRICS, artifacts
 
@@ -111,6 +111,7 @@ def open_run(
             "%s\n  The run is recorded in its folder for now, and sent when it has ended, if the server responds then.",
             error,
         )
+    forget_end(logger["tracking_uri"], logger["run_id"])
 
 
 def _status_in(folder: Path) -> Literal["FINISHED", "FAILED", "KILLED"] | None:

@@ -8,11 +8,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from stabletrain.launch.outcome_tag import OUTCOME, outcome_of
+from stabletrain.launch.outcome_tag import outcome_of
 from stabletrain.launch.result import Result
 from stabletrain.runtime.records.run_files import STEPS
 from stabletrain.runtime.records.steps_file import Flag, Steps, read_steps
 
+OUTCOME = "stabletrain.outcome"
+"""The tag of the outcome."""
 _LAST = 50
 """Steps whose mean loss is that of the end."""
 
@@ -41,6 +43,22 @@ def describe_end(config: Mapping[str, Any], result: Result) -> None:
         note = client.get_run(run_id).data.tags.get(NOTE, "")
         tags = {NOTE: note_at_end(note, end_of(result, outcome), numbers_of_end(folder, result))}
         write_tags(client, run_id, tags | ({OUTCOME: outcome} if outcome else {}))
+
+
+def forget_end(uri: str, run_id: str) -> None:
+    """Remove the outcome of a run that goes on.
+
+    Args:
+        uri: tracking URI of the store.
+        run_id: the run.
+    """
+    from stabletrain.tracking.store import open_client
+    from stabletrain.tracking.store_errors import translate_errors
+
+    with translate_errors(uri):
+        client = open_client(uri)
+        if OUTCOME in client.get_run(run_id).data.tags:
+            client.delete_tag(run_id, OUTCOME)
 
 
 def end_of(result: Result, outcome: str | None) -> str:
@@ -79,6 +97,6 @@ def numbers_of_end(folder: Path, result: Result) -> dict[str, str]:
         rollbacks = result.metrics.get("stability/rollbacks", 0.0)
         also = f", {rollbacks:.0f} rollbacks" if rollbacks else ""
         found["steps left out"] = f"{skipped} of {len(steps.step)}{also}"
-    if result.steps and result.seconds:
-        found["seconds per step, everything included"] = number(result.seconds / result.steps)
+    if "throughput/step_s" in result.metrics:
+        found["seconds per step"] = number(result.metrics["throughput/step_s"])
     return found

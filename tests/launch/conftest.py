@@ -27,11 +27,12 @@ class Cli(processes.Cli):
         ids = [experiment.experiment_id for experiment in client.search_experiments()]
         return list(client.search_runs(ids))
 
-    def artifacts(self) -> set[str]:
+    def artifacts(self, run: Any = None) -> set[str]:
         from mlflow import MlflowClient
 
         client = MlflowClient(f"sqlite:///{self.folder}/mlflow.db")
-        (run,) = self.runs()
+        if run is None:
+            (run,) = self.runs()
         return {each.path for each in client.list_artifacts(run.info.run_id)}
 
 

@@ -148,6 +148,8 @@ def test_a_sweep_is_one_parent_and_a_process_for_each_job(cli) -> None:
     assert {run.data.tags["mlflow.parentRunId"] for run in runs.values()} == {parent.info.run_id}
     ends = [read_result(cli.folder / "sweep" / number) for number in "012"]
     assert [each.end for each in ends if each] == ["failed", "killed", "finished"]
+    killed = cli.artifacts(runs["model.does=sigkill"])
+    assert killed >= {"steps.bin", "result.json"}
     assert 'raise RuntimeError("a bug in the user\'s module")' in done.stderr
     assert "signal 9" in done.stdout
     client = MlflowClient(f"sqlite:///{cli.folder}/mlflow.db")
