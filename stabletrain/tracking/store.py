@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from collections.abc import Iterator
@@ -62,6 +63,8 @@ def ensure_store(uri: str, *, timeout: float = 10.0) -> None:
     if path is None:
         _refuse_file_store(uri)
         return
+    with quiet_mlflow():  # before the lock: it takes seconds, for which others would wait, one after the other
+        importlib.import_module("mlflow.store.tracking.sqlalchemy_store")
     with translate_errors(uri), store_lock(uri), quiet_mlflow():
         probe(path, timeout)
         refuse_foreign(path)

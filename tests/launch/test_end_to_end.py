@@ -173,7 +173,11 @@ def test_eight_runs_at_once_on_a_fresh_database(cli) -> None:
     """Bug: runs that start together all migrate the new database, or create the experiment, and all but one die."""
     words = ("train", TINY, "--trust", "tiny_workload", "logger=mlflow", "plugins/nonfinite=skip")
     processes = [cli.start(*words) for _ in range(8)]
-    ends = [(process.communicate(timeout=300), process.returncode) for process in processes]
+    try:
+        ends = [(process.communicate(timeout=600), process.returncode) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert [errors for (_, errors), code in ends if code] == []
     runs = cli.runs()
     assert [run.info.status for run in runs] == ["FINISHED"] * 8
