@@ -77,7 +77,8 @@ def layouts(size: int) -> dict[str, list[Tensor]]:
 
 
 def norms(folder: Path) -> dict[str, Any]:
-    """For each layout the global norm, the norms of tensors and the number of collectives of each; with NaN and Inf."""
+    """For each layout the global norm, the norms of tensors, the norm from the shares of all ranks, and the number of
+    collectives of each; with NaN and Inf."""
     start()
     found: dict[str, Any] = {}
     for name, tensors in layouts(dist.get_world_size()).items():
@@ -85,7 +86,12 @@ def norms(folder: Path) -> dict[str, Any]:
             norm = gradients.global_norm(tensors)
         with CommDebugMode() as of_tensors:
             each = gradients.tensor_norms(tensors)
-        found[name] = (norm, each, of_global.get_total_counts(), of_tensors.get_total_counts())
+        with CommDebugMode() as of_share:
+            share = gradients.norm_share(tensors, torch.device("cpu"))
+        square = share.square.clone()
+        dist.all_reduce(square)
+        counts = [each.get_total_counts() for each in (of_global, of_tensors, of_share)]
+        found[name] = (norm, each, share.norm(square), counts)
     tensors = layouts(dist.get_world_size())["with plain"]
     found["poisoned"] = poisoned = []
     for i, tensor in enumerate(tensors):
