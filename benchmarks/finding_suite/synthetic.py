@@ -105,7 +105,7 @@ Trouble = Callable[[Series, np.random.Generator], Series]
 def _diverged(run: Series, rng: np.random.Generator) -> Series:
     loss, n = run.loss.copy(), len(run.loss)
     begin = int(n * rng.uniform(0.3, 0.8))
-    loss[begin:] = loss[0] * rng.uniform(0.8, 2) + rng.normal(0, 0.2, n - begin)
+    loss[begin:] = loss[0] * rng.uniform(1, 2) + rng.normal(0, 0.2, n - begin)
     return replace(run, loss=loss)
 
 

@@ -180,7 +180,7 @@ class Curve:
         self.end = median(self.s[-max(2, len(self.s) // 20) :])
         """Loss of the last twentieth."""
         differences = np.diff(finite)
-        self.noise = _sigma(differences) / 2**0.5 + 1e-12 * max(1.0, abs(self.best)) if len(differences) else 0.0
+        self.noise = sigma(differences) / 2**0.5 + 1e-12 * max(1.0, abs(self.best)) if len(differences) else 0.0
         """Robust standard deviation of one median."""
         self.gain = self.first - self.best
         self.first_noise = self.noise * max(1.0, self.width * every / 5) ** 0.5
@@ -214,6 +214,15 @@ def median(values: Floats) -> float:
     return float(np.median(finite)) if len(finite) else float("nan")
 
 
+def sigma(values: Floats) -> float:
+    """The robust standard deviation of finite values: from the median absolute deviation.
+
+    Args:
+        values: at least one.
+    """
+    return MAD_TO_SIGMA * float(np.median(np.abs(values - np.median(values))))
+
+
 def outliers(loss: Floats, gain: float, sigmas: float) -> NDArray[np.bool_]:
     """Mark the losses that lie far above the median of the 128 before them.
 
@@ -234,8 +243,8 @@ def outliers(loss: Floats, gain: float, sigmas: float) -> NDArray[np.bool_]:
     half, quarter = BASELINE // 2, 3 * BASELINE // 4
     ordered = np.partition(windows, (half - 1, half, quarter), axis=1)
     centre = (ordered[:, half - 1] + ordered[:, half]) / 2
-    sigma = MAD_TO_SIGMA * np.median(np.abs(windows - centre[:, None]), axis=1)
-    limit = centre + sigmas * np.maximum(np.maximum(sigma, 0.02 * np.abs(centre)), 0.01 * max(gain, 0.0))
+    spread = MAD_TO_SIGMA * np.median(np.abs(windows - centre[:, None]), axis=1)
+    limit = centre + sigmas * np.maximum(np.maximum(spread, 0.02 * np.abs(centre)), 0.01 * max(gain, 0.0))
     positive = centre > 0
     ratio = ordered[positive, quarter] / centre[positive]
     limit[positive] = np.maximum(limit[positive], centre[positive] * ratio ** (MAD_TO_SIGMA * sigmas))
@@ -253,10 +262,6 @@ def _medians(values: Floats, width: int) -> Floats:
     some = np.isfinite(rows).any(axis=1)
     result[some] = np.nanmedian(rows[some], axis=1)
     return result
-
-
-def _sigma(values: Floats) -> float:
-    return MAD_TO_SIGMA * float(np.median(np.abs(values - np.median(values))))
 
 
 def _finite_max(values: Floats) -> float:
