@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import os
 import resource
-import shutil
 import statistics
 import subprocess
 import sys
@@ -90,13 +89,13 @@ def main() -> None:
                     (folder / "away").rename(folder / "runs")
                 rows.append((f"{what}, from the {where}", seconds))
         size = (folder / "page.html").stat().st_size
-        shutil.copy(folder / "page.html", Path(tempfile.gettempdir()) / "compare.html")
     lines = [
         f"# Comparing {RUNS} runs of {STEPS:,} steps, {date.today().isoformat()}",
         "",
-        f"`python benchmarks/compare.py --write`. {measured()}. Each time is that of a whole process,",
-        f"imports included: the median of {arguments.times}, and the slowest; CPU: the median of its CPU time. The",
-        f"load of the machine was {os.getloadavg()[1]:.1f}: above the number of cores, the clock measures others, too.",
+        f"`python benchmarks/compare.py --write`. {measured()}.",
+        f"Each time is that of a whole process, imports included: the median of {arguments.times}, and the slowest;",
+        f"CPU: the median of its CPU time. The load of the machine was {os.getloadavg()[1]:.1f}: above the number of",
+        "cores, the clock measures other processes, too.",
         "",
         "| what | measured | slowest | CPU | required |",
         "|---|---|---|---|---|",
