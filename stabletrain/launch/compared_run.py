@@ -14,8 +14,10 @@ from stabletrain.core import metric_names
 from stabletrain.core.events import Event
 from stabletrain.launch.recorded_run import RecordedRun
 from stabletrain.launch.result import read_result
+from stabletrain.launch.run_end import OUTCOME
+from stabletrain.launch.run_series import series_of_run
 from stabletrain.runtime.records.steps_file import Flag, Steps
-from stabletrain.tracking import measures
+from stabletrain.tracking import findings, measures
 from stabletrain.tracking.comparison import RunSummary
 from stabletrain.tracking.differences import parameters, params_of
 from stabletrain.tracking.page_data import PageRun
@@ -24,8 +26,6 @@ from stabletrain.tracking.thinning import Curve
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-
-from stabletrain.launch.run_end import OUTCOME
 
 EVERY_STEP = "every attempted step"
 """Where the loss of a run with a record of its steps comes from."""
@@ -165,6 +165,13 @@ class ComparedRun:
             end = round(time.time() * 1000) if self.run.status == "RUNNING" else None
         return None if end is None else (end - self.run.start_ms) / 1000
 
+    def _outcome(self) -> str:
+        """The outcome of a run without the tag, such as one of another tool, as far as its record says it."""
+        if self.run.status != "FINISHED":
+            return self.run.status.lower()
+        series = series_of_run(self.run)
+        return findings.outcome(series, self.run.status) if len(series.step) else "finished"
+
     @cached_property
     def summary(self) -> RunSummary:
         """The run as a column of a comparison."""
@@ -176,7 +183,7 @@ class ComparedRun:
             metrics=self.run.metrics,
             tags=self.run.tags,
             measures=self.measures,
-            outcome=self.run.tags.get(OUTCOME) or measures.outcome(self.run.status, self.measures),
+            outcome=self.run.tags.get(OUTCOME) or self._outcome(),
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from stabletrain.core.statistics import MAD_TO_SIGMA
@@ -129,27 +128,6 @@ def spikes(loss: NDArray[np.float64]) -> int:
     limit = centre + _SIGMAS * np.maximum(sigma, 0.02 * np.abs(centre))
     at = np.flatnonzero(loss[_BASELINE:] > np.repeat(limit, _STRIDE)[: len(loss) - _BASELINE])
     return int(np.count_nonzero(np.diff(at, prepend=-_SAME_SPIKE - 1) > _SAME_SPIKE))
-
-
-def outcome(status: str, measures: Mapping[str, float]) -> str:
-    """Return the outcome of a run whose tag ``stabletrain.outcome`` is missing.
-
-    Args:
-        status: in the store.
-        measures: see `MEASURES`.
-
-    >>> outcome("FINISHED", {"spikes": 2.0}), outcome("FINISHED", {}), outcome("KILLED", {})
-    ('spiked', 'finished', 'killed')
-    """
-    if status != "FINISHED":
-        return status.lower()
-    if math.isnan(measures.get("final_loss", 0.0)):
-        return "diverged"
-    if measures.get("rollbacks"):
-        return "rolled_back"
-    if measures.get("spikes"):
-        return "spiked"
-    return "healthy" if "spikes" in measures else "finished"
 
 
 def shown(key: str, value: float | None) -> str:
