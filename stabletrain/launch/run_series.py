@@ -71,7 +71,7 @@ def series_of_run(run: RecordedRun) -> Series:
         loss_scale=run.metrics.get("stability/loss_scale"),
         validation=_validation(run),
         layers=_layers(run),
-        rollbacks=_rollbacks(run),
+        rollbacks=_rollbacks(run, events),
         bound=_fixed_bound(config),
         clips_tensors=_clips_tensors(config),
         changes=_changes(events, step),
@@ -185,10 +185,10 @@ def _layers(run: RecordedRun) -> list[Layer]:
     return [Layer(name.removeprefix(prefix), series.median(_arrays(run.history(name))[1])) for _, name in longest]
 
 
-def _rollbacks(run: RecordedRun) -> list[Rollback]:
+def _rollbacks(run: RecordedRun, events: Sequence[Event]) -> list[Rollback]:
     path = run.file(INTERVENTIONS)
     if path is None:
-        return []
+        return [Rollback(event.step) for event in events if event.kind == "rollback"]
     made: list[Rollback] = []
     with suppress(OSError):
         for line in read_lines(path):

@@ -121,7 +121,7 @@ def test_runs_of_other_tools(uri, client, tmp_path, monkeypatch):
     compared = compare_recorded(find(ids))
     text = tables(compared)
     lines = {line.split("  ")[0]: line.split()[1:] for line in text.splitlines() if line}
-    assert lines["outcome"] == ["finished", "diverged", "finished"]
+    assert lines["outcome"] == ["healthy", "diverged", "finished"]
     assert lines["final loss"] == ["loss", "1.015", "nan", "-"]
     assert lines["val loss"] == ["loss", "nan", "-", "-"]
     assert lines["best val loss"] == ["val", "loss", "2.5", "-", "-"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from stabletrain.runtime.records.steps_file import Flag, Steps
-from stabletrain.tracking.measures import levels, of_steps, outcome, spikes
+from stabletrain.tracking.measures import levels, of_steps, spikes
 
 
 def steps_of(loss: np.ndarray, flags: np.ndarray | None = None, norm: float = 1.0) -> Steps:
@@ -69,12 +69,3 @@ def test_spikes():
     flat[500] = 2.001
     assert spikes(flat) == 0
     assert spikes(falling(100)) == 0
-
-
-def test_outcome_without_a_tag():
-    """Bug: a run that is still going on, or of another tool, is called healthy; one that ends in NaN is."""
-    assert outcome("RUNNING", {"spikes": 0.0}) == "running"
-    assert outcome("FINISHED", {"final_loss": math.nan, "spikes": 0.0}) == "diverged"
-    assert outcome("FINISHED", {"rollbacks": 1.0, "spikes": 1.0}) == "rolled_back"
-    assert outcome("FINISHED", {"spikes": 0.0, "final_loss": 1.0}) == "healthy"
-    assert outcome("FINISHED", {"final_loss": 1.0}) == "finished"
