@@ -85,7 +85,8 @@ class LocalServer:
         """Whether the answer came from this server: another one may have taken the port first."""
         with suppress(psutil.Error):
             for process in psutil.Process(self._watch.pid).children(recursive=True):
-                for each in process.net_connections(kind="tcp"):
+                listed = getattr(process, "net_connections", None) or process.connections  # the name before psutil 6
+                for each in listed(kind="tcp"):
                     if each.status == psutil.CONN_LISTEN and each.laddr.port == self._port:
                         return True
         return False
