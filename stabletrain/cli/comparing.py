@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
 
 from stabletrain.launch.comparing import ALL, Compared, compare_recorded, find, write_comparison
 from stabletrain.tracking import comparison_url
@@ -45,7 +46,7 @@ def run_comparison(
     if address or html is not None:
         print()
     if address:
-        print(f"MLflow:  {address}")
+        print(f"MLflow:  {address}{' (with stabletrain ui)' if address.startswith(_LOCAL) else ''}")
     if html is not None:
         write_comparison(html, compared, seeds=seeds)
         print(f"page:    {html}")
@@ -61,8 +62,10 @@ def mlflow_address(compared: Compared) -> str | None:
     uris = dict.fromkeys(run.uri for run in found)
     if len(found) < 2 or len(uris) != 1:
         return None
-    uri = str(found[0].uri)
-    server = uri if uri.startswith(("http://", "https://")) else _LOCAL
+    uri = urlsplit(str(found[0].uri))
+    server = _LOCAL
+    if uri.scheme in ("http", "https"):  # without user and password
+        server = urlunsplit((uri.scheme, uri.netloc.rpartition("@")[2], uri.path, "", ""))
     experiments = list(dict.fromkeys(run.experiment_id for run in found))
     return comparison_url(server, [str(run.run_id) for run in found], experiments)
 

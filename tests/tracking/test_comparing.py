@@ -13,7 +13,9 @@ from typer.testing import CliRunner
 from stabletrain.cli.comparing import aligned, mlflow_address, tables
 from stabletrain.cli.main import app
 from stabletrain.errors import UserError
-from stabletrain.launch.comparing import compare_recorded, find, write_comparison
+from stabletrain.launch.compared_run import ComparedRun
+from stabletrain.launch.comparing import Compared, compare_recorded, find, write_comparison
+from stabletrain.launch.recorded_run import RecordedRun
 from stabletrain.tracking.runs import create_run, set_final_status, write_params
 
 HOSTILE = "</script><script>alert(1)</script>"
@@ -185,6 +187,17 @@ def test_the_command(four, tmp_path):
         done = CliRunner().invoke(app, words)
         assert (done.exit_code, done.stderr.startswith("error: ")) == (2, True), done.output
         assert "Traceback" not in done.output
+
+
+def test_the_address_has_no_password():
+    """Bug: the password of a tracking server is printed."""
+    runs = [
+        RecordedRun(run_id=i, uri="https://me:secret@x.org/m", name=i, experiment_id="1", status="RUNNING")
+        for i in "ab"
+    ]
+    address = mlflow_address(Compared(runs=[ComparedRun(run=run) for run in runs]))
+    assert address is not None
+    assert address.startswith("https://x.org/m/#/compare-runs?")
 
 
 def test_alignment():
