@@ -208,6 +208,7 @@ def report(
         str,
         typer.Argument(help="A run's folder, its id, the beginning of an id, or its name.", show_default=False),
     ],
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with charts, too.")] = None,
 ) -> None:
     """Say what happened in a run: its numbers, each intervention with its reason, and findings with what to try next.
 
@@ -215,7 +216,49 @@ def report(
     """
     from stabletrain.cli.report import report as text
 
-    print(text(run))
+    print(text(run, html))
+
+
+@app.command(short_help="Compare runs: what differs, how they ended, and a page with charts (--html FILE).")
+def compare(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RUN]...",
+            help="Id, beginning of an id, name or folder of a run; a sweep's run stands for its jobs.",
+            show_default=False,
+        ),
+    ] = None,
+    experiment: Annotated[str | None, typer.Option(metavar="NAME", help="All runs of an experiment.")] = None,
+    query: Annotated[
+        str, typer.Option("--filter", metavar="FILTER", help='Of these, such as "metrics.`val/loss` < 2".')
+    ] = "",
+    seeds: Annotated[
+        bool, typer.Option("--seeds", help="Mean and standard deviation of runs that differ in the seed alone.")
+    ] = False,
+    equal: Annotated[bool, typer.Option("--equal", help="List the parameters that are equal, too.")] = False,
+    metrics: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Further metrics, such as 'stability/*'.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with tables and charts.")] = None,
+    limit: Annotated[int, typer.Option(help="The maximum number of runs of an experiment, the newest.")] = 50,
+) -> None:
+    """Compare recorded runs: the parameters that differ, how stable they were, how they ended.
+
+    The store is MLFLOW_TRACKING_URI, or mlflow.db in the current folder. Runs of other tools have what they logged.
+    """
+    from stabletrain.cli.comparing import run_comparison
+
+    run_comparison(
+        runs or [],
+        experiment=experiment,
+        query=query,
+        seeds=seeds,
+        equal=equal,
+        metrics=metrics or [],
+        html=html,
+        limit=limit,
+    )
 
 
 @app.command(short_help="Write the weights of a checkpoint to one file, for torch.load.")

@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 from stabletrain.core import metric_names
 from stabletrain.errors import UserError
+from stabletrain.tracking.differences import differences, parameters
 from stabletrain.tracking.store import ensure_store, open_client
 from stabletrain.tracking.store_errors import translate_errors
 
@@ -23,13 +24,21 @@ _Row = TypeVar("_Row")
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """The name, status, parameters and metrics of one run."""
+    """The name, status, parameters and metrics of one run.
+
+    Args:
+        measures: what is computed from the record of its steps, see `stabletrain.tracking.measures`.
+        outcome: one word; empty if it was not asked for.
+    """
 
     run_id: str
     name: str
     status: str
     params: Mapping[str, str] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
+    measures: Mapping[str, float] = field(default_factory=dict)
+    outcome: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +89,8 @@ def compare(
         experiment: all runs of this experiment, the newest first; None: those of ``run_ids``.
         metrics: names or patterns such as ``val/*``; None: all. A plugin's metric has its present name, also if a run
             has logged it under an earlier one; both names are accepted.
-        params: names or patterns, also of equal parameters; None: those that differ.
+        params: names or patterns, also of equal parameters; None: those that differ, the chosen options first, without
+            the arguments that only one of two options has.
         limit: the maximum number of runs read from an experiment.
 
     Raises:
@@ -111,11 +121,11 @@ def side_by_side(
     >>> side_by_side([a, b]).table()
     [['', 'a', 'b'], ['status', 'FINISHED', 'FAILED'], ['lr', '0.1', '0.3'], ['loss', '2', '-']]
     """
-    param_rows = {key: tuple(run.params.get(key) for run in runs) for key in _keys(run.params for run in runs)}
     if params is None:
-        param_rows = {key: row for key, row in param_rows.items() if len(set(row)) > 1}
+        param_rows = differences([run.params for run in runs])
     else:
-        param_rows = _matching(param_rows, params)
+        every = {key: tuple(run.params.get(key) for run in runs) for key in _keys(run.params for run in runs)}
+        param_rows = _matching(every, params)
     metric_rows = {key: tuple(run.metrics.get(key) for run in runs) for key in _keys(run.metrics for run in runs)}
     if metrics is not None:
         metric_rows = _matching(metric_rows, [_present(each, metric_rows) for each in metrics])
@@ -163,8 +173,9 @@ def _summary(run: Any) -> RunSummary:
         run_id=run.info.run_id,
         name=run.info.run_name or run.info.run_id[:8],
         status=run.info.status,
-        params=dict(run.data.params),
+        params=parameters(run.data.params, run.data.tags),
         metrics=metric_names.renamed(run.data.metrics, of_recipe=_is_of_recipe(run.data.params)),
+        tags=dict(run.data.tags),
     )
 
 

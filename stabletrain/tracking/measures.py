@@ -1,0 +1,188 @@
+"""The numbers by which runs are compared: final and best loss, spikes, skips, clipped share, speed, memory, time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+from stabletrain.core.statistics import MAD_TO_SIGMA
+from stabletrain.runtime.records.steps_file import Flag, Steps
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+_PARTS = 50
+"""A level of the loss is the median of this part of the run."""
+_BASELINE = 128
+_SIGMAS = 6.0
+_SAME_SPIKE = 20
+"""Steps within which outliers belong to one spike."""
+_STRIDE = 8
+"""Steps between two baselines."""
+
+
+class Measure(NamedTuple):
+    """A column of a comparison.
+
+    Args:
+        key: its name in ``RunSummary.measures``.
+        title: with the unit.
+        note: what it is, for the line below the table; empty: the title says it.
+    """
+
+    key: str
+    title: str
+    note: str = ""
+
+
+MEASURES = (
+    Measure("final_loss", "final loss", "median of the last fiftieth of the applied steps"),
+    Measure("best_loss", "best loss", "lowest median of a fiftieth"),
+    Measure("val_loss", "val loss", "last validation"),
+    Measure("best_val_loss", "best val loss"),
+    Measure("spikes", "spikes", "applied losses 6 robust standard deviations above the median of the 128 before"),
+    Measure("nonfinite", "non-finite", "applied steps with a NaN or infinite loss or norm"),
+    Measure("skipped", "skipped"),
+    Measure("overflows", "overflows"),
+    Measure("clipped_share", "clipped", "share of the steps"),
+    Measure("rollbacks", "rollbacks"),
+    Measure("batches_excluded", "batches excluded"),
+    Measure("steps", "steps", "attempted"),
+    Measure("tokens_per_s", "tokens/s"),
+    Measure("samples_per_s", "samples/s"),
+    Measure("peak_memory_mib", "peak memory"),
+    Measure("wall_s", "wall time"),
+)
+"""All measures, in the order of the columns."""
+
+
+def of_steps(steps: Steps) -> dict[str, float]:
+    """Return what the record of every step says.
+
+    A dropped step is no part of the losses: the model is as if its batch had never been seen.
+
+    Args:
+        steps: of one run.
+    """
+    import numpy as np
+
+    attempted = len(steps.step)
+    if not attempted:
+        return {}
+    has = {flag: (steps.flags & flag.value) != 0 for flag in Flag}
+    applied = ~(has[Flag.SKIPPED] | has[Flag.OVERFLOW] | has[Flag.NO_LOSS])
+    loss, norm = steps.loss[applied], steps.grad_norm[applied]
+    return {
+        **levels(loss),
+        "steps": float(steps.step[-1] + 1),
+        "spikes": float(spikes(loss)),
+        "nonfinite": float(np.count_nonzero(~np.isfinite(loss) | ~np.isfinite(norm))),
+        "skipped": float(np.count_nonzero(has[Flag.SKIPPED])),
+        "overflows": float(np.count_nonzero(has[Flag.OVERFLOW])),
+        "clipped_share": float(np.count_nonzero(has[Flag.CLIPPED])) / attempted,
+    }
+
+
+def levels(loss: NDArray[np.float64]) -> dict[str, float]:
+    """Return the final and the best loss: medians of fiftieths, of which more than half must be finite.
+
+    Args:
+        loss: of the applied steps, or sampled; any number of values.
+
+    >>> import numpy as np
+    >>> levels(np.array([3.0, 2.0, np.nan, 2.5])), levels(np.array([3.0, np.inf])), levels(np.array([]))
+    ({'final_loss': 2.5, 'best_loss': 2.0}, {'final_loss': nan, 'best_loss': 3.0}, {})
+    """
+    import numpy as np
+
+    if not len(loss):
+        return {}
+    width = max(1, len(loss) // _PARTS)
+    whole = loss[len(loss) % width :].reshape(-1, width)  # the last window ends with the run
+    medians = np.median(np.where(np.isfinite(whole), whole, np.inf), axis=1)
+    finite = medians[np.isfinite(medians)]
+    return {
+        "final_loss": float(medians[-1]) if np.isfinite(medians[-1]) else math.nan,
+        "best_loss": float(finite.min()) if len(finite) else math.nan,
+    }
+
+
+def spikes(loss: NDArray[np.float64]) -> int:
+    """Count the spikes: outliers with less than 20 steps between them are one.
+
+    An outlier lies 6 robust standard deviations above the median of the 128 losses before it; such a deviation is at
+    least 2 % of the median, so that a loss that hardly varies has none.
+
+    Args:
+        loss: of the applied steps; a non-finite one is no spike.
+    """
+    import numpy as np
+
+    loss = loss[np.isfinite(loss)]
+    if len(loss) <= _BASELINE:
+        return 0
+    windows = np.lib.stride_tricks.sliding_window_view(loss[:-1], _BASELINE)[::_STRIDE]
+    centre = np.median(windows, axis=1)
+    sigma = MAD_TO_SIGMA * np.median(np.abs(windows - centre[:, None]), axis=1)
+    limit = centre + _SIGMAS * np.maximum(sigma, 0.02 * np.abs(centre))
+    at = np.flatnonzero(loss[_BASELINE:] > np.repeat(limit, _STRIDE)[: len(loss) - _BASELINE])
+    return int(np.count_nonzero(np.diff(at, prepend=-_SAME_SPIKE - 1) > _SAME_SPIKE))
+
+
+def outcome(status: str, measures: Mapping[str, float]) -> str:
+    """Return the outcome of a run whose tag ``stabletrain.outcome`` is missing.
+
+    Args:
+        status: in the store.
+        measures: see `MEASURES`.
+
+    >>> outcome("FINISHED", {"spikes": 2.0}), outcome("FINISHED", {}), outcome("KILLED", {})
+    ('spiked', 'finished', 'killed')
+    """
+    if status != "FINISHED":
+        return status.lower()
+    if math.isnan(measures.get("final_loss", 0.0)):
+        return "diverged"
+    if measures.get("rollbacks"):
+        return "rolled_back"
+    if measures.get("spikes"):
+        return "spiked"
+    return "healthy" if "spikes" in measures else "finished"
+
+
+def shown(key: str, value: float | None) -> str:
+    """Return a measure as text, with its unit where the title has none; ``-`` if it is not known.
+
+    Args:
+        key: of the measure.
+        value: NaN is a value.
+
+    >>> shown("final_loss", 1.23456), shown("clipped_share", 0.0123), shown("wall_s", 3725.0), shown("skipped", None)
+    ('1.235', '1.23 %', '1 h 2 min', '-')
+    >>> shown("peak_memory_mib", 2048.0), shown("spikes", 3.0), shown("steps", 1e6), shown("val_loss", math.nan)
+    ('2 GiB', '3', '1,000,000', 'nan')
+    """
+    if value is None:
+        return "-"
+    if not math.isfinite(value):
+        return str(value)
+    if key == "clipped_share":
+        return f"{100 * value:.3g} %"
+    if key == "wall_s":
+        return _duration(value)
+    if key == "peak_memory_mib":
+        return f"{value / 1024:.3g} GiB" if value >= 1024 else f"{value:.3g} MiB"
+    if key.endswith("_per_s"):
+        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    if "loss" in key:
+        return f"{value:.4g}"
+    return f"{value:,.0f}" if value == round(value) else f"{value:,.3g}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.3g} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60} min"

@@ -1,0 +1,80 @@
+"""The numbers by which runs are compared."""
+
+import math
+
+import numpy as np
+import pytest
+
+from stabletrain.runtime.records.steps_file import Flag, Steps
+from stabletrain.tracking.measures import levels, of_steps, outcome, spikes
+
+
+def steps_of(loss: np.ndarray, flags: np.ndarray | None = None, norm: float = 1.0) -> Steps:
+    recorded = np.full(len(loss), Flag.RECORDED.value, np.uint8) if flags is None else flags
+    return Steps(np.arange(len(loss)), loss, np.full(len(loss), norm), recorded)
+
+
+def falling(count: int = 1000) -> np.ndarray:
+    return 1 + 3 * np.exp(-np.arange(count) / (count / 5)) + np.random.default_rng(0).normal(0, 0.05, count)
+
+
+def test_a_dropped_step_is_no_part_of_the_loss():
+    """Bugs: the NaN of a dropped step is the final loss, or a spike; steps without a loss, and overflows, count as
+    non-finite; the share of clipped steps is that of the applied ones."""
+    loss, flags = falling(), np.full(1000, 1, np.uint8)
+    loss[[500, 999]], flags[[500, 999]] = (50.0, math.nan), Flag.RECORDED | Flag.SKIPPED
+    loss[600], flags[600] = math.nan, Flag.RECORDED | Flag.SKIPPED | Flag.NO_LOSS
+    loss[700], flags[700] = math.inf, Flag.RECORDED | Flag.OVERFLOW
+    flags[:250] |= Flag.CLIPPED.value
+    found = of_steps(steps_of(loss, flags))
+    assert abs(found["final_loss"] - 1.02) < 0.03
+    counted = {key: found[key] for key in ("spikes", "nonfinite", "skipped", "overflows", "clipped_share", "steps")}
+    assert counted == {"spikes": 0, "nonfinite": 0, "skipped": 3, "overflows": 1, "clipped_share": 0.25, "steps": 1000}
+    assert of_steps(steps_of(np.array([]))) == {}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, 500, 999])
+def test_one_value_that_is_not_finite(bad, place):
+    """Bug: a single NaN or infinity that was applied, at whatever place, is the final or the best loss of the run."""
+    loss = falling()
+    loss[place] = bad
+    found = of_steps(steps_of(loss))
+    assert abs(found["final_loss"] - 1.02) < 0.03
+    assert 0.9 < found["best_loss"] <= found["final_loss"]
+    assert found["nonfinite"] == 1
+
+
+def test_an_end_that_is_not_finite():
+    """Bug: a run that ends in NaN has the last finite loss as its final one."""
+    loss = falling()
+    loss[950:] = math.nan
+    assert math.isnan(levels(loss)["final_loss"])
+    assert levels(loss)["best_loss"] > 0.9
+    assert math.isnan(levels(np.full(3, math.nan))["best_loss"])
+
+
+def test_spikes():
+    """Bugs: a spike of thirty steps counts thirty times; two that are apart count as one; the steep fall of the start,
+    noise, or a loss that hardly varies, is one."""
+    loss = falling(3000)
+    assert spikes(loss) == 0
+    loss[1000:1030] += 3
+    loss[2000] += 3
+    loss[2999] += 3
+    assert spikes(loss) == 3
+    loss[[1500, 1501]] = math.nan
+    assert spikes(loss) == 3
+    flat = np.full(1000, 2.0)
+    flat[500] = 2.001
+    assert spikes(flat) == 0
+    assert spikes(falling(100)) == 0
+
+
+def test_outcome_without_a_tag():
+    """Bug: a run that is still going on, or of another tool, is called healthy; one that ends in NaN is."""
+    assert outcome("RUNNING", {"spikes": 0.0}) == "running"
+    assert outcome("FINISHED", {"final_loss": math.nan, "spikes": 0.0}) == "diverged"
+    assert outcome("FINISHED", {"rollbacks": 1.0, "spikes": 1.0}) == "rolled_back"
+    assert outcome("FINISHED", {"spikes": 0.0, "final_loss": 1.0}) == "healthy"
+    assert outcome("FINISHED", {"final_loss": 1.0}) == "finished"
