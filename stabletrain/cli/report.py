@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -14,7 +16,7 @@ from stabletrain.launch.recorded_run import RecordedRun, find_run
 from stabletrain.launch.result import read_result
 from stabletrain.launch.run_series import loss_history, series_of_run
 from stabletrain.runtime.records.run_files import RESULT
-from stabletrain.tracking.findings import SHOWN, findings, outcome
+from stabletrain.tracking.findings import SHOWN, Finding, findings, outcome
 from stabletrain.tracking.series import MIN_STEPS, Series, median
 
 _INTERVENTIONS = ("skip", "overflow", "rollback", "accept", "rewarm", "announced", "stop")
@@ -33,10 +35,92 @@ def report(wanted: str) -> str:
     Raises:
         UserError: if there is no such run, or it has no training loss.
     """
+    return "\n".join(read_report(wanted).lines())
+
+
+def read_report(wanted: str) -> RunReport:
+    """Find a run, and return the report of it; see `report`.
+
+    Args:
+        wanted: the run.
+
+    Raises:
+        UserError: see `report`.
+    """
     run = find_run(wanted, command="report")
     series = series_of_run(run)
     check_loss(run, series)
-    return "\n".join(_lines(run, series))
+    return RunReport(run=run, series=series)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunReport:
+    """What there is to say about a run.
+
+    Args:
+        run: from `find_run`.
+        series: what it has recorded.
+    """
+
+    run: RecordedRun
+    series: Series
+
+    @cached_property
+    def title(self) -> str:
+        """Name, id, experiment, status and outcome in a line."""
+        run = self.run
+        identity = f" ({run.run_id[:8]})" if run.run_id else ""
+        experiment = f", experiment {one_message(run.experiment, 100)}" if run.experiment else ""
+        end = outcome(self.series, end_of(run))
+        return f"{one_message(run.name, 200)}{identity}{experiment}: {run.status}, {end}"
+
+    @cached_property
+    def numbers(self) -> Sequence[tuple[str, str]]:
+        """Rows with what was recorded, and the numbers that sum it up."""
+        return list(_numbers(self.run, self.series))
+
+    @cached_property
+    def findings(self) -> Sequence[Finding]:
+        """All findings, the worst first."""
+        return findings(self.series)
+
+    @cached_property
+    def summary(self) -> str:
+        """How many findings there are, or why there are none."""
+        if not self.series.is_long_enough:
+            return f"no findings: {self.series.steps} steps are recorded, and at least {MIN_STEPS} are needed"
+        if not self.findings:
+            return "no findings"
+        more = f", the worst {SHOWN} of {len(self.findings)}" if len(self.findings) > SHOWN else ""
+        return f"findings{more} (hints, no diagnosis):"
+
+    @cached_property
+    def done(self) -> Sequence[Event]:
+        """The events that are interventions, in order."""
+        return [event for event in self._events if event.kind in _INTERVENTIONS]
+
+    @cached_property
+    def seen(self) -> Sequence[Event]:
+        """The other events, in order."""
+        return [event for event in self._events if event.kind not in _INTERVENTIONS]
+
+    @cached_property
+    def _events(self) -> Sequence[Event]:
+        """Without those that a resumed run has written again."""
+        return list({event.to_json(): event for event in self.run.events()}.values())
+
+    def lines(self) -> Iterator[str]:
+        """The report as text, line by line."""
+        yield self.title
+        yield from (f"  {name:<11}{text}" for name, text in self.numbers)
+        yield ""
+        yield self.summary
+        for number, each in enumerate(self.findings[:SHOWN], 1):
+            yield f"  {number}. {each.name}: {each.text}"
+            yield f"     try: {each.advice}"
+            yield f"     source: {each.source}"
+        yield from _done_lines(self.done)
+        yield from _seen_lines(self.seen)
 
 
 def check_loss(run: RecordedRun, series: Series) -> None:
@@ -74,19 +158,7 @@ def end_of(run: RecordedRun) -> str:
     return run.status if result is None else result.end
 
 
-def _lines(run: RecordedRun, series: Series) -> Iterator[str]:
-    identity = f" ({run.run_id[:8]})" if run.run_id else ""
-    experiment = f", experiment {one_message(run.experiment, 100)}" if run.experiment else ""
-    yield f"{one_message(run.name, 200)}{identity}{experiment}: {run.status}, {outcome(series, end_of(run))}"
-    yield from (f"  {name:<11}{text}" for name, text in _numbers(run, series))
-    yield ""
-    yield from _finding_lines(series)
-    events = list({event.to_json(): event for event in run.events()}.values())
-    yield from _event_lines(events)
-
-
 def _numbers(run: RecordedRun, series: Series) -> Iterator[tuple[str, str]]:
-    """Rows with what was recorded, and the numbers that sum it up."""
     source = "steps.bin" if run.steps() is not None else loss_history(run)[0]
     if series.every > 1:
         yield "steps", f"{len(series.step)} values of {one_message(source, 100)}, one for each {series.every} steps"
@@ -128,38 +200,25 @@ def _counts(series: Series) -> Iterator[str]:
         yield f"rollbacks {len(series.rollbacks)} ({batches} batches left out)"
 
 
-def _finding_lines(series: Series) -> Iterator[str]:
-    if not series.is_long_enough:
-        yield f"no findings: {series.steps} steps are recorded, and at least {MIN_STEPS} are needed"
+def _done_lines(done: Sequence[Event]) -> Iterator[str]:
+    if not done:
         return
-    found = findings(series)
-    if not found:
-        yield "no findings"
-        return
-    more = f", the worst {SHOWN} of {len(found)}" if len(found) > SHOWN else ""
-    yield f"findings{more} (hints, no diagnosis):"
-    for number, each in enumerate(found[:SHOWN], 1):
-        yield f"  {number}. {each.name}: {each.text}"
-        yield f"     try: {each.advice}"
-        yield f"     source: {each.source}"
+    yield ""
+    yield "interventions:"
+    for event in done[:_LISTED]:
+        word = _WORDS.get(event.kind, event.kind)
+        yield f"  step {event.step:<6} {word:<9} {one_message(event.plugin, 50)}: {one_message(event.reason, 300)}"
+    if len(done) > _LISTED:
+        kinds = Counter(event.kind for event in done[_LISTED:])
+        rest = ", ".join(f"{count} x {_WORDS.get(kind, kind)}" for kind, count in kinds.most_common())
+        yield f"  and {len(done) - _LISTED} more, up to step {done[-1].step} (events.jsonl): {rest}"
 
 
-def _event_lines(events: Sequence[Event]) -> Iterator[str]:
-    done = [event for event in events if event.kind in _INTERVENTIONS]
-    seen = [event for event in events if event.kind not in _INTERVENTIONS]
-    if done:
-        yield ""
-        yield "interventions:"
-        for event in done[:_LISTED]:
-            word = _WORDS.get(event.kind, event.kind)
-            yield f"  step {event.step:<6} {word:<9} {one_message(event.plugin, 50)}: {one_message(event.reason, 300)}"
-        if len(done) > _LISTED:
-            kinds = Counter(event.kind for event in done[_LISTED:])
-            rest = ", ".join(f"{count} x {_WORDS.get(kind, kind)}" for kind, count in kinds.most_common())
-            yield f"  and {len(done) - _LISTED} more, up to step {done[-1].step} (events.jsonl): {rest}"
-    if seen:
-        yield ""
-        yield "reported:"
-        for kind, count in Counter(one_message(event.kind, 50) for event in seen).most_common(10):
-            first = next(event for event in seen if one_message(event.kind, 50) == kind)
-            yield f"  {count} x {kind}, the first at step {first.step}: {one_message(first.reason, 300)}"
+def _seen_lines(seen: Sequence[Event]) -> Iterator[str]:
+    if not seen:
+        return
+    yield ""
+    yield "reported:"
+    for kind, count in Counter(one_message(event.kind, 50) for event in seen).most_common(10):
+        first = next(event for event in seen if one_message(event.kind, 50) == kind)
+        yield f"  {count} x {kind}, the first at step {first.step}: {one_message(first.reason, 300)}"
