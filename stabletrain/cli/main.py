@@ -214,9 +214,15 @@ def report(
 
     Findings are hints and no diagnosis; docs/findings.md has the table of their thresholds and sources.
     """
-    from stabletrain.cli.report import report as text
+    from stabletrain.cli.report import read_report
 
-    print(text(run, html))
+    found = read_report(run)
+    print("\n".join(found.lines()))
+    if html is not None:
+        from stabletrain.cli.report_page import write_report
+
+        write_report(html, found)
+        print(f"\npage: {html}")
 
 
 @app.command(short_help="Compare runs: what differs, how they ended, and a page with charts (--html FILE).")
