@@ -3,7 +3,7 @@
     python benchmarks/findings.py            print the tables (about 2 minutes)
     python benchmarks/findings.py --write    also write benchmarks/results/findings.md
 
-The runs have seeds, kinds and shapes on which no threshold was set. Synthetic ones: 8 healthy kinds of 3 lengths, and
+The runs have seeds, kinds and shapes on which no threshold was set. Synthetic ones: 9 healthy kinds of 3 lengths, and
 18 kinds of trouble. Real ones: small trainings on scikit-learn's digits under 10 conditions, 4 seeds each.
 """
 

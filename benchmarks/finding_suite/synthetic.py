@@ -1,4 +1,4 @@
-"""Synthetic runs: healthy ones of eight kinds, and 18 kinds of trouble.
+"""Synthetic runs: healthy ones of nine kinds, and 18 kinds of trouble.
 
 The thresholds of the findings were set on runs of other seeds and of four kinds of healthy ones. Here, the shape of
 the loss, its noise, the schedule and the scale of the loss are drawn at random for each run.
@@ -27,32 +27,35 @@ def healthy(kind: str, seed: int, steps: int) -> Series:
     rng = np.random.default_rng([seed, steps, HEALTHY.index(kind)])
     t = np.arange(steps)
     floor, gain = rng.uniform(0.3, 2.5), rng.uniform(1.0, 4.0)
-    loss = floor + gain * np.exp(-t / (steps * rng.uniform(0.04, 0.2))) + _noise(rng, steps, 0.03)
+    level = floor + gain * np.exp(-t / (steps * rng.uniform(0.04, 0.2)))
+    noise = _noise(rng, steps, 0.03)
     lr = _decaying(rng, steps)
-    validation_gap = 0.1
     if kind == "heavy tails":
-        loss += rng.standard_t(3, steps) * 0.05
+        noise += rng.standard_t(3, steps) * 0.05
     elif kind == "constant rate":
-        loss = floor + gain * (1 + t / rng.uniform(10, 40)) ** -0.45 + _noise(rng, steps, 0.03)
+        level = floor + gain * (1 + t / rng.uniform(10, 40)) ** -0.45
         lr = np.full(steps, 5e-3)
     elif kind == "fine-tuning":
-        loss = floor * (1 - 0.12 * (1 - np.exp(-t / (steps / 5)))) + _noise(rng, steps, 0.02 * floor)
+        level = floor * (1 - 0.12 * (1 - np.exp(-t / (steps / 5))))
+        noise = _noise(rng, steps, 0.02 * floor)
     elif kind == "noise that falls with the loss":
         level = gain * np.exp(-t / (steps * 0.15)) + 0.02
-        loss = level * np.exp(rng.normal(0, 0.4, steps))
+        noise = level * (np.exp(rng.normal(0, 0.4, steps)) - 1)
+    elif kind == "long tail":  # batches of one sample
+        noise = level * (np.exp(rng.normal(0, 0.7, steps)) - 1)
     elif kind == "negative loss":
-        loss -= floor + gain + rng.uniform(0, 3)
+        level -= floor + gain + rng.uniform(0, 3)
     elif kind == "step schedule":
         stage = np.searchsorted([0.5 * steps, 0.75 * steps], t, side="right")
         lr = 0.1 * 0.1**stage
-        loss = floor + gain * np.exp(-t / (steps * 0.1)) + 0.15 * 0.4**stage + _noise(rng, steps, 0.03)
+        level = level + 0.15 * 0.4**stage
     elif kind == "epochs":
-        loss += 0.03 * np.sin(2 * np.pi * t / (steps / 10))
+        noise += 0.03 * np.sin(2 * np.pi * t / (steps / 10))
     val_at = np.arange(steps // 10, steps, steps // 10)
-    val = _smooth(loss, steps // 20)[val_at] + validation_gap + rng.normal(0, 0.01, len(val_at))
+    val = level[val_at] + 0.1 + rng.normal(0, 0.01, len(val_at))
     return Series(
         step=t,
-        loss=loss,
+        loss=level + noise,
         grad_norm=np.exp(rng.normal(-0.5, rng.uniform(0.2, 0.5), steps)) * (1 + np.exp(-t / 50)),
         clipped=(rng.random(steps) < rng.uniform(0, 0.1)).astype(float),
         skipped=np.zeros(steps),
@@ -84,17 +87,13 @@ def _decaying(rng: np.random.Generator, steps: int) -> Floats:
     return peak * np.where(t < warm, (t + 1) / warm, factor)
 
 
-def _smooth(values: Floats, width: int) -> Floats:
-    padded = np.pad(values, width, mode="edge")
-    return np.convolve(padded, np.ones(2 * width + 1) / (2 * width + 1), "valid")
-
-
 HEALTHY = (
     "plain",
     "heavy tails",
     "constant rate",
     "fine-tuning",
     "noise that falls with the loss",
+    "long tail",
     "negative loss",
     "step schedule",
     "epochs",
@@ -106,7 +105,7 @@ Trouble = Callable[[Series, np.random.Generator], Series]
 def _diverged(run: Series, rng: np.random.Generator) -> Series:
     loss, n = run.loss.copy(), len(run.loss)
     begin = int(n * rng.uniform(0.3, 0.8))
-    loss[begin:] = loss[0] * rng.uniform(0.8, 2) + rng.normal(0, 0.2, n - begin)
+    loss[begin:] = loss[0] * rng.uniform(1, 2) + rng.normal(0, 0.2, n - begin)
     return replace(run, loss=loss)
 
 

@@ -78,7 +78,7 @@ def rises_at_the_start(series: Series, curve: Curve | None) -> Found | None:
     if curve is None or not _is_whole(series) or diverged(series, curve):
         return None
     early = curve.s[: max(3, len(curve.s) // 5)]
-    high = early > curve.first + 0.2 * abs(curve.first) + 3 * curve.noise
+    high = early > curve.first + 0.2 * abs(curve.first) + 3 * max(curve.noise, curve.first_noise)
     if not (high[1:] & high[:-1]).any():
         return None
     top = int(np.nanargmax(early))
@@ -125,7 +125,8 @@ def overfitting(series: Series, curve: Curve | None) -> Found | None:
     at = int(values.argmin())
     best, rise = float(values[at]), float(values[-1] - values[at])
     lasts = len(values) - 1 - at >= 3 and bool((values[max(at + 1, len(values) - 3) :] > best).all())
-    if not (lasts and rise > 0.05 * abs(best) and rise > 0.05 * float(values[0] - best)):
+    noise = recorded.sigma(np.diff(values)) / 2**0.5
+    if not (lasts and rise > 0.05 * abs(best) and rise > 0.05 * float(values[0] - best) and rise > 3 * noise):
         return None
     then = int(np.searchsorted(curve.at, steps[at], side="right")) - 1
     if not curve.end < curve.mean(max(then, 0), max(then, 0) + 1):

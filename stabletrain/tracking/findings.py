@@ -85,7 +85,8 @@ RULES: tuple[FindingRule, ...] = (
     ),
     FindingRule(
         "rises at the start",
-        "two medians in a row in the first fifth above the first loss by 20 % and 3 noise",
+        "two medians in a row in the first fifth above the first loss by 20 % and 3 noise (of a median, or of the "
+        "first loss)",
         "a longer warm-up, a lower learning rate",
         "Gilmer et al. 2021",
         rules.rises_at_the_start,
@@ -113,15 +114,16 @@ RULES: tuple[FindingRule, ...] = (
     ),
     FindingRule(
         "overfitting",
-        "validation loss at the end 5 % above its best and by 5 % of its fall, for three validations, while the "
-        "training loss falls",
+        "validation loss at the end 5 % above its best, by 5 % of its fall and 3 sigma of its noise, for three "
+        "validations, while the training loss falls",
         "stop at the step that is named, or regularise",
         "Prechelt 1998 (GL 5)",
         rules.overfitting,
     ),
     FindingRule(
         "spiky",
-        "at least 3 steps and 0.5 % with a loss 6 robust sigma above the median of the 128 before",
+        "at least 3 steps and 0.5 % with a loss 6 robust sigma above the median of the 128 before, also if the loss is "
+        "log-normal",
         "plugins/outliers=skip, a longer warm-up, a larger epsilon of the optimizer",
         "the spike score of OLMo",
         rules.spiky,

@@ -24,6 +24,8 @@ MIN_POINTS = 20
 """Points below which nothing is concluded from a curve, however many steps each stands for."""
 BASELINE = 128
 """Finite losses that a single one is compared with."""
+_STEADY = 20
+"""Points of a median from which on it says more about the start than the first ten losses."""
 _COMPARED = 20_000
 """Positions at which the baseline is computed, at most; between them it is the last one."""
 
@@ -178,17 +180,22 @@ class Curve:
         self.end = median(self.s[-max(2, len(self.s) // 20) :])
         """Loss of the last twentieth."""
         differences = np.diff(finite)
-        self.noise = _sigma(differences) / 2**0.5 + 1e-12 * max(1.0, abs(self.best)) if len(differences) else 0.0
+        self.noise = sigma(differences) / 2**0.5 + 1e-12 * max(1.0, abs(self.best)) if len(differences) else 0.0
         """Robust standard deviation of one median."""
         self.gain = self.first - self.best
+        self.first_noise = self.noise * max(1.0, self.width * every / 5) ** 0.5
+        """Robust standard deviation of the first loss, if the noise does not change with the loss."""
         self.lr = None if lr is None else _medians(lr, self.width)
         self.peak_lr = float("nan") if lr is None else _finite_max(lr)
 
     @property
     def has_fallen(self) -> bool:
         """Whether the loss has fallen by more than its noise, and by a part of itself that matters."""
-        gain = min(self.first, self._first_ten) - self.best  # the first five alone may be high by chance
-        return gain >= max(0.02 * abs(self.first), 3 * self.noise)
+        start = min(self.first, self._first_ten)  # five alone may be high by chance
+        steady = self.s[0] <= self.first + 3 * self.first_noise
+        if self.width >= _STEADY and steady:  # the first median is of many steps, and the loss had not risen by then
+            start = max(start, float(self.s[0]))
+        return start - self.best >= max(0.02 * abs(self.first), 3 * self.noise)
 
     def mean(self, begin: int, end: int | None = None) -> float:
         """The mean of the finite medians in a range of windows; NaN if there is none."""
@@ -207,11 +214,21 @@ def median(values: Floats) -> float:
     return float(np.median(finite)) if len(finite) else float("nan")
 
 
-def outliers(loss: Floats, gain: float, sigmas: float) -> NDArray[np.bool_]:
-    """Mark the losses that lie far above the median of the 128 before them, in robust standard deviations.
+def sigma(values: Floats) -> float:
+    """The robust standard deviation of finite values: from the median absolute deviation.
 
-    A standard deviation is at least 2 % of the median, and at least 1 % of what the run has gained: late in a run that
-    fits its data, the loss is a small number with a long tail.
+    Args:
+        values: at least one.
+    """
+    return MAD_TO_SIGMA * float(np.median(np.abs(values - np.median(values))))
+
+
+def outliers(loss: Floats, gain: float, sigmas: float) -> NDArray[np.bool_]:
+    """Mark the losses that lie far above the median of the 128 before them.
+
+    The limit is the higher one of a linear and a log-normal one, as that of the rules that act during a run (decision
+    0007): median + sigmas robust standard deviations, and the same distance for a loss with the upper quartile of a
+    log-normal one. A standard deviation is at least 2 % of the median, and 1 % of what the whole run has gained.
 
     Args:
         loss: finite.
@@ -223,9 +240,14 @@ def outliers(loss: Floats, gain: float, sigmas: float) -> NDArray[np.bool_]:
         return found
     stride = 1 + len(loss) // _COMPARED
     windows = np.lib.stride_tricks.sliding_window_view(loss[:-1], BASELINE)[::stride]
-    centre = np.median(windows, axis=1)
-    sigma = MAD_TO_SIGMA * np.median(np.abs(windows - centre[:, None]), axis=1)
-    limit = centre + sigmas * np.maximum(np.maximum(sigma, 0.02 * np.abs(centre)), 0.01 * max(gain, 0.0))
+    half, quarter = BASELINE // 2, 3 * BASELINE // 4
+    ordered = np.partition(windows, (half - 1, half, quarter), axis=1)
+    centre = (ordered[:, half - 1] + ordered[:, half]) / 2
+    spread = MAD_TO_SIGMA * np.median(np.abs(windows - centre[:, None]), axis=1)
+    limit = centre + sigmas * np.maximum(np.maximum(spread, 0.02 * np.abs(centre)), 0.01 * max(gain, 0.0))
+    positive = centre > 0
+    ratio = ordered[positive, quarter] / centre[positive]
+    limit[positive] = np.maximum(limit[positive], centre[positive] * ratio ** (MAD_TO_SIGMA * sigmas))
     found[BASELINE:] = loss[BASELINE:] > np.repeat(limit, stride)[: len(loss) - BASELINE]
     return found
 
@@ -240,10 +262,6 @@ def _medians(values: Floats, width: int) -> Floats:
     some = np.isfinite(rows).any(axis=1)
     result[some] = np.nanmedian(rows[some], axis=1)
     return result
-
-
-def _sigma(values: Floats) -> float:
-    return MAD_TO_SIGMA * float(np.median(np.abs(values - np.median(values))))
 
 
 def _finite_max(values: Floats) -> float:
