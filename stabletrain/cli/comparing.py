@@ -39,6 +39,8 @@ def run_comparison(
     """
     compared = compare_recorded(find(words, experiment=experiment, query=query, limit=limit))
     print(tables(compared, seeds=seeds, equal=equal, metrics=metrics))
+    if len(compared.runs) >= limit and len(words) < limit:
+        print(f"\nthese are the newest {limit} runs; for more, add --limit")
     address = mlflow_address(compared)
     if address or html is not None:
         print()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ from stabletrain.launch.result import read_result
 from stabletrain.runtime.records.steps_file import Flag, Steps
 from stabletrain.tracking import measures
 from stabletrain.tracking.comparison import RunSummary
-from stabletrain.tracking.differences import parameters
+from stabletrain.tracking.differences import parameters, params_of
 from stabletrain.tracking.page_data import PageRun
 from stabletrain.tracking.thinning import Curve
 
@@ -121,9 +122,12 @@ class ComparedRun:
             found["val_loss"] = float(curve.value[-1])
             found |= {"best_val_loss": min(finite)} if finite else {}
         found = (self._counted() if self.is_ours else {}) | found
-        for key in ("tokens_per_s", "samples_per_s", "peak_memory_mib"):
-            if (value := self.run.metrics.get(f"throughput/{key}")) is not None:
-                found[key] = value
+        for key in ("tokens_per_s", "samples_per_s"):
+            if rates := [value for _, value in self.run.history(f"throughput/{key}")]:
+                found[key] = statistics.median(rates)
+                break
+        if (peak := self.run.metrics.get("throughput/peak_memory_mib")) is not None:
+            found["peak_memory_mib"] = peak
         if (seconds := self._seconds()) is not None:
             found["wall_s"] = seconds
         return found
@@ -167,7 +171,7 @@ class ComparedRun:
             run_id=self.run.run_id or "",
             name=self.run.name,
             status=self.run.status,
-            params=parameters(self.run.params, self.run.tags),
+            params=parameters(self.run.params or params_of(self.run.config() or {}), self.run.tags),
             metrics=self.run.metrics,
             tags=self.run.tags,
             measures=self.measures,

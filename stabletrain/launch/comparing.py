@@ -18,6 +18,8 @@ from stabletrain.tracking.seeds import Variant, by_seed
 
 SWEEP = "stabletrain.sweep"
 """Tag of the run above the jobs of a sweep, which has trained nothing itself."""
+RESUMES = "stabletrain.resumes"
+"""Tag of a run that was resumed: how often."""
 PARENT = "mlflow.parentRunId"
 ALL = "all runs"
 """Name of a variant that is the only one."""
@@ -111,6 +113,8 @@ class Compared:
         sources: dict[str, list[str]] = {}
         for each in self.runs:
             sources.setdefault(each.loss_from, []).append(each.run.name)
+        if resumed := [each.run.name for each in self.runs if RESUMES in each.run.tags]:
+            notes.append(f"wall time of {_names(resumed)}: from the first start to the last end")
         if list(sources) == [EVERY_STEP]:
             return notes
         sampled = [name for source, names in sources.items() if source != EVERY_STEP for name in names]

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ from stabletrain.runtime.records.steps_file import Steps, read_steps
 _ID = re.compile(r"[0-9a-f]{4,32}")
 _MANY = 10
 """Runs that a message lists."""
+_LARGEST_CONFIG = 1 << 20
+"""Bytes of run.yaml in which a run's id is looked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,8 +296,10 @@ def _of_store(run: Any, uri: str, experiments: Mapping[str, str]) -> RecordedRun
 
 def _is_of(folder: Path, run_id: str) -> bool:
     """Whether a folder, which a store names, is this run's: the store may come from another machine."""
-    with suppress(UserError, OSError):
-        return _logger(folder).get("run_id") == run_id
+    with suppress(OSError), open(folder / RUN_YAML, "rb", opener=only_regular) as file:
+        # the line alone: parsing the file takes 15 ms, of each of the runs of an experiment
+        wanted = rf"\brun_id: ['\"]?{re.escape(run_id)}\b"
+        return re.search(wanted.encode(), file.read(_LARGEST_CONFIG)) is not None
     return False
 
 
@@ -362,7 +366,7 @@ def _is_regular(path: Path) -> bool:
 
 
 def _ready(uri: str | None) -> str:
-    from stabletrain.tracking.store import absolute_uri, default_tracking_uri, ensure_store
+    from stabletrain.tracking.store import absolute_uri, default_tracking_uri
     from stabletrain.tracking.store_errors import sqlite_path
 
     store = absolute_uri(uri) if uri else default_tracking_uri()
@@ -372,8 +376,16 @@ def _ready(uri: str | None) -> str:
             f"there is no tracking store {store}; name a run's folder, go to the folder of mlflow.db, or set "
             "MLFLOW_TRACKING_URI"
         )
-    ensure_store(store)
+    _ensure_once(store)
     return store
+
+
+@lru_cache(maxsize=8)
+def _ensure_once(store: str) -> None:
+    """Make a store ready the first time: that takes 50 ms, and a comparison names twenty runs."""
+    from stabletrain.tracking.store import ensure_store
+
+    ensure_store(store)
 
 
 def _client(uri: str) -> Any:

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping, Sequence
+from typing import Any
+
+from stabletrain.tracking.naming import MAX_PARAM, flatten, safe_key, shorten
 
 _CHOICES = "choices."
 _TARGET = "._target_"
@@ -16,6 +19,8 @@ _TYPED = "typed"
 _CHANGED = "changed."
 _CODE = ("stabletrain.version", "git.sha", "git.dirty", "data.digest")
 """Tags that say which code and data a run was made with."""
+_NOT_PARAMS = ("run_dir", "resume", "logger", "trust")
+_NOT_ARGUMENTS = ("._partial_", "._recursive_", "._convert_")
 _SEEDS = ("seed", "random_seed", "random_state", "rng_seed", "seed_everything")
 
 Row = tuple[str | None, ...]
@@ -44,6 +49,21 @@ def parameters(params: Mapping[str, str], tags: Mapping[str, str]) -> dict[str, 
     return {
         name: f"{value}, then {changed[name]}" if name in changed and name != _TYPED else value
         for name, value in params.items()
+    }
+
+
+def params_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the parameters that a run with this config logs, for one that is in no store.
+
+    Args:
+        config: the content of run.yaml.
+
+    >>> params_of({"seed": 1, "run_dir": "runs/a", "optimizer": {"_partial_": True, "lr": 0.1}})
+    {'seed': '1', 'optimizer.lr': '0.1'}
+    """
+    kept = {key: value for key, value in config.items() if key not in _NOT_PARAMS}
+    return {
+        safe_key(key): shorten(value, MAX_PARAM) for key, value in flatten(kept) if not key.endswith(_NOT_ARGUMENTS)
     }
 
 

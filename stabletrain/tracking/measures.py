@@ -50,8 +50,8 @@ MEASURES = (
     Measure("rollbacks", "rollbacks"),
     Measure("batches_excluded", "batches excluded"),
     Measure("steps", "steps", "attempted"),
-    Measure("tokens_per_s", "tokens/s"),
-    Measure("samples_per_s", "samples/s"),
+    Measure("tokens_per_s", "tokens/s", "median over the run"),
+    Measure("samples_per_s", "samples/s", "median over the run"),
     Measure("peak_memory_mib", "peak memory"),
     Measure("wall_s", "wall time"),
 )

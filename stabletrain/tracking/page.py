@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from stabletrain.errors import UserError
-from stabletrain.tracking.page_data import CHARTS, Chart, PageRun, page_data
+from stabletrain.tracking.page_charts import CHARTS, Chart
+from stabletrain.tracking.page_data import PageRun, page_data
 from stabletrain.tracking.thinning import Curve
 from stabletrain.version import __version__
 

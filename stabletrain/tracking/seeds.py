@@ -54,7 +54,7 @@ class Variant:
         return label(self.values)
 
     def text(self, key: str) -> str:
-        """Mean and standard deviation of a measure, and of how many runs if not of all.
+        """Mean and standard deviation of a measure, if it is not zero, and of how many runs if not of all.
 
         Args:
             key: of the measure.
@@ -63,7 +63,7 @@ class Variant:
         if spread is None:
             return "-"
         mean = shown(key, spread.mean)
-        deviation = "" if spread.deviation is None else f" ± {shown(key, spread.deviation)}"
+        deviation = "" if not spread.deviation else f" ± {shown(key, spread.deviation)}"
         of = "" if spread.finite == len(self.members) else f" ({spread.finite} of {len(self.members)})"
         return f"{mean}{deviation}{of}"
 

@@ -5,10 +5,13 @@ import math
 import re
 
 import pytest
+import yaml
 from mlflow.entities import Metric
 from recorded_runs import Run
+from typer.testing import CliRunner
 
 from stabletrain.cli.comparing import aligned, mlflow_address, tables
+from stabletrain.cli.main import app
 from stabletrain.errors import UserError
 from stabletrain.launch.comparing import compare_recorded, find, write_comparison
 from stabletrain.tracking.runs import create_run, set_final_status, write_params
@@ -30,6 +33,7 @@ def four(uri, tmp_path, monkeypatch):
         if place == 0:
             run.skip(10)
             run.spike(300, 5)
+            run.metrics = {"throughput/tokens_per_s": 1200.0, "throughput/peak_memory_mib": 2048.0}
         config = {
             "choices": {"plugins/clip": clip},
             "seed": seed,
@@ -56,6 +60,8 @@ def test_the_table(four, tmp_path):
     assert lines["skipped"] == ["1", "0", "0", "0"]
     assert lines["spikes"] == ["1", "0", "0", "0"]
     assert lines["rollbacks"] == ["1", "0", "0", "0"]
+    assert lines["tokens/s"] == ["1,200", "-", "-", "-"]
+    assert lines["peak memory"] == ["memory", "2", "GiB", "-", "-", "-"]
     assert [lines["clipped"][i] for i in (0, 2, 4, 6)] == ["0", "0", "25", "25"]
     address = mlflow_address(compared)
     assert address is not None
@@ -80,6 +86,21 @@ def test_the_table(four, tmp_path):
     assert {*data["runs"][0]["curves"]} == {"loss", "grad_norm", "lr"}
     assert [mark["kind"] for mark in data["runs"][0]["marks"]] == ["rollback", "spike", "skip"]
     assert [mark["kind"] for mark in data["runs"][2]["marks"]] == ["clip"]
+
+
+def test_a_run_without_a_record_of_its_steps(uri, tmp_path):
+    """Bug: of a run before steps.bin existed, or that was killed before it was sent, the counts are zero or missing."""
+    run = Run(400)
+    run.skip(10)
+    run.spike(300, 5)
+    run.clip(slice(0, 100))
+    folder = tmp_path / "run"
+    run.record(uri, folder, experiment="demo", name="old", params={}, artifacts=False)
+    (folder / "steps.bin").unlink()
+    (compared,) = compare_recorded(find([str(folder)])).summaries
+    exact = {"skipped": 1, "overflows": 0, "rollbacks": 1, "batches_excluded": 0, "clipped_share": 0.25, "spikes": 1}
+    assert {key: compared.measures[key] for key in exact} == exact
+    assert compared.outcome == "rolled_back"
 
 
 def test_runs_of_other_tools(uri, client, tmp_path, monkeypatch):
@@ -112,6 +133,19 @@ def test_runs_of_other_tools(uri, client, tmp_path, monkeypatch):
     assert "<script>alert" not in (tmp_path / "page.html").read_text()
 
 
+def test_folders_without_a_store(four, tmp_path):
+    """Bugs: runs with logger=none have no parameters to differ in, or are not comparable with those of a store; the
+    command needs a store for them."""
+    folders = [tmp_path / "runs" / str(place) for place in (0, 2)]
+    for folder in folders:
+        config = yaml.safe_load((folder / "run.yaml").read_text())
+        (folder / "run.yaml").write_text(yaml.safe_dump({**config, "logger": None, "run_dir": str(folder)}))
+    compared = compare_recorded(find([*map(str, folders), four[3]]))
+    assert dict(compared.params) == {"clip": ("none", "norm", "norm")}
+    assert compared.summaries[1].measures["clipped_share"] == compared.summaries[2].measures["clipped_share"] == 0.25
+    assert mlflow_address(compared) is None
+
+
 def test_mistakes(uri, monkeypatch):
     """Bug: a mistake gives a traceback or an empty table."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
@@ -135,6 +169,22 @@ def test_no_store(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="there is no tracking store"):
         find(["one"])
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command(four, tmp_path):
+    """Bugs: an option does not reach the function; a mistake is a traceback, or exit code 0 or 1."""
+    page = tmp_path / "page.html"
+    done = CliRunner().invoke(app, ["compare", four[1], "norm 0", "--html", str(page), "--metrics", "stability/lr"])
+    assert done.exit_code == 0, done.output
+    assert "stability/lr" in done.stdout
+    assert f"page:    {page}" in done.stdout
+    assert "2 runs compared" in page.read_text()
+    done = CliRunner().invoke(app, ["compare", "--experiment", "demo", "--limit", "2"])
+    assert "these are the newest 2 runs" in done.stdout
+    for words in (["compare"], ["compare", "norm"], ["compare", four[1], "--html", str(tmp_path)]):
+        done = CliRunner().invoke(app, words)
+        assert (done.exit_code, done.stderr.startswith("error: ")) == (2, True), done.output
+        assert "Traceback" not in done.output
 
 
 def test_alignment():

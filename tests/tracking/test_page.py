@@ -4,13 +4,15 @@ import base64
 import json
 import re
 import struct
+from typing import get_args
 
 import numpy as np
 import pytest
 
-from stabletrain.core.events import Event
+from stabletrain.core.events import Event, EventKind
 from stabletrain.errors import UserError
 from stabletrain.tracking.page import Cell, Curve, PageRun, PageTable, page, write_page
+from stabletrain.tracking.page_charts import KINDS
 from stabletrain.tracking.page_data import MAX_EVENTS, page_data
 
 HOSTILE = "</script><script>alert(1)</script>"
@@ -81,6 +83,11 @@ def test_events_that_somebody_has_made_up():
     wrong = [skip(-1), skip(10**30), skip(2)._replace(reason=[1]), skip(3)._replace(kind=["skip"])]
     marks = page_data([PageRun(name="a", events=wrong)])["runs"][0]["marks"]
     assert [(mark["kind"], mark["reasons"]) for mark in marks] == [("skip", ["[1]"])]
+
+
+def test_every_kind_of_event_is_drawn():
+    """Bug: a new kind of event has no mark, and is left out of every page without a word."""
+    assert set(get_args(EventKind)) | {"clip"} == {kind.key for kind in KINDS}
 
 
 def test_colours_say_what_differs():

@@ -95,6 +95,33 @@ def pages(tmp_path_factory):
     return folder
 
 
+def test_strange_curves(tab, tmp_path):
+    """Bugs: a curve of NaN, of one point, of zeros on a logarithmic axis, of one value, or of steps that are tokens, is
+    an error in the console, or keeps the other charts from being drawn; a page without curves shows empty charts."""
+    at = np.arange(2500)
+    curves = [
+        Curve(at, np.full(2500, np.nan)),
+        Curve(at[:1], np.ones(1)),
+        Curve(at, np.zeros(2500)),
+        Curve(at, -np.ones(2500)),
+        Curve(at * 10**9, np.full(2500, 1e300)),
+        Curve(at[:0], np.empty(0)),
+        Curve(at, np.where(at % 2, np.inf, 1.0)),
+    ]
+    for together in [*([curve] for curve in curves), curves]:
+        runs = [
+            PageRun(name=str(place), curves=dict.fromkeys(("loss", "grad_norm", "lr"), curve))
+            for place, curve in enumerate(together)
+        ]
+        write_page(tmp_path / "page.html", runs, title="strange")
+        tab.open(tmp_path / "page.html", width=800)
+        tab.run("document.querySelectorAll('.tool').forEach((tool) => tool.click())")
+        assert tab.complaints() == []
+        drawn = tab.run("document.documentElement.dataset.drawn")
+        assert drawn == ("3" if any(len(curve.step) for curve in together) else None)
+    assert tab.run("document.querySelectorAll('figure .plot canvas').length") == 3
+
+
 @pytest.mark.parametrize("count", [1, 6])
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_a_page(tab, pages, count, dark):

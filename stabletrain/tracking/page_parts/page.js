@@ -137,7 +137,7 @@
     const at = (share) => sorted[Math.min(sorted.length - 1, Math.floor(share * sorted.length))];
     const low = at(0.01), high = at(0.97), greatest = sorted[sorted.length - 1];
     const limit = high + 1.5 * (high - low);
-    return high > low && greatest > limit ? limit : Infinity;
+    return high > low && greatest - low > 3 * (limit - low) ? limit : Infinity;
   }
 
   function usable(values, log) {
