@@ -1,4 +1,4 @@
-"""The outcome of a run as one word, for the tag ``stabletrain.outcome``."""
+"""The outcome of a run as one word, for the tag ``stabletrain.outcome``: its record decides, unless it ended early."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ import logging
 from pathlib import Path
 
 from stabletrain.launch.result import Result
-
-OUTCOME = "stabletrain.outcome"
-"""The tag: one of the words of `stabletrain.tracking.findings.OUTCOMES`."""
 
 
 def outcome_of(folder: Path, result: Result) -> str | None:
