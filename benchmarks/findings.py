@@ -3,7 +3,9 @@
     python benchmarks/findings.py            print the tables (about 2 minutes)
     python benchmarks/findings.py --write    also write benchmarks/results/findings.md
 
-The runs have seeds, kinds and shapes on which no threshold was set. Synthetic ones: 9 healthy kinds of 3 lengths, and
+The seeds are ones on which no threshold was set and no rule was tried before. The kinds are not unseen: the rules were
+changed until they left the long tail alone, and what is expected of a rate that is too low and of random labels was
+written after their first runs. Synthetic ones: 9 healthy kinds of 3 lengths, and
 18 kinds of trouble. Real ones: small trainings on scikit-learn's digits under 10 conditions, 4 seeds each.
 """
 
@@ -26,9 +28,9 @@ from stabletrain.tracking.findings import findings, outcome
 from stabletrain.tracking.series import Series
 
 RESULT = Path(__file__).parent / "results" / "findings.md"
-SEED = 2026
+SEED = 40_000
 """The first seed of the synthetic runs."""
-HEALTHY_SEEDS, TROUBLE_SEEDS, REAL_SEEDS = 10, 7, range(100, 104)
+HEALTHY_SEEDS, TROUBLE_SEEDS, REAL_SEEDS = 10, 7, range(500, 504)
 """Of each length; of each length; all."""
 NEVER_CLIPPED_LENGTHS = (1000, 1500, 6000)
 """The bound that never clips is looked for from 1,000 steps on."""
@@ -109,7 +111,10 @@ def page(parts: Sequence[tuple[str, Sequence[Row], Sequence[Row]]]) -> str:
         "",
         "    OMP_NUM_THREADS=1 python benchmarks/findings.py --write",
         "",
-        "Expected in healthy runs is no finding, in the others the one that is named. Others are findings beside it.",
+        "Expected in healthy runs is no finding, in the others the one that is named. Others are findings beside it. No",
+        "rule was tried on these seeds before. The kinds are not unseen: the rules were changed until they left the long",
+        "tail alone, and what is expected of a rate that is too low and of random labels was written after their first",
+        "runs on other seeds.",
         "",
         "| | reach | reached |",
         "|---|---|---|",

@@ -1,7 +1,6 @@
 """Synthetic runs: healthy ones of nine kinds, and 18 kinds of trouble.
 
-The thresholds of the findings were set on runs of other seeds and of four kinds of healthy ones. Here, the shape of
-the loss, its noise, the schedule and the scale of the loss are drawn at random for each run.
+The shape of the loss, its noise, the schedule and the scale of the loss are drawn at random for each run.
 """
 
 from __future__ import annotations
