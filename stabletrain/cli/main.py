@@ -208,14 +208,21 @@ def report(
         str,
         typer.Argument(help="A run's folder, its id, the beginning of an id, or its name.", show_default=False),
     ],
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with charts, too.")] = None,
 ) -> None:
     """Say what happened in a run: its numbers, each intervention with its reason, and findings with what to try next.
 
     Findings are hints and no diagnosis; docs/findings.md has the table of their thresholds and sources.
     """
-    from stabletrain.cli.report import report as text
+    from stabletrain.cli.report import read_report
 
-    print(text(run))
+    found = read_report(run)
+    print("\n".join(found.lines()))
+    if html is not None:
+        from stabletrain.cli.report_page import write_report
+
+        write_report(html, found)
+        print(f"\npage: {html}")
 
 
 @app.command(short_help="Compare runs: what differs, how they ended, and a page with charts (--html FILE).")

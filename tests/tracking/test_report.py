@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from stabletrain.cli.recorded import read
-from stabletrain.cli.report import report
+from stabletrain.cli.report import read_report, report
+from stabletrain.cli.report_page import write_report
 from stabletrain.cli.summary import finding, summarize
 from stabletrain.core.events import Event
 from stabletrain.errors import UserError
@@ -104,6 +105,23 @@ def test_a_folder_with_every_step(tmp_path, monkeypatch):
     assert len(pairs.pairs) == 598
     assert pairs.pairs[0] == (losses[0], 1.0)
     assert "2 steps that rules do not see are left out" in pairs.note
+
+
+def test_the_page_of_a_report(tmp_path):
+    """Bugs: the page lacks findings or interventions; what a run has recorded becomes part of the page's markup."""
+    losses = healthy(300)
+    losses[250:] = [6.0] * 50
+    folder = a_folder(tmp_path / "a<script>alert(1)<", losses)
+    event = Event(260, "rollback", "stop", 2.0, math.nan, "</script><script>alert(2)</script>")
+    (folder / "events.jsonl").write_text(event.to_json() + "\n")
+    write_report(tmp_path / "page.html", read_report(str(folder)))
+    page = (tmp_path / "page.html").read_text()
+    assert "Findings" in page
+    assert "a third of the learning rate" in page
+    assert "Interventions" in page
+    assert "<script>alert" not in page
+    write_report(tmp_path / "short.html", read_report(str(a_folder(tmp_path / "short", losses[:50]))))
+    assert "no findings: 50 steps are recorded" in (tmp_path / "short.html").read_text()
 
 
 def test_damaged_records_change_no_end_of_a_run(tmp_path):
