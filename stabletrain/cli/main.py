@@ -122,6 +122,36 @@ def validate(words: Words = None, multirun: Multirun = False, trust: Trust = Non
         _print_valid(jobs)
 
 
+@app.command("lr-range", short_help="Raise the learning rate until the loss rises, and print two rates to try.")
+def lr_range(
+    words: Words = None,
+    start: Annotated[float, typer.Option("--from", metavar="RATE", help="Learning rate of the first step.")] = 1e-6,
+    stop: Annotated[float, typer.Option("--to", metavar="RATE", help="Learning rate of the last step.")] = 1.0,
+    steps: Annotated[int, typer.Option("--steps", metavar="N", help="Steps between them, at least 20.")] = 200,
+    both: Annotated[bool, typer.Option("--both", help="A second time without the default stack of plugins.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", show_default="lr_range.png in the run's folder")
+    ] = None,
+    trust: Trust = None,
+) -> None:
+    """Raise the learning rate of a recipe from step to step, and print two rates to try.
+
+    The recipe's own clipping and skipping are on, so this is the rate that is stable with them; rollback is off. The
+    test ends when the smoothed loss is four times its best.
+    """
+    from stabletrain.cli.starting import starting
+    from stabletrain.launch.streams import tolerate_broken_output
+
+    tolerate_broken_output()
+    with starting():
+        from stabletrain.cli.lr_range import run_range_test
+        from stabletrain.launch.lr_range import RangeOptions
+
+        options = RangeOptions(start=start, stop=stop, steps=steps, both=both)
+        code = run_range_test(_request(words, False, trust), options, plot)
+    raise typer.Exit(code)
+
+
 @app.command("ls", short_help="List recipes, plugins, slots and groups, with defaults.")
 def list_names(what: Annotated[str, typer.Argument(help="recipes, plugins, slots, groups or all")] = "all") -> None:
     """List recipes, plugins, slots and the other config groups, with their defaults."""

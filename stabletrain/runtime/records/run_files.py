@@ -15,6 +15,7 @@
 | `metrics-unsent.jsonl` | the MLflow logger                  | metrics that the store did not accept             |
 | `sample.txt`           | the text workload                  | a sample of the trained model                     |
 | `strategy.json`        | the strategy, if it shards         | which modules are units, and their share          |
+| `lr_range.csv`         | the schedule of a range test       | rate and loss of every attempted step             |
 | `chaos/`               | faults of `stabletrain.chaos`      | the steps at which they were applied              |
 """
 
@@ -36,6 +37,7 @@ DIAGNOSIS_PREFIX = "diagnosis-"
 UNSENT_METRICS = "metrics-unsent.jsonl"
 SAMPLE = "sample.txt"
 STRATEGY = "strategy.json"
+LR_RANGE = "lr_range.csv"
 CHAOS = "chaos"
 
 
@@ -57,5 +59,5 @@ def artifacts(folder: Path) -> list[Path]:
     Args:
         folder: the run's folder.
     """
-    files = [folder / name for name in (EVENTS, INTERVENTIONS, RESULT, SAMPLE, STRATEGY)]
+    files = [folder / name for name in (EVENTS, INTERVENTIONS, RESULT, SAMPLE, STRATEGY, LR_RANGE)]
     return [*files, *sorted(folder.glob(f"{DIAGNOSIS_PREFIX}*"))]
