@@ -10,9 +10,11 @@ whole command line, and under a sweep every rank would compose other hyper-param
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,17 @@ from stabletrain.launch.process import local_command, start_process, wait_for, w
 from stabletrain.launch.rank_ends import SPARE_ENV, remove_ends, spare_folder
 from stabletrain.launch.result import Result, read_result
 from stabletrain.launch.run_folder import choose_run_folder, make_run_folder, remove_unused, write_run_yaml
+from stabletrain.launch.side_by_side import Relay, cores_of, keep_on, run_each
 from stabletrain.launch.slurm import submit
-from stabletrain.launch.start_up import AFTER_TRAINING, BEFORE_TRAINING, StartInterrupted, StartUp, checked, end
+from stabletrain.launch.start_up import (
+    AFTER_TRAINING,
+    BEFORE_TRAINING,
+    StartFailed,
+    StartInterrupted,
+    StartUp,
+    checked,
+    end,
+)
 from stabletrain.runtime.records.run_files import RUN_YAML
 
 _logger = logging.getLogger("stabletrain")
@@ -45,6 +56,7 @@ class LaunchRequest:
         overrides: Hydra overrides.
         multirun: whether ``-m`` was given.
         trust: packages given by ``--trust``.
+        typed: the whole command line, of another command than ``train``; empty: ``train``.
     """
 
     recipe: str | None
@@ -52,9 +64,13 @@ class LaunchRequest:
     multirun: bool = False
     trust: tuple[str, ...] = ()
 
+    typed: tuple[str, ...] = ()
+
     @property
     def command(self) -> list[str]:
         """The equivalent command line."""
+        if self.typed:
+            return list(self.typed)
         trust = [word for name in self.trust for word in ("--trust", name)]
         recipe = [self.recipe] if self.recipe else []
         return ["stabletrain", "train", *recipe, *self.overrides, *(["-m"] if self.multirun else []), *trust]
@@ -69,12 +85,14 @@ class Job:
         composed: its config.
         number: in a sweep; None outside a sweep.
         name: what distinguishes it in a sweep; None for one job.
+        environment: further variables of its worker.
     """
 
     recipe: str
     composed: Composed
     number: int | None
     name: str | None
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +106,7 @@ class FinishedJob:
         result: how it ended; None for a job that was submitted to SLURM.
         warning: what failed after the run had ended, in the tracking store; None if nothing did.
         slurm_job: the job's number in SLURM; None for other jobs.
+        number: in a sweep; None outside a sweep.
     """
 
     recipe: str
@@ -96,6 +115,7 @@ class FinishedJob:
     result: Result | None
     warning: str | None = None
     slurm_job: str | None = None
+    number: int | None = None
 
 
 def prepare(request: LaunchRequest) -> list[Job]:
@@ -142,35 +162,89 @@ def check_jobs(jobs: Sequence[Job], request: LaunchRequest) -> None:
         raise ConfigError(dict.fromkeys(problems))
 
 
-def run(request: LaunchRequest, jobs: Sequence[Job], report: Reporter) -> list[FinishedJob]:
-    """Run prepared jobs one after the other, each in a new process; Ctrl-C ends the whole sweep.
+def run(request: LaunchRequest, jobs: Sequence[Job], report: Reporter, *, at_once: int = 1) -> list[FinishedJob]:
+    """Run prepared jobs, each in a new process; Ctrl-C ends the whole sweep. A job that fails does not end it.
 
     Args:
         request: the arguments of the command.
         jobs: from `prepare`.
         report: called when a job starts.
+        at_once: the maximum number of jobs at a time.
+
+    Returns:
+        The jobs that ran, in their order.
 
     Raises:
         UserError: if a job cannot be started; the jobs before it have run.
-        StartFailed: if the user's own code fails before training, or the worker died.
+        StartFailed: if the user's own code fails before training, or the worker died, and there is only one job.
         StartInterrupted: if Ctrl-C or SIGTERM arrived before training.
     """
     if len(jobs) > 1 or jobs[0].composed.config["launch"]["kind"] == "slurm":
         check_jobs(jobs, request)
+    order = {job.number: place for place, job in enumerate(jobs)}
+    return sorted(run_jobs(request, jobs, report, at_once=at_once), key=lambda done: order[done.number])
+
+
+def run_jobs(
+    request: LaunchRequest,
+    jobs: Iterable[Job],
+    report: Reporter,
+    *,
+    at_once: int = 1,
+    when_done: Callable[[FinishedJob], None] | None = None,
+) -> list[FinishedJob]:
+    """Run jobs as they come, below one parent run; see `run`.
+
+    Args:
+        request: the arguments of the command.
+        jobs: the next one is taken when there is room for it.
+        report: called when a job starts.
+        at_once: the maximum number of jobs at a time.
+        when_done: called after each job, before a further one is taken in its place.
+
+    Returns:
+        The jobs that ran, in the order in which they ended.
+    """
     sweep = _Sweep(request)
     finished: list[FinishedJob] = []
     with StartUp() as start_up:
+
+        def work(job: Job, place: int) -> FinishedJob:
+            done = _run_job(job, sweep, start_up, report, _Place(place, at_once))
+            if when_done is not None:
+                when_done(done)
+            return done
+
         try:
-            for job in jobs:
-                done = _run_job(job, sweep, start_up, report)
+            for done in run_each(jobs, work, at_once=at_once, start_up=start_up, ends=_was_interrupted):
                 finished.append(done)
-                if start_up.signum or (done.result is not None and done.result.end in ("interrupted", "terminated")):
-                    break
         except BaseException as error:
             sweep.finish([*_results(finished), _result_of(error)])
             raise
         sweep.finish(_results(finished))
     return finished
+
+
+def _was_interrupted(done: FinishedJob) -> bool:
+    return done.result is not None and done.result.end in ("interrupted", "terminated")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """One of the places for jobs side by side."""
+
+    number: int
+    count: int
+
+    @property
+    def cores(self) -> list[int] | None:
+        """The cores of its worker; None: all."""
+        return cores_of(self.number, self.count)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other jobs run at the same time."""
+        return self.count > 1
 
 
 class Reporter:
@@ -190,7 +264,10 @@ class _Sweep:
 
     def __init__(self, request: LaunchRequest) -> None:
         self.request = request
+        self.store_lock = threading.RLock()
+        """Held by a job while it uses the tracking store: MLflow's client is not made for several threads."""
         self._opened: tuple[str, str] | None = None
+        self._is_said = False
 
     def parent(self, composed: Composed, uri: str) -> str | None:
         """Return the id of the run above a job, which the first job creates.
@@ -205,6 +282,23 @@ class _Sweep:
             experiment = composed.config["logger"].get("experiment") or composed.recipe
             self._opened = uri, mlflow_run.open_sweep(uri, experiment, " ".join(self.request.command))
         return self._opened[1]
+
+    def say_if_crowded(self, launch: Mapping[str, Any], cores: Sequence[int] | None) -> None:
+        """Say once that a worker has more threads than cores of its own.
+
+        Args:
+            launch: the ``launch`` node of a job's config.
+            cores: of its worker; None: all.
+        """
+        threads = launch["threads"] * launch["processes"]
+        if cores is not None and threads > len(cores) and not self._is_said:
+            self._is_said = True
+            _logger.warning(
+                "each run has %d of the cores, and %d threads, which stay as many since the last bits depend on them "
+                "(launch.threads); with fewer --jobs it is faster",
+                len(cores),
+                threads,
+            )
 
     def finish(self, results: Sequence[Result]) -> None:
         """Set the final status.
@@ -240,25 +334,53 @@ def _problems_in(jobs: Sequence[Job], request: LaunchRequest, *, build: bool) ->
             end(workers, process)
 
 
-def _run_job(job: Job, sweep: _Sweep, start_up: StartUp, report: Reporter) -> FinishedJob:
-    recipe, composed, request = job.recipe, job.composed, sweep.request
+def _run_job(job: Job, sweep: _Sweep, start_up: StartUp, report: Reporter, place: _Place) -> FinishedJob:
+    composed, request = job.composed, sweep.request
     config = run_config(composed, request.trust)
     folder = choose_run_folder(composed.recipe, config["run_dir"], job=job.number)
     config["run_dir"] = str(folder)
-    environment = worker_environment(config["launch"], request.trust)
+    done = FinishedJob(recipe=job.recipe, overrides=composed.overrides, config=config, result=None, number=job.number)
+    environment = {**worker_environment(config["launch"], request.trust), **job.environment}
     if config["launch"]["kind"] == "slurm":
         with _opened(config, job, sweep, mlflow_run.open_store(config), start_up) as opened:
             report.starting(config, job.number)
-            number = submit(config, opened.run_yaml, environment)
-        return FinishedJob(recipe=recipe, overrides=composed.overrides, config=config, result=None, slurm_job=number)
+            return replace(done, slurm_job=submit(config, opened.run_yaml, environment))
+    try:
+        result = _train(config, environment, job, sweep, start_up, report, place)
+    except (StartFailed, ConfigError) as error:
+        if not request.multirun:
+            raise
+        print(f"job {job.number}: {error}", file=sys.stderr, flush=True)
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return replace(done, result=replace(_result_of(error), message=lines[-1].removeprefix("error: ")))
+    with sweep.store_lock:
+        return replace(done, result=result, warning=mlflow_run.finish_run(config, result))
+
+
+def _train(
+    config: dict[str, Any],
+    environment: dict[str, str],
+    job: Job,
+    sweep: _Sweep,
+    start_up: StartUp,
+    report: Reporter,
+    place: _Place,
+) -> Result:
+    """Let a worker check and build the run, open it, train, and return how it ended."""
+    folder = Path(config["run_dir"])
     with spare_folder() as spare, Workers([config], then="train") as workers:
         if spare is not None:
             environment[SPARE_ENV] = str(spare)
         start_up.check()
         start_up.doing = BEFORE_TRAINING
-        process = start_process(worker_command(config["launch"], *workers.arguments), environment)
+        command = worker_command(config["launch"], *workers.arguments)
+        process = start_process(command, environment, piped=place.is_shared)
+        keep_on(process, place.cores)
+        sweep.say_if_crowded(config["launch"], place.cores)
+        relay = Relay(process, f"job {job.number}: ") if place.is_shared else None
         try:
-            uri = mlflow_run.open_store(config)
+            with sweep.store_lock:
+                uri = mlflow_run.open_store(config)
             problems = checked(workers, process, config["launch"]["processes"], start_up)
             if problems:
                 raise ConfigError(dict.fromkeys(problems))
@@ -275,13 +397,13 @@ def _run_job(job: Job, sweep: _Sweep, start_up: StartUp, report: Reporter) -> Fi
                 ended = wait_for(process, begin)
         finally:
             end(workers, process)
+            if relay is not None:
+                relay.finish()
         try:
-            result = final_result(config, ended, spare)
+            return final_result(config, ended, spare)
         except BaseException as error:  # a second signal
             mlflow_run.settle_run(config, read_result(folder) or _result_of(error))
             raise
-        warning = mlflow_run.finish_run(config, result)
-    return FinishedJob(recipe=recipe, overrides=composed.overrides, config=config, result=result, warning=warning)
 
 
 @dataclass
@@ -302,12 +424,14 @@ def _opened(config: dict[str, Any], job: Job, sweep: _Sweep, uri: str | None, st
     opened = _Opened(folder / RUN_YAML)
     try:
         if uri is not None:
-            mlflow_run.open_run(config, uri, parent=sweep.parent(job.composed, uri), name=job.name)
+            with sweep.store_lock:
+                mlflow_run.open_run(config, uri, parent=sweep.parent(job.composed, uri), name=job.name)
         write_run_yaml(config)
         start_up.check()
         yield opened
     except BaseException as error:
-        mlflow_run.finish_run(config, (opened.is_used and read_result(folder)) or _result_of(error))
+        with sweep.store_lock:
+            mlflow_run.finish_run(config, (opened.is_used and read_result(folder)) or _result_of(error))
         if not opened.is_used:
             remove_unused(folder, keep_folder=existed)
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -96,7 +97,7 @@ def range_config(composed: Composed, options: RangeOptions, *, bare: bool) -> di
         options: of the test.
         bare: whether to leave out the default stack.
     """
-    config = composed.config
+    config = copy.deepcopy(composed.config)  # opening a run writes its id into it
     off = {*_OFF, *(_PROTECTIONS if bare else ())}
     optimizer = config["optimizer"]
     rate = optimizer.get("lr") if isinstance(optimizer, Mapping) else None
