@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,15 @@ class PrintingReporter(Reporter):
         """
         job = "" if number is None else f"job {number}: "
         print(f"{job}{config['recipe']}, seed {config['seed']}, in {config['run_dir']}", flush=True)
+
+    def not_started(self, error: Exception, number: int | None) -> None:
+        """Print why a job of a sweep cannot be started.
+
+        Args:
+            error: the reason.
+            number: of the job.
+        """
+        print(f"job {number} cannot be started, the sweep goes on: {error}", file=sys.stderr, flush=True)
 
 
 def summarize(jobs: Sequence[FinishedJob]) -> str:

@@ -10,11 +10,10 @@ whole command line, and under a sweep every rank would compose other hyper-param
 from __future__ import annotations
 
 import logging
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -175,8 +174,8 @@ def run(request: LaunchRequest, jobs: Sequence[Job], report: Reporter, *, at_onc
         The jobs that ran, in their order.
 
     Raises:
-        UserError: if a job cannot be started; the jobs before it have run.
-        StartFailed: if the user's own code fails before training, or the worker died, and there is only one job.
+        UserError: if a single job cannot be started.
+        StartFailed: if the user's own code fails before the training of a single job, or its worker died.
         StartInterrupted: if Ctrl-C or SIGTERM arrived before training.
     """
     if len(jobs) > 1 or jobs[0].composed.config["launch"]["kind"] == "slurm":
@@ -210,7 +209,7 @@ def run_jobs(
     with StartUp() as start_up:
 
         def work(job: Job, place: int) -> FinishedJob:
-            done = _run_job(job, sweep, start_up, report, _Place(place, at_once))
+            done = _run_job_of_several(job, sweep, start_up, report, _Place(place, at_once))
             if when_done is not None:
                 when_done(done)
             return done
@@ -256,6 +255,14 @@ class Reporter:
         Args:
             config: the content of run.yaml.
             number: of the job in a sweep; None outside a sweep.
+        """
+
+    def not_started(self, error: Exception, number: int | None) -> None:
+        """Called if a job of a sweep cannot be started.
+
+        Args:
+            error: why.
+            number: of the job.
         """
 
 
@@ -334,40 +341,41 @@ def _problems_in(jobs: Sequence[Job], request: LaunchRequest, *, build: bool) ->
             end(workers, process)
 
 
+def _run_job_of_several(job: Job, sweep: _Sweep, start_up: StartUp, report: Reporter, place: _Place) -> FinishedJob:
+    """Run one job; one of a sweep that cannot be started is a failed job, and not the end of the sweep."""
+    try:
+        return _run_job(job, sweep, start_up, report, place)
+    except (StartFailed, UserError) as error:
+        if job.number is None:
+            raise
+        report.not_started(error, job.number)
+        config = run_config(job.composed, sweep.request.trust)
+        config["run_dir"] = str(choose_run_folder(job.composed.recipe, config["run_dir"], job=job.number))
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        result = Result(end=_result_of(error).end, message=f"not started: {lines[-1]}")
+        return FinishedJob(
+            recipe=job.recipe, overrides=job.composed.overrides, config=config, result=result, number=job.number
+        )
+
+
 def _run_job(job: Job, sweep: _Sweep, start_up: StartUp, report: Reporter, place: _Place) -> FinishedJob:
-    composed, request = job.composed, sweep.request
+    recipe, composed, request = job.recipe, job.composed, sweep.request
     config = run_config(composed, request.trust)
     folder = choose_run_folder(composed.recipe, config["run_dir"], job=job.number)
     config["run_dir"] = str(folder)
-    done = FinishedJob(recipe=job.recipe, overrides=composed.overrides, config=config, result=None, number=job.number)
     environment = {**worker_environment(config["launch"], request.trust), **job.environment}
     if config["launch"]["kind"] == "slurm":
         with _opened(config, job, sweep, mlflow_run.open_store(config), start_up) as opened:
             report.starting(config, job.number)
-            return replace(done, slurm_job=submit(config, opened.run_yaml, environment))
-    try:
-        result = _train(config, environment, job, sweep, start_up, report, place)
-    except (StartFailed, ConfigError) as error:
-        if not request.multirun:
-            raise
-        print(f"job {job.number}: {error}", file=sys.stderr, flush=True)
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        return replace(done, result=replace(_result_of(error), message=lines[-1].removeprefix("error: ")))
-    with sweep.store_lock:
-        return replace(done, result=result, warning=mlflow_run.finish_run(config, result))
-
-
-def _train(
-    config: dict[str, Any],
-    environment: dict[str, str],
-    job: Job,
-    sweep: _Sweep,
-    start_up: StartUp,
-    report: Reporter,
-    place: _Place,
-) -> Result:
-    """Let a worker check and build the run, open it, train, and return how it ended."""
-    folder = Path(config["run_dir"])
+            number = submit(config, opened.run_yaml, environment)
+        return FinishedJob(
+            recipe=recipe,
+            overrides=composed.overrides,
+            config=config,
+            result=None,
+            slurm_job=number,
+            number=job.number,
+        )
     with spare_folder() as spare, Workers([config], then="train") as workers:
         if spare is not None:
             environment[SPARE_ENV] = str(spare)
@@ -400,10 +408,20 @@ def _train(
             if relay is not None:
                 relay.finish()
         try:
-            return final_result(config, ended, spare)
+            result = final_result(config, ended, spare)
         except BaseException as error:  # a second signal
             mlflow_run.settle_run(config, read_result(folder) or _result_of(error))
             raise
+        with sweep.store_lock:
+            warning = mlflow_run.finish_run(config, result)
+    return FinishedJob(
+        recipe=recipe,
+        overrides=composed.overrides,
+        config=config,
+        result=result,
+        warning=warning,
+        number=job.number,
+    )
 
 
 @dataclass

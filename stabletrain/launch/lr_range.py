@@ -66,11 +66,15 @@ def prepare_range(request: LaunchRequest, options: RangeOptions) -> list[Job]:
         ConfigError: with every mistake in the config.
         UserError: if the recipe cannot be tested so.
     """
-    ((recipe, overrides),) = expand(request.recipe, request.overrides, multirun=False)
+    ((recipe, overrides),) = expand(
+        request.recipe, request.overrides, multirun=False, advice="a range test has one; give one value"
+    )
     composed = compose(recipe, overrides)
     problems = check_keys(composed)
     if problems:
         raise ConfigError(dict.fromkeys(problems))
+    if composed.config["dry_run"]:
+        raise UserError("lr-range: a range test trains; remove dry_run, or use stabletrain validate")
     if composed.config["resume"] is not None:
         raise UserError("lr-range: the test begins with new weights; remove resume")
     if composed.config["launch"]["kind"] == "slurm":

@@ -14,12 +14,15 @@ from stabletrain.config.search_space import Dimension
 from stabletrain.config.validate import check_keys
 from stabletrain.core import metric_names
 from stabletrain.errors import UserError, did_you_mean
+from stabletrain.extras import require
 from stabletrain.launch.divergence import has_diverged
 from stabletrain.launch.launcher import FinishedJob, Job, LaunchRequest, Reporter, check_jobs, run_jobs
 from stabletrain.launch.mlflow_run import is_tracked
 from stabletrain.launch.result import Result
 from stabletrain.launch.study import TRIAL_ENV, Goal, State, Study, Trial, default_storage, storage_address
 
+_FIXED = frozenset({"recipe", "run_dir", "resume", "dry_run"})
+"""Keys that are the same for a whole sweep."""
 _STARTUP = 5
 """Complete trials before the first that may be pruned: Optuna's own default."""
 
@@ -195,12 +198,19 @@ def prepare_search(request: LaunchRequest, options: SearchOptions) -> Search:
         UserError: if the study cannot be used, or is of another sweep.
         StartFailed: if the user's own code fails, or the process died.
     """
-    ((recipe, overrides),) = expand(request.recipe, request.overrides, multirun=False)
+    require("optuna", "sweep")
+    ((recipe, overrides),) = expand(
+        request.recipe, request.overrides, multirun=False, advice="vary the key with --over"
+    )
     keys = {each.key.replace("/", ".") for each in options.space}
     given = [word for word in overrides if word.partition("=")[0].lstrip("+~").replace("/", ".") in keys]
     if given:
         raise UserError(f"sweep: {given[0]}: --over varies this key; give it once")
+    if fixed := sorted(keys & _FIXED):
+        raise UserError(f"sweep: --over {fixed[0]}=...: expected a key that training depends on; leave this one out")
     composed = compose(recipe, overrides)
+    if composed.config["dry_run"]:
+        raise UserError("sweep: the trials train; remove dry_run, or use stabletrain validate")
     if composed.config["launch"]["kind"] == "slurm":
         raise UserError(
             "sweep: the trials run on this machine, one after the other or with --jobs; choose launch=local"

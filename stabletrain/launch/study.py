@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from stabletrain.config.search_space import Dimension
 from stabletrain.errors import UserError
-from stabletrain.extras import require
 from stabletrain.tracking.naming import flatten
 from stabletrain.tracking.ownership import Owner, is_gone, this_process
 from stabletrain.tracking.store_errors import sqlite_path
@@ -96,8 +95,7 @@ class Study:
             on with does not propose its first values again.
 
     Raises:
-        UserError: if Optuna is not installed, the database cannot be used, or the study is of another space, goal or
-            config.
+        UserError: if the database cannot be used, or the study is of another space, goal or config.
     """
 
     def __init__(
@@ -110,7 +108,6 @@ class Study:
         config: Mapping[str, Any],
         seed: int,
     ) -> None:
-        require("optuna", "sweep")
         import optuna
 
         self.address, self.name, self._space, self._seed = address, name, tuple(space), seed

@@ -58,7 +58,12 @@ def test_what_cannot_be_tested_so(tmp_path: Path) -> None:
     """Bugs: a test that begins with a checkpoint's position; one that reads a file that a batch job has not written."""
     with zipfile.ZipFile(tmp_path / "a.ckpt", "w") as file:
         file.writestr("archive/data.pkl", b"")
-    for words, expected in (([f"resume={tmp_path}/a.ckpt"], "remove resume"), (["launch=slurm"], "launch=local")):
+    for words, expected in (
+        ([f"resume={tmp_path}/a.ckpt"], "remove resume"),
+        (["launch=slurm"], "launch=local"),
+        (["dry_run=true"], "remove dry_run"),
+        (["seed=1,2"], "give one value"),
+    ):
         with pytest.raises(UserError, match=expected):
             prepare_range(LaunchRequest(recipe="digits_cnn", overrides=tuple(words)), RangeOptions())
 
