@@ -6,6 +6,7 @@ References: Smith 2017, "Cyclical learning rates for training neural networks", 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -61,7 +62,8 @@ class Rising:
 class RangeEnd:
     """Whether a range test has seen enough: the smoothed loss is above four times its best, or losses are not finite.
 
-    A smoothed loss that is near 0 or negative must also have risen by a tenth of its fall.
+    A running mean of running medians, so that a single high loss ends nothing. A smoothed loss that is near 0 or
+    negative must also have risen by a tenth of its fall.
 
     Args:
         steps: planned length of the test.
@@ -72,6 +74,7 @@ class RangeEnd:
         self._mean = self._weight = 0.0
         self._first: float | None = None
         self._best = math.inf
+        self._last: deque[float] = deque(maxlen=5)
         self._non_finite = 0
 
     def add(self, loss: float) -> bool:
@@ -84,7 +87,8 @@ class RangeEnd:
             self._non_finite += 1
             return self._non_finite >= _NON_FINITE_IN_A_ROW
         self._non_finite = 0
-        self._mean = self._decay * self._mean + (1.0 - self._decay) * loss
+        self._last.append(loss)
+        self._mean = self._decay * self._mean + (1.0 - self._decay) * median(self._last)
         self._weight = self._decay * self._weight + (1.0 - self._decay)
         smoothed = self._mean / self._weight
         self._first = smoothed if self._first is None else self._first

@@ -57,10 +57,12 @@ def test_it_ends_at_four_times_the_best() -> None:
     losses = [10.0] * 20 + [1.0] * 60
     assert not any(ended[0].add(loss) for loss in losses + [3.5] * 50)
     assert not any(ended[1].add(loss) for loss in losses)
-    assert any(ended[1].add(100.0) for _ in range(5))
+    assert any(ended[1].add(100.0) for _ in range(20))
     near_zero = [5.0 * math.exp(-step) + 1e-6 * (step % 7) for step in range(200)]
     assert not any(ended[2].add(loss) for loss in near_zero)
     assert not any(ended[3].add(loss) for loss in [-1.0, math.nan, -2.0, -1.5, math.inf] * 30)
+    spiky = RangeEnd(60)
+    assert not any(spiky.add(100.0 if step % 4 == 3 else 1.0) for step in range(60))
     assert [ended[4].add(math.nan) for _ in range(5)] == [False] * 4 + [True]
 
 
