@@ -30,7 +30,7 @@ from stabletrain.launch.process import local_command, start_process, wait_for, w
 from stabletrain.launch.rank_ends import SPARE_ENV, remove_ends, spare_folder
 from stabletrain.launch.result import Result, read_result
 from stabletrain.launch.run_folder import choose_run_folder, make_run_folder, remove_unused, write_run_yaml
-from stabletrain.launch.side_by_side import Relay, cores_of, keep_on, run_each
+from stabletrain.launch.side_by_side import Place, Relay, keep_on, run_each
 from stabletrain.launch.slurm import submit
 from stabletrain.launch.start_up import (
     AFTER_TRAINING,
@@ -209,7 +209,7 @@ def run_jobs(
     with StartUp() as start_up:
 
         def work(job: Job, place: int) -> FinishedJob:
-            done = _run_job_of_several(job, sweep, start_up, report, _Place(place, at_once))
+            done = _run_job_of_several(job, sweep, start_up, report, Place(place, at_once))
             if when_done is not None:
                 when_done(done)
             return done
@@ -226,24 +226,6 @@ def run_jobs(
 
 def _was_interrupted(done: FinishedJob) -> bool:
     return done.result is not None and done.result.end in ("interrupted", "terminated")
-
-
-@dataclass(frozen=True)
-class _Place:
-    """One of the places for jobs side by side."""
-
-    number: int
-    count: int
-
-    @property
-    def cores(self) -> list[int] | None:
-        """The cores of its worker; None: all."""
-        return cores_of(self.number, self.count)
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether other jobs run at the same time."""
-        return self.count > 1
 
 
 class Reporter:
@@ -341,7 +323,7 @@ def _problems_in(jobs: Sequence[Job], request: LaunchRequest, *, build: bool) ->
             end(workers, process)
 
 
-def _run_job_of_several(job: Job, sweep: _Sweep, start_up: StartUp, report: Reporter, place: _Place) -> FinishedJob:
+def _run_job_of_several(job: Job, sweep: _Sweep, start_up: StartUp, report: Reporter, place: Place) -> FinishedJob:
     """Run one job; one of a sweep that cannot be started is a failed job, and not the end of the sweep."""
     try:
         return _run_job(job, sweep, start_up, report, place)
@@ -358,7 +340,7 @@ def _run_job_of_several(job: Job, sweep: _Sweep, start_up: StartUp, report: Repo
         )
 
 
-def _run_job(job: Job, sweep: _Sweep, start_up: StartUp, report: Reporter, place: _Place) -> FinishedJob:
+def _run_job(job: Job, sweep: _Sweep, start_up: StartUp, report: Reporter, place: Place) -> FinishedJob:
     recipe, composed, request = job.recipe, job.composed, sweep.request
     config = run_config(composed, request.trust)
     folder = choose_run_folder(composed.recipe, config["run_dir"], job=job.number)

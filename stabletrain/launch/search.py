@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,13 +12,12 @@ from stabletrain.config.problems import ConfigError, Problem
 from stabletrain.config.search_space import Dimension
 from stabletrain.config.validate import check_keys
 from stabletrain.core import metric_names
-from stabletrain.errors import UserError, did_you_mean
+from stabletrain.errors import UserError
 from stabletrain.extras import require
-from stabletrain.launch.divergence import has_diverged
 from stabletrain.launch.launcher import FinishedJob, Job, LaunchRequest, Reporter, check_jobs, run_jobs
 from stabletrain.launch.mlflow_run import is_tracked
-from stabletrain.launch.result import Result
 from stabletrain.launch.study import TRIAL_ENV, Goal, State, Study, Trial, default_storage, storage_address
+from stabletrain.launch.trial_end import no_such_metric, state_of
 
 _FIXED = frozenset({"recipe", "run_dir", "resume", "dry_run"})
 """Keys that are the same for a whole sweep."""
@@ -151,39 +149,6 @@ class Search:
         )
         self.finished.append(told)
         return told
-
-
-def state_of(config: Mapping[str, Any], result: Result, value: float | None) -> tuple[State, str]:
-    """Return what Optuna is told about a run, and why.
-
-    Args:
-        config: the content of run.yaml.
-        result: how it ended.
-        value: of the objective; None if it was not logged.
-    """
-    if result.end == "stopped":
-        return "pruned", result.message
-    if result.end != "finished" or value is None:
-        return "failed", result.message if result.end != "finished" else "the objective was not logged"
-    if not math.isfinite(value):
-        return "pruned", f"the objective is {value}"
-    if has_diverged(config, result):
-        return "pruned", f"the loss diverged; the objective is {value:.4g}"
-    return "complete", ""
-
-
-def no_such_metric(metric: str, logged: Mapping[str, float]) -> UserError:
-    """The error for an objective that a run has not logged.
-
-    Args:
-        metric: the objective.
-        logged: the run's metrics.
-    """
-    known = ", ".join(sorted(logged)) or "nothing"
-    return UserError(
-        f"sweep: no run logs {metric!r}{did_you_mean(metric, logged)}; choose another objective. The run has logged: "
-        f"{known}"
-    )
 
 
 def prepare_search(request: LaunchRequest, options: SearchOptions) -> Search:

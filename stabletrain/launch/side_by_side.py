@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 from stabletrain.launch.start_up import StartInterrupted, StartUp
@@ -109,17 +110,29 @@ class _Pool:
                 self.changed.notify()
 
 
-def cores_of(place: int, at_once: int) -> list[int] | None:
-    """Return the cores of this process that the worker at one of several places may use; None: all of them.
+@dataclass(frozen=True)
+class Place:
+    """One of the places for jobs side by side.
 
     Args:
-        place: 0 to ``at_once`` - 1.
-        at_once: number of places. With more places than cores, some share one.
+        number: 0 to ``count`` - 1.
+        count: number of places. With more places than cores, some share one.
     """
-    if at_once == 1 or not hasattr(os, "sched_getaffinity"):
-        return None
-    cores = sorted(os.sched_getaffinity(0))
-    return shares(cores, at_once)[place]
+
+    number: int
+    count: int
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other jobs run at the same time."""
+        return self.count > 1
+
+    @property
+    def cores(self) -> list[int] | None:
+        """The cores of this process that the worker here may use; None: all of them."""
+        if not self.is_shared or not hasattr(os, "sched_getaffinity"):
+            return None
+        return shares(sorted(os.sched_getaffinity(0)), self.count)[self.number]
 
 
 def shares(cores: Sequence[int], count: int) -> list[list[int]]:
@@ -143,7 +156,7 @@ def keep_on(process: subprocess.Popen[bytes], cores: Sequence[int] | None) -> No
 
     Args:
         process: the process.
-        cores: from `cores_of`.
+        cores: from `Place`.
     """
     if cores is not None:
         try:

@@ -14,7 +14,7 @@ from stabletrain.config.search_space import parse_space
 from stabletrain.errors import UserError
 from stabletrain.launch.divergence import ends_above_start, has_diverged
 from stabletrain.launch.result import End, Result
-from stabletrain.launch.search import no_such_metric, state_of
+from stabletrain.launch.trial_end import no_such_metric, state_of
 from stabletrain.runtime.stop import TrainingStopped
 from stabletrain.testing.trainer import quiet_trainer
 from stabletrain.tracking.ownership import this_process
