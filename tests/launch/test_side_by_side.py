@@ -124,12 +124,16 @@ def test_ctrl_c_reaches_all(cli, tmp_path: Path) -> None:
         "model.does=tell", "model.at=2", "--jobs", "2", "logger=mlflow", "run_dir=r",
     )  # fmt: skip
     both = [tmp_path / "r" / number / "worker.log" for number in "01"]
-    deadline = time.monotonic() + 120
-    while not all(file.exists() and "tiny step 2" in file.read_text() for file in both):
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
+    deadline = time.monotonic() + 250
+    try:
+        while not all(file.exists() and "tiny step 2" in file.read_text() for file in both):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+        process.communicate()
     assert process.returncode == 130, errors
     results = [read_result(tmp_path / "r" / number) for number in "01"]
     assert [result.end for result in results if result is not None] == ["interrupted"] * 2

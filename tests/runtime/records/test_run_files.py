@@ -39,6 +39,7 @@ def test_diagnoses_are_artifacts(tmp_path: Path) -> None:
         "result.json",
         "sample.txt",
         "strategy.json",
+        "lr_range.csv",
         "diagnosis-42",
     ]
 
