@@ -16,7 +16,7 @@ from stabletrain.runtime.records.steps_file import read_steps
 
 _LOSSES = ("stability/loss", "train/loss")
 _FEWEST = 2
-_LEAST_RISE = 0.1
+_LEAST_RISE = 0.25
 """Of the first loss: a rate that is too low for the run's length leaves the loss where it was, give or take noise."""
 
 
@@ -47,10 +47,11 @@ def ends_above_start(losses: Sequence[float]) -> bool:
     end = losses[-width:]
     if sum(not math.isfinite(loss) for loss in end) > width / 2:
         return True
-    first = [loss for loss in losses[:-width] if math.isfinite(loss)][:width]
-    if not first:
+    # of one step only: at a rate that is far too high the second loss has diverged already
+    first = next((loss for loss in losses[:-width] if math.isfinite(loss)), None)
+    if first is None:
         return False
-    return median(loss for loss in end if math.isfinite(loss)) - median(first) > _LEAST_RISE * abs(median(first))
+    return median(loss for loss in end if math.isfinite(loss)) - first > _LEAST_RISE * abs(first)
 
 
 def _recorded_losses(config: Mapping[str, Any]) -> list[float]:

@@ -156,6 +156,7 @@ def test_divergence(tmp_path: Path) -> None:
     assert not ends_above_start([*falling[:100], math.nan, *falling[100:]])
     assert not ends_above_start([math.nan] * 3 + falling)
     assert ends_above_start([math.nan] * 30)
+    assert ends_above_start([2.3, 500.0, 800.0, *[31.0] * 63])
     assert ends_above_start([-2.0 + 0.05 * step for step in range(30)])
     config = {"run_dir": str(tmp_path)}
     for value, expected in ((math.nan, True), (-math.inf, True), (2.0, False)):
