@@ -15,6 +15,8 @@ from stabletrain.errors import UserError
 from stabletrain.launch.divergence import ends_above_start, has_diverged
 from stabletrain.launch.result import End, Result
 from stabletrain.launch.trial_end import no_such_metric, state_of
+from stabletrain.runtime.records.run_files import STEPS
+from stabletrain.runtime.records.steps_file import StepsFile
 from stabletrain.runtime.stop import TrainingStopped
 from stabletrain.testing.trainer import quiet_trainer
 from stabletrain.tracking.ownership import this_process
@@ -161,6 +163,11 @@ def test_divergence(tmp_path: Path) -> None:
     config = {"run_dir": str(tmp_path)}
     for value, expected in ((math.nan, True), (-math.inf, True), (2.0, False)):
         assert has_diverged(config, Result(end="finished", metrics={"stability/loss": value})) is expected
+    steps = StepsFile(tmp_path / STEPS)
+    for step, loss in enumerate([2.3, 500.0, *[31.0] * 63]):
+        steps.append(step, loss, 1.0, 1)
+    steps.close()
+    assert has_diverged(config, Result(end="finished", metrics={"stability/loss": 31.0}))
 
 
 def test_an_objective_that_no_run_logs() -> None:
