@@ -21,6 +21,8 @@ _EXTRAS = {
     "optimi": "kahan",
     "torchao": "torchao",
     "matplotlib": "plots",
+    "optuna": "sweep",
+    "colorlog": "sweep",
     "sklearn": "all",
 }
 """Package as it is imported -> the extra that installs it."""

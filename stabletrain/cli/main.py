@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -86,8 +87,14 @@ Multirun = Annotated[
 ]
 
 
+Jobs = Annotated[
+    int,
+    typer.Option("--jobs", "-j", metavar="N", min=1, help="Runs side by side; each gets its share of the CPU's cores."),
+]
+
+
 @app.command(short_help="Run a recipe: stabletrain train char_gpt plugins/clip=none")
-def train(words: Words = None, multirun: Multirun = False, trust: Trust = None) -> None:
+def train(words: Words = None, multirun: Multirun = False, jobs: Jobs = 1, trust: Trust = None) -> None:
     """Run a recipe: stabletrain train char_gpt optimizer.lr=3e-3 plugins/clip=none."""
     from stabletrain.cli.starting import starting
     from stabletrain.cli.summary import PrintingReporter, exit_code, summarize
@@ -97,13 +104,15 @@ def train(words: Words = None, multirun: Multirun = False, trust: Trust = None) 
     with starting():
         from stabletrain.launch.launcher import check_jobs, prepare, run
 
+        if jobs > 1 and not multirun:
+            raise UserError(f"train: --jobs {jobs} needs several runs; add -m and values such as seed=1,2, or drop it")
         request = _request(words, multirun, trust)
-        jobs = prepare(request)
-        if all(job.composed.config["dry_run"] for job in jobs):
-            check_jobs(jobs, request)
-            _print_valid(jobs)
+        prepared = prepare(request)
+        if all(job.composed.config["dry_run"] for job in prepared):
+            check_jobs(prepared, request)
+            _print_valid(prepared)
             return
-        finished = run(request, jobs, PrintingReporter())
+        finished = run(request, prepared, PrintingReporter(), at_once=min(jobs, len(prepared)))
     print(summarize(finished), flush=True)
     raise typer.Exit(exit_code(finished))
 
@@ -120,6 +129,92 @@ def validate(words: Words = None, multirun: Multirun = False, trust: Trust = Non
         jobs = prepare(request)
         check_jobs(jobs, request)
         _print_valid(jobs)
+
+
+@app.command(short_help="Look for the best values of some keys, with Optuna.")
+def sweep(
+    words: Words = None,
+    over: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--over",
+            metavar="KEY=VALUES",
+            help="What varies: optimizer.lr=log(1e-4,1e-1), linear(0,0.3), int(1,8), log_int(8,512), or values A,B,C. "
+            "Give it once for each key.",
+        ),
+    ] = None,
+    minimise: Annotated[
+        str | None, typer.Option("--minimise", "--minimize", metavar="METRIC", help="What should be low: val/loss")
+    ] = None,
+    maximise: Annotated[
+        str | None, typer.Option("--maximise", "--maximize", metavar="METRIC", help="What should be high: val/accuracy")
+    ] = None,
+    trials: Annotated[int, typer.Option("--trials", metavar="N", help="Trials to run now.")] = 20,
+    jobs: Jobs = 1,
+    study: Annotated[str | None, typer.Option("--study", metavar="NAME", show_default="after recipe and keys")] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option("--storage", metavar="FILE", help="The studies.", show_default="optuna.db beside MLflow's file"),
+    ] = None,
+    prune: Annotated[
+        bool, typer.Option("--prune/--no-prune", help="Stop trials that are worse than the median at a validation.")
+    ] = True,
+    trust: Trust = None,
+) -> None:
+    """Look for the best values of some keys with Optuna: stabletrain sweep char_gpt --over optimizer.lr=log(1e-4,1e-1)
+    --minimise val/loss.
+
+    Each trial is a run of its own. The same command again goes on with its study. A trial that diverges counts as bad,
+    one that fails does not count.
+    """
+    from stabletrain.cli.starting import starting
+    from stabletrain.launch.streams import tolerate_broken_output
+
+    tolerate_broken_output()
+    with starting():
+        from stabletrain.cli.sweep import goal_of, search
+
+        code = search(
+            replace(_request(words, False, trust), typed=("stabletrain", *sys.argv[1:])),
+            over or [],
+            goal_of(minimise, maximise),
+            trials=trials,
+            at_once=jobs,
+            study=study,
+            storage=storage,
+            prune=prune,
+        )
+    raise typer.Exit(code)
+
+
+@app.command("lr-range", short_help="Raise the learning rate until the loss rises, and print two rates to try.")
+def lr_range(
+    words: Words = None,
+    start: Annotated[float, typer.Option("--from", metavar="RATE", help="Learning rate of the first step.")] = 1e-6,
+    stop: Annotated[float, typer.Option("--to", metavar="RATE", help="Learning rate of the last step.")] = 1.0,
+    steps: Annotated[int, typer.Option("--steps", metavar="N", help="Steps between them, at least 20.")] = 200,
+    both: Annotated[bool, typer.Option("--both", help="A second time without the default stack of plugins.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", show_default="lr_range.png in the run's folder")
+    ] = None,
+    trust: Trust = None,
+) -> None:
+    """Raise the learning rate of a recipe from step to step, and print two rates to try.
+
+    The recipe's own clipping and skipping are on, so this is the rate that is stable with them; rollback is off. The
+    test ends when the smoothed loss is four times its best.
+    """
+    from stabletrain.cli.starting import starting
+    from stabletrain.launch.streams import tolerate_broken_output
+
+    tolerate_broken_output()
+    with starting():
+        from stabletrain.cli.lr_range import run_range_test
+        from stabletrain.launch.lr_range import RangeOptions
+
+        options = RangeOptions(start=start, stop=stop, steps=steps, both=both)
+        code = run_range_test(_request(words, False, trust), options, plot)
+    raise typer.Exit(code)
 
 
 @app.command("ls", short_help="List recipes, plugins, slots and groups, with defaults.")

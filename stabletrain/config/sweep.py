@@ -18,7 +18,9 @@ from stabletrain.paths import data_dir
 MOST_JOBS = 1000
 
 
-def expand(recipe: str | None, arguments: Sequence[str], *, multirun: bool) -> list[tuple[str, list[str]]]:
+def expand(
+    recipe: str | None, arguments: Sequence[str], *, multirun: bool, advice: str = "add -m"
+) -> list[tuple[str, list[str]]]:
     """Return the jobs of a command line: pairs of a recipe and its overrides, at most `MOST_JOBS`.
 
     With ``multirun``, there is one job for each combination of the values in ``recipe=a,b`` and the other sweeps of
@@ -28,6 +30,7 @@ def expand(recipe: str | None, arguments: Sequence[str], *, multirun: bool) -> l
         recipe: the recipe given by position; None if there was none.
         arguments: Hydra overrides.
         multirun: whether sweeps are allowed.
+        advice: what to do about several values where they are not.
 
     Raises:
         ConfigError: if an override cannot be parsed, has several values without ``multirun``, or none with it, there
@@ -38,7 +41,7 @@ def expand(recipe: str | None, arguments: Sequence[str], *, multirun: bool) -> l
     with hydra_session(data_dir("conf") / "train.yaml") as loader:
         for override in parse(arguments, loader):
             line = override.input_line or ""
-            values = _values(override, multirun) if override.is_sweep_override() else [line]
+            values = _values(override, multirun, advice) if override.is_sweep_override() else [line]
             if override.key_or_group == "recipe":
                 if override.type is OverrideType.DEL:
                     raise ConfigError([Problem("recipe", f"a run needs one; remove {line}")])
@@ -55,11 +58,11 @@ def expand(recipe: str | None, arguments: Sequence[str], *, multirun: bool) -> l
     return [(name, list(job)) for name in recipes for job in itertools.product(*choices)]
 
 
-def _values(override: Override, multirun: bool) -> list[str]:
+def _values(override: Override, multirun: bool, advice: str) -> list[str]:
     """Return one override for each value of a sweep."""
     line = override.input_line or ""
     if not multirun:
-        raise ConfigError([Problem(line, "several values need several runs; add -m")])
+        raise ConfigError([Problem(line, f"several values need several runs; {advice}")])
     if not override.is_discrete_sweep():
         raise ConfigError([Problem(line, "expected a list of values, got an interval")])
     swept = override.value()

@@ -159,13 +159,19 @@ def check_and_assemble(config: Mapping[str, Any], watch: SignalWatch) -> Assembl
 def complete(run: Assembled, config: Mapping[str, Any]) -> None:
     """Replace the MLflow logger of a built run by that of the final config, which names the run in MLflow.
 
+    In a sweep, the trial's callback is added.
+
     Args:
         run: built before the run was opened.
         config: the content of run.yaml.
     """
     from stabletrain.launch.assemble import build_logger
+    from stabletrain.launch.pruning import trial_callback
     from stabletrain.runtime import rng
 
     if is_tracked(config):
         with rng.preserved():
             run.trainer.loggers = [build_logger(config)]
+    trial = trial_callback()
+    if trial is not None:
+        run.trainer.callbacks.append(trial)  # type: ignore[attr-defined]

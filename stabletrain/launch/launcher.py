@@ -10,7 +10,8 @@ whole command line, and under a sweep every rank would compose other hyper-param
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ from stabletrain.launch.rank_ends import SPARE_ENV, remove_ends, spare_folder
 from stabletrain.launch.recording import git_of_run, record_git
 from stabletrain.launch.result import Result, read_result
 from stabletrain.launch.run_folder import choose_run_folder, make_run_folder, remove_unused, write_run_yaml
+from stabletrain.launch.side_by_side import Place, Relay, keep_on, run_each
 from stabletrain.launch.slurm import submit
 from stabletrain.launch.start_up import (
     AFTER_TRAINING,
@@ -41,7 +43,7 @@ from stabletrain.launch.start_up import (
     end,
 )
 from stabletrain.launch.sweep_run import SweepRun
-from stabletrain.launch.sweep_text import SweepJob
+from stabletrain.launch.sweep_text import SweepJob, sweep_name
 from stabletrain.runtime.records.run_files import RUN_YAML
 
 _logger = logging.getLogger("stabletrain")
@@ -56,6 +58,7 @@ class LaunchRequest:
         overrides: Hydra overrides.
         multirun: whether ``-m`` was given.
         trust: packages given by ``--trust``.
+        typed: the whole command line, of another command than ``train``; empty: ``train``.
     """
 
     recipe: str | None
@@ -63,9 +66,13 @@ class LaunchRequest:
     multirun: bool = False
     trust: tuple[str, ...] = ()
 
+    typed: tuple[str, ...] = ()
+
     @property
     def command(self) -> list[str]:
         """The equivalent command line."""
+        if self.typed:
+            return list(self.typed)
         trust = [word for name in self.trust for word in ("--trust", name)]
         recipe = [self.recipe] if self.recipe else []
         return ["stabletrain", "train", *recipe, *self.overrides, *(["-m"] if self.multirun else []), *trust]
@@ -82,6 +89,7 @@ class Job:
         name: what distinguishes it in a sweep; None for one job.
         tags: further ones of its run in MLflow.
         command: the command line that makes this run alone.
+        environment: further variables of its worker.
     """
 
     recipe: str
@@ -90,6 +98,7 @@ class Job:
     name: str | None
     tags: Mapping[str, str] = field(default_factory=dict)
     command: Sequence[str] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +112,7 @@ class FinishedJob:
         result: how it ended; None for a job that was submitted to SLURM.
         warning: what failed after the run had ended, in the tracking store; None if nothing did.
         slurm_job: the job's number in SLURM; None for other jobs.
+        number: in a sweep; None outside a sweep.
     """
 
     recipe: str
@@ -111,6 +121,7 @@ class FinishedJob:
     result: Result | None
     warning: str | None = None
     slurm_job: str | None = None
+    number: int | None = None
 
 
 def prepare(request: LaunchRequest) -> list[Job]:
@@ -163,13 +174,17 @@ def check_jobs(jobs: Sequence[Job], request: LaunchRequest) -> None:
         raise ConfigError(dict.fromkeys(problems))
 
 
-def run(request: LaunchRequest, jobs: Sequence[Job], report: Reporter) -> list[FinishedJob]:
-    """Run prepared jobs one after the other, each in a new process; Ctrl-C ends the whole sweep, a failure one job.
+def run(request: LaunchRequest, jobs: Sequence[Job], report: Reporter, *, at_once: int = 1) -> list[FinishedJob]:
+    """Run prepared jobs, each in a new process; Ctrl-C ends the whole sweep. A job that fails does not end it.
 
     Args:
         request: the arguments of the command.
         jobs: from `prepare`.
         report: called when a job starts.
+        at_once: the maximum number of jobs at a time.
+
+    Returns:
+        The jobs that ran, in their order.
 
     Raises:
         UserError: if a single job cannot be started.
@@ -178,25 +193,60 @@ def run(request: LaunchRequest, jobs: Sequence[Job], report: Reporter) -> list[F
     """
     if len(jobs) > 1 or jobs[0].composed.config["launch"]["kind"] == "slurm":
         check_jobs(jobs, request)
-    names, overrides = [job.composed.recipe for job in jobs], [job.composed.overrides for job in jobs]
-    sweep = SweepRun(request.command, names, overrides) if request.multirun else None
+    if not request.multirun:
+        return run_jobs(request, jobs, report, at_once=at_once)
+    name = sweep_name([job.composed.recipe for job in jobs], [job.composed.overrides for job in jobs])
+    sweep = SweepRun(request.command, name, len(jobs))
+    order = {job.number: place for place, job in enumerate(jobs)}
+    finished = run_jobs(request, jobs, report, sweep=sweep, at_once=at_once)
+    return sorted(finished, key=lambda done: order[done.number])
+
+
+def run_jobs(
+    request: LaunchRequest,
+    jobs: Iterable[Job],
+    report: Reporter,
+    *,
+    sweep: SweepRun | None = None,
+    at_once: int = 1,
+    when_done: Callable[[FinishedJob], None] | None = None,
+) -> list[FinishedJob]:
+    """Run jobs as they come; see `run`.
+
+    Args:
+        request: the arguments of the command.
+        jobs: the next one is taken when there is room for it.
+        report: called when a job starts.
+        sweep: the run in MLflow above the jobs; None: there is none.
+        at_once: the maximum number of jobs at a time.
+        when_done: called after each job, before a further one is taken in its place.
+
+    Returns:
+        The jobs that ran, in the order in which they ended.
+    """
+    shared = _Shared(request, sweep)
     finished: list[FinishedJob] = []
     with StartUp() as start_up:
+
+        def work(job: Job, place: int) -> FinishedJob:
+            done = _run_job_of_several(job, shared, start_up, report, Place(place, at_once))
+            shared.add(job, done)
+            if when_done is not None:
+                when_done(done)
+            return done
+
         try:
-            for job in jobs:
-                done = _run_job_of_several(job, request, sweep, start_up, report)
+            for done in run_each(jobs, work, at_once=at_once, start_up=start_up, ends=_was_interrupted):
                 finished.append(done)
-                if sweep is not None:
-                    sweep.add(_sweep_job(job, done))
-                if start_up.signum or (done.result is not None and done.result.end in ("interrupted", "terminated")):
-                    break
         except BaseException as error:
-            if sweep is not None:
-                sweep.finish(_result_of(error))
+            shared.finish(_result_of(error))
             raise
-        if sweep is not None:
-            sweep.finish()
+        shared.finish()
     return finished
+
+
+def _was_interrupted(done: FinishedJob) -> bool:
+    return done.result is not None and done.result.end in ("interrupted", "terminated")
 
 
 class Reporter:
@@ -217,6 +267,65 @@ class Reporter:
             error: why.
             number: of the job.
         """
+
+
+class _Shared:
+    """What the jobs of a request share: the run above them in MLflow, if there is one, and a lock."""
+
+    def __init__(self, request: LaunchRequest, sweep: SweepRun | None) -> None:
+        self.request = request
+        self.sweep = sweep
+        self.store_lock = threading.RLock()
+        """Held by a job while it uses the tracking store: MLflow's client is not made for several threads."""
+        self._is_said = False
+
+    def parent(self, config: Mapping[str, Any], uri: str) -> str | None:
+        """Return the id of the run above a job, which the first job creates.
+
+        Args:
+            config: of the job.
+            uri: tracking URI of the store.
+        """
+        if self.sweep is None:
+            return None
+        return self.sweep.open(uri, config["logger"].get("experiment") or config["recipe"])
+
+    def add(self, job: Job, done: FinishedJob) -> None:
+        """Add a job that has ended to the run above it.
+
+        Args:
+            job: the job.
+            done: how it ended.
+        """
+        if self.sweep is not None:
+            with self.store_lock:
+                self.sweep.add(_sweep_job(job, done))
+
+    def finish(self, last: Result | None = None) -> None:
+        """Complete the run above the jobs.
+
+        Args:
+            last: of a job that could not be started, and ended the sweep; None: there was none.
+        """
+        if self.sweep is not None:
+            self.sweep.finish(last)
+
+    def say_if_crowded(self, launch: Mapping[str, Any], cores: Sequence[int] | None) -> None:
+        """Say once that a worker has more threads than cores of its own.
+
+        Args:
+            launch: the ``launch`` node of a job's config.
+            cores: of its worker; None: all.
+        """
+        threads = launch["threads"] * launch["processes"]
+        if cores is not None and threads > len(cores) and not self._is_said:
+            self._is_said = True
+            _logger.warning(
+                "each run has %d of the cores, and %d threads, which stay as many since the last bits depend on them "
+                "(launch.threads); with fewer --jobs it is faster",
+                len(cores),
+                threads,
+            )
 
 
 def _names(jobs: Sequence[Composed]) -> list[str | None]:
@@ -240,21 +349,21 @@ def _problems_in(jobs: Sequence[Job], request: LaunchRequest, *, build: bool) ->
             end(workers, process)
 
 
-def _run_job_of_several(
-    job: Job, request: LaunchRequest, sweep: SweepRun | None, start_up: StartUp, report: Reporter
-) -> FinishedJob:
+def _run_job_of_several(job: Job, shared: _Shared, start_up: StartUp, report: Reporter, place: Place) -> FinishedJob:
     """Run one job; one of a sweep that cannot be started is a failed job, and not the end of the sweep."""
     try:
-        return _run_job(job, request, sweep, start_up, report)
+        return _run_job(job, shared, start_up, report, place)
     except (StartFailed, UserError) as error:
-        if job.name is None:
+        if job.number is None:
             raise
         report.not_started(error, job.number)
-        config = run_config(job.composed, request.trust)
+        config = run_config(job.composed, shared.request.trust)
         config["run_dir"] = str(choose_run_folder(job.composed.recipe, config["run_dir"], job=job.number))
         lines = str(error).strip().splitlines() or [type(error).__name__]
         result = Result(end=_result_of(error).end, message=f"not started: {lines[-1]}")
-        return FinishedJob(recipe=job.recipe, overrides=job.composed.overrides, config=config, result=result)
+        return FinishedJob(
+            recipe=job.recipe, overrides=job.composed.overrides, config=config, result=result, number=job.number
+        )
 
 
 def _sweep_job(job: Job, done: FinishedJob) -> SweepJob:
@@ -269,32 +378,43 @@ def _sweep_job(job: Job, done: FinishedJob) -> SweepJob:
     )
 
 
-def _run_job(
-    job: Job, request: LaunchRequest, sweep: SweepRun | None, start_up: StartUp, report: Reporter
-) -> FinishedJob:
-    recipe, composed = job.recipe, job.composed
+def _run_job(job: Job, shared: _Shared, start_up: StartUp, report: Reporter, place: Place) -> FinishedJob:
+    recipe, composed, request = job.recipe, job.composed, shared.request
     config = run_config(composed, request.trust)
     folder = choose_run_folder(composed.recipe, config["run_dir"], job=job.number)
     config["run_dir"] = str(folder)
-    environment = worker_environment(config["launch"], request.trust)
+    environment = {**worker_environment(config["launch"], request.trust), **job.environment}
     if config["launch"]["kind"] == "slurm":
         uri, git = mlflow_run.open_store(config), git_of_run(config)
-        with _opened(config, job, sweep, uri, git, start_up) as opened:
+        with _opened(config, job, shared, uri, git, start_up) as opened:
             report.starting(config, job.number)
             number = submit(config, opened.run_yaml, environment)
-        return FinishedJob(recipe=recipe, overrides=composed.overrides, config=config, result=None, slurm_job=number)
+        return FinishedJob(
+            recipe=recipe,
+            overrides=composed.overrides,
+            config=config,
+            result=None,
+            slurm_job=number,
+            number=job.number,
+        )
     with spare_folder() as spare, Workers([config], then="train") as workers:
         if spare is not None:
             environment[SPARE_ENV] = str(spare)
         start_up.check()
         start_up.doing = BEFORE_TRAINING
-        process = start_process(worker_command(config["launch"], *workers.arguments), environment)
+        command = worker_command(config["launch"], *workers.arguments)
+        process = start_process(command, environment, piped=place.is_shared)
+        keep_on(process, place.cores)
+        shared.say_if_crowded(config["launch"], place.cores)
+        relay = Relay(process, f"job {job.number}: ") if place.is_shared else None
         try:
-            uri, git = mlflow_run.open_store(config), git_of_run(config)  # while the worker imports torch
+            with shared.store_lock:
+                uri = mlflow_run.open_store(config)  # while the worker imports torch
+            git = git_of_run(config)
             problems = checked(workers, process, config["launch"]["processes"], start_up)
             if problems:
                 raise ConfigError(dict.fromkeys(problems))
-            with _opened(config, job, sweep, uri, git, start_up) as opened:
+            with _opened(config, job, shared, uri, git, start_up) as opened:
                 report.starting(config, job.number)
                 remove_ends(folder)
 
@@ -307,13 +427,23 @@ def _run_job(
                 ended = wait_for(process, begin)
         finally:
             end(workers, process)
+            if relay is not None:
+                relay.finish()
         try:
             result = final_result(config, ended, spare)
         except BaseException as error:  # a second signal
             mlflow_run.settle_run(config, read_result(folder) or _result_of(error))
             raise
-        warning = mlflow_run.finish_run(config, result)
-    return FinishedJob(recipe=recipe, overrides=composed.overrides, config=config, result=result, warning=warning)
+        with shared.store_lock:
+            warning = mlflow_run.finish_run(config, result)
+    return FinishedJob(
+        recipe=recipe,
+        overrides=composed.overrides,
+        config=config,
+        result=result,
+        warning=warning,
+        number=job.number,
+    )
 
 
 @dataclass
@@ -328,7 +458,7 @@ class _Opened:
 def _opened(
     config: dict[str, Any],
     job: Job,
-    sweep: SweepRun | None,
+    shared: _Shared,
     uri: str | None,
     git: Mapping[str, Any],
     start_up: StartUp,
@@ -341,15 +471,18 @@ def _opened(
     opened = _Opened(folder / RUN_YAML)
     try:
         if uri is not None:
-            experiment = config["logger"].get("experiment") or config["recipe"]
-            parent = None if sweep is None else sweep.open(uri, experiment)
-            mlflow_run.open_run(config, uri, parent=parent, name=job.name, command=job.command, tags=job.tags, git=git)
+            with shared.store_lock:
+                parent = shared.parent(config, uri)
+                mlflow_run.open_run(
+                    config, uri, parent=parent, name=job.name, command=job.command, tags=job.tags, git=git
+                )
         record_git(git, folder)
         write_run_yaml(config)
         start_up.check()
         yield opened
     except BaseException as error:
-        mlflow_run.finish_run(config, (opened.is_used and read_result(folder)) or _result_of(error))
+        with shared.store_lock:
+            mlflow_run.finish_run(config, (opened.is_used and read_result(folder)) or _result_of(error))
         if not opened.is_used:
             remove_unused(folder, keep_folder=existed)
         raise

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -102,14 +103,18 @@ def worker_environment(launch: Mapping[str, Any], trust: Iterable[str] = ()) -> 
     }
 
 
-def start_process(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+def start_process(
+    command: Sequence[str], environment: Mapping[str, str], *, piped: bool = False
+) -> subprocess.Popen[bytes]:
     """Start a command in a session of its own: a terminal's Ctrl-C goes to the launcher only, which forwards it.
 
     Args:
         command: program and arguments.
         environment: its environment.
+        piped: whether its output, errors too, goes to a pipe, its ``stdout``.
     """
-    return subprocess.Popen(list(command), env=dict(environment), start_new_session=True)
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if piped else {}
+    return subprocess.Popen(list(command), env=dict(environment), start_new_session=True, **output)  # type: ignore[call-overload, no-any-return]
 
 
 def wait_for(process: subprocess.Popen[bytes], begin: Callable[[], None]) -> ProcessEnd:
@@ -170,6 +175,7 @@ class _Forwarder:
         self._last_at = 0.0
         self.first: int | None = None
         self.count = 0
+        self.prints = True
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
         """Handle a signal."""
@@ -181,6 +187,7 @@ class _Forwarder:
         self.first = self.first or signum
         name = signal.Signals(self.first).name
         again = "press Ctrl-C again" if self.first == signal.SIGINT else f"send {name} again"
+        _say = _print if self.prints else _print_nothing
         if self.count == 1:
             _say(f"\n{name}: stopping after this batch, with a checkpoint; {again} to stop without one")
         elif self.count == 2:
@@ -201,8 +208,32 @@ class _Forwarder:
         return started or [self._process.pid]
 
 
+_in_threads: list[_Forwarder] = []
+"""Of the workers that threads wait for, to which `forward_to_all` passes the main thread's signals."""
+
+
+def forward_to_all(signum: int) -> bool:
+    """Forward a signal to every worker that a thread waits for, and return whether there is one.
+
+    Args:
+        signum: the signal.
+    """
+    found = list(_in_threads)
+    for each in found:
+        each.prints = each is found[0]
+        each.handle(signum, None)
+    return bool(found)
+
+
 @contextmanager
 def _forward_signals(forwarder: _Forwarder) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        _in_threads.append(forwarder)
+        try:
+            yield
+        finally:
+            _in_threads.remove(forwarder)
+        return
     handled = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup ignores
         handled.append(signal.SIGHUP)
@@ -214,7 +245,11 @@ def _forward_signals(forwarder: _Forwarder) -> Iterator[None]:
             signal.signal(signum, handler)
 
 
-def _say(line: str) -> None:
+def _print_nothing(line: str) -> None:
+    """Say nothing: another worker's forwarder says it."""
+
+
+def _print(line: str) -> None:
     """Print a line, if the terminal still exists."""
     with contextlib.suppress(OSError, ValueError, RuntimeError):  # RuntimeError: within another print
         print(line, file=sys.stderr, flush=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 from stabletrain.config.problems import Problem
 from stabletrain.launch.connection import Workers
-from stabletrain.launch.process import kill
+from stabletrain.launch.process import forward_to_all, kill
 from stabletrain.launch.result import Result
 
 BEFORE_TRAINING = "training has not begun; ending when the tracking store is in order; a second signal ends at once"
@@ -93,6 +93,8 @@ class StartUp:
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         is_second = self.signum is not None
         self.signum = self.signum or signum
+        if forward_to_all(signum):  # of jobs side by side: those that do not train yet end at their next `check`
+            return
         # not print: a handler may run while something else is being printed
         with contextlib.suppress(OSError):  # the terminal may be gone
             what = "ending at once" if is_second else self.doing

@@ -11,7 +11,7 @@ from typing import Any
 
 from stabletrain.core import metric_names
 from stabletrain.launch.result import MLFLOW_STATUS, Result
-from stabletrain.launch.sweep_text import SweepJob, head, objective_of, sweep_name, table
+from stabletrain.launch.sweep_text import SweepJob, head, objective_of, table
 from stabletrain.tracking.description import as_typed, source_tags
 
 _logger = logging.getLogger("stabletrain")
@@ -25,15 +25,17 @@ class SweepRun:
 
     Args:
         command: words of the command line.
-        recipes: of the jobs.
-        overrides: of each job, as many for each.
+        name: of the run, such as that of `sweep_name`.
+        count: of the jobs.
+        objective: name of the metric that is compared; None: the one that the jobs' configs ask for, else the loss.
     """
 
-    def __init__(self, command: Sequence[str], recipes: Sequence[str], overrides: Sequence[Sequence[str]]) -> None:
-        self.name = sweep_name(recipes, overrides)
+    def __init__(self, command: Sequence[str], name: str, count: int, objective: str | None = None) -> None:
+        self.name = name
         self._words = command
         self._command = as_typed(command)
-        self._count = len(recipes)
+        self._count = count
+        self._wanted = objective
         self._opened: tuple[str, str] | None = None
         self._jobs: list[SweepJob] = []
         self._objectives: dict[str, str] = {}
@@ -122,12 +124,13 @@ class SweepRun:
     def _objective(self, job: SweepJob) -> str | None:
         """The objective of a job's recipe, which the first job with a result decides: one chart, not several."""
         if job.recipe not in self._objectives and job.result is not None and not job.failed:
-            found = objective_of(job.result.metrics, job.objective)
+            wanted = self._wanted or job.objective
+            found = objective_of(job.result.metrics, wanted)
             if found is not None:
                 self._objectives[job.recipe] = found
-            elif job.objective is not None:
+            elif wanted is not None:
                 known = ", ".join(sorted(job.result.metrics)) or "none"
-                _logger.warning("objective: job %d has no metric %s; it has: %s", job.number, job.objective, known)
+                _logger.warning("objective: job %d has no metric %s; it has: %s", job.number, wanted, known)
         return self._objectives.get(job.recipe)
 
     def _value(self, job: SweepJob) -> float:

@@ -57,7 +57,7 @@ def test_the_worst_status(uri: str, ends: list[End | None], status: str) -> None
     """Bug: a sweep with a failed job is KILLED, since another one was killed."""
     from mlflow import MlflowClient
 
-    sweep = SweepRun(["stabletrain", "train"], ["gpt"] * len(ends), [[]] * len(ends))
+    sweep = SweepRun(["stabletrain", "train"], "gpt", len(ends))
     run_id = sweep.open(uri, "demo")
     assert MlflowClient(uri).get_run(run_id).info.status == "RUNNING"
     for number, end in enumerate(ends):
@@ -75,7 +75,9 @@ def test_one_chart_and_one_table(uri: str) -> None:
 
     client = MlflowClient(uri)
     sweep = SweepRun(
-        ["stabletrain", "train", "gpt", "-m", "seed=0,1,2,3,4,5,6"], ["gpt"] * 7, [[f"seed={i}"] for i in range(7)]
+        ["stabletrain", "train", "gpt", "-m", "seed=0,1,2,3,4,5,6"],
+        sweep_name(["gpt"] * 7, [[f"seed={i}"] for i in range(7)]),
+        7,
     )
     parent = sweep.open(uri, "demo")
     assert sweep.open(uri, "demo") == parent
@@ -113,7 +115,7 @@ def test_one_chart_and_one_table(uri: str) -> None:
 
 def test_a_store_that_fails_ends_no_sweep(uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Bug: jobs that have trained are lost to the user, since the run above them cannot be written."""
-    sweep = SweepRun(["stabletrain"], ["gpt"], [[]])
+    sweep = SweepRun(["stabletrain"], "gpt", 1)
     sweep.finish()
     sweep.open(uri, "demo")
     (tmp_path / "mlflow.db").unlink()
@@ -125,7 +127,7 @@ def test_a_store_that_fails_ends_no_sweep(uri: str, tmp_path: Path, caplog: pyte
 
 def test_a_metric_that_does_not_exist_is_said(uri: str, caplog: pytest.LogCaptureFixture) -> None:
     """Bug: a mistyped objective is an empty chart without a word."""
-    sweep = SweepRun(["stabletrain"], ["gpt"], [[]])
+    sweep = SweepRun(["stabletrain"], "gpt", 1)
     sweep.open(uri, "demo")
     result: dict[str, Any] = {"end": "finished", "metrics": {"val/loss": 1.0}}
     sweep.add(SweepJob(number=0, recipe="gpt", name="", run_id=None, result=Result(**result), objective="val/los"))

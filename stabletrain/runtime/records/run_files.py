@@ -19,6 +19,7 @@
 | `mlflow-unsent/`       | the launcher, or the MLflow logger | a run whose server did not respond, to be sent    |
 | `sample.txt`           | the text workload                  | a sample of the trained model                     |
 | `strategy.json`        | the strategy, if it shards         | which modules are units, and their share          |
+| `lr_range.csv`         | the schedule of a range test       | rate and loss of every attempted step             |
 | `chaos/`               | faults of `stabletrain.chaos`      | the steps at which they were applied              |
 
 In ``environment/``: ``git.json`` and diffs (the launcher); ``environment.json``, ``requirements.txt`` and ``code.json``
@@ -49,6 +50,7 @@ UNSENT_METRICS = "metrics-unsent.jsonl"
 UNSENT_RUNS = "mlflow-unsent"
 SAMPLE = "sample.txt"
 STRATEGY = "strategy.json"
+LR_RANGE = "lr_range.csv"
 CHAOS = "chaos"
 
 
@@ -70,6 +72,6 @@ def artifacts(folder: Path) -> list[Path]:
     Args:
         folder: the run's folder.
     """
-    names = (EVENTS, STEPS, PICTURE, RESUMED, INTERVENTIONS, RESULT, SAMPLE, STRATEGY, ENVIRONMENT)
+    names = (EVENTS, STEPS, PICTURE, RESUMED, INTERVENTIONS, RESULT, SAMPLE, STRATEGY, LR_RANGE, ENVIRONMENT)
     files = [folder / name for name in names]
     return [*files, *sorted(folder.glob(f"{DIAGNOSIS_PREFIX}*"))]
