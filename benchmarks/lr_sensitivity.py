@@ -129,10 +129,11 @@ def page(found: Sequence[Run], command: str) -> str:
             )
             cells.append(f"{fmean(losses):.3f} ± {spread(losses):.3f} | {', '.join(ends)}")
         lines.append(f"| {rate:.2g} | {' | '.join(cells)} |")
-    lines += ["", "| | sensitivity |", "|---|---|"]
+    lines += ["", "| | sensitivity | of each seed |", "|---|---|---|"]
     for stack in STACKS:
         values = [sensitivity(found, stack, seed) for seed in seeds]
-        lines.append(f"| {stack} | {fmean(values):.3f} ± {spread(values):.3f} |")
+        each = ", ".join(f"{value:.3f}" for value in values)
+        lines.append(f"| {stack} | {fmean(values):.3f} ± {spread(values):.3f} | {each} |")
     return "\n".join(lines) + "\n"
 
 
