@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ def own_workload(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(str(LAUNCH))
     monkeypatch.setenv("STABLETRAIN_TRUST", "tiny_workload")
     monkeypatch.setattr("stabletrain.tracking.record.packages", lambda: {"stabletrain": "1"})
+    monkeypatch.setattr("stabletrain.launch.worker.WorkerLog", Mock)  # its handlers would stay in this process
     before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
     threads, rng, modes = torch.get_num_threads(), torch.get_rng_state(), torch.are_deterministic_algorithms_enabled()
     yield

@@ -148,7 +148,9 @@ def test_a_job_that_cannot_be_started_does_not_end_the_sweep(
         if job.number in (0, None):
             raise launcher.StartFailed("the worker was ended by signal 9")
         config = {**launcher.run_config(job.composed, ()), "run_dir": str(tmp_path)}
-        return launcher.FinishedJob(recipe="digits_cnn", overrides=(), config=config, result=Result(end="finished"))
+        return launcher.FinishedJob(
+            recipe="digits_cnn", overrides=(), config=config, result=Result(end="finished"), number=job.number
+        )
 
     monkeypatch.setattr(launcher, "_run_job", start)
     request = launcher.LaunchRequest(recipe="digits_cnn", overrides=("seed=1,2", "logger=none"), multirun=True)
