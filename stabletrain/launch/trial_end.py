@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from stabletrain.errors import UserError, did_you_mean
-from stabletrain.launch.divergence import has_diverged
+from stabletrain.launch.outcome_tag import outcome_of
 from stabletrain.launch.result import Result
 from stabletrain.launch.study import State
+
+_LOSSES = ("stability/loss", "train/loss")
 
 
 def state_of(config: Mapping[str, Any], result: Result, value: float | None) -> tuple[State, str]:
@@ -29,6 +32,18 @@ def state_of(config: Mapping[str, Any], result: Result, value: float | None) -> 
     if has_diverged(config, result):
         return "pruned", f"the loss diverged; the objective is {value:.4g}"
     return "complete", ""
+
+
+def has_diverged(config: Mapping[str, Any], result: Result) -> bool:
+    """Return whether the loss of a run that has ended diverged.
+
+    Args:
+        config: the content of run.yaml.
+        result: how it ended.
+    """
+    if any(not math.isfinite(result.metrics[name]) for name in _LOSSES if name in result.metrics):
+        return True
+    return outcome_of(Path(config["run_dir"]), result) == "diverged"
 
 
 def no_such_metric(metric: str, logged: Mapping[str, float]) -> UserError:

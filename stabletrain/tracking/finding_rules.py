@@ -66,6 +66,14 @@ def ends_above_start(series: Series) -> bool:
     return end > first + 0.5 * abs(first)
 
 
+def exploded_at_start(series: Series) -> bool:
+    """Whether all losses after the first are above twice the first: it exploded before a curve could show its fall."""
+    if series.mixed or len(series.loss) < recorded.MIN_POINTS or int(series.step[0]) >= series.every:
+        return False
+    first, later = float(series.loss[0]), series.loss[1:][np.isfinite(series.loss[1:])]
+    return bool(np.isfinite(first) and len(later) and later.min() > first + abs(first))
+
+
 def did_not_learn(series: Series, curve: Curve | None) -> Found | None:
     """The loss has hardly fallen."""
     if curve is None or not _is_whole(series) or curve.has_fallen or diverged(series, curve):

@@ -285,7 +285,7 @@ def outcome(series: Series, end: str) -> str:
     by_end = outcome_by_end(end)
     if by_end is not None:
         return by_end
-    if rules.diverged(series, series.curve) is not None or rules.ends_above_start(series):
+    if rules.diverged(series, series.curve) or rules.ends_above_start(series) or rules.exploded_at_start(series):
         return "diverged"
     if series.rollbacks:
         return "rolled_back"

@@ -12,9 +12,8 @@ from lightning.pytorch import LightningModule
 
 from stabletrain.config.search_space import parse_space
 from stabletrain.errors import UserError
-from stabletrain.launch.divergence import ends_above_start, has_diverged
 from stabletrain.launch.result import End, Result
-from stabletrain.launch.trial_end import no_such_metric, state_of
+from stabletrain.launch.trial_end import has_diverged, no_such_metric, state_of
 from stabletrain.runtime.records.run_files import STEPS
 from stabletrain.runtime.records.steps_file import StepsFile
 from stabletrain.runtime.stop import TrainingStopped
@@ -148,26 +147,35 @@ def test_how_a_run_ends_is_what_the_sampler_learns(tmp_path: Path, end: End, val
 
 
 def test_divergence(tmp_path: Path) -> None:
-    """Bugs: a finished run with a loss above its start is complete; noise of a rate that is too low is a divergence."""
+    """Bugs: a finished run with a loss above its start is complete; noise of a rate that is too low is a divergence; a
+    loss that exploded in its second step, before any curve could show it, is complete."""
     falling = [4.0 - 0.01 * step for step in range(200)]
-    assert not ends_above_start(falling)
-    assert not ends_above_start([])
-    assert not ends_above_start([4.0 + 0.05 * (-1) ** step for step in range(200)])
-    assert ends_above_start([*falling, *[14.9] * 20])
-    assert ends_above_start([*falling, *[math.nan] * 20])
-    assert not ends_above_start([*falling[:100], math.nan, *falling[100:]])
-    assert not ends_above_start([math.nan] * 3 + falling)
-    assert ends_above_start([math.nan] * 30)
-    assert ends_above_start([2.3, 500.0, 800.0, *[31.0] * 63])
-    assert ends_above_start([-2.0 + 0.05 * step for step in range(30)])
-    config = {"run_dir": str(tmp_path)}
+    for number, (losses, expected) in enumerate(
+        [
+            (falling, False),
+            ([], False),
+            ([4.0 + 0.05 * (-1) ** step for step in range(200)], False),
+            ([*falling, *[14.9] * 20], True),
+            ([*falling, *[math.nan] * 20], True),
+            ([*falling[:100], math.nan, *falling[100:]], False),
+            ([math.nan] * 3 + falling, False),
+            ([math.nan] * 30, True),
+            ([2.3, 500.0, 800.0, *[31.0] * 63], True),
+            ([2.3, 500.0, 800.0, *[31.0] * 400], True),
+            ([-2.0 + 0.05 * step for step in range(30)], True),
+        ]
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "run.yaml").write_text("recipe: digits_cnn\n")
+        steps = StepsFile(folder / STEPS)
+        for step, loss in enumerate(losses):
+            steps.append(step, loss, 1.0, 1)
+        steps.close()
+        assert has_diverged({"run_dir": str(folder)}, Result(end="finished")) is expected, number
     for value, expected in ((math.nan, True), (-math.inf, True), (2.0, False)):
-        assert has_diverged(config, Result(end="finished", metrics={"stability/loss": value})) is expected
-    steps = StepsFile(tmp_path / STEPS)
-    for step, loss in enumerate([2.3, 500.0, *[31.0] * 63]):
-        steps.append(step, loss, 1.0, 1)
-    steps.close()
-    assert has_diverged(config, Result(end="finished", metrics={"stability/loss": 31.0}))
+        result = Result(end="finished", metrics={"stability/loss": value})
+        assert has_diverged({"run_dir": str(tmp_path)}, result) is expected
 
 
 def test_an_objective_that_no_run_logs() -> None:
