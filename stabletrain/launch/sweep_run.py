@@ -18,6 +18,10 @@ _logger = logging.getLogger("stabletrain")
 
 TABLE = "comparison.csv"
 """Artifact with the comparison of the jobs."""
+PAGE = "comparison.html"
+"""The same as a page with charts."""
+_MOST_RUNS = 50
+"""Runs on that page."""
 
 
 class SweepRun:
@@ -104,6 +108,7 @@ class SweepRun:
         self._attempt("a description", lambda client, run_id: _write_tags(client, run_id, tags))
         if len(ids) > 1:
             self._attempt("a table", lambda client, run_id: _write_table(client, run_id, ids))
+            self._attempt("a page", lambda client, run_id: _write_page(client, run_id, ids[:_MOST_RUNS], self.name))
         self._attempt("a final status", lambda client, run_id: client.set_terminated(run_id, status))
 
     def _attempt(self, what: str, action: Callable[[Any, str], object]) -> None:
@@ -171,6 +176,18 @@ def _write_table(client: Any, run_id: str, ids: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / TABLE
         compare(client.tracking_uri, ids).to_pandas().to_csv(file, index_label="run_id")
+        write_artifact(client, run_id, file)
+
+
+def _write_page(client: Any, run_id: str, ids: Sequence[str], title: str) -> None:
+    from stabletrain.launch.comparing import compare_recorded, write_comparison
+    from stabletrain.launch.recorded_run import find_run
+    from stabletrain.tracking.artifacts import write_artifact
+
+    runs = [find_run(each, command="compare", uri=client.tracking_uri) for each in ids]
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / PAGE
+        write_comparison(file, compare_recorded(runs), title=title)
         write_artifact(client, run_id, file)
 
 

@@ -109,6 +109,8 @@ def test_one_chart_and_one_table(uri: str) -> None:
     assert "1 runs were not started" in text
     assert run.data.tags["stabletrain.sweep.unfinished"] == "0 (stopped)"
     assert "seed=0,1,2" in run.data.tags["mlflow.source.name"]
+    page = Path(client.download_artifacts(parent, "comparison.html")).read_text()
+    assert all(f"run {i}" in page for i in range(2))
     table = Path(client.download_artifacts(parent, "comparison.csv")).read_text()
     assert all(each in table for each in ids)
 
