@@ -1,7 +1,9 @@
-"""A run that continues another one begins with its record of steps."""
+"""A run that continues another one begins with its record of steps and events."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import shutil
 import stat
@@ -11,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from stabletrain.launch.bounded import is_count, read_json
+from stabletrain.runtime.records.json_lines import read_lines
 from stabletrain.runtime.records.regular_file import only_regular
-from stabletrain.runtime.records.run_files import RUN_YAML, STEPS
+from stabletrain.runtime.records.run_files import EVENTS, RUN_YAML, STEPS
 
 
 def take_over_steps(config: Mapping[str, Any]) -> None:
@@ -35,6 +38,33 @@ def take_over_steps(config: Mapping[str, Any]) -> None:
         with open(source, "rb", opener=only_regular) as earlier, open(part, "wb") as copy:
             shutil.copyfileobj(earlier, copy)
         os.replace(part, target)
+
+
+def take_over_events(earlier: Path, own: Path, attempted: int) -> None:
+    """Begin a log of events with the earlier run's, up to the step at which it is resumed.
+
+    Args:
+        earlier: events.jsonl of the run whose checkpoint is resumed.
+        own: events.jsonl of this run; what is in it stays, behind the others.
+        attempted: steps that the checkpoint holds; events of later steps are of steps that are made again.
+
+    Raises:
+        OSError: if the file cannot be written; it is then unchanged.
+    """
+    if not earlier.exists() or not stat.S_ISREG(earlier.lstat().st_mode):
+        return  # as of the steps: a link may lead to any file of the user
+    before = [line.record for line in read_lines(earlier) if line.record and _step_of(line.record) < attempted]
+    part = own.with_name(f"{EVENTS}.part")
+    with open(part, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in before)
+        if own.exists():
+            file.write(own.read_text(encoding="utf-8"))
+    os.replace(part, own)
+
+
+def _step_of(record: Mapping[str, Any]) -> float:
+    step = record.get("step")
+    return step if isinstance(step, int) else math.inf
 
 
 def read_resumes(path: Path) -> list[int]:

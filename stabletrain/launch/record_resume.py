@@ -1,4 +1,4 @@
-"""At which step a run was resumed: ``resumes.json``."""
+"""At which step a run was resumed, ``resumes.json``; and the events before it, so that events.jsonl is whole, too."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from stabletrain.launch.bounded import write_json
-from stabletrain.launch.earlier_steps import read_resumes, resumed_folder
+from stabletrain.launch.earlier_steps import read_resumes, resumed_folder, take_over_events
 from stabletrain.runtime.guard.attempts import attempted_steps
-from stabletrain.runtime.records.run_files import RESUMED
+from stabletrain.runtime.records.run_files import EVENTS, RESUMED
 
 
 class RecordResume(Callback):
@@ -32,5 +32,8 @@ class RecordResume(Callback):
         """The checkpoint is loaded: write the file."""
         if trainer.is_global_zero:
             earlier = [] if self._earlier is None else read_resumes(self._earlier / RESUMED)
+            attempted = attempted_steps(trainer)
             with suppress(OSError):  # a disk that is full does not end the training
-                write_json(self._file, [*earlier, attempted_steps(trainer)])
+                write_json(self._file, [*earlier, attempted])
+                if self._earlier is not None and self._earlier.resolve() != self._file.parent.resolve():
+                    take_over_events(self._earlier / EVENTS, self._file.parent / EVENTS, attempted)

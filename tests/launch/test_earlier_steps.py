@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from stabletrain.launch.earlier_steps import take_over_steps
+from stabletrain.launch.earlier_steps import take_over_events, take_over_steps
 
 
 def test_the_record_is_copied_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,3 +47,20 @@ def test_the_record_is_copied_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("os.replace", full)
     take_over_steps({"run_dir": str(mine), "resume": str(earlier / "checkpoints")})
     assert not target.exists()
+
+
+def test_events_before_the_resume_are_kept(tmp_path: Path) -> None:
+    """Bugs: a resumed run's report knows only the events since; those of steps that are made again count twice; a link
+    in a run's folder from elsewhere makes any file an artifact."""
+    earlier, own = tmp_path / "earlier.jsonl", tmp_path / "events.jsonl"
+    take_over_events(earlier, own, 5)
+    assert not own.exists()
+    earlier.write_text('{"step": 2, "kind": "skip"}\n{"kind": "skip"}\n{"step": 5, "kind": "skip"}\nno event')
+    own.write_text('{"step": 6, "kind": "spike"}\n')
+    take_over_events(earlier, own, 5)
+    assert own.read_text() == '{"step": 2, "kind": "skip"}\n{"step": 6, "kind": "spike"}\n'
+    own.unlink()
+    earlier.rename(tmp_path / "secret")
+    earlier.symlink_to(tmp_path / "secret")
+    take_over_events(earlier, own, 5)
+    assert not own.exists()
