@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from stabletrain.core import metric_names
 from stabletrain.core.events import Event
+from stabletrain.launch.curve_names import CURVES, names_of
 from stabletrain.launch.recorded_run import RecordedRun
 from stabletrain.launch.result import read_result
 from stabletrain.launch.run_end import OUTCOME
@@ -29,19 +30,6 @@ if TYPE_CHECKING:
 
 EVERY_STEP = "every attempted step"
 """Where the loss of a run with a record of its steps comes from."""
-
-_NAMES: Mapping[str, tuple[str, ...]] = {
-    "loss": (
-        "stability/loss",
-        *("train/loss", "train_loss", "training_loss", "loss"),
-        *("train/loss_step", "train_loss_step", "train/loss_epoch", "train_loss_epoch", "train*loss*", "*/loss"),
-    ),
-    "val_loss": ("val/loss", "val_loss", "valid/loss", "valid_loss", "validation_loss", "eval/loss", "eval_loss"),
-    "grad_norm": ("stability/grad_norm", "grad_norm", "train/grad_norm", "grad_*_norm_total"),
-    "lr": ("stability/lr", "lr", "learning_rate", "train/learning_rate", "lr-*"),
-    "loss_scale": ("stability/loss_scale",),
-}
-"""Chart -> names and patterns of the metrics that hold its curve: ours, then those of other tools; the first counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +94,7 @@ class ComparedRun:
         return Curve(np.array(step, np.int64), np.array(value, np.float64))
 
     def _metric(self, key: str) -> str | None:
-        names = sorted(self.run.metrics)
-        return next((name for pattern in _NAMES[key] for name in names if fnmatchcase(name, pattern)), None)
+        return next(iter(names_of(key, self.run.metrics)), None)
 
     @cached_property
     def measures(self) -> dict[str, float]:
@@ -197,7 +184,7 @@ def page_run(compared: ComparedRun, group: str = "") -> PageRun:
     Raises:
         StoreError: if the store cannot be read.
     """
-    curves = {key: curve for key in _NAMES if (curve := compared.curve(key)) is not None}
+    curves = {key: curve for key in CURVES if (curve := compared.curve(key)) is not None}
     marks: dict[str, NDArray[np.int64]] = {}
     if compared.steps is not None:
         for kind, flag in (("skip", Flag.SKIPPED), ("overflow", Flag.OVERFLOW), ("clip", Flag.CLIPPED)):

@@ -19,6 +19,7 @@ from stabletrain.config import discovery
 from stabletrain.core import metric_names
 from stabletrain.core.events import Event
 from stabletrain.errors import UserError
+from stabletrain.launch.curve_names import names_of
 from stabletrain.launch.recorded_run import RecordedRun, run_in_folder
 from stabletrain.runtime.records.json_lines import read_lines
 from stabletrain.runtime.records.run_files import INTERVENTIONS
@@ -26,14 +27,6 @@ from stabletrain.runtime.records.steps_file import Flag, Steps
 from stabletrain.tracking import series
 from stabletrain.tracking.series import Layer, Rollback, Series
 
-_LOSSES = ("stability/loss", "train/loss", "train_loss", "loss", "training_loss")
-"""Names of a training loss, ours first; then any other name that says so."""
-_HELD_OUT = re.compile(r"val|eval|test|dev")
-_NORMS = ("stability/grad_norm", "train/grad_norm", "grad_norm", "gradient_norm", "train/gradient_norm")
-_RATE = re.compile(r"(stability/|train/)?(lr|learning_rate)|lr-[\w./-]+")
-_VALIDATION = re.compile(
-    r"(val|valid|validation|eval)[/_](loss|nll)(_epoch)?|(loss|nll)[/_](val|valid|validation|eval)"
-)
 _INDEX = re.compile(r"(.*?\.)(\d+)(\..*)?")
 _BY_DESIGN = ("announced", "accept")
 _MOST_REPORTED = 100_000
@@ -86,10 +79,8 @@ def loss_history(run: RecordedRun) -> tuple[str, list[tuple[int, float]]]:
     Args:
         run: from `find_run`.
     """
-    known = [name for name in _LOSSES if name in run.metrics]
-    others = sorted(each for each in run.metrics if "loss" in each.lower() and not _HELD_OUT.search(each.lower()))
     name, history = "", list[tuple[int, float]]()
-    for each in dict.fromkeys([*known, *(other for other in others if not metric_names.is_own(other))]):
+    for each in names_of("loss", run.metrics):
         values = run.history(each)
         if len(values) > len(history):
             name, history = each, values
@@ -119,7 +110,7 @@ def _of_metrics(run: RecordedRun) -> dict[str, Any]:
     gaps = np.diff(step)
     every = max(1, int(np.median(gaps))) if len(gaps) else 1
     values: dict[str, Any] = {"step": step, "loss": loss, "every": every}
-    norm = next((each for each in _NORMS if each in run.metrics), None)
+    norm = _first("grad_norm", run)
     if norm is not None and len(step):
         values["grad_norm"] = _at(step, *_arrays(run.history(norm)))
     if not len(step):
@@ -144,9 +135,7 @@ def _at(step: NDArray[np.int64], steps: NDArray[np.int64], values: series.Floats
 
 
 def _rates(run: RecordedRun, step: NDArray[np.int64]) -> series.Floats | None:
-    name = next(
-        (each for each in sorted(run.metrics, key=lambda n: n != "stability/lr") if _RATE.fullmatch(each)), None
-    )
+    name = _first("lr", run)
     if name is None or not len(step):
         return None
     steps, values = _arrays(run.history(name))
@@ -157,8 +146,12 @@ def _rates(run: RecordedRun, step: NDArray[np.int64]) -> series.Floats | None:
 
 
 def _validation(run: RecordedRun) -> tuple[NDArray[np.int64], series.Floats]:
-    names = sorted((name for name in run.metrics if _VALIDATION.fullmatch(name)), key=lambda name: name != "val/loss")
-    return _arrays(run.history(names[0]) if names else [])
+    name = _first("val_loss", run)
+    return _arrays([] if name is None else run.history(name))
+
+
+def _first(curve: str, run: RecordedRun) -> str | None:
+    return next(iter(names_of(curve, run.metrics)), None)
 
 
 def _arrays(history: Sequence[tuple[int, float]]) -> tuple[NDArray[np.int64], series.Floats]:
