@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
-from stabletrain.core.statistics import MAD_TO_SIGMA
 from stabletrain.runtime.records.steps_file import Flag, Steps
 
 if TYPE_CHECKING:
@@ -14,12 +13,11 @@ if TYPE_CHECKING:
 
 _PARTS = 50
 """A level of the loss is the median of this part of the run."""
-_BASELINE = 128
 _SIGMAS = 6.0
 _SAME_SPIKE = 20
 """Steps within which outliers belong to one spike."""
-_STRIDE = 8
-"""Steps between two baselines."""
+_POSITIONS = 1_250
+"""Of the median with which losses are compared; more cost much of the time of a comparison of many runs."""
 
 
 class Measure(NamedTuple):
@@ -111,22 +109,18 @@ def levels(loss: NDArray[np.float64]) -> dict[str, float]:
 def spikes(loss: NDArray[np.float64]) -> int:
     """Count the spikes: outliers with less than 20 steps between them are one.
 
-    An outlier lies 6 robust standard deviations above the median of the 128 losses before it; such a deviation is at
-    least 2 % of the median, so that a loss that hardly varies has none.
-
     Args:
         loss: of the applied steps; a non-finite one is no spike.
     """
     import numpy as np
 
+    from stabletrain.tracking.series import outliers
+
     loss = loss[np.isfinite(loss)]
-    if len(loss) <= _BASELINE:
+    if not len(loss):
         return 0
-    windows = np.lib.stride_tricks.sliding_window_view(loss[:-1], _BASELINE)[::_STRIDE]
-    centre = np.median(windows, axis=1)
-    sigma = MAD_TO_SIGMA * np.median(np.abs(windows - centre[:, None]), axis=1)
-    limit = centre + _SIGMAS * np.maximum(sigma, 0.02 * np.abs(centre))
-    at = np.flatnonzero(loss[_BASELINE:] > np.repeat(limit, _STRIDE)[: len(loss) - _BASELINE])
+    gain = float(loss[0]) - levels(loss)["best_loss"]
+    at = np.flatnonzero(outliers(loss, gain, _SIGMAS, positions=_POSITIONS))
     return int(np.count_nonzero(np.diff(at, prepend=-_SAME_SPIKE - 1) > _SAME_SPIKE))
 
 

@@ -223,7 +223,7 @@ def sigma(values: Floats) -> float:
     return MAD_TO_SIGMA * float(np.median(np.abs(values - np.median(values))))
 
 
-def outliers(loss: Floats, gain: float, sigmas: float) -> NDArray[np.bool_]:
+def outliers(loss: Floats, gain: float, sigmas: float, positions: int = _COMPARED) -> NDArray[np.bool_]:
     """Mark the losses that lie far above the median of the 128 before them.
 
     The limit is the higher one of a linear and a log-normal one, as that of the rules that act during a run (decision
@@ -234,11 +234,12 @@ def outliers(loss: Floats, gain: float, sigmas: float) -> NDArray[np.bool_]:
         loss: finite.
         gain: by which the loss has fallen in the whole run.
         sigmas: the distance, > 0.
+        positions: at which the median is computed, at most; between them it is the last one.
     """
     found = np.zeros(len(loss), bool)
     if len(loss) <= BASELINE:
         return found
-    stride = 1 + len(loss) // _COMPARED
+    stride = 1 + len(loss) // positions
     windows = np.lib.stride_tricks.sliding_window_view(loss[:-1], BASELINE)[::stride]
     half, quarter = BASELINE // 2, 3 * BASELINE // 4
     ordered = np.partition(windows, (half - 1, half, quarter), axis=1)
