@@ -197,7 +197,8 @@ def recorders(callbacks: Sequence[Callback], config: Mapping[str, Any]) -> list[
     path = Path(config["run_dir"]) / STEPS
     is_guarded = any(isinstance(callback, GuardMember) for callback in callbacks)
     steps = RecordSteps(path) if is_guarded else RecordLosses(path)
-    return [MeasureThroughput(), steps, *([RecordResume(config)] if config.get("resume") else [])]
+    # the earlier run's record is there before that of this one goes on
+    return [MeasureThroughput(), *([RecordResume(config)] if config.get("resume") else []), steps]
 
 
 def build_model(config: Mapping[str, Any]) -> LightningModule:

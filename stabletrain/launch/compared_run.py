@@ -109,6 +109,9 @@ class ComparedRun:
             finite = [value for value in curve.value.tolist() if value == value]
             found["val_loss"] = float(curve.value[-1])
             found |= {"best_val_loss": min(finite)} if finite else {}
+        if any(name.startswith("stability/loss/") for name in self.run.metrics):
+            # steps of several optimizers, whose losses have nothing to do with each other
+            found = {key: value for key, value in found.items() if key not in measures.OF_THE_LOSS}
         found = (self._counted() if self.is_ours else {}) | found
         for key in ("tokens_per_s", "samples_per_s"):
             if rates := [value for _, value in self.run.history(f"throughput/{key}")]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import stat
 from collections.abc import Mapping
 from contextlib import suppress
@@ -16,16 +15,17 @@ from stabletrain.launch.bounded import is_count, read_json
 from stabletrain.runtime.records.json_lines import read_lines
 from stabletrain.runtime.records.regular_file import only_regular
 from stabletrain.runtime.records.run_files import EVENTS, RUN_YAML, STEPS
+from stabletrain.runtime.records.steps_file import RECORD_BYTES
 
 
-def take_over_steps(config: Mapping[str, Any]) -> None:
+def take_over_steps(config: Mapping[str, Any], attempted: int) -> None:
     """Copy ``steps.bin`` of the run whose checkpoint is resumed, unless there is one in the run's folder.
 
-    When the training starts, the steps that are made again are removed from the copy. A file that cannot be copied is
-    left out: the record then begins where the run resumes.
+    A file that cannot be copied is left out: the record then begins where the run resumes.
 
     Args:
         config: the content of run.yaml.
+        attempted: steps that the checkpoint holds; later ones are made again, and are not copied.
     """
     target = Path(config["run_dir"]) / STEPS
     if target.exists():
@@ -36,7 +36,7 @@ def take_over_steps(config: Mapping[str, Any]) -> None:
             return  # a link in a folder from elsewhere may lead to any file of the user, and the copy is an artifact
         source, part = folder / STEPS, target.with_name(f"{STEPS}.part")
         with open(source, "rb", opener=only_regular) as earlier, open(part, "wb") as copy:
-            shutil.copyfileobj(earlier, copy)
+            copy.write(earlier.read(attempted * RECORD_BYTES))
         os.replace(part, target)
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from stabletrain.launch.result import Result
 
 
-def outcome_of(folder: Path, result: Result) -> str | None:
+def outcome_of(folder: Path, result: Result, uri: str | None = None) -> str | None:
     """Return ``healthy``, ``spiked``, ``rolled_back``, ``diverged``, ``stopped``, ``killed`` or ``failed``.
 
     Args:
         folder: the run's folder.
         result: how the run ended.
+        uri: tracking URI of its store; None: the default.
 
     Returns:
         The word; None if the record does not say it.
@@ -25,7 +26,7 @@ def outcome_of(folder: Path, result: Result) -> str | None:
         by_end = outcome_by_end(result.end)
         if by_end is not None:
             return by_end
-        series = series_of_folder(folder)
+        series = series_of_folder(folder, uri)
         return outcome(series, result.end) if len(series.step) else None
     except Exception as error:  # a record that somebody has damaged changes no end of a run
         logging.getLogger("stabletrain").debug("no outcome of %s: %s: %s", folder, type(error).__name__, error)

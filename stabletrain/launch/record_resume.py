@@ -10,9 +10,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from stabletrain.launch.bounded import write_json
-from stabletrain.launch.earlier_steps import read_resumes, resumed_folder, take_over_events
-from stabletrain.runtime.guard.attempts import attempted_steps
+from stabletrain.launch.earlier_steps import read_resumes, resumed_folder, take_over_events, take_over_steps
 from stabletrain.runtime.records.run_files import EVENTS, RESUMED
+from stabletrain.runtime.records.steps_record import attempted_in
 
 
 class RecordResume(Callback):
@@ -25,14 +25,21 @@ class RecordResume(Callback):
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
+        self._config = config
+        self._attempted = 0
         self._file = Path(config["run_dir"]) / RESUMED
         self._earlier = resumed_folder(config)
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note how many steps a run with plugins had attempted, if this one has none."""
+        self._attempted = attempted_in(checkpoint)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The checkpoint is loaded: write the file."""
+        """The checkpoint is loaded: take over what was recorded up to it, and write the file."""
         if trainer.is_global_zero:
             earlier = [] if self._earlier is None else read_resumes(self._earlier / RESUMED)
-            attempted = attempted_steps(trainer)
+            attempted = max(trainer.global_step, self._attempted)
+            take_over_steps(self._config, attempted)
             with suppress(OSError):  # a disk that is full does not end the training
                 write_json(self._file, [*earlier, attempted])
                 if self._earlier is not None and self._earlier.resolve() != self._file.parent.resolve():

@@ -188,7 +188,7 @@ def find_run(wanted: str, *, command: str, uri: str | None = None, what: str = "
         UserError: if there is no such run, or several, which are listed; or if the store cannot be read.
     """
     if Path(wanted).is_dir():
-        return run_in_folder(Path(wanted), command=command)
+        return run_in_folder(Path(wanted), command=command, uri=uri)
     if "/" in wanted:
         raise UserError(f"{command}: there is no folder {wanted}; expected a run's folder, its id or its name")
     store = _ready(uri)
@@ -306,7 +306,7 @@ def run_of_folder(folder: Path, *, command: str, uri: str | None) -> RecordedRun
         UserError: if the store cannot be read.
     """
     if _is_regular(folder / RUN_YAML):
-        return run_in_folder(folder, command=command)
+        return run_in_folder(folder, command=command, uri=uri)
     if uri is None or "'" in str(folder):
         return None
     from stabletrain.tracking.ownership import RUN_DIR
@@ -337,12 +337,16 @@ def _logger(folder: Path) -> Mapping[str, Any]:
     return node if isinstance(node, Mapping) else {}
 
 
-def run_in_folder(folder: Path, *, command: str, remote: bool = True) -> RecordedRun:
+def run_in_folder(folder: Path, *, command: str, uri: str | None = None, remote: bool = True) -> RecordedRun:
     """Return the run in a folder, with what its store has recorded if it can be read.
+
+    The store that run.yaml names is asked only if it is the user's own one: a folder from elsewhere must not decide
+    which server gets the user's credentials, or which database is opened.
 
     Args:
         folder: the run's folder.
         command: begins the messages.
+        uri: tracking URI of the user's store; None: ``MLFLOW_TRACKING_URI`` or mlflow.db in the current folder.
         remote: whether to ask a store that is no file on this machine, which may take long.
 
     Raises:
@@ -351,20 +355,16 @@ def run_in_folder(folder: Path, *, command: str, remote: bool = True) -> Recorde
     if not (folder / RUN_YAML).is_file():
         raise UserError(f"{command}: {folder} is not the folder of a run: it has no {RUN_YAML}; name a run's folder")
     node = _logger(folder)
-    run_id, uri = node.get("run_id"), node.get("tracking_uri")
-    if isinstance(run_id, str) and isinstance(uri, str):
-        from stabletrain.tracking.store_errors import sqlite_path
-
+    run_id, named = node.get("run_id"), node.get("tracking_uri")
+    if isinstance(run_id, str) and isinstance(named, str) and _is_own(named, uri, remote=remote):
         with suppress(UserError):  # the folder has most of what the store has
-            if sqlite_path(uri) is None and not remote:
-                raise UserError(f"{uri} is not asked")
             from mlflow.exceptions import MlflowException
 
-            with suppress(MlflowException), _store_errors(_ready(uri)):
-                client = _client(uri)
+            with suppress(MlflowException), _store_errors(_ready(named)):
+                client = _client(named)
                 run = client.get_run(run_id)
                 experiment = client.get_experiment(run.info.experiment_id)
-                found = _of_store(run, uri, {experiment.experiment_id: experiment.name})
+                found = _of_store(run, named, {experiment.experiment_id: experiment.name})
                 return replace(found, folder=folder)
     result = read_result(folder)
     return RecordedRun(
@@ -373,6 +373,14 @@ def run_in_folder(folder: Path, *, command: str, remote: bool = True) -> Recorde
         metrics={} if result is None else metric_names.renamed(result.metrics),
         folder=folder,
     )
+
+
+def _is_own(named: str, uri: str | None, *, remote: bool) -> bool:
+    from stabletrain.tracking.store import absolute_uri, default_tracking_uri
+    from stabletrain.tracking.store_errors import sqlite_path
+
+    own = absolute_uri(uri) if uri else default_tracking_uri()
+    return absolute_uri(named) == own and (remote or sqlite_path(own) is not None)
 
 
 def _event(record: Mapping[str, Any]) -> Event | None:

@@ -282,7 +282,9 @@ def _check(part: Part, finished: FinishedJob, then: Steps | None) -> Checked:
     else:
         # the steps before are those of the checkpoint's run
         resumed = read_resumes(folder / RESUMED)[-1:] if part.resume is not None else []
-        same = compare_steps(then, now, begin=max([part.begin, *resumed]), end=part.end)
+        has_begun = part.resume is None or bool(resumed)  # else its record is the one that it was to begin with
+        begin = max([part.begin, *resumed])
+        same = compare_steps(then, now, begin=begin, end=part.end) if has_begun else SameSteps(compared=0)
     here = _record(finished.config, lambda name: _json(folder / name))
     original = _record(part.segment.config, part.segment.json)
     result = finished.result

@@ -36,7 +36,7 @@ def describe_end(config: Mapping[str, Any], result: Result) -> None:
     from stabletrain.tracking.store_errors import translate_errors
 
     uri, run_id, folder = config["logger"]["tracking_uri"], config["logger"]["run_id"], Path(config["run_dir"])
-    outcome = outcome_of(folder, result)
+    outcome = outcome_of(folder, result, uri)
     with translate_errors(uri):
         check_file(uri)
         client = open_client(uri)
@@ -89,7 +89,7 @@ def numbers_of_end(folder: Path, result: Result) -> dict[str, str]:
     name = next((each for each in ("val/loss", "stability/loss", "train/loss") if each in result.metrics), None)
     if name == "val/loss" or (name is not None and (steps is None or not len(steps.step))):
         found[name] = number(result.metrics[name])
-    elif steps is not None and len(steps.step):
+    elif steps is not None and len(steps.step) and not any(n.startswith("stability/loss/") for n in result.metrics):
         last = steps.loss[(steps.flags & (Flag.SKIPPED | Flag.OVERFLOW)) == 0][-_LAST:]
         found[f"loss, mean of the last {len(last)} steps"] = number(float(last.mean()) if len(last) else math.nan)
     if steps is not None and len(steps.step):

@@ -32,16 +32,17 @@ _BY_DESIGN = ("announced", "accept")
 _MOST_REPORTED = 100_000
 
 
-def series_of_folder(folder: Path) -> Series:
+def series_of_folder(folder: Path, uri: str | None = None) -> Series:
     """Return what the run in a folder has recorded, in the folder and in its store if that is a file on this machine.
 
     Args:
         folder: the run's folder, with run.yaml.
+        uri: tracking URI of its store, which is not asked if it is another one; None: the default.
 
     Raises:
         UserError: if it is not the folder of a run, or the store cannot be read.
     """
-    return series_of_run(run_in_folder(folder, command="report", remote=False))
+    return series_of_run(run_in_folder(folder, command="report", uri=uri, remote=False))
 
 
 def series_of_run(run: RecordedRun) -> Series:

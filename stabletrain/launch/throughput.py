@@ -73,6 +73,10 @@ class MeasureThroughput(Callback):
         else:
             self._waited = 0.0  # for the first batch of all, before the time began
         self._since = now
+        with suppress(Exception):  # a tensor without a size, as nested ones are, has nothing to count and is no error
+            self._count(batch)
+
+    def _count(self, batch: Any) -> None:
         first: Tensor | None = next((each for each in tensors_of(batch) if each.ndim), None)
         if first is not None:
             self._samples += len(first)

@@ -16,7 +16,6 @@ from stabletrain.config.trust import ENV as TRUST_ENV
 from stabletrain.errors import UserError
 from stabletrain.launch.background import sending
 from stabletrain.launch.connection import OPTION
-from stabletrain.launch.earlier_steps import take_over_steps
 from stabletrain.launch.hand_over import (
     LAUNCHER_IS_GONE,
     check_and_assemble,
@@ -119,8 +118,6 @@ class _Run:
         run = self.built or check_and_assemble(self.config, self.watch)
         self.trainer = run.trainer
         complete(run, self.config)
-        if self.is_rank_0:
-            take_over_steps(self.config)
         recording = Recording(self.config, run.trainer)
         recording.write()
         run.interrupt.begins = recording.begin

@@ -53,6 +53,8 @@ MEASURES = (
     Measure("wall_s", "wall time"),
 )
 """All measures, in the order of the columns."""
+OF_THE_LOSS = ("final_loss", "best_loss", "spikes")
+"""Those that only the losses of one optimizer have."""
 
 
 def of_steps(steps: Steps) -> dict[str, float]:
@@ -71,11 +73,12 @@ def of_steps(steps: Steps) -> dict[str, float]:
     has = {flag: (steps.flags & flag.value) != 0 for flag in Flag}
     applied = ~(has[Flag.SKIPPED] | has[Flag.OVERFLOW] | has[Flag.NO_LOSS])
     loss, norm = steps.loss[applied], steps.grad_norm[applied]
+    measured = np.isfinite(steps.grad_norm).any()  # without plugins no norm is
     return {
         **levels(loss),
         "steps": float(steps.step[-1] + 1),
         "spikes": float(spikes(loss)),
-        "nonfinite": float(np.count_nonzero(~np.isfinite(loss) | ~np.isfinite(norm))),
+        "nonfinite": float(np.count_nonzero(~np.isfinite(loss) | (measured & ~np.isfinite(norm)))),
         "skipped": float(np.count_nonzero(has[Flag.SKIPPED])),
         "overflows": float(np.count_nonzero(has[Flag.OVERFLOW])),
         "clipped_share": float(np.count_nonzero(has[Flag.CLIPPED])) / attempted,

@@ -41,6 +41,7 @@ class SameSteps:
         missing: number of steps that the original has recorded and the repeat has not made.
         unrecorded: number of steps of the repeat, between those of the original, of which the original has no record.
         extra: number of steps of the repeat after the last one of the original.
+        losses_only: whether no gradient norm was recorded, as in a run without plugins.
     """
 
     compared: int
@@ -53,6 +54,7 @@ class SameSteps:
     missing: int = 0
     unrecorded: int = 0
     extra: int = 0
+    losses_only: bool = False
 
     @property
     def verdict(self) -> Verdict:
@@ -94,7 +96,11 @@ def compare_steps(then: Steps, now: Steps, *, begin: int = 0, end: int | None = 
     last = int(then.step[-1]) if len(then.step) else begin - 1
     extra = int((now.step > last).sum())
     equal = SameSteps(
-        compared=len(common), missing=missing, extra=extra, unrecorded=len(now.step) - len(common) - extra
+        compared=len(common),
+        missing=missing,
+        extra=extra,
+        unrecorded=len(now.step) - len(common) - extra,
+        losses_only=bool(np.isnan(then.grad_norm[i]).all() and np.isnan(now.grad_norm[j]).all()),
     )
     if not len(common):
         return equal
@@ -147,7 +153,8 @@ def _verdict(found: SameSteps) -> str:
         return "unknown: no step is recorded in both runs"
     if found.verdict in ("identical", "incomplete"):
         also = "" if found.verdict == "identical" else ", but one of the two has made more steps"
-        return f"bit-identical over {_steps(found.compared)}{also}"
+        only = " (losses only: no gradient norm was recorded)" if found.losses_only else ""
+        return f"bit-identical over {_steps(found.compared)}{only}{also}"
     if found.beyond is None:
         return f"within {TOLERANCE:.0e} over {_steps(found.compared)}, not bit-identical".replace("e-05", "e-5")
     if found.verdict == "close":

@@ -8,8 +8,9 @@ from stabletrain.launch.earlier_steps import take_over_events, take_over_steps
 
 
 def test_the_record_is_copied_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bugs: the record of a run is found for one form of ``resume`` only; a requeued job loses what it has recorded; a
-    link in a run's folder from elsewhere makes any file an artifact; a disk that fails ends the run."""
+    """Bugs: steps that are made again are copied, so that a run which ends before has them; the record of a run is
+    found for one form of ``resume`` only; a requeued job loses what it has recorded; a link in a run's folder from
+    elsewhere makes any file an artifact; a disk that fails ends the run."""
     earlier, mine = tmp_path / "earlier", tmp_path / "mine"
     (earlier / "checkpoints" / "step-1").mkdir(parents=True)
     (earlier / "checkpoints" / "a.ckpt").touch()
@@ -17,15 +18,15 @@ def test_the_record_is_copied_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     target = mine / "steps.bin"
 
     def resume(path: Path | None) -> bytes | None:
-        take_over_steps({"run_dir": str(mine), "resume": None if path is None else str(path)})
+        take_over_steps({"run_dir": str(mine), "resume": None if path is None else str(path)}, 2)
         assert [each.name for each in mine.iterdir()] in ([], ["steps.bin"])
         return target.read_bytes() if target.exists() else None
 
-    (earlier / "steps.bin").write_bytes(b"1" * 17)
+    (earlier / "steps.bin").write_bytes(b"1" * 34 + b"3" * 17)
     assert resume(earlier / "checkpoints") is None  # the folder is that of no run
     (earlier / "run.yaml").touch()
     for path in (earlier / "checkpoints", earlier / "checkpoints" / "step-1", earlier / "checkpoints" / "a.ckpt"):
-        assert resume(path) == b"1" * 17
+        assert resume(path) == b"1" * 34
         target.write_bytes(b"2")
         assert resume(path) == b"2"
         target.unlink()
@@ -45,7 +46,7 @@ def test_the_record_is_copied_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", full)
-    take_over_steps({"run_dir": str(mine), "resume": str(earlier / "checkpoints")})
+    take_over_steps({"run_dir": str(mine), "resume": str(earlier / "checkpoints")}, 2)
     assert not target.exists()
 
 

@@ -1,6 +1,7 @@
 """The speed that a run logs: right where it can be known exactly, and free of what is not training."""
 
 import csv
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +101,16 @@ def test_it_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_batches_that_hold_no_tensor() -> None:
-    """Bug: a batch of plain Python numbers ends the run."""
+    """Bug: a batch of plain Python numbers, or of a tensor that has no size, ends the run."""
 
     class Plain(FitNet):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
-            return super().training_step((torch.ones(2, 6) * batch, 0), batch_idx)
+            return super().training_step((torch.ones(2, 6), 0), batch_idx)
 
-    mine = fit(Plain(), [1.0, 2.0, 3.0], MeasureThroughput())
-    assert "throughput/step_s" in mine.callback_metrics
-    assert "throughput/samples_per_s" not in mine.callback_metrics
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*nested tensors", UserWarning)
+        nested = [torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])] * 3
+    for items in ([1.0, 2.0, 3.0], nested):
+        mine = fit(Plain(), items, MeasureThroughput())
+        assert "throughput/step_s" in mine.callback_metrics
+        assert "throughput/samples_per_s" not in mine.callback_metrics

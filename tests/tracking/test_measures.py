@@ -45,6 +45,11 @@ def test_one_value_that_is_not_finite(bad, place):
     assert found["nonfinite"] == 1
 
 
+def test_a_norm_that_nobody_measured_is_not_non_finite():
+    """Bug: every step of a run without plugins counts as non-finite."""
+    assert of_steps(steps_of(falling(), norm=math.nan))["nonfinite"] == 0
+
+
 def test_an_end_that_is_not_finite():
     """Bug: a run that ends in NaN has the last finite loss as its final one."""
     loss = falling()

@@ -85,6 +85,20 @@ def test_what_a_run_has_recorded(uri, client, tmp_path):
     assert of(str(other), uri).config()["number"] == 7
 
 
+def test_a_folder_does_not_choose_which_store_is_asked(uri, tmp_path, monkeypatch):
+    """Bug: a run's folder from elsewhere gets the user's credentials for its own server, or has a database opened."""
+    from stabletrain.launch import recorded_run
+
+    asked = []
+    monkeypatch.setattr(recorded_run, "_ready", lambda named: asked.append(named) or named)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for theirs in ("http://127.0.0.1:9", f"sqlite:///{tmp_path}/theirs.db"):
+        (folder / "run.yaml").write_text(yaml.safe_dump({"logger": {"run_id": "feed", "tracking_uri": theirs}}))
+        assert of(str(folder), uri).run_id is None
+    assert asked == []
+
+
 def test_a_folder_without_a_store(uri, tmp_path):
     """Bugs: a run with logger=none cannot be read; a store that is gone makes the folder unreadable."""
     folder = tmp_path / "run"

@@ -27,6 +27,9 @@ BASE = [2.0, 1.5, 1.25, 1.0]
 def test_equal_records_are_identical_with_what_is_not_finite_at_every_place():
     """Bugs: NaN differs from itself, or from a NaN with other bits; inf minus inf counts as a difference."""
     assert describe(compare_steps(steps(BASE), steps(BASE))) == ["bit-identical over 4 steps"]
+    nothing = [math.nan] * 4
+    said = describe(compare_steps(steps(BASE, norms=nothing), steps(BASE, norms=nothing)))
+    assert said == ["bit-identical over 4 steps (losses only: no gradient norm was recorded)"]
     other_nan = np.array([0xFFF8000000000001], dtype=np.uint64).view(np.float64)[0]
     for place in range(4):
         for value in (math.nan, math.inf, -math.inf):

@@ -33,6 +33,8 @@ class RecordSteps(GuardMember):
     def __init__(self, path: str | Path | None = None) -> None:
         self.path = None if path is None else Path(path)
         self._record: StepsRecord | None = None
+        self._before = 0
+        """Steps before the resume that no guard has counted: of a run without plugins."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Determine the file."""
@@ -46,12 +48,14 @@ class RecordSteps(GuardMember):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The number of the first step is known: what an earlier process has recorded from there on is removed."""
         if self._record is not None and self._guard is not None:
-            self._record.begin(self._guard.counters.attempted)
+            attempted = self._guard.counters.attempted
+            self._before = max(0, trainer.global_step - attempted)
+            self._record.begin(attempted + self._before)
 
     def on_attempt(self, outcome: Outcome) -> None:
         """Write a step."""
         if self._record is not None:
-            self._record.append(outcome.step, outcome.loss, outcome.grad_norm, flags_of(outcome))
+            self._record.append(outcome.step + self._before, outcome.loss, outcome.grad_norm, flags_of(outcome))
 
     def metrics(self) -> dict[str, float]:
         """No metrics; the steps so far are written."""

@@ -29,6 +29,8 @@ _LARGE = 100_000_000
 """Parameters of a model from which on several threads read it."""
 _THREADS = 4
 _DEPTH = 16
+_MOST = 200_000
+"""Parts of a batch, besides tensors' elements, that are read: about a second."""
 _OPAQUE = (type, nn.Module, FunctionType, MethodType, BuiltinFunctionType, functools.partial, ModuleType)
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.Size)
 
@@ -49,7 +51,7 @@ def checksum(value: Any) -> str:
     Raises:
         Unreadable: if there is a tensor whose values cannot be read.
     """
-    return _sha256(_content(value, _DEPTH, frozenset()))
+    return _sha256(_Content().of(value, _DEPTH))
 
 
 def weights_checksum(module: nn.Module) -> str:
@@ -92,14 +94,11 @@ def combined(checksums: Iterable[str | None]) -> tuple[str | None, int]:
 
 
 def _sha256(parts: Iterable[Any]) -> str:
-    digest = hashlib.sha256()
     try:
         with torch.no_grad():
-            for part in parts:
-                digest.update(part)
+            return _digest(parts).hex()
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
         raise Unreadable(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
-    return digest.hexdigest()
 
 
 def _in_threads(read: Callable[[tuple[str, Tensor]], str], tensors: Sequence[tuple[str, Tensor]]) -> list[str]:
@@ -110,42 +109,70 @@ def _in_threads(read: Callable[[tuple[str, Tensor]], str], tensors: Sequence[tup
         return list(pool.map(read, tensors))
 
 
-def _content(value: Any, depth: int, around: frozenset[int]) -> Iterator[Any]:
-    kind = type(value)
-    if isinstance(value, Tensor):
-        yield from _tensor(value)
-    elif isinstance(value, np.ndarray | np.generic):
-        yield from _array(np.asarray(value), depth, around)
-    elif isinstance(value, _PLAIN):
-        yield f"{kind.__name__}:{value!r}\0".encode("utf-8", "surrogatepass")
-    elif depth == 0 or id(value) in around:
-        yield f"{kind.__qualname__}\0".encode()
-    else:
-        yield from _container(value, depth - 1, around | {id(value)})
+class _Content:
+    """Reads what counts of a value. A container or object is read once, however many others hold it."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Any, bytes]] = {}
+        """By identity: the object, which stays alive so, and the digest of its content."""
+        self._left = _MOST
+
+    def of(self, value: Any, depth: int) -> Iterator[Any]:
+        kind = type(value)
+        self._left -= 1
+        if self._left < 0:
+            raise Unreadable(f"it has more than {_MOST:,} parts")
+        if isinstance(value, Tensor):
+            yield from _tensor(value)
+        elif isinstance(value, np.ndarray | np.generic):
+            yield from self._array(np.asarray(value), depth)
+        elif isinstance(value, _PLAIN):
+            yield f"{kind.__name__}:{value!r}\0".encode("utf-8", "surrogatepass")
+        elif depth == 0:
+            yield f"{kind.__qualname__}\0".encode()
+        else:
+            if id(value) not in self._known:
+                self._known[id(value)] = value, f"{kind.__qualname__}\0".encode()  # for what leads back to it
+                self._known[id(value)] = value, _digest(self._container(value, depth - 1))
+            yield self._known[id(value)][1]
+
+    def _container(self, value: Any, depth: int) -> Iterator[Any]:
+        """What is in a container, or in the attributes of an object, without a call of the object's own methods."""
+        kind = type(value)
+        if isinstance(value, dict):
+            yield f"dict:{dict.__len__(value)}\0".encode()
+            for key, each in dict.items(value):
+                yield from self.of(key, depth)
+                yield from self.of(each, depth)
+        elif isinstance(value, list | tuple | deque):
+            base: Any = next(each for each in (list, tuple, deque) if isinstance(value, each))
+            yield f"{base.__name__}:{base.__len__(value)}\0".encode()
+            for each in base.__iter__(value):
+                yield from self.of(each, depth)
+        elif isinstance(value, set | frozenset):  # their order is another one in each process
+            yield f"set:{sorted(b''.join(map(bytes, self.of(each, depth))) for each in value)!r}\0".encode()
+        elif isinstance(value, _OPAQUE) or hasattr(kind, "__next__"):
+            yield f"{kind.__qualname__}\0".encode()
+        else:
+            yield f"{kind.__qualname__}\0".encode()
+            for name, each in _attributes(value):
+                yield f"{name}\0".encode()
+                yield from self.of(each, depth)
+
+    def _array(self, array: np.ndarray[Any, Any], depth: int) -> Iterator[Any]:
+        yield f"array:{array.dtype.str}:{array.shape}\0".encode()
+        if array.dtype.hasobject:
+            for each in array.flat:
+                yield from self.of(each, depth - 1) if depth else ()
+        elif array.size:
+            yield np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
-def _container(value: Any, depth: int, around: frozenset[int]) -> Iterator[Any]:
-    """What is in a container, or in the attributes of an object, without a call of the object's own methods."""
-    kind = type(value)
-    if isinstance(value, dict):
-        yield f"dict:{dict.__len__(value)}\0".encode()
-        for key, each in dict.items(value):
-            yield from _content(key, depth, around)
-            yield from _content(each, depth, around)
-    elif isinstance(value, list | tuple | deque):
-        base: Any = next(each for each in (list, tuple, deque) if isinstance(value, each))
-        yield f"{base.__name__}:{base.__len__(value)}\0".encode()
-        for each in base.__iter__(value):
-            yield from _content(each, depth, around)
-    elif isinstance(value, set | frozenset):  # their order is another one in each process
-        yield f"set:{sorted(b''.join(map(bytes, _content(each, depth, around))) for each in value)!r}\0".encode()
-    elif isinstance(value, _OPAQUE) or hasattr(kind, "__next__"):
-        yield f"{kind.__qualname__}\0".encode()
-    else:
-        yield f"{kind.__qualname__}\0".encode()
-        for name, each in _attributes(value):
-            yield f"{name}\0".encode()
-            yield from _content(each, depth, around)
+def _digest(parts: Iterable[Any]) -> bytes:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.digest()
 
 
 def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
@@ -156,15 +183,6 @@ def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
             if isinstance(name, str) and hasattr(value, name):
                 found[name] = getattr(value, name)
     yield from sorted(found.items())
-
-
-def _array(array: np.ndarray[Any, Any], depth: int, around: frozenset[int]) -> Iterator[Any]:
-    yield f"array:{array.dtype.str}:{array.shape}\0".encode()
-    if array.dtype.hasobject:
-        for each in array.flat:
-            yield from _content(each, depth - 1, around) if depth else ()
-    elif array.size:
-        yield np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 def _tensor(tensor: Tensor) -> Iterator[Any]:

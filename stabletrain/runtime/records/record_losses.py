@@ -6,6 +6,7 @@ import contextlib
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -15,7 +16,7 @@ from torch.optim import Optimizer
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.internals.packages import Callback
 from stabletrain.runtime.records.steps_file import Flag
-from stabletrain.runtime.records.steps_record import StepsRecord
+from stabletrain.runtime.records.steps_record import StepsRecord, attempted_in
 
 _KNOWN, _NO_LOSS = Flag.RECORDED.value, Flag.RECORDED.value | Flag.NO_LOSS.value
 _READ_EVERY = 1.0
@@ -40,6 +41,9 @@ class RecordLosses(Callback):
         self._unread: list[Tensor | None] = []
         """The losses of the last steps; None: the step had none."""
         self._step = 0
+        self._attempted = 0
+        """Steps before the resume, if a guard has counted them."""
+        self._global_step = -1
         self._scaler: torch.amp.GradScaler | None = None
         self._is_automatic = True
         self._read_at = 0.0
@@ -48,11 +52,16 @@ class RecordLosses(Callback):
         """Let Lightning skip the hooks that are not used."""
         trainer_internals.silence_step_hooks(self, among=Callback)
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Go on with the numbers of a run with plugins, which count dropped steps, too."""
+        self._attempted = attempted_in(checkpoint)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The number of the first step is known."""
         writes = trainer.is_global_zero and not trainer_internals.is_fast_dev_run(trainer)
         self._record = StepsRecord(self._path) if writes else None
-        self._step = trainer.global_step
+        self._step = max(trainer.global_step, self._attempted)
+        self._global_step = -1
         self._scaler = trainer_internals.grad_scaler(trainer)
         self._is_automatic = pl_module.automatic_optimization
         if self._record is not None:
@@ -61,19 +70,29 @@ class RecordLosses(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Keep the loss of a micro-batch, divided by the window's size and multiplied by the loss scale."""
-        self._window.append(loss.detach().reshape(()) if loss.ndim else loss.detach())
+        loss = loss.detach().reshape(()) if loss.ndim else loss.detach()
+        self._window.append(
+            loss if self._is_automatic else loss.clone()
+        )  # by hand, the module may change it afterwards
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Count a step."""
         window, self._window = self._window, []
         if self._record is None or trainer_internals.skips_backward(trainer):
             return
+        if trainer.global_step == self._global_step:  # a further call of the closure in one step, as LBFGS makes them
+            return
+        self._global_step = trainer.global_step
         self._unread.append(self._mean(trainer, window) if window else None)
         if not window or not window[0].is_cpu:
             now = time.monotonic()
             if now < self._read_at:
                 return
             self._read_at = now + _READ_EVERY
+            newest, self._unread = self._unread[-1:], self._unread[:-1]  # which the device is still computing
+            self._read()
+            self._unread = newest
+            return
         self._read()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _RECORD = struct.Struct("<ddB")
+RECORD_BYTES = _RECORD.size
+"""Bytes of the record of one step."""
 _PAUSE = 0.01
 """Seconds between two writes: some file systems take as long for 17 bytes as for many more."""
 _FIELDS = [("loss", "<f8"), ("grad_norm", "<f8"), ("flags", "u1")]

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from stabletrain.runtime.records.steps_file import StepsFile
 
 logger = logging.getLogger("stabletrain")
+
+
+def attempted_in(checkpoint: Mapping[str, Any]) -> int:
+    """Return how many steps a run had attempted when it saved a checkpoint; 0 if it had no plugin, which counts them.
+
+    Args:
+        checkpoint: as Lightning loads it.
+    """
+    states = checkpoint.get("callbacks")
+    states = states.values() if isinstance(states, Mapping) else ()
+    counters = [each["counters"] for each in states if isinstance(each, Mapping) and "counters" in each]
+    counts = [each.get("attempted") for each in counters if isinstance(each, Mapping)]
+    return max((count for count in counts if isinstance(count, int)), default=0)
 
 
 class StepsRecord:

@@ -3,13 +3,27 @@
 import math
 import os
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import recorded_steps
 import torch
-from fits import HEALTHY, LARGE_GRAD, Net, Recorder, SaveAfter, assert_same, batches, everything, fit, loader
+from fits import (
+    HEALTHY,
+    LARGE_GRAD,
+    NAN_LOSS,
+    Net,
+    Recorder,
+    SaveAfter,
+    SkipHighLoss,
+    assert_same,
+    batches,
+    everything,
+    fit,
+    loader,
+)
 from gan import Gan
 from gan import batches as gan_batches
 from lightning.pytorch import Callback
@@ -143,6 +157,40 @@ def test_a_run_without_plugins_resumes_its_record(tmp_path: Path) -> None:
     first = bits(path)
     fit(Net(), loader(items[3:], sized=False), RecordLosses(path), ckpt_path=tmp_path / "a.ckpt")
     assert bits(path) == first
+
+
+def test_plugins_that_come_or_go_at_a_resume(tmp_path: Path) -> None:
+    """Bugs: a run that is resumed with plugins, or without them, numbers its steps from 0, or over those of the dropped
+    steps, and removes what was recorded before."""
+    items, path = batches(HEALTHY, LARGE_GRAD, HEALTHY, HEALTHY, HEALTHY, HEALTHY), tmp_path / "steps.bin"
+    rest = loader(items[3:], sized=False)
+    fit(Net(), items, RecordLosses(path), SaveAfter(2, tmp_path / "bare.ckpt"))
+    bare = bits(path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*its history starts empty")
+        fit(Net(), rest, SkipNonFinite(), RecordSteps(path), ckpt_path=tmp_path / "bare.ckpt")
+    assert bits(path)[:2] == bare[:2]
+
+    skipping = [SkipHighLoss(), SkipNonFinite()]
+    items = batches(HEALTHY, NAN_LOSS, HEALTHY, HEALTHY, HEALTHY, HEALTHY)
+    fit(Net(), items, *skipping, RecordSteps(path), SaveAfter(2, tmp_path / "skipped.ckpt"))
+    assert read_steps(path).step.tolist() == [*range(6)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint")
+        fit(Net(), rest, RecordLosses(path), ckpt_path=tmp_path / "skipped.ckpt")
+    assert read_steps(path).step.tolist() == [*range(6)]
+    assert read_steps(path).flags.tolist()[:3] == [1, 3, 1]
+
+
+def test_an_optimizer_that_calls_its_closure_often(tmp_path: Path) -> None:
+    """Bug: each call of the closure in one step of LBFGS counts as a step."""
+
+    class Often(Net):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.LBFGS(self.parameters(), max_iter=4)
+
+    fit(Often(), batches(*[HEALTHY] * 3), RecordLosses(tmp_path / "steps.bin"))
+    assert read_steps(tmp_path / "steps.bin").step.tolist() == [0, 1, 2]
 
 
 class DiskFails(Callback):

@@ -94,6 +94,26 @@ def test_what_a_checksum_tells_apart() -> None:
     assert checksum(x.T) == checksum(x.T.contiguous())
 
 
+class Linked:
+    """Holds others."""
+
+    def __init__(self) -> None:
+        self.others: list[Linked] = []
+
+
+def test_objects_that_hold_each_other() -> None:
+    """Bugs: an object that many others hold is read as often, so that linked samples hold up the run for hours; a
+    batch of countless parts does."""
+    linked = [Linked() for _ in range(40)]
+    for each in linked:
+        each.others = linked
+    assert checksum(linked) == checksum(linked)
+    vocabulary = list(range(50_000))
+    assert checksum([vocabulary] * 100) == checksum([list(vocabulary)] + [vocabulary] * 99)
+    with pytest.raises(Unreadable, match="more than 200,000 parts"):
+        checksum([list(range(1000)) for _ in range(300)])
+
+
 def test_nothing_is_used_up() -> None:
     """Bugs: an iterator in a batch is read; a batch that contains itself has no end."""
 
