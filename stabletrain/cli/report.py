@@ -90,6 +90,11 @@ class RunReport:
         if not self.series.is_long_enough:
             return f"no findings: {self.series.steps} steps are recorded, and at least {MIN_STEPS} are needed"
         if not self.findings:
+            if self.run.unread:
+                return (
+                    f"no findings in the folder alone: the run's metrics are in {self.run.unread}, which is read if "
+                    "MLFLOW_TRACKING_URI names it"
+                )
             return "no findings"
         more = f", the worst {SHOWN} of {len(self.findings)}" if len(self.findings) > SHOWN else ""
         return f"findings{more} (hints, no diagnosis):"

@@ -67,7 +67,7 @@ def summarize(jobs: Sequence[FinishedJob], *, suggest: bool = True) -> str:
     last = jobs[-1]
     lines += _where_to_look(jobs)
     if suggest:
-        first, second = next_commands(last)
+        first, second = next_commands(last) if len(jobs) == 1 else after_sweep(jobs)
         lines += [f"next:        {first}", f"             {second}"]
     return "\n".join(lines)
 
@@ -115,25 +115,28 @@ def _describe(job: FinishedJob) -> Iterator[str]:
     metrics = _headline(result)
     if metrics:
         yield f"  {metrics}"
-    found = finding(Path(job.config["run_dir"]))
+    uri = (job.config.get("logger") or {}).get("tracking_uri")
+    found = finding(Path(job.config["run_dir"]), uri if isinstance(uri, str) else None)
     if found:
         yield f"  {found}"
-    yield f"  folder: {job.config['run_dir']}"
+    if result.end != "refused":  # the folder, if there is one, is another run's
+        yield f"  folder: {job.config['run_dir']}"
     if result.checkpoint:
         yield f"  checkpoint: {result.checkpoint}"
 
 
-def finding(folder: Path) -> str | None:
+def finding(folder: Path, uri: str | None = None) -> str | None:
     """Return the one thing about a run that matters, if any; never an error, since the run has ended as it did.
 
     Args:
         folder: the run's folder.
+        uri: tracking URI of its store; None: the default.
     """
     try:
         from stabletrain.launch.run_series import series_of_folder
         from stabletrain.tracking.findings import sentence
 
-        found = sentence(series_of_folder(folder))
+        found = sentence(series_of_folder(folder, uri))
     except Exception as error:
         _logger.debug("nothing is found in %s: %s: %s", folder, type(error).__name__, error)
         return None
@@ -143,6 +146,19 @@ def finding(folder: Path) -> str | None:
 def _headline(result: Result) -> str:
     names = [name for name in _HEADLINE if name in result.metrics] or sorted(result.metrics)[:5]
     return "  ".join(f"{_HEADLINE.get(name, name)} {result.metrics[name]:.4g}" for name in names)
+
+
+def after_sweep(jobs: Sequence[FinishedJob]) -> tuple[str, str]:
+    """Return the two commands that are most useful after a sweep.
+
+    Args:
+        jobs: that have run, at least two.
+    """
+    folders = [str(job.config["run_dir"]) for job in jobs if job.result is not None and job.result.steps]
+    if len(folders) < 2:
+        return next_commands(jobs[-1])
+    compare = ["stabletrain", "compare", *folders]
+    return shlex.join([*compare, "--html", "page.html"]), shlex.join(["stabletrain", "report", folders[-1]])
 
 
 def next_commands(job: FinishedJob) -> tuple[str, str]:

@@ -12,7 +12,7 @@ from stabletrain.errors import UserError
 from stabletrain.tracking.addresses import home_url, server_of
 from stabletrain.tracking.latest import latest_pages
 from stabletrain.tracking.server import PortTaken, ServerFailed, free_port, is_healthy, local_server_for
-from stabletrain.tracking.store import absolute_uri, default_tracking_uri, ensure_store
+from stabletrain.tracking.store import absolute_uri, default_tracking_uri, ensure_store, require_store
 
 _HOSTED = ("databricks", "uc")
 """Beginnings of stores without an address of their own."""
@@ -32,7 +32,10 @@ def serve(uri: str | None, host: str, port: int) -> None:
         UserError: if the store, the host or the port cannot be used.
         typer.Exit: with 1, after a message, if the server fails.
     """
+    is_given = uri is not None
     uri = absolute_uri(uri) if uri else default_tracking_uri()
+    if is_given:  # a mistyped one must not become an empty store
+        require_store(uri)
     ensure_store(uri)
     if "://" not in uri and not uri.startswith(_HOSTED):  # a folder, which the server would look for in its own
         uri = str(Path(uri).absolute())

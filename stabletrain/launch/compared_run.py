@@ -16,12 +16,13 @@ from stabletrain.launch.curve_names import CURVES, names_of
 from stabletrain.launch.recorded_run import RecordedRun
 from stabletrain.launch.result import read_result
 from stabletrain.launch.run_end import OUTCOME
-from stabletrain.launch.run_series import series_of_run
+from stabletrain.launch.run_series import loss_series
 from stabletrain.runtime.records.steps_file import Flag, Steps
 from stabletrain.tracking import findings, measures
 from stabletrain.tracking.comparison import RunSummary
 from stabletrain.tracking.differences import parameters, params_of
 from stabletrain.tracking.page_data import PageRun
+from stabletrain.tracking.series import Series
 from stabletrain.tracking.thinning import Curve
 
 if TYPE_CHECKING:
@@ -53,6 +54,11 @@ class ComparedRun:
         """The record of every step; None if there is none."""
         found = self.run.steps()
         return found if found is not None and len(found.step) else None
+
+    @cached_property
+    def series(self) -> Series:
+        """The loss, for the numbers and the outcome that `report` shows, too."""
+        return loss_series(self.run)
 
     @cached_property
     def events(self) -> Sequence[Event]:
@@ -103,15 +109,13 @@ class ComparedRun:
         if self.steps is not None:
             found |= measures.of_steps(self.steps)
         elif (curve := self.curve("loss")) is not None:
-            found |= measures.levels(curve.value)
             found["steps"] = float(curve.step[-1] + 1)
+        if len(self.series.step):
+            found |= measures.of_series(self.series, exact=self.steps is not None)
         if (curve := self.curve("val_loss")) is not None:
             finite = [value for value in curve.value.tolist() if value == value]
             found["val_loss"] = float(curve.value[-1])
             found |= {"best_val_loss": min(finite)} if finite else {}
-        if any(name.startswith("stability/loss/") for name in self.run.metrics):
-            # steps of several optimizers, whose losses have nothing to do with each other
-            found = {key: value for key, value in found.items() if key not in measures.OF_THE_LOSS}
         found = (self._counted() if self.is_ours else {}) | found
         for key in ("tokens_per_s", "samples_per_s"):
             if rates := [value for _, value in self.run.history(f"throughput/{key}")]:
@@ -159,8 +163,7 @@ class ComparedRun:
         """The outcome of a run without the tag, such as one of another tool, as far as its record says it."""
         if self.run.status != "FINISHED":
             return self.run.status.lower()
-        series = series_of_run(self.run)
-        return findings.outcome(series, self.run.status) if len(series.step) else "finished"
+        return findings.outcome(self.series, self.run.status) if len(self.series.step) else "finished"
 
     @cached_property
     def summary(self) -> RunSummary:

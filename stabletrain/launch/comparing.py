@@ -10,6 +10,7 @@ from pathlib import Path
 from stabletrain.errors import UserError
 from stabletrain.launch.compared_run import EVERY_STEP, ComparedRun, distinct_names, page_run
 from stabletrain.launch.recorded_run import RecordedRun, find_run, find_runs
+from stabletrain.launch.run_end import PURPOSE
 from stabletrain.tracking.comparison import Comparison, RunSummary, side_by_side
 from stabletrain.tracking.differences import Row, code_differences
 from stabletrain.tracking.measures import MEASURES, Measure, shown
@@ -52,6 +53,7 @@ def find(
         raise UserError(f"compare: --limit must be >= 1, got {limit}")
     if experiment is not None:
         found = find_runs(command="compare", experiment=experiment, query=query, limit=limit)
+        found = [each for each in found if PURPOSE not in each.tags]
     else:
         found = [each for word in words for each in _jobs(find_run(word, command="compare"), limit)]
     distinct: dict[str, RecordedRun] = {}

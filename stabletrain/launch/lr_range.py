@@ -15,6 +15,7 @@ from stabletrain.config.validate import check_keys
 from stabletrain.core.lr_range import FEWEST_STEPS, RangePoint, RangeResult, read_range
 from stabletrain.errors import UserError
 from stabletrain.launch.launcher import FinishedJob, Job, LaunchRequest
+from stabletrain.launch.run_end import PURPOSE
 from stabletrain.runtime.records.lr_range_file import read_lr_range
 from stabletrain.runtime.records.run_files import LR_RANGE
 
@@ -79,11 +80,18 @@ def prepare_range(request: LaunchRequest, options: RangeOptions) -> list[Job]:
         raise UserError("lr-range: the test begins with new weights; remove resume")
     if composed.config["launch"]["kind"] == "slurm":
         raise UserError("lr-range: the test waits for its run, which is on this machine; choose launch=local")
+    slots = {bare: [f"plugins/{slot}" for slot in (*_OFF, *(_PROTECTIONS if bare else ()))] for bare in (False, True)}
     kinds = ["with the default stack", "without the default stack"] if options.both else [None]
     return [
         Job(
             recipe=recipe,
-            composed=replace(composed, config=range_config(composed, options, bare=number == 1)),
+            composed=replace(
+                composed,
+                config=range_config(composed, options, bare=number == 1),
+                choices={**composed.choices, **dict.fromkeys(slots[number == 1], "none"), "schedule": "lr-range"},
+            ),
+            tags={PURPOSE: "lr-range"},
+            command=request.command,
             number=number if options.both else None,
             name="lr-range" if kind is None else f"lr-range {kind}",
         )

@@ -69,6 +69,8 @@ class RecordedRun:
     start_ms: int | None = None
     end_ms: int | None = None
     folder: Path | None = None
+    unread: str | None = None
+    """Tracking URI that its folder names, of a store that was not read: it is not the user's. None: there is none."""
 
     def segments(self) -> list[str]:
         """The folders of the artifacts: ``""`` of the first start, then ``resume-1``, ``resume-2`` ..."""
@@ -372,6 +374,7 @@ def run_in_folder(folder: Path, *, command: str, uri: str | None = None, remote:
         status="UNKNOWN" if result is None else MLFLOW_STATUS[result.end],
         metrics={} if result is None else metric_names.renamed(result.metrics),
         folder=folder,
+        unread=named if isinstance(named, str) and not _is_own(named, uri, remote=True) else None,
     )
 
 
@@ -403,16 +406,10 @@ def _is_regular(path: Path) -> bool:
 
 
 def _ready(uri: str | None) -> str:
-    from stabletrain.tracking.store import absolute_uri, default_tracking_uri
-    from stabletrain.tracking.store_errors import sqlite_path
+    from stabletrain.tracking.store import absolute_uri, default_tracking_uri, require_store
 
     store = absolute_uri(uri) if uri else default_tracking_uri()
-    database = sqlite_path(store)
-    if database is not None and not database.exists():  # reading makes no database
-        raise UserError(
-            f"there is no tracking store {store}; name a run's folder, go to the folder of mlflow.db, or set "
-            "MLFLOW_TRACKING_URI"
-        )
+    require_store(store)
     _ensure_once(store)
     return store
 

@@ -14,6 +14,8 @@ from stabletrain.runtime.records.run_files import STEPS
 from stabletrain.runtime.records.steps_file import Flag, Steps, read_steps
 
 OUTCOME = "stabletrain.outcome"
+PURPOSE = "stabletrain.purpose"
+"""Tag of a run that is no training of its recipe, such as a range test: it has no outcome."""
 """The tag of the outcome."""
 _LAST = 50
 """Steps whose mean loss is that of the end."""
@@ -40,7 +42,10 @@ def describe_end(config: Mapping[str, Any], result: Result) -> None:
     with translate_errors(uri):
         check_file(uri)
         client = open_client(uri)
-        note = client.get_run(run_id).data.tags.get(NOTE, "")
+        present = client.get_run(run_id).data.tags
+        if PURPOSE in present:  # a range test diverges by design
+            outcome = None
+        note = present.get(NOTE, "")
         tags = {NOTE: note_at_end(note, end_of(result, outcome), numbers_of_end(folder, result))}
         write_tags(client, run_id, tags | ({OUTCOME: outcome} if outcome else {}))
 

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,20 +55,35 @@ def series_of_run(run: RecordedRun) -> Series:
     Raises:
         UserError: if the store cannot be read.
     """
+    found, config, rates = loss_series(run), _config(run), _rates(run)
+    return replace(
+        found,
+        rates=rates,
+        lr=None if rates is None or not len(found.step) else np.interp(found.step, *rates),
+        loss_scale=run.metrics.get("stability/loss_scale"),
+        validation=_validation(run),
+        layers=_layers(run),
+        bound=_fixed_bound(config),
+        clips_tensors=_clips_tensors(config),
+    )
+
+
+def loss_series(run: RecordedRun) -> Series:
+    """Return what a run has recorded of its loss and of each step, without what only some findings need.
+
+    Args:
+        run: from `find_run`.
+
+    Raises:
+        UserError: if the store cannot be read.
+    """
     found = run.steps()
     values = _of_steps(found) if found is not None and len(found.step) else _of_metrics(run)
-    config = _config(run)
     step: NDArray[np.int64] = values["step"]
     events = run.events()
     return Series(
         **values,
-        lr=_rates(run, step),
-        loss_scale=run.metrics.get("stability/loss_scale"),
-        validation=_validation(run),
-        layers=_layers(run),
         rollbacks=_rollbacks(run, events),
-        bound=_fixed_bound(config),
-        clips_tensors=_clips_tensors(config),
         changes=_changes(events, step),
         spikes=[event.step for event in events if _is_of_the_loss(event)],
         mixed=any(name.startswith("stability/loss/") for name in run.metrics),
@@ -135,15 +151,13 @@ def _at(step: NDArray[np.int64], steps: NDArray[np.int64], values: series.Floats
     return result
 
 
-def _rates(run: RecordedRun, step: NDArray[np.int64]) -> series.Floats | None:
+def _rates(run: RecordedRun) -> tuple[NDArray[np.int64], series.Floats] | None:
     name = _first("lr", run)
-    if name is None or not len(step):
+    if name is None:
         return None
     steps, values = _arrays(run.history(name))
     finite = np.isfinite(values)
-    if not finite.any():
-        return None
-    return np.interp(step, steps[finite], values[finite])
+    return (steps[finite], values[finite]) if finite.any() else None
 
 
 def _validation(run: RecordedRun) -> tuple[NDArray[np.int64], series.Floats]:

@@ -30,6 +30,8 @@ def upload(folder: Path, uri: str | None = None) -> str:
     store = absolute_uri(uri) if uri else default_tracking_uri()
     if (folder / RUN_YAML).is_file():
         return _upload_run(folder, store, any_store=uri is not None)
+    if not folder.is_dir():
+        raise UserError(f"upload: there is no folder {folder}; name the folder of a run")
     ensure_store(store)
     sent, points = send_buffer(folder, store, any_store=uri is not None), 0
     if (folder / UNSENT_METRICS).is_file():

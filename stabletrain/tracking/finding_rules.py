@@ -309,16 +309,17 @@ def _percentile_90(series: Series, begin: int) -> float | None:
 
 def rate_ends_early(series: Series, curve: Curve | None) -> Found | None:
     """A rate that decays gradually is at its end long before the run."""
-    if series.lr is None or not np.isfinite(series.lr).all() or not series.lr[-1] <= 0.1 * series.peak_lr:
+    step, lr = (series.step, series.lr) if series.rates is None else series.rates
+    if lr is None or not len(lr) or not np.isfinite(lr).all() or not lr[-1] <= 0.1 * series.peak_lr:
         return None
-    count, last = len(series.lr), float(series.lr[-1])
-    higher = np.flatnonzero(series.lr > last * 1.001 + 1e-12 * series.peak_lr)
+    count, last = len(lr), float(lr[-1])
+    higher = np.flatnonzero(lr > last * 1.001 + 1e-12 * series.peak_lr)
     if not len(higher) or not count - 1 - higher[-1] > 0.1 * count:
         return None
-    before = series.lr[max(0, higher[-1] - count // 10) : higher[-1] + 1]
-    if len(before) > 1 and (np.diff(before) < 0).mean() < 0.5:  # in steps: the last one is as long as it was chosen
+    before = lr[max(0, higher[-1] - max(4, count // 10)) : higher[-1] + 1]
+    if len(np.unique(before)) < 3:  # in steps: the last one is as long as it was chosen
         return None
-    since = int(series.step[higher[-1] + 1])
+    since = int(step[higher[-1] + 1])
     return Found(f"the rate is {last:.2g} since step {since} of {int(series.step[-1]) + 1}", step=since)
 
 

@@ -8,16 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from stabletrain.runtime.records.steps_file import Flag, Steps
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    from stabletrain.tracking.series import Series
 
-_PARTS = 50
-"""A level of the loss is the median of this part of the run."""
-_SIGMAS = 6.0
 _SAME_SPIKE = 20
 """Steps within which outliers belong to one spike."""
-_POSITIONS = 1_250
-"""Of the median with which losses are compared; more cost much of the time of a comparison of many runs."""
 
 
 class Measure(NamedTuple):
@@ -35,8 +29,8 @@ class Measure(NamedTuple):
 
 
 MEASURES = (
-    Measure("final_loss", "final loss", "median of the last fiftieth of the applied steps"),
-    Measure("best_loss", "best loss", "lowest median of a fiftieth"),
+    Measure("final_loss", "final loss", "median of the last twentieth of the run"),
+    Measure("best_loss", "best loss", "lowest median of a fiftieth of the run"),
     Measure("val_loss", "val loss", "last validation"),
     Measure("best_val_loss", "best val loss"),
     Measure("spikes", "spikes", "applied losses 6 robust standard deviations above the median of the 128 before"),
@@ -53,8 +47,6 @@ MEASURES = (
     Measure("wall_s", "wall time"),
 )
 """All measures, in the order of the columns."""
-OF_THE_LOSS = ("final_loss", "best_loss", "spikes")
-"""Those that only the losses of one optimizer have."""
 
 
 def of_steps(steps: Steps) -> dict[str, float]:
@@ -75,9 +67,7 @@ def of_steps(steps: Steps) -> dict[str, float]:
     loss, norm = steps.loss[applied], steps.grad_norm[applied]
     measured = np.isfinite(steps.grad_norm).any()  # without plugins no norm is
     return {
-        **levels(loss),
         "steps": float(steps.step[-1] + 1),
-        "spikes": float(spikes(loss)),
         "nonfinite": float(np.count_nonzero(~np.isfinite(loss) | (measured & ~np.isfinite(norm)))),
         "skipped": float(np.count_nonzero(has[Flag.SKIPPED])),
         "overflows": float(np.count_nonzero(has[Flag.OVERFLOW])),
@@ -85,46 +75,47 @@ def of_steps(steps: Steps) -> dict[str, float]:
     }
 
 
-def levels(loss: NDArray[np.float64]) -> dict[str, float]:
-    """Return the final and the best loss: medians of fiftieths, of which more than half must be finite.
+def of_series(series: Series, *, exact: bool) -> dict[str, float]:
+    """Return the level of the loss at its end and at its best, and the number of spikes, as `report` finds them.
+
+    Nothing for steps of several optimizers, whose losses have nothing to do with each other.
 
     Args:
-        loss: of the applied steps, or sampled; any number of values.
-
-    >>> import numpy as np
-    >>> levels(np.array([3.0, 2.0, np.nan, 2.5])), levels(np.array([3.0, np.inf])), levels(np.array([]))
-    ({'final_loss': 2.5, 'best_loss': 2.0}, {'final_loss': nan, 'best_loss': 3.0}, {})
+        series: of one run, with at least one point.
+        exact: whether each point is a step; a mean of several hides spikes.
     """
     import numpy as np
 
+    from stabletrain.tracking.finding_rules import spikes
+
+    if series.mixed:
+        return {}
+    found = levels(series)
+    if exact:
+        at = spikes(series)[0]
+        found["spikes"] = float(np.count_nonzero(np.diff(at, prepend=-_SAME_SPIKE - 1) > _SAME_SPIKE))
+    return found
+
+
+def levels(series: Series) -> dict[str, float]:
+    """Return the level of the loss at its end and at its best: medians, of single values in a run of few points.
+
+    Args:
+        series: of one run.
+    """
+    import numpy as np
+
+    if series.curve is not None:
+        end = series.curve.end if math.isfinite(series.curve.s[-1]) else math.nan
+        return {"final_loss": end, "best_loss": series.curve.best}
+    loss = series.loss[series.applied]
+    finite = loss[np.isfinite(loss)]
     if not len(loss):
         return {}
-    width = max(1, len(loss) // _PARTS)
-    whole = loss[len(loss) % width :].reshape(-1, width)  # the last window ends with the run
-    medians = np.median(np.where(np.isfinite(whole), whole, np.inf), axis=1)
-    finite = medians[np.isfinite(medians)]
     return {
-        "final_loss": float(medians[-1]) if np.isfinite(medians[-1]) else math.nan,
+        "final_loss": float(loss[-1]) if math.isfinite(loss[-1]) else math.nan,
         "best_loss": float(finite.min()) if len(finite) else math.nan,
     }
-
-
-def spikes(loss: NDArray[np.float64]) -> int:
-    """Count the spikes: outliers with less than 20 steps between them are one.
-
-    Args:
-        loss: of the applied steps; a non-finite one is no spike.
-    """
-    import numpy as np
-
-    from stabletrain.tracking.series import outliers
-
-    loss = loss[np.isfinite(loss)]
-    if not len(loss):
-        return 0
-    gain = float(loss[0]) - levels(loss)["best_loss"]
-    at = np.flatnonzero(outliers(loss, gain, _SIGMAS, positions=_POSITIONS))
-    return int(np.count_nonzero(np.diff(at, prepend=-_SAME_SPIKE - 1) > _SAME_SPIKE))
 
 
 def shown(key: str, value: float | None) -> str:

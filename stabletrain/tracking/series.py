@@ -70,6 +70,7 @@ class Series:
         without_loss: the same of steps for which ``training_step`` gave no loss.
         every: steps for each point, >= 1.
         lr: learning rate at each point. None: unknown.
+        rates: steps at which a rate was recorded, and the rates, of which ``lr`` is interpolated. None: at each point.
         loss_scale: last scale of the fp16 loss scaler. None: there is none.
         validation: steps and validation losses, ascending.
         layers: from the input to the output.
@@ -90,6 +91,7 @@ class Series:
     without_loss: Floats | None = None
     every: int = 1
     lr: Floats | None = None
+    rates: tuple[NDArray[np.int64], Floats] | None = None
     loss_scale: float | None = None
     validation: tuple[NDArray[np.int64], Floats] = field(default_factory=lambda: (np.empty(0, np.int64), np.empty(0)))
     layers: Sequence[Layer] = ()
@@ -223,7 +225,7 @@ def sigma(values: Floats) -> float:
     return MAD_TO_SIGMA * float(np.median(np.abs(values - np.median(values))))
 
 
-def outliers(loss: Floats, gain: float, sigmas: float, positions: int = _COMPARED) -> NDArray[np.bool_]:
+def outliers(loss: Floats, gain: float, sigmas: float) -> NDArray[np.bool_]:
     """Mark the losses that lie far above the median of the 128 before them.
 
     The limit is the higher one of a linear and a log-normal one, as that of the rules that act during a run (decision
@@ -234,12 +236,11 @@ def outliers(loss: Floats, gain: float, sigmas: float, positions: int = _COMPARE
         loss: finite.
         gain: by which the loss has fallen in the whole run.
         sigmas: the distance, > 0.
-        positions: at which the median is computed, at most; between them it is the last one.
     """
     found = np.zeros(len(loss), bool)
     if len(loss) <= BASELINE:
         return found
-    stride = 1 + len(loss) // positions
+    stride = 1 + len(loss) // _COMPARED
     windows = np.lib.stride_tricks.sliding_window_view(loss[:-1], BASELINE)[::stride]
     half, quarter = BASELINE // 2, 3 * BASELINE // 4
     ordered = np.partition(windows, (half - 1, half, quarter), axis=1)

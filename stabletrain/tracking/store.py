@@ -72,6 +72,23 @@ def ensure_store(uri: str, *, timeout: float = 10.0) -> None:
         open_client(uri)
 
 
+def require_store(uri: str) -> None:
+    """Refuse a sqlite file that does not exist: what only reads makes no database.
+
+    Args:
+        uri: MLflow tracking URI.
+
+    Raises:
+        StoreError: if there is none.
+    """
+    path = sqlite_path(uri)
+    if path is not None and not path.exists():
+        raise StoreError(
+            f"there is no tracking store {uri}; name a run's folder, go to the folder of mlflow.db, or set "
+            "MLFLOW_TRACKING_URI"
+        )
+
+
 @contextmanager
 def store_lock(uri: str, *, timeout: float = 120.0) -> Iterator[None]:
     """Acquire the lock of a sqlite store, so that only one process creates objects in it; no lock for a server.

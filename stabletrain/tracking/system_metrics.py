@@ -13,6 +13,8 @@ import sys
 import threading
 from typing import Any
 
+from stabletrain.tracking.store_errors import first_line, translate_errors
+
 log = logging.getLogger(__name__)
 
 _MONITOR = "mlflow.system_metrics.system_metrics_monitor"
@@ -48,17 +50,19 @@ class SystemMetrics:
         try:
             logger = logging.getLogger(_MONITOR)
             if logger.level == logging.NOTSET:
-                logger.setLevel(logging.WARNING)  # it says that it starts, stops, and has no GPU
+                # it says that it starts, stops, has no GPU, and all of an error of a server, which the logger says, too
+                logger.setLevel(logging.ERROR)
             from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
             if _lacks_gpu_package():
                 log.info("no system metrics of the GPUs: pip install nvidia-ml-py")
-            monitor = SystemMetricsMonitor(**self._arguments)
+            with translate_errors(self._arguments["tracking_uri"]):
+                monitor = SystemMetricsMonitor(**self._arguments)
             if not self._stopped.is_set():
                 self._monitor = monitor
                 monitor.start()
         except Exception as error:
-            log.warning("no system metrics: %s", str(error).partition("\n")[0] or type(error).__name__)
+            log.warning("no system metrics: %s", first_line(error))
 
     def _finish(self) -> None:
         self._thread.join()

@@ -159,6 +159,13 @@ def test_rates() -> None:
                      "skipped", "overflow", "without_loss")}, every=10)) == ["rate at its end early"]  # fmt: skip
     assert names(run(lr=5e-3 * 0.1 ** np.searchsorted([500, 750], t, side="right"))) == []
     assert names(run(lr=np.full(1000, np.nan))) == []
+    for every in (10, 50):  # recorded at some steps only, and interpolated
+        for lr, found in (
+            (5e-3 * 0.1 ** np.searchsorted([500, 750], t, side="right"), []),
+            (decay, ["rate at its end early"]),
+        ):
+            rates = t[::every], lr[::every]
+            assert names(run(lr=np.interp(t, *rates), rates=rates)) == found
 
 
 def test_spikes_that_were_undone_or_dropped_are_no_finding() -> None:

@@ -214,7 +214,7 @@
     tool.hidden = !(limit < Infinity || complete.has(chart.key));
     tool.textContent = limit < Infinity ? `values up to ${number(greatest)}: show all` : "show most";
     figure.querySelector(".strange").textContent = strange.length ? "\u2715 at the upper edge: not finite" : "";
-    figure.querySelector(".log").textContent = log ? "linear" : "log";
+    figure.querySelector(".log").textContent = log ? "log scale: switch to linear" : "linear scale: switch to log";
     const data = tables.length ? uPlot.join(tables) : [[first, last]];
     const plot = new uPlot({
       width: holder.clientWidth, height: chart.key === "loss" ? 320 : 210,
