@@ -13,6 +13,8 @@ from itertools import groupby
 from statistics import fmean, median
 from typing import NamedTuple
 
+from stabletrain.core.statistics import MAD_TO_SIGMA
+
 FEWEST_STEPS = 20
 """Steps of a range test, at least: below that there is nothing to smooth over."""
 _TIMES_BEST = 4.0
@@ -140,7 +142,7 @@ def read_range(points: Sequence[RangePoint]) -> RangeResult:
     reach = max(1, len(raw) // 20)
     losses = _means(_medians([point.loss for point in raw], reach), reach)
     smoothed = tuple(RangePoint(point.rate, loss) for point, loss in zip(raw, losses, strict=True))
-    noise = 1.4826 * median(abs(point.loss - loss) for point, loss in zip(raw, losses, strict=True))
+    noise = MAD_TO_SIGMA * median(abs(point.loss - loss) for point, loss in zip(raw, losses, strict=True))
     least = _NOISE * noise / math.sqrt(2 * reach + 1)
     lowest = min(range(len(losses)), key=losses.__getitem__)
     fall = max(losses[: lowest + 1]) - losses[lowest]

@@ -361,9 +361,21 @@ def _run_job_of_several(job: Job, shared: _Shared, start_up: StartUp, report: Re
         config["run_dir"] = str(choose_run_folder(job.composed.recipe, config["run_dir"], job=job.number))
         lines = str(error).strip().splitlines() or [type(error).__name__]
         result = Result(end=_result_of(error).end, message=f"not started: {lines[-1]}")
-        return FinishedJob(
-            recipe=job.recipe, overrides=job.composed.overrides, config=config, result=result, number=job.number
-        )
+        return _finished(job, config, result)
+
+
+def _finished(
+    job: Job, config: dict[str, Any], result: Result | None, *, warning: str | None = None, slurm_job: str | None = None
+) -> FinishedJob:
+    return FinishedJob(
+        recipe=job.recipe,
+        overrides=job.composed.overrides,
+        config=config,
+        result=result,
+        warning=warning,
+        slurm_job=slurm_job,
+        number=job.number,
+    )
 
 
 def _sweep_job(job: Job, done: FinishedJob) -> SweepJob:
@@ -379,7 +391,7 @@ def _sweep_job(job: Job, done: FinishedJob) -> SweepJob:
 
 
 def _run_job(job: Job, shared: _Shared, start_up: StartUp, report: Reporter, place: Place) -> FinishedJob:
-    recipe, composed, request = job.recipe, job.composed, shared.request
+    composed, request = job.composed, shared.request
     config = run_config(composed, request.trust)
     folder = choose_run_folder(composed.recipe, config["run_dir"], job=job.number)
     config["run_dir"] = str(folder)
@@ -389,14 +401,7 @@ def _run_job(job: Job, shared: _Shared, start_up: StartUp, report: Reporter, pla
         with _opened(config, job, shared, uri, git, start_up) as opened:
             report.starting(config, job.number)
             number = submit(config, opened.run_yaml, environment)
-        return FinishedJob(
-            recipe=recipe,
-            overrides=composed.overrides,
-            config=config,
-            result=None,
-            slurm_job=number,
-            number=job.number,
-        )
+        return _finished(job, config, None, slurm_job=number)
     with spare_folder() as spare, Workers([config], then="train") as workers:
         if spare is not None:
             environment[SPARE_ENV] = str(spare)
@@ -436,14 +441,7 @@ def _run_job(job: Job, shared: _Shared, start_up: StartUp, report: Reporter, pla
             raise
         with shared.store_lock:
             warning = mlflow_run.finish_run(config, result)
-    return FinishedJob(
-        recipe=recipe,
-        overrides=composed.overrides,
-        config=config,
-        result=result,
-        warning=warning,
-        number=job.number,
-    )
+    return _finished(job, config, result, warning=warning)
 
 
 @dataclass

@@ -19,14 +19,15 @@ def outcome_of(folder: Path, result: Result, uri: str | None = None) -> str | No
     Returns:
         The word; None if the record does not say it.
     """
-    from stabletrain.launch.run_series import series_of_folder
+    from stabletrain.launch.recorded_run import run_in_folder
+    from stabletrain.launch.run_series import loss_series
     from stabletrain.tracking.findings import outcome, outcome_by_end
 
     try:
         by_end = outcome_by_end(result.end)
         if by_end is not None:
             return by_end
-        series = series_of_folder(folder, uri)
+        series = loss_series(run_in_folder(folder, command="report", uri=uri, remote=False))
         return outcome(series, result.end) if len(series.step) else None
     except Exception as error:  # a record that somebody has damaged changes no end of a run
         logging.getLogger("stabletrain").debug("no outcome of %s: %s: %s", folder, type(error).__name__, error)

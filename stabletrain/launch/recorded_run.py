@@ -109,7 +109,11 @@ class RecordedRun:
         return None if path is None else read_yaml(path, exponents=False)
 
     def steps(self) -> Steps | None:
-        """Return the record of every attempted step; None if there is none."""
+        """Return the record of every attempted step; None if there is none. It is read once."""
+        return self._steps
+
+    @cached_property
+    def _steps(self) -> Steps | None:
         path = self.file(STEPS)
         if path is None:
             return None
@@ -118,7 +122,11 @@ class RecordedRun:
         return None
 
     def events(self) -> list[Event]:
-        """Return the events that the plugins have logged, in order; what is no event is left out."""
+        """Return the events that the plugins have logged, in order; what is no event is left out. Read once."""
+        return self._events
+
+    @cached_property
+    def _events(self) -> list[Event]:
         path = self.file(EVENTS)
         if path is None:
             return []

@@ -14,9 +14,9 @@ from stabletrain.runtime.records.run_files import STEPS
 from stabletrain.runtime.records.steps_file import Flag, Steps, read_steps
 
 OUTCOME = "stabletrain.outcome"
+"""The tag of the outcome."""
 PURPOSE = "stabletrain.purpose"
 """Tag of a run that is no training of its recipe, such as a range test: it has no outcome."""
-"""The tag of the outcome."""
 _LAST = 50
 """Steps whose mean loss is that of the end."""
 
