@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stabletrain.core import metric_names
+from stabletrain.errors import did_you_mean
 from stabletrain.launch.result import MLFLOW_STATUS, Result
 from stabletrain.launch.sweep_text import SweepJob, head, objective_of, table
 from stabletrain.tracking.description import as_typed, source_tags
@@ -135,7 +136,8 @@ class SweepRun:
                 self._objectives[job.recipe] = found
             elif wanted is not None:
                 known = ", ".join(sorted(job.result.metrics)) or "none"
-                _logger.warning("objective: job %d has no metric %s; it has: %s", job.number, wanted, known)
+                hint = did_you_mean(wanted, job.result.metrics)
+                _logger.warning("objective: job %d has no metric %s%s; it has: %s", job.number, wanted, hint, known)
         return self._objectives.get(job.recipe)
 
     def _value(self, job: SweepJob) -> float:

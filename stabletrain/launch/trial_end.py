@@ -43,7 +43,8 @@ def has_diverged(config: Mapping[str, Any], result: Result) -> bool:
     """
     if any(not math.isfinite(result.metrics[name]) for name in _LOSSES if name in result.metrics):
         return True
-    return outcome_of(Path(config["run_dir"]), result) == "diverged"
+    uri = (config.get("logger") or {}).get("tracking_uri")  # the launcher has written the store's address into it
+    return outcome_of(Path(config["run_dir"]), result, uri) == "diverged"
 
 
 def no_such_metric(metric: str, logged: Mapping[str, float]) -> UserError:
