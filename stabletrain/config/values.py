@@ -45,6 +45,7 @@ TRAINER: dict[str, _Range] = {
 
 _MOST_SECONDS = 30 * 24 * 3600
 _LAUNCH = {"threads": MOST_THREADS, "processes": MOST_PROCESSES, "nodes": MOST_NODES, "timeout": _MOST_SECONDS}
+_LAUNCH |= {"join_timeout": _MOST_SECONDS}
 
 
 def check_values(config: Mapping[str, Any]) -> Iterator[Problem]:

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 LAUNCHER_IS_GONE = "the launcher is gone"
 
+JOINED_ENV = "STABLETRAIN_JOINED"
+"""Environment variable of the workers that ``stabletrain join`` has started."""
+
 
 def ignore_signals() -> None:
     """Leave Ctrl-C to the launcher: an exception while torch is imported ends in errors of other kinds."""
@@ -97,6 +100,9 @@ def _end_or_go_on(config: Mapping[str, Any]) -> None:
     """Called by another thread when the launcher is gone."""
     _print_to(Path(config["run_dir"]) / WORKER_LOG)  # the terminal may be gone, too
     logger = logging.getLogger("stabletrain")
+    if os.environ.get(JOINED_ENV):  # this node has left the run: an agreed end would end it on all nodes
+        logger.warning("the command that started this process is gone: this node leaves the run")
+        os._exit(1)
     if config["launch"].get("detach"):
         logger.warning("%s: going on (launch.detach=true)", LAUNCHER_IS_GONE)
         return

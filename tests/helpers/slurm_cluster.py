@@ -167,7 +167,7 @@ class Cluster:
                     process.kill()
 
     def _started(self, process: psutil.Process) -> bool:
-        """Whether a process belongs to a job: a daemon of it with the node's log, or a process that names this SLURM."""
+        """Whether a process belongs to a job: its daemon has the node's log open; its processes name this SLURM."""
         if Path(process.exe()) == self.root / "usr/sbin/slurmstepd-wlm":
             return any(each.path == str(self.folder / "slurmd.log") for each in process.open_files())
         variables = process.environ()
