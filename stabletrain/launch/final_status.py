@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stabletrain.config.resume import checkpoint_of_run
+from stabletrain.core.intervals import seconds
 from stabletrain.errors import UserError
 from stabletrain.launch.first_cause import by_signal, first_cause, without_result
 from stabletrain.launch.mlflow_run import finish_run
@@ -33,11 +34,13 @@ def final_result(config: Mapping[str, Any], ended: ProcessEnd, spare: Path | Non
         spare: the second folder of the processes' ends; None if there is none.
     """
     folder = Path(config["run_dir"])
-    launch = config["launch"]
-    size = launch["processes"] * (launch["nodes"] if launch["kind"] == "slurm" else 1)
-    ends = read_ends(folder, spare)
-    timeout = launch.get("timeout")  # missing in a run.yaml of an earlier version
-    found = first_cause(ends, ended, size=size, exits=read_exit_codes(spare), timeout=timeout)
+    found = first_cause(
+        read_ends(folder, spare),
+        ended,
+        size=number_of_processes(config),
+        exits=read_exit_codes(spare),
+        timeout=waiting_limit(config),
+    )
     result = found or _without_ends(folder, ended)
     if result.checkpoint is None:
         checkpoint = checkpoint_of_run(folder)
@@ -49,6 +52,26 @@ def final_result(config: Mapping[str, Any], ended: ProcessEnd, spare: Path | Non
             "result.json cannot be written to %s (%s); the result is printed below", folder, error.strerror or error
         )
     return result
+
+
+def number_of_processes(config: Mapping[str, Any]) -> int:
+    """Return how many processes a run has.
+
+    Args:
+        config: the resolved config.
+    """
+    launch = config["launch"]
+    return int(launch["processes"]) * int(launch["nodes"] if launch["kind"] == "slurm" else 1)
+
+
+def waiting_limit(config: Mapping[str, Any]) -> float | None:
+    """Return ``launch.timeout`` in seconds; None in a run.yaml of an earlier version, which has none.
+
+    Args:
+        config: the resolved config.
+    """
+    timeout = config["launch"].get("timeout")
+    return None if timeout is None else seconds(timeout, name="launch.timeout")
 
 
 def _without_ends(folder: Path, ended: ProcessEnd) -> Result:
