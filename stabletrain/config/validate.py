@@ -23,6 +23,7 @@ from stabletrain.config.discovery import BUILT
 from stabletrain.config.kinds import TRAINER_PARTS
 from stabletrain.config.outputs import check_outputs, typed_keys
 from stabletrain.config.problems import Problem, suggestion
+from stabletrain.config.restarts import restarts_problem
 from stabletrain.config.resume import resume_problem
 from stabletrain.config.trust import OPTIMIZERS
 from stabletrain.config.types import mismatch
@@ -58,9 +59,11 @@ _LAUNCH_KEYS: dict[str, Any] = {
     "processes": int,
     "nodes": int,
     "threads": int,
-    "timeout": int,
+    "timeout": int | str,
+    "restarts": int | None,
+    "progress_steps": int,
     "rdzv": str | None,
-    "join_timeout": int,
+    "join_timeout": int | str,
     "same_versions": bool,
     "sbatch": dict,
     "requeue": bool,
@@ -426,6 +429,8 @@ def _launch(config: Mapping[str, Any]) -> Iterator[Problem]:
             yield Problem(f"launch.{key}", text)
         elif _LAUNCH_KEYS[key] is int and value < 1:
             yield Problem(f"launch.{key}", f"expected at least 1, got {value}")
+    if problem := restarts_problem(config):
+        yield Problem("launch.restarts", problem)
     for key in ("kind", "processes", "nodes", "threads"):
         if key not in launch:
             yield Problem(f"launch.{key}", "this key is needed, but has no value; set it, or do not remove it")

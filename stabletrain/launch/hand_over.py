@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from stabletrain.config.outputs import check_outputs
 from stabletrain.config.problems import ConfigError, Problem
 from stabletrain.config.validate import check_content
+from stabletrain.launch.attempts import goes_on_itself
 from stabletrain.launch.connection import Launcher, Report
 from stabletrain.launch.mlflow_run import is_tracked
 from stabletrain.launch.process import PATHS_OUTSIDE
@@ -177,7 +178,10 @@ def complete(run: Assembled, config: Mapping[str, Any]) -> None:
 
     if is_tracked(config):
         with rng.preserved():
-            run.trainer.loggers = [build_logger(config)]
+            logger = build_logger(config)
+            # the steps that are made again have the values that were logged already
+            logger.repeats = goes_on_itself(config) and bool((config.get("plugins") or {}).get("resume"))
+            run.trainer.loggers = [logger]
     trial = trial_callback()
     if trial is not None:
         run.trainer.callbacks.append(trial)  # type: ignore[attr-defined]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stabletrain.config.problems import ConfigError
+from stabletrain.core.intervals import seconds
 from stabletrain.errors import UserError
 from stabletrain.launch.bounded import one_message
 from stabletrain.launch.connection import Workers
@@ -112,7 +113,7 @@ class _OtherNode:
         self._messages: queue.Queue[Mapping[str, Any]] = queue.Queue()
         self._process: subprocess.Popen[bytes] | None = None
         self._attempt: int | None = None
-        self._patience = config["launch"].get("timeout", 300) + _ENDS_WITHIN
+        self._patience = seconds(config["launch"]["timeout"], name="launch.timeout") + _ENDS_WITHIN
         self._detached = bool(config["launch"].get("detach"))
 
     def take_part(self) -> int | None:
@@ -134,8 +135,8 @@ class _OtherNode:
         finally:
             link.close()
 
-    def _next(self, messages: queue.Queue[Mapping[str, Any]], seconds: float = float("inf")) -> Mapping[str, Any]:
-        end = time.monotonic() + seconds
+    def _next(self, messages: queue.Queue[Mapping[str, Any]], within: float = float("inf")) -> Mapping[str, Any]:
+        end = time.monotonic() + within
         while True:
             self._start_up.check()
             try:
@@ -146,8 +147,8 @@ class _OtherNode:
 
     def _connect(self) -> tuple[Link, int]:
         """Connect to node 0 within the time that nodes wait for each other; it may be about to begin."""
-        seconds = self._config["launch"].get("join_timeout", 600)
-        end, said = time.monotonic() + seconds, ""
+        limit = seconds(self._config["launch"]["join_timeout"], name="launch.join_timeout")
+        end, said = time.monotonic() + limit, ""
         while True:
             invitation = read_invitation(self._folder)
             if invitation is None:
@@ -169,7 +170,7 @@ class _OtherNode:
                 said = reason
             if time.monotonic() > end:
                 raise UserError(
-                    f"join: {reason} for {seconds:.0f} s (launch.rdzv, launch.join_timeout); check that node 0 still "
+                    f"join: {reason} for {limit:.0f} s (launch.rdzv, launch.join_timeout); check that node 0 still "
                     "runs, and that this machine reaches that address"
                 )
             self._start_up.check()
@@ -184,7 +185,7 @@ class _OtherNode:
         messages = self._messages = queue.Queue()
         link.listen(self._heard, self._lost)
         link.send(word=word, host=socket.gethostname(), versions=own_versions())
-        answer = self._next(messages, seconds=_ANSWERS_WITHIN)
+        answer = self._next(messages, within=_ANSWERS_WITHIN)
         if "refused" in answer:
             raise UserError(f"join: {one_message(str(answer['refused']))}")
         number = answer.get("node")

@@ -14,27 +14,27 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from stabletrain.config.compose import Composed, compose, expand
 from stabletrain.config.outputs import typed_keys
 from stabletrain.config.problems import ConfigError, Problem
+from stabletrain.config.restarts import allowed_restarts
 from stabletrain.config.resume import checkpoint_of
 from stabletrain.config.validate import check_keys
 from stabletrain.errors import UserError
 from stabletrain.launch import mlflow_run
 from stabletrain.launch.connection import Workers
-from stabletrain.launch.final_status import final_result
-from stabletrain.launch.process import local_command, start_process, wait_for, worker_command, worker_environment
-from stabletrain.launch.rank_ends import SPARE_ENV, remove_ends, spare_folder
+from stabletrain.launch.process import local_command, start_process, worker_environment
 from stabletrain.launch.recording import git_of_run, record_git
 from stabletrain.launch.result import Result, read_result
+from stabletrain.launch.run_attempts import go_on, started
 from stabletrain.launch.run_folder import choose_run_folder, make_run_folder, remove_unused, write_run_yaml
-from stabletrain.launch.side_by_side import Place, Relay, keep_on, run_each
+from stabletrain.launch.side_by_side import Place, run_each
 from stabletrain.launch.slurm import submit
 from stabletrain.launch.start_up import (
-    AFTER_TRAINING,
     BEFORE_TRAINING,
     StartFailed,
     StartInterrupted,
@@ -402,46 +402,43 @@ def _run_job(job: Job, shared: _Shared, start_up: StartUp, report: Reporter, pla
             report.starting(config, job.number)
             number = submit(config, opened.run_yaml, environment)
         return _finished(job, config, None, slurm_job=number)
-    with spare_folder() as spare, Workers([config], then="train") as workers:
-        if spare is not None:
-            environment[SPARE_ENV] = str(spare)
-        start_up.check()
-        start_up.doing = BEFORE_TRAINING
-        command = worker_command(config["launch"], *workers.arguments)
-        process = start_process(command, environment, piped=place.is_shared)
-        keep_on(process, place.cores)
+    start = partial(started, environment=environment, place=place, start_up=start_up, prefix=f"job {job.number}: ")
+    start_up.doing = BEFORE_TRAINING
+    with start(config) as processes:
         shared.say_if_crowded(config["launch"], place.cores)
-        relay = Relay(process, f"job {job.number}: ") if place.is_shared else None
+        with shared.store_lock:
+            uri = mlflow_run.open_store(config)  # while the worker imports torch
+        git = git_of_run(config)
+        processes.check()
+        with _opened(config, job, shared, uri, git, start_up) as opened:
+            report.starting(config, job.number)
+            _say_if_not_restarted(config)
+            ended = processes.train(opened.use)
         try:
-            with shared.store_lock:
-                uri = mlflow_run.open_store(config)  # while the worker imports torch
-            git = git_of_run(config)
-            problems = checked(workers, process, config["launch"]["processes"], start_up)
-            if problems:
-                raise ConfigError(dict.fromkeys(problems))
-            with _opened(config, job, shared, uri, git, start_up) as opened:
-                report.starting(config, job.number)
-                remove_ends(folder)
-
-                def begin() -> None:
-                    start_up.check()
-                    start_up.doing = AFTER_TRAINING  # a signal is the worker's while it runs
-                    opened.is_used = True
-                    workers.train(opened.run_yaml)
-
-                ended = wait_for(process, begin)
-        finally:
-            end(workers, process)
-            if relay is not None:
-                relay.finish()
-        try:
-            result = final_result(config, ended, spare)
+            first = processes.end(config, ended)
         except BaseException as error:  # a second signal
             mlflow_run.settle_run(config, read_result(folder) or _result_of(error))
             raise
+
+    def reopen(number: int) -> None:
         with shared.store_lock:
-            warning = mlflow_run.finish_run(config, result)
+            mlflow_run.continue_run(config, number)
+
+    try:
+        result = go_on(config, first, lambda each, number: start(each, number=number), start_up, reopen)
+    except BaseException as error:  # a second signal
+        mlflow_run.settle_run(config, read_result(folder) or _result_of(error))
+        raise
+    with shared.store_lock:
+        warning = mlflow_run.finish_run(config, result)
     return _finished(job, config, result, warning=warning)
+
+
+def _say_if_not_restarted(config: Mapping[str, Any]) -> None:
+    """Say why a run that would be restarted by default is not, so that nobody relies on it."""
+    _, missing = allowed_restarts(config)
+    if missing:
+        _logger.warning("the run is not restarted if a process dies: %s (launch.restarts)", missing)
 
 
 @dataclass
@@ -450,6 +447,10 @@ class _Opened:
 
     run_yaml: Path
     is_used: bool = False
+
+    def use(self) -> None:
+        """The worker is told to train."""
+        self.is_used = True
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from typing import Any
 import psutil
 
 from stabletrain.config.trust import ENV as TRUST_ENV
+from stabletrain.core.intervals import seconds
 from stabletrain.launch.process_tree import children, kill_tree
 from stabletrain.runtime.signal_watch import SAME_PRESS
 
@@ -95,7 +97,7 @@ def _static(place: NodePlace, launch: Mapping[str, Any]) -> list[str]:
     """torchrun's options for a node: with numbers given, so that a rank is on the same node in every attempt."""
     numbers = ["--nnodes", str(place.nodes), "--node-rank", str(place.number)]
     where = ["--master-addr", place.host, "--master-port", str(place.port)]
-    return [*numbers, *where, "--rdzv-conf", f"timeout={launch['timeout']}"]
+    return [*numbers, *where, "--rdzv-conf", f"timeout={math.ceil(seconds(launch['timeout'], name='launch.timeout'))}"]
 
 
 def local_command(*arguments: str) -> list[str]:
