@@ -162,6 +162,7 @@ def _attempt(
         attempt=begun.number,
         start=iso(begun.start_ns),
         ready=iso(begun.ready_ns) if begun.ready_ns else None,
+        first_step=iso(began.time_ns) if began is not None else None,
         end=iso(time.time_ns()),
         cause=result.end,
         message=result.message,

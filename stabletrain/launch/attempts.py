@@ -36,6 +36,7 @@ class Attempt:
         attempt: its number, from 1.
         start: when its processes were started, ISO 8601 in UTC.
         ready: when all of them had imported and built the run; None: they had not.
+        first_step: when its first batch was done; None: none was.
         end: when it ended.
         cause: how it ended.
         message: how it ended, for the user.
@@ -50,6 +51,7 @@ class Attempt:
     attempt: int
     start: str
     ready: str | None = None
+    first_step: str | None = None
     end: str
     cause: End
     message: str = ""
@@ -165,7 +167,7 @@ def seconds_of(text: str) -> float:
 def _parse(record: Mapping[str, Any]) -> Attempt | None:
     given = {field.name: record[field.name] for field in fields(Attempt) if field.name in record}
     ranks, seconds, cause = given.get("ranks", []), given.get("seconds_lost", 0.0), given.get("cause")
-    ready, from_step = given.get("ready"), given.get("from_step")
+    from_step = given.get("from_step")
     counts = ("attempt", "step", "steps_lost")
     texts = ("start", "end", "message", "host")
     fits = (
@@ -174,7 +176,7 @@ def _parse(record: Mapping[str, Any]) -> Attempt | None:
         and {"attempt", "start", "end", "cause"} <= given.keys()
         and isinstance(cause, str)
         and cause in EXIT_CODES
-        and isinstance(ready, str | None)
+        and all(isinstance(given.get(name), str | None) for name in ("ready", "first_step"))
         and (from_step is None or is_count(from_step))
         and isinstance(ranks, list)
         and all(map(is_count, ranks))

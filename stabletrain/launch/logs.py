@@ -72,7 +72,7 @@ class WorkerLog:
             for record in early.buffer:
                 file.handle(record)
             _add(file)
-            if path == paths[-1] and not faulthandler.is_enabled():
+            if path == paths[-1] and file.stream is not None and not faulthandler.is_enabled():
                 faulthandler.enable(file.stream)
         early.buffer.clear()
 
