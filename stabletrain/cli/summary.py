@@ -42,6 +42,14 @@ class PrintingReporter(Reporter):
         job = "" if number is None else f"job {number}: "
         print(f"{job}{config['recipe']}, seed {config['seed']}, in {config['run_dir']}", flush=True)
 
+    def note(self, text: str) -> None:
+        """Print a line about the nodes of a run.
+
+        Args:
+            text: one line.
+        """
+        print(text, flush=True)
+
     def not_started(self, error: Exception, number: int | None) -> None:
         """Print why a job of a sweep cannot be started.
 

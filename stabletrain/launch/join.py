@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from stabletrain.config.address import Address
 from stabletrain.config.problems import ConfigError
 from stabletrain.core.intervals import seconds
 from stabletrain.errors import UserError
 from stabletrain.launch.bounded import one_message
 from stabletrain.launch.connection import Workers
 from stabletrain.launch.hand_over import JOINED_ENV, without_paths_outside
-from stabletrain.launch.node_link import Address, Link, connect, read_invitation
+from stabletrain.launch.node_link import Link, connect, read_invitation
 from stabletrain.launch.process import (
     NodePlace,
     ProcessEnd,
@@ -29,7 +30,7 @@ from stabletrain.launch.process import (
     worker_environment,
 )
 from stabletrain.launch.rank_ends import SPARE_ENV, RankEnd, read_exit_codes, spare_folder, write_end
-from stabletrain.launch.result import Result, read_result
+from stabletrain.launch.result import End, Result, read_result
 from stabletrain.launch.run_folder import read_run_yaml
 from stabletrain.launch.start_up import StartFailed, StartUp, checked, end
 from stabletrain.launch.versions import own_versions
@@ -118,8 +119,8 @@ class _OtherNode:
 
     def take_part(self) -> int | None:
         """Connect, and take part until the connection ends; return the run's exit code, or None to connect again."""
-        self._messages = messages = queue.Queue()
         link, number = self._connect()
+        messages = self._messages
         self._say(f"node {number} of the run in {self._folder}; it begins when all nodes are there")
         try:
             while True:
@@ -182,7 +183,8 @@ class _OtherNode:
         Raises:
             UserError: if node 0 refuses this node.
         """
-        messages = self._messages = queue.Queue()
+        messages: queue.Queue[Mapping[str, Any]] = queue.Queue()
+        self._messages = messages
         link.listen(self._heard, self._lost)
         link.send(word=word, host=socket.gethostname(), versions=own_versions())
         answer = self._next(messages, within=_ANSWERS_WITHIN)
@@ -256,7 +258,7 @@ class _OtherNode:
     def _write_refusal(self, error: Exception, place: NodePlace) -> None:
         """Let the launcher know why this node's processes did not begin."""
         first = place.number * self._config["launch"]["processes"]
-        kind = "refused" if isinstance(error, UserError) else "failed"
+        kind: End = "refused" if isinstance(error, UserError) else "failed"
         message = one_message(f"node {place.number} ({socket.gethostname()}): {error}")
         try:
             write_end(RankEnd(rank=first, result=Result(end=kind, message=message)), self._folder)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,11 +26,13 @@ from stabletrain.config.resume import checkpoint_of
 from stabletrain.config.validate import check_keys
 from stabletrain.errors import UserError
 from stabletrain.launch import mlflow_run
+from stabletrain.launch.attempt_end import AttemptEnd
 from stabletrain.launch.connection import Workers
-from stabletrain.launch.process import local_command, start_process, worker_environment
+from stabletrain.launch.other_nodes import has_other_nodes, other_nodes
+from stabletrain.launch.process import ProcessEnd, local_command, start_process, worker_environment
 from stabletrain.launch.recording import git_of_run, record_git
 from stabletrain.launch.result import Result, read_result
-from stabletrain.launch.run_attempts import go_on, started
+from stabletrain.launch.run_attempts import Processes, go_on, started
 from stabletrain.launch.run_folder import choose_run_folder, make_run_folder, remove_unused, write_run_yaml
 from stabletrain.launch.side_by_side import Place, run_each
 from stabletrain.launch.slurm import submit
@@ -139,6 +141,9 @@ def prepare(request: LaunchRequest) -> list[Job]:
     for recipe, overrides in expand(request.recipe, request.overrides, multirun=request.multirun):
         composed.append((recipe, compose(recipe, overrides)))
         problems += check_keys(composed[-1][1])
+        if request.multirun and not problems and has_other_nodes(composed[-1][1].config):
+            text = "the nodes of a run are started by hand, for each run anew: start one run at a time, or launch=slurm"
+            problems.append(Problem("launch.nodes", text))
     names = _names([each for _, each in composed])
     jobs = [
         Job(
@@ -191,7 +196,8 @@ def run(request: LaunchRequest, jobs: Sequence[Job], report: Reporter, *, at_onc
         StartFailed: if the user's own code fails before the training of a single job, or its worker died.
         StartInterrupted: if Ctrl-C or SIGTERM arrived before training.
     """
-    if len(jobs) > 1 or jobs[0].composed.config["launch"]["kind"] == "slurm":
+    config = jobs[0].composed.config
+    if len(jobs) > 1 or config["launch"]["kind"] == "slurm" or has_other_nodes(config):
         check_jobs(jobs, request)
     if not request.multirun:
         return run_jobs(request, jobs, report, at_once=at_once)
@@ -258,6 +264,13 @@ class Reporter:
         Args:
             config: the content of run.yaml.
             number: of the job in a sweep; None outside a sweep.
+        """
+
+    def note(self, text: str) -> None:
+        """Called with a line about the nodes of a run.
+
+        Args:
+            text: one line.
         """
 
     def not_started(self, error: Exception, number: int | None) -> None:
@@ -404,6 +417,8 @@ def _run_job(job: Job, shared: _Shared, start_up: StartUp, report: Reporter, pla
         return _finished(job, config, None, slurm_job=number)
     start = partial(started, environment=environment, place=place, start_up=start_up, prefix=f"job {job.number}: ")
     start_up.doing = BEFORE_TRAINING
+    if has_other_nodes(config):
+        return _run_on_several_nodes(job, config, shared, start_up, report, start)
     with start(config) as processes:
         shared.say_if_crowded(config["launch"], place.cores)
         with shared.store_lock:
@@ -414,11 +429,51 @@ def _run_job(job: Job, shared: _Shared, start_up: StartUp, report: Reporter, pla
             report.starting(config, job.number)
             _say_if_not_restarted(config)
             ended = processes.train(opened.use)
-        try:
-            first = processes.end(config, ended)
-        except BaseException as error:  # a second signal
-            mlflow_run.settle_run(config, read_result(folder) or _result_of(error))
-            raise
+        first = _first_end(processes, config, ended)
+    return _finish_job(job, config, shared, start_up, first, start)
+
+
+def _run_on_several_nodes(
+    job: Job,
+    config: dict[str, Any],
+    shared: _Shared,
+    start_up: StartUp,
+    report: Reporter,
+    start: Callable[..., AbstractContextManager[Processes]],
+) -> FinishedJob:
+    """Run a job whose other nodes read the run's folder, so that the run is opened before any process is started."""
+    with other_nodes(config, report.note) as nodes:
+        assert nodes is not None
+        uri, git = mlflow_run.open_store(config), git_of_run(config)
+        start = partial(start, nodes=nodes)
+        with _opened(config, job, shared, uri, git, start_up) as opened:
+            report.starting(config, job.number)
+            _say_if_not_restarted(config)
+            nodes.invite()
+            with start(config) as processes:
+                processes.check()
+                ended = processes.train(opened.use)
+                first = _first_end(processes, config, ended)
+        return _finish_job(job, config, shared, start_up, first, start)
+
+
+def _first_end(processes: Processes, config: Mapping[str, Any], ended: ProcessEnd) -> AttemptEnd:
+    try:
+        return processes.end(config, ended)
+    except BaseException as error:  # a second signal
+        mlflow_run.settle_run(config, read_result(Path(config["run_dir"])) or _result_of(error))
+        raise
+
+
+def _finish_job(
+    job: Job,
+    config: dict[str, Any],
+    shared: _Shared,
+    start_up: StartUp,
+    first: AttemptEnd,
+    start: Callable[..., AbstractContextManager[Processes]],
+) -> FinishedJob:
+    """Run further attempts, if there are to be any, and settle the run."""
 
     def reopen(number: int) -> None:
         with shared.store_lock:
@@ -427,7 +482,7 @@ def _run_job(job: Job, shared: _Shared, start_up: StartUp, report: Reporter, pla
     try:
         result = go_on(config, first, lambda each, number: start(each, number=number), start_up, reopen)
     except BaseException as error:  # a second signal
-        mlflow_run.settle_run(config, read_result(folder) or _result_of(error))
+        mlflow_run.settle_run(config, read_result(Path(config["run_dir"])) or _result_of(error))
         raise
     with shared.store_lock:
         warning = mlflow_run.finish_run(config, result)

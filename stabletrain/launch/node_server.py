@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stabletrain.config.address import Address
 from stabletrain.errors import UserError
 from stabletrain.launch.bounded import is_count, one_message, write_json
-from stabletrain.launch.node_link import JOIN, Address, Link, open_listener
+from stabletrain.launch.node_link import JOIN, Link, open_listener
 from stabletrain.launch.rank_ends import RankEnd, read_ends, write_end
 from stabletrain.launch.result import Result
 from stabletrain.launch.versions import Software, own_versions, refusal, warning

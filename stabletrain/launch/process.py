@@ -189,6 +189,16 @@ def kill(process: subprocess.Popen[bytes]) -> None:
     kill_tree(process.pid)
 
 
+def kill_children(process: subprocess.Popen[bytes]) -> None:
+    """Kill what a process has started, such as the workers of torchrun, which then reports them.
+
+    Args:
+        process: from `start_process`.
+    """
+    for pid in children(process.pid):
+        kill_tree(pid)
+
+
 class _Forwarder:
     """Forwards signals to a running worker.
 

@@ -186,6 +186,19 @@ def write_exit_codes(codes: Mapping[int, int]) -> None:
             write_json(spare / _EXITS, {str(rank): code for rank, code in codes.items()})
 
 
+def add_exit_codes(codes: Mapping[int, int], spare: Path | None) -> None:
+    """Add the exit codes of processes on other machines to those of this one.
+
+    Args:
+        codes: by rank.
+        spare: the second folder.
+    """
+    if codes and spare is not None:
+        with contextlib.suppress(OSError):
+            together = {**codes, **read_exit_codes(spare)}
+            write_json(spare / _EXITS, {str(rank): code for rank, code in together.items()})
+
+
 def read_exit_codes(spare: Path | None) -> dict[int, int]:
     """Return what `write_exit_codes` wrote; empty if it wrote nothing.
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from stabletrain.launch.attempt_end import AttemptEnd, Begun, conclude, end_atte
 from stabletrain.launch.attempts import ATTEMPT_ENV, resume_of_attempt
 from stabletrain.launch.bounded import one_message
 from stabletrain.launch.connection import Workers
-from stabletrain.launch.process import ProcessEnd, start_process, wait_for, worker_command
-from stabletrain.launch.rank_ends import SPARE_ENV, remove_ends, spare_folder
+from stabletrain.launch.other_nodes import OtherNodes
+from stabletrain.launch.process import ProcessEnd, kill_children, start_process, wait_for, worker_command
+from stabletrain.launch.rank_ends import SPARE_ENV, add_exit_codes, remove_ends, spare_folder
 from stabletrain.launch.result import Result
 from stabletrain.launch.side_by_side import Place, Relay, keep_on
 from stabletrain.launch.start_up import (
@@ -49,6 +51,7 @@ class Processes:
         begun: of this attempt.
         start_up: the handler of signals while no worker trains.
         spare: the second folder of the processes' ends; None if there is none.
+        nodes: the other nodes of the run; None: there are none.
     """
 
     def __init__(
@@ -59,9 +62,10 @@ class Processes:
         begun: Begun,
         start_up: StartUp,
         spare: Path | None,
+        nodes: OtherNodes | None = None,
     ) -> None:
         self._workers, self._process, self._config = workers, process, config
-        self._start_up, self._spare = start_up, spare
+        self._start_up, self._spare, self._nodes = start_up, spare, nodes
         self.begun = begun
 
     def check(self) -> None:
@@ -101,6 +105,8 @@ class Processes:
             config: the content of run.yaml.
             ended: from `train`.
         """
+        if self._nodes is not None:
+            add_exit_codes(self._nodes.end(), self._spare)
         return end_attempt(config, ended, self.begun, self._spare)
 
 
@@ -113,6 +119,7 @@ def started(
     *,
     number: int = 1,
     prefix: str = "",
+    nodes: OtherNodes | None = None,
 ) -> Iterator[Processes]:
     """Start the processes of an attempt; those that do not train end with the block.
 
@@ -123,19 +130,25 @@ def started(
         start_up: the handler of signals while no worker trains.
         number: of the attempt, from 1.
         prefix: of each line that they print, if other jobs run at the same time.
+        nodes: the other nodes of the run, which are waited for; None: there are none.
     """
+    at = None if nodes is None else nodes.gather(start_up.check, number=number)
     begun = Begun.now(number, Path(config["run_dir"]))
     with spare_folder() as spare, Workers([config], then="train") as workers:
         variables = {**environment, ATTEMPT_ENV: str(number), **({SPARE_ENV: str(spare)} if spare is not None else {})}
         start_up.check()
-        command = worker_command(config["launch"], *workers.arguments)
+        command = worker_command(config["launch"], *workers.arguments, place=at)
         process = start_process(command, variables, piped=place.is_shared)
+        if nodes is not None and at is not None:
+            nodes.begin(number, at, config["resume"], partial(kill_children, process))
         keep_on(process, place.cores)
         relay = Relay(process, prefix) if place.is_shared else None
         try:
-            yield Processes(workers, process, config, begun, start_up, spare)
+            yield Processes(workers, process, config, begun, start_up, spare, nodes)
         finally:
             end(workers, process)
+            if nodes is not None:
+                nodes.end()
             if relay is not None:
                 relay.finish()
 
