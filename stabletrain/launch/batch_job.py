@@ -109,7 +109,9 @@ class _Batch:
         worker = [*PYTHON, "-m", "stabletrain.worker", str(self._run_yaml), PATHS_OUTSIDE]
         environment = {**os.environ, ATTEMPT_ENV: str(number)}
         with subprocess.Popen(["srun", "--kill-on-bad-exit=1", *worker], env=environment) as process:
-            if number > 1:  # while the workers import
+            # while the workers import; a job that is preempted has little time for imports
+            mlflow_run.import_client(self._config)
+            if number > 1:
                 mlflow_run.continue_run(self._config, number)
             code = process.wait()
         ended = ProcessEnd(code=code if code >= 0 else 128 - code, signum=self._signum)

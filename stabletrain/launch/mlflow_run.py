@@ -139,6 +139,19 @@ def continue_run(config: Mapping[str, Any], attempt: int) -> None:
             write_tags(client, run_id, {ATTEMPTS_TAG: attempt})
 
 
+def import_client(config: Mapping[str, Any]) -> None:
+    """Import what the end of a run needs, if it is tracked; what fails here is reported then.
+
+    Args:
+        config: the content of run.yaml.
+    """
+    if is_tracked(config):
+        with suppress(Exception):
+            from stabletrain.tracking.store import open_client
+
+            open_client(config["logger"]["tracking_uri"])
+
+
 def suspend_run(config: Mapping[str, Any]) -> None:
     """Set a run's status to SCHEDULED: it has stopped, and goes on when its batch job runs again.
 

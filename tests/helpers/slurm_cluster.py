@@ -132,6 +132,10 @@ class Cluster:
         words = self("scontrol", "show", "job", "-o", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
+    def steps(self) -> list[int]:
+        """The daemons of job steps, whose children are the tasks; the batch script's is not among them."""
+        return [each.pid for each in psutil.process_iter() if self._is_step(each) and ".batch" not in _title(each)]
+
     def until(self, is_so: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
         """Wait until something is so; what the daemons have logged is in the error if it is not in time."""
         end = time.monotonic() + seconds
@@ -168,10 +172,22 @@ class Cluster:
 
     def _started(self, process: psutil.Process) -> bool:
         """Whether a process belongs to a job: its daemon has the node's log open; its processes name this SLURM."""
-        if Path(process.exe()) == self.root / "usr/sbin/slurmstepd-wlm":
-            return any(each.path == str(self.folder / "slurmd.log") for each in process.open_files())
+        if self._is_step(process):
+            return True
         variables = process.environ()
         return variables.get("SLURM_CONF") == str(self.folder / "slurm.conf") and "SLURM_JOB_ID" in variables
+
+    def _is_step(self, process: psutil.Process) -> bool:
+        with contextlib.suppress(psutil.Error, OSError):
+            if Path(process.exe()) == self.root / "usr/sbin/slurmstepd-wlm":
+                return any(each.path == str(self.folder / "slurmd.log") for each in process.open_files())
+        return False
+
+
+def _title(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
 
 
 def _free_ports() -> tuple[int, int]:
