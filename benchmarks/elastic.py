@@ -5,9 +5,10 @@
     python benchmarks/elastic.py --only stop     trials of one kind only
     python benchmarks/elastic.py --at-most 5     at most 5 trials now; the next call goes on
 
-A trial is a run of 60 steps of a small GPT with the default plugins, dropout, a validation every 20 steps and a
-checkpoint every 5, on 2 and on 4 processes, with ddp and with fsdp2; step, rank and moment are random. Each trial is a
-line in `benchmarks/results/elastic.jsonl`; those that are there are not run again (`--again`: all are).
+A trial is a run of 60 steps of a small GPT with the default plugins, dropout, two micro-batches per step, a validation
+every 20 steps and a checkpoint every 5, on 2 and on 4 processes, with ddp and with fsdp2; step, rank and moment are
+random. Each trial is a line in `benchmarks/results/elastic.jsonl`; those that are there are not run again (`--again`: all
+are).
 
 Compared with `torch.equal` is the whole last checkpoint: weights, optimizer state, random numbers, counters and the
 state of every plugin. The exit code is 1 if anything differs.
@@ -98,7 +99,7 @@ def page(found: Sequence[Trial]) -> str:
     return f"""# Runs that lose a process, and go on
 
 `python benchmarks/elastic.py --write`. {measured()}.
-A run of {STEPS} steps (a small GPT, the default plugins, dropout, validation, `plugins/resume=exactly
+A run of {STEPS} steps (a small GPT, the default plugins, dropout, accumulation, validation, `plugins/resume=exactly
 plugins/checkpoints=save` every 5 steps), `launch=torchrun launch.timeout={TIMEOUT}s`. Step, rank and moment are random.
 The docstring of the script describes a trial.
 

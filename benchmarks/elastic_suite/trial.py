@@ -31,7 +31,7 @@ RECIPE = (
     *("char_gpt", "model.layers=2", "model.heads=2", "model.width=32", "model.context=32", "model.dropout=0.1"),
     *("model.sample_length=0", "data.context=32", "data.batch_size=4", f"trainer.max_steps={STEPS}"),
     *("trainer.val_check_interval=20", "trainer.limit_val_batches=2", "plugins.checkpoints.every=5", "logger=none"),
-    *("launch=torchrun", f"launch.timeout={TIMEOUT}s"),
+    *("launch=torchrun", f"launch.timeout={TIMEOUT}s", "trainer.accumulate_grad_batches=2"),
 )
 
 

@@ -92,9 +92,18 @@ def read_attempts(folder: Path) -> list[Attempt]:
     Args:
         folder: the run's folder, which may come from anywhere.
     """
+    return read_attempts_file(folder / ATTEMPTS)
+
+
+def read_attempts_file(path: Path) -> list[Attempt]:
+    """As `read_attempts`, from a copy of the file.
+
+    Args:
+        path: of the file.
+    """
     found: list[Attempt] = []
     with suppress(OSError):
-        for line in read_lines(folder / ATTEMPTS):
+        for line in read_lines(path):
             if line.record is not None and (attempt := _parse(line.record)) is not None:
                 found.append(attempt)
     return found

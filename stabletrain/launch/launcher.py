@@ -415,7 +415,8 @@ def _run_job(job: Job, shared: _Shared, start_up: StartUp, report: Reporter, pla
             report.starting(config, job.number)
             number = submit(config, opened.run_yaml, environment)
         return _finished(job, config, None, slurm_job=number)
-    start = partial(started, environment=environment, place=place, start_up=start_up, prefix=f"job {job.number}: ")
+    prefix = f"job {job.number}: " if place.is_shared else ""
+    start = partial(started, environment=environment, place=place, start_up=start_up, prefix=prefix)
     start_up.doing = BEFORE_TRAINING
     if has_other_nodes(config):
         return _run_on_several_nodes(job, config, shared, start_up, report, start)
@@ -480,7 +481,7 @@ def _finish_job(
             mlflow_run.continue_run(config, number)
 
     try:
-        result = go_on(config, first, lambda each, number: start(each, number=number), start_up, reopen)
+        result = go_on(config, first, lambda each, number: start(each, number=number), start_up, reopen, prefix)
     except BaseException as error:  # a second signal
         mlflow_run.settle_run(config, read_result(Path(config["run_dir"])) or _result_of(error))
         raise

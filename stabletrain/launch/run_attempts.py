@@ -159,6 +159,7 @@ def go_on(
     start: Callable[[Mapping[str, Any], int], AbstractContextManager[Processes]],
     start_up: StartUp,
     reopen: Callable[[int], object],
+    prefix: str = "",
 ) -> Result:
     """Start further attempts until one ends otherwise than by a death, or the restarts are used up.
 
@@ -168,17 +169,18 @@ def go_on(
         start: `started` with a config and the number of an attempt.
         start_up: the handler of signals while no worker trains.
         reopen: called with the number of each further attempt, before it trains: the run in MLflow goes on.
+        prefix: of what is said, if other jobs run at the same time.
 
     Returns:
         How the run ended; also written to result.json.
     """
     while True:
         if last.report is not None:
-            _logger.warning("%s", last.report.shown())
+            _logger.warning("%s%s", prefix, last.report.shown())
         if not last.restart:
             return last.result
         number = last.attempt.attempt + 1
-        _logger.warning("%s", restart_text(last))
+        _logger.warning("%s%s", prefix, restart_text(last))
         start_up.doing = BETWEEN_ATTEMPTS
         begun = Begun.now(number, Path(config["run_dir"]))
         ended: ProcessEnd | None = None
@@ -194,7 +196,7 @@ def go_on(
                 raise
             return _interrupted(config, last, error)
         except (StartFailed, ConfigError) as error:
-            _logger.error("%s", error)
+            _logger.error("%s%s", prefix, error)
             last = _not_started(config, begun, error, last)
 
 
