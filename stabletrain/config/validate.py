@@ -442,6 +442,10 @@ def _launch(config: Mapping[str, Any]) -> Iterator[Problem]:
                 f"trainer.{argument}", f"launch.{source} sets it; use launch.{source}={trainer[argument]} instead"
             )
     yield from _nodes_of_run(launch)
+    sbatch = launch.get("sbatch")
+    if isinstance(sbatch, Mapping) and str(sbatch.get("signal")).startswith("B:"):
+        text = "it is sent to the batch script alone, and the processes do not save: leave out B:"
+        yield Problem("launch.sbatch.signal", text)
     for key, value in (launch.get("sbatch") or {}).items() if isinstance(launch.get("sbatch"), Mapping) else ():
         if not str(key).replace("-", "").isalnum() or not isinstance(value, str | int | None) or "\n" in str(value):
             yield Problem(

@@ -431,7 +431,7 @@ def _run_job(job: Job, shared: _Shared, start_up: StartUp, report: Reporter, pla
             _say_if_not_restarted(config)
             ended = processes.train(opened.use)
         first = _first_end(processes, config, ended)
-    return _finish_job(job, config, shared, start_up, first, start)
+    return _finish_job(job, config, shared, start_up, first, start, prefix)
 
 
 def _run_on_several_nodes(
@@ -473,6 +473,7 @@ def _finish_job(
     start_up: StartUp,
     first: AttemptEnd,
     start: Callable[..., AbstractContextManager[Processes]],
+    prefix: str = "",
 ) -> FinishedJob:
     """Run further attempts, if there are to be any, and settle the run."""
 

@@ -30,16 +30,21 @@ class Node:
     def __init__(self, cli: Cli, *words: str) -> None:
         self.process = cli.start(*words)
         self.lines: list[str] = []
-        for stream in (self.process.stdout, self.process.stderr):
-            threading.Thread(target=self._read, args=(stream,), daemon=True).start()
+        streams = (self.process.stdout, self.process.stderr)
+        self._threads = [threading.Thread(target=self._read, args=(stream,), daemon=True) for stream in streams]
+        for thread in self._threads:
+            thread.start()
 
     def _read(self, stream: Any) -> None:
-        for line in stream:
-            self.lines.append(line)
+        with stream:
+            for line in stream:
+                self.lines.append(line)
 
     def kill(self) -> None:
         kill_tree(self.process.pid)
         self.process.wait()
+        for thread in self._threads:
+            thread.join(timeout=5)
 
 
 def until(is_so: Callable[[], bool], nodes: list[Node], end: float) -> None:
