@@ -7,8 +7,8 @@
 
 A trial is a run of 60 steps of a small GPT with the default plugins, dropout, two micro-batches per step, a validation
 every 20 steps and a checkpoint every 5, on 2 and on 4 processes, with ddp and with fsdp2; step, rank and moment are
-random. Each trial is a line in `benchmarks/results/elastic.jsonl`; those that are there are not run again (`--again`: all
-are).
+random. Each trial is a line in `benchmarks/results/elastic.jsonl`; a further call runs those that
+are missing (`--again`: all).
 
 Compared with `torch.equal` is the whole last checkpoint: weights, optimizer state, random numbers, counters and the
 state of every plugin. The exit code is 1 if anything differs.

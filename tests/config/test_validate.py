@@ -84,7 +84,7 @@ def test_every_option_that_we_ship_fits_its_signature(group: str) -> None:
         ("callbacks.x._target_=torch.nn.Identity", ["callbacks.x: expected a Lightning callback, got a Identity"]),
         ("trainer.profiler._target_=torch.PyTorchFileWriter", ["trainer.profiler: expected a Profiler, got a"]),
         ("model.width={_target_:torch.nn.Identity}", ["model.width: expected int, got a node with _target_"]),
-        ("launch.timeout=0", ["launch.timeout: expected at least 1"]),
+        ("launch.timeout=0", ["launch.timeout: expected a time above 0"]),
         ("launch.timeout=1e9", ["launch.timeout: expected int"]),
         (
             "strategy=ddp strategy._target_=lightning.pytorch.strategies.DDPStrategy",
