@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import seed_everything
 from processes import LAUNCH
+from torch.utils.data import DistributedSampler
 
 from stabletrain.launch.attempts import read_attempts
 from stabletrain.runtime.checkpoints import load
@@ -23,6 +24,18 @@ EXACT = ("plugins/resume=exactly", *SAVED, f"trainer.max_steps={STEPS}", "run_di
 DIES = ("+chaos._target_=stabletrain.chaos.SendSignal", "+chaos.at_step=8")
 
 
+def batches_of(rows: torch.Tensor, ranks: int, rank: int) -> list[torch.Tensor]:
+    """In the order in which Lightning deals them out: shuffled if there are several ranks."""
+    found: list[torch.Tensor] = []
+    sampler = DistributedSampler(range(len(rows)), ranks, rank, shuffle=ranks > 1, seed=0)  # type: ignore[arg-type,var-annotated]
+    epoch = 0
+    while len(found) < STEPS:
+        sampler.set_epoch(epoch)
+        found += rows[list(sampler)].split(8)
+        epoch += 1
+    return found
+
+
 def trained(ranks: int) -> dict[str, torch.Tensor]:
     """The weights of ``tiny.yaml`` after `STEPS` steps, without Lightning and without a death."""
     seed_everything(0, verbose=False)
@@ -31,11 +44,11 @@ def trained(ranks: int) -> dict[str, torch.Tensor]:
     data = TinyData()
     data.setup("fit")
     (rows,) = data.train_dataloader().dataset.tensors  # type: ignore[attr-defined]
-    of_ranks = [rows[rank::ranks].split(8) for rank in range(ranks)]
+    of_ranks = [batches_of(rows, ranks, rank) for rank in range(ranks)]
     for step in range(STEPS):
         gradients = []
         for batches in of_ranks:
-            loss = (layer(batches[step % len(batches)]) - 1.0).square().mean()
+            loss = (layer(batches[step]) - 1.0).square().mean()
             gradients.append(torch.autograd.grad(loss, list(layer.parameters())))
         for parameter, *parts in zip(layer.parameters(), *gradients, strict=True):
             parameter.grad = torch.stack([part / ranks for part in parts]).sum(0) if ranks > 1 else parts[0]
