@@ -13,6 +13,7 @@ from typing import Any
 from stabletrain.launch.attempts import read_attempts
 from stabletrain.launch.launcher import FinishedJob, Reporter
 from stabletrain.launch.mlflow_run import is_tracked
+from stabletrain.launch.other_nodes import has_other_nodes
 from stabletrain.launch.result import Result
 from stabletrain.runtime.records.run_files import CHECKPOINTS, EVENTS, WORKER_LOG, crash_report, slurm_output
 
@@ -42,14 +43,6 @@ class PrintingReporter(Reporter):
         """
         job = "" if number is None else f"job {number}: "
         print(f"{job}{config['recipe']}, seed {config['seed']}, in {config['run_dir']}", flush=True)
-
-    def note(self, text: str) -> None:
-        """Print a line about the nodes of a run.
-
-        Args:
-            text: one line.
-        """
-        print(text, flush=True)
 
     def not_started(self, error: Exception, number: int | None) -> None:
         """Print why a job of a sweep cannot be started.
@@ -186,6 +179,8 @@ def next_commands(job: FinishedJob) -> tuple[str, str]:
         return shlex.join(["squeue", "--jobs", str(job.slurm_job)]), shlex.join(
             ["tail", "-f", str(folder / slurm_output(str(job.slurm_job)))]
         )
+    if job.result.end == "finished" and has_other_nodes(job.config):  # a sweep is refused
+        return shlex.join(["stabletrain", "report", str(folder)]), shlex.join(["ls", str(folder / CHECKPOINTS)])
     if job.result.end == "finished":
         seeds = [word for word in train if not word.startswith("seed=")]
         clips = [word for word in train if not word.startswith("plugins/clip=")]

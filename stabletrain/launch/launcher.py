@@ -256,7 +256,7 @@ def _was_interrupted(done: FinishedJob) -> bool:
 
 
 class Reporter:
-    """Called during `run`; this base class does nothing."""
+    """Called during `run`; this base class prints what the user must do, and nothing else."""
 
     def starting(self, config: dict[str, Any], number: int | None) -> None:
         """Called before a worker starts.
@@ -267,11 +267,12 @@ class Reporter:
         """
 
     def note(self, text: str) -> None:
-        """Called with a line about the nodes of a run.
+        """Print a line about the nodes of a run, such as how the others are started.
 
         Args:
             text: one line.
         """
+        print(text, flush=True)
 
     def not_started(self, error: Exception, number: int | None) -> None:
         """Called if a job of a sweep cannot be started.

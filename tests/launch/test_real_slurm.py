@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(packages() is None, reason=HO
 
 TINY = str(LAUNCH / "tiny.yaml")
 STEPS = 40
-_LIMIT = 400.0
+_LIMIT = 900.0
 """Seconds for each phase of a job on a crowded machine; the cluster kills what is left."""
 
 

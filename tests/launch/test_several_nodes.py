@@ -18,7 +18,7 @@ from stabletrain.launch.process_tree import kill_tree
 from stabletrain.runtime.checkpoints.loading import load
 from stabletrain.runtime.records.steps_file import RECORD_BYTES
 
-_LIMIT = 400.0
+_LIMIT = 900.0
 """Seconds for the whole test; afterwards everything is killed."""
 STEPS = 30
 TINY = str(LAUNCH / "tiny.yaml")
