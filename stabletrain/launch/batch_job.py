@@ -57,8 +57,8 @@ class _SlurmJob:
         return "running" if known["JobState"] == "RUNNING" else "ending"
 
     def requeue(self) -> str:
-        """Put the job back into the queue, which ends this process; return why that failed."""
-        return self._ask("requeue", self.number) or "scontrol does not say why"
+        """Put the job back into the queue, which ends this process; return why that failed, or nothing."""
+        return self._ask("requeue", self.number)
 
     def _ask(self, *words: str) -> str:
         try:
@@ -131,7 +131,10 @@ class _Batch:
         if state == "running" and result.end == "terminated" and self._config["launch"].get("requeue"):
             _say(f"the job is put back into the queue (launch.requeue): {result.message}")
             mlflow_run.suspend_run(self._config)
-            _say(f"error: the job could not be put back into the queue: {self._job.requeue()}")
+            failure = self._job.requeue()
+            if not failure:
+                return result.exit_code
+            _say(f"error: the job could not be put back into the queue: {failure}")
         problem = mlflow_run.finish_run(self._config, result)
         if problem:
             _say(f"error: {problem}")

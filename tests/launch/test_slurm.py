@@ -75,8 +75,12 @@ class FakeJob:
         monkeypatch.setenv("SLURM_JOB_ID", "7")
         self.slurm_says("JobState=RUNNING Restarts=0")
 
-    def slurm_says(self, text: str) -> None:
-        program(self.bin, "scontrol", f'echo "$1" >> {self._seen}.asked; [ "$1" != show ] || echo "{text}"')
+    def slurm_says(self, text: str, requeue: str = "") -> None:
+        program(
+            self.bin,
+            "scontrol",
+            f'echo "$1" >> {self._seen}.asked\nif [ "$1" = show ]; then echo "{text}"; else echo "{requeue}"; fi',
+        )
 
     def srun(self, text: str) -> None:
         program(self.bin, "srun", f"echo $STABLETRAIN_ATTEMPT >> {self._seen}\n{text}")
@@ -153,15 +157,29 @@ def test_a_requeued_job_goes_on_with_the_next_attempt(job: FakeJob, monkeypatch:
     assert (job.seen, job.causes, suspended[-1]) == ([1, 3], ["terminated", "terminated", "finished"], False)
 
 
-@pytest.mark.parametrize(("state", "requeues"), [("RUNNING", True), ("COMPLETING", False)])
-def test_only_a_job_that_may_run_on_is_put_back_into_the_queue(job: FakeJob, state: str, requeues: bool) -> None:
-    """Bug: ``scancel`` puts the job back into the queue, so that nobody gets rid of it."""
+@pytest.mark.parametrize(
+    ("state", "scontrol_says", "requeues", "status"),
+    [
+        ("RUNNING", "", True, "SCHEDULED"),
+        ("RUNNING", "not allowed", True, "KILLED"),
+        ("COMPLETING", "", False, "KILLED"),
+    ],
+)
+def test_only_a_job_that_may_run_on_is_put_back_into_the_queue(
+    job: FakeJob, state: str, scontrol_says: str, requeues: bool, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bugs: ``scancel`` puts the job back into the queue, so that nobody gets rid of it; a job that is in the queue again
+    has a final status; one that could not be put there has none."""
+    statuses: list[str] = []
+    monkeypatch.setattr("stabletrain.launch.mlflow_run.suspend_run", lambda config: statuses.append("SCHEDULED"))
+    monkeypatch.setattr("stabletrain.launch.mlflow_run.finish_run", lambda config, result: statuses.append("KILLED"))
     config = yaml.safe_load(job.run_yaml.read_text())
     job.run_yaml.write_text(yaml.safe_dump({**config, "launch": {**config["launch"], "requeue": True}}))
-    job.slurm_says(f"JobState={state} Restarts=0")
+    job.slurm_says(f"JobState={state} Restarts=0", requeue=scontrol_says)
     job.srun(job.end(0, Result(end="terminated", message="ended by SIGTERM"), 143))
     assert job() == 143
     assert ("requeue" in job.asked) is requeues
+    assert statuses[-1] == status
 
 
 def test_a_rejected_job_is_an_error_with_its_reason(
