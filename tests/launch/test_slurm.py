@@ -161,15 +161,15 @@ def test_a_requeued_job_goes_on_with_the_next_attempt(job: FakeJob, monkeypatch:
     ("state", "scontrol_says", "requeues", "status"),
     [
         ("RUNNING", "", True, "SCHEDULED"),
-        ("RUNNING", "not allowed", True, "KILLED"),
+        ("RUNNING", "no", True, "KILLED"),
         ("COMPLETING", "", False, "KILLED"),
     ],
 )
 def test_only_a_job_that_may_run_on_is_put_back_into_the_queue(
     job: FakeJob, state: str, scontrol_says: str, requeues: bool, status: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bugs: ``scancel`` puts the job back into the queue, so that nobody gets rid of it; a job that is in the queue again
-    has a final status; one that could not be put there has none."""
+    """Bugs: ``scancel`` puts the job back into the queue, so that nobody gets rid of it; a job that is queued has a
+    final status; one that could not be put there has none."""
     statuses: list[str] = []
     monkeypatch.setattr("stabletrain.launch.mlflow_run.suspend_run", lambda config: statuses.append("SCHEDULED"))
     monkeypatch.setattr("stabletrain.launch.mlflow_run.finish_run", lambda config, result: statuses.append("KILLED"))
