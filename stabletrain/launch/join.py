@@ -19,7 +19,7 @@ from stabletrain.errors import UserError
 from stabletrain.launch.bounded import one_message
 from stabletrain.launch.connection import Workers
 from stabletrain.launch.hand_over import JOINED_ENV, without_paths_outside
-from stabletrain.launch.node_link import Link, connect, read_invitation
+from stabletrain.launch.node_link import JOIN, Link, connect, read_invitation
 from stabletrain.launch.process import (
     NodePlace,
     ProcessEnd,
@@ -62,6 +62,7 @@ def join(folder: Path, *, trust: Iterable[str] = (), wait: float = 0.0, say: Cal
     with StartUp() as start_up:
         start_up.doing = WAITING
         config = _config(folder, wait, start_up)
+        _go_to_its_folder(folder, say)
         node = _OtherNode(folder, config, trust, start_up, say)
         while True:
             code = node.take_part()
@@ -94,8 +95,23 @@ def _config(folder: Path, wait: float, start_up: StartUp) -> dict[str, Any]:
     return config
 
 
+def _go_to_its_folder(folder: Path, say: Callable[[str], None]) -> None:
+    """Change to the folder in which the run was started, from which relative paths and own packages are."""
+    invitation = read_invitation(folder)
+    if invitation is None or not _is_own(folder / JOIN):
+        return
+    try:
+        os.chdir(invitation.cwd)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        say(f"the run was started in {invitation.cwd}, which is not here ({reason}); paths are from {Path.cwd()}")
+
+
 def _is_own(path: Path) -> bool:
-    return path.stat().st_uid == os.getuid()
+    try:
+        return path.stat().st_uid == os.getuid()
+    except OSError:
+        return False
 
 
 class _OtherNode:
@@ -155,7 +171,7 @@ class _OtherNode:
             if invitation is None:
                 code = self._known_end()
                 raise UserError(f"join: the run in {self._folder} has ended" + ("" if code is None else f" ({code})"))
-            address, word = invitation
+            address, word = invitation.address, invitation.word
             try:
                 link = Link(connect(address, _ANSWERS_WITHIN))
             except OSError as error:

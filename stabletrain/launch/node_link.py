@@ -11,6 +11,7 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -143,16 +144,32 @@ def free_port() -> int:
         return port
 
 
-def read_invitation(folder: Path) -> tuple[Address, str] | None:
-    """Return the address of node 0 and the word for it, from a run's folder; None if the run does not wait for nodes.
+@dataclass(frozen=True, kw_only=True)
+class Invitation:
+    """What a run's folder says to the other nodes.
+
+    Args:
+        address: of node 0.
+        word: proves to node 0 that this one knows the folder.
+        cwd: the folder in which the run was started, from which relative paths are.
+    """
+
+    address: Address
+    word: str
+    cwd: Path
+
+
+def read_invitation(folder: Path) -> Invitation | None:
+    """Return the invitation in a run's folder; None if the run does not wait for nodes.
 
     Args:
         folder: of the run.
     """
     try:
         content = read_json(folder / JOIN)
-        return parse_address(content["rdzv"]), str(content["word"])
-    except (OSError, ValueError, TypeError, KeyError, UserError):
+        cwd = Path(str(content.get("cwd", ".")))
+        return Invitation(address=parse_address(content["rdzv"]), word=str(content["word"]), cwd=cwd)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, UserError):
         return None
 
 

@@ -25,6 +25,8 @@ from stabletrain.launch.versions import Software, own_versions, refusal, warning
 _LOOK_EVERY = 0.2
 _HELLO_WITHIN = 10.0
 """Seconds that a new connection gets to say who it is."""
+_ENDS_WITHIN = 20.0
+"""Seconds that the other nodes' processes get to end by themselves, as those of this node do (`WorkerEnd`)."""
 _STOPS_WITHIN = 60.0
 """Seconds that another node gets to end its part of an attempt that has ended here."""
 NOTICE_WITHIN = 45.0
@@ -49,6 +51,8 @@ class _Attempt:
     when_alone: Callable[[], None]
     exits: dict[int, int] = field(default_factory=dict)
     timer: threading.Timer | None = None
+    is_over: bool = False
+    """Whether this node's part has ended."""
 
 
 class NodeServer:
@@ -88,7 +92,7 @@ class NodeServer:
         self._folder = folder
         path = folder / JOIN
         path.touch(mode=0o600)
-        write_json(path, {"rdzv": str(self._address), "word": self._word})
+        write_json(path, {"rdzv": str(self._address), "word": self._word, "cwd": os.getcwd()})
         os.chmod(path, 0o600)
         threading.Thread(target=self._accept, name="nodes", daemon=True).start()
 
@@ -132,22 +136,29 @@ class NodeServer:
     def end(self) -> dict[int, int]:
         """End what is left of an attempt on the other nodes; return the exit codes of their processes that failed."""
         with self._changed:
-            ended, self._attempt = self._attempt, None
-            left = [node for node in self._nodes.values() if node.attempt is not None]
-        if ended is None:
-            return {}
-        if ended.timer is not None:
-            ended.timer.cancel()
-        for node in left:
+            ended = self._attempt
+            if ended is None:
+                return {}
+            ended.is_over = True
+            if ended.timer is not None:
+                ended.timer.cancel()
+        for node in self._still_in_attempt(_ENDS_WITHIN):
             node.link.send(stop=ended.number)
-        end = time.monotonic() + _STOPS_WITHIN
-        with self._changed:
-            while any(node.attempt is not None for node in self._nodes.values()) and time.monotonic() < end:
-                self._changed.wait(_LOOK_EVERY)
-            late = [node for node in self._nodes.values() if node.attempt is not None]
-        for node in late:  # it must come again
+        for node in self._still_in_attempt(_STOPS_WITHIN):  # it must come again
             node.link.close()
-        return ended.exits
+        with self._changed:
+            self._attempt = None
+            return ended.exits
+
+    def _still_in_attempt(self, seconds: float) -> list[_Node]:
+        """The nodes whose processes have not ended after some seconds."""
+        end = time.monotonic() + seconds
+        with self._changed:
+            while left := [node for node in self._nodes.values() if node.attempt is not None]:
+                if time.monotonic() > end:
+                    break
+                self._changed.wait(_LOOK_EVERY)
+            return left
 
     def close(self, result: Result) -> None:
         """Tell the other nodes that the run has ended, and stop listening.
@@ -265,7 +276,7 @@ class NodeServer:
         self._say(f"node {node.number} ({node.host}) is gone")
 
     def _note_trouble(self, attempt: _Attempt) -> None:
-        if attempt.timer is None:
+        if attempt.timer is None and not attempt.is_over:
             attempt.timer = threading.Timer(NOTICE_WITHIN, attempt.when_alone)
             attempt.timer.daemon = True
             attempt.timer.start()

@@ -26,11 +26,12 @@ class OtherNode:
     def __init__(self, folder: Path, host: str = "b", word: str | None = None, **versions: str) -> None:
         invitation = read_invitation(folder)
         assert invitation is not None
-        address, right_word = invitation
         self.said: queue.Queue[dict[str, Any]] = queue.Queue()
-        self.link = Link(connect(address, 5.0))
+        self.link = Link(connect(invitation.address, 5.0))
         self.link.listen(lambda message: self.said.put(dict(message)), lambda: self.said.put({"lost": True}))
-        self.link.send(word=right_word if word is None else word, host=host, versions={**own_versions(), **versions})
+        self.link.send(
+            word=invitation.word if word is None else word, host=host, versions={**own_versions(), **versions}
+        )
 
     def hears(self) -> dict[str, Any]:
         return self.said.get(timeout=20)
@@ -147,10 +148,10 @@ def test_what_cannot_be_joined_is_one_message(
     Result(end="stopped").write(folder)
     with pytest.raises(UserError, match=r"has ended \(stopped\)"):
         join(folder)
-    (folder / JOIN).write_text(f'{{"rdzv": "127.0.0.1:{free_port()}", "word": "x"}}')
+    (folder / JOIN).write_text(f'{{"rdzv": "127.0.0.1:{free_port()}", "word": "x", "cwd": "/no"}}')
     with pytest.raises(UserError, match=r"cannot be reached .*refused.* for 1 s"):
         join(folder, say=lambda line: None)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        (folder / JOIN).write_text(f'{{"rdzv": "127.0.0.1:{silent.getsockname()[1]}", "word": "x"}}')
+        (folder / JOIN).write_text(f'{{"rdzv": "127.0.0.1:{silent.getsockname()[1]}", "word": "x", "cwd": "/no"}}')
         with pytest.raises(UserError, match="is no run for 1 s"):
             join(folder, say=lambda line: None)
