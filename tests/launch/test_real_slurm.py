@@ -35,7 +35,7 @@ def submit(cluster: Cluster, folder: Path, *words: str) -> Path:
     """Submit job 1, and return the run's folder."""
     run = folder / "run"
     checkpoints = ("plugins/checkpoints=save", "plugins.checkpoints.every=5", "plugins/resume=exactly")
-    launch = ("launch=slurm", "launch.processes=2", "strategy=ddp", "launch.timeout=60s", f"run_dir={run}")
+    launch = ("launch=slurm", "launch.processes=2", "strategy=ddp", f"run_dir={run}")
     more = ("--trust", "tiny_workload", f"trainer.max_steps={STEPS}", "logger=mlflow", *words)
     done = Cli(folder)("train", TINY, *launch, *checkpoints, *more, **cluster.environment)
     assert "submitted to SLURM as job 1" in done.stdout, done.stdout + done.stderr

@@ -70,7 +70,7 @@ def test_a_node_that_is_killed_comes_back_and_the_weights_are_those_of_an_undist
     trust = ("--trust", "tiny_workload")
     checkpoints = ("plugins/checkpoints=save", "plugins.checkpoints.every=5", "plugins/resume=exactly")
     launch = ("launch=torchrun", "launch.processes=1", "launch.nodes=2", f"launch.rdzv=127.0.0.1:{free_port()}")
-    more = ("strategy=ddp", f"trainer.max_steps={STEPS}", "model.pause=0.3", f"run_dir={run}", "launch.timeout=60s")
+    more = ("strategy=ddp", f"trainer.max_steps={STEPS}", "model.pause=0.3", f"run_dir={run}")
     nodes = [Node(cli, "train", TINY, *trust, *launch, *checkpoints, *more)]
     try:
         nodes.append(Node(cli, "join", str(run), "--wait", "200", *trust))
