@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,10 @@ TIMEOUT = 20
 STEPS = 60
 LONGEST = 900.0
 """Timeout of a run in seconds."""
+_TRAINED = ("state_dict", "optimizer_states")
+"""Of a checkpoint: weights and optimizer state."""
+_MOST = 10
+"""Differences of a part that are kept."""
 RECIPE = (
     *("char_gpt", "model.layers=2", "model.heads=2", "model.width=32", "model.context=32", "model.dropout=0.1"),
     *("model.sample_length=0", "data.context=32", "data.batch_size=4", f"trainer.max_steps={STEPS}"),
@@ -96,7 +101,8 @@ class Trial:
         lost: steps that were made again, over all attempts.
         seconds: from the harm to the first step after it, without the time in which the processes imported.
         imports: that time.
-        different: differences from the undisturbed run, or why there is none.
+        different: differences of weights and optimizer state from those of the undisturbed run, or why it failed.
+        others: differences of the rest of the checkpoint: counters, random numbers, the state of every plugin.
     """
 
     what: str
@@ -108,6 +114,7 @@ class Trial:
     seconds: float = 0.0
     imports: float = 0.0
     different: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
 
 
 class TooLate(Exception):
@@ -149,14 +156,16 @@ def run_harmed(setup: Setup, folder: Path, harm: Harm, whole: Path, *words: str)
         trial.attempts, trial.lost = len(attempts), sum(each.steps_lost for each in attempts)
         trial.seconds, trial.imports = _seconds(harmed_at, attempts)
         mine, theirs = (_without_times(final_checkpoint(each / "checkpoints")) for each in (folder, whole))
-        trial.different = list(differences(mine, theirs))
+        for key in sorted({*mine, *theirs}):
+            found = [each[:200] for each in islice(differences(mine.get(key), theirs.get(key), key), _MOST)]
+            (trial.different if key in _TRAINED else trial.others).extend(found)
         if len(attempts) < 2:
             trial.different.append(f"{len(attempts)} attempts are recorded")
     except (RuntimeError, CheckpointError) as error:
         trial.different = [str(error)]
     finally:
         _end(training)
-    if not trial.different:
+    if not trial.different and not trial.others:
         shutil.rmtree(folder)
     return trial
 
