@@ -1,9 +1,12 @@
 """``launch=slurm`` on a real SLURM of one node, which runs without being installed: tools/get_slurm.sh."""
 
 import json
+import shlex
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +15,9 @@ from slurm_cluster import HOW, Cluster, packages
 from undisturbed import tiny_weights
 
 from stabletrain.launch.process_tree import children, kill_tree
+from stabletrain.launch.rank_ends import RankEnd, write_end
+from stabletrain.launch.result import Result
+from stabletrain.launch.run_folder import write_run_yaml
 from stabletrain.runtime.checkpoints.loading import load
 from stabletrain.runtime.records.steps_file import RECORD_BYTES
 
@@ -101,13 +107,67 @@ def test_a_preempted_job_goes_on_and_a_killed_rank_is_restarted_within_it(cluste
     assert status(tmp_path) == "FINISHED"
 
 
-def test_a_cancelled_job_ends_with_a_checkpoint_and_its_status(cluster: Cluster, tmp_path: Path) -> None:
-    """Bug: scancel leaves the run RUNNING in MLflow, without a checkpoint, or the job is put back into the queue."""
-    run = submit(cluster, tmp_path, "model.pause=1", "launch.requeue=true")
-    wait_for(cluster, run, "RUNNING", steps=2)
+class ShortJob:
+    """A real job of two tasks whose workers are shell scripts: what SLURM does with signals, without any training."""
+
+    def __init__(self, cluster: Cluster, folder: Path, config: dict[str, Any], *, requeue: bool) -> None:
+        self.cluster, self.folder, self.run = cluster, folder, Path(config["run_dir"])
+        (self.run / "checkpoints").mkdir(parents=True)
+        launch = {"kind": "slurm", "processes": 2, "nodes": 1, "threads": 1, "timeout": 60, "requeue": requeue}
+        checkpoints = {"_target_": "stabletrain.SaveCheckpoints", "folder": None}
+        restarts = {"restarts": 3, "progress_steps": 10}
+        write_run_yaml({**config, "plugins": {"checkpoints": checkpoints}, "launch": {**launch, **restarts}})
+        for rank in (0, 1):
+            for end, agreed in (("terminated", True), ("finished", False)):
+                write_end(RankEnd(rank=rank, result=Result(end=end, message=end), agreed=agreed), folder)  # type: ignore[arg-type]
+                (folder / "ends" / f"rank-{rank}.json").rename(folder / f"{end}-{rank}")
+        (folder / "worker").write_text(
+            f"""echo "rank $SLURM_PROCID of attempt $STABLETRAIN_ATTEMPT"
+ended() {{ mkdir -p {self.run}/ends; cp {folder}/$1-$SLURM_PROCID {self.run}/ends/rank-$SLURM_PROCID.json; exit $2; }}
+trap 'ended terminated 143' TERM
+if [ -e {folder}/dies ] && [ $SLURM_PROCID = 1 ]; then rm {folder}/dies; kill -9 $$; fi
+if [ -e {folder}/finishes ]; then ended finished 0; fi
+for i in $(seq 600); do sleep 0.1; done
+"""
+        )
+        code = f"from stabletrain.launch import batch_job; batch_job.PYTHON = ('/bin/sh', '{folder}/worker'); "
+        code += f"raise SystemExit(batch_job.main(['{self.run}/run.yaml']))"
+        head = ["ntasks-per-node=2", f"output={folder}/out", "open-mode=append", "requeue"]
+        lines = [*(f"#SBATCH --{option}" for option in head), f"exec {shlex.join([sys.executable, '-c', code])}"]
+        (folder / "job").write_text("\n".join(["#!/bin/bash", *lines, ""]))
+        cluster("sbatch", str(folder / "job"))
+
+    @property
+    def output(self) -> str:
+        return (self.folder / "out").read_text() if (self.folder / "out").exists() else ""
+
+    def wait(self, state: str, *, says: str = "") -> None:
+        def is_so() -> bool:
+            return self.cluster.job("1").get("JobState") == state and says in self.output
+
+        self.cluster.until(is_so, f"{state} {says}", _LIMIT)
+
+
+def test_a_cancelled_job_ends_for_good(cluster: Cluster, tmp_path: Path, config: dict[str, Any]) -> None:
+    """Bugs: scancel starts another attempt, or puts the job back into the queue; the end is taken for a death."""
+    job = ShortJob(cluster, tmp_path, config, requeue=True)
+    job.wait("RUNNING", says="rank 1 of attempt 1")
     cluster("scancel", "1")
-    wait_for(cluster, run, "CANCELLED")
-    assert status(tmp_path) == "KILLED"
-    (only,) = attempts(run)
-    assert only["cause"] == "terminated"
-    assert load(run / "checkpoints")["global_step"] == only["step"]
+    job.wait("CANCELLED")
+    assert "queue" not in job.output.replace("REQUEUE", "")
+    assert [each["cause"] for each in attempts(job.run)] == ["terminated"]
+
+
+def test_a_job_that_is_told_to_end_comes_back_and_a_killed_task_is_replaced(
+    cluster: Cluster, tmp_path: Path, config: dict[str, Any]
+) -> None:
+    """Bugs: what happens before the time limit ends the job for ever; a killed task ends it; attempts have no record."""
+    job = ShortJob(cluster, tmp_path, config, requeue=True)
+    job.wait("RUNNING", says="rank 1 of attempt 1")
+    for name in ("dies", "finishes"):
+        (tmp_path / name).touch()
+    cluster("scancel", "--signal=TERM", "1")
+    job.wait("COMPLETED", says="rank 0 of attempt 3")
+    assert "put back into the queue (launch.requeue)" in job.output
+    assert [each["cause"] for each in attempts(job.run)] == ["terminated", "killed", "finished"]
+    assert cluster.job("1")["Restarts"] == "1"
