@@ -161,7 +161,7 @@ def test_a_cancelled_job_ends_for_good(cluster: Cluster, tmp_path: Path, config:
 def test_a_job_that_is_told_to_end_comes_back_and_a_killed_task_is_replaced(
     cluster: Cluster, tmp_path: Path, config: dict[str, Any]
 ) -> None:
-    """Bugs: what happens before the time limit ends the job for ever; a killed task ends it; attempts have no record."""
+    """Bugs: SIGTERM before the time limit ends the job for ever; a killed task ends it; attempts have no record."""
     job = ShortJob(cluster, tmp_path, config, requeue=True)
     job.wait("RUNNING", says="rank 1 of attempt 1")
     for name in ("dies", "finishes"):
