@@ -117,6 +117,34 @@ def train(words: Words = None, multirun: Multirun = False, jobs: Jobs = 1, trust
     raise typer.Exit(exit_code(finished))
 
 
+@app.command(short_help="Take part in a run on several nodes: stabletrain join RUN_FOLDER")
+def join(
+    folder: Annotated[
+        Path, typer.Argument(metavar="RUN_FOLDER", help="The run's folder, as its node 0 has printed it.")
+    ],
+    wait: Annotated[
+        float, typer.Option("--wait", metavar="SECONDS", min=0, help="Wait for a run that is not started yet.")
+    ] = 0.0,
+    trust: Trust = None,
+) -> None:
+    """Start this machine's processes of a run that another machine has started with launch=torchrun launch.nodes=N
+    launch.rdzv=HOST:PORT. The folder is on a file system that all machines share.
+
+    Ends with the run, with its exit code. After this machine was lost, the same command lets it take part again.
+    """
+    from stabletrain.cli.starting import starting
+    from stabletrain.launch.streams import tolerate_broken_output
+
+    tolerate_broken_output()
+    with starting():
+        from functools import partial
+
+        from stabletrain.launch.join import join as take_part
+
+        code = take_part(folder.absolute(), trust=trust or (), wait=wait, say=partial(print, flush=True))
+    raise typer.Exit(code)
+
+
 @app.command(short_help="Compose a recipe and build all that it names; train nothing.")
 def validate(words: Words = None, multirun: Multirun = False, trust: Trust = None) -> None:
     """Compose a recipe, and build all that it names. Prints all mistakes at once; reads no data, trains nothing."""

@@ -11,11 +11,12 @@ import numpy as np
 
 from stabletrain.core.events import Event
 from stabletrain.errors import UserError
+from stabletrain.launch.attempts import read_attempts_file
 from stabletrain.launch.bounded import one_message
 from stabletrain.launch.recorded_run import RecordedRun, find_run
 from stabletrain.launch.result import read_result
 from stabletrain.launch.run_series import loss_history, series_of_run
-from stabletrain.runtime.records.run_files import RESULT
+from stabletrain.runtime.records.run_files import ATTEMPTS, RESULT
 from stabletrain.tracking.findings import SHOWN, Finding, findings, outcome
 from stabletrain.tracking.series import MIN_STEPS, Series, median
 
@@ -192,6 +193,11 @@ def _numbers(run: RecordedRun, series: Series) -> Iterator[tuple[str, str]]:
     if series.lr is not None:
         yield "rate", f"{series.peak_lr:.3g} peak, {series.lr[-1]:.3g} at the end"
     yield "counts", ", ".join(_counts(series)) or "nothing clipped, skipped or rolled back is recorded"
+    attempts = read_attempts_file(path) if (path := run.file(ATTEMPTS)) is not None else []
+    if len(attempts) > 1:
+        died = ", ".join(str(each.step) for each in attempts[:-1][-_LISTED:])
+        lost = sum(each.steps_lost for each in attempts)
+        yield "attempts", f"{len(attempts)}; all but the last ended at steps {died}; {lost} steps were made again"
 
 
 def _counts(series: Series) -> Iterator[str]:

@@ -10,10 +10,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from stabletrain.launch.attempts import read_attempts
 from stabletrain.launch.launcher import FinishedJob, Reporter
 from stabletrain.launch.mlflow_run import is_tracked
+from stabletrain.launch.other_nodes import has_other_nodes
 from stabletrain.launch.result import Result
-from stabletrain.runtime.records.run_files import CHECKPOINTS, EVENTS, WORKER_LOG, slurm_output
+from stabletrain.runtime.records.run_files import CHECKPOINTS, EVENTS, WORKER_LOG, crash_report, slurm_output
 
 _logger = logging.getLogger("stabletrain")
 
@@ -177,15 +179,28 @@ def next_commands(job: FinishedJob) -> tuple[str, str]:
         return shlex.join(["squeue", "--jobs", str(job.slurm_job)]), shlex.join(
             ["tail", "-f", str(folder / slurm_output(str(job.slurm_job)))]
         )
+    if job.result.end == "finished" and has_other_nodes(job.config):  # a sweep is refused
+        return shlex.join(["stabletrain", "report", str(folder)]), shlex.join(["ls", str(folder / CHECKPOINTS)])
     if job.result.end == "finished":
         seeds = [word for word in train if not word.startswith("seed=")]
         clips = [word for word in train if not word.startswith("plugins/clip=")]
         return shlex.join([*seeds, "-m", "seed=1,2,3"]), shlex.join([*clips, "-m", "plugins/clip=none,zscore"])
     if job.result.end in ("interrupted", "terminated", "killed") and has_checkpoint:
         return shlex.join(resume), shlex.join(["ls", str(folder / CHECKPOINTS)])
+    if job.result.end == "stopped" and (report := _last_crash(folder)):
+        return shlex.join(["less", str(report)]), shlex.join(resume)
     if job.result.end == "stopped":
         lr = (job.config.get("optimizer") or {}).get("lr")
         retry = [*train, f"optimizer.lr={lr / 3:.3g}"] if isinstance(lr, float | int) else resume
         return shlex.join(["tail", str(folder / EVENTS)]), shlex.join(retry)
     read_log = shlex.join(["less", str(folder / WORKER_LOG)])
     return read_log, shlex.join(resume if has_checkpoint else ["stabletrain", "validate", *train[2:]])
+
+
+def _last_crash(folder: Path) -> Path | None:
+    """What to read of a run that is not restarted any more: how its last attempt died. None if it did not die."""
+    attempts = read_attempts(folder)
+    if not attempts or attempts[-1].cause not in ("failed", "killed"):
+        return None
+    report = folder / crash_report(attempts[-1].attempt)
+    return report if report.is_file() else folder / WORKER_LOG

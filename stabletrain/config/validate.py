@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from stabletrain.config import construct, discovery, kinds
+from stabletrain.config.address import parse_address
 from stabletrain.config.build import build_callback
 from stabletrain.config.discovery import BUILT
 from stabletrain.config.kinds import TRAINER_PARTS
 from stabletrain.config.outputs import check_outputs, typed_keys
 from stabletrain.config.problems import Problem, suggestion
+from stabletrain.config.restarts import restarts_problem
 from stabletrain.config.resume import resume_problem
 from stabletrain.config.trust import OPTIMIZERS
 from stabletrain.config.types import mismatch
@@ -57,8 +59,14 @@ _LAUNCH_KEYS: dict[str, Any] = {
     "processes": int,
     "nodes": int,
     "threads": int,
-    "timeout": int,
+    "timeout": int | str,
+    "restarts": int | None,
+    "progress_steps": int,
+    "rdzv": str | None,
+    "join_timeout": int | str,
+    "same_versions": bool,
     "sbatch": dict,
+    "requeue": bool,
     "detach": bool,
 }
 _NOT_TRAINER_KEYS = {
@@ -421,6 +429,8 @@ def _launch(config: Mapping[str, Any]) -> Iterator[Problem]:
             yield Problem(f"launch.{key}", text)
         elif _LAUNCH_KEYS[key] is int and value < 1:
             yield Problem(f"launch.{key}", f"expected at least 1, got {value}")
+    if problem := restarts_problem(config):
+        yield Problem("launch.restarts", problem)
     for key in ("kind", "processes", "nodes", "threads"):
         if key not in launch:
             yield Problem(f"launch.{key}", "this key is needed, but has no value; set it, or do not remove it")
@@ -431,13 +441,36 @@ def _launch(config: Mapping[str, Any]) -> Iterator[Problem]:
             yield Problem(
                 f"trainer.{argument}", f"launch.{source} sets it; use launch.{source}={trainer[argument]} instead"
             )
-    if launch.get("nodes") != 1 and launch.get("kind") in ("local", "torchrun"):
-        yield Problem("launch.nodes", "several nodes need launch=slurm")
+    yield from _nodes_of_run(launch)
+    sbatch = launch.get("sbatch")
+    if isinstance(sbatch, Mapping) and str(sbatch.get("signal")).startswith("B:"):
+        text = "it is sent to the batch script alone, and the processes do not save: leave out B:"
+        yield Problem("launch.sbatch.signal", text)
     for key, value in (launch.get("sbatch") or {}).items() if isinstance(launch.get("sbatch"), Mapping) else ():
         if not str(key).replace("-", "").isalnum() or not isinstance(value, str | int | None) or "\n" in str(value):
             yield Problem(
                 f"launch.sbatch.{key}", f"expected a long option of sbatch with a one-line value, got {value!r}"
             )
+
+
+def _nodes_of_run(launch: Mapping[str, Any]) -> Iterator[Problem]:
+    """What several nodes need."""
+    kind, rdzv, several = launch.get("kind"), launch.get("rdzv"), launch.get("nodes") != 1
+    if several and kind == "local":
+        yield Problem("launch.nodes", "several nodes need launch=torchrun with launch.rdzv=HOST:PORT, or launch=slurm")
+    if rdzv is None:
+        if several and kind == "torchrun":
+            text = (
+                "several nodes need the address at which they meet: launch.rdzv=HOST:PORT of the node that starts them"
+            )
+            yield Problem("launch.rdzv", text)
+    elif isinstance(rdzv, str):
+        if not several or kind != "torchrun":
+            yield Problem("launch.rdzv", "it is for several nodes with launch=torchrun; set launch.nodes, or remove it")
+        try:
+            parse_address(rdzv)
+        except UserError as error:
+            yield Problem("launch.rdzv", str(error).partition(": ")[2])
 
 
 def _run_dir(config: Mapping[str, Any]) -> Iterator[Problem]:

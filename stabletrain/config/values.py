@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from stabletrain.config.problems import Problem
+from stabletrain.core.intervals import seconds
+from stabletrain.errors import UserError
 
 MOST_THREADS = 1024
 """OpenMP ends the process, or crashes, if it cannot make them: 4096 work here, 16384 do not."""
@@ -44,7 +46,14 @@ TRAINER: dict[str, _Range] = {
 """Arguments of Lightning's Trainer: what it refuses late, or never."""
 
 _MOST_SECONDS = 30 * 24 * 3600
-_LAUNCH = {"threads": MOST_THREADS, "processes": MOST_PROCESSES, "nodes": MOST_NODES, "timeout": _MOST_SECONDS}
+MOST_RESTARTS = 1_000_000
+_LAUNCH = {
+    "threads": MOST_THREADS,
+    "processes": MOST_PROCESSES,
+    "nodes": MOST_NODES,
+    "restarts": MOST_RESTARTS,
+    "progress_steps": 10**12,
+}
 
 
 def check_values(config: Mapping[str, Any]) -> Iterator[Problem]:
@@ -86,6 +95,16 @@ def _launch(node: object) -> Iterator[Problem]:
         value = node.get(key)
         if isinstance(value, int) and value > most:
             yield Problem(f"launch.{key}", f"expected at most {most}, got {value}")
+    for key in ("timeout", "join_timeout"):
+        given = node.get(key)
+        if isinstance(given, int | str) and not isinstance(given, bool):
+            try:
+                limit = seconds(given, name=f"launch.{key}")
+            except UserError as error:
+                yield Problem(f"launch.{key}", str(error).removeprefix(f"launch.{key}: "))
+            else:
+                if limit > _MOST_SECONDS or limit < 1:
+                    yield Problem(f"launch.{key}", f"expected 1 to {_MOST_SECONDS} s, got {given!r}")
 
 
 def _fault(config: Mapping[str, Any]) -> Iterator[Problem]:

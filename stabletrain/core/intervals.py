@@ -46,6 +46,28 @@ def parse(value: LengthLike, *, name: str = "interval") -> Length | float:
     return interval
 
 
+def seconds(value: int | float | str, *, name: str = "time") -> float:
+    """Read a time that is nothing else: seconds as a number, or text with a unit.
+
+    Args:
+        value: `300`, `"300"`, `"30s"`, `"5min"`, `"2h"`, `"1d"`, above 0.
+        name: the config key, for messages.
+
+    Raises:
+        UserError: if the value has no such form, or is zero.
+
+    >>> seconds(300), seconds("5min")
+    (300.0, 300.0)
+    """
+    found = number_and_unit(value, {**_SECONDS, "": 1}) if isinstance(value, str) else (value, "")
+    if found is None or not math.isfinite(found[0]):
+        raise UserError(f"{name}: expected seconds, or a time such as '30s', '5min', '2h' or '1d', got {value!r}")
+    result = float(Fraction(str(found[0])) * {**_SECONDS, "": 1}[found[1]])
+    if not result > 0:
+        raise UserError(f"{name}: expected a time above 0, got {value!r}")
+    return result
+
+
 class SaveTriggers:
     """One or several intervals; a checkpoint is due when any of them has passed.
 

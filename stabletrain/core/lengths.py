@@ -1,10 +1,11 @@
 """Amounts with a unit, as they are written in configs and signatures: one parser for each kind.
 
-| kind                   | written                                         | parser            | result               |
-|------------------------|-------------------------------------------------|-------------------|----------------------|
-| length                 | `500`, `"500"`, `"3ep"`, `"1e9tok"`, `"2%"`     | `Length.parse`    | `Length`             |
-| interval between saves | a length, or `"30s"`, `"10min"`, `"2h"`, `"1d"` | `intervals.parse` | `Length`, or seconds |
-| amount of memory       | `"8GB"`, `"500MiB"`                             | `bytes.parse`     | bytes                |
+| kind               | written                                         | parser              | result               |
+|--------------------|-------------------------------------------------|---------------------|----------------------|
+| length             | `500`, `"500"`, `"3ep"`, `"1e9tok"`, `"2%"`     | `Length.parse`      | `Length`             |
+| interval of saving | a length, or `"30s"`, `"10min"`, `"2h"`, `"1d"` | `intervals.parse`   | `Length`, or seconds |
+| time               | seconds, or `"30s"`, `"5min"`, `"2h"`, `"1d"`   | `intervals.seconds` | seconds              |
+| amount of memory   | `"8GB"`, `"500MiB"`                             | `bytes.parse`       | bytes                |
 
 Each parser takes the config key as `name` and raises a `UserError` of the form "key: expected FORMS, got VALUE". They
 share `number_and_unit`. A count of steps that is never anything else (`every: int` of a rule) is a plain integer.

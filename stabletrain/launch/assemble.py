@@ -17,6 +17,7 @@ from stabletrain.config.construct import instantiate, instantiate_arguments
 from stabletrain.config.kinds import TRAINER_PARTS, is_callback, is_node
 from stabletrain.config.outputs import Outputs
 from stabletrain.config.trust import resolve
+from stabletrain.core.intervals import seconds
 from stabletrain.errors import UserError
 from stabletrain.launch.checkpoint_mismatch import explain_mismatch
 from stabletrain.launch.interrupt import SaveAndStop
@@ -177,7 +178,7 @@ def build_parts(
     )
     timeout = config["launch"].get("timeout")  # missing in a run.yaml of an earlier version
     if parts.trainer is not None and parts.trainer.world_size > 1 and timeout is not None:
-        wait_at_most(parts.trainer, timeout)
+        wait_at_most(parts.trainer, seconds(timeout, name="launch.timeout"))
     for key, callback in parts.callbacks:
         prepare = getattr(callback, "prepare_trainer", None)  # of SetPrecision, say
         if prepare is not None and parts.trainer is not None and module is not None:

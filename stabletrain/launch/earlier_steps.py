@@ -53,13 +53,33 @@ def take_over_events(earlier: Path, own: Path, attempted: int) -> None:
     """
     if not earlier.exists() or not stat.S_ISREG(earlier.lstat().st_mode):
         return  # as of the steps: a link may lead to any file of the user
-    before = [line.record for line in read_lines(earlier) if line.record and _step_of(line.record) < attempted]
-    part = own.with_name(f"{EVENTS}.part")
+    _write_events(own, _events_before(earlier, attempted), own.read_text(encoding="utf-8") if own.exists() else "")
+
+
+def cut_events(own: Path, attempted: int) -> None:
+    """Remove the events of the steps that a further attempt of the same run makes again.
+
+    Args:
+        own: events.jsonl of the run.
+        attempted: steps that the checkpoint holds.
+
+    Raises:
+        OSError: if the file cannot be written; it is then unchanged.
+    """
+    if own.exists() and stat.S_ISREG(own.lstat().st_mode):
+        _write_events(own, _events_before(own, attempted))
+
+
+def _events_before(path: Path, attempted: int) -> list[dict[str, Any]]:
+    return [line.record for line in read_lines(path) if line.record and _step_of(line.record) < attempted]
+
+
+def _write_events(path: Path, records: list[dict[str, Any]], more: str = "") -> None:
+    part = path.with_name(f"{EVENTS}.part")
     with open(part, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in before)
-        if own.exists():
-            file.write(own.read_text(encoding="utf-8"))
-    os.replace(part, own)
+        file.writelines(json.dumps(record) + "\n" for record in records)
+        file.write(more)
+    os.replace(part, path)
 
 
 def _step_of(record: Mapping[str, Any]) -> float:

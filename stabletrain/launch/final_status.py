@@ -1,25 +1,19 @@
-"""Determine how a run ended, also if its worker died without writing a result.
-
-``python -m stabletrain.launch.final_status run.yaml CODE`` is what a batch script runs after its worker has ended.
-"""
+"""Determine how a run ended, also if its worker died without writing a result."""
 
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from stabletrain.config.resume import checkpoint_of_run
-from stabletrain.errors import UserError
+from stabletrain.core.intervals import seconds
 from stabletrain.launch.first_cause import by_signal, first_cause, without_result
-from stabletrain.launch.mlflow_run import finish_run
 from stabletrain.launch.process import ProcessEnd
 from stabletrain.launch.rank_ends import read_ends, read_exit_codes
 from stabletrain.launch.result import Result, read_result
-from stabletrain.launch.run_folder import read_run_yaml
 
 
 def final_result(config: Mapping[str, Any], ended: ProcessEnd, spare: Path | None = None) -> Result:
@@ -33,11 +27,13 @@ def final_result(config: Mapping[str, Any], ended: ProcessEnd, spare: Path | Non
         spare: the second folder of the processes' ends; None if there is none.
     """
     folder = Path(config["run_dir"])
-    launch = config["launch"]
-    size = launch["processes"] * (launch["nodes"] if launch["kind"] == "slurm" else 1)
-    ends = read_ends(folder, spare)
-    timeout = launch.get("timeout")  # missing in a run.yaml of an earlier version
-    found = first_cause(ends, ended, size=size, exits=read_exit_codes(spare), timeout=timeout)
+    found = first_cause(
+        read_ends(folder, spare),
+        ended,
+        size=number_of_processes(config),
+        exits=read_exit_codes(spare),
+        timeout=waiting_limit(config),
+    )
     result = found or _without_ends(folder, ended)
     if result.checkpoint is None:
         checkpoint = checkpoint_of_run(folder)
@@ -51,30 +47,28 @@ def final_result(config: Mapping[str, Any], ended: ProcessEnd, spare: Path | Non
     return result
 
 
+def number_of_processes(config: Mapping[str, Any]) -> int:
+    """Return how many processes a run has.
+
+    Args:
+        config: the resolved config.
+    """
+    launch = config["launch"]
+    return int(launch["processes"]) * int(launch["nodes"])
+
+
+def waiting_limit(config: Mapping[str, Any]) -> float | None:
+    """Return ``launch.timeout`` in seconds; None in a run.yaml of an earlier version, which has none.
+
+    Args:
+        config: the resolved config.
+    """
+    timeout = config["launch"].get("timeout")
+    return None if timeout is None else seconds(timeout, name="launch.timeout")
+
+
 def _without_ends(folder: Path, ended: ProcessEnd) -> Result:
     result = read_result(folder)
     if result is None:
         result = by_signal(ended) if ended.signum is not None else without_result(ended.code)
     return result
-
-
-def main(argv: Sequence[str]) -> int:
-    """Set the final status of a run and return its exit code.
-
-    Args:
-        argv: path of run.yaml, and the worker's exit code as a shell sees it.
-    """
-    try:
-        config = read_run_yaml(Path(argv[0]))
-    except UserError as error:
-        print(f"error: the run has no final status: {error}", file=sys.stderr)
-        return int(argv[1]) or 1
-    result = final_result(config, ProcessEnd(code=int(argv[1])))
-    problem = finish_run(config, result)
-    if problem:
-        print(f"error: {problem}", file=sys.stderr)
-    return result.exit_code
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

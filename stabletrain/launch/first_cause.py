@@ -20,7 +20,7 @@ _BY_SIGNAL = ("interrupted", "terminated")
 
 
 def first_cause(
-    ends: Sequence[RankEnd], ended: ProcessEnd, *, size: int, exits: Mapping[int, int], timeout: int | None = None
+    ends: Sequence[RankEnd], ended: ProcessEnd, *, size: int, exits: Mapping[int, int], timeout: float | None = None
 ) -> Result | None:
     """Return how a run ended.
 
@@ -38,7 +38,7 @@ def first_cause(
         anything and only ``ended`` is known.
     """
     if not ends:
-        return None
+        return _died(sorted(exits), ended, exits, ends) if exits and ended.signum is None else None
     cause = _cause(ends, ended, size, exits, timeout)
     if isinstance(cause, RankEnd):
         return _joined(cause, ends, size)
@@ -46,8 +46,39 @@ def first_cause(
     return replace(first, end=cause.end, message=cause.message, checkpoint=first.checkpoint)
 
 
+def blamed(
+    ends: Sequence[RankEnd], ended: ProcessEnd, *, size: int, exits: Mapping[int, int], timeout: float | None = None
+) -> tuple[tuple[int, ...], RankEnd | None]:
+    """Return which ranks ended a run, and what the first of them wrote, if it wrote its end; the rest are consequences.
+
+    Args:
+        ends: as for `first_cause`.
+        ended: as for `first_cause`.
+        size: as for `first_cause`.
+        exits: as for `first_cause`.
+        timeout: as for `first_cause`.
+
+    Returns:
+        No rank if torchrun died, or if nobody knows.
+    """
+    if not ends:
+        return tuple(sorted(exits)), None
+    cause = _cause(ends, ended, size, exits, timeout)
+    if isinstance(cause, RankEnd):
+        return (cause.rank,), cause
+    silent = _silent(ends, size)
+    reported = [rank for rank in silent if rank in exits]
+    return () if ended.abandoned else tuple(reported or silent), None
+
+
+def _silent(ends: Sequence[RankEnd], size: int) -> list[int]:
+    """The ranks that wrote nothing."""
+    wrote = {end.rank for end in ends}
+    return [rank for rank in range(size) if rank not in wrote]
+
+
 def _cause(
-    ends: Sequence[RankEnd], ended: ProcessEnd, size: int, exits: Mapping[int, int], timeout: int | None
+    ends: Sequence[RankEnd], ended: ProcessEnd, size: int, exits: Mapping[int, int], timeout: float | None
 ) -> RankEnd | Result:
     in_time = sorted(ends, key=lambda end: end.time_ns)
     own = [end for end in in_time if not end.consequence and end.result.end != "finished"]
@@ -57,7 +88,7 @@ def _cause(
     sure = [end for end in own if end.agreed or ended.signum is not None or end.result.end not in _BY_SIGNAL]
     if sure:
         return sure[0]
-    silent = [rank for rank in range(size) if all(end.rank != rank for end in ends)]
+    silent = _silent(ends, size)
     if silent and ended.signum is not None:
         return by_signal(ended)
     # who did not answer in time was killed only afterwards, by torchrun, and has not died by itself
@@ -95,34 +126,37 @@ def _circumstances(at: str, others: Sequence[RankEnd]) -> str:
 def _died(silent: Sequence[int], ended: ProcessEnd, exits: Mapping[int, int], ends: Sequence[RankEnd]) -> Result:
     reported = [rank for rank in silent if rank in exits]
     if reported:
-        found = without_result(exits[reported[0]], f"rank {reported[0]}")
+        alike = [rank for rank in reported if exits[rank] == exits[reported[0]]]
+        found = without_result(exits[reported[0]], ranks(alike), several=len(alike) > 1)
     else:
         found = without_result(ended.code if len(silent) == 1 and ended.code < 0 else None, ranks(silent))
     at = next((end.at for end in sorted(ends, key=lambda end: end.time_ns) if end.at), "")
     return replace(found, message=found.message + _circumstances(at, ends))
 
 
-def without_result(code: int | None, who: str = "the worker") -> Result:
+def without_result(code: int | None, who: str = "the worker", *, several: bool = False) -> Result:
     """Return the end of a process that died without writing one.
 
     Args:
         code: its exit code as Python (negative: minus a signal) or a shell (128 + a signal) shows it; None if nobody
             knows it.
         who: the process or processes, for the message.
+        several: whether these are several.
     """
+    was, it = ("were", "they") if several else ("was", "it")
     if code is None:
         return Result(end="killed", message=f"{who} ended without a word, for example killed by the system")
     signum = -code if code < 0 else code - 128 if code > 128 else None
     if signum == signal.SIGKILL:
-        message = f"{who} was killed by signal 9 (SIGKILL), for example because it ran out of memory"
+        message = f"{who} {was} killed by signal 9 (SIGKILL), for example because {it} ran out of memory"
         return Result(end="killed", message=message)
     if signum is not None:
-        text = f"{who} was ended by signal {signum}{_name(signum)} before it wrote a result"
+        text = f"{who} {was} ended by signal {signum}{_name(signum)} before {it} wrote a result"
         if signum == signal.SIGABRT:
             text += "; see its output above. Gloo ends a process so if the ranks have called different collectives, "
             text += "and NCCL if it has waited for the others longer than launch.timeout"
         return Result(end="killed", message=text)
-    message = f"{who} ended with exit code {code} before it wrote a result; see its output above"
+    message = f"{who} ended with exit code {code} before {it} wrote a result; see its output above"
     return Result(end="failed", message=message)
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from stabletrain.config.outputs import check_outputs
 from stabletrain.config.problems import ConfigError, Problem
 from stabletrain.config.validate import check_content
+from stabletrain.launch.attempts import goes_on_itself
 from stabletrain.launch.connection import Launcher, Report
 from stabletrain.launch.mlflow_run import is_tracked
 from stabletrain.launch.process import PATHS_OUTSIDE
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from stabletrain.launch.assemble import Assembled
 
 LAUNCHER_IS_GONE = "the launcher is gone"
+
+JOINED_ENV = "STABLETRAIN_JOINED"
+"""Environment variable of the workers that ``stabletrain join`` has started."""
 
 
 def ignore_signals() -> None:
@@ -97,6 +101,9 @@ def _end_or_go_on(config: Mapping[str, Any]) -> None:
     """Called by another thread when the launcher is gone."""
     _print_to(Path(config["run_dir"]) / WORKER_LOG)  # the terminal may be gone, too
     logger = logging.getLogger("stabletrain")
+    if os.environ.get(JOINED_ENV):  # this node has left the run: an agreed end would end it on all nodes
+        logger.warning("the command that started this process is gone: this node leaves the run")
+        os._exit(1)
     if config["launch"].get("detach"):
         logger.warning("%s: going on (launch.detach=true)", LAUNCHER_IS_GONE)
         return
@@ -171,7 +178,10 @@ def complete(run: Assembled, config: Mapping[str, Any]) -> None:
 
     if is_tracked(config):
         with rng.preserved():
-            run.trainer.loggers = [build_logger(config)]
+            logger = build_logger(config)
+            # the steps that are made again have the values that were logged already
+            logger.repeats = goes_on_itself(config) and bool((config.get("plugins") or {}).get("resume"))
+            run.trainer.loggers = [logger]
     trial = trial_callback()
     if trial is not None:
         run.trainer.callbacks.append(trial)  # type: ignore[attr-defined]

@@ -38,6 +38,8 @@ class SaveAndStop(StopBetweenBatches):
         """Called with an exception and where it was, as soon as it has ended the fit, before anything is torn down."""
         self.begins: Callable[[Trainer, Any], object] | None = None
         """Called with the first batch, on all ranks, if they have equally many batches."""
+        self.first_batch_done: Callable[[Trainer], object] | None = None
+        """Called once, after the first batch."""
         self._watch = watch
         self._folder = folder
         self._look_at = 0.0
@@ -71,6 +73,9 @@ class SaveAndStop(StopBetweenBatches):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop if any rank was asked to; say once if somebody has deleted the run's folder."""
+        if self.first_batch_done is not None:
+            call, self.first_batch_done = self.first_batch_done, None
+            call(trainer)
         if time.monotonic() >= self._look_at:
             self._look_at = time.monotonic() + _LOOK_EVERY
             self._look_for_folder(trainer)

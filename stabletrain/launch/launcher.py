@@ -12,29 +12,31 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from stabletrain.config.compose import Composed, compose, expand
 from stabletrain.config.outputs import typed_keys
 from stabletrain.config.problems import ConfigError, Problem
+from stabletrain.config.restarts import allowed_restarts
 from stabletrain.config.resume import checkpoint_of
 from stabletrain.config.validate import check_keys
 from stabletrain.errors import UserError
 from stabletrain.launch import mlflow_run
+from stabletrain.launch.attempt_end import AttemptEnd
 from stabletrain.launch.connection import Workers
-from stabletrain.launch.final_status import final_result
-from stabletrain.launch.process import local_command, start_process, wait_for, worker_command, worker_environment
-from stabletrain.launch.rank_ends import SPARE_ENV, remove_ends, spare_folder
+from stabletrain.launch.other_nodes import has_other_nodes, other_nodes
+from stabletrain.launch.process import ProcessEnd, local_command, start_process, worker_environment
 from stabletrain.launch.recording import git_of_run, record_git
 from stabletrain.launch.result import Result, read_result
+from stabletrain.launch.run_attempts import Processes, go_on, started
 from stabletrain.launch.run_folder import choose_run_folder, make_run_folder, remove_unused, write_run_yaml
-from stabletrain.launch.side_by_side import Place, Relay, keep_on, run_each
+from stabletrain.launch.side_by_side import Place, run_each
 from stabletrain.launch.slurm import submit
 from stabletrain.launch.start_up import (
-    AFTER_TRAINING,
     BEFORE_TRAINING,
     StartFailed,
     StartInterrupted,
@@ -139,6 +141,9 @@ def prepare(request: LaunchRequest) -> list[Job]:
     for recipe, overrides in expand(request.recipe, request.overrides, multirun=request.multirun):
         composed.append((recipe, compose(recipe, overrides)))
         problems += check_keys(composed[-1][1])
+        if request.multirun and not problems and has_other_nodes(composed[-1][1].config):
+            text = "the nodes of a run are started by hand, for each run anew: start one run at a time, or launch=slurm"
+            problems.append(Problem("launch.nodes", text))
     names = _names([each for _, each in composed])
     jobs = [
         Job(
@@ -191,7 +196,8 @@ def run(request: LaunchRequest, jobs: Sequence[Job], report: Reporter, *, at_onc
         StartFailed: if the user's own code fails before the training of a single job, or its worker died.
         StartInterrupted: if Ctrl-C or SIGTERM arrived before training.
     """
-    if len(jobs) > 1 or jobs[0].composed.config["launch"]["kind"] == "slurm":
+    config = jobs[0].composed.config
+    if len(jobs) > 1 or config["launch"]["kind"] == "slurm" or has_other_nodes(config):
         check_jobs(jobs, request)
     if not request.multirun:
         return run_jobs(request, jobs, report, at_once=at_once)
@@ -250,7 +256,7 @@ def _was_interrupted(done: FinishedJob) -> bool:
 
 
 class Reporter:
-    """Called during `run`; this base class does nothing."""
+    """Called during `run`; this base class prints what the user must do, and nothing else."""
 
     def starting(self, config: dict[str, Any], number: int | None) -> None:
         """Called before a worker starts.
@@ -259,6 +265,14 @@ class Reporter:
             config: the content of run.yaml.
             number: of the job in a sweep; None outside a sweep.
         """
+
+    def note(self, text: str) -> None:
+        """Print a line about the nodes of a run, such as how the others are started.
+
+        Args:
+            text: one line.
+        """
+        print(text, flush=True)
 
     def not_started(self, error: Exception, number: int | None) -> None:
         """Called if a job of a sweep cannot be started.
@@ -402,46 +416,87 @@ def _run_job(job: Job, shared: _Shared, start_up: StartUp, report: Reporter, pla
             report.starting(config, job.number)
             number = submit(config, opened.run_yaml, environment)
         return _finished(job, config, None, slurm_job=number)
-    with spare_folder() as spare, Workers([config], then="train") as workers:
-        if spare is not None:
-            environment[SPARE_ENV] = str(spare)
-        start_up.check()
-        start_up.doing = BEFORE_TRAINING
-        command = worker_command(config["launch"], *workers.arguments)
-        process = start_process(command, environment, piped=place.is_shared)
-        keep_on(process, place.cores)
+    prefix = f"job {job.number}: " if place.is_shared else ""
+    start = partial(started, environment=environment, place=place, start_up=start_up, prefix=prefix)
+    start_up.doing = BEFORE_TRAINING
+    if has_other_nodes(config):
+        return _run_on_several_nodes(job, config, shared, start_up, report, start)
+    with start(config) as processes:
         shared.say_if_crowded(config["launch"], place.cores)
-        relay = Relay(process, f"job {job.number}: ") if place.is_shared else None
-        try:
-            with shared.store_lock:
-                uri = mlflow_run.open_store(config)  # while the worker imports torch
-            git = git_of_run(config)
-            problems = checked(workers, process, config["launch"]["processes"], start_up)
-            if problems:
-                raise ConfigError(dict.fromkeys(problems))
-            with _opened(config, job, shared, uri, git, start_up) as opened:
-                report.starting(config, job.number)
-                remove_ends(folder)
-
-                def begin() -> None:
-                    start_up.check()
-                    start_up.doing = AFTER_TRAINING  # a signal is the worker's while it runs
-                    opened.is_used = True
-                    workers.train(opened.run_yaml)
-
-                ended = wait_for(process, begin)
-        finally:
-            end(workers, process)
-            if relay is not None:
-                relay.finish()
-        try:
-            result = final_result(config, ended, spare)
-        except BaseException as error:  # a second signal
-            mlflow_run.settle_run(config, read_result(folder) or _result_of(error))
-            raise
         with shared.store_lock:
-            warning = mlflow_run.finish_run(config, result)
+            uri = mlflow_run.open_store(config)  # while the worker imports torch
+        git = git_of_run(config)
+        processes.check()
+        with _opened(config, job, shared, uri, git, start_up) as opened:
+            report.starting(config, job.number)
+            _say_if_not_restarted(config)
+            ended = processes.train(opened.use)
+        first = _first_end(processes, config, ended)
+    return _finish_job(job, config, shared, start_up, first, start, prefix)
+
+
+def _run_on_several_nodes(
+    job: Job,
+    config: dict[str, Any],
+    shared: _Shared,
+    start_up: StartUp,
+    report: Reporter,
+    start: Callable[..., AbstractContextManager[Processes]],
+) -> FinishedJob:
+    """Run a job whose other nodes read the run's folder, so that the run is opened before any process is started."""
+    with other_nodes(config, report.note) as nodes:
+        assert nodes is not None
+        uri, git = mlflow_run.open_store(config), git_of_run(config)
+        start = partial(start, nodes=nodes)
+        with _opened(config, job, shared, uri, git, start_up) as opened:
+            report.starting(config, job.number)
+            _say_if_not_restarted(config)
+            nodes.invite()
+            with start(config) as processes:
+                processes.check()
+                ended = processes.train(opened.use)
+                first = _first_end(processes, config, ended)
+        return _finish_job(job, config, shared, start_up, first, start)
+
+
+def _first_end(processes: Processes, config: Mapping[str, Any], ended: ProcessEnd) -> AttemptEnd:
+    try:
+        return processes.end(config, ended)
+    except BaseException as error:  # a second signal
+        mlflow_run.settle_run(config, read_result(Path(config["run_dir"])) or _result_of(error))
+        raise
+
+
+def _finish_job(
+    job: Job,
+    config: dict[str, Any],
+    shared: _Shared,
+    start_up: StartUp,
+    first: AttemptEnd,
+    start: Callable[..., AbstractContextManager[Processes]],
+    prefix: str = "",
+) -> FinishedJob:
+    """Run further attempts, if there are to be any, and settle the run."""
+
+    def reopen(number: int) -> None:
+        with shared.store_lock:
+            mlflow_run.continue_run(config, number)
+
+    try:
+        result = go_on(config, first, lambda each, number: start(each, number=number), start_up, reopen, prefix)
+    except BaseException as error:  # a second signal
+        mlflow_run.settle_run(config, read_result(Path(config["run_dir"])) or _result_of(error))
+        raise
+    with shared.store_lock:
+        warning = mlflow_run.finish_run(config, result)
     return _finished(job, config, result, warning=warning)
+
+
+def _say_if_not_restarted(config: Mapping[str, Any]) -> None:
+    """Say why a run that would be restarted by default is not, so that nobody relies on it."""
+    _, missing = allowed_restarts(config)
+    if missing:
+        _logger.warning("the run is not restarted if a process dies: %s (launch.restarts)", missing)
 
 
 @dataclass
@@ -450,6 +505,10 @@ class _Opened:
 
     run_yaml: Path
     is_used: bool = False
+
+    def use(self) -> None:
+        """The worker is told to train."""
+        self.is_used = True
 
 
 @contextmanager

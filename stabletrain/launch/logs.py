@@ -1,7 +1,8 @@
-"""The log of a worker: a file with everything, and what the user should see on the terminal."""
+"""The log of a worker: files with everything, and what the user should see on the terminal."""
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import logging.handlers
 import sys
@@ -45,29 +46,35 @@ class WorkerLog:
             "ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning
         )
 
-    def to(self, path: Path) -> None:
-        """Write to a file from now on, and the records that were kept.
+    def to(self, *paths: Path) -> None:
+        """Write to files from now on, and the records that were kept.
 
-        A file that cannot be opened is one line; the run goes on without it.
+        A file that cannot be opened is one line; the run goes on without it. If the process crashes, Python writes
+        where it was into the last one.
 
         Args:
-            path: the log file.
+            paths: the log files; their folders are made.
         """
         if self._early is None:
             self.start()
         assert self._early is not None
-        try:
-            file: logging.Handler = LogFile(path)
-        except OSError as error:
-            logger.warning("%s cannot be written (%s); the run goes on without it", path, error.strerror or error)
-            file = logging.NullHandler()
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        self._early.setTarget(file)
-        self._early.flush()
+        early, self._early = self._early, None
         for name in _LOGGERS:
-            logging.getLogger(name).removeHandler(self._early)
-        _add(file)
-        self._early = None
+            logging.getLogger(name).removeHandler(early)
+        for path in paths:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                file = LogFile(path)
+            except OSError as error:
+                logger.warning("%s cannot be written (%s); the run goes on without it", path, error.strerror or error)
+                continue
+            file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+            for record in early.buffer:
+                file.handle(record)
+            _add(file)
+            if path == paths[-1] and file.stream is not None and not faulthandler.is_enabled():
+                faulthandler.enable(file.stream)
+        early.buffer.clear()
 
 
 def _add(handler: logging.Handler) -> None:

@@ -11,7 +11,7 @@ _MOST = 8
 """How many ranks a message describes."""
 
 
-def lost_each_other(ends: Sequence[RankEnd], silent: Sequence[int], timeout: int | None) -> Result | None:
+def lost_each_other(ends: Sequence[RankEnd], silent: Sequence[int], timeout: float | None) -> Result | None:
     """Return the end of a run whose processes did not meet in a collective; None if they merely lost a connection.
 
     Args:
@@ -20,7 +20,7 @@ def lost_each_other(ends: Sequence[RankEnd], silent: Sequence[int], timeout: int
         timeout: of the process group, ``launch.timeout``, in seconds; None if it is the strategy's own.
     """
     ends = sorted(ends, key=lambda end: end.rank)
-    limit = f"for {timeout} s (launch.timeout)" if timeout else "until the process group's timeout"
+    limit = f"for {timeout:g} s (launch.timeout)" if timeout else "until the process group's timeout"
     waiting = [end for end in ends if end.lost == "timeout"]
     finished = [end for end in ends if end.result.end == "finished"]
     others = [end for end in ends if end.result.end != "finished"]

@@ -18,6 +18,9 @@ from stabletrain.runtime.records.run_files import RESULT, UNSENT_METRICS, artifa
 
 _logger = logging.getLogger("stabletrain")
 
+ATTEMPTS_TAG = "stabletrain.attempts"
+"""The number of attempts of a run, if there are several."""
+
 MLFLOW_LOGGER = "stabletrain.tracking.MLflowLogger"
 
 
@@ -112,6 +115,59 @@ def open_run(
             error,
         )
     forget_end(logger["tracking_uri"], logger["run_id"])
+
+
+def continue_run(config: Mapping[str, Any], attempt: int) -> None:
+    """Let a run go on in a further attempt: its status is RUNNING again, and a tag has the number of attempts.
+
+    A store that fails is ignored: the worker's logger reopens the run, too.
+
+    Args:
+        config: the content of run.yaml.
+        attempt: number of the attempt, from 2.
+    """
+    if is_tracked(config) and config["logger"].get("run_id"):
+        from stabletrain.tracking.runs import reopen, write_tags
+        from stabletrain.tracking.sqlite_file import check_file
+        from stabletrain.tracking.store import open_client
+
+        uri, run_id = config["logger"]["tracking_uri"], config["logger"]["run_id"]
+        with suppress(Exception):
+            check_file(uri)
+            client = open_client(uri)
+            reopen(client, run_id)
+            write_tags(client, run_id, {ATTEMPTS_TAG: attempt})
+
+
+def import_client(config: Mapping[str, Any]) -> None:
+    """Import what the end of a run needs, if it is tracked; what fails here is reported then.
+
+    Args:
+        config: the content of run.yaml.
+    """
+    if is_tracked(config):
+        with suppress(Exception):
+            from stabletrain.tracking.store import open_client
+
+            open_client(config["logger"]["tracking_uri"])
+
+
+def suspend_run(config: Mapping[str, Any]) -> None:
+    """Set a run's status to SCHEDULED: it has stopped, and goes on when its batch job runs again.
+
+    A store that fails is ignored: the status is RUNNING then.
+
+    Args:
+        config: the content of run.yaml.
+    """
+    if is_tracked(config) and config["logger"].get("run_id"):
+        from stabletrain.tracking.sqlite_file import check_file
+        from stabletrain.tracking.store import open_client
+
+        with suppress(Exception):
+            check_file(config["logger"]["tracking_uri"])
+            client = open_client(config["logger"]["tracking_uri"])
+            client.update_run(config["logger"]["run_id"], status="SCHEDULED")
 
 
 def _status_in(folder: Path) -> Literal["FINISHED", "FAILED", "KILLED"] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from typing import Any
 import psutil
 
 from stabletrain.config.trust import ENV as TRUST_ENV
+from stabletrain.core.intervals import seconds
 from stabletrain.launch.process_tree import children, kill_tree
 from stabletrain.runtime.signal_watch import SAME_PRESS
 
@@ -51,6 +53,23 @@ class ProcessEnd:
     abandoned: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class NodePlace:
+    """The place of a machine in one attempt of a run on several nodes.
+
+    Args:
+        number: of the node; 0 is the one on which the run was started.
+        nodes: of the run.
+        host: name or address of node 0.
+        port: at which the nodes find each other, on node 0.
+    """
+
+    number: int
+    nodes: int
+    host: str
+    port: int
+
+
 _SAVES_WITHIN = 10.0
 """Seconds that the workers of a killed torchrun get to save and end."""
 PYTHON = (sys.executable, "-P")
@@ -58,18 +77,27 @@ PYTHON = (sys.executable, "-P")
 _WORKER = ("-m", "stabletrain.worker")
 
 
-def worker_command(launch: Mapping[str, Any], *arguments: str) -> list[str]:
+def worker_command(launch: Mapping[str, Any], *arguments: str, place: NodePlace | None = None) -> list[str]:
     """Return the command that runs the workers on this machine, with torchrun if there are several processes.
 
     Args:
         launch: the ``launch`` node of a config.
         arguments: of each worker.
+        place: of this machine among the nodes of the run; None: there is one node.
     """
     if launch["kind"] == "local" and launch["processes"] == 1:
         return local_command(*arguments)
     processes = str(launch["processes"])
-    torchrun = [*PYTHON, "-m", TORCHRUN, "--standalone", "--nproc-per-node", processes]
+    where = ["--standalone"] if place is None else _static(place, launch)
+    torchrun = [*PYTHON, "-m", TORCHRUN, *where, "--nproc-per-node", processes]
     return [*torchrun, *_WORKER, *arguments, AGREED_ENDS_EXIT_0]
+
+
+def _static(place: NodePlace, launch: Mapping[str, Any]) -> list[str]:
+    """torchrun's options for a node: with numbers given, so that a rank is on the same node in every attempt."""
+    numbers = ["--nnodes", str(place.nodes), "--node-rank", str(place.number)]
+    where = ["--master-addr", place.host, "--master-port", str(place.port)]
+    return [*numbers, *where, "--rdzv-conf", f"timeout={math.ceil(seconds(launch['timeout'], name='launch.timeout'))}"]
 
 
 def local_command(*arguments: str) -> list[str]:
@@ -159,6 +187,16 @@ def kill(process: subprocess.Popen[bytes]) -> None:
         process: from `start_process`.
     """
     kill_tree(process.pid)
+
+
+def kill_children(process: subprocess.Popen[bytes]) -> None:
+    """Kill what a process has started, such as the workers of torchrun, which then reports them.
+
+    Args:
+        process: from `start_process`.
+    """
+    for pid in children(process.pid):
+        kill_tree(pid)
 
 
 class _Forwarder:

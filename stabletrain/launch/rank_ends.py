@@ -71,6 +71,16 @@ def this_rank(environment: Mapping[str, str] = os.environ) -> int:
     return 0
 
 
+def is_one_of_several(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether this process is one of several of its run.
+
+    Args:
+        environment: to read.
+    """
+    sizes = (environment.get(name, "") for name in ("WORLD_SIZE", "SLURM_NTASKS"))
+    return any(size.isdecimal() and int(size) > 1 for size in sizes)
+
+
 @contextmanager
 def spare_folder() -> Iterator[Path | None]:
     """Make the second folder, in memory if the system has such a file system; it is deleted afterwards.
@@ -101,9 +111,7 @@ def write_end(end: RankEnd, run_dir: Path) -> None:
         OSError: if it can be written to neither.
     """
     failure: OSError | None = None
-    for folder in (run_dir / ENDS, _spare()):
-        if folder is None:
-            continue
+    for folder in ends_folders(run_dir):
         try:
             folder.mkdir(exist_ok=True)
             write_json(folder / f"rank-{end.rank}.json", asdict(end))
@@ -123,13 +131,24 @@ def read_ends(run_dir: Path, spare: Path | None = None) -> list[RankEnd]:
         spare: the second folder; None: the one that the environment names, if there is one.
     """
     found: dict[int, RankEnd] = {}
-    for folder in (run_dir / ENDS, spare or _spare()):
-        for file in sorted(folder.glob("rank-*.json")) if folder is not None else ():
+    for folder in ends_folders(run_dir, spare):
+        for file in sorted(folder.glob("rank-*.json")):
             with contextlib.suppress(OSError, ValueError):
                 end = _parse(read_json(file))
                 if end.rank not in found or end.time_ns > found[end.rank].time_ns:
                     found[end.rank] = end
     return [found[rank] for rank in sorted(found)]
+
+
+def ends_folders(run_dir: Path, spare: Path | None = None) -> list[Path]:
+    """Return the folders in which processes write how they ended, the first choice first.
+
+    Args:
+        run_dir: the run's folder.
+        spare: the second folder; None: the one that the environment names, if there is one.
+    """
+    second = spare or _spare()
+    return [run_dir / ENDS, *([second] if second is not None else [])]
 
 
 def remove_ends(run_dir: Path) -> None:
@@ -165,6 +184,19 @@ def write_exit_codes(codes: Mapping[int, int]) -> None:
     if spare is not None:
         with contextlib.suppress(OSError):
             write_json(spare / _EXITS, {str(rank): code for rank, code in codes.items()})
+
+
+def add_exit_codes(codes: Mapping[int, int], spare: Path | None) -> None:
+    """Add the exit codes of processes on other machines to those of this one.
+
+    Args:
+        codes: by rank.
+        spare: the second folder.
+    """
+    if codes and spare is not None:
+        with contextlib.suppress(OSError):
+            together = {**codes, **read_exit_codes(spare)}
+            write_json(spare / _EXITS, {str(rank): code for rank, code in together.items()})
 
 
 def read_exit_codes(spare: Path | None) -> dict[int, int]:

@@ -80,9 +80,14 @@ class Recording:
         Args:
             trainer: in ``on_train_batch_start`` of the first batch.
             batch: that batch.
+
+        Raises:
+            UserError: if the nodes of the run have different software.
         """
+        from stabletrain.launch.versions import check_nodes
         from stabletrain.tracking.start_record import record_start
 
+        check_nodes(trainer, same_versions=self._config["launch"].get("same_versions", True))
         start = record_start(trainer, batch, self._record)
         if start is None:
             return

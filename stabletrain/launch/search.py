@@ -16,6 +16,7 @@ from stabletrain.errors import UserError
 from stabletrain.extras import require
 from stabletrain.launch.launcher import FinishedJob, Job, LaunchRequest, Reporter, check_jobs, run_jobs
 from stabletrain.launch.mlflow_run import is_tracked
+from stabletrain.launch.other_nodes import has_other_nodes
 from stabletrain.launch.study import TRIAL_ENV, Goal, State, Study, Trial, default_storage, storage_address
 from stabletrain.launch.sweep_run import SweepRun
 from stabletrain.launch.trial_end import no_such_metric, state_of
@@ -187,7 +188,7 @@ def prepare_search(request: LaunchRequest, options: SearchOptions) -> Search:
     composed = compose(recipe, overrides)
     if composed.config["dry_run"]:
         raise UserError("sweep: the trials train; remove dry_run, or use stabletrain validate")
-    if composed.config["launch"]["kind"] == "slurm":
+    if composed.config["launch"]["kind"] == "slurm" or has_other_nodes(composed.config):
         raise UserError(
             "sweep: the trials run on this machine, one after the other or with --jobs; choose launch=local"
         )

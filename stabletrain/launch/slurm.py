@@ -1,4 +1,7 @@
-"""Run a worker as a SLURM batch job: write a script into the run's folder and submit it with sbatch."""
+"""Run a worker as a SLURM batch job: write a script into the run's folder and submit it with sbatch.
+
+The script runs `stabletrain.launch.batch_job`, which starts the workers with srun.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from stabletrain.errors import UserError
-from stabletrain.launch.process import PATHS_OUTSIDE, PYTHON
-from stabletrain.runtime.records.run_files import ENDS, RESULT, SLURM_SCRIPT, slurm_output
+from stabletrain.launch.process import PYTHON
+from stabletrain.runtime.records.run_files import SLURM_SCRIPT, slurm_output
 
 
 def batch_script(config: Mapping[str, Any], run_yaml: Path, environment: Mapping[str, str]) -> str:
     """Return the batch script of a run.
 
-    srun starts one worker per device. After it has ended, the script sets the run's final status, also after a failure.
+    It takes the time and memory of one more process beside the workers: the one that waits for them.
 
     Args:
         config: the resolved config.
@@ -36,19 +39,18 @@ def batch_script(config: Mapping[str, Any], run_yaml: Path, environment: Mapping
         "cpus-per-task": launch["threads"],
         "chdir": os.getcwd(),
         "output": f"{config['run_dir']}/{slurm_output('%j')}",
-        # SIGTERM this many seconds before the time limit: enough to finish a batch and save
-        "signal": "TERM@120",
+        "signal": "TERM@120",  # of a run.yaml of an earlier version
+        "requeue": None,  # a cluster may have another default, and a job that is started again goes on
+        "open-mode": "append",
         **(launch.get("sbatch") or {}),
     }
+    if "no-requeue" in options:
+        del options["requeue"]
     head = [f"#SBATCH --{key}" + ("" if value is None else f"={_escaped(value)}") for key, value in options.items()]
     changed = {key: value for key, value in environment.items() if os.environ.get(key) != value}
     exports = [f"export {key}={shlex.quote(value)}" for key, value in changed.items()]
-    worker = shlex.join([*PYTHON, "-m", "stabletrain.worker", str(run_yaml), PATHS_OUTSIDE])
-    set_status = shlex.join([*PYTHON, "-m", "stabletrain.launch.final_status", str(run_yaml)])
-    # a job that SLURM has requeued runs in the same folder: the end of its last attempt is not this one's
-    earlier = shlex.join(["rm", "-rf", "--", f"{config['run_dir']}/{RESULT}", f"{config['run_dir']}/{ENDS}"])
-    body = [earlier, f"srun --kill-on-bad-exit=1 {worker}", f'{set_status} "$?"']
-    return "\n".join(["#!/bin/bash", *head, "", *exports, *body, ""])
+    job = shlex.join([*PYTHON, "-m", "stabletrain.launch.batch_job", str(run_yaml)])
+    return "\n".join(["#!/bin/bash", *head, "", *exports, f"exec {job}", ""])
 
 
 def _escaped(value: str | int) -> str:

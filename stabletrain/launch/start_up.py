@@ -21,6 +21,7 @@ from stabletrain.launch.result import Result
 
 BEFORE_TRAINING = "training has not begun; ending when the tracking store is in order; a second signal ends at once"
 AFTER_TRAINING = "the run has ended; its files are still sent to the tracking store; a second signal ends at once"
+BETWEEN_ATTEMPTS = "no process trains at the moment; the run ends at its last checkpoint; a second signal ends at once"
 
 _PATIENCE = 5.0
 """Seconds that a process gets to end after its connection was closed."""

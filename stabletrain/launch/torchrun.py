@@ -15,6 +15,11 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
 from stabletrain.launch.rank_ends import write_exit_codes
+from stabletrain.runtime.internals.elastic import kill_after
+
+_ENDS_WITHIN = 15
+"""Seconds that a worker has to end when another one has failed. One that is stopped, or hangs, ends at no signal, and
+the run is restarted only when it is gone."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -26,6 +31,7 @@ def main(argv: Sequence[str]) -> int:
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
+    kill_after(_ENDS_WITHIN)
     try:
         run(parse_args(list(argv)))  # type: ignore[no-untyped-call]
     except ChildFailedError as error:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from stabletrain.config.trust import ENV as TRUST_ENV
 from stabletrain.errors import UserError
+from stabletrain.launch.attempt_start import AttemptStart
+from stabletrain.launch.attempts import resume_of_attempt, this_attempt
 from stabletrain.launch.background import sending
 from stabletrain.launch.connection import OPTION
 from stabletrain.launch.hand_over import (
@@ -29,11 +31,12 @@ from stabletrain.launch.hand_over import (
 from stabletrain.launch.logs import WorkerLog
 from stabletrain.launch.mlflow_run import finish_run
 from stabletrain.launch.process import AGREED_ENDS_EXIT_0, PATHS_OUTSIDE
+from stabletrain.launch.rank_ends import is_one_of_several, this_rank
 from stabletrain.launch.recording import Recording
 from stabletrain.launch.result import Result
 from stabletrain.launch.run_folder import read_run_yaml
 from stabletrain.launch.worker_end import WorkerEnd
-from stabletrain.runtime.records.run_files import WORKER_LOG
+from stabletrain.runtime.records.run_files import WORKER_LOG, rank_log
 from stabletrain.runtime.signal_watch import Interrupted, SignalWatch
 from stabletrain.safe_path import append_current_folder
 from stabletrain.settings import speak_of_keys
@@ -81,7 +84,8 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    run = _Run(config, watch, log, built)
+    resume = launcher.configs[0].get("resume") if launcher is not None else _resume(config)
+    run = _Run(config, resume, watch, log, built)
     try:
         result = run.train()
     except BaseException as error:  # a SystemExit in the user's module, too, is no successful end
@@ -94,13 +98,24 @@ def main(argv: Sequence[str]) -> int:
     return 0 if agreed_ends_exit_0 and result.end in ("stopped", "interrupted", "terminated") else code
 
 
+def _resume(config: Mapping[str, Any]) -> str | None:
+    """Where a worker without a launcher begins; run.yaml says where the first attempt did."""
+    return resume_of_attempt(config) if this_attempt() > 1 else config.get("resume")
+
+
 class _Run:
-    """The worker's run."""
+    """The worker's run; ``resume`` is that of this attempt, and run.yaml has that of the first."""
 
     def __init__(
-        self, config: Mapping[str, Any], watch: SignalWatch, log: WorkerLog, built: Assembled | None = None
+        self,
+        config: Mapping[str, Any],
+        resume: str | None,
+        watch: SignalWatch,
+        log: WorkerLog,
+        built: Assembled | None = None,
     ) -> None:
         self.config = config
+        self.attempt_config = {**config, "resume": resume}
         self.watch = watch
         self.log = log
         self.built = built
@@ -112,15 +127,21 @@ class _Run:
     def train(self) -> Result:
         """Build the run's objects, unless they are built already, and fit."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.log.to(self.folder / WORKER_LOG)
+        self.log.to(*self._log_files())
         if self.watch.signum is not None:  # it arrived while this process waited for the launcher
             raise Interrupted(self.watch.signum)
-        run = self.built or check_and_assemble(self.config, self.watch)
+        run = self.built or check_and_assemble(self.attempt_config, self.watch)
         self.trainer = run.trainer
-        complete(run, self.config)
-        recording = Recording(self.config, run.trainer)
+        complete(run, self.attempt_config)
+        recording, start = Recording(self.config, run.trainer), AttemptStart(self.attempt_config)
         recording.write()
-        run.interrupt.begins = recording.begin
+        start.prepare(run)
+
+        def begins(trainer: Trainer, batch: Any) -> None:
+            recording.begin(trainer, batch)
+            start.begin(trainer)
+
+        run.interrupt.begins, run.interrupt.first_batch_done = begins, start.first_batch_done
         run.interrupt.failed = lambda error, at: self.end.note(error, started=run.interrupt.started, at=at)
         try:
             with sending(self.config, run.trainer):
@@ -129,6 +150,14 @@ class _Run:
             self.started = run.interrupt.started
         self.watch.ignore()
         return Result(end="finished", message="the run has finished")
+
+    def _log_files(self) -> list[Path]:
+        """Of several processes, rank 0 writes the run's log, and each one a log of its own for every attempt."""
+        if not is_one_of_several():
+            return [self.folder / WORKER_LOG]
+        rank = this_rank()
+        own = self.folder / rank_log(this_attempt(), rank)
+        return [self.folder / WORKER_LOG, own] if rank == 0 else [own]
 
     @property
     def is_rank_0(self) -> bool:

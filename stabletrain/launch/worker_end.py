@@ -17,7 +17,15 @@ from stabletrain.config.resume import checkpoint_of_run
 from stabletrain.core.metric_names import without_old_names
 from stabletrain.launch.bounded import one_message
 from stabletrain.launch.cause import Cause, cause_of, traceback_text
-from stabletrain.launch.rank_ends import SPARE_ENV, RankEnd, read_ends, remove_own_end, this_rank, write_end
+from stabletrain.launch.rank_ends import (
+    SPARE_ENV,
+    RankEnd,
+    is_one_of_several,
+    read_ends,
+    remove_own_end,
+    this_rank,
+    write_end,
+)
 from stabletrain.launch.result import Result
 from stabletrain.runtime.records.run_files import ENDS, RESULT
 from stabletrain.runtime.signal_watch import SignalWatch
@@ -71,7 +79,7 @@ class WorkerEnd:
             self._at = at
             unsure = cause.lost == "perhaps" or (cause.result.end in ("interrupted", "terminated") and not cause.agreed)
             self._is_consequence = self._another_has_failed() if unsure else cause.lost_peer
-            if _is_one_of_several():
+            if is_one_of_several():
                 with contextlib.suppress(OSError):  # it is written again at the end
                     write_end(self._end(cause.result), self.folder)
                 if cause.result.end in ("failed", "refused") and not cause.agreed:  # its teardown may wait for others
@@ -89,7 +97,7 @@ class WorkerEnd:
         if cause.show == "nothing":
             return cause.result
         text = traceback_text(error)
-        if self._is_consequence and _is_one_of_several():
+        if self._is_consequence and is_one_of_several():
             _log_file_only.error("rank %d: %s", self.rank, text)
             return cause.result
         mine = self._is_first_to_show()
@@ -125,7 +133,7 @@ class WorkerEnd:
         if problems and not launcher_knows:
             logger.warning("%s cannot be written to %s: %s", RESULT, self.folder, problems[0])
             logger.warning("the run has ended after %d steps: %s: %s", result.steps, result.end, result.message)
-        if result.end not in _ORDERLY and _is_one_of_several():
+        if result.end not in _ORDERLY and is_one_of_several():
             if self._leaving is not None:  # the teardown has come to its end, and what follows gets the time anew
                 self._leaving.cancel()
             self._leaving = _leave_within(_LEAVE_WITHIN, result.exit_code)
@@ -153,7 +161,7 @@ class WorkerEnd:
         return RankEnd(
             rank=self.rank,
             result=result,
-            consequence=self._is_consequence and _is_one_of_several(),
+            consequence=self._is_consequence and is_one_of_several(),
             agreed=cause is not None and cause.agreed,
             lost=cause.lost if cause is not None else "",
             at=self._at,
@@ -162,14 +170,14 @@ class WorkerEnd:
         )
 
     def _another_has_failed(self) -> bool:
-        if not _is_one_of_several():
+        if not is_one_of_several():
             return False
         mistakes = ("failed", "refused")
         return any(end.rank != self.rank and end.result.end in mistakes for end in read_ends(self.folder))
 
     def _is_first_to_show(self) -> bool:
         """Whether this is the first process that has something to show; the others have it in the log only."""
-        if not _is_one_of_several():
+        if not is_one_of_several():
             return True
         attempt = os.environ.get("TORCHELASTIC_RUN_ID", "") + os.environ.get("SLURM_RESTART_COUNT", "")
         try:
@@ -212,11 +220,6 @@ def _noting(problems: list[str]) -> Any:
         yield
     except Exception as error:  # whatever fails here must not hide how the run ended
         problems.append(one_message(str(getattr(error, "strerror", None) or error)))
-
-
-def _is_one_of_several() -> bool:
-    sizes = (os.environ.get(name, "") for name in ("WORLD_SIZE", "SLURM_NTASKS"))
-    return any(size.isdecimal() and int(size) > 1 for size in sizes)
 
 
 def _leave_within(seconds: float, code: int) -> threading.Timer:

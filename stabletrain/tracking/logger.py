@@ -124,6 +124,8 @@ class MLflowLogger(Logger):
         self.records_itself = True
         """Whether this logger records environment, code and data; False in a run whose launcher's worker does."""
         self._is_recorded = False
+        self.repeats = False
+        """Whether steps that are in the run already are made again, bit for bit: they are not logged twice."""
 
     @property
     @rank_zero_experiment
@@ -345,7 +347,9 @@ class MLflowLogger(Logger):
                     self._is_recorded = True
                     upload_own_record(self.tracking_uri, self._run_id)
             end = partial(_set_terminated, client, self._run_id)
-            self._session = _Session(client, self._run_id, self._unsent, end=end, ends_at_signals=is_new)
+            self._session = _Session(
+                client, self._run_id, self._unsent, end=end, ends_at_signals=is_new, repeats=self.repeats
+            )
             if self._system_metrics:
                 self._session.system = SystemMetrics(client.tracking_uri, self._run_id, this_node())
         return self._session
@@ -443,10 +447,18 @@ class _Session:
         unsent: file for metrics that the store does not accept.
         end: ends the run with a status; None: it is somebody else's.
         ends_at_signals: whether it is ended, too, when a signal ends the process.
+        repeats: whether values of steps that the run has already are the same, and left out.
     """
 
     def __init__(
-        self, client: Any, run_id: str, unsent: Path, *, end: Callable[[str], None] | None, ends_at_signals: bool
+        self,
+        client: Any,
+        run_id: str,
+        unsent: Path,
+        *,
+        end: Callable[[str], None] | None,
+        ends_at_signals: bool,
+        repeats: bool = False,
     ) -> None:
         self.client = client
         self._end = end
@@ -458,7 +470,8 @@ class _Session:
             for key, value in metric_names.renamed(metrics).items()
             if key.startswith(prefix)
         }
-        self.writer = MetricWriter(self._send, unsent, run_id, nonfinite=counts)
+        logged = runs.last_steps(client, run_id) if repeats else {}
+        self.writer = MetricWriter(self._send, unsent, run_id, nonfinite=counts, logged=logged)
         self.system: SystemMetrics | None = None
         self._waiting: dict[str, Callable[[], None]] = {}
         self._signals = EndSignals(lambda: self.close("KILLED")) if ends_at_signals else None

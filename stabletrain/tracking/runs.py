@@ -322,6 +322,16 @@ def reopen(client: Any, run_id: str) -> int:
     return int(run.data.tags.get(RESUMES, 0)) + 1
 
 
+def last_steps(client: Any, run_id: str) -> dict[str, int]:
+    """Return the last step of each metric of a run, by the name under which it is stored.
+
+    Args:
+        client: of MLflow.
+        run_id: the run.
+    """
+    return {each.key: int(each.step) for each in client.get_run(run_id).data.to_proto().metrics}
+
+
 def write_params(client: Any, run_id: str, params: Mapping[str, Any]) -> None:
     """Log nested parameters; those that the run has with another value become tags ``changed.<name>``."""
     from mlflow.entities import Param, RunTag

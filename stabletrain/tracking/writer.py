@@ -66,6 +66,7 @@ class MetricWriter:
         unsent: file for batches that could not be written, one JSON object per line.
         run_id: written into that file.
         nonfinite: counts so far by metric key, of a run that is resumed.
+        logged: last steps so far by metric key, of a run that makes steps again: values up to there are left out.
         linger: seconds that a metric may wait for others, to be sent with them.
         delays: seconds before each further attempt.
     """
@@ -77,6 +78,7 @@ class MetricWriter:
         run_id: str,
         *,
         nonfinite: Mapping[str, int] | None = None,
+        logged: Mapping[str, int] | None = None,
         linger: float = 0.5,
         delays: Sequence[float] = (0.1, 0.5, 2.0),
     ) -> None:
@@ -85,6 +87,7 @@ class MetricWriter:
         self._send = send
         self._run_id = run_id
         self._nonfinite = dict(nonfinite or {})
+        self._logged = dict(logged or {})
         self._linger = linger
         self._delays = tuple(delays)
         self._queue: SimpleQueue[_Entry | _Signal] = SimpleQueue()
@@ -179,6 +182,8 @@ class MetricWriter:
     def _expand(self, entry: _Entry, points: list[Point]) -> None:
         for name, value in entry.metrics.items():
             key = safe_key(name)
+            if self._logged and entry.step <= self._logged.get(key, -1):
+                continue
             if math.isfinite(value):
                 points.append(Point(key, value, entry.timestamp, entry.step))
                 continue

@@ -3,10 +3,14 @@
 | name                   | written by                         | holds                                             |
 |------------------------|------------------------------------|---------------------------------------------------|
 | `run.yaml`             | the launcher                       | the resolved config, input of the worker          |
-| `worker.log`           | the worker                         | log records and warnings                          |
+| `worker.log`           | the worker                         | log records and warnings; of several, of rank 0   |
+| `logs/attempt-<n>/`    | each of several workers            | log records and warnings of every rank            |
 | `result.json`          | the worker, or else the launcher   | how the run ended                                 |
 | `ends/rank-<n>.json`   | the worker                         | how one process ended; result.json has the cause  |
+| `attempts.jsonl`       | the launcher                       | when and how each attempt of the run ended        |
+| `crash-<n>.txt`        | the launcher                       | how each rank of a failed attempt ended           |
 | `job.sbatch`           | the launcher, with SLURM           | the batch script; its output is `slurm-<job>.out` |
+| `job.json`             | the SLURM job                      | the attempt that runs; removed when it has ended  |
 | `checkpoints/`         | checkpoint callbacks               | checkpoints; `interrupted.ckpt` after a signal    |
 | `events.jsonl`         | the guard                          | the events of all plugins                         |
 | `steps.bin`            | the worker                         | loss, norm and end of every attempted step        |
@@ -32,9 +36,13 @@ RUN_YAML = "run.yaml"
 RUN_YAML_RECORD = ("trust", "typed", "choices")
 """Keys of run.yaml that no config has: they say how the command line named the run's parts."""
 WORKER_LOG = "worker.log"
+LOGS = "logs"
 RESULT = "result.json"
+ATTEMPTS = "attempts.jsonl"
+CRASH_PREFIX = "crash-"
 ENDS = "ends"
 SLURM_SCRIPT = "job.sbatch"
+SLURM_ATTEMPT = "job.json"
 CHECKPOINTS = "checkpoints"
 INTERRUPTED_CHECKPOINT = "interrupted.ckpt"
 EVENTS = "events.jsonl"
@@ -66,12 +74,37 @@ def slurm_output(job: str) -> str:
     return f"slurm-{job}.out"
 
 
+def rank_log(attempt: int, rank: int) -> str:
+    """Return the path in a run's folder of the log of one of several ranks.
+
+    Args:
+        attempt: from 1.
+        rank: of the process.
+
+    >>> rank_log(2, 0)
+    'logs/attempt-2/rank-0.log'
+    """
+    return f"{LOGS}/attempt-{attempt}/rank-{rank}.log"
+
+
+def crash_report(attempt: int) -> str:
+    """Return the name of the file that says how each rank of an attempt ended.
+
+    Args:
+        attempt: from 1.
+
+    >>> crash_report(1)
+    'crash-1.txt'
+    """
+    return f"{CRASH_PREFIX}{attempt}.txt"
+
+
 def artifacts(folder: Path) -> list[Path]:
     """Return the files and folders that are copied to the tracking store when a run has ended; some may be missing.
 
     Args:
         folder: the run's folder.
     """
-    names = (EVENTS, STEPS, PICTURE, RESUMED, INTERVENTIONS, RESULT, SAMPLE, STRATEGY, LR_RANGE, ENVIRONMENT)
+    names = (EVENTS, STEPS, PICTURE, RESUMED, INTERVENTIONS, RESULT, ATTEMPTS, SAMPLE, STRATEGY, LR_RANGE, ENVIRONMENT)
     files = [folder / name for name in names]
-    return [*files, *sorted(folder.glob(f"{DIAGNOSIS_PREFIX}*"))]
+    return [*files, *sorted(folder.glob(f"{DIAGNOSIS_PREFIX}*")), *sorted(folder.glob(f"{CRASH_PREFIX}*.txt"))]

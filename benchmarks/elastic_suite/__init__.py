@@ -1,0 +1,1 @@
+"""Runs under torchrun that lose a process and go on by themselves."""
