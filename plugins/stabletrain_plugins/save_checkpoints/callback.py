@@ -7,7 +7,7 @@ import math
 import secrets
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, cast
 
@@ -24,6 +24,8 @@ from stabletrain.runtime.checkpoints.divided_saver import DividedSaver
 from stabletrain.runtime.checkpoints.lightning_io import check_when_reading
 from stabletrain.runtime.checkpoints.loading import newest
 from stabletrain.runtime.checkpoints.manifest import CheckpointInfo
+from stabletrain.runtime.checkpoints.memory.copies import MemoryCopies, is_restarted
+from stabletrain.runtime.checkpoints.memory.options import OFF, MemoryOptions
 from stabletrain.runtime.checkpoints.preemption import EXIT_CODE, PreemptionWatch, StopBetweenBatches
 from stabletrain.runtime.checkpoints.saver import Saver
 from stabletrain.runtime.checkpoints.store import MetricMode, Retention, Store
@@ -32,12 +34,14 @@ from stabletrain.runtime.internals import loader as loader_internals
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.internals.fabric import refuse_in_fabric
 from stabletrain.runtime.internals.packages import Checkpoint
+from stabletrain.runtime.internals.resuming import go_on_from
 from stabletrain.runtime.plugin_state import names_its_plugin
 from stabletrain.runtime.ranks import Ranks
 from stabletrain.runtime.records import run_files
 from stabletrain.runtime.records.recipe import recipe_hash
 from stabletrain.runtime.run_length import run_length
 from stabletrain.runtime.signal_watch import Terminated
+from stabletrain.runtime.stop import EndReached, TrainingStopped
 
 if TYPE_CHECKING:
     from stabletrain.runtime.internals.packages import AnyTrainer
@@ -68,6 +72,10 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
             model (FSDP2, tensor parallel) or optimizer (ZeroRedundancyOptimizer), as this rank's part, on each rank.
             False: training waits for every write.
         on_sigterm: on SIGTERM save after the batch, and end the process with exit code 143.
+        memory: copies in the nodes' memory, from which a restarted run goes on, also after the loss of a node: a
+            mapping with ``every`` (applied steps, ``"auto"``: as often as costs at most 2 % of the steps' time, or
+            None: no copies), ``folder`` (on a memory file system; None: ``/dev/shm``) and ``copies`` (number of other
+            nodes that keep each part of a divided model). None: no copies.
 
     Raises:
         UserError: for an argument out of range.
@@ -77,6 +85,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
     slot: ClassVar[str] = "checkpoints"
 
     _undo_reading: Callable[[], None] | None = None
+    _undo_choice: Callable[[], None] | None = None
     _epoch: EpochState | None = None
 
     def __init__(
@@ -89,6 +98,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         tokens_per_step: float | None = None,
         background: bool = True,
         on_sigterm: bool = True,
+        memory: Mapping[str, Any] | None = OFF,
     ) -> None:
         finite = tokens_per_step is None or 0 < tokens_per_step < math.inf
         for ok, argument, expected, got in (
@@ -100,6 +110,8 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         self.folder, self.every, self.keep_last = folder, every, keep_last
         self.monitor, self.mode = monitor, mode
         self.tokens_per_step, self.background, self.on_sigterm = tokens_per_step, background, on_sigterm
+        self.memory = None if memory is None else dict(memory)
+        MemoryOptions.of(self.memory)
         SaveTriggers(every, _EVERY)
         self._reset()
 
@@ -115,6 +127,8 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         self._fitted: weakref.ref[Trainer] | None = None
         self._recipe: str | None = None
         self._loaded_recipe: str | None = None
+        self._saves = 0
+        self._copies: MemoryCopies | None = None
 
     # ---- for users --------------------------------------------------------------------------------------------------
 
@@ -154,25 +168,29 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         return self._save(cast(Trainer, trainer), wait, value)
 
     def _save(self, trainer: Trainer, wait: bool, value: float | None) -> Path | None:
+        self._saves += 1
         checkpoint = self._collect(trainer)
         self._saved_at = _position(trainer)
         self._triggers.saved(time.monotonic())
         if self._saver is not None:
-            info = CheckpointInfo(
-                step=trainer.global_step,
-                run=self._run,
-                epoch=trainer.current_epoch,
-                world_size=trainer.world_size,
-                recipe=self._recipe,
-                metric=None if value is None else self.monitor,
-                value=value,
-                whole=not AccumulationWindow(trainer).is_open,
-            )
             with naming_optimizers(trainer.optimizers):
-                self._saver.save(checkpoint, info, wait)
+                self._saver.save(checkpoint, self._info(trainer, value), wait)
         if wait:
             trainer.strategy.barrier("stabletrain.save_checkpoints")
         return self._saver.newest if self._saver is not None and wait else None
+
+    def _info(self, trainer: Trainer, value: float | None = None) -> CheckpointInfo:
+        return CheckpointInfo(
+            step=trainer.global_step,
+            run=self._run,
+            epoch=trainer.current_epoch,
+            world_size=trainer.world_size,
+            recipe=self._recipe,
+            metric=None if value is None else self.monitor,
+            value=value,
+            whole=not AccumulationWindow(trainer).is_open,
+            saves=self._saves,
+        )
 
     def wait(self) -> None:
         """Wait for an unfinished write."""
@@ -195,7 +213,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
                 "format. Use Lightning's ModelCheckpoint (plugins/checkpoints=none), or strategy=ddp"
             )
         self._restore_reading()  # of a fit that an exception has ended
-        self._undo_reading = check_when_reading(trainer)
+        self._undo_reading = check_when_reading(trainer, self._instead_of)
         if stage != "fit":
             return
         run = self._run if self._fitted is not None and self._fitted() is trainer else None
@@ -209,6 +227,11 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
             self._epoch = EpochState(trainer, self.plugin)
         self._active = not trainer_internals.is_fast_dev_run(trainer)
         self._recipe = recipe_hash(Path(trainer.default_root_dir), but=("chaos",))
+        options = MemoryOptions.of(self.memory)
+        if self._active and options.every is not None:
+            self._copies = MemoryCopies(options, trainer, self._directory, self._recipe, self.background)
+            if is_restarted():
+                self._undo_choice = go_on_from(trainer, self._copies.choose)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the intervals and handle SIGTERM: the run's length is known, and Lightning's handlers are installed."""
@@ -217,6 +240,8 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         if not self._active:
             return
         self._saver = self._new_saver(trainer)
+        if self._copies is not None:
+            self._copies.begin(restored=trainer.global_step > 0)
         run = run_length(trainer, self.tokens_per_step)
         self._triggers.start(run, trainer.global_step, time.monotonic())
         self._watching = self.on_sigterm and self._watch.take_over(trainer)
@@ -241,6 +266,8 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._is_due(trainer) or 0 < trainer.max_steps <= trainer.global_step:
             self.save(trainer)
+        if self._copies is not None:
+            self._copies.after_step(lambda: self._info(trainer))
 
     @property
     def may_stop(self) -> bool:
@@ -255,6 +282,8 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
     def save_and_stop(self, trainer: Trainer) -> NoReturn:
         """Save a checkpoint, and end the process with the exit code of a SIGTERM."""
         path = self.save(trainer, wait=True)
+        if self._copies is not None:
+            self._copies.end()
         logger.warning("SIGTERM: ending with exit code %d; resume from %s", EXIT_CODE, path or self.last)
         raise Terminated(EXIT_CODE)
 
@@ -284,11 +313,15 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         trainer.strategy.barrier("stabletrain.save_checkpoints")
         if self._saver is not None:
             self._saver.close()
+        if self._copies is not None:
+            self._copies.end()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Finish an unfinished write; the state of a failed run is not saved."""
         super().on_exception(trainer, pl_module, exception)
         self.wait()
+        if self._copies is not None and isinstance(exception, TrainingStopped | EndReached):
+            self._copies.discard()  # nobody restarts such a run
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Finish an unfinished write, and restore the strategy's own CheckpointIO."""
@@ -297,7 +330,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
 
     def state_dict(self) -> dict[str, Any]:
         """The identity of the run and of its recipe, and the state of the epoch. A collective."""
-        known = {"run": self._run, "recipe": self._recipe}
+        known: dict[str, Any] = {"run": self._run, "recipe": self._recipe, "saves": self._saves}
         return known if self._epoch is None else {**known, "epoch": self._epoch.state_of_all_ranks()}
 
     @names_its_plugin
@@ -306,7 +339,9 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         run, recipe = state_dict["run"], state_dict["recipe"]
         if not isinstance(run, str) or not isinstance(recipe, str | None):
             raise TypeError("run and recipe must be text")
-        self._run, self._loaded_recipe = run, recipe
+        if type(saves := state_dict.get("saves", 0)) is not int:
+            raise TypeError("saves must be a whole number")
+        self._run, self._loaded_recipe, self._saves = run, recipe, saves
         if self._epoch is not None and state_dict.get("epoch"):
             self._epoch.load_rank(state_dict["epoch"])
 
@@ -320,7 +355,16 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
 
     # ---- helpers ----------------------------------------------------------------------------------------------------
 
+    def _instead_of(self, path: Any) -> Any:
+        return path if self._copies is None else self._copies.instead_of(path)
+
     def _restore_reading(self) -> None:
+        if self._undo_choice is not None:
+            self._undo_choice()
+            self._undo_choice = None
+        if self._copies is not None:
+            self._copies.leave()
+            self._copies = None
         if self._undo_reading is not None:
             self._undo_reading()
             self._undo_reading = None
@@ -352,6 +396,8 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         if self._saver is not None:
             with naming_optimizers(trainer.optimizers):
                 self._saver.prepare(checkpoint)
+        if self._copies is not None:
+            self._copies.prepare()
 
 
 def _position(trainer: Trainer) -> tuple[int, int]:

@@ -51,6 +51,8 @@ class CheckpointInfo:
         value: that metric's value.
         whole: made between two optimizer steps. A checkpoint that a validation makes within an accumulation window
             lacks the gradients of the window: a run cannot resume from it exactly.
+        saves: checkpoints on disk that the run has begun to save so far, this one included; 0: not counted.
+        copy: of a copy in the nodes' memory, the identity that the parts of all processes share; None on disk.
     """
 
     step: int
@@ -61,6 +63,8 @@ class CheckpointInfo:
     metric: str | None = None
     value: float | None = None
     whole: bool = True
+    saves: int = 0
+    copy: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +136,8 @@ class Manifest:
                 metric=fields.text("metric", optional=True),
                 value=fields.number("value"),
                 whole=fields.boolean("whole", default=True),
+                saves=fields.integer("saves", default=0),
+                copy=fields.text("copy", optional=True),
             ),
             files=_records(fields.nested("files"), found == DIVIDED_FORMAT),
             versions={name: versions.text(name) for name in versions.items(limit=100)},
