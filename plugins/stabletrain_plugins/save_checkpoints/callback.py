@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import secrets
 import time
 import weakref
@@ -40,7 +41,7 @@ from stabletrain.runtime.ranks import Ranks
 from stabletrain.runtime.records import run_files
 from stabletrain.runtime.records.recipe import recipe_hash
 from stabletrain.runtime.run_length import run_length
-from stabletrain.runtime.signal_watch import Terminated
+from stabletrain.runtime.signal_watch import Interrupted, Terminated
 from stabletrain.runtime.stop import EndReached, TrainingStopped
 
 if TYPE_CHECKING:
@@ -229,6 +230,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         self._recipe = recipe_hash(Path(trainer.default_root_dir), but=("chaos",))
         options = MemoryOptions.of(self.memory)
         if self._active and options.every is not None:
+            self._require_lasting_folder(Path(root))
             self._copies = MemoryCopies(options, trainer, self._directory, self._recipe, self.background)
             if is_restarted():
                 self._undo_choice = go_on_from(trainer, self._copies.choose)
@@ -263,6 +265,8 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
             return
         if not self._checked:
             self._check_and_allocate(trainer)
+            if self._copies is not None and not self._saves:
+                self.save(trainer)  # copies are of the run whose checkpoints are on disk, so there must be one
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._is_due(trainer) or 0 < trainer.max_steps <= trainer.global_step:
             self.save(trainer)
@@ -320,7 +324,8 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         """Finish an unfinished write; the state of a failed run is not saved."""
         super().on_exception(trainer, pl_module, exception)
         self.wait()
-        if self._copies is not None and isinstance(exception, TrainingStopped | EndReached):
+        agreed = isinstance(exception, Interrupted) and exception.agreed
+        if self._copies is not None and (agreed or isinstance(exception, TrainingStopped | EndReached)):
             self._copies.discard()  # nobody restarts such a run
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -354,6 +359,14 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         self._reset()
 
     # ---- helpers ----------------------------------------------------------------------------------------------------
+
+    def _require_lasting_folder(self, root: Path) -> None:
+        """A logger's folder of one start of a script is not that of the next, so copies would not be found again."""
+        if self.folder is None and re.fullmatch(r"version_\d+", root.name):
+            raise UserError(
+                "save_checkpoints: with copies in memory, folder must be given, as the logger has a new folder at each "
+                f"start ({root}): a restarted run would not find its copies (config key plugins.checkpoints.folder)"
+            )
 
     def _instead_of(self, path: Any) -> Any:
         return path if self._copies is None else self._copies.instead_of(path)

@@ -82,11 +82,6 @@ class Choice:
         self._wanted = [each for each, _ in everyone]
         self._seen = [copies for _, copies in everyone]
 
-    @property
-    def next_sequence(self) -> int:
-        """A number for the next copy that none has; the same on all ranks."""
-        return 1 + max((each.sequence for copies in self._seen for each in copies), default=0)
-
     def newest(self, accepts: Callable[[CheckpointInfo], bool]) -> Chosen | None:
         """The newest copy that is whole, or None; the same one on all ranks. A collective.
 

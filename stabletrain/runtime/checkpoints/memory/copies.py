@@ -33,8 +33,8 @@ from stabletrain.runtime.ranks import Ranks
 logger = logging.getLogger("stabletrain")
 
 _KEY = "config key plugins.checkpoints.memory"
-_RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-"""Set by torchrun and SLURM: how often they have restarted this job."""
+_RESTARTS = {"TORCHELASTIC_RESTART_COUNT": 0, "SLURM_RESTART_COUNT": 0, "STABLETRAIN_ATTEMPT": 1}
+"""Environment variables that torchrun, SLURM and the launcher set, and their values when nothing was restarted."""
 
 
 class MemoryCopies:
@@ -55,13 +55,13 @@ class MemoryCopies:
         self, options: MemoryOptions, trainer: Trainer, checkpoints: Path, recipe: str | None, background: bool
     ) -> None:
         self._options, self._trainer, self._recipe, self._background = options, trainer, recipe, background
-        self._checkpoints = trainer.strategy.broadcast(checkpoints)
+        self._checkpoints = Path(trainer.strategy.broadcast(os.path.realpath(checkpoints)))
         self._ranks, self._nodes = Ranks(trainer), Nodes.of(trainer)
         self._leads = self._nodes.leads(trainer.global_rank)
         self._place = Place(options.root, self._checkpoints, trainer.node_rank)
         self._divided = divides_with_dtensors(trainer)
         self._chosen: Chosen | None = None
-        self._resumed, self._sequence = False, 1
+        self._resumed = False
         self._saver: MemorySaver | None = None
         self._interval: Interval | None = None
         self._last: float | None = None
@@ -112,7 +112,7 @@ class MemoryCopies:
         """Where a fit without ``ckpt_path`` goes on, for `go_on_from`: a copy of a run that was restarted, or None."""
         return self._newer_than_disk()
 
-    def instead_of(self, path: Path) -> Path:
+    def instead_of(self, path: Any) -> Any:
         """The copy from which this process goes on, if it is newer than what was given; else the same path.
 
         Args:
@@ -125,12 +125,16 @@ class MemoryCopies:
             return path
         return self._newer_than_disk() or path
 
-    def _means_newest(self, path: Path) -> bool:
+    def _means_newest(self, path: Any) -> bool:
         """Whether a path stands for the newest checkpoint of this run; one checkpoint does for a restarted run."""
-        path = path.expanduser().absolute()
-        if is_checkpoint(path):
-            return is_restarted() and newest(self._checkpoints) == path
-        return store_of(path) == self._checkpoints or path == self._checkpoints
+        try:
+            given = Path(os.path.realpath(path))
+            if is_checkpoint(given):
+                found = newest(self._checkpoints)
+                return is_restarted() and found is not None and Path(os.path.realpath(found)) == given
+            return given == self._checkpoints or store_of(given) == self._checkpoints
+        except (OSError, ValueError, TypeError):  # a URL, or no path at all
+            return False
 
     def _newer_than_disk(self) -> Path | None:
         if not self.is_on:
@@ -138,11 +142,10 @@ class MemoryCopies:
         on_disk = self._trainer.strategy.broadcast(_newest_on_disk(self._checkpoints) if self._ranks.is_first else None)
         name = shard_name(self._trainer.global_rank, self._trainer.world_size, self._divided)
         choice = Choice(self._trainer, self._place, self._nodes, name)
-        self._sequence = choice.next_sequence
 
         def accepts(info: CheckpointInfo) -> bool:
             same_recipe = None in (info.recipe, self._recipe) or info.recipe == self._recipe
-            same_run = on_disk is None or (info.run == on_disk.run and info.saves >= on_disk.saves)
+            same_run = on_disk is not None and info.run == on_disk.run and info.saves >= on_disk.saves
             return same_recipe and same_run
 
         self._chosen = choice.newest(accepts)
@@ -183,8 +186,7 @@ class MemoryCopies:
         if not self.is_on:
             return
         self._saver = MemorySaver(
-            self._place, self._trainer, self._nodes, self._options.copies, self._divided, self._sequence,
-            self._background,
+            self._place, self._trainer, self._nodes, self._options.copies, self._divided, self._background,
         )  # fmt: skip
         assert self._options.every is not None
         self._interval = Interval(self._options.every, self._trainer.global_step)
@@ -264,7 +266,8 @@ class MemoryCopies:
         self.discard()
 
     def discard(self) -> None:
-        """Remove the copies of this node. No collective: for a run that ended with an exception."""
+        """Remove the copies of this node. No collective: for a run that all ranks have ended by an exception."""
+        self.wait()
         if self._leads and self.is_on:
             self._place.remove()
         self.is_on = False
@@ -275,8 +278,9 @@ class MemoryCopies:
 
 
 def is_restarted() -> bool:
-    """Whether torchrun or SLURM has restarted this job."""
-    return any(os.environ.get(name, "0") not in ("", "0") for name in _RESTARTS)
+    """Whether torchrun, SLURM or the launcher has started this job again, after a process or a node was lost."""
+    values = ((os.environ.get(name, ""), first) for name, first in _RESTARTS.items())
+    return any(text.isdecimal() and int(text) > first for text, first in values)
 
 
 def _newest_on_disk(folder: Path) -> CheckpointInfo | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 import xxhash
@@ -80,7 +80,7 @@ def swap(group: WriterGroup, gives: Sequence[Give], takes: Sequence[Take]) -> st
     """
     senders, receivers = [_Sender(each) for each in gives], [_Receiver(each) for each in takes]
     try:
-        while any(each.left for each in (*senders, *receivers)):
+        while any(each.left for each in senders) or any(each.left for each in receivers):
             work = [group.send(each.next_piece(), each.to) for each in senders if each.left]
             waiting = [(each, group.receive(each.room(), each.source)) for each in receivers if each.left]
             group.finish([*work, *(each for _, each in waiting)])
@@ -88,8 +88,15 @@ def swap(group: WriterGroup, gives: Sequence[Give], takes: Sequence[Take]) -> st
                 receiver.write()
         return next((problem for each in receivers if (problem := each.finish())), "")
     finally:
-        for each in (*senders, *receivers):
-            each.close()
+        for sender in senders:
+            sender.close()
+        for receiver in receivers:
+            receiver.close()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat: Any = tensor.numpy()
+    return memoryview(flat)
 
 
 class _Sender:
@@ -102,7 +109,7 @@ class _Sender:
 
     def next_piece(self) -> Tensor:
         piece = torch.empty(min(self.left, _PIECE), dtype=torch.uint8)
-        view, done = memoryview(piece.numpy()), 0
+        view, done = _bytes(piece), 0
         while done < len(view):
             if self._file is None:
                 name = next(self._names, None)
@@ -140,7 +147,7 @@ class _Receiver:
         return self._piece
 
     def write(self) -> None:
-        view = memoryview(self._piece.numpy())
+        view = _bytes(self._piece)
         self.left -= len(view)
         while len(view) and self._rest:
             name, size = self._rest[0]

@@ -6,6 +6,7 @@ import contextlib
 import json
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -55,15 +56,14 @@ class MemorySaver(Saver):
         nodes: of the run.
         copies: how many other nodes keep the part of each process.
         divided: whether the strategy divides the model among the processes.
-        sequence: number of the next copy; that of rank 0 counts.
         background: as for `Saver`.
     """
 
     def __init__(
-        self, place: Place, trainer: Trainer, nodes: Nodes, copies: int, divided: bool, sequence: int, background: bool
+        self, place: Place, trainer: Trainer, nodes: Nodes, copies: int, divided: bool, background: bool
     ) -> None:
         super().__init__(Store(place.node), background, "plugins.checkpoints.memory.every")
-        self._place, self._trainer, self._divided, self._sequence = place, trainer, divided, sequence
+        self._place, self._trainer, self._divided, self._sequence = place, trainer, divided, 0
         self._ranks, self._group = Ranks(trainer), WriterGroup(_TIMEOUT)
         rank, size = self._group.rank, self._group.size
         self._leads, mates = nodes.leads(rank), nodes.mates(rank)
@@ -113,7 +113,8 @@ class MemorySaver(Saver):
     def _put(self, info: CheckpointInfo, encoded: Any) -> Path | None:
         common = self._group.share(self._common(info, encoded))
         if isinstance(common, str):
-            return self._give_up(common)
+            self._give_up(common)
+            return None
         made: dict[str, Path] = {}
         try:
             problem = self._write_own(common, encoded, made)
@@ -123,11 +124,11 @@ class MemorySaver(Saver):
             if not problem:
                 problem = first_problem(self._group.gather(self._exchange(common, reports, made)))
             if problem:
-                return self._give_up(problem)
+                self._give_up(problem)
+                return None
             newest = {name: durable.publish(folder, self._store(name).free_name(common.info.step))
                       for name, folder in made.items()}  # fmt: skip
             made.clear()
-            self._sequence = common.sequence + 1
             if self._leads:
                 self._settle()
             return newest.get(self._own)
@@ -144,6 +145,8 @@ class MemorySaver(Saver):
             text = state_text(encoded.tree, encoded.names, encoded.tensors)
         except CheckpointError as error:
             return str(error)
+        # the clock, since copies of an attempt before this one may be on a node that is not here now
+        self._sequence = max(self._sequence + 1, time.time_ns() // 1_000_000)
         identity = CheckpointInfo(**{**vars(info), "copy": secrets.token_hex(8)})
         pieces, tensors = contents.pieces[:number], on_host(contents.tensors[:number])
         return _Common(identity, self._sequence, text, encoded.names, pieces, tensors)
