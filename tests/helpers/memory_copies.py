@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import moving
+import torch
 from divided_checkpoints import messages
 from lightning.pytorch import Callback
-from moving import _results
 
 from stabletrain import ClipZScore, ResumeExactly, SaveCheckpoints, SkipNonFinite
+from stabletrain.runtime.checkpoints import durable
 
 
 class Dies(Callback):
@@ -23,16 +24,21 @@ class Dies(Callback):
         self.saver, self.at, self.rank, self.lost = saver, at, rank, lost
 
     def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-        if trainer.global_step == self.at and trainer.global_rank == self.rank:
+        if trainer.global_step == self.at:
+            self.saver.wait()  # so that there is a checkpoint on disk, by which a copy is known to be of this run
             assert self.saver._copies is not None
             self.saver._copies.wait()
-            if self.lost is not None:
-                shutil.rmtree(self.lost)
-            os.kill(os.getpid(), signal.SIGKILL)
+            trainer.strategy.barrier()
+            if trainer.global_rank == self.rank:
+                if self.lost is not None:
+                    shutil.rmtree(self.lost)
+                os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Start(Callback):
     """Keeps the step at which a fit starts."""
+
+    step = -1
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.step = trainer.global_step
@@ -58,10 +64,9 @@ def train(
     restarted: bool = False,
     memory: dict[str, Any] | None = None,
     resume: str | None = None,
-    saved_every: int | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Train on some nodes; the results, the step at which the fit started, and what was said.
+    """Train on some nodes; the results, the step at which the fit started, what was said, and what memory holds.
 
     Args:
         folder: of the run; the memory of node n is ``folder/memory-n``.
@@ -71,7 +76,6 @@ def train(
         restarted: whether torchrun has restarted the ranks.
         memory: the argument of `SaveCheckpoints`, without the folder; None: no copies.
         resume: ``ckpt_path``.
-        saved_every: steps between checkpoints on disk; None: at the end only.
         options: of `moving.fit`.
     """
     node = as_nodes(nodes)
@@ -79,20 +83,42 @@ def train(
     place = folder / f"memory-{node}"
     if memory is not None:
         memory = {"folder": str(place), **memory}
-    saver, start = SaveCheckpoints(folder / "checkpoints", every=saved_every, memory=memory), Start()
+    saver, start = SaveCheckpoints(folder / "checkpoints", every=None, memory=memory), Start()
     plugins: list[Callback] = [ResumeExactly(), ClipZScore(), SkipNonFinite(), start, saver]
     if dies is not None:
         plugins.append(Dies(saver, dies[0], dies[1], place if dies[2] else None))
-    per_node = int(os.environ["LOCAL_WORLD_SIZE"])
+    options = {"devices": int(os.environ["LOCAL_WORLD_SIZE"]), "num_nodes": nodes, **options}
     with messages() as said:
-        results = _results(*moving.fit(
-            folder, kind, int(os.environ["WORLD_SIZE"]), *plugins, resume=resume,
-            **{"devices": per_node, "num_nodes": nodes, **options},
-        ))  # fmt: skip
-    left = sorted(str(each.relative_to(place)) for each in place.rglob("*")) if place.exists() else []
-    return {**results, "start": start.step, "said": said, "left": left}
+        module, mine = moving.fit(folder, kind, int(os.environ["WORLD_SIZE"]), *plugins, resume=resume, **options)
+    left = sorted(each.name for each in place.rglob("*")) if place.exists() else []
+    return {**moving._results(module, mine), "start": start.step, "said": said, "left": left}
 
 
-def call(folder: Path, arguments: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
-    """`train`, for `on_ranks`, which passes no keyword arguments."""
-    return train(folder, *arguments, **options)
+def call(folder: Path, steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Several trainings with the same ranks, one after the other; what is known of a killed one is lost with it."""
+    found = []
+    for options in steps:
+        found.append(train(folder / options.pop("run"), **options))
+        torch.save(found, folder / f"found-{os.environ['RANK']}.pt")
+    return found
+
+
+def full(folder: Path) -> dict[str, Any]:
+    """The memory of node 1 is full from the second copy on, and that of node 0 at the third while it receives."""
+    as_nodes(2)
+    write, copies = durable.write_file, 0
+
+    def write_file(path: Path, chunks: Any) -> Any:
+        nonlocal copies
+        if "memory-1" in str(path) and path.name.startswith("tensors"):
+            copies += 1
+            if copies > 1:
+                write(path, list(chunks)[:1])
+                raise OSError(28, "No space left on device")
+        return write(path, chunks)
+
+    durable.write_file = write_file
+    try:
+        return train(folder, "fsdp2", 2, memory={"every": 2})
+    finally:
+        durable.write_file = write

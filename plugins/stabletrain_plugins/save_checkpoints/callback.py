@@ -111,8 +111,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         self.folder, self.every, self.keep_last = folder, every, keep_last
         self.monitor, self.mode = monitor, mode
         self.tokens_per_step, self.background, self.on_sigterm = tokens_per_step, background, on_sigterm
-        self.memory = None if memory is None else dict(memory)
-        MemoryOptions.of(self.memory)
+        self.memory = MemoryOptions.of(memory).as_dict()
         SaveTriggers(every, _EVERY)
         self._reset()
 

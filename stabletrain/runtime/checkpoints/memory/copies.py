@@ -61,7 +61,7 @@ class MemoryCopies:
         self._place = Place(options.root, self._checkpoints, trainer.node_rank)
         self._divided = divides_with_dtensors(trainer)
         self._chosen: Chosen | None = None
-        self._resumed = False
+        self._resumed = self._searched = False
         self._saver: MemorySaver | None = None
         self._interval: Interval | None = None
         self._last: float | None = None
@@ -109,8 +109,10 @@ class MemoryCopies:
     # ---- at the start of a fit --------------------------------------------------------------------------------------
 
     def choose(self) -> Path | None:
-        """Where a fit without ``ckpt_path`` goes on, for `go_on_from`: a copy of a run that was restarted, or None."""
-        return self._newer_than_disk()
+        """Where a restarted run without ``ckpt_path`` goes on, for `go_on_from`: from a copy, or from the disk."""
+        found = self._newer_than_disk()
+        is_on_disk = self._ranks.is_first and newest(self._checkpoints) is not None
+        return found or (self._checkpoints if self._trainer.strategy.broadcast(is_on_disk) else None)
 
     def instead_of(self, path: Any) -> Any:
         """The copy from which this process goes on, if it is newer than what was given; else the same path.
@@ -118,8 +120,8 @@ class MemoryCopies:
         Args:
             path: a checkpoint, or a folder of checkpoints or a run's folder, which stands for the newest one.
         """
-        if self._chosen is not None:
-            return self._chosen.path
+        if self._searched:
+            return path
         wanted = self._ranks.is_first and self._means_newest(path)
         if not self._trainer.strategy.broadcast(wanted):
             return path
@@ -137,6 +139,7 @@ class MemoryCopies:
             return False
 
     def _newer_than_disk(self) -> Path | None:
+        self._searched = True
         if not self.is_on:
             return None
         on_disk = self._trainer.strategy.broadcast(_newest_on_disk(self._checkpoints) if self._ranks.is_first else None)

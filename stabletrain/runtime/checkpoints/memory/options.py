@@ -64,6 +64,10 @@ class MemoryOptions:
                 )
         return cls(every, None if folder is None else str(folder), copies)
 
+    def as_dict(self) -> dict[str, Any]:
+        """The options by name."""
+        return asdict(self)
+
     @property
     def root(self) -> Path:
         """The folder, absolute."""
