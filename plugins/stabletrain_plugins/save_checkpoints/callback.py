@@ -9,7 +9,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, cast
 
 from lightning.pytorch import LightningModule, Trainer
 
@@ -21,6 +21,7 @@ from stabletrain.runtime.accumulation import AccumulationWindow
 from stabletrain.runtime.checkpoints.collecting import collect, divides_with_dtensors, is_divided
 from stabletrain.runtime.checkpoints.data_only import naming_optimizers
 from stabletrain.runtime.checkpoints.divided_saver import DividedSaver
+from stabletrain.runtime.checkpoints.going_on import GoOn, Trained
 from stabletrain.runtime.checkpoints.lightning_io import check_when_reading
 from stabletrain.runtime.checkpoints.loading import newest
 from stabletrain.runtime.checkpoints.manifest import CheckpointInfo
@@ -29,6 +30,7 @@ from stabletrain.runtime.checkpoints.saver import Saver
 from stabletrain.runtime.checkpoints.store import MetricMode, Retention, Store
 from stabletrain.runtime.data.epoch_state import EpochState
 from stabletrain.runtime.internals import loader as loader_internals
+from stabletrain.runtime.internals import resuming
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.internals.fabric import refuse_in_fabric
 from stabletrain.runtime.internals.packages import Checkpoint
@@ -52,10 +54,12 @@ _EVERY = "save_checkpoints.every"
 class SaveCheckpoints(StopBetweenBatches, Checkpoint):
     """Save checkpoints that are complete or absent, verified when they are read, and written while training continues.
 
-    It replaces ModelCheckpoint. To resume from the newest good one: ``Trainer.fit(model, ckpt_path=folder)``.
+    It replaces ModelCheckpoint. To resume from the newest good one: ``Trainer.fit(model, ckpt_path=folder)``; or with
+    ``resume="auto"``, each time the script is started.
 
     Args:
-        folder: where checkpoints go; None: ``checkpoints`` in the logger's folder, or in ``default_root_dir``.
+        folder: where checkpoints go; None: ``checkpoints`` in the logger's folder, or in ``default_root_dir``; with
+            ``resume="auto"`` always in ``default_root_dir``, since a logger has another folder after each start.
         every: an interval or a list of them: applied steps (``500``), epochs (``"1ep"``), tokens (``"1e9tok"``), a
             share of the run (``"2%"``), or a time (``"30s"``, ``"10min"``, ``"2h"``); None: only at the end of the run.
         keep_last: number of the newest checkpoints to keep, >= 1; with 1, there is none to fall back to if it is
@@ -68,9 +72,13 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
             model (FSDP2, tensor parallel) or optimizer (ZeroRedundancyOptimizer), as this rank's part, on each rank.
             False: training waits for every write.
         on_sigterm: on SIGTERM save after the batch, and end the process with exit code 143.
+        resume: ``"auto"``: a fit goes on from the newest good checkpoint of the folder, if there is one, unless it was
+            given a ``ckpt_path``. A second fit of the same Trainer goes on from where it is. None: only from a
+            ``ckpt_path``.
 
     Raises:
-        UserError: for an argument out of range.
+        UserError: for an argument out of range; in ``fit``, if the newest checkpoint is of another recipe (with
+            ``resume="auto"``).
     """
 
     plugin: ClassVar[str] = "save_checkpoints"
@@ -78,6 +86,8 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
 
     _undo_reading: Callable[[], None] | None = None
     _epoch: EpochState | None = None
+    _trained: Trained | None = None
+    _go_on: GoOn | None = None
 
     def __init__(
         self,
@@ -89,17 +99,20 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         tokens_per_step: float | None = None,
         background: bool = True,
         on_sigterm: bool = True,
+        resume: Literal["auto"] | None = None,
     ) -> None:
         finite = tokens_per_step is None or 0 < tokens_per_step < math.inf
         for ok, argument, expected, got in (
             (keep_last is None or keep_last >= 1, "keep_last", ">= 1, or null for all", keep_last),
             (mode in ("min", "max"), "mode", '"min" or "max"', mode),
             (finite, "tokens_per_step", "> 0 and finite, or null", tokens_per_step),
+            (resume in ("auto", None), "resume", '"auto" or null', resume),
         ):
             require(ok, self.plugin, argument, expected, got, f"plugins.{self.slot}", type(self).__name__)
         self.folder, self.every, self.keep_last = folder, every, keep_last
         self.monitor, self.mode = monitor, mode
         self.tokens_per_step, self.background, self.on_sigterm = tokens_per_step, background, on_sigterm
+        self.resume = resume
         SaveTriggers(every, _EVERY)
         self._reset()
 
@@ -167,6 +180,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
                 metric=None if value is None else self.monitor,
                 value=value,
                 whole=not AccumulationWindow(trainer).is_open,
+                trained={} if self._trained is None else self._trained.description,
             )
             with naming_optimizers(trainer.optimizers):
                 self._saver.save(checkpoint, info, wait)
@@ -200,8 +214,11 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
             return
         run = self._run if self._fitted is not None and self._fitted() is trainer else None
         self._reset()
-        self._run, self._fitted = run or self._run, weakref.ref(trainer)
-        root = trainer.log_dir or trainer.default_root_dir  # a collective, so it is called on every rank
+        self._run, of_tuner = run or self._run, resuming.is_tuners_fit(trainer)
+        self._fitted = None if of_tuner else weakref.ref(trainer)
+        root = trainer.default_root_dir
+        if self.resume is None:
+            root = trainer.log_dir or root  # a collective, so it is called on every rank
         self._directory = (
             (Path(root) / run_files.CHECKPOINTS if self.folder is None else Path(self.folder)).expanduser().absolute()
         )
@@ -209,6 +226,12 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
             self._epoch = EpochState(trainer, self.plugin)
         self._active = not trainer_internals.is_fast_dev_run(trainer)
         self._recipe = recipe_hash(Path(trainer.default_root_dir), but=("chaos",))
+        if self.resume == "auto" and self._active and run is None and not of_tuner:
+            names = {"owner": self.plugin, "key": f"plugins.{self.slot}", "named": type(self).__name__}
+            self._go_on = GoOn(trainer, self._directory, self._recipe, **names)
+            self._trained = self._go_on.trained
+        else:
+            self._trained = Trained(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the intervals and handle SIGTERM: the run's length is known, and Lightning's handlers are installed."""
@@ -216,6 +239,8 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
             loader_internals.begin_next_epoch(trainer)
         if not self._active:
             return
+        if self._go_on is not None and self._go_on.has_gone_on:
+            self._saved_at = _position(trainer)  # in this folder
         self._saver = self._new_saver(trainer)
         run = run_length(trainer, self.tokens_per_step)
         self._triggers.start(run, trainer.global_step, time.monotonic())
@@ -324,9 +349,10 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         if self._undo_reading is not None:
             self._undo_reading()
             self._undo_reading = None
-        if self._epoch is not None:
-            self._epoch.close()
-            self._epoch = None
+        for each in (self._epoch, self._go_on or self._trained):
+            if each is not None:
+                each.close()
+        self._epoch = self._trained = self._go_on = None
 
     def _new_saver(self, trainer: Trainer) -> Saver | None:
         """On rank 0, or on all if each has a part of the state."""
