@@ -30,7 +30,7 @@ from stabletrain.runtime.checkpoints.saver import Saver
 from stabletrain.runtime.checkpoints.store import MetricMode, Retention, Store
 from stabletrain.runtime.data.epoch_state import EpochState
 from stabletrain.runtime.internals import loader as loader_internals
-from stabletrain.runtime.internals import resuming
+from stabletrain.runtime.internals import resuming, sigterm
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.internals.fabric import refuse_in_fabric
 from stabletrain.runtime.internals.packages import Checkpoint
@@ -123,6 +123,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         self._saver: Saver | None = None
         self._directory: Path | None = None
         self._told_best = ""
+        self._looked_at = 0  # at the clock, in batches
         self._saved_at: tuple[int, int] | None = None
         self._run = secrets.token_hex(8)
         self._fitted: weakref.ref[Trainer] | None = None
@@ -247,6 +248,8 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         self._watching = self.on_sigterm and self._watch.take_over(trainer)
         # decides whether collectives are called, so all ranks must agree
         self._watching = bool(trainer.strategy.broadcast(self._watching))
+        if self._watching:
+            self.take_over(trainer)
         if self._saver is not None and trainer.is_global_zero:
             self._saver.begin(self._run)
             if self._loaded_recipe and self._recipe and self._loaded_recipe != self._recipe:
@@ -317,6 +320,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Finish an unfinished write, and restore the strategy's own CheckpointIO."""
+        super().teardown(trainer, pl_module, stage)
         self.wait()
         self._restore_reading()
 
@@ -368,8 +372,10 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
 
     def _is_due(self, trainer: Trainer) -> bool:
         """Whether a checkpoint is due, by the clock of any rank; the same on all ranks."""
-        due = self._triggers.due(trainer.global_step, time.monotonic())
-        return due if self._triggers.seconds is None else Ranks(trainer).any(due)
+        if self._triggers.seconds is None or not sigterm.is_asked_after_batch(trainer, self._looked_at):
+            return self._triggers.due(trainer.global_step, now=-math.inf)
+        self._looked_at = trainer_internals.batches_seen(trainer)
+        return Ranks(trainer).any(self._triggers.due(trainer.global_step, time.monotonic()))
 
     def _check_and_allocate(self, trainer: Trainer) -> None:
         """After the first step: raise an error for state that cannot be saved, and allocate the memory for the copy."""
