@@ -77,7 +77,9 @@ class Ways(L.Callback):
         self.times: dict[str, list[float]] = {way: [] for way in WAYS}
         self.start = 0.0
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         block, within = divmod(batch_idx, self.batches)
         if within == 0 and block < len(self.order):
             way = self.order[block]
