@@ -10,7 +10,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, cast
 
 from lightning.pytorch import LightningModule, Trainer
 
@@ -22,6 +22,7 @@ from stabletrain.runtime.accumulation import AccumulationWindow
 from stabletrain.runtime.checkpoints.collecting import collect, divides_with_dtensors, is_divided
 from stabletrain.runtime.checkpoints.data_only import naming_optimizers
 from stabletrain.runtime.checkpoints.divided_saver import DividedSaver
+from stabletrain.runtime.checkpoints.going_on import GoOn, Trained
 from stabletrain.runtime.checkpoints.lightning_io import check_when_reading
 from stabletrain.runtime.checkpoints.loading import newest
 from stabletrain.runtime.checkpoints.manifest import CheckpointInfo
@@ -32,10 +33,10 @@ from stabletrain.runtime.checkpoints.saver import Saver
 from stabletrain.runtime.checkpoints.store import MetricMode, Retention, Store
 from stabletrain.runtime.data.epoch_state import EpochState
 from stabletrain.runtime.internals import loader as loader_internals
+from stabletrain.runtime.internals import resuming, sigterm
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.internals.fabric import refuse_in_fabric
 from stabletrain.runtime.internals.packages import Checkpoint
-from stabletrain.runtime.internals.resuming import go_on_from
 from stabletrain.runtime.plugin_state import names_its_plugin
 from stabletrain.runtime.ranks import Ranks
 from stabletrain.runtime.records import run_files
@@ -57,10 +58,12 @@ _EVERY = "save_checkpoints.every"
 class SaveCheckpoints(StopBetweenBatches, Checkpoint):
     """Save checkpoints that are complete or absent, verified when they are read, and written while training continues.
 
-    It replaces ModelCheckpoint. To resume from the newest good one: ``Trainer.fit(model, ckpt_path=folder)``.
+    It replaces ModelCheckpoint. To resume from the newest good one: ``Trainer.fit(model, ckpt_path=folder)``; or with
+    ``resume="auto"``, each time the script is started.
 
     Args:
-        folder: where checkpoints go; None: ``checkpoints`` in the logger's folder, or in ``default_root_dir``.
+        folder: where checkpoints go; None: ``checkpoints`` in the logger's folder, or in ``default_root_dir``; with
+            ``resume="auto"`` always in ``default_root_dir``, since a logger has another folder after each start.
         every: an interval or a list of them: applied steps (``500``), epochs (``"1ep"``), tokens (``"1e9tok"``), a
             share of the run (``"2%"``), or a time (``"30s"``, ``"10min"``, ``"2h"``); None: only at the end of the run.
         keep_last: number of the newest checkpoints to keep, >= 1; with 1, there is none to fall back to if it is
@@ -73,13 +76,17 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
             model (FSDP2, tensor parallel) or optimizer (ZeroRedundancyOptimizer), as this rank's part, on each rank.
             False: training waits for every write.
         on_sigterm: on SIGTERM save after the batch, and end the process with exit code 143.
+        resume: ``"auto"``: a fit goes on from the newest good checkpoint of the folder, if there is one, unless it was
+            given a ``ckpt_path``. A second fit of the same Trainer goes on from where it is. None: only from a
+            ``ckpt_path``.
         memory: copies in the nodes' memory, from which a restarted run goes on, also after the loss of a node: a
             mapping with ``every`` (applied steps, ``"auto"``: as often as costs at most 2 % of the steps' time, or
             None: no copies), ``folder`` (on a memory file system; None: ``/dev/shm``) and ``copies`` (number of other
             nodes that keep each part of a divided model). None: no copies.
 
     Raises:
-        UserError: for an argument out of range.
+        UserError: for an argument out of range; in ``fit``, if the newest checkpoint is of another recipe (with
+            ``resume="auto"``).
     """
 
     plugin: ClassVar[str] = "save_checkpoints"
@@ -88,6 +95,8 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
     _undo_reading: Callable[[], None] | None = None
     _undo_choice: Callable[[], None] | None = None
     _epoch: EpochState | None = None
+    _trained: Trained | None = None
+    _go_on: GoOn | None = None
 
     def __init__(
         self,
@@ -99,6 +108,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         tokens_per_step: float | None = None,
         background: bool = True,
         on_sigterm: bool = True,
+        resume: Literal["auto"] | None = None,
         memory: Mapping[str, Any] | None = OFF,
     ) -> None:
         finite = tokens_per_step is None or 0 < tokens_per_step < math.inf
@@ -106,11 +116,13 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
             (keep_last is None or keep_last >= 1, "keep_last", ">= 1, or null for all", keep_last),
             (mode in ("min", "max"), "mode", '"min" or "max"', mode),
             (finite, "tokens_per_step", "> 0 and finite, or null", tokens_per_step),
+            (resume in ("auto", None), "resume", '"auto" or null', resume),
         ):
             require(ok, self.plugin, argument, expected, got, f"plugins.{self.slot}", type(self).__name__)
         self.folder, self.every, self.keep_last = folder, every, keep_last
         self.monitor, self.mode = monitor, mode
         self.tokens_per_step, self.background, self.on_sigterm = tokens_per_step, background, on_sigterm
+        self.resume = resume
         self.memory = MemoryOptions.of(memory).as_dict()
         SaveTriggers(every, _EVERY)
         self._reset()
@@ -122,6 +134,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         self._saver: Saver | None = None
         self._directory: Path | None = None
         self._told_best = ""
+        self._looked_at = 0  # at the clock, in batches
         self._saved_at: tuple[int, int] | None = None
         self._run = secrets.token_hex(8)
         self._fitted: weakref.ref[Trainer] | None = None
@@ -190,6 +203,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
             value=value,
             whole=not AccumulationWindow(trainer).is_open,
             saves=self._saves,
+            trained={} if self._trained is None else self._trained.description,
         )
 
     def wait(self) -> None:
@@ -218,8 +232,11 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
             return
         run = self._run if self._fitted is not None and self._fitted() is trainer else None
         self._reset()
-        self._run, self._fitted = run or self._run, weakref.ref(trainer)
-        root = trainer.log_dir or trainer.default_root_dir  # a collective, so it is called on every rank
+        self._run, of_tuner = run or self._run, resuming.is_tuners_fit(trainer)
+        self._fitted = None if of_tuner else weakref.ref(trainer)
+        root = trainer.default_root_dir
+        if self.resume is None:
+            root = trainer.log_dir or root  # a collective, so it is called on every rank
         self._directory = (
             (Path(root) / run_files.CHECKPOINTS if self.folder is None else Path(self.folder)).expanduser().absolute()
         )
@@ -227,12 +244,18 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
             self._epoch = EpochState(trainer, self.plugin)
         self._active = not trainer_internals.is_fast_dev_run(trainer)
         self._recipe = recipe_hash(Path(trainer.default_root_dir), but=("chaos",))
+        if self.resume == "auto" and self._active and run is None and not of_tuner:
+            names = {"owner": self.plugin, "key": f"plugins.{self.slot}", "named": type(self).__name__}
+            self._go_on = GoOn(trainer, self._directory, self._recipe, **names)
+            self._trained = self._go_on.trained
+        else:
+            self._trained = Trained(trainer)
         options = MemoryOptions.of(self.memory)
-        if self._active and options.every is not None:
+        if self._active and options.every is not None and not of_tuner:
             self._require_lasting_folder(Path(root))
             self._copies = MemoryCopies(options, trainer, self._directory, self._recipe, self.background)
-            if is_restarted():
-                self._undo_choice = go_on_from(trainer, self._copies.choose)
+            if is_restarted() and self._go_on is None:
+                self._undo_choice = resuming.go_on_from(trainer, self._copies.choose)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the intervals and handle SIGTERM: the run's length is known, and Lightning's handlers are installed."""
@@ -240,6 +263,9 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
             loader_internals.begin_next_epoch(trainer)
         if not self._active:
             return
+        from_memory = self._copies is not None and self._copies.is_restored
+        if self._go_on is not None and self._go_on.has_gone_on and not from_memory:
+            self._saved_at = _position(trainer)  # in this folder
         self._saver = self._new_saver(trainer)
         if self._copies is not None:
             self._copies.begin(restored=trainer.global_step > 0)
@@ -248,6 +274,8 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         self._watching = self.on_sigterm and self._watch.take_over(trainer)
         # decides whether collectives are called, so all ranks must agree
         self._watching = bool(trainer.strategy.broadcast(self._watching))
+        if self._watching:
+            self.take_over(trainer)
         if self._saver is not None and trainer.is_global_zero:
             self._saver.begin(self._run)
             if self._loaded_recipe and self._recipe and self._loaded_recipe != self._recipe:
@@ -329,6 +357,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Finish an unfinished write, and restore the strategy's own CheckpointIO."""
+        super().teardown(trainer, pl_module, stage)
         self.wait()
         self._restore_reading()
 
@@ -380,9 +409,10 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         if self._undo_reading is not None:
             self._undo_reading()
             self._undo_reading = None
-        if self._epoch is not None:
-            self._epoch.close()
-            self._epoch = None
+        for each in (self._epoch, self._go_on or self._trained):
+            if each is not None:
+                each.close()
+        self._epoch = self._trained = self._go_on = None
 
     def _new_saver(self, trainer: Trainer) -> Saver | None:
         """On rank 0, or on all if each has a part of the state."""
@@ -398,8 +428,10 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
 
     def _is_due(self, trainer: Trainer) -> bool:
         """Whether a checkpoint is due, by the clock of any rank; the same on all ranks."""
-        due = self._triggers.due(trainer.global_step, time.monotonic())
-        return due if self._triggers.seconds is None else Ranks(trainer).any(due)
+        if self._triggers.seconds is None or not sigterm.is_asked_after_batch(trainer, self._looked_at):
+            return self._triggers.due(trainer.global_step, now=-math.inf)
+        self._looked_at = trainer_internals.batches_seen(trainer)
+        return Ranks(trainer).any(self._triggers.due(trainer.global_step, time.monotonic()))
 
     def _check_and_allocate(self, trainer: Trainer) -> None:
         """After the first step: raise an error for state that cannot be saved, and allocate the memory for the copy."""

@@ -225,11 +225,19 @@ def newest(path: str | Path) -> Path | None:
     Args:
         path: the folder; may be missing.
     """
+    found = newest_entry(path)
+    return None if found is None else found.path
+
+
+def newest_entry(path: str | Path) -> Entry | None:
+    """As `newest`, with the manifest.
+
+    Args:
+        path: the folder; may be missing.
+    """
     folder = store_of(Path(path))
-    for entry in _best_first(Store(folder).entries() if folder else []):
-        if entry.manifest.missing(entry.path) is None:
-            return entry.path
-    return None
+    entries = _best_first(Store(folder).entries() if folder else [])
+    return next((entry for entry in entries if entry.manifest.missing(entry.path) is None), None)
 
 
 def store_of(path: Path) -> Path | None:

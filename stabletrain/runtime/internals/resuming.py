@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Trainer
 
 from stabletrain.runtime.internals.loader import override
@@ -25,7 +25,7 @@ class BatchCount(NamedTuple):
     run: int
 
 
-# ---- which checkpoint a fit goes on from ------------------------------------------------------------------------------
+# ---- which checkpoint a fit goes on from -----------------------------------------------------------------------------
 
 
 def go_on_from(
@@ -79,6 +79,40 @@ def go_on_from(
             each()
 
     return undo
+
+
+def after_strategy_setup(trainer: Trainer, call: Callable[[], None]) -> Callable[[], None]:
+    """Call ``call`` when the strategy has set up model and optimizers, before ``on_fit_start`` and before their state.
+
+    Args:
+        trainer: of a fit, in a hook ``setup``.
+        call: called on all ranks.
+
+    Returns:
+        The function that undoes this.
+    """
+    strategy = trainer.strategy
+    set_up = strategy.setup
+
+    def wrapped(trainer: Trainer) -> None:
+        set_up(trainer)
+        call()
+
+    return override(strategy, "setup", wrapped)
+
+
+def is_tuners_fit(trainer: Trainer) -> bool:
+    """Whether this fit ends after the trial steps of a ``Tuner``, which calls ``Trainer.fit`` with its finder."""
+    return any(getattr(each, "_early_exit", False) for each in trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def batches_are_over(trainer: Trainer) -> bool:
+    """Whether a fit whose checkpoint is restored has nothing left to train: its last step or epoch is done."""
+    fit_loop = trainer.fit_loop
+    epochs: Any = fit_loop.epoch_progress.current
+    limit = fit_loop.max_epochs
+    steps_over = 0 <= trainer.max_steps <= trainer.global_step
+    return steps_over or (limit is not None and 0 <= limit <= epochs.processed)
 
 
 def _requeued(trainer: Trainer, checkpoint_path: Any) -> Path | None:

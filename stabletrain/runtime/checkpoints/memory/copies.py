@@ -108,6 +108,11 @@ class MemoryCopies:
 
     # ---- at the start of a fit --------------------------------------------------------------------------------------
 
+    @property
+    def is_restored(self) -> bool:
+        """Whether this fit goes on from a copy."""
+        return self._chosen is not None
+
     def choose(self) -> Path | None:
         """Where a restarted run without ``ckpt_path`` goes on, for `go_on_from`: from a copy, or from the disk."""
         found = self._newer_than_disk()
