@@ -101,7 +101,7 @@ class Choice:
             group.close()
             problems = [each for some in self._ranks.gather(self._problems) for each in some]
             if problems and self._ranks.is_first:
-                logger.warning("save_checkpoints: damaged copies in memory are not used: %s", "; ".join(problems))
+                logger.warning("checkpoints: damaged copies in memory are not used: %s", "; ".join(problems))
         return None
 
     def _candidates(self, accepts: Callable[[CheckpointInfo], bool]) -> Iterable[str]:

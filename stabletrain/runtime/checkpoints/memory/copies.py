@@ -69,7 +69,7 @@ class MemoryCopies:
         most = max(1, self._nodes.count - 1)
         if options.copies > most:
             raise UserError(
-                f"save_checkpoints: memory.copies must be at most {most} on {self._nodes.count} nodes, got "
+                f"checkpoints: memory.copies must be at most {most} on {self._nodes.count} nodes, got "
                 f"{options.copies} ({_KEY}.copies)"
             )
         self.is_on = self._enter()
@@ -88,7 +88,7 @@ class MemoryCopies:
         in_use = first_problem(self._ranks.gather(in_use))
         if in_use:
             raise UserError(
-                f"save_checkpoints: another run that is alive writes its copies to {in_use}, since it has the same "
+                f"checkpoints: another run that is alive writes its copies to {in_use}, since it has the same "
                 f"folder of checkpoints, {self._checkpoints}. Wait for its end, or use another folder of checkpoints "
                 f"(config key plugins.checkpoints.folder), or another one in memory ({_KEY}.folder)"
             )
@@ -100,9 +100,9 @@ class MemoryCopies:
         if not problem:
             return True
         if not started:
-            raise UserError(f"save_checkpoints: memory: {problem}{': ' if remedy else ''}{remedy}")
+            raise UserError(f"checkpoints: memory: {problem}{': ' if remedy else ''}{remedy}")
         if self._ranks.is_first:
-            logger.warning("save_checkpoints: this run goes on without copies in memory: %s", problem)
+            logger.warning("checkpoints: this run goes on without copies in memory: %s", problem)
         self._place.unlock()
         return False
 
@@ -163,7 +163,7 @@ class MemoryCopies:
         if self._ranks.is_first:
             received = ", ".join(map(str, self._chosen.received))
             logger.info(
-                "save_checkpoints: goes on from step %d, of a copy in memory%s; %.2f s",
+                "checkpoints: goes on from step %d, of a copy in memory%s; %.2f s",
                 self._chosen.info.step,
                 f"; the parts of ranks {received} came from other nodes" if received else "",
                 self._chosen.seconds,
@@ -181,7 +181,7 @@ class MemoryCopies:
         self._resumed |= restored
         if is_divided(self._trainer) and not self._divided:
             raise UserError(
-                "save_checkpoints: memory: expected an optimizer that every process has whole, or a model that is "
+                "checkpoints: memory: expected an optimizer that every process has whole, or a model that is "
                 "divided with DTensors (FSDP2, tensor parallel), got a ZeroRedundancyOptimizer: each process would "
                 f"need the parts of all others. Use strategy=fsdp2, or no copies in memory ({_KEY}.every=null)"
             )
@@ -210,8 +210,7 @@ class MemoryCopies:
         if fits and announce and self._ranks.is_first:
             others = self._nodes.count - 1 if self._divided else 0
             logger.info(
-                "save_checkpoints: copies in memory take %s of %s on each node (%d generations%s), and %s in its "
-                "processes",
+                "checkpoints: copies in memory take %s of %s on each node (%d generations%s), and %s in its processes",
                 shown(total_files),
                 self._place.root,
                 GENERATIONS,

@@ -44,13 +44,13 @@ class MemoryOptions:
         """
         if given is not None and not isinstance(given, Mapping):
             raise UserError(
-                f"save_checkpoints: memory must be a mapping such as {{every: 50}}, got {given!r} (config key {_KEY})"
+                f"checkpoints: memory must be a mapping such as {{every: 50}}, got {given!r} (config key {_KEY})"
             )
         known = {name: (given or {}).get(name, default) for name, default in OFF.items()}
         for name in given or {}:
             if name not in known:
                 expected = f"expected {', '.join(known)}{did_you_mean(str(name), known)}"
-                raise UserError(f"save_checkpoints: memory has no option {name!r}; {expected} (config key {_KEY})")
+                raise UserError(f"checkpoints: memory has no option {name!r}; {expected} (config key {_KEY})")
         every, folder, copies = known.values()
         is_step = isinstance(every, int) and not isinstance(every, bool) and every >= 1
         for ok, name, wanted, got in (
@@ -59,9 +59,7 @@ class MemoryOptions:
             (type(copies) is int and copies >= 1, "copies", "a number of nodes >= 1", copies),
         ):
             if not ok:
-                raise UserError(
-                    f"save_checkpoints: memory.{name} must be {wanted}, got {got!r} (config key {_KEY}.{name})"
-                )
+                raise UserError(f"checkpoints: memory.{name} must be {wanted}, got {got!r} (config key {_KEY}.{name})")
         return cls(every, None if folder is None else str(folder), copies)
 
     def as_dict(self) -> dict[str, Any]:
