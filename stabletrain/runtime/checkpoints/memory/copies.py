@@ -25,7 +25,7 @@ from stabletrain.runtime.checkpoints.memory.exchange import first_problem
 from stabletrain.runtime.checkpoints.memory.interval import Interval
 from stabletrain.runtime.checkpoints.memory.nodes import Nodes
 from stabletrain.runtime.checkpoints.memory.options import MemoryOptions
-from stabletrain.runtime.checkpoints.memory.place import InUse, Place
+from stabletrain.runtime.checkpoints.memory.place import IS_SUPPORTED, InUse, Place
 from stabletrain.runtime.checkpoints.memory.saver import GENERATIONS, MemorySaver, shard_name
 from stabletrain.runtime.checkpoints.store import is_checkpoint
 from stabletrain.runtime.ranks import Ranks
@@ -54,6 +54,10 @@ class MemoryCopies:
     def __init__(
         self, options: MemoryOptions, trainer: Trainer, checkpoints: Path, recipe: str | None, background: bool
     ) -> None:
+        if not IS_SUPPORTED:
+            raise UserError(
+                f"checkpoints: memory: this system has no file locks, which copies need ({_KEY}.every=null)"
+            )
         self._options, self._trainer, self._recipe, self._background = options, trainer, recipe, background
         self._checkpoints = Path(trainer.strategy.broadcast(os.path.realpath(checkpoints)))
         self._ranks, self._nodes = Ranks(trainer), Nodes.of(trainer)

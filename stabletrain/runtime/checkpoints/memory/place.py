@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 import stat
@@ -24,6 +23,13 @@ import xxhash
 
 from stabletrain.runtime.checkpoints import durable
 from stabletrain.runtime.checkpoints.store import Entry, Store
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    IS_SUPPORTED = False
+else:
+    IS_SUPPORTED = True
 
 PREFIX = "node-"
 _LOCK = "lock"
