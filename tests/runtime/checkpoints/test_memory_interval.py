@@ -1,5 +1,7 @@
 """How far apart copies in memory are, so that they cost 2 % of the steps' time."""
 
+import itertools
+
 import pytest
 
 from stabletrain.runtime.checkpoints.memory.interval import SHARE, Interval
@@ -34,5 +36,5 @@ def test_the_automatic_interval_keeps_to_its_share(slower: float) -> None:
     cost = wait + slower * lasts
     expected = cost / (SHARE * step)
     assert copies[0] == 10
-    assert all(b - a > lasts for a, b in zip(copies, copies[1:], strict=False))
+    assert all(b - a > lasts for a, b in itertools.pairwise(copies))
     assert copies[-1] - copies[-2] == pytest.approx(expected, rel=0.05)
