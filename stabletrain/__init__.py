@@ -27,6 +27,7 @@ _EXPORTS = {
     "UserError": "stabletrain.errors:UserError",
     "announce": "stabletrain.runtime.guard.announce:announce",
     "callbacks": "stabletrain.config.build:callbacks",
+    "check_sigterm_every": "stabletrain.runtime.checkpoints.sigterm_every:check_sigterm_every",
     "default_callbacks": "stabletrain.config.build:default_callbacks",
 }
 
@@ -232,6 +233,7 @@ if TYPE_CHECKING:
 if TYPE_CHECKING:
     from stabletrain.config.build import callbacks as callbacks
     from stabletrain.errors import UserError as UserError
+    from stabletrain.runtime.checkpoints.sigterm_every import check_sigterm_every as check_sigterm_every
     from stabletrain.runtime.guard.announce import announce as announce
     from stabletrain.runtime.guard.options import Guard as _Guard
     from stabletrain.runtime.guard.record_steps import RecordSteps as _RecordSteps

@@ -14,7 +14,7 @@ from contextvars import ContextVar
 
 _VALUE = r"[\w-]+(?:\.[\w-]+)*%?"
 _PLUGIN = re.compile(
-    r"(?:config keys? )?\bplugins(?:\.(?P<slot>\w+)(?:\.(?P<argument>\w+))?|/(?P<group>\w+))"
+    r"(?:config keys? )?\bplugins(?:\.(?P<slot>\w+)(?:\.(?P<argument>\w+)(?:\.(?P<option>\w+))?)?|/(?P<group>\w+))"
     rf"(?:=(?P<value>{_VALUE}|<\w+>))?"
 )
 _LISTED = re.compile(r"config keys? (?P<keys>(?:\w+(?:\.\w+)?(?:=[\w.-]+)?(?:, | and )?)+)")
@@ -82,6 +82,8 @@ def worded(text: str, slot: str | None = None, owner: str | None = None) -> str:
     'use another (Guard(mode=...)), or default_callbacks(spike="detect")'
     >>> worded("Rollback: plugins.spike.accept=null, plugins.spike.expect=50%, plugins.spike.every=5.")
     'Rollback: accept=None, expect="50%", every=5.'
+    >>> worded("use another folder (config key plugins.checkpoints.memory.folder)", "checkpoints", "SaveCheckpoints")
+    'use another folder (SaveCheckpoints(memory={"folder": ...}))'
     >>> with by_config():
     ...     worded("use another (config key guard.mode)")
     'use another (config key guard.mode)'
@@ -98,7 +100,9 @@ def worded(text: str, slot: str | None = None, owner: str | None = None) -> str:
             return f'default_callbacks({name}="{value}")'
         if argument is None:
             return classes.get(name) or name
-        return _call(classes.get(name), argument, value)
+        if match["option"] is not None:
+            return _call(classes.get(name), argument, f'{{"{match["option"]}": {_python(value)}}}')
+        return _call(classes.get(name), argument, _python(value))
 
     def listed(match: re.Match[str]) -> str:
         named, count = _OTHER.subn(other, match["keys"])
@@ -109,14 +113,14 @@ def worded(text: str, slot: str | None = None, owner: str | None = None) -> str:
         if node == "resume":
             return "ckpt_path"
         if argument is not None:
-            return _call(_CLASSES.get(node) or classes.get(node), argument, value)
+            return _call(_CLASSES.get(node) or classes.get(node), argument, _python(value))
         return _CLASSES[node] if value is None else f'default_callbacks({node}="{value}")'
 
     return _LISTED.sub(listed, _PLUGIN.sub(plugin, text))
 
 
-def _call(owner: str | None, argument: str, value: str | None) -> str:
-    given = f"{argument}={_python(value)}"
+def _call(owner: str | None, argument: str, value: str) -> str:
+    given = f"{argument}={value}"
     return given if owner is None else f"{owner}({given})"
 
 

@@ -19,7 +19,7 @@ LONGEST = 10_000
 DEEPEST = 16
 """Nested brackets in one override; Hydra's parser needs seconds for some dozens."""
 
-NODES = ("plugins", "callbacks", "guard", "param_groups")
+NODES = ("plugins", "callbacks", "guard", "param_groups", "runtime")
 """Keys besides config groups that hold mappings."""
 
 
@@ -124,6 +124,7 @@ def _node_problem(override: Override, groups: Mapping[str, Mapping[str, Any]]) -
             "plugins": "use plugins/SLOT=OPTION",
             "guard": "set its keys: guard.mode=exact",
             "param_groups": "set its keys: param_groups.decay_embeddings=true",
+            "runtime": "set its keys: runtime.sigterm_every=50",
         }
         advice = ways.get(key, "add callbacks.NAME._target_=..., or remove it with ~callbacks.NAME")
         return Problem(key, f"expected keys with values, got {value!r:.100}; {advice}")

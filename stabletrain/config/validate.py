@@ -47,13 +47,15 @@ _TOP_LEVEL: dict[str, Any] = {
     "plugins": dict,
     "guard": dict | None,
     "param_groups": dict | None,
+    "runtime": dict | None,
     "launch": dict,
     "trainer": dict,
     "precision": dict | None,
     "strategy": dict | None,
 }
-_OPTIONAL = ("dry_run", "objective", KEY)
+_OPTIONAL = ("dry_run", "objective", KEY, "runtime")
 """Composing adds them; run.yaml leaves the first two out, and one of an earlier version has no other."""
+_RUNTIME_KEYS: dict[str, Any] = {"sigterm_every": int}
 _LAUNCH_KEYS: dict[str, Any] = {
     "kind": Literal["local", "torchrun", "slurm"],
     "processes": int,
@@ -111,7 +113,15 @@ def check_content(config: Mapping[str, Any]) -> list[Problem]:
         config: its content; in run.yaml there are also the keys ``trust``, ``typed`` and ``choices``.
     """
     own = {key: value for key, value in config.items() if key not in RUN_YAML_RECORD}
-    return [*_own_keys(own), *_strategy(own), *_launch(own), *_resume(own), *_unresolved(own), *check_values(own)]
+    return [
+        *_own_keys(own),
+        *_strategy(own),
+        *_launch(own),
+        *_runtime(own),
+        *_resume(own),
+        *_unresolved(own),
+        *check_values(own),
+    ]
 
 
 def check_signatures(config: Mapping[str, Any], trust: Iterable[str] = ()) -> list[Problem]:
@@ -422,13 +432,7 @@ def _launch(config: Mapping[str, Any]) -> Iterator[Problem]:
     launch, trainer = config.get("launch"), config.get("trainer")
     if not isinstance(launch, Mapping) or not isinstance(trainer, Mapping):
         return
-    for key, value in launch.items():
-        unknown = key not in _LAUNCH_KEYS
-        text = f"there is no such key{suggestion(key, _LAUNCH_KEYS)}" if unknown else mismatch(value, _LAUNCH_KEYS[key])
-        if text:
-            yield Problem(f"launch.{key}", text)
-        elif _LAUNCH_KEYS[key] is int and value < 1:
-            yield Problem(f"launch.{key}", f"expected at least 1, got {value}")
+    yield from _keys_of("launch", launch, _LAUNCH_KEYS)
     if problem := restarts_problem(config):
         yield Problem("launch.restarts", problem)
     for key in ("kind", "processes", "nodes", "threads"):
@@ -471,6 +475,20 @@ def _nodes_of_run(launch: Mapping[str, Any]) -> Iterator[Problem]:
             parse_address(rdzv)
         except UserError as error:
             yield Problem("launch.rdzv", str(error).partition(": ")[2])
+def _runtime(config: Mapping[str, Any]) -> Iterator[Problem]:
+    given = config.get("runtime")
+    if isinstance(given, Mapping):
+        yield from _keys_of("runtime", given, _RUNTIME_KEYS)
+
+
+def _keys_of(node: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield the unknown keys of a node, and the values of another type; whole numbers must be at least 1."""
+    for key, value in given.items():
+        text = mismatch(value, known[key]) if key in known else f"there is no such key{suggestion(key, known)}"
+        if text:
+            yield Problem(f"{node}.{key}", text)
+        elif known[key] is int and value < 1:
+            yield Problem(f"{node}.{key}", f"expected at least 1, got {value}")
 
 
 def _run_dir(config: Mapping[str, Any]) -> Iterator[Problem]:

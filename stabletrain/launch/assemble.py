@@ -28,6 +28,7 @@ from stabletrain.optim.build import build_optimizer, replace_configure_optimizer
 from stabletrain.optim.options import KEY, group_options
 from stabletrain.runtime.checkpoints.collecting import divides_with_dtensors
 from stabletrain.runtime.checkpoints.lightning_io import check_when_reading
+from stabletrain.runtime.checkpoints.sigterm_every import check_sigterm_every
 from stabletrain.runtime.guard.callbacks import GuardMember
 from stabletrain.runtime.guard.options import Guard, changed_options
 from stabletrain.runtime.guard.record_steps import RecordSteps
@@ -176,6 +177,8 @@ def build_parts(
             default_root_dir=config["run_dir"],
         ),
     )
+    if parts.trainer is not None:
+        check_sigterm_every(parts.trainer, (config.get("runtime") or {}).get("sigterm_every", 1))
     timeout = config["launch"].get("timeout")  # missing in a run.yaml of an earlier version
     if parts.trainer is not None and parts.trainer.world_size > 1 and timeout is not None:
         wait_at_most(parts.trainer, seconds(timeout, name="launch.timeout"))

@@ -196,7 +196,7 @@ def problem_of(error: Exception, key: str, node: object = None) -> Problem:
     text = " ".join(str(error).split()) or type(error).__name__
     if not isinstance(error, _ABOUT_VALUES):
         text = f"{type(error).__name__}: {text}"
-    known = (*BUILT, *TRAINER_PARTS, "plugins", "callbacks", "guard", "param_groups", "launch", "resume")
+    known = (*BUILT, *TRAINER_PARTS, "plugins", "callbacks", "guard", "param_groups", "runtime", "launch", "resume")
     begins = re.match(rf"(\w+: )?((?:{'|'.join(known)})(?:\.\w+|\[\d+\])*): ", text)
     if begins:
         return Problem(begins[2], (begins[1] or "") + text[begins.end() :])

@@ -52,6 +52,7 @@ class SaveAndStop(StopBetweenBatches):
         self._watch.lost = lambda: _lost(trainer, first_step, self._folder)
         self._watch.install()
         self._watch.patient = True
+        self.take_over(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note that training has begun, if the ranks have equally many batches."""

@@ -562,6 +562,6 @@ def run_config(composed: Composed, trust: Sequence[str]) -> dict[str, Any]:
     if config["resume"] is not None:
         config["resume"] = str(checkpoint_of(config["resume"]))
     order = ("recipe", "seed", "run_dir", "resume", "model", "data", "optimizer", "schedule", "plugins", "guard")
-    rest = ("param_groups", "callbacks", "chaos", "precision", "strategy", "trainer", "logger", "launch")
+    rest = ("param_groups", "runtime", "callbacks", "chaos", "precision", "strategy", "trainer", "logger", "launch")
     record = {"trust": list(trust), "typed": sorted(typed_keys(composed.overrides)), "choices": composed.choices}
     return {key: config.get(key) for key in (*order, *rest)} | record

@@ -30,7 +30,7 @@ NO_LOGGER = {"_target_": "lightning.pytorch.loggers.logger.DummyLogger"}
 _NEEDED = ("model", "data", "trainer", "launch", "seed", "recipe")
 _DEFAULTS: Mapping[str, Any] = {
     "optimizer": None, "schedule": None, "plugins": {}, "guard": None, "callbacks": {}, "chaos": None,
-    "precision": None, "strategy": None,
+    "precision": None, "strategy": None, "runtime": None,
 }  # fmt: skip
 """Keys that a run.yaml of an earlier version may lack."""
 _FOLLOW = (("trainer.devices", "launch.processes"), ("trainer.num_nodes", "launch.nodes"))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from stabletrain.errors import UserError
 from stabletrain.runtime.internals.sharding import broadcast_coalesced
-from stabletrain.strategies.messages import class_name
+from stabletrain.runtime.internals.shards import class_name
 
 
 class InitialValues:

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from stabletrain import settings
 from stabletrain.errors import UserError, require
+from stabletrain.runtime.internals.shards import class_name
 
 OWNER = "FSDP2Strategy"
 """The class that has the arguments which messages name."""
@@ -37,13 +38,6 @@ def check(ok: bool, argument: str, expected: str, got: object) -> None:
         UserError: unless ``ok``.
     """
     require(ok, "fsdp2", argument, expected, got, "strategy", OWNER)
-
-
-def class_name(module: nn.Module) -> str:
-    """The name of a module's class as its author wrote it: sharding gives it a class ``FSDP<Name>``."""
-    kind = type(module)
-    is_sharded = any(each.__name__ == "FSDPModule" for each in kind.__mro__)
-    return kind.__name__.removeprefix("FSDP") if is_sharded and kind.__name__ != "FSDPModule" else kind.__name__
 
 
 def translated(error: Exception, root: nn.Module, units: dict[str, nn.Module]) -> UserError | None:

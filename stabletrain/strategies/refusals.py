@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 
 from stabletrain.errors import UserError
 from stabletrain.runtime.internals.packages import both
-from stabletrain.strategies.messages import class_name, worded
+from stabletrain.runtime.internals.shards import class_name
+from stabletrain.strategies.messages import worded
 
 _NO_ATTRIBUTES = ("_parameters", "_modules", "_buffers")
 _DEPTH = 4

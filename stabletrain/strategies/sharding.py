@@ -15,9 +15,10 @@ from torch.utils.checkpoint import checkpoint
 from stabletrain.errors import UserError
 from stabletrain.runtime.hidden.second_forward import SecondForward
 from stabletrain.runtime.internals.forward import wrap_forward
+from stabletrain.runtime.internals.shards import class_name
 from stabletrain.strategies import refusals
 from stabletrain.strategies.initial import InitialValues
-from stabletrain.strategies.messages import class_name, worded
+from stabletrain.strategies.messages import worded
 from stabletrain.strategies.units import Choice, Units, choose, is_closed
 
 

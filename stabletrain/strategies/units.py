@@ -10,7 +10,8 @@ from typing import NamedTuple, TypeAlias
 from torch import nn
 
 from stabletrain.errors import UserError
-from stabletrain.strategies.messages import class_name, worded
+from stabletrain.runtime.internals.shards import class_name
+from stabletrain.strategies.messages import worded
 
 UnitFilter: TypeAlias = Callable[[str, nn.Module], bool]
 """Called with the name of a module and the module; True: it is a unit."""

@@ -104,8 +104,7 @@ def fit(folder: Path, kind: str, size: int, *callbacks: Callback, resume: Any = 
         *callbacks,
         default_root_dir=folder,
         use_distributed_sampler=False,
-        **strategy(kind, size),
-        **{"max_steps": STEPS, **options},
+        **{**strategy(kind, size), "max_steps": STEPS, **options},
     )
     fits.run(mine, module, DataLoader(torch.arange(STEPS), batch_size=1), ckpt_path=resume)
     return module, mine

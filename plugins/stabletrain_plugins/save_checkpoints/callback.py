@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import secrets
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, cast
 
 from lightning.pytorch import LightningModule, Trainer
 
@@ -21,14 +22,18 @@ from stabletrain.runtime.accumulation import AccumulationWindow
 from stabletrain.runtime.checkpoints.collecting import collect, divides_with_dtensors, is_divided
 from stabletrain.runtime.checkpoints.data_only import naming_optimizers
 from stabletrain.runtime.checkpoints.divided_saver import DividedSaver
+from stabletrain.runtime.checkpoints.going_on import GoOn, Trained
 from stabletrain.runtime.checkpoints.lightning_io import check_when_reading
 from stabletrain.runtime.checkpoints.loading import newest
 from stabletrain.runtime.checkpoints.manifest import CheckpointInfo
+from stabletrain.runtime.checkpoints.memory.copies import MemoryCopies, is_restarted
+from stabletrain.runtime.checkpoints.memory.options import OFF, MemoryOptions
 from stabletrain.runtime.checkpoints.preemption import EXIT_CODE, PreemptionWatch, StopBetweenBatches
 from stabletrain.runtime.checkpoints.saver import Saver
 from stabletrain.runtime.checkpoints.store import MetricMode, Retention, Store
 from stabletrain.runtime.data.epoch_state import EpochState
 from stabletrain.runtime.internals import loader as loader_internals
+from stabletrain.runtime.internals import resuming, sigterm
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.internals.fabric import refuse_in_fabric
 from stabletrain.runtime.internals.packages import Checkpoint
@@ -37,7 +42,8 @@ from stabletrain.runtime.ranks import Ranks
 from stabletrain.runtime.records import run_files
 from stabletrain.runtime.records.recipe import recipe_hash
 from stabletrain.runtime.run_length import run_length
-from stabletrain.runtime.signal_watch import Terminated
+from stabletrain.runtime.signal_watch import Interrupted, Terminated
+from stabletrain.runtime.stop import EndReached, TrainingStopped
 
 if TYPE_CHECKING:
     from stabletrain.runtime.internals.packages import AnyTrainer
@@ -52,10 +58,12 @@ _EVERY = "save_checkpoints.every"
 class SaveCheckpoints(StopBetweenBatches, Checkpoint):
     """Save checkpoints that are complete or absent, verified when they are read, and written while training continues.
 
-    It replaces ModelCheckpoint. To resume from the newest good one: ``Trainer.fit(model, ckpt_path=folder)``.
+    It replaces ModelCheckpoint. To resume from the newest good one: ``Trainer.fit(model, ckpt_path=folder)``; or with
+    ``resume="auto"``, each time the script is started.
 
     Args:
-        folder: where checkpoints go; None: ``checkpoints`` in the logger's folder, or in ``default_root_dir``.
+        folder: where checkpoints go; None: ``checkpoints`` in the logger's folder, or in ``default_root_dir``; with
+            ``resume="auto"`` always in ``default_root_dir``, since a logger has another folder after each start.
         every: an interval or a list of them: applied steps (``500``), epochs (``"1ep"``), tokens (``"1e9tok"``), a
             share of the run (``"2%"``), or a time (``"30s"``, ``"10min"``, ``"2h"``); None: only at the end of the run.
         keep_last: number of the newest checkpoints to keep, >= 1; with 1, there is none to fall back to if it is
@@ -68,16 +76,27 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
             model (FSDP2, tensor parallel) or optimizer (ZeroRedundancyOptimizer), as this rank's part, on each rank.
             False: training waits for every write.
         on_sigterm: on SIGTERM save after the batch, and end the process with exit code 143.
+        resume: ``"auto"``: a fit goes on from the newest good checkpoint of the folder, if there is one, unless it was
+            given a ``ckpt_path``. A second fit of the same Trainer goes on from where it is. None: only from a
+            ``ckpt_path``.
+        memory: copies in the nodes' memory, from which a restarted run goes on, also after the loss of a node: a
+            mapping with ``every`` (applied steps, ``"auto"``: as often as costs at most 2 % of the steps' time, or
+            None: no copies), ``folder`` (on a memory file system; None: ``/dev/shm``) and ``copies`` (number of other
+            nodes that keep each part of a divided model). None: no copies.
 
     Raises:
-        UserError: for an argument out of range.
+        UserError: for an argument out of range; in ``fit``, if the newest checkpoint is of another recipe (with
+            ``resume="auto"``).
     """
 
     plugin: ClassVar[str] = "save_checkpoints"
     slot: ClassVar[str] = "checkpoints"
 
     _undo_reading: Callable[[], None] | None = None
+    _undo_choice: Callable[[], None] | None = None
     _epoch: EpochState | None = None
+    _trained: Trained | None = None
+    _go_on: GoOn | None = None
 
     def __init__(
         self,
@@ -89,17 +108,22 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         tokens_per_step: float | None = None,
         background: bool = True,
         on_sigterm: bool = True,
+        resume: Literal["auto"] | None = None,
+        memory: Mapping[str, Any] | None = OFF,
     ) -> None:
         finite = tokens_per_step is None or 0 < tokens_per_step < math.inf
         for ok, argument, expected, got in (
             (keep_last is None or keep_last >= 1, "keep_last", ">= 1, or null for all", keep_last),
             (mode in ("min", "max"), "mode", '"min" or "max"', mode),
             (finite, "tokens_per_step", "> 0 and finite, or null", tokens_per_step),
+            (resume in ("auto", None), "resume", '"auto" or null', resume),
         ):
             require(ok, self.plugin, argument, expected, got, f"plugins.{self.slot}", type(self).__name__)
         self.folder, self.every, self.keep_last = folder, every, keep_last
         self.monitor, self.mode = monitor, mode
         self.tokens_per_step, self.background, self.on_sigterm = tokens_per_step, background, on_sigterm
+        self.resume = resume
+        self.memory = MemoryOptions.of(memory).as_dict()
         SaveTriggers(every, _EVERY)
         self._reset()
 
@@ -110,11 +134,14 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         self._saver: Saver | None = None
         self._directory: Path | None = None
         self._told_best = ""
+        self._looked_at = 0  # at the clock, in batches
         self._saved_at: tuple[int, int] | None = None
         self._run = secrets.token_hex(8)
         self._fitted: weakref.ref[Trainer] | None = None
         self._recipe: str | None = None
         self._loaded_recipe: str | None = None
+        self._saves = 0
+        self._copies: MemoryCopies | None = None
 
     # ---- for users --------------------------------------------------------------------------------------------------
 
@@ -154,25 +181,30 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         return self._save(cast(Trainer, trainer), wait, value)
 
     def _save(self, trainer: Trainer, wait: bool, value: float | None) -> Path | None:
+        self._saves += 1
         checkpoint = self._collect(trainer)
         self._saved_at = _position(trainer)
         self._triggers.saved(time.monotonic())
         if self._saver is not None:
-            info = CheckpointInfo(
-                step=trainer.global_step,
-                run=self._run,
-                epoch=trainer.current_epoch,
-                world_size=trainer.world_size,
-                recipe=self._recipe,
-                metric=None if value is None else self.monitor,
-                value=value,
-                whole=not AccumulationWindow(trainer).is_open,
-            )
             with naming_optimizers(trainer.optimizers):
-                self._saver.save(checkpoint, info, wait)
+                self._saver.save(checkpoint, self._info(trainer, value), wait)
         if wait:
             trainer.strategy.barrier("stabletrain.save_checkpoints")
         return self._saver.newest if self._saver is not None and wait else None
+
+    def _info(self, trainer: Trainer, value: float | None = None) -> CheckpointInfo:
+        return CheckpointInfo(
+            step=trainer.global_step,
+            run=self._run,
+            epoch=trainer.current_epoch,
+            world_size=trainer.world_size,
+            recipe=self._recipe,
+            metric=None if value is None else self.monitor,
+            value=value,
+            whole=not AccumulationWindow(trainer).is_open,
+            saves=self._saves,
+            trained={} if self._trained is None else self._trained.description,
+        )
 
     def wait(self) -> None:
         """Wait for an unfinished write."""
@@ -195,13 +227,16 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
                 "format. Use Lightning's ModelCheckpoint (plugins/checkpoints=none), or strategy=ddp"
             )
         self._restore_reading()  # of a fit that an exception has ended
-        self._undo_reading = check_when_reading(trainer)
+        self._undo_reading = check_when_reading(trainer, self._instead_of)
         if stage != "fit":
             return
         run = self._run if self._fitted is not None and self._fitted() is trainer else None
         self._reset()
-        self._run, self._fitted = run or self._run, weakref.ref(trainer)
-        root = trainer.log_dir or trainer.default_root_dir  # a collective, so it is called on every rank
+        self._run, of_tuner = run or self._run, resuming.is_tuners_fit(trainer)
+        self._fitted = None if of_tuner else weakref.ref(trainer)
+        root = trainer.default_root_dir
+        if self.resume is None:
+            root = trainer.log_dir or root  # a collective, so it is called on every rank
         self._directory = (
             (Path(root) / run_files.CHECKPOINTS if self.folder is None else Path(self.folder)).expanduser().absolute()
         )
@@ -209,6 +244,18 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
             self._epoch = EpochState(trainer, self.plugin)
         self._active = not trainer_internals.is_fast_dev_run(trainer)
         self._recipe = recipe_hash(Path(trainer.default_root_dir), but=("chaos",))
+        if self.resume == "auto" and self._active and run is None and not of_tuner:
+            names = {"owner": self.plugin, "key": f"plugins.{self.slot}", "named": type(self).__name__}
+            self._go_on = GoOn(trainer, self._directory, self._recipe, **names)
+            self._trained = self._go_on.trained
+        else:
+            self._trained = Trained(trainer)
+        options = MemoryOptions.of(self.memory)
+        if self._active and options.every is not None and not of_tuner:
+            self._require_lasting_folder(Path(root))
+            self._copies = MemoryCopies(options, trainer, self._directory, self._recipe, self.background)
+            if is_restarted() and self._go_on is None:
+                self._undo_choice = resuming.go_on_from(trainer, self._copies.choose)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the intervals and handle SIGTERM: the run's length is known, and Lightning's handlers are installed."""
@@ -216,12 +263,19 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
             loader_internals.begin_next_epoch(trainer)
         if not self._active:
             return
+        from_memory = self._copies is not None and self._copies.is_restored
+        if self._go_on is not None and self._go_on.has_gone_on and not from_memory:
+            self._saved_at = _position(trainer)  # in this folder
         self._saver = self._new_saver(trainer)
+        if self._copies is not None:
+            self._copies.begin(restored=trainer.global_step > 0)
         run = run_length(trainer, self.tokens_per_step)
         self._triggers.start(run, trainer.global_step, time.monotonic())
         self._watching = self.on_sigterm and self._watch.take_over(trainer)
         # decides whether collectives are called, so all ranks must agree
         self._watching = bool(trainer.strategy.broadcast(self._watching))
+        if self._watching:
+            self.take_over(trainer)
         if self._saver is not None and trainer.is_global_zero:
             self._saver.begin(self._run)
             if self._loaded_recipe and self._recipe and self._loaded_recipe != self._recipe:
@@ -238,9 +292,13 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
             return
         if not self._checked:
             self._check_and_allocate(trainer)
+            if self._copies is not None and not self._saves:
+                self.save(trainer)  # copies are of the run whose checkpoints are on disk, so there must be one
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._is_due(trainer) or 0 < trainer.max_steps <= trainer.global_step:
             self.save(trainer)
+        if self._copies is not None:
+            self._copies.after_step(lambda: self._info(trainer))
 
     @property
     def may_stop(self) -> bool:
@@ -255,6 +313,8 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
     def save_and_stop(self, trainer: Trainer) -> NoReturn:
         """Save a checkpoint, and end the process with the exit code of a SIGTERM."""
         path = self.save(trainer, wait=True)
+        if self._copies is not None:
+            self._copies.end()
         logger.warning("SIGTERM: ending with exit code %d; resume from %s", EXIT_CODE, path or self.last)
         raise Terminated(EXIT_CODE)
 
@@ -284,20 +344,26 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         trainer.strategy.barrier("stabletrain.save_checkpoints")
         if self._saver is not None:
             self._saver.close()
+        if self._copies is not None:
+            self._copies.end()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Finish an unfinished write; the state of a failed run is not saved."""
         super().on_exception(trainer, pl_module, exception)
         self.wait()
+        agreed = isinstance(exception, Interrupted) and exception.agreed
+        if self._copies is not None and (agreed or isinstance(exception, TrainingStopped | EndReached)):
+            self._copies.discard()  # nobody restarts such a run
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Finish an unfinished write, and restore the strategy's own CheckpointIO."""
+        super().teardown(trainer, pl_module, stage)
         self.wait()
         self._restore_reading()
 
     def state_dict(self) -> dict[str, Any]:
         """The identity of the run and of its recipe, and the state of the epoch. A collective."""
-        known = {"run": self._run, "recipe": self._recipe}
+        known: dict[str, Any] = {"run": self._run, "recipe": self._recipe, "saves": self._saves}
         return known if self._epoch is None else {**known, "epoch": self._epoch.state_of_all_ranks()}
 
     @names_its_plugin
@@ -306,7 +372,9 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         run, recipe = state_dict["run"], state_dict["recipe"]
         if not isinstance(run, str) or not isinstance(recipe, str | None):
             raise TypeError("run and recipe must be text")
-        self._run, self._loaded_recipe = run, recipe
+        if type(saves := state_dict.get("saves", 0)) is not int:
+            raise TypeError("saves must be a whole number")
+        self._run, self._loaded_recipe, self._saves = run, recipe, saves
         if self._epoch is not None and state_dict.get("epoch"):
             self._epoch.load_rank(state_dict["epoch"])
 
@@ -320,13 +388,31 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
 
     # ---- helpers ----------------------------------------------------------------------------------------------------
 
+    def _require_lasting_folder(self, root: Path) -> None:
+        """A logger's folder of one start of a script is not that of the next, so copies would not be found again."""
+        if self.folder is None and re.fullmatch(r"version_\d+", root.name):
+            raise UserError(
+                "save_checkpoints: with copies in memory, folder must be given, as the logger has a new folder at each "
+                f"start ({root}): a restarted run would not find its copies (config key plugins.checkpoints.folder)"
+            )
+
+    def _instead_of(self, path: Any) -> Any:
+        return path if self._copies is None else self._copies.instead_of(path)
+
     def _restore_reading(self) -> None:
+        if self._undo_choice is not None:
+            self._undo_choice()
+            self._undo_choice = None
+        if self._copies is not None:
+            self._copies.leave()
+            self._copies = None
         if self._undo_reading is not None:
             self._undo_reading()
             self._undo_reading = None
-        if self._epoch is not None:
-            self._epoch.close()
-            self._epoch = None
+        for each in (self._epoch, self._go_on or self._trained):
+            if each is not None:
+                each.close()
+        self._epoch = self._trained = self._go_on = None
 
     def _new_saver(self, trainer: Trainer) -> Saver | None:
         """On rank 0, or on all if each has a part of the state."""
@@ -342,8 +428,10 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
 
     def _is_due(self, trainer: Trainer) -> bool:
         """Whether a checkpoint is due, by the clock of any rank; the same on all ranks."""
-        due = self._triggers.due(trainer.global_step, time.monotonic())
-        return due if self._triggers.seconds is None else Ranks(trainer).any(due)
+        if self._triggers.seconds is None or not sigterm.is_asked_after_batch(trainer, self._looked_at):
+            return self._triggers.due(trainer.global_step, now=-math.inf)
+        self._looked_at = trainer_internals.batches_seen(trainer)
+        return Ranks(trainer).any(self._triggers.due(trainer.global_step, time.monotonic()))
 
     def _check_and_allocate(self, trainer: Trainer) -> None:
         """After the first step: raise an error for state that cannot be saved, and allocate the memory for the copy."""
@@ -352,6 +440,8 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         if self._saver is not None:
             with naming_optimizers(trainer.optimizers):
                 self._saver.prepare(checkpoint)
+        if self._copies is not None:
+            self._copies.prepare()
 
 
 def _position(trainer: Trainer) -> tuple[int, int]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeAlias
 
 from lightning.pytorch import Trainer
 
@@ -12,12 +13,15 @@ from stabletrain.runtime.checkpoints.agreement import Together
 from stabletrain.runtime.checkpoints.content import check_content, explain_weights, report_conversions
 from stabletrain.runtime.checkpoints.errors import CheckpointError
 from stabletrain.runtime.checkpoints.hyper_parameters import live_object
-from stabletrain.runtime.checkpoints.loading import is_ours, load_good
+from stabletrain.runtime.checkpoints.loading import is_ours, is_own, load_good, load_own
 from stabletrain.runtime.checkpoints.names import parameter_names, with_own_names
 from stabletrain.runtime.checkpoints.optimizer_keys import for_parameters
 from stabletrain.runtime.checkpoints.placing import live_tensors, placed, places_of
 from stabletrain.runtime.internals import dividing, shards
 from stabletrain.runtime.internals import trainer as trainer_internals
+
+Instead: TypeAlias = Callable[[Any], Any]
+"""From the path that is given, the one that this process reads; called on all ranks."""
 
 
 class DividedReading:
@@ -25,10 +29,11 @@ class DividedReading:
 
     Args:
         trainer: before it restores a checkpoint.
+        instead: what is read instead of a path.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
+    def __init__(self, trainer: Trainer, instead: Instead = lambda path: path) -> None:
+        self._trainer, self._instead = trainer, instead
         self._checkpoint: dict[str, Any] | None = None
         self._undo = [
             dividing.around_reading(trainer, self._read),
@@ -43,15 +48,18 @@ class DividedReading:
 
     def _read(self, load: Callable[[], dict[str, Any]], path: Any) -> dict[str, Any]:
         trainer = self._trainer
-        path, ours = trainer.strategy.broadcast((path, is_ours(path)))
-        if not ours:
-            return load()
+        path = self._instead(path)
+        own = is_own(path)
+        if not own:
+            path, ours = trainer.strategy.broadcast((path, is_ours(path)))
+            if not ours:
+                return load()
         module = trainer_internals.unwrapped(trainer.lightning_module)
         shards.reshard(module)
         optimizers = trainer.optimizers if trainer.state.fn == "fit" else []
         try:
-            self._checkpoint = load_good(
-                path,
+            self._checkpoint = (load_own if own else load_good)(
+                Path(path),
                 lambda checkpoint: check_content(checkpoint, trainer),
                 functools.partial(live_object, trainer),
                 places_of(module, optimizers),

@@ -102,9 +102,9 @@ class Fields:
             self._fail(field, "true or false", found)
         return found
 
-    def nested(self, field: str) -> Fields:
-        """An object."""
-        return Fields(self._get(field), f"{self._name}: {field}")
+    def nested(self, field: str, optional: bool = False) -> Fields:
+        """An object; if it is optional, an empty one if it is missing."""
+        return Fields(self._get(field, {}) if optional else self._get(field), f"{self._name}: {field}")
 
     def items(self, limit: int = 1000) -> list[str]:
         """The names of all fields, of which there are at most ``limit``."""

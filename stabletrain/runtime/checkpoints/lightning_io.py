@@ -15,10 +15,10 @@ from stabletrain.errors import UserError
 from stabletrain.optim.loading import convert_when_loading
 from stabletrain.runtime.checkpoints.agreement import Together
 from stabletrain.runtime.checkpoints.content import check_content, explain_weights, report_conversions
-from stabletrain.runtime.checkpoints.divided_reading import DividedReading
+from stabletrain.runtime.checkpoints.divided_reading import DividedReading, Instead
 from stabletrain.runtime.checkpoints.errors import CheckpointError
 from stabletrain.runtime.checkpoints.hyper_parameters import live_object
-from stabletrain.runtime.checkpoints.loading import is_ours, load_good
+from stabletrain.runtime.checkpoints.loading import is_ours, is_own, load_good, load_own
 from stabletrain.runtime.checkpoints.names import with_own_names
 from stabletrain.runtime.checkpoints.single_file import load_file, with_known_classes
 from stabletrain.runtime.internals import dividing
@@ -28,7 +28,7 @@ from stabletrain.runtime.internals.packages import CheckpointIO, both
 from stabletrain.runtime.plugin_state import FOREIGN_STATE
 
 
-def check_when_reading(trainer: Trainer) -> Callable[[], None]:
+def check_when_reading(trainer: Trainer, instead: Instead = lambda path: path) -> Callable[[], None]:
     """Let a trainer read verified checkpoints, and check every checkpoint before anything of it is restored.
 
     A state that a callback, scheduler or data module cannot restore ends the run with one message. That of an optimizer
@@ -37,6 +37,7 @@ def check_when_reading(trainer: Trainer) -> Callable[[], None]:
     Args:
         trainer: before it restores a checkpoint; its strategy gathers checkpoints on rank 0, or divides the model with
             DTensors.
+        instead: gets each path on all ranks, and returns what this rank reads: a copy in memory, or the path itself.
 
     Returns:
         The function that undoes this.
@@ -45,10 +46,10 @@ def check_when_reading(trainer: Trainer) -> Callable[[], None]:
     if isinstance(strategy.checkpoint_io, VerifiedIO):
         return lambda: None
     inner = strategy.checkpoint_io
-    strategy.checkpoint_io = VerifiedIO(inner, trainer)
+    strategy.checkpoint_io = VerifiedIO(inner, trainer, instead)
     undos = [convert_when_loading(trainer), trainer_internals.around_restoring(trainer, _explain)]
     if isinstance(strategy, both(ModelParallelStrategy)):
-        undos.append(DividedReading(trainer).remove)
+        undos.append(DividedReading(trainer, instead).remove)
     else:
         undos.append(dividing.around_weights(trainer, functools.partial(_explain_weights, trainer)))
 
@@ -99,11 +100,12 @@ class VerifiedIO(CheckpointIO):
     Args:
         inner: reads and writes single files.
         trainer: that restores the checkpoints.
+        instead: as for `check_when_reading`.
     """
 
-    def __init__(self, inner: CheckpointIO, trainer: Trainer) -> None:
+    def __init__(self, inner: CheckpointIO, trainer: Trainer, instead: Instead = lambda path: path) -> None:
         self.inner = inner
-        self._trainer = trainer
+        self._trainer, self._instead = trainer, instead
 
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
@@ -118,6 +120,7 @@ class VerifiedIO(CheckpointIO):
         Raises:
             CheckpointError: on all ranks, if there is none that all of them can read.
         """
+        path = self._instead(path)
         if is_ours(path):
             checkpoint = self._load_verified(path)
         else:
@@ -140,8 +143,9 @@ class VerifiedIO(CheckpointIO):
 
     def _load_verified(self, path: Any) -> dict[str, Any]:
         try:
-            return load_good(
-                path,
+            load = load_own if is_own(path) else load_good
+            return load(
+                Path(path),
                 lambda checkpoint: check_content(checkpoint, self._trainer),
                 functools.partial(live_object, self._trainer),
                 ranks=Together(self._trainer),

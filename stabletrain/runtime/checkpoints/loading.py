@@ -103,14 +103,7 @@ def load_good(
     if unreadable:
         raise CheckpointError(unreadable)
     for candidate in candidates:
-        found, problem = None, ""
-        try:
-            found = read(candidate, objects, place)
-            if check is not None:
-                check(found.checkpoint)
-        except CheckpointError as error:
-            problem = str(error)
-        problem = ranks.first_problem(problem)
+        found, problem = _tried(candidate, check, objects, place, ranks)
         if problem or found is None:
             problems.append(f"{candidate.name} is damaged: {problem}")
             continue
@@ -125,6 +118,57 @@ def load_good(
     if problems:
         raise CheckpointError(f"checkpoints: none in {path} can be read: {'; '.join(problems)}")
     raise CheckpointError(f"checkpoints: there is none in {path}; expected a checkpoint, or a folder of checkpoints")
+
+
+def load_own(
+    path: Path,
+    check: Callable[[dict[str, Any]], object] | None = None,
+    objects: Objects | None = None,
+    place: Place | None = None,
+    ranks: Alone = ALONE,
+) -> Loaded:
+    """Read a checkpoint of which each process has its own part at its own path, and no other one instead.
+
+    Args:
+        path: of this process's part.
+        check: as for `load_good`.
+        objects: as for `decode`.
+        place: as for `read`.
+        ranks: the processes that read theirs.
+
+    Raises:
+        CheckpointError: on all of them, if one is damaged.
+    """
+    found, problem = _tried(path, check, objects, place, ranks)
+    if problem or found is None:
+        raise CheckpointError(f"checkpoints: the copy {path} cannot be read: {problem}")
+    return found
+
+
+def is_own(path: str | Path) -> bool:
+    """Whether a path is a copy in a node's memory, of which each process has its own part at its own path."""
+    try:
+        return is_checkpoint(Path(path)) and Manifest.read(Path(path).resolve()).info.copy is not None
+    except CheckpointError:
+        return False
+
+
+def _tried(
+    path: Path,
+    check: Callable[[dict[str, Any]], object] | None,
+    objects: Objects | None,
+    place: Place | None,
+    ranks: Alone,
+) -> tuple[Loaded | None, str]:
+    """A checkpoint, or the first problem that a process has with it."""
+    found, problem = None, ""
+    try:
+        found = read(path, objects, place)
+        if check is not None:
+            check(found.checkpoint)
+    except CheckpointError as error:
+        problem = str(error)
+    return found, ranks.first_problem(problem)
 
 
 def read(path: Path, objects: Objects | None = None, place: Place | None = None) -> Loaded:
@@ -181,11 +225,19 @@ def newest(path: str | Path) -> Path | None:
     Args:
         path: the folder; may be missing.
     """
+    found = newest_entry(path)
+    return None if found is None else found.path
+
+
+def newest_entry(path: str | Path) -> Entry | None:
+    """As `newest`, with the manifest.
+
+    Args:
+        path: the folder; may be missing.
+    """
     folder = store_of(Path(path))
-    for entry in _best_first(Store(folder).entries() if folder else []):
-        if entry.manifest.missing(entry.path) is None:
-            return entry.path
-    return None
+    entries = _best_first(Store(folder).entries() if folder else [])
+    return next((entry for entry in entries if entry.manifest.missing(entry.path) is None), None)
 
 
 def store_of(path: Path) -> Path | None:

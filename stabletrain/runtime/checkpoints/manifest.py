@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ DIVIDED_FORMAT = 2
 """Of checkpoints that several processes write, each its own file: `part_file`."""
 _LIMIT = 16 << 20
 """Largest size, bytes; a manifest has about 700, and 120 more for each file."""
+TRAINED_LIMIT = 2000
+"""Longest text of `CheckpointInfo.trained`."""
 _CHECKSUM = re.compile("[0-9a-f]{32}")
 
 
@@ -51,6 +53,9 @@ class CheckpointInfo:
         value: that metric's value.
         whole: made between two optimizer steps. A checkpoint that a validation makes within an accumulation window
             lacks the gradients of the window: a run cannot resume from it exactly.
+        saves: checkpoints on disk that the run has begun to save so far, this one included; 0: not counted.
+        copy: of a copy in the nodes' memory, the identity that the parts of all processes share; None on disk.
+        trained: what was trained, from `what_is_trained.describe`; empty: unknown.
     """
 
     step: int
@@ -61,6 +66,9 @@ class CheckpointInfo:
     metric: str | None = None
     value: float | None = None
     whole: bool = True
+    saves: int = 0
+    copy: str | None = None
+    trained: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +128,7 @@ class Manifest:
             raise CheckpointError(
                 f"expected format {FORMAT} or {DIVIDED_FORMAT}, got format {found}: update stabletrain"
             )
-        versions = fields.nested("versions")
+        versions, trained = fields.nested("versions"), fields.nested("trained", optional=True)
         return cls(
             sequence=fields.integer("sequence"),
             info=CheckpointInfo(
@@ -132,6 +140,9 @@ class Manifest:
                 metric=fields.text("metric", optional=True),
                 value=fields.number("value"),
                 whole=fields.boolean("whole", default=True),
+                saves=fields.integer("saves", default=0),
+                copy=fields.text("copy", optional=True),
+                trained={name: trained.text(name, limit=TRAINED_LIMIT) for name in trained.items(limit=1000)},
             ),
             files=_records(fields.nested("files"), found == DIVIDED_FORMAT),
             versions={name: versions.text(name) for name in versions.items(limit=100)},

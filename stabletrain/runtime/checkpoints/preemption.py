@@ -5,13 +5,14 @@ from __future__ import annotations
 import signal
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, NoReturn
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 
 from stabletrain.runtime.accumulation import AccumulationWindow
+from stabletrain.runtime.internals import sigterm
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.internals.packages import Callback
 from stabletrain.runtime.ranks import Ranks
@@ -59,7 +60,12 @@ class StopBetweenBatches(Callback, ABC):
     A signal reaches the ranks at different batches, or only one of them, while saving needs all of them at once. With
     gradient accumulation the run stops after the optimizer step: a checkpoint does not hold the gradients of an open
     window, so a run could not resume exactly from within one.
+
+    The ranks ask each other after each batch, or as often as `check_sigterm_every` says.
     """
+
+    _asked_at: int = 0
+    _undo_leaving: Callable[[], None] | None = None
 
     @property
     @abstractmethod
@@ -79,6 +85,9 @@ class StopBetweenBatches(Callback, ABC):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop if any rank was asked to."""
+        if AccumulationWindow(trainer).is_open or not sigterm.is_asked_after_batch(trainer, self._asked_at):
+            return
+        self._asked_at = trainer_internals.batches_seen(trainer)
         self._stop_if_asked(trainer)
 
     def on_validation_batch_end(
@@ -91,12 +100,30 @@ class StopBetweenBatches(Callback, ABC):
         dataloader_idx: int = 0,
     ) -> None:
         """Stop if any rank was asked to, without waiting for the end of a long validation."""
-        self._stop_if_asked(trainer)
+        if sigterm.is_asked_in_validation(trainer, batch_idx, dataloader_idx):
+            self._stop_if_asked(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """After a signal, let loggers call the run killed, not failed."""
+        self.give_back()
         if isinstance(exception, Interrupted | Terminated):
             call_killed(trainer.loggers)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Lightning handles SIGTERM again."""
+        self.give_back()
+
+    def take_over(self, trainer: Trainer) -> None:
+        """On all ranks: the handler of SIGTERM is installed, and Lightning's is not."""
+        self.give_back()
+        self._asked_at = trainer_internals.batches_seen(trainer)
+        self._undo_leaving = sigterm.leave_sigterm_to_us(trainer)
+
+    def give_back(self) -> None:
+        """Undo `take_over`."""
+        if self._undo_leaving is not None:
+            self._undo_leaving()
+            self._undo_leaving = None
 
     def _stop_if_asked(self, trainer: Trainer) -> None:
         if not self.may_stop or AccumulationWindow(trainer).is_open:

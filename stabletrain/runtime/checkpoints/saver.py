@@ -51,6 +51,11 @@ class Saver:
         """Memory of the copy, bytes."""
         return 0 if self._buffers is None else self._buffers.nbytes
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether a write is not finished."""
+        return self._thread is not None and self._thread.is_alive()
+
     def begin(self, run: str) -> None:
         """Remove the incomplete folders of killed processes, and warn if the folder holds checkpoints of other runs.
 

@@ -117,7 +117,7 @@ class Store:
         Raises:
             OSError: if it cannot be made.
         """
-        return durable.new_folder(self.folder, self._free_name(step))
+        return durable.new_folder(self.folder, self.free_name(step))
 
     def commit(self, folder: Path, info: CheckpointInfo, files: Mapping[str, durable.FileRecord]) -> Path:
         """Write the manifest, give the folder its name, and delete older checkpoints.
@@ -134,8 +134,8 @@ class Store:
             OSError: if it cannot be written; the folder is left as it is.
         """
         sequence = 1 + max((entry.manifest.sequence for entry in self.entries()), default=0)
-        Manifest(sequence=sequence, info=info, files=files, versions=_versions()).write(folder)
-        final = durable.publish(folder, self._free_name(info.step))
+        Manifest(sequence=sequence, info=info, files=files, versions=versions()).write(folder)
+        final = durable.publish(folder, self.free_name(info.step))
         try:
             self._prune(info.run)
         except OSError as error:
@@ -181,7 +181,8 @@ class Store:
             if entry.path not in retained and (best is None or entry.path != best.path):
                 durable.discard(entry.path)
 
-    def _free_name(self, step: int) -> str:
+    def free_name(self, step: int) -> str:
+        """A name for the checkpoint of a step that no other one has."""
         name = f"{PREFIX}{step:08d}"
         number = 1
         while os.path.lexists(self.folder / (name if number == 1 else f"{name}-{number}")):
@@ -233,5 +234,6 @@ def is_checkpoint(path: Path) -> bool:
     return path.is_dir() and ((path / MANIFEST).exists() or path.name.startswith(PREFIX))
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """The software that writes a checkpoint."""
     return {"stabletrain": __version__, "torch": torch.__version__, "python": platform.python_version()}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch import Tensor
 
 from stabletrain.runtime.checkpoints.errors import CheckpointError
 
@@ -62,6 +63,37 @@ class WriterGroup:
         with _naming_lost():
             dist.all_gather_object(values, value, group=self._group)
         return values
+
+    def send(self, tensor: Tensor, to: int) -> Any:
+        """Begin to send a tensor on the CPU to a rank, which calls `receive` for it; see `finish`.
+
+        Raises:
+            CheckpointError: if that rank is lost.
+        """
+        with _naming_lost():
+            return dist.isend(tensor, to, group=self._group)
+
+    def receive(self, tensor: Tensor, source: int) -> Any:
+        """Begin to receive into a tensor on the CPU what a rank sends; see `finish`.
+
+        Raises:
+            CheckpointError: if that rank is lost.
+        """
+        with _naming_lost():
+            return dist.irecv(tensor, source, group=self._group)
+
+    def finish(self, work: Iterable[Any]) -> None:
+        """Wait until all that was begun is sent and received.
+
+        Args:
+            work: what `send` and `receive` returned.
+
+        Raises:
+            CheckpointError: if a rank is lost.
+        """
+        with _naming_lost():
+            for each in work:
+                each.wait()
 
     def close(self) -> None:
         """Give the process group back, when no rank uses it any more."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Trainer
 
 from stabletrain.runtime.internals.loader import override
@@ -21,6 +23,111 @@ class BatchCount(NamedTuple):
 
     epoch: int
     run: int
+
+
+# ---- which checkpoint a fit goes on from -----------------------------------------------------------------------------
+
+
+def go_on_from(
+    trainer: Trainer, choose: Callable[[], Path | None], after: Callable[[], None] = lambda: None
+) -> Callable[[], None]:
+    """Let a fit go on from a checkpoint that a plugin chooses, as if the user had given it as ``ckpt_path``.
+
+    A ``ckpt_path`` that the user gave wins: ``choose`` is then not called. When the hooks ``setup`` run, Lightning has
+    the user's ``ckpt_path`` in a local variable already, so the choice is made where the restore begins: after
+    ``configure_model``, and with strategies that restore after the setup (FSDP2) after ``on_fit_start``.
+
+    Lightning itself goes on from the file that it saved when SLURM requeued the job, also when the plugin has saved
+    later than that; of the two the one that was written last is taken.
+
+    Args:
+        trainer: of the fit, in a hook ``setup``, on all ranks.
+        choose: called on all ranks, once a fit; returns the same on all: a path, or None to start from scratch. Its
+            checkpoint is read as data (``weights_only=True``).
+        after: called on all ranks when the chosen checkpoint is restored.
+
+    Returns:
+        The function that undoes this.
+    """
+    connector: Any = trainer._checkpoint_connector
+    restore, end = connector._restore_modules_and_callbacks, connector.resume_end
+    chosen: Path | None = None
+
+    def restored(checkpoint_path: Any = None, weights_only: bool | None = None) -> None:
+        nonlocal chosen
+        requeued = _requeued(trainer, checkpoint_path)
+        chosen = choose() if not checkpoint_path or requeued else None
+        if chosen is not None and requeued and trainer.strategy.broadcast(_is_older(chosen, requeued)):
+            chosen = None
+        if chosen is None:
+            restore(checkpoint_path, weights_only)
+        else:
+            restore(str(chosen), True)
+
+    def ended() -> None:
+        end()
+        if chosen is not None and connector._ckpt_path == str(chosen):  # not a finder's, which restores its own file
+            after()
+
+    undos = [
+        override(connector, "_restore_modules_and_callbacks", restored),
+        override(connector, "resume_end", ended),
+    ]
+
+    def undo() -> None:
+        for each in reversed(undos):
+            each()
+
+    return undo
+
+
+def after_strategy_setup(trainer: Trainer, call: Callable[[], None]) -> Callable[[], None]:
+    """Call ``call`` when the strategy has set up model and optimizers, before ``on_fit_start`` and before their state.
+
+    Args:
+        trainer: of a fit, in a hook ``setup``.
+        call: called on all ranks.
+
+    Returns:
+        The function that undoes this.
+    """
+    strategy = trainer.strategy
+    set_up = strategy.setup
+
+    def wrapped(trainer: Trainer) -> None:
+        set_up(trainer)
+        call()
+
+    return override(strategy, "setup", wrapped)
+
+
+def is_tuners_fit(trainer: Trainer) -> bool:
+    """Whether this fit ends after the trial steps of a ``Tuner``, which calls ``Trainer.fit`` with its finder."""
+    return any(getattr(each, "_early_exit", False) for each in trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def batches_are_over(trainer: Trainer) -> bool:
+    """Whether a fit whose checkpoint is restored has nothing left to train: its last step or epoch is done."""
+    fit_loop = trainer.fit_loop
+    epochs: Any = fit_loop.epoch_progress.current
+    limit = fit_loop.max_epochs
+    steps_over = 0 <= trainer.max_steps <= trainer.global_step
+    return steps_over or (limit is not None and 0 <= limit <= epochs.processed)
+
+
+def _requeued(trainer: Trainer, checkpoint_path: Any) -> Path | None:
+    """The path, if it is that of the file that Lightning saved when SLURM requeued the job, and chose by itself."""
+    if not checkpoint_path or not SLURMEnvironment.detect():
+        return None
+    found = trainer._checkpoint_connector._hpc_resume_path
+    return Path(found) if found is not None and str(checkpoint_path) == found else None
+
+
+def _is_older(one: Path, other: Path) -> bool:
+    try:
+        return one.stat().st_mtime_ns < other.stat().st_mtime_ns
+    except OSError:  # one of them is gone, or at a URL
+        return False
 
 
 # ---- where the loop is ----------------------------------------------------------------------------------------------

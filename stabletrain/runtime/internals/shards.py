@@ -20,6 +20,13 @@ def reshard(module: nn.Module) -> None:
             each.reshard()
 
 
+def class_name(module: nn.Module) -> str:
+    """The name of a module's class as its author wrote it: sharding gives it a class ``FSDP<Name>``."""
+    kind = type(module)
+    is_sharded = any(each.__name__ == "FSDPModule" for each in kind.__mro__)
+    return kind.__name__.removeprefix("FSDP") if is_sharded and kind.__name__ != "FSDPModule" else kind.__name__
+
+
 def held_indices(tensor: DTensor) -> list[Tensor]:
     """The indices along each dimension of the whole tensor that this process holds, in the order of its local tensor.
 
