@@ -1,8 +1,9 @@
-"""Fits on several ranks, of which one has a bit flipped, for `rank_pool.on_ranks`: what each rank has seen and is left with."""
+"""Fits on several ranks, of which one has a bit flipped, for `rank_pool.on_ranks`: what each rank ends with."""
 
 from __future__ import annotations
 
 import os
+import signal
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,15 @@ from lightning.pytorch import Callback
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from stabletrain import CheckReplicas, Rollback, SkipNonFinite, TrainingStopped
+from stabletrain import (
+    CheckReplicas,
+    DDPZeRO1Strategy,
+    ResumeExactly,
+    Rollback,
+    SaveCheckpoints,
+    SkipNonFinite,
+    TrainingStopped,
+)
 
 ADAMW = partial(torch.optim.AdamW, lr=0.01)
 SGD = partial(torch.optim.SGD, lr=0.01)
@@ -58,31 +67,35 @@ class Flip(Callback):
 
 
 class Ended(NamedTuple):
-    """How a fit ended on a rank: weights and optimizer state, events as (kind, step, reason), the error's message, and
-    metrics."""
+    """How a fit ended on a rank.
+
+    Args:
+        weights: and optimizer state, after the last batch.
+        events: of replicas and rollbacks, as (kind, step, reason).
+        error: the message if the run was stopped.
+        counts: checks made, and differences found; empty if there is nothing to compare.
+    """
 
     weights: list[Tensor]
     events: list[tuple[str, int, str]]
     error: str
-    metrics: dict[str, float]
+    counts: list[float]
 
 
-def fit(folder: Path, kind: str, *callbacks: Callback, optimizer: Any = ADAMW, **options: Any) -> Ended:
+def fit(folder: Path, kind: Any, *callbacks: Callback, optimizer: Any = ADAMW, **options: Any) -> Ended:
     """Train with `two_ranks.train`; its NaN, on the second rank, is dropped."""
-    seen, error = EventRecorder(), ""
-    weights: list[Tensor] = []
-    metrics: dict[str, float] = {}
-    keep = Keep()
+    seen, keep, error = EventRecorder(), Keep(), ""
+    stack = [SkipNonFinite(), *callbacks, seen, keep]
+    trainer: Any = None
     try:
-        _, trainer = two_ranks.train(
-            folder, kind, SkipNonFinite(), *callbacks, seen, keep, make_optimizer=optimizer, **options
-        )
-        metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if "replica_" in key}
+        _, trainer = two_ranks.train(folder, kind, *stack, make_optimizer=optimizer, **options)
     except TrainingStopped as stopped:
         error = str(stopped)
-    weights = keep.weights
-    events = [(each.kind, each.step, each.reason) for each in seen.events]
-    return Ended(weights, events, error, metrics)
+    kinds = ("replicas_differ", "rollback", "stop")
+    events = [(each.kind, each.step, each.reason) for each in seen.events if each.kind in kinds]
+    names = ("stability/replica_checks", "stability/replica_differences")
+    counts = [float(trainer.callback_metrics[name]) for name in names if trainer and name in trainer.callback_metrics]
+    return Ended(keep.weights, events, error, counts)
 
 
 class Keep(Callback):
@@ -90,31 +103,95 @@ class Keep(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         outer = trainer.optimizers[0]
-        state = [each for p in pl_module.parameters() for each in getattr(outer, "optim", outer).state.get(p, {}).values()]
-        tensors = [*pl_module.parameters(), *(each for each in state if isinstance(each, Tensor))]
-        self.weights = [(t._local_tensor if isinstance(t, DTensor) else t).detach().clone() for t in tensors]
+        state = getattr(outer, "optim", outer).state  # of a ZeroRedundancyOptimizer
+        tensors = [each for p in pl_module.parameters() for each in (p, *state.get(p, {}).values())]
+        local = [t._local_tensor if isinstance(t, DTensor) else t for t in tensors if isinstance(t, Tensor)]
+        self.weights = [each.detach().clone() for each in local]
 
 
-def rank() -> int:
-    return int(os.environ["RANK"])
+def check(**options: Any) -> CheckReplicas:
+    return CheckReplicas(**{"every": 4, **options})
 
 
-def differences(folder: Path) -> dict[str, Ended]:
-    """A run without a fault and without the plugin, one with it, and runs with a flipped bit."""
-    check = partial(CheckReplicas, every=4)
-
-    def run(*callbacks: Callback, **options: Any) -> Ended:
-        return fit(folder, "ddp", *callbacks, **options)
-
-    last = int(os.environ["WORLD_SIZE"]) - 1
+def faults(folder: Path) -> dict[str, Ended]:
+    """On three ranks: without a fault, and with a flipped bit in a weight and in a moment, which are undone or repaired."""
+    flip_moment = Flip(2, 8, name="net.3.bias", state="exp_avg_sq", element=0)
     return {
-        "bare": run(Rollback(**RING)),
-        "healthy": run(Rollback(**RING), check()),
-        "weight": run(Rollback(**RING), check(), Flip(1, 7)),
-        "moment": run(check(), Rollback(**RING), Flip(last, 8, name="net.3.bias", state="exp_avg_sq", element=0)),
-        "last step": run(check(every=100), Rollback(**{**RING, "every": 100, "trust_after": 1}), Flip(1, 11)),
-        "repair": run(check(on_difference="repair"), Flip(1, 7)),
-        "stop": run(check(on_difference="stop"), Flip(last, 6, name="net.1.bias")),
-        "no rollback": run(check(), Flip(last, 6)),
-        "twice": run(Rollback(**RING), check(), Flip(1, 3, 9)),
+        "none": fit(folder, "ddp", Rollback(**RING)),
+        "weight": fit(folder, "ddp", Rollback(**RING), check(), Flip(1, 7)),
+        "moment": fit(folder, "ddp", check(), Rollback(**RING), flip_moment),
+        "repair": fit(folder, "ddp", check(on_difference="repair"), Flip(1, 7)),
+    }
+
+
+class OwnState(torch.optim.SGD):
+    """Keeps in its state what is its rank's alone."""
+
+    def step(self, closure: Any = None) -> Any:
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["residual"] = p.detach() * int(os.environ["RANK"])
+        return super().step(closure)
+
+
+def more_faults(folder: Path) -> dict[str, Ended]:
+    """On two ranks: other ends of a difference, and what is not compared."""
+    every, saved = Rollback(**RING), SaveCheckpoints(folder / "saved", every=3, keep_last=None)
+    own = {"optimizer": lambda parameters: OwnState(parameters, 0.01, momentum=0.9)}
+    zero1 = DDPZeRO1Strategy(process_group_backend="gloo")
+    rare = Rollback(**{**RING, "every": 100})
+    return {
+        "none": fit(folder, "ddp", Rollback(**RING)),
+        "healthy": fit(folder, "ddp", Rollback(**RING), check()),
+        "rollback": fit(folder, "ddp", every, check(), Flip(0, 7)),
+        "last step": fit(folder, "ddp", rare, check(every=100), Flip(1, 11)),
+        "stop": fit(folder, "ddp", check(on_difference="stop"), Flip(1, 6, name="net.1.bias")),
+        "no rollback": fit(folder, "ddp", check(), Flip(1, 6)),
+        "twice": fit(folder, "ddp", Rollback(**RING), check(), Flip(1, 3, 9)),
+        "before a save": fit(folder, "ddp", rare, check(every=100), saved, Flip(1, 5, 5)),
+        "own state": fit(folder, "ddp", check(), Flip(1, 8, state="momentum_buffer"), **own),
+        "zero1": fit(folder, zero1, check(), Flip(1, 5, name="net.3.weight")),
+        "fsdp2": fit(folder, "fsdp2", check(), Flip(1, 5)),
+    }
+
+
+def steps_saved(folder: Path) -> list[str]:
+    return sorted(each.name for each in (folder / "saved").iterdir() if each.is_dir())
+
+
+class Kill(Callback):
+    """Kills the process before a batch."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.at and trainer.global_step == self.at - 1:  # a step was dropped before
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed(folder: Path) -> None:
+    """A run that had a difference, has saved a checkpoint after it, and is killed."""
+    saving = SaveCheckpoints(folder / "killed", every=4, background=False)
+    fit(folder, "ddp", ResumeExactly(), Rollback(**RING), check(), Flip(1, 2), saving, Kill(10))
+
+
+def resumed(folder: Path) -> dict[str, Ended]:
+    """The run that was not killed, and the killed one resumed, without and with another flipped bit."""
+    path = str(folder / "killed")
+    plugins = [ResumeExactly(), Rollback(**RING), check(), SaveCheckpoints(folder / "other", every=None)]
+    return {
+        "whole": fit(folder, "ddp", ResumeExactly(), Rollback(**RING)),
+        "resumed": fit(folder, "ddp", *plugins, ckpt_path=path),
+        "again": fit(folder, "ddp", ResumeExactly(), Rollback(**RING), check(), Flip(1, 1), ckpt_path=path),
+    }
+
+
+def copies_of_shards(folder: Path) -> dict[str, Ended]:
+    """On four ranks: shards with a copy each, under HSDP; the tensors that two ranks of a mesh hold whole."""
+    from replicas_on_ranks import Hsdp
+
+    return {
+        "none": fit(folder, "fsdp2", Rollback(**RING), make=Hsdp),
+        "shard": fit(folder, "fsdp2", Rollback(**RING), check(), Flip(3, 7, element=0), make=Hsdp),
+        "moment": fit(folder, "fsdp2", check(on_difference="stop"), Flip(2, 7, state="exp_avg", element=0), make=Hsdp),
     }

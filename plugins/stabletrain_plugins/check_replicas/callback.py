@@ -16,6 +16,7 @@ from stabletrain.runtime.guard.callbacks import GuardMember
 from stabletrain.runtime.guard.replicas import Difference
 from stabletrain.runtime.guard.requests import can_handle
 from stabletrain.runtime.guard.step_guard import StepGuard
+from stabletrain.runtime.internals import state as state_internals
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.records.event_log import logger
 from stabletrain.runtime.stop import TrainingStopped
@@ -96,7 +97,7 @@ class CheckReplicas(GuardMember):
         self._comparison = None
         self._good_at: int | None = None
         self._pending: Request | None = None
-        self._is_issued = self._was_restored = False
+        self._is_issued = self._was_restored = self._is_training = False
 
     # ---- Lightning's hooks ------------------------------------------------------------------------------------------
 
@@ -109,7 +110,7 @@ class CheckReplicas(GuardMember):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The strategy has set up the model: agree on the history, and say what will not be done. A collective."""
         super().on_train_start(trainer, pl_module)
-        guard = self._guard
+        guard, self._is_training = self._guard, True
         if guard is None:
             return
         ranks = guard.ranks
@@ -128,6 +129,12 @@ class CheckReplicas(GuardMember):
         self._state = from_plain(ReplicaState, everyone[0][1])  # what the ranks decide on is the same on all
         left_out = self._state.left_out
         self._comparison = ReplicaComparison(ranks, guard.module, trainer.optimizers, left_out)
+        if trainer.is_global_zero and any(state_internals.divides_state(each) for each in trainer.optimizers):
+            logger.info(
+                "check_replicas: the optimizer is divided among the ranks, and after each step a rank sends the weights "
+                "that it trains to all others: a flipped bit in them is overwritten, or on all ranks, and not found. "
+                "Frozen parameters are compared"
+            )
         if self.on_difference != "stop" and not self._can_roll_back and trainer.is_global_zero:
             logger.info(
                 "check_replicas: no plugin can roll back, so the run is stopped where a rollback would be needed (%s)",
@@ -193,10 +200,10 @@ class CheckReplicas(GuardMember):
         before = history.seen_before(new, self._state.seen)
         self._state = self._state._replace(seen=(*self._state.seen, new))
         tensors = [str(each.part) for each in found]
-        reason = history.description(new, tensors, guard.ranks.size, self._good_at)
+        reason = history.description(new, tensors, self._good_at)
         guard.report(Event(step - 1, self.plugin, "replicas_differ", float(len(found)), 0.0, reason))
         if before is not None:
-            self._stop(guard, f"{reason}; {history.replace(new, before)}")
+            self._stop(guard, f"{reason}; {history.remedy(new, before)}")
         if self.on_difference == "stop":
             self._stop(guard, reason)
         if self.on_difference == "repair" and all(each.source is not None for each in found):
@@ -244,7 +251,7 @@ class CheckReplicas(GuardMember):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint. In a running fit an earlier state was restored: what was found stays known."""
         super().load_state_dict(state_dict)
-        if self._guard is not None and self._guard.is_training:
+        if self._is_training:
             self._pending, self._is_issued, self._was_restored = None, False, True
         else:
             self._state = from_plain(ReplicaState, state_dict["state"])

@@ -30,7 +30,7 @@ class Seen(NamedTuple):
     @property
     def where(self) -> str:
         """The ranks and their hosts, for messages."""
-        each = [f"rank {rank} on host {host}" for rank, host in zip(self.ranks, self.hosts, strict=True)]
+        each = [f"rank {rank} (host {host})" for rank, host in zip(self.ranks, self.hosts, strict=True)]
         return " and ".join(filter(None, (", ".join(each[:-1]), each[-1])))
 
 
@@ -64,30 +64,32 @@ def seen_before(new: Seen, history: Iterable[Seen]) -> Seen | None:
     return next((each for each in reversed(same) if mine & set(zip(each.ranks, each.hosts, strict=True))), None)
 
 
-def description(new: Seen, tensors: Sequence[str], copies: int, good_at: int | None) -> str:
+def description(new: Seen, tensors: Sequence[str], good_at: int | None) -> str:
     """What differs where, for the event.
 
     Args:
         new: the difference.
-        tensors: what differs.
-        copies: ranks of the run.
+        tensors: what differs, at least one.
         good_at: attempted steps at the last check without a difference; None: there was none.
+
+    >>> description(Seen(400, 398, True, (1,), ("node7",)), ["net.weight"], 300)  # doctest: +ELLIPSIS
+    '1 tensor differs between ranks: net.weight deviates on rank 1 (host node7) from most copies; all were equal ...'
     """
     more = f" and {len(tensors) - _NAMED} more" if len(tensors) > _NAMED else ""
-    listed = ", ".join(tensors[:_NAMED]) + more
-    verb = "differs" if len(tensors) == 1 else "differ"
-    who = f"{listed} {verb} on {new.where} from most others"
-    if not new.named:
-        who = f"{listed} {verb} between {new.where}; there is no majority that tells which is wrong"
-    since = "at the first check" if good_at is None else f"equal at step {good_at}"
-    return f"{len(tensors)} tensors of {copies} ranks compared unequal: {who} ({since})"
+    listed, one = ", ".join(tensors[:_NAMED]) + more, len(tensors) == 1
+    found = f"{len(tensors)} tensor{' differs' if one else 's differ'} between"
+    if new.named:
+        found += f" ranks: {listed} deviate{'s' if one else ''} on {new.where} from most copies"
+    else:
+        found += f" {new.where}: {listed}; no majority tells which is wrong"
+    return f"{found}; " + ("this is the first check" if good_at is None else f"all were equal after step {good_at}")
 
 
-def replace(new: Seen, before: Seen) -> str:
+def remedy(new: Seen, before: Seen) -> str:
     """What to do about a machine that had a difference before."""
     hosts = " or ".join(dict.fromkeys(new.hosts))
-    which = "replace this machine" if new.named else "one of these machines is to be replaced, test both"
+    which = "replace this machine" if new.named else "test these machines, and replace the faulty one"
     cause = ""
     if new.applied == before.applied:
-        cause = "; since it was at the same step of the data, look for code that is not the same on all ranks, too"
-    return f"it has differed before, at step {before.step}: {which}: {hosts}{cause}"
+        cause = "; since it was at the same step of the data, look for code that only some ranks run, too"
+    return f"the same happened at step {before.step}: {which}: {hosts}{cause}"

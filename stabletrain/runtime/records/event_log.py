@@ -21,7 +21,9 @@ _ORDER: tuple[EventKind, ...] = (
     *("spike", "regime", "not_learning", "overfitting", "rewarm"),
 )
 """The kinds of events in a line: what was done first, then what was found, the most severe first."""
-_FOUND: frozenset[EventKind] = frozenset(("divergence", "skip", "nonfinite", "overflow", "spike", "regime"))
+_FOUND: frozenset[EventKind] = frozenset(
+    ("replicas_differ", "divergence", "skip", "nonfinite", "overflow", "spike", "regime")
+)
 """Kinds that describe a step and not an action that followed from it."""
 _WORDS: dict[EventKind, str] = {
     "nonfinite": "non-finite",
