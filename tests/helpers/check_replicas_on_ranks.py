@@ -180,7 +180,7 @@ def resumed(folder: Path) -> dict[str, Ended]:
     path = str(folder / "killed")
     plugins = [ResumeExactly(), Rollback(**RING), check(), SaveCheckpoints(folder / "other", every=None)]
     return {
-        "whole": fit(folder, "ddp", ResumeExactly(), Rollback(**RING)),
+        "none": fit(folder, "ddp", ResumeExactly(), Rollback(**RING)),
         "resumed": fit(folder, "ddp", *plugins, ckpt_path=path),
         "again": fit(folder, "ddp", ResumeExactly(), Rollback(**RING), check(), Flip(1, 1), ckpt_path=path),
     }

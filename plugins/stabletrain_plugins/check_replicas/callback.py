@@ -131,9 +131,9 @@ class CheckReplicas(GuardMember):
         self._comparison = ReplicaComparison(ranks, guard.module, trainer.optimizers, left_out)
         if trainer.is_global_zero and any(state_internals.divides_state(each) for each in trainer.optimizers):
             logger.info(
-                "check_replicas: the optimizer is divided among the ranks, and after each step a rank sends the weights "
-                "that it trains to all others: a flipped bit in them is overwritten, or on all ranks, and not found. "
-                "Frozen parameters are compared"
+                "check_replicas: the optimizer is divided among the ranks, and after each step a rank sends the "
+                "weights that it trains to all others: a flipped bit in them is overwritten, or on all ranks, and not "
+                "found. Frozen parameters are compared"
             )
         if self.on_difference != "stop" and not self._can_roll_back and trainer.is_global_zero:
             logger.info(
