@@ -114,7 +114,7 @@ def check(**options: Any) -> CheckReplicas:
 
 
 def faults(folder: Path) -> dict[str, Ended]:
-    """On three ranks: without a fault, and with a flipped bit in a weight and in a moment, which are undone or repaired."""
+    """On three ranks: no fault, and a flipped bit in a weight and in a moment, which is undone or repaired."""
     flip_moment = Flip(2, 8, name="net.3.bias", state="exp_avg_sq", element=0)
     return {
         "none": fit(folder, "ddp", Rollback(**RING)),
@@ -178,11 +178,14 @@ def killed(folder: Path) -> None:
 def resumed(folder: Path) -> dict[str, Ended]:
     """The run that was not killed, and the killed one resumed, without and with another flipped bit."""
     path = str(folder / "killed")
-    plugins = [ResumeExactly(), Rollback(**RING), check(), SaveCheckpoints(folder / "other", every=None)]
+
+    def plugins() -> list[Callback]:
+        return [ResumeExactly(), Rollback(**RING), check(), SaveCheckpoints(folder / "other", every=None)]
+
     return {
         "none": fit(folder, "ddp", ResumeExactly(), Rollback(**RING)),
-        "resumed": fit(folder, "ddp", *plugins, ckpt_path=path),
-        "again": fit(folder, "ddp", ResumeExactly(), Rollback(**RING), check(), Flip(1, 1), ckpt_path=path),
+        "resumed": fit(folder, "ddp", *plugins(), ckpt_path=path),
+        "again": fit(folder, "ddp", *plugins(), Flip(1, 1), ckpt_path=path),
     }
 
 

@@ -64,8 +64,8 @@ def test_a_flipped_bit_on_one_of_three_ranks(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ends_of_a_difference_on_two_ranks(tmp_path: Path) -> None:
-    """Bugs: a healthy run with other weights or an alarm; a rank blamed where two copies say nothing; a run that goes on
-    where nothing can roll back; a second difference that does not end it; a flipped bit in the last step that stays; a
+    """Bugs: a healthy run with other weights or an alarm; a rank blamed where two copies say nothing; a run that goes
+    on where nothing can roll back; a second difference that does not end it; a flipped bit in the last step that stays; a
     checkpoint of damaged weights; state of an optimizer that each rank has for itself taken for damage, or all of the
     optimizer's state left out for it; a difference where weights are sharded or sent by their owner."""
     ranks = on_ranks(check_replicas_on_ranks.more_faults, 2, tmp_path, limit=LIMIT)
@@ -179,7 +179,7 @@ def test_the_same_rank_on_the_same_machine() -> None:
 
 
 def test_damage_comes_before_what_follows_from_it() -> None:
-    """Bug: of two requests for a rollback the one for the loss is executed, which excludes batches for a flipped bit."""
+    """Bug: of two requests for a rollback that for the loss is executed, which excludes batches for a flipped bit."""
     loss = Request(RequestKind.ROLLBACK, "detect_spikes", "loss 9 > 3")
     damage = Request(RequestKind.ROLLBACK, "check_replicas", "1 tensor differs", good_at=40)
     got: list[Request] = []
