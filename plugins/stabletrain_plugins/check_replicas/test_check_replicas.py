@@ -65,8 +65,8 @@ def test_a_flipped_bit_on_one_of_three_ranks(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_ends_of_a_difference_on_two_ranks(tmp_path: Path) -> None:
     """Bugs: a healthy run with other weights or an alarm; a rank blamed where two copies say nothing; a run that goes
-    on where nothing can roll back; a second difference that does not end it; a flipped bit in the last step that stays; a
-    checkpoint of damaged weights; state of an optimizer that each rank has for itself taken for damage, or all of the
+    on where nothing can roll back; a second difference that does not end it; a flipped bit in the last step that stays;
+    a checkpoint of damaged weights; state of an optimizer that each rank has for itself taken for damage, or all of the
     optimizer's state left out for it; a difference where weights are sharded or sent by their owner."""
     ranks = on_ranks(check_replicas_on_ranks.more_faults, 2, tmp_path, limit=LIMIT)
     healthy = check_ranks(ranks, "healthy")
