@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from stabletrain.runtime.guard.replica_parts import Part, parameter_parts, state_parts
 from stabletrain.runtime.guard.replicas import Difference, compare
+from stabletrain.runtime.internals import shards
 from stabletrain.runtime.ranks import Ranks
 from stabletrain.runtime.records.event_log import logger
 
@@ -61,6 +62,7 @@ class ReplicaComparison:
                 mine.copy_(value)
 
     def _held(self) -> dict[Part, Tensor]:
+        shards.reshard(self._module)  # after a validation
         held = dict(parameter_parts(self._ranks, self._module))
         for part, tensor in state_parts(self._ranks, self._module, self._optimizers):
             if self.left_out is None or part.state not in self.left_out:
