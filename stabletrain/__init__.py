@@ -42,6 +42,7 @@ _PLUGINS = {
     "Adam8bit": "stabletrain_plugins.quantize_moments.optimizer:Adam8bit",
     "AdamW8bit": "stabletrain_plugins.quantize_moments.optimizer:AdamW8bit",
     "AddGradientNoise": "stabletrain_plugins.add_gradient_noise.transform:AddGradientNoise",
+    "CheckReplicas": "stabletrain_plugins.check_replicas.callback:CheckReplicas",
     "CheckpointActivations": "stabletrain_plugins.checkpoint_activations.callback:CheckpointActivations",
     "ClipNorm": "stabletrain_plugins.clip_norm.rule:ClipNormRule",
     "ClipPercentile": "stabletrain_plugins.clip_percentile.rule:ClipPercentileRule",
@@ -80,6 +81,7 @@ if TYPE_CHECKING:
     from stabletrain_plugins.accumulate_scheduled.callback import AccumulateScheduled as _AccumulateScheduled
     from stabletrain_plugins.accumulate_tokens.callback import AccumulateTokens as _AccumulateTokens
     from stabletrain_plugins.add_gradient_noise.transform import AddGradientNoise as _AddGradientNoise
+    from stabletrain_plugins.check_replicas.callback import CheckReplicas as _CheckReplicas
     from stabletrain_plugins.checkpoint_activations.callback import CheckpointActivations as _CheckpointActivations
     from stabletrain_plugins.clip_norm.rule import ClipNormRule
     from stabletrain_plugins.clip_percentile.rule import ClipPercentileRule
@@ -126,6 +128,8 @@ if TYPE_CHECKING:
     class AdamW8bit(_AdamW8bit, AcceptedByBoth): ...
 
     class AddGradientNoise(_AddGradientNoise, AcceptedByBoth): ...
+
+    class CheckReplicas(_CheckReplicas, AcceptedByBoth): ...
 
     class CheckpointActivations(_CheckpointActivations, AcceptedByBoth): ...
 
@@ -206,6 +210,7 @@ if TYPE_CHECKING:
     _Noise_scale = Literal["none", "measure"]
     _Activations = Literal["none", "checkpoint"]
     _Gradients = Literal["none", "monitor"]
+    _Replicas = Literal["none", "check"]
     _Checkpoints = Literal["none", "save"]
 
     def default_callbacks(
@@ -225,6 +230,7 @@ if TYPE_CHECKING:
         noise_scale: _Noise_scale | Callback | None = "none",
         activations: _Activations | Callback | None = "none",
         gradients: _Gradients | Callback | None = "monitor",
+        replicas: _Replicas | Callback | None = "none",
         checkpoints: _Checkpoints | Callback | None = "none",
     ) -> list[Any]:
         """Return the callbacks of conf/train.yaml; a slot's choice may be an option, a callback or None."""

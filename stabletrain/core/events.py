@@ -20,6 +20,7 @@ EventKind: TypeAlias = Literal[
     "rewarm",
     "rollback",
     "accept",
+    "replicas_differ",
     "stop",
 ]
 
@@ -86,9 +87,13 @@ class Request(NamedTuple):
         plugin: name of the plugin that requests it.
         reason: one sentence that contains the number.
         steps: for a rewarm, length of the second warm-up in applied steps, >= 0; 0: end an earlier one.
+        good_at: for a rollback that neither the data nor the learning rate has caused, such as a flipped bit: attempted
+            steps at the last check that found the state good. No later state is restored, and the same steps are made
+            again: no batch is excluded, no warm-up follows, and the rules' histories are those of the restored state.
     """
 
     kind: RequestKind
     plugin: str
     reason: str
     steps: int = 100
+    good_at: int | None = None

@@ -38,6 +38,8 @@ class Ranks:
         """Number of processes."""
         self.is_first: bool = trainer.is_global_zero
         """Whether this is rank 0, which logs and writes files."""
+        self.number: int = trainer.global_rank
+        """This process, from 0."""
 
     @property
     def device(self) -> torch.device:
@@ -104,6 +106,20 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
+    def broadcast(self, value: T | None, source: int) -> T | None:
+        """The value of one rank, of any type that can be pickled, on all of them. A collective.
+
+        Args:
+            value: of rank ``source``; of the others it is ignored.
+            source: a rank.
+        """
+        if self.size == 1:
+            return value
+        values: list[Any] = [value]
+        dist.broadcast_object_list(values, source)
+        received: T | None = values[0]
+        return received
+
     def gather_numbers(self, numbers: list[int]) -> list[list[int]]:
         """The numbers of all ranks, by rank, of each equally many. A collective."""
         mine = torch.tensor(numbers, device=self.device)
@@ -139,6 +155,12 @@ class Ranks:
         """Whether all ranks train on the same data: a ModelParallelStrategy without data parallelism."""
         strategy = self._strategy
         return isinstance(strategy, both(ModelParallelStrategy)) and strategy.device_mesh["data_parallel"].size() == 1
+
+    @property
+    def recomputes_copies(self) -> bool:
+        """Whether several ranks compute the gradients of a copied parameter each for itself (tensor parallel)."""
+        strategy = self._strategy
+        return isinstance(strategy, both(ModelParallelStrategy)) and strategy.device_mesh["tensor_parallel"].size() > 1
 
     @functools.cached_property
     def _ddp_trains(self) -> dict[Tensor, bool]:

@@ -56,6 +56,7 @@ class Kind(NamedTuple):
 KINDS = (
     Kind("stop", "stop", "a plugin ended the run", "square", "--bad", line=True),
     Kind("rollback", "rollback", "training went back to an earlier state", "back", "--note", line=True),
+    Kind("replicas_differ", "replicas differ", "ranks had different copies of the same weights", "square", "--bad"),
     Kind("divergence", "divergence", "the loss or the norm did not come back", "diamond", "--bad"),
     Kind("accept", "accepted", "a new level that going back did not change was accepted", "diamond", "--note"),
     Kind("rewarm", "re-warm-up", "the learning rate warmed up again", "triangle", "--note"),

@@ -32,7 +32,7 @@ from stabletrain_plugins.rollback.intervention import AcceptedLevel, Identity, I
 from stabletrain_plugins.rollback.intervention_log import InterventionLog, read
 from stabletrain_plugins.rollback.intervention_record import Fingerprint
 from stabletrain_plugins.rollback.intervention_replay import InterventionReplay
-from stabletrain_plugins.rollback.planning import plan_rollback
+from stabletrain_plugins.rollback.planning import plan_repetition, plan_rollback
 from stabletrain_plugins.rollback.report import stop_report
 from stabletrain_plugins.rollback.rollback_rule import RollbackRule
 from stabletrain_plugins.rollback.snapshot_ring import SnapshotRing
@@ -236,6 +236,8 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
         guard.settle()
         if not self._incidents.last_step_was_healthy:
             return  # a state within an incident must not be restored later
+        if not guard.check_state(now=True):
+            return  # nor one that another plugin finds damaged
         if not self._memory_reserved:
             memory.reserve(self, self._ring, guard, loader, batch)
             self._memory_reserved = True
@@ -257,19 +259,22 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
         """Accept a new level, or make a rollback, or stop the run if none can be made."""
         guard, loader = self._guard_and_loader()
         guard.settle()
+        if request.good_at is not None:
+            self._repeat(request, batch, batch_idx)
+            return
         level = new_level.level_of(self._incidents, self.state, guard.counters.attempted, weights)
         if self._several:
             level = None  # no loss asks for a rollback then, so none is a level that may be meant
         if level is not None:
-            verdict = new_level.verdict(self, level, self._accepting, self._interventions)
+            verdict = new_level.verdict(self, level, self._accepting, self._for_incidents)
             if verdict is Verdict.ACCEPT:
-                made, norms, applied = self._interventions, self._incidents.norms, guard.trainer.global_step
+                made, norms, applied = self._for_incidents, self._incidents.norms, guard.trainer.global_step
                 self._accept(new_level.accepted(self, request, level, self._accepting, made, norms, applied))
             if verdict is not Verdict.ROLL_BACK:
                 return
         damaged_after = weights.good_at if weights is not None and weights.damaged else None
         plan = plan_rollback(
-            self, request, self._interventions, guard, loader, self._ring, self._incidents, damaged_after
+            self, request, self._for_incidents, guard, loader, self._ring, self._incidents, damaged_after
         )
         if isinstance(plan, GiveUp):
             self._stop(plan.reason, batch, batch_idx)
@@ -280,6 +285,24 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
             intervention = intervention._replace(incident=level.applied, excess=level.excess(self.patience))
         try:
             self._apply(intervention, plan.snapshot)
+        except SnapshotError as error:
+            self._stop(f"{error}; {request.reason}", batch, batch_idx)
+
+    @property
+    def _for_incidents(self) -> tuple[Intervention, ...]:
+        """The rollbacks that were made for the loss or the weights, and not to make the same steps again."""
+        return tuple(each for each in self._interventions if not each.repeats)
+
+    def _repeat(self, request: Request, batch: Any, batch_idx: int) -> None:
+        """Go back to before damage that the data has not caused, and make the same steps again."""
+        guard, loader = self._guard_and_loader()
+        plan = plan_repetition(request, guard, loader, self._ring)
+        if isinstance(plan, GiveUp):
+            self._stop(plan.reason, batch, batch_idx)
+        assert plan.snapshot is not None
+        self._ring.drop_after(plan.snapshot)
+        try:
+            self._apply(plan.intervention, plan.snapshot)
         except SnapshotError as error:
             self._stop(f"{error}; {request.reason}", batch, batch_idx)
 
@@ -310,7 +333,7 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
         restoring.restore(intervention, snapshot, guard, loader)
         self._interventions = (*earlier, intervention)
         if intervention.incident is not None:
-            place = Place(intervention.incident, intervention.excess, rollback=len(earlier))
+            place = Place(intervention.incident, intervention.excess, rollback=sum(not e.repeats for e in earlier))
             accepting = acceptance.remember(place, accepting)
         self._accepting = accepting
         if snapshot is None:  # what the checkpoint knows of interventions is older

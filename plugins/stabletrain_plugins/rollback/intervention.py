@@ -26,6 +26,8 @@ class Intervention(NamedTuple):
         rewound: whether the data position of the snapshot was restored; with a checkpoint it is not.
         incident: applied steps before the incident it was made for; None: it cannot be a change that is meant.
         excess: of the loss in that incident over the usual one; None: unknown.
+        repeats: whether the same steps are made again, since neither data nor learning rate were the cause (see
+            `Request.good_at`): no batch is excluded, and the rules' histories are those of the snapshot.
     """
 
     step: int
@@ -41,6 +43,7 @@ class Intervention(NamedTuple):
     rewound: bool = True
     incident: int | None = None
     excess: float | None = None
+    repeats: bool = False
 
     @property
     def undone(self) -> int:

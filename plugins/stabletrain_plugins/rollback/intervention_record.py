@@ -103,6 +103,7 @@ def _rollback(record: dict[str, Any]) -> Intervention:
     _require(_integer(made.rewarm) >= 0 and made.baselines in ("restore", "reset") and isinstance(made.rewound, bool))
     _require(isinstance(made.plugin, str) and isinstance(made.cause, str))
     _require(made.excess is None or isinstance(made.excess, int | float))
+    _require(isinstance(made.repeats, bool))
     return made
 
 

@@ -10,6 +10,7 @@ from stabletrain.runtime.data.train_loader import DataMark, TrainLoader
 from stabletrain.runtime.guard.step_guard import StepGuard
 from stabletrain.runtime.records.event_log import logger
 from stabletrain.runtime.snapshots.snapshot import Snapshot
+from stabletrain.runtime.stop import TrainingStopped
 from stabletrain_plugins.rollback.intervention import AcceptedLevel, Intervention
 
 
@@ -53,7 +54,13 @@ class InterventionReplay:
             self._snapshots[step].capture(guard, loader)
 
     def ignore(self, request: Request | None) -> None:
-        """Warn that a request is not executed, because the log has no intervention at this step."""
+        """Warn that a request is not executed, because the log has no intervention at this step.
+
+        Raises:
+            TrainingStopped: if the state is damaged by what is no part of the run that is replayed.
+        """
+        if request is not None and request.good_at is not None:
+            raise TrainingStopped(request.plugin, f"{request.reason}; the log that is replayed has no rollback here")
         if request is not None:
             logger.warning(
                 "rollback: a rollback is requested, but the log that is replayed has none at this step, so none is "

@@ -80,6 +80,40 @@ def plan_rollback(
     return Plan(_intervention(rule, request, situation, snapshot, batches, guard, rewound=mark is not None), snapshot)
 
 
+def plan_repetition(request: Request, guard: StepGuard, loader: TrainLoader, ring: SnapshotRing) -> Plan | GiveUp:
+    """Decide on a rollback for damage that the data has not caused: the newest snapshot from before it. A collective.
+
+    A snapshot need not be trusted for that: trust is about the loss after it.
+
+    Args:
+        request: with ``good_at``.
+        guard: of the run, settled.
+        loader: of the run.
+        ring: the snapshots.
+    """
+    assert request.good_at is not None
+    good = [each.snapshot for each in ring if each.snapshot.step <= request.good_at]
+    if not good:
+        return GiveUp(f"there is no snapshot from before the damage; {request.reason}")
+    snapshot = good[-1]
+    rewound = not guard.ranks.any(not snapshot.can_rewind(loader))
+    made = Intervention(
+        step=guard.counters.attempted,
+        to=snapshot.step,
+        checkpoint=None,
+        applied=(guard.trainer.global_step, snapshot.applied),
+        excluded=(),
+        samples=(),
+        rewarm=0,
+        baselines="restore",
+        plugin=request.plugin,
+        cause=request.reason,
+        rewound=rewound,
+        repeats=True,
+    )
+    return Plan(made, snapshot)
+
+
 def _info(entry: RingEntry) -> SnapshotInfo:
     return SnapshotInfo(entry.snapshot.step, entry.snapshot.applied)
 

@@ -44,8 +44,9 @@ def _restore_snapshot(snapshot: Snapshot, intervention: Intervention, guard: Ste
             f"rollback: the log restores the data position of step {intervention.to}, and the train loader was "
             "replaced since. Replay with the data and the trainer of the log (config key plugins.spike.replay)"
         )
+    cause = None if intervention.repeats else intervention.cause
     try:
-        snapshot.restore(guard, loader, intervention.cause, rewind=intervention.rewound)
+        snapshot.restore(guard, loader, cause, rewind=intervention.rewound)
     except SnapshotError as error:
         raise SnapshotError(f"rollback: {error}, or train without rollbacks (plugins/spike=detect)") from error
 

@@ -10,13 +10,16 @@ import pytest
 from stabletrain.core.events import Request, RequestKind
 from stabletrain.runtime.data.tape import TapedBatch
 from stabletrain.runtime.snapshots.snapshot import Snapshot
+from stabletrain.runtime.stop import TrainingStopped
 from stabletrain_plugins.rollback import older_checkpoint
+from stabletrain_plugins.rollback.decision import GiveUp
 from stabletrain_plugins.rollback.incidents import Incident, IncidentTracker
 from stabletrain_plugins.rollback.intervention import Intervention
+from stabletrain_plugins.rollback.intervention_replay import InterventionReplay
 from stabletrain_plugins.rollback.older_checkpoint import FoundCheckpoint
-from stabletrain_plugins.rollback.planning import Plan, plan_rollback
+from stabletrain_plugins.rollback.planning import Plan, plan_repetition, plan_rollback
 from stabletrain_plugins.rollback.rollback_rule import RollbackRule
-from stabletrain_plugins.rollback.snapshot_ring import SnapshotRing
+from stabletrain_plugins.rollback.snapshot_ring import RingEntry, SnapshotRing
 
 TAPE = [TapedBatch(None, 0, i, samples=[100 + i]) for i in range(9)]
 """Nine micro-batches, in windows of 2; marks are indices on the tape."""
@@ -75,3 +78,27 @@ def test_the_data_position_is_restored_on_all_ranks_or_on_none() -> None:
     made = plan(ring, 2, reach=2).intervention
     assert (made.to, made.rewound) == (32, False)
     assert made.excluded == tuple(("batch", 0, i) for i in range(5, 9)), "those of the incident, for later epochs"
+
+
+def test_damage_that_the_data_has_not_caused_is_undone_and_nothing_else() -> None:
+    """Bugs: a snapshot from after the last good check restored, or an older one than need be; batches excluded or a
+    warm-up begun for a flipped bit; a replay that trains on with it."""
+    ring = []
+    for step in (10, 20, 30):
+        ring.append(RingEntry(Snapshot(), trusted=step == 10))
+        ring[-1].snapshot.step, ring[-1].snapshot.applied, ring[-1].snapshot.mark = step, step - 1, 1  # type: ignore[assignment]
+    trainer, ranks = SimpleNamespace(global_step=38), SimpleNamespace(any=lambda flag: flag)
+    guard: Any = SimpleNamespace(trainer=trainer, counters=SimpleNamespace(attempted=40), ranks=ranks)
+    loader: Any = SimpleNamespace(can_rewind=lambda mark: True)
+
+    def found(good_at: int) -> Any:
+        return plan_repetition(REQUEST._replace(good_at=good_at), guard, loader, ring)  # type: ignore[arg-type]
+
+    same = Intervention(40, 20, None, (38, 19), (), (), 0, "restore", "somebody", "loss 9 > 3", repeats=True)
+    assert found(25) == Plan(same, ring[1].snapshot)
+    assert found(30).snapshot is ring[2].snapshot
+    assert isinstance(found(9), GiveUp)
+    replay = InterventionReplay([], 0, Snapshot)
+    replay.ignore(REQUEST)
+    with pytest.raises(TrainingStopped, match="loss 9 > 3; the log that is replayed"):
+        replay.ignore(REQUEST._replace(good_at=25))

@@ -32,6 +32,7 @@ from stabletrain.runtime.checkpoints.preemption import EXIT_CODE, PreemptionWatc
 from stabletrain.runtime.checkpoints.saver import Saver
 from stabletrain.runtime.checkpoints.store import MetricMode, Retention, Store
 from stabletrain.runtime.data.epoch_state import EpochState
+from stabletrain.runtime.guard.attempts import state_is_good
 from stabletrain.runtime.internals import loader as loader_internals
 from stabletrain.runtime.internals import resuming, sigterm
 from stabletrain.runtime.internals import trainer as trainer_internals
@@ -168,7 +169,8 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
     def save(self, trainer: AnyTrainer, *, wait: bool = False, value: float | None = None) -> Path | None:
         """Save a checkpoint now. Call it on all ranks, between batches.
 
-        If the checkpoint cannot be written, a warning is logged and training continues.
+        If the checkpoint cannot be written, a warning is logged and training continues. If a plugin finds the weights
+        damaged (`CheckReplicas`), none is saved either.
 
         Args:
             trainer: in a fit.
@@ -181,6 +183,13 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         return self._save(cast(Trainer, trainer), wait, value)
 
     def _save(self, trainer: Trainer, wait: bool, value: float | None) -> Path | None:
+        if not state_is_good(trainer):
+            if trainer.is_global_zero:
+                logger.warning(
+                    "save_checkpoints: no checkpoint is saved at step %d: its weights may be damaged (see the event)",
+                    trainer.global_step,
+                )
+            return None
         self._saves += 1
         checkpoint = self._collect(trainer)
         self._saved_at = _position(trainer)

@@ -108,6 +108,17 @@ class GuardMember(Callback, metaclass=HiddenFields):
     def on_attempt(self, outcome: Outcome) -> None:
         """Called with the outcome of every attempted step, also of one without a loss, before the rules observe it."""
 
+    def check_state(self, now: bool) -> bool:
+        """Whether weights and optimizer state are not damaged, the same answer on all ranks, which call it together.
+
+        Called between two steps; it may call collectives, and request a rollback with `StepGuard.request`.
+
+        Args:
+            now: the state is about to be stored, in a snapshot or checkpoint: check it, unless it has been checked
+                already. False: a step has ended, check if it is time.
+        """
+        return True
+
     def on_change(self) -> None:
         """Called when the training changes by design (`stabletrain.announce`): forget what was learned before.
 
@@ -139,6 +150,15 @@ class GuardMember(Callback, metaclass=HiddenFields):
     def records_attempts(self) -> bool:
         """Whether `on_attempt` is overridden."""
         return type(self).on_attempt is not GuardMember.on_attempt
+
+    @property
+    def checks_state(self) -> bool:
+        """Whether `check_state` is overridden."""
+        return type(self).check_state is not GuardMember.check_state
+
+    def state_is_good(self) -> bool:
+        """Whether no plugin of this Trainer finds damage: ask before the state is stored. A collective."""
+        return self._guard is None or self._guard.check_state(now=True)
 
     def announce(self, trainer: Trainer, reason: str) -> bool:
         """Pass an announced change (`stabletrain.announce`) to the guard; False while there is none for this fit."""

@@ -43,6 +43,10 @@ class Member(Protocol):
     def records_attempts(self) -> bool:
         """Whether the guard has to call `on_attempt`."""
 
+    @property
+    def checks_state(self) -> bool:
+        """Whether the guard has to call `check_state`."""
+
     def use_optimizers(self, names: Sequence[str]) -> None:
         """Called once per fit, when the optimizers exist: their names; of a single one empty."""
 
@@ -60,6 +64,15 @@ class Member(Protocol):
 
     def on_attempt(self, outcome: Outcome) -> None:
         """Called first with the outcome of every attempted step, also of one without a loss."""
+
+    def check_state(self, now: bool) -> bool:
+        """Called on all ranks between two steps: whether weights and optimizer state are not damaged, the same on all.
+
+        It may call collectives, and request a rollback with `StepGuard.request`.
+
+        Args:
+            now: the state is about to be stored, so it is to be checked; False: a step has ended, check if it is time.
+        """
 
     def on_change(self) -> None:
         """Called when the training changes by design: learn baselines anew from here, and judge nothing until then."""

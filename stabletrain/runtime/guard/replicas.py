@@ -1,8 +1,8 @@
-"""Finds parameters of which ranks have different copies, by their bits.
+"""Finds parameters, and optimizer state, of which ranks have different copies, by their bits.
 
-Every rank computes a checksum of each part of a parameter that it holds. Ranks that hold the same part (all of a plain
-parameter, or the same shard on another replica of the mesh) must have the same checksum. One all-gather of four numbers
-per rank tells whether they do; only if not, the checksums themselves are gathered to name the parameters and the ranks.
+Every rank computes a 64-bit number of each part that it holds. Ranks that hold the same part (all of a plain
+parameter, or the same shard on another replica of the mesh) must have the same number. One all-gather of four numbers
+per rank tells whether they do; only if not, the numbers themselves are gathered to name the parts and the ranks.
 """
 
 from __future__ import annotations
@@ -12,53 +12,42 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from stabletrain.runtime import gradients
+from stabletrain.runtime.guard.bit_sums import bit_sums
+from stabletrain.runtime.guard.replica_parts import Part, parameter_parts
 from stabletrain.runtime.ranks import Ranks
-
-_WORDS = {1: torch.uint8, 2: torch.int16}
-"""Integer types for elements of one and two bytes; all others are read as words of four."""
 
 _ROUNDING = 1e-3
 """Relative difference of gradient norms that kernels which add in any order may cause; a part of a gradient that was
 not summed differs by more."""
 
 
-class Part(NamedTuple):
-    """What a rank holds of a parameter.
-
-    Args:
-        name: of the parameter.
-        place: which part of the whole it is, ``""`` for all of it on every rank of the run; ranks with the same name
-            and place have copies of each other.
-        trained: whether the parameter requires a gradient.
-    """
-
-    name: str
-    place: str
-    trained: bool
-
-
 class Difference(NamedTuple):
     """A part whose copies differ.
 
     Args:
-        name: of the parameter.
+        part: of a parameter or of its optimizer state.
         ranks: those whose copy deviates from that of most ranks; if there is no majority, all that hold a copy.
         missing: ranks that do not have the parameter; then ``ranks`` is empty.
+        source: a rank with the copy of the majority; None if there is none.
     """
 
-    name: str
+    part: Part
     ranks: list[int]
     missing: list[int]
+    source: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the parameter."""
+        return self.part.name
 
     def __str__(self) -> str:
         if self.missing:
-            return f"{self.name} (missing on {_ranks(self.missing)})"
-        return f"{self.name} ({_ranks(self.ranks)})"
+            return f"{self.part} (missing on {named_ranks(self.missing)})"
+        return f"{self.part} ({named_ranks(self.ranks)})"
 
 
 def differing_copies(ranks: Ranks, module: nn.Module) -> list[Difference]:
@@ -71,11 +60,19 @@ def differing_copies(ranks: Ranks, module: nn.Module) -> list[Difference]:
         ranks: of the fit.
         module: that is trained, with its weights loaded.
     """
-    if ranks.size == 1:
-        return []
-    held = list(_held(ranks, module))
+    return [] if ranks.size == 1 else compare(ranks, parameter_parts(ranks, module))
+
+
+def compare(ranks: Ranks, held: Iterable[tuple[Part, Tensor]]) -> list[Difference]:
+    """The parts whose copies differ between ranks; the same answer on all ranks. A collective.
+
+    Args:
+        ranks: of the fit, more than one.
+        held: the parts that this rank holds, with their values.
+    """
+    held = list(held)
     parts = [part for part, _ in held]
-    sums = checksums([tensor for _, tensor in held])
+    sums = bit_sums([tensor for _, tensor in held])
     rows = ranks.gather_numbers([*_summary(parts, sums, on_all=True), *_summary(parts, sums, on_all=False)])
     # every rank has all replicated parameters; of shards it has those of its place, and some ranks have the same
     whole, shards = zip(*((tuple(row[:2]), tuple(row[2:])) for row in rows), strict=True)
@@ -105,57 +102,6 @@ def differ_by_rounding(ranks: Ranks, module: nn.Module, names: Iterable[str]) ->
     return {name for name, each in zip(names, close.tolist(), strict=True) if each}
 
 
-def checksums(tensors: Sequence[Tensor]) -> list[int]:
-    """For each tensor the sum of its bits as integers: a single flipped bit changes it. One read from the device."""
-    if not tensors:
-        return []
-    with torch.no_grad():
-        sums = [_bits(each).sum(dtype=torch.int64) for each in tensors]
-    return [int(each) for each in torch.stack([each.to(sums[0].device) for each in sums]).tolist()]
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().contiguous().view(-1)
-    if flat.is_conj() or flat.is_neg():
-        flat = flat.resolve_conj().resolve_neg()
-    return flat.view(_WORDS.get(flat.element_size(), torch.int32))
-
-
-def _held(ranks: Ranks, module: nn.Module) -> Iterator[tuple[Part, Tensor]]:
-    """The parts that this rank holds of the parameters whose copies must be equal, with their values."""
-    for name, p in module.named_parameters():
-        if p.is_meta or isinstance(p, nn.parameter.UninitializedParameter):
-            continue
-        if isinstance(p, DTensor):
-            place, values = _place(p, ranks.size), p._local_tensor
-        elif ranks.placement(p) == "replicated":
-            place, values = "", p
-        else:
-            continue
-        for suffix, plain in _plain_tensors(values):
-            yield Part(name + suffix, place, p.requires_grad), plain
-
-
-def _place(p: DTensor, size: int) -> str:
-    """The position of this rank's part: the ranks of its mesh, and its coordinates where the mesh cuts the tensor."""
-    mesh, coordinates = p.device_mesh, p.device_mesh.get_coordinate() or ()
-    cut = [i for i, placement in enumerate(p.placements) if not placement.is_replicate()]
-    if not cut and mesh.size() == size:
-        return ""
-    return f"{zlib.crc32(repr(mesh.mesh.tolist()).encode())}:{[(i, coordinates[i]) for i in cut if coordinates]}"
-
-
-def _plain_tensors(tensor: Tensor, suffix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """A tensor, or the plain ones in a tensor that wraps others (quantised weights)."""
-    if tensor.layout is not torch.strided or tensor.is_quantized:
-        return
-    if hasattr(tensor, "__tensor_flatten__"):
-        for attribute in tensor.__tensor_flatten__()[0]:
-            yield from _plain_tensors(getattr(tensor, attribute), f"{suffix}.{attribute}")
-    else:
-        yield suffix, tensor
-
-
 def _summary(parts: Sequence[Part], sums: Sequence[int], on_all: bool) -> tuple[int, int]:
     """A checksum of the names and places of all parts of one kind, and one of their values."""
     chosen = [(part, value) for part, value in zip(parts, sums, strict=True) if (part.place == "") == on_all]
@@ -167,14 +113,22 @@ def _differences(everyone: Sequence[dict[Part, int]]) -> Iterator[Difference]:
     for part in dict.fromkeys(part for rank in everyone for part in rank):
         values = {i: rank[part] for i, rank in enumerate(everyone) if part in rank}
         missing = [i for i in range(len(everyone)) if i not in values]
-        if missing and part.place == "":
+        if missing and part.place == "" and not part.state:
             if part.trained:
-                yield Difference(part.name, [], missing)
+                yield Difference(part, [], missing)
         elif len(set(values.values())) > 1:
             (most, count), *_ = Counter(values.values()).most_common()
-            deviating = [i for i, value in values.items() if value != most]
-            yield Difference(part.name, deviating if 2 * count > len(values) else list(values), [])
+            if 2 * count > len(values):
+                deviating = [i for i, value in values.items() if value != most]
+                yield Difference(part, deviating, [], next(i for i, value in values.items() if value == most))
+            else:
+                yield Difference(part, list(values), [])
 
 
-def _ranks(numbers: Sequence[int]) -> str:
+def named_ranks(numbers: Sequence[int]) -> str:
+    """Ranks for a message.
+
+    >>> named_ranks([0, 2])
+    'ranks 0, 2'
+    """
     return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"

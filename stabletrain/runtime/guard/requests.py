@@ -22,6 +22,12 @@ def dispatch(request: Request, trainer: Trainer, module: LightningModule) -> boo
     return False
 
 
+def can_handle(trainer: Trainer, kind: RequestKind) -> bool:
+    """Whether a callback executes requests of this kind."""
+    callbacks: list[object] = trainer.callbacks  # type: ignore[attr-defined]
+    return any(isinstance(each, RequestHandler) and kind in each.handles for each in callbacks)
+
+
 def execute(
     requests: Sequence[Request],
     trainer: Trainer,
@@ -31,6 +37,8 @@ def execute(
     step: int,
 ) -> None:
     """Execute the most severe request; a rollback that no callback can make becomes a stop.
+
+    Of several rollbacks, one for damage that the data has not caused comes first: it undoes what the others saw.
 
     The requests come from outcomes that are the same on all ranks, so all ranks execute the same one.
 
@@ -45,7 +53,7 @@ def execute(
     Raises:
         TrainingStopped: if the run is to end.
     """
-    request = max(requests, key=lambda each: each.kind)
+    request = max(requests, key=lambda each: (each.kind, each.good_at is not None))
     if request.kind is RequestKind.REWARM:
         rewarm(request)
         return

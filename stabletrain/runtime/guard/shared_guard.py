@@ -26,6 +26,7 @@ from stabletrain.runtime.guard.step_history import StepHistory
 from stabletrain.runtime.guard.trained_parameters import TrainedParameters
 from stabletrain.runtime.ranks import Ranks
 from stabletrain.runtime.records import run_files
+from stabletrain.runtime.records.event_log import logger
 
 
 class SharedGuard(ABC):
@@ -64,6 +65,10 @@ class SharedGuard(ABC):
     @abstractmethod
     def settle(self, alone: bool = False) -> None:
         """Read the pending outcome and pass it to all members; see `StepGuard`."""
+
+    @abstractmethod
+    def check_state(self, now: bool = False) -> bool:
+        """Whether no plugin finds weights and optimizer state damaged; see `StepGuard`."""
 
     # ---- the steps so far -------------------------------------------------------------------------------------------
 
@@ -138,6 +143,12 @@ class SharedGuard(ABC):
         # after an exception of one rank the others do not get here
         together = self.trainer.state.status == "running"
         self.settle(alone=not together)
+        if together and not self.check_state(now=True) and self.trainer.is_global_zero:
+            logger.warning(
+                "a checkpoint is saved at step %d although ranks have different weights: it may hold the damaged ones. "
+                "Do not resume from it; plugins/checkpoints=save saves none then",
+                self.trainer.global_step,
+            )
         announced = bool(self.changes.announced)
         if self.ranks.any(announced) if together else announced:
             self._apply_announced(self.changes.take())
@@ -161,6 +172,10 @@ class SharedGuard(ABC):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned; what is missing stays as it is."""
         self._history.load(state, has_optimizers=self.is_open)
+
+    def request(self, request: Request) -> None:
+        """Let a request be executed at the end of this batch, or of the next one if this batch's have been executed."""
+        self._requests.append(request)
 
     def drop_requests(self) -> None:
         """Drop the requests that are not executed yet: something else has answered them."""

@@ -96,6 +96,7 @@ class StepGuard(SharedGuard):
         self._gradient_observers = [m for m in self._active if m.observes_gradients]
         self._outcome_observers = [m for m in self._active if m.observes_outcomes]
         self._recorders = [m for m in self._active if m.records_attempts]
+        self._checkers = [m for m in self._active if m.checks_state]
         weighs = weigh_windows and module.automatic_optimization  # by hand, the module divides the losses
         self._short_windows = ShortWindows(trainer.is_global_zero) if weighs else None
         self._weigh_loss = weigh_loss if module.automatic_optimization else None
@@ -311,6 +312,7 @@ class StepGuard(SharedGuard):
             self._manual.end_batch(stepped=self._attempted > 0)
             self._select(0)  # between two batches always the first one
         if self._attempted:
+            self.check_state()
             due = self.counters.attempted % self._log_every < self._attempted
             self._attempted = 0
             if due or self.trainer.is_last_batch:
@@ -324,6 +326,14 @@ class StepGuard(SharedGuard):
             requests, self._requests = self._requests, []
             self.flush()
             execute(requests, self.trainer, self.module, self.report, self.rewarm, self.counters.attempted - 1)
+
+    def check_state(self, now: bool = False) -> bool:
+        """Whether no plugin finds weights and optimizer state damaged. A collective, if a plugin checks them.
+
+        Args:
+            now: the state is about to be stored: check it; False: check it if it is time.
+        """
+        return not self.is_open or all(each.check_state(now) for each in self._checkers)
 
     def settle(self, alone: bool = False) -> None:
         """Read the pending outcome and pass it to all members; does nothing if there is none.

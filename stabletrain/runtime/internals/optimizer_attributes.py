@@ -41,7 +41,8 @@ _PROCESS_WIDE = (
     "pytorch_lightning",
     "stabletrain.runtime",
 )
-_ZERO = "ZeroRedundancyOptimizer"
+ZERO = "ZeroRedundancyOptimizer"
+"""Name of the class of torch; its module takes long to import, and warns."""
 _SET_BY_OTHERS = frozenset(
     {
         "step",  # torch's schedulers and the guard replace these methods on the instance
@@ -127,7 +128,7 @@ def _visit(path: str, thing: Any, found: Found) -> Iterable[tuple[str, Any]]:
     elif isinstance(thing, Optimizer):
         found.optimizers.append(thing)
         if any(
-            base.__name__ == _ZERO for base in type(thing).__mro__
+            base.__name__ == ZERO for base in type(thing).__mro__
         ):  # besides the optimizer of its shard it holds caches, and copies of all shards
             return [(f"{path}.{key}", each) for key, each in vars(thing).items() if isinstance(each, Optimizer)]
         return _attributes(Owner(path, thing, vars(thing), _of_optimizers()), found)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
-from stabletrain.runtime.internals.optimizer_attributes import find
+from stabletrain.runtime.internals.optimizer_attributes import ZERO, find
 from stabletrain.runtime.internals.packages import both
 from stabletrain.runtime.internals.trainer import step_progress
 
@@ -102,3 +102,8 @@ def averages_in(callback: Callback, module: LightningModule) -> list[nn.Module]:
 def state_holders(optimizer: Optimizer, model: nn.Module) -> list[Optimizer]:
     """The optimizer and those that it holds, wherever: ZeroRedundancyOptimizer has its state in ``.optim``."""
     return find(optimizer, model).optimizers
+
+
+def divides_state(optimizer: Optimizer) -> bool:
+    """Whether each rank has the optimizer state of some parameters only, all of each: ZeroRedundancyOptimizer."""
+    return any(base.__name__ == ZERO for base in type(optimizer).__mro__)

@@ -328,6 +328,13 @@ def requeue_handler(trainer: Trainer) -> tuple[signal.Signals, Callable[..., Non
     return (signum, handler) if type(handler).__module__ == type(connector).__module__ else None
 
 
+def ends_run(trainer: Trainer) -> bool:
+    """Whether the fit ends with the batch in progress, as far as steps and epochs tell."""
+    epochs = -1 if trainer.max_epochs is None else trainer.max_epochs
+    last_epoch = 0 < epochs <= trainer.current_epoch + 1
+    return 0 < trainer.max_steps <= trainer.global_step or (bool(trainer.is_last_batch) and last_epoch)
+
+
 def may_be_last_batch(trainer: Trainer) -> bool:
     """Whether the epoch or the fit may end with the batch in progress."""
     return bool(trainer.is_last_batch) or 0 < trainer.max_steps <= trainer.global_step or trainer.should_stop

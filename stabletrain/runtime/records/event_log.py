@@ -17,11 +17,13 @@ END = logging.getLogger("stabletrain.end")
 """Logs the line at the end of a fit. The command line, which ends with a summary of its own, disables it."""
 
 _ORDER: tuple[EventKind, ...] = (
-    *("stop", "rollback", "accept", "announced", "divergence", "skip", "nonfinite", "overflow", "spike"),
-    *("regime", "not_learning", "overfitting", "rewarm"),
+    *("stop", "rollback", "accept", "announced", "replicas_differ", "divergence", "skip", "nonfinite", "overflow"),
+    *("spike", "regime", "not_learning", "overfitting", "rewarm"),
 )
 """The kinds of events in a line: what was done first, then what was found, the most severe first."""
-_FOUND: frozenset[EventKind] = frozenset(("divergence", "skip", "nonfinite", "overflow", "spike", "regime"))
+_FOUND: frozenset[EventKind] = frozenset(
+    ("replicas_differ", "divergence", "skip", "nonfinite", "overflow", "spike", "regime")
+)
 """Kinds that describe a step and not an action that followed from it."""
 _WORDS: dict[EventKind, str] = {
     "nonfinite": "non-finite",
@@ -29,6 +31,7 @@ _WORDS: dict[EventKind, str] = {
     "not_learning": "not learning",
     "announced": "change",
     "rewarm": "second warm-up",
+    "replicas_differ": "replicas differ",
 }
 """Words for kinds that are no words."""
 

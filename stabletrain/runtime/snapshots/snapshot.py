@@ -151,7 +151,7 @@ class Snapshot:
         self,
         guard: StepGuard,
         loader: TrainLoader | None,
-        cause: str,
+        cause: str | None,
         exclude: frozenset[int] = frozenset(),
         rewind: bool = True,
     ) -> None:
@@ -160,7 +160,8 @@ class Snapshot:
         Args:
             guard: of the run.
             loader: as for `capture`; it is rewound to the snapshot's position.
-            cause: passed to ``Rule.rebase`` of every rule, such as ``"rollback"``.
+            cause: passed to ``Rule.rebase`` of every rule, such as ``"rollback"``; None: the rules' states are those of
+                the capture, so that the same steps are made again.
             exclude: numbers on the tape of batches that the loader does not return again
                 (`TrainLoader.batches_since`).
             rewind: False: the run goes on with its next batch, because the loader cannot be rewound. Besides the data
@@ -209,7 +210,7 @@ class Snapshot:
         for member, state in zip(_stateful_members(guard), members, strict=True):
             member.load_state_dict({**state, **own})
         for rule, states in zip(_rules(guard), self._rules, strict=True):
-            rule.states = [rule.rule.rebase(state, cause) for state in states]
+            rule.states = [state if cause is None else rule.rule.rebase(state, cause) for state in states]
         if rewind:
             rng.restore(self._rng)
 

@@ -1,0 +1,1 @@
+"""Compare the copies of weights and optimizer state on all ranks, and undo or report silent corruption."""
