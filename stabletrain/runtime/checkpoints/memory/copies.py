@@ -28,6 +28,7 @@ from stabletrain.runtime.checkpoints.memory.options import MemoryOptions
 from stabletrain.runtime.checkpoints.memory.place import IS_SUPPORTED, InUse, Place
 from stabletrain.runtime.checkpoints.memory.saver import GENERATIONS, MemorySaver, shard_name
 from stabletrain.runtime.checkpoints.store import is_checkpoint
+from stabletrain.runtime.guard.attempts import state_is_good
 from stabletrain.runtime.ranks import Ranks
 
 logger = logging.getLogger("stabletrain")
@@ -243,7 +244,7 @@ class MemoryCopies:
     # ---- while training ---------------------------------------------------------------------------------------------
 
     def after_step(self, info: Callable[[], CheckpointInfo]) -> None:
-        """Copy the state if that is due.
+        """Copy the state if that is due, and no plugin finds damage in it.
 
         Args:
             info: describes the state of now.
@@ -253,7 +254,7 @@ class MemoryCopies:
         now, step = time.monotonic(), self._trainer.global_step
         if self._interval.is_automatic and self._last is not None:
             self._interval.took(now - self._last, self._saver.is_writing)
-        if self._interval.due(step):
+        if self._interval.due(step) and state_is_good(self._trainer):
             checkpoint = collected(self._trainer, self._divided)
             with naming_optimizers(self._trainer.optimizers):
                 self._saver.save(checkpoint, info())
