@@ -231,6 +231,15 @@ class SetPrecision(GuardMember):
             self._undo.append(lightning_precision.evaluate_without_inference_mode(trainer))
         super().setup(trainer, pl_module, stage)
 
+    def plan_setup(self, trainer: Trainer, module: LightningModule) -> None:
+        """In a dry run: convert the module as in a fit.
+
+        Args:
+            trainer: of the traced steps, to which `prepare_trainer` has given the precision plugin.
+            module: to be trained.
+        """
+        self._extend(trainer)
+
     def _install(self, trainer: Trainer) -> None:
         lightning_precision.check_free(trainer, self.kind)
         device = trainer.strategy.root_device
