@@ -26,6 +26,7 @@ from stabletrain.config.resume import resume_problem
 from stabletrain.config.trust import OPTIMIZERS
 from stabletrain.config.types import mismatch
 from stabletrain.config.values import check_values, unwritable
+from stabletrain.core import bytes
 from stabletrain.errors import UserError
 from stabletrain.optim.options import KEY, GroupOptions, group_options
 from stabletrain.runtime.records.run_files import RUN_YAML, RUN_YAML_RECORD
@@ -40,6 +41,7 @@ _TOP_LEVEL: dict[str, Any] = {
     "run_dir": str | None,
     "resume": str | None,
     "dry_run": bool,
+    "memory": str | None,
     "objective": str | None,
     "callbacks": dict,
     "plugins": dict,
@@ -50,8 +52,8 @@ _TOP_LEVEL: dict[str, Any] = {
     "precision": dict | None,
     "strategy": dict | None,
 }
-_OPTIONAL = ("dry_run", "objective", KEY)
-"""Composing adds them; run.yaml leaves the first two out, and one of an earlier version has no other."""
+_OPTIONAL = ("dry_run", "memory", "objective", KEY)
+"""Composing adds them; run.yaml leaves the first three out, and one of an earlier version has no other."""
 _LAUNCH_KEYS: dict[str, Any] = {
     "kind": Literal["local", "torchrun", "slurm"],
     "processes": int,
@@ -103,7 +105,8 @@ def check_content(config: Mapping[str, Any]) -> list[Problem]:
         config: its content; in run.yaml there are also the keys ``trust``, ``typed`` and ``choices``.
     """
     own = {key: value for key, value in config.items() if key not in RUN_YAML_RECORD}
-    return [*_own_keys(own), *_strategy(own), *_launch(own), *_resume(own), *_unresolved(own), *check_values(own)]
+    first = [*_own_keys(own), *_memory(own), *_strategy(own), *_launch(own), *_resume(own)]
+    return [*first, *_unresolved(own), *check_values(own)]
 
 
 def check_signatures(config: Mapping[str, Any], trust: Iterable[str] = ()) -> list[Problem]:
@@ -410,6 +413,20 @@ def _strategy(config: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem("strategy._target_", text)
 
 
+def _memory(config: Mapping[str, Any]) -> Iterator[Problem]:
+    """The memory of a device, which is for a dry run only."""
+    memory = config.get("memory")
+    if not isinstance(memory, str):
+        return
+    if config.get("dry_run") is False:
+        yield Problem("memory", "a dry run says whether the run fits into it; add dry_run=true, or remove it")
+    try:
+        if bytes.parse(memory, name="memory") <= 0:
+            yield Problem("memory", f"expected more than nothing, got {memory!r}")
+    except UserError as error:
+        yield Problem("memory", str(error).removeprefix("memory: "))
+
+
 def _launch(config: Mapping[str, Any]) -> Iterator[Problem]:
     launch, trainer = config.get("launch"), config.get("trainer")
     if not isinstance(launch, Mapping) or not isinstance(trainer, Mapping):
@@ -431,7 +448,8 @@ def _launch(config: Mapping[str, Any]) -> Iterator[Problem]:
             yield Problem(
                 f"trainer.{argument}", f"launch.{source} sets it; use launch.{source}={trainer[argument]} instead"
             )
-    if launch.get("nodes") != 1 and launch.get("kind") in ("local", "torchrun"):
+    is_planned = config.get("dry_run") is True and launch.get("kind") == "torchrun"
+    if launch.get("nodes") != 1 and launch.get("kind") in ("local", "torchrun") and not is_planned:
         yield Problem("launch.nodes", "several nodes need launch=slurm")
     for key, value in (launch.get("sbatch") or {}).items() if isinstance(launch.get("sbatch"), Mapping) else ():
         if not str(key).replace("-", "").isalnum() or not isinstance(value, str | int | None) or "\n" in str(value):

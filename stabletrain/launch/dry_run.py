@@ -28,10 +28,21 @@ from stabletrain.runtime.records.run_files import CHECKPOINTS
 
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 """Variables by which libraries that data modules use do not download."""
+_ACCELERATORS = ("auto", "gpu", "cuda")
 _TRIED = 3
 """Changes of the config that are tried at most if a run does not fit."""
 
-Refused = tuple[list[Problem], None]
+
+def for_this_machine(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with the CPU as its accelerator, so that a laptop plans a run on GPUs; a wrong name stays.
+
+    Args:
+        config: composed.
+    """
+    trainer = config["trainer"]
+    if trainer.get("accelerator", "auto") not in _ACCELERATORS:
+        return dict(config)
+    return {**config, "trainer": {**trainer, "accelerator": "cpu"}}
 
 
 def plan_of(config: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str | None, list[Problem]]:
@@ -57,8 +68,10 @@ def plan_of(config: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str | Non
 
 
 def _plan(config: Mapping[str, Any]) -> Plan:
-    launch = config["launch"]
-    return estimate(config["recipe"], launch["processes"], launch["nodes"], _maker(config), _stopped)
+    launch, accelerator = config["launch"], config["trainer"].get("accelerator", "auto")
+    on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
+    make = _maker(for_this_machine(config))
+    return estimate(config["recipe"], launch["processes"], launch["nodes"], make, _stopped, on_gpu=on_gpu)
 
 
 def _maker(config: Mapping[str, Any]) -> Callable[[Any], Parts]:

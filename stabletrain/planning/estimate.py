@@ -46,6 +46,8 @@ def estimate(
     nodes: int,
     make: Callable[[Any], Parts],
     place: Callable[[Exception], str],
+    *,
+    on_gpu: bool = False,
 ) -> Plan:
     """Set up a run of any size in this process, and trace two of its steps. Nothing is written.
 
@@ -55,6 +57,7 @@ def estimate(
         nodes: of the run.
         make: builds the parts, given the mode of the fake world; called within it.
         place: the text about an exception that ended the trace, with file and line of the user's code.
+        on_gpu: whether optimizers use the kernels that are their default on a GPU.
 
     Raises:
         UserError: if the strategy cannot be used as it is configured.
@@ -64,7 +67,7 @@ def estimate(
         warnings.simplefilter("ignore")
         parts = make(mode)
         plugins = [each for _, each in parts.plugins]
-        trace = TraceSteps(plugins)
+        trace = TraceSteps(plugins, on_gpu=on_gpu)
         trainer = trainer_of_plan(parts.arguments, plugins, trace)
         for each in plugins:
             if (prepare := getattr(each, "prepare_trainer", None)) is not None:
@@ -78,7 +81,6 @@ def estimate(
             raise
         except Exception as error:
             if not trace.has_optimizer:
-                import traceback; traceback.print_exc()
                 raise CannotPlan(place(error)) from error
             stopped = error
         found = _Found(trainer, parts.module, trace, None if stopped is None else place(stopped))

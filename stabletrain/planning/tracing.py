@@ -37,10 +37,11 @@ class TraceSteps(Callback):
     Args:
         plugins: of the run; those of them that choose the windows of accumulation are asked for their sizes.
         stops: whether to end the fit by `Traced` then.
+        on_gpu: whether to let optimizers use the kernels that are their default on a GPU.
     """
 
-    def __init__(self, plugins: Sequence[Callback] = (), *, stops: bool = True) -> None:
-        self.plugins, self.stops = plugins, stops
+    def __init__(self, plugins: Sequence[Callback] = (), *, stops: bool = True, on_gpu: bool = False) -> None:
+        self.plugins, self.stops, self.on_gpu = plugins, stops, on_gpu
         self.has_optimizer = False
         """Whether the strategy has set up module and optimizer."""
         self.micro_batches = 1
@@ -81,6 +82,9 @@ class TraceSteps(Callback):
         self.length, self.micro_batches = run_length(trainer), trainer.accumulate_grad_batches
         for optimizer in trainer.optimizers:  # those that average weights have a mode, and begin in that of evaluation
             getattr(optimizer, "train", lambda: None)()
+            for group in optimizer.param_groups if self.on_gpu else ():
+                if group.get("foreach", False) is None and not group.get("fused"):
+                    group["foreach"] = True
         self._traced = trainer.accumulate_grad_batches = min(self.micro_batches, _TRACED)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
