@@ -22,9 +22,9 @@ _MEMORY = (
     ("buffers", "buffers"),
     ("gradients", "gradients"),
     ("optimizer_state", "optimizer state"),
-    ("buckets", "buckets of gradients (DDP)"),
-    ("window_gradients", "more gradients, between micro-batches"),
-    ("largest_group", "largest group of parameters, gathered"),
+    ("buckets", "buckets of gradients"),
+    ("window_gradients", "gradients held in a window"),
+    ("largest_group", "largest gathered group"),
     ("activations", "activations of a micro-batch"),
     ("batch", "a micro-batch"),
 )
@@ -79,7 +79,9 @@ def _print_one(plan: Plan) -> None:
             for each in sorted(plan.groups, key=lambda each: not each.name)
         ]  # fmt: skip
         _print_table(("gathered together", "", "parameters", "whole", "on a rank"), rows, numbers=(2, 3, 4))
-    _print_table(("memory of a rank", "", ""), list(_memory(plan.per_rank)), numbers=(1,))
+    _print_table(("memory of a rank", ""), list(_memory(plan.per_rank)), numbers=(1,))
+    if plan.per_rank.peak_at is not None:
+        print(f"the peak is in: {plan.per_rank.peak_at}")
     messages = [(each.kind, str(each.count), shown(each.bytes)) for each in plan.collectives]
     if plan.processes * plan.nodes > 1:
         how = "" if plan.source == "traced" else ", by formula"
@@ -106,18 +108,15 @@ def _head(plan: Plan) -> Iterator[str]:
         yield f"no step could be traced, so activations and the peak are unknown. {plan.stopped_by}"
 
 
-def _memory(rank: PerRank) -> Iterator[tuple[str, str, str]]:
+def _memory(rank: PerRank) -> Iterator[tuple[str, str]]:
     optional = ("buffers", "buckets", "window_gradients", "largest_group")
     for name, label in _MEMORY:
         value = getattr(rank, name)
         if value or name not in optional:
-            yield label, "unknown" if value is None else shown(value), ""
-    if rank.peak is None:
-        yield "peak", "unknown", ""
-        return
-    yield "peak", shown(rank.peak), f"in {rank.peak_at}" if rank.peak_at else ""
+            yield label, "unknown" if value is None else shown(value)
+    yield "peak", "unknown" if rank.peak is None else shown(rank.peak)
     for part, size in sorted(rank.peak_parts.items(), key=lambda each: -each[1]):
-        yield f"  {part}", shown(size), ""
+        yield f"  {part}", shown(size)
 
 
 def _end(plan: Plan) -> Iterator[str]:

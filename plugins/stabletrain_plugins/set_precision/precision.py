@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from stabletrain.core.events import Event
 from stabletrain.core.outcome import Outcome
+from stabletrain.core.planned import Planned, Sizes
 from stabletrain.errors import UserError, is_number, is_whole, require
 from stabletrain.runtime.guard.callbacks import GuardMember
 from stabletrain.runtime.guard.metrics import Counters
@@ -239,6 +240,16 @@ class SetPrecision(GuardMember):
             module: to be trained.
         """
         self._extend(trainer)
+
+    def planned(self, trainer: Trainer, sizes: Sizes) -> Planned:
+        """What it will do, for a dry run.
+
+        Args:
+            trainer: of the traced steps.
+            sizes: of the run.
+        """
+        kept = f", with {', '.join(self.keep_fp32)} in fp32" if self.keep_fp32 else ""
+        return Planned(text=f"trains in {self.kind}{kept}")
 
     def _install(self, trainer: Trainer) -> None:
         lightning_precision.check_free(trainer, self.kind)
