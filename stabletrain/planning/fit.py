@@ -106,13 +106,16 @@ class Participants(Callback):
                 method(trainer, module)
 
 
-def trainer_of_plan(arguments: Mapping[str, Any], plugins: Sequence[Callback], trace: TraceSteps) -> Trainer:
+def trainer_of_plan(
+    arguments: Mapping[str, Any], plugins: Sequence[Callback], trace: TraceSteps, *, on_ranks: bool = False
+) -> Trainer:
     """The Trainer of the traced fit, on the CPU, whatever the run's accelerator is.
 
     Args:
         arguments: of the run's Trainer, with ``devices`` and ``num_nodes``.
         plugins: the run's callbacks.
         trace: follows the steps.
+        on_ranks: trace real ranks, whose environment says who they are, to check what is planned.
     """
     chosen = {key: value for key, value in arguments.items() if key not in _LEFT_OUT}
     strategy = chosen.get("strategy")
@@ -125,7 +128,7 @@ def trainer_of_plan(arguments: Mapping[str, Any], plugins: Sequence[Callback], t
         **chosen,
         accelerator="cpu",
         callbacks=[Participants(plugins), *averages, trace],
-        plugins=[FirstOfMany(chosen["devices"] * chosen["num_nodes"])],
+        plugins=[] if on_ranks else [FirstOfMany(chosen["devices"] * chosen["num_nodes"])],
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,

@@ -38,10 +38,14 @@ class TraceSteps(Callback):
         plugins: of the run; those of them that choose the windows of accumulation are asked for their sizes.
         stops: whether to end the fit by `Traced` then.
         on_gpu: whether to let optimizers use the kernels that are their default on a GPU.
+        before: steps before the one that is followed. On real ranks DistributedDataParallel needs two: it forms its
+            buckets anew in the second one, and a fake world has those of the first.
     """
 
-    def __init__(self, plugins: Sequence[Callback] = (), *, stops: bool = True, on_gpu: bool = False) -> None:
-        self.plugins, self.stops, self.on_gpu = plugins, stops, on_gpu
+    def __init__(
+        self, plugins: Sequence[Callback] = (), *, stops: bool = True, on_gpu: bool = False, before: int = 1
+    ) -> None:
+        self.plugins, self.stops, self.on_gpu, self.before = plugins, stops, on_gpu, before
         self.has_optimizer = False
         """Whether the strategy has set up module and optimizer."""
         self.micro_batches = 1
@@ -68,7 +72,7 @@ class TraceSteps(Callback):
             reduce_buckets(wrapped, self._bucket)
 
     def _bucket(self, bucket: Tensor) -> None:
-        if self._tracker is None:
+        if self._tracker is None and self._seen >= (self.before - 1) * self._traced:
             self.buckets.append(bucket)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -108,14 +112,15 @@ class TraceSteps(Callback):
     ) -> None:
         """Begin to follow after the first step; end after the second."""
         self._seen += 1
-        if self._seen == self._traced:
+        end = (self.before + 1) * self._traced
+        if self._seen == end - self._traced:
             self._begin(trainer, pl_module, batch)
-        elif self._seen == 2 * self._traced - 1 and self._traced > 1:
+        elif self._seen == end - 1 and self._traced > 1:
             self.first = self._counted()
             assert self._tracker is not None
             whole = self._tracker.held("whole gradients") + self._tracker.held("gradients")
             self.window_gradients = whole
-        elif self._seen == 2 * self._traced:
+        elif self._seen == end:
             self._end(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -147,6 +147,8 @@ def reduce_buckets(wrapped: DistributedDataParallel, found: Callable[[Tensor], N
         done.set_result(buffer)
         return done
 
+    # torch compares the annotations with the types, and here they are texts
+    hook.__annotations__ = {"bucket": dist.GradBucket, "return": torch.futures.Future[Tensor]}
     wrapped.register_comm_hook(None, hook)
     if active_fake_mode() is not None:
         wrapped.reducer = _FixedBuckets(wrapped.reducer)
