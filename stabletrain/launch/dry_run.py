@@ -21,6 +21,7 @@ from stabletrain.launch.assemble import build_data, build_model, override_optimi
 from stabletrain.launch.cause import place_in_code
 from stabletrain.launch.checks import problem_of, quiet
 from stabletrain.planning.estimate import CannotPlan, Parts, estimate
+from stabletrain.planning.fit import NoBatch
 from stabletrain.planning.plan import Option, Plan, Verdict, as_json
 from stabletrain.runtime import rng
 from stabletrain.runtime.internals.fake_world import drop_memory, needs_values, with_values
@@ -109,6 +110,8 @@ def _model(config: Mapping[str, Any], mode: Any) -> LightningModule:
 
 def _stopped(error: Exception) -> str:
     """What ended a trace: where in the user's code, and why."""
+    if isinstance(error, NoBatch):
+        return str(error)
     place = place_in_code(error)
     lines = str(error).strip().splitlines()
     kind = type(error).__name__

@@ -27,14 +27,14 @@ Counts = dict[str, tuple[int, int]]
 """By kind: how many messages, and bytes of their whole tensors."""
 
 
-class CountCollectives(TorchDispatchMode):
+class CountCollectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts collectives while it is active; it works on real ranks, too.
 
     The bytes of a message are those of the whole tensor: the larger one of what goes in and what comes out.
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.counts: Counts = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

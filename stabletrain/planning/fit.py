@@ -6,16 +6,24 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, DistributedSampler
 
 from stabletrain.planning.tracing import TraceSteps
 from stabletrain.runtime import rng
-from stabletrain.runtime.internals.fake_world import Replacement, drop_memory, needs_values, with_values, without_memory
+from stabletrain.runtime.internals.fake_world import (
+    Replacement,
+    drop_memory,
+    leave_out_kernels,
+    needs_values,
+    with_values,
+    without_memory,
+)
 from stabletrain.runtime.internals.packages import both
 from stabletrain.strategies.tensor_parallel import TensorParallelStrategy
 from stabletrain.strategies.tensor_parallel_random import Region
@@ -162,12 +170,29 @@ def fit(trainer: Trainer, module: LightningModule, data: LightningDataModule, mo
     }
     vars(data).update(fixed)
     vars(module)["setup"] = _setup(module, module.setup, mode)
+    configure = module.configure_optimizers
+    vars(module)["configure_optimizers"] = lambda: _optimizers(configure)
     try:
         trainer.fit(module, datamodule=data)
     finally:
-        vars(module).pop("setup", None)
+        for name in ("setup", "configure_optimizers"):
+            vars(module).pop(name, None)
         for name in fixed:
             vars(data).pop(name, None)
+
+
+def _optimizers(configure: Callable[[], Any]) -> Any:
+    """What ``configure_optimizers`` returns; called with values if it asks for some, as tables of quantised states do."""
+    try:
+        made = configure()
+    except Exception as error:
+        if not needs_values(error):
+            raise
+        made = with_values(configure)()
+    for each in tree_leaves(made):
+        if isinstance(each, Optimizer):
+            leave_out_kernels(each)
+    return made
 
 
 def _setup(module: LightningModule, users: Callable[[str], None], mode: Any) -> Callable[[str], None]:
@@ -222,7 +247,7 @@ class _OneBatch:
 def _batches(loader: Any, trainer: Trainer) -> int | None:
     """Batches of a loader on one rank, once Lightning has given it a sampler; None: not known."""
     try:
-        whole = len(loader)
+        whole: int = len(loader)
     except (TypeError, NotImplementedError):
         return None
     sampler = getattr(loader, "sampler", None)
@@ -232,5 +257,5 @@ def _batches(loader: Any, trainer: Trainer) -> int | None:
     if not isinstance(loader, DataLoader) or loader.batch_size is None or ranks == 1 or not divides:
         return whole
     samples = math.ceil(len(sampler) / ranks)  # type: ignore[arg-type]
-    batches = samples / loader.batch_size
+    batches: float = samples / loader.batch_size
     return math.floor(batches) if loader.drop_last else math.ceil(batches)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from stabletrain.planning.plan import Group
 from stabletrain.runtime.internals.state import state_holders
@@ -43,8 +44,7 @@ def optimizer_tensors(optimizers: Sequence[Optimizer], module: nn.Module) -> lis
         for holder in holders.values()
         if "state" in vars(holder)
         for state in holder.state.values()
-        if isinstance(state, dict)
-        for tensor in state.values()
+        for tensor in tree_leaves(state)
         if isinstance(tensor, Tensor)
     ]
 

@@ -21,6 +21,7 @@ from stabletrain.planning.collectives import CountCollectives, Counts
 from stabletrain.planning.state import bytes_here, optimizer_tensors
 from stabletrain.runtime.internals.fake_world import NotTraceable, reduce_buckets
 from stabletrain.runtime.internals.memory_tracking import Peak, StepTracker
+from stabletrain.runtime.internals.state import averages_in
 from stabletrain.runtime.run_length import run_length
 
 _TRACED = 2
@@ -131,6 +132,8 @@ class TraceSteps(Callback):
         tensors = [each for each in tree_leaves(batch) if isinstance(each, Tensor)]
         self.batch = bytes_here(tensors)
         held = [*tensors, *self.buckets, *optimizer_tensors(trainer.optimizers, module)]
+        for each in trainer.callbacks:  # type: ignore[attr-defined]
+            held += [p for average in averages_in(each, module) for p in average.parameters()]
         self._tracker = StepTracker(module, list(trainer.optimizers), held)
         self._stack.enter_context(self._tracker)
         self._stack.enter_context(self._counter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
-from torch import Tensor
 
 import stabletrain as st
 from stabletrain.launch.cause import place_in_code
@@ -95,10 +95,8 @@ def measured(
     trace = TraceSteps(before=2)
     trainer = trainer_of_plan(arguments(kind, size, options), [], trace, on_ranks=True)
     trained = make()
-    try:
+    with contextlib.suppress(Traced):
         trainer.fit(trained, datamodule=Data())
-    except Traced:
-        pass
     assert trace.peak is not None
     return {
         "parameters": bytes_here(trained.parameters()),

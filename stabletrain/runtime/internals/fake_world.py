@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -94,7 +94,8 @@ def drop_memory(mode: Any, module: nn.Module) -> None:
         mode: from `fake_world`, which is active.
         module: is changed in place.
     """
-    module._apply(lambda tensor: tensor if tensor.is_meta or is_fake(tensor) else mode.from_tensor(tensor))
+    convert: Callable[..., Any] = module._apply
+    convert(lambda tensor: tensor if tensor.is_meta or is_fake(tensor) else mode.from_tensor(tensor))
 
 
 def is_fake(tensor: Tensor) -> bool:
@@ -128,6 +129,16 @@ def with_values(function: Callable[..., Any]) -> Callable[..., Any]:
     return called
 
 
+def leave_out_kernels(optimizer: Optimizer) -> None:
+    """Let an optimizer of bitsandbytes make its state, and not call its kernels, which write to addresses.
+
+    Args:
+        optimizer: of any kind; others are not changed.
+    """
+    if all(hasattr(optimizer, name) for name in ("init_state", "update_step", "get_config")):
+        vars(optimizer)["update_step"] = lambda *args, **kwargs: None
+
+
 def reduce_buckets(wrapped: DistributedDataParallel, found: Callable[[Tensor], None]) -> None:
     """Let DistributedDataParallel reduce its buckets by a hook that a fake process group can serve.
 
@@ -139,7 +150,7 @@ def reduce_buckets(wrapped: DistributedDataParallel, found: Callable[[Tensor], N
     """
     from torch._guards import active_fake_mode
 
-    def hook(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    def hook(state: object, bucket: Any) -> torch.futures.Future[Tensor]:
         buffer = bucket.buffer()
         found(buffer)
         dist.all_reduce(buffer)
@@ -147,11 +158,12 @@ def reduce_buckets(wrapped: DistributedDataParallel, found: Callable[[Tensor], N
         done.set_result(buffer)
         return done
 
+    private: Any = dist
     # torch compares the annotations with the types, and here they are texts
-    hook.__annotations__ = {"bucket": dist.GradBucket, "return": torch.futures.Future[Tensor]}
+    hook.__annotations__ = {"bucket": private.GradBucket, "return": torch.futures.Future[Tensor]}
     wrapped.register_comm_hook(None, hook)
     if active_fake_mode() is not None:
-        wrapped.reducer = _FixedBuckets(wrapped.reducer)
+        cast(Any, wrapped).reducer = _FixedBuckets(wrapped.reducer)
 
 
 def bucket_sizes(wrapped: DistributedDataParallel) -> list[int]:
@@ -161,8 +173,9 @@ def bucket_sizes(wrapped: DistributedDataParallel) -> list[int]:
         wrapped: whose gradients are assumed to become ready in the reverse order of its parameters.
     """
     trained = [p for p in reversed(list(wrapped.module.parameters())) if p.requires_grad]
-    first = min(dist._DEFAULT_FIRST_BUCKET_BYTES, wrapped.bucket_bytes_cap)
-    indices, _ = dist._compute_bucket_assignment_by_size(
+    private: Any = dist
+    first = min(private._DEFAULT_FIRST_BUCKET_BYTES, wrapped.bucket_bytes_cap)
+    indices, _ = private._compute_bucket_assignment_by_size(
         trained, [first, wrapped.bucket_bytes_cap], [False] * len(trained)
     )
     return [sum(trained[i].numel() * trained[i].element_size() for i in bucket) for bucket in indices]
@@ -188,6 +201,7 @@ def _replacements() -> Iterator[Replacement]:
     yield DeviceMesh, "__getitem__", with_values(DeviceMesh.__getitem__)
     yield torch.amp.GradScaler, "_maybe_opt_step", _step_always
     yield dist, "new_group", _fake_groups(dist.new_group)
+    yield dist, "_broadcast_coalesced", _broadcast_together
 
 
 def _fake_groups(make: Callable[..., Any]) -> Callable[..., Any]:
@@ -198,6 +212,15 @@ def _fake_groups(make: Callable[..., Any]) -> Callable[..., Any]:
         return make(ranks, **kwargs)
 
     return called
+
+
+def _broadcast_together(group: Any, tensors: Iterable[Tensor], buffer_size: int, source: int = 0) -> None:
+    """Torch's own function for it writes into memory that the tensors do not have."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        by_dtype.setdefault(tensor.dtype, []).append(tensor.detach())
+    for same in by_dtype.values():
+        dist.broadcast(torch.cat([each.flatten() for each in same]), source, group=group)
 
 
 def _step_always(self: Any, optimizer: Optimizer, state: object, *args: Any, **kwargs: Any) -> Any:
@@ -211,7 +234,8 @@ def _converter() -> Callable[..., nn.Module]:
 
     def apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         for child in self.children() if recurse else ():
-            child._apply(fn)
+            inner: Callable[..., Any] = child._apply  # a module may have its own
+            inner(fn)
         for key, p in self._parameters.items():
             if p is None:
                 continue

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from stabletrain.runtime.internals.fake_world import NotTraceable
 
@@ -26,8 +25,8 @@ _NAMES = {
     "Temp": "temporary, in backward",
     "Optstate": "optimizer state, temporary tensors",
     "OptState": "optimizer state, temporary tensors",
-    "Other": "batch and buckets",
-    "Inputs": "batch and buckets",
+    "Other": "batch, buckets, averages",
+    "Inputs": "batch, buckets, averages",
     "All Gather": "all-gather",
     "Reduce Scatter": "reduce-scatter",
 }
@@ -125,7 +124,7 @@ def _track_plain(tracker: Any, module: nn.Module) -> None:
         tracker._update_and_maybe_create_winfos(p, _FSDPRefType.SHARDED_PARAM)
 
 
-def _trackers() -> tuple[type[TorchDispatchMode], type[TorchDispatchMode]]:
+def _trackers() -> tuple[Any, Any]:
     """The trackers of plain modules and of FSDP2's, for modules that are called within themselves or several times."""
     from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
     from torch.distributed._tools.mem_tracker import MemTracker
@@ -152,15 +151,15 @@ def _trackers() -> tuple[type[TorchDispatchMode], type[TorchDispatchMode]]:
                     self._peak_mem_snap[device] = dict(now)
                     self.where = _place(self)
 
-    class Plain(Place, MemTracker):
+    class Plain(Place, MemTracker):  # type: ignore[no-untyped-call]
         """For modules that are not sharded."""
 
         def _pre_fw_hook(self, module: nn.Module, inputs: Any) -> None:
             if not self._mod_tracker.is_bw:  # a second forward is not another step
-                self.memory_tracking.pop(module, None)
+                self.memory_tracking.pop(module, None)  # type: ignore[no-untyped-call]
             super()._pre_fw_hook(module, inputs)
 
-    class Sharded(Place, FSDPMemTracker):
+    class Sharded(Place, FSDPMemTracker):  # type: ignore[no-untyped-call]
         """For modules that FSDP2 has sharded."""
 
         def _fsdp_state_pre_forward(self, fsdp_mod: Any, orig_fsdp_state_pre_fw: Any) -> Any:
@@ -169,7 +168,7 @@ def _trackers() -> tuple[type[TorchDispatchMode], type[TorchDispatchMode]]:
             @wraps(inner)
             def called(*args: Any, **kwargs: Any) -> Any:
                 if not self._mod_tracker.is_bw:
-                    self.memory_tracking.pop(fsdp_mod, None)
+                    self.memory_tracking.pop(fsdp_mod, None)  # type: ignore[no-untyped-call]
                 return inner(*args, **kwargs)
 
             return called
@@ -185,6 +184,8 @@ def _place(tracker: Any) -> str:
     if tracker._in_opt:
         return "optimizer step"
     phase = "backward" if tracker._mod_tracker.is_bw else "forward"
-    names = [name.partition(".")[2] for name in tracker._mod_tracker.parents if name != "Global"]
+    names = [
+        name.partition(".")[2].removeprefix("module.") for name in tracker._mod_tracker.parents if name != "Global"
+    ]
     inner = max(names, key=lambda name: (name.count("."), len(name)), default="")
     return f"{phase} of {inner}" if inner else phase
