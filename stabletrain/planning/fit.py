@@ -182,7 +182,7 @@ def fit(trainer: Trainer, module: LightningModule, data: LightningDataModule, mo
 
 
 def _optimizers(configure: Callable[[], Any]) -> Any:
-    """What ``configure_optimizers`` returns; called with values if it asks for some, as tables of quantised states do."""
+    """What ``configure_optimizers`` returns; called with values if it asks for some, as for quantised states."""
     try:
         made = configure()
     except Exception as error:

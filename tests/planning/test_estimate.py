@@ -41,7 +41,8 @@ def test_a_step_that_reads_a_value_leaves_state_and_messages(traced: Any) -> Non
     assert plan.source == "formula"
     assert plan.stopped_by is not None
     assert f"{Path(__file__).name}, line " in plan.stopped_by
-    assert plan.per_rank.peak is None and plan.per_rank.activations is None
+    assert plan.per_rank.peak is None
+    assert plan.per_rank.activations is None
     for name in ("parameters", "gradients", "optimizer_state", "largest_group"):
         assert getattr(plan.per_rank, name) == getattr(traced.per_rank, name), name
     of_step = [each for each in traced.collectives if each.kind != "broadcast"]  # Lightning's, whether to stop
