@@ -8,6 +8,8 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from stabletrain.core.lengths import RunLength
@@ -83,11 +85,23 @@ def estimate(
             if not trace.has_optimizer:
                 raise CannotPlan(place(error)) from error
             stopped = error
+            reshard(parts.module)
         found = _Found(trainer, parts.module, trace, None if stopped is None else place(stopped))
         plan = found.plan(recipe, processes, nodes)
         length = trace.length or RunLength()
         said = plans_of(parts.plugins, trainer, plan.per_rank, plan.micro_batches, length)
         return replace(plan, plugins=said)
+
+
+def reshard(module: nn.Module) -> None:
+    """Let FSDP2's parameters be shards again, which an exception in the step has left whole.
+
+    Args:
+        module: that its strategy has sharded, or not.
+    """
+    for each in module.modules():
+        if isinstance(each, FSDPModule):
+            each.reshard()
 
 
 class _Found:
@@ -144,7 +158,7 @@ class _Found:
         trace, module = self.trace, self.module
         traced = self.stopped is None
         trained = [p for p in module.parameters() if p.requires_grad]
-        wrapped = self.strategy.model
+        wrapped = trace.wrapped
         is_ddp = isinstance(wrapped, DistributedDataParallel)
         sharded = [each for each in self.groups if each.whole_bytes]
         peak = trace.peak if traced else None
@@ -181,12 +195,13 @@ class _Found:
 
     def _collectives(self) -> list[Collective]:
         if self.stopped is not None:
-            found = formula.messages(self.strategy, self.module, self.groups, self.trace.micro_batches)
+            wrapped, count = self.trace.wrapped, self.trace.micro_batches
+            found = formula.messages(self.strategy, wrapped, self.module, self.groups, count)
             if found is None:
                 self.notes.append("the messages of tensor parallelism depend on the step, and are not known")
             return found or []
         found = collectives.of_step(self.trace.first, self.trace.last, self.trace.micro_batches)
-        wrapped = self.strategy.model
+        wrapped = self.trace.wrapped
         if not isinstance(wrapped, DistributedDataParallel):
             return found
         # the trace keeps the buckets of the first step, in which there is one

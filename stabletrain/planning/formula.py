@@ -14,16 +14,18 @@ from stabletrain.planning.state import bytes_here
 from stabletrain.runtime.internals.fake_world import bucket_sizes
 
 
-def messages(strategy: Any, module: nn.Module, groups: Sequence[Group], micro_batches: int) -> list[Collective] | None:
+def messages(
+    strategy: Any, wrapped: Any, module: nn.Module, groups: Sequence[Group], micro_batches: int
+) -> list[Collective] | None:
     """The collectives of an optimizer step; None: they are not known without a step.
 
     Args:
         strategy: that has set up the module.
+        wrapped: the module as the strategy calls it.
         module: the LightningModule.
         groups: of parameters, from `stabletrain.planning.state.groups`.
         micro_batches: in a step.
     """
-    wrapped = strategy.model
     if isinstance(wrapped, DistributedDataParallel):
         buckets = bucket_sizes(wrapped)
         found = [Collective(kind="all-reduce", count=len(buckets), bytes=sum(buckets))]
@@ -37,9 +39,12 @@ def messages(strategy: Any, module: nn.Module, groups: Sequence[Group], micro_ba
 
 
 def _sharded(strategy: Any, module: nn.Module, groups: Sequence[Group], micro_batches: int) -> Iterable[Collective]:
-    """FSDP2: a unit is gathered for forward and for backward, the rest once; gradients are reduced when due."""
+    """FSDP2: a unit is gathered for forward and for backward; gradients are reduced when due.
+
+    The rest is gathered twice if the step calls the module itself, ``self(batch)``, which is assumed; else once.
+    """
     passes = 2 if strategy.options.reshard_after_forward else 1
-    times = [(each.count * (passes if each.name else 1) * micro_batches, each) for each in groups]
+    times = [(each.count * (passes if each.name else 2) * micro_batches, each) for each in groups]
     yield Collective(
         kind="all-gather", count=sum(n for n, _ in times), bytes=sum(n * each.whole_bytes for n, each in times)
     )

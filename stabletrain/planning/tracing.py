@@ -59,6 +59,8 @@ class TraceSteps(Callback):
         self.last: Counts = {}
         """Collectives of the last one."""
         self.peak: Peak | None = None
+        self.wrapped: Any = None
+        """The module as the strategy calls it; Lightning takes the wrapper off at the fit's end."""
         self.buckets: list[Tensor] = []
         self._stack = ExitStack()
         self._tracker: StepTracker | None = None
@@ -68,9 +70,9 @@ class TraceSteps(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The strategy is ready."""
         self.has_optimizer = True
-        wrapped = trainer.strategy.model
-        if isinstance(wrapped, DistributedDataParallel):
-            reduce_buckets(wrapped, self._bucket)
+        self.wrapped = trainer.strategy.model
+        if isinstance(self.wrapped, DistributedDataParallel):
+            reduce_buckets(self.wrapped, self._bucket)
 
     def _bucket(self, bucket: Tensor) -> None:
         if self._tracker is None and self._seen >= (self.before - 1) * self._traced:
