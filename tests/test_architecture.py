@@ -24,6 +24,7 @@ LAYERS = [
     ["runtime.snapshots", "runtime.windows"],
     ["runtime.checkpoints"],
     ["strategies"],
+    ["planning"],
     ["tracking", "config"],
     ["workloads", "chaos"],
     ["launch"],

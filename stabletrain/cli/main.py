@@ -94,7 +94,15 @@ Jobs = Annotated[
 
 
 @app.command(short_help="Run a recipe: stabletrain train char_gpt plugins/clip=none")
-def train(words: Words = None, multirun: Multirun = False, jobs: Jobs = 1, trust: Trust = None) -> None:
+def train(
+    words: Words = None,
+    multirun: Multirun = False,
+    jobs: Jobs = 1,
+    trust: Trust = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the plan of a dry run (dry_run=true) as JSON.")
+    ] = False,
+) -> None:
     """Run a recipe: stabletrain train char_gpt optimizer.lr=3e-3 plugins/clip=none."""
     from stabletrain.cli.starting import starting
     from stabletrain.cli.summary import PrintingReporter, exit_code, summarize
@@ -102,16 +110,19 @@ def train(words: Words = None, multirun: Multirun = False, jobs: Jobs = 1, trust
 
     tolerate_broken_output()
     with starting():
-        from stabletrain.launch.launcher import check_jobs, prepare, run
+        from stabletrain.launch.launcher import plan_jobs, prepare, run
 
         if jobs > 1 and not multirun:
             raise UserError(f"train: --jobs {jobs} needs several runs; add -m and values such as seed=1,2, or drop it")
         request = _request(words, multirun, trust)
         prepared = prepare(request)
         if all(job.composed.config["dry_run"] for job in prepared):
-            check_jobs(prepared, request)
-            _print_valid(prepared)
+            from stabletrain.cli.plan import print_plans
+
+            print_plans(prepared, plan_jobs(prepared, request), as_json=as_json)
             return
+        if as_json:
+            raise UserError("train: --json prints the plan of a dry run; add dry_run=true, or remove it")
         finished = run(request, prepared, PrintingReporter(), at_once=min(jobs, len(prepared)))
     print(summarize(finished), flush=True)
     raise typer.Exit(exit_code(finished))
@@ -559,5 +570,7 @@ def _request(words: list[str] | None, multirun: bool, trust: list[str] | None) -
 
 
 def _print_valid(jobs: list[Job]) -> None:
+    from stabletrain.cli.messages import valid
+
     for job in jobs:
-        print(f"{job.composed.recipe}: the config composes, and everything that it names can be built")
+        print(valid(job.composed.recipe))

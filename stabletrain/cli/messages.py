@@ -18,3 +18,12 @@ def print_error(error: object) -> None:
         count = len(getattr(error, "problems", lines))
         # as many as there are, not as many as are shown
         print(f"error: {count} mistakes", *(f"  {line}" for line in lines), sep="\n", file=sys.stderr)
+
+
+def valid(recipe: str) -> str:
+    """The line about a config without a mistake.
+
+    Args:
+        recipe: its name.
+    """
+    return f"{recipe}: the config composes, and everything that it names can be built"

@@ -30,7 +30,9 @@ __all__ = ["BUILT", "Composed", "compose", "expand", "find_recipe"]
 
 
 _DEFAULTS: dict[str, Any] = {
-    **dict.fromkeys(("run_dir", "resume", "objective", "guard", "param_groups", "runtime", "precision", "strategy")),
+    **dict.fromkeys(
+        ("run_dir", "resume", "memory", "objective", "guard", "param_groups", "runtime", "precision", "strategy")
+    ),
     "dry_run": False,
 }
 """Of keys that a recipe without these groups lacks, or that were deleted on the command line."""

@@ -14,20 +14,20 @@ import sys
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from stabletrain.config import construct, discovery, kinds
-from stabletrain.config.address import parse_address
 from stabletrain.config.build import build_callback
 from stabletrain.config.discovery import BUILT
 from stabletrain.config.kinds import TRAINER_PARTS
+from stabletrain.config.launch_keys import check_launch, check_runtime
 from stabletrain.config.outputs import check_outputs, typed_keys
 from stabletrain.config.problems import Problem, suggestion
-from stabletrain.config.restarts import restarts_problem
 from stabletrain.config.resume import resume_problem
 from stabletrain.config.trust import OPTIMIZERS
 from stabletrain.config.types import mismatch
 from stabletrain.config.values import check_values, unwritable
+from stabletrain.core import bytes
 from stabletrain.errors import UserError
 from stabletrain.optim.options import KEY, GroupOptions, group_options
 from stabletrain.runtime.records.run_files import RUN_YAML, RUN_YAML_RECORD
@@ -42,6 +42,7 @@ _TOP_LEVEL: dict[str, Any] = {
     "run_dir": str | None,
     "resume": str | None,
     "dry_run": bool,
+    "memory": str | None,
     "objective": str | None,
     "callbacks": dict,
     "plugins": dict,
@@ -53,24 +54,8 @@ _TOP_LEVEL: dict[str, Any] = {
     "precision": dict | None,
     "strategy": dict | None,
 }
-_OPTIONAL = ("dry_run", "objective", KEY, "runtime")
-"""Composing adds them; run.yaml leaves the first two out, and one of an earlier version has no other."""
-_RUNTIME_KEYS: dict[str, Any] = {"sigterm_every": int}
-_LAUNCH_KEYS: dict[str, Any] = {
-    "kind": Literal["local", "torchrun", "slurm"],
-    "processes": int,
-    "nodes": int,
-    "threads": int,
-    "timeout": int | str,
-    "restarts": int | None,
-    "progress_steps": int,
-    "rdzv": str | None,
-    "join_timeout": int | str,
-    "same_versions": bool,
-    "sbatch": dict,
-    "requeue": bool,
-    "detach": bool,
-}
+_OPTIONAL = ("dry_run", "memory", "objective", KEY, "runtime")
+"""Composing adds them; run.yaml leaves the first three out, and one of an earlier version has no other."""
 _NOT_TRAINER_KEYS = {
     "logger": "use the group logger: logger=none or logger=mlflow",
     "callbacks": "use the key callbacks: callbacks.NAME._target_=...",
@@ -115,9 +100,10 @@ def check_content(config: Mapping[str, Any]) -> list[Problem]:
     own = {key: value for key, value in config.items() if key not in RUN_YAML_RECORD}
     return [
         *_own_keys(own),
+        *_memory(own),
         *_strategy(own),
-        *_launch(own),
-        *_runtime(own),
+        *check_launch(own),
+        *check_runtime(own),
         *_resume(own),
         *_unresolved(own),
         *check_values(own),
@@ -428,67 +414,18 @@ def _strategy(config: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem("strategy._target_", text)
 
 
-def _launch(config: Mapping[str, Any]) -> Iterator[Problem]:
-    launch, trainer = config.get("launch"), config.get("trainer")
-    if not isinstance(launch, Mapping) or not isinstance(trainer, Mapping):
+def _memory(config: Mapping[str, Any]) -> Iterator[Problem]:
+    """The memory of a device, which is for a dry run only."""
+    memory = config.get("memory")
+    if not isinstance(memory, str):
         return
-    yield from _keys_of("launch", launch, _LAUNCH_KEYS)
-    if problem := restarts_problem(config):
-        yield Problem("launch.restarts", problem)
-    for key in ("kind", "processes", "nodes", "threads"):
-        if key not in launch:
-            yield Problem(f"launch.{key}", "this key is needed, but has no value; set it, or do not remove it")
-    for argument, source in (("devices", "processes"), ("num_nodes", "nodes")):
-        if argument not in trainer:
-            yield Problem(f"trainer.{argument}", f"launch.{source} sets it, but it was removed; do not remove it")
-        elif source in launch and trainer[argument] != launch[source]:
-            yield Problem(
-                f"trainer.{argument}", f"launch.{source} sets it; use launch.{source}={trainer[argument]} instead"
-            )
-    yield from _nodes_of_run(launch)
-    sbatch = launch.get("sbatch")
-    if isinstance(sbatch, Mapping) and str(sbatch.get("signal")).startswith("B:"):
-        text = "it is sent to the batch script alone, and the processes do not save: leave out B:"
-        yield Problem("launch.sbatch.signal", text)
-    for key, value in (launch.get("sbatch") or {}).items() if isinstance(launch.get("sbatch"), Mapping) else ():
-        if not str(key).replace("-", "").isalnum() or not isinstance(value, str | int | None) or "\n" in str(value):
-            yield Problem(
-                f"launch.sbatch.{key}", f"expected a long option of sbatch with a one-line value, got {value!r}"
-            )
-
-
-def _nodes_of_run(launch: Mapping[str, Any]) -> Iterator[Problem]:
-    """What several nodes need."""
-    kind, rdzv, several = launch.get("kind"), launch.get("rdzv"), launch.get("nodes") != 1
-    if several and kind == "local":
-        yield Problem("launch.nodes", "several nodes need launch=torchrun with launch.rdzv=HOST:PORT, or launch=slurm")
-    if rdzv is None:
-        if several and kind == "torchrun":
-            text = (
-                "several nodes need the address at which they meet: launch.rdzv=HOST:PORT of the node that starts them"
-            )
-            yield Problem("launch.rdzv", text)
-    elif isinstance(rdzv, str):
-        if not several or kind != "torchrun":
-            yield Problem("launch.rdzv", "it is for several nodes with launch=torchrun; set launch.nodes, or remove it")
-        try:
-            parse_address(rdzv)
-        except UserError as error:
-            yield Problem("launch.rdzv", str(error).partition(": ")[2])
-def _runtime(config: Mapping[str, Any]) -> Iterator[Problem]:
-    given = config.get("runtime")
-    if isinstance(given, Mapping):
-        yield from _keys_of("runtime", given, _RUNTIME_KEYS)
-
-
-def _keys_of(node: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator[Problem]:
-    """Yield the unknown keys of a node, and the values of another type; whole numbers must be at least 1."""
-    for key, value in given.items():
-        text = mismatch(value, known[key]) if key in known else f"there is no such key{suggestion(key, known)}"
-        if text:
-            yield Problem(f"{node}.{key}", text)
-        elif known[key] is int and value < 1:
-            yield Problem(f"{node}.{key}", f"expected at least 1, got {value}")
+    if config.get("dry_run") is False:
+        yield Problem("memory", "a dry run says whether the run fits into it; add dry_run=true, or remove it")
+    try:
+        if bytes.parse(memory, name="memory") <= 0:
+            yield Problem("memory", f"expected more than nothing, got {memory!r}")
+    except UserError as error:
+        yield Problem("memory", str(error).removeprefix("memory: "))
 
 
 def _run_dir(config: Mapping[str, Any]) -> Iterator[Problem]:

@@ -41,11 +41,13 @@ class Report:
         rank: of the worker.
         problems: pairs of a config key and a message.
         failure: the traceback of an error in the user's own code, or in stabletrain; None if there was none.
+        plans: of a dry run, for each config: the plan, or None, and why there is none.
     """
 
     rank: int = 0
     problems: Sequence[Sequence[str]] = ()
     failure: str | None = None
+    plans: Sequence[Sequence[Any]] = ()
 
 
 class Workers:
@@ -53,12 +55,12 @@ class Workers:
 
     Args:
         configs: one config to train, or any number of configs to check.
-        then: what the workers do after the check, if there is no mistake.
+        then: what the workers do after the check, if there is no mistake: train, end, or plan the runs and end.
         build: whether they build what the configs name; otherwise they check the signatures only.
     """
 
     def __init__(
-        self, configs: Sequence[Mapping[str, Any]], *, then: Literal["train", "end"], build: bool = True
+        self, configs: Sequence[Mapping[str, Any]], *, then: Literal["train", "end", "plan"], build: bool = True
     ) -> None:
         order = {"then": then, "build": build, "configs": [dict(config) for config in configs]}
         try:
@@ -157,6 +159,7 @@ class Launcher:
         order = yaml.safe_load((folder / _ORDER).read_text(encoding="utf-8"))
         self.configs: list[dict[str, Any]] = order["configs"]
         self.is_to_train: bool = order["then"] == "train"
+        self.is_to_plan: bool = order["then"] == "plan"
         self.is_to_build: bool = order["build"]
         self.is_gone = False
         self._folder = folder

@@ -61,6 +61,7 @@ def check_for_launcher(launcher: Launcher, watch: SignalWatch) -> Assembled | No
     rank = int(os.environ.get("RANK", "0"))
     built: Assembled | None = None
     problems: list[Problem] = []
+    plans: list[tuple[dict[str, Any] | None, str | None]] = []
     failure: str | None = None
     try:
         from stabletrain.launch.checks import ConstructorBug, check_and_build, check_config
@@ -69,8 +70,17 @@ def check_for_launcher(launcher: Launcher, watch: SignalWatch) -> Assembled | No
             if launcher.is_to_train:
                 built, problems = check_and_build(launcher.configs[0], watch)
             else:
-                for config in launcher.configs:
+                configs = launcher.configs
+                if launcher.is_to_plan:
+                    from stabletrain.launch.dry_run import for_this_machine, plan_of
+
+                    configs = [for_this_machine(config) for config in configs]
+                for config in configs:
                     problems += check_config(config, build=launcher.is_to_build)
+                for config in launcher.configs if launcher.is_to_plan and not problems else ():
+                    plan, why, found = plan_of(config)
+                    plans.append((plan, why))
+                    problems += found
         except ConstructorBug as bug:
             failure = str(bug)
     except Exception as error:
@@ -79,7 +89,8 @@ def check_for_launcher(launcher: Launcher, watch: SignalWatch) -> Assembled | No
         launcher.when_gone = partial(_end_or_go_on, launcher.configs[0])
         watch.patient = True  # until training begins, a signal is remembered
         watch.install()
-    launcher.report(Report(rank=rank, problems=[(each.key, each.text) for each in problems], failure=failure))
+    found_ones = [(each.key, each.text) for each in problems]
+    launcher.report(Report(rank=rank, problems=found_ones, failure=failure, plans=plans))
     return built
 
 

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from stabletrain.config.compose import Composed, compose, expand
 from stabletrain.config.outputs import typed_keys
@@ -27,7 +27,7 @@ from stabletrain.config.validate import check_keys
 from stabletrain.errors import UserError
 from stabletrain.launch import mlflow_run
 from stabletrain.launch.attempt_end import AttemptEnd
-from stabletrain.launch.connection import Workers
+from stabletrain.launch.connection import Report, Workers
 from stabletrain.launch.other_nodes import has_other_nodes, other_nodes
 from stabletrain.launch.process import ProcessEnd, local_command, start_process, worker_environment
 from stabletrain.launch.recording import git_of_run, record_git
@@ -41,11 +41,13 @@ from stabletrain.launch.start_up import (
     StartFailed,
     StartInterrupted,
     StartUp,
-    checked,
     end,
+    problems_in,
+    reported,
 )
 from stabletrain.launch.sweep_run import SweepRun
 from stabletrain.launch.sweep_text import SweepJob, sweep_name
+from stabletrain.planning.plan import Plan, from_json
 from stabletrain.runtime.records.run_files import RUN_YAML
 
 _logger = logging.getLogger("stabletrain")
@@ -177,6 +179,28 @@ def check_jobs(jobs: Sequence[Job], request: LaunchRequest) -> None:
     problems = _problems_in(jobs, request, build=True)
     if problems:
         raise ConfigError(dict.fromkeys(problems))
+
+
+def plan_jobs(jobs: Sequence[Job], request: LaunchRequest) -> list[tuple[Plan | None, str | None]]:
+    """Build what the configs describe, as `check_jobs`, and plan their runs, in the same new process.
+
+    Args:
+        jobs: from `prepare`.
+        request: the arguments of the command.
+
+    Returns:
+        For each job the plan, or None and why there is none.
+
+    Raises:
+        ConfigError: with every mistake in every job.
+        StartFailed: if the user's own code fails, or the process died.
+        StartInterrupted: after Ctrl-C or SIGTERM.
+    """
+    found = _reports_on(jobs, request, then="plan", build=True)
+    problems = problems_in(found)
+    if problems:
+        raise ConfigError(problems)
+    return [(None if plan is None else from_json(plan), why) for report in found for plan, why in report.plans]
 
 
 def run(request: LaunchRequest, jobs: Sequence[Job], report: Reporter, *, at_once: int = 1) -> list[FinishedJob]:
@@ -352,13 +376,19 @@ def _names(jobs: Sequence[Composed]) -> list[str | None]:
 
 def _problems_in(jobs: Sequence[Job], request: LaunchRequest, *, build: bool) -> list[Problem]:
     """Return the mistakes that a new process finds when it imports and, with ``build``, builds what configs name."""
+    return problems_in(_reports_on(jobs, request, then="end", build=build))
+
+
+def _reports_on(
+    jobs: Sequence[Job], request: LaunchRequest, *, then: Literal["end", "plan"], build: bool
+) -> list[Report]:
     environment = worker_environment({"threads": 1}, request.trust)
     configs = [job.composed.config for job in jobs]
-    with StartUp() as start_up, Workers(configs, then="end", build=build) as workers:
+    with StartUp() as start_up, Workers(configs, then=then, build=build) as workers:
         start_up.doing = "ending"
         process = start_process(local_command(*workers.arguments), environment)
         try:
-            return checked(workers, process, 1, start_up)
+            return reported(workers, process, 1, start_up)
         finally:
             end(workers, process)
 
@@ -558,7 +588,7 @@ def run_config(composed: Composed, trust: Sequence[str]) -> dict[str, Any]:
         composed: a config without problems.
         trust: packages given by ``--trust``; recorded only, since a worker does not trust what run.yaml names.
     """
-    config = {key: value for key, value in composed.config.items() if key not in ("dry_run", "objective")}
+    config = {key: value for key, value in composed.config.items() if key not in ("dry_run", "memory", "objective")}
     if config["resume"] is not None:
         config["resume"] = str(checkpoint_of(config["resume"]))
     order = ("recipe", "seed", "run_dir", "resume", "model", "data", "optimizer", "schedule", "plugins", "guard")

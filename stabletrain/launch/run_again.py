@@ -56,7 +56,14 @@ def same_config(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     if not isinstance(recipe, str) or not recipe.isprintable() or recipe.startswith(".") or {"/", "\\"} & set(recipe):
         raise UserError(f"reproduce: the {RUN_YAML} of {name}: recipe: expected a plain name, got {recipe!r:.100}")
     found = {key: copy.deepcopy(value) for key, value in config.items() if key not in RUN_YAML_RECORD}
-    found = {**copy.deepcopy(dict(_DEFAULTS)), **found, "run_dir": None, "resume": None, "dry_run": False}
+    found = {
+        **copy.deepcopy(dict(_DEFAULTS)),
+        **found,
+        "run_dir": None,
+        "resume": None,
+        "dry_run": False,
+        "memory": None,
+    }
     found["callbacks"] = {} if found["callbacks"] is None else found["callbacks"]
     if isinstance(found["callbacks"], dict):
         for key, target in ((END, END_TARGET), (REPEAT, REPEAT_TARGET)):

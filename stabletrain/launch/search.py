@@ -21,7 +21,7 @@ from stabletrain.launch.study import TRIAL_ENV, Goal, State, Study, Trial, defau
 from stabletrain.launch.sweep_run import SweepRun
 from stabletrain.launch.trial_end import no_such_metric, state_of
 
-_FIXED = frozenset({"recipe", "run_dir", "resume", "dry_run"})
+_FIXED = frozenset({"recipe", "run_dir", "resume", "dry_run", "memory"})
 """Keys that are the same for a whole sweep."""
 _STARTUP = 5
 """Complete trials before the first that may be pruned: Optuna's own default."""

@@ -11,11 +11,12 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable
 from types import FrameType, TracebackType
 from typing import Any
 
 from stabletrain.config.problems import Problem
-from stabletrain.launch.connection import Workers
+from stabletrain.launch.connection import Report, Workers
 from stabletrain.launch.process import forward_to_all, kill
 from stabletrain.launch.result import Result
 
@@ -117,6 +118,31 @@ def checked(workers: Workers, process: subprocess.Popen[bytes], count: int, star
         StartFailed: if the user's own code fails, or the process ends.
         StartInterrupted: after Ctrl-C or SIGTERM.
     """
+    return problems_in(reported(workers, process, count, start_up))
+
+
+def problems_in(reports: Iterable[Report]) -> list[Problem]:
+    """The mistakes that workers have found, each once.
+
+    Args:
+        reports: of the workers.
+    """
+    return list(dict.fromkeys(Problem(key, text) for report in reports for key, text in report.problems))
+
+
+def reported(workers: Workers, process: subprocess.Popen[bytes], count: int, start_up: StartUp) -> list[Report]:
+    """Wait until the workers have checked their config, and return what they report; see `checked`.
+
+    Args:
+        workers: the connections.
+        process: the worker, or torchrun.
+        count: number of workers.
+        start_up: the handler of signals.
+
+    Raises:
+        StartFailed: if the user's own code fails, or the process ends.
+        StartInterrupted: after Ctrl-C or SIGTERM.
+    """
 
     def waiting() -> None:
         start_up.check()
@@ -132,7 +158,7 @@ def checked(workers: Workers, process: subprocess.Popen[bytes], count: int, star
     for report in reports:
         if report.failure:
             raise StartFailed(report.failure)
-    return list(dict.fromkeys(Problem(key, text) for report in reports for key, text in report.problems))
+    return reports
 
 
 def end(workers: Workers, process: subprocess.Popen[bytes]) -> None:

@@ -27,7 +27,7 @@ FILE = "optuna.db"
 TRIAL_ENV = "STABLETRAIN_TRIAL"
 """Environment variable of a trial's worker, with JSON: the arguments of `stabletrain.launch.pruning.PruneTrial`."""
 _SPACE, _OBJECTIVE, _CONFIG, _OWNER = "space", "objective", "config", "owner"
-_NOT_COMPARED = ("run_dir", "logger", "resume", "dry_run", "launch.detach", "launch.timeout")
+_NOT_COMPARED = ("run_dir", "logger", "resume", "dry_run", "memory", "launch.detach", "launch.timeout")
 """Keys that change nothing of what a run computes."""
 _MOST_SHOWN = 5
 

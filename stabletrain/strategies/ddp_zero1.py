@@ -21,6 +21,9 @@ _JOINT = ("AdaGC", "Lamb", "Prodigy")
 class _ZeRO1:
     """What the classes of both packages of Lightning share; see `DDPZeRO1Strategy`."""
 
+    divides_optimizer = True
+    """Each rank has the optimizer state of some parameters, and sends these to the others."""
+
     optimizers: list[Optimizer]
     lr_scheduler_configs: list[Any]
     _accelerator: Any

@@ -17,6 +17,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.optim import Optimizer
 
 from stabletrain.errors import UserError
+from stabletrain.runtime.internals.fake_world import is_plain
 from stabletrain.runtime.internals.packages import both
 from stabletrain.runtime.internals.shards import class_name
 from stabletrain.strategies.messages import worded
@@ -84,7 +85,7 @@ def check_parameters(root: nn.Module) -> None:
                 "before the fit, or give the layer its sizes"
             )
     for name, p in root.named_parameters():
-        if p.is_quantized or type(p) is not nn.Parameter or type(p.data) is not Tensor:
+        if p.is_quantized or not (is_plain(p) or (type(p) is nn.Parameter and is_plain(p.data))):
             kind = type(p.data) if type(p) is nn.Parameter else type(p)
             what = "quantised" if p.is_quantized else f"a {kind.__name__}"
             raise UserError(

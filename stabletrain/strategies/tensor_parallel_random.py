@@ -27,11 +27,11 @@ def add_regions(module: nn.Module, assigned: Assignment, rank: int) -> None:
         assigned: says which.
         rank: of this process within its group.
     """
-    regions: dict[str, _Region] = {}
+    regions: dict[str, Region] = {}
     for names, others in ((list(assigned.colwise), assigned.rowwise), (assigned.rowwise, list(assigned.colwise))):
         for name in names:
             owner = _ancestor(name, others)
-            region = regions.setdefault(owner, _Region(rank))
+            region = regions.setdefault(owner, Region(rank))
             layer = module.get_submodule(name)
             if names is assigned.rowwise:
                 layer.register_forward_pre_hook(region.leave, prepend=True)
@@ -48,7 +48,7 @@ def _ancestor(name: str, others: list[str]) -> str:
     return name
 
 
-class _Region:
+class Region:
     """Switches the generator where tensors become cut, and back where they are whole again."""
 
     def __init__(self, rank: int) -> None:
@@ -57,8 +57,8 @@ class _Region:
         self._seeded: Tensor | None = None
         self._entered: set[nn.Module] = set()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Region:
-        return _Region(self._rank)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Region:
+        return Region(self._rank)
 
     def enter(self, layer: nn.Module, _: Any, output: Tensor) -> None:
         """A column-wise layer has been computed; the first one of the region switches."""

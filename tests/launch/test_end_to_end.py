@@ -209,10 +209,11 @@ def test_several_processes_and_a_signal_in_one_of_them(cli) -> None:
 
 
 def test_dry_run_makes_nothing(cli) -> None:
-    """Bug: a dry run makes a folder or a run in MLflow."""
-    done = cli.tiny("dry_run=true", "logger=mlflow")
+    """Bugs: a dry run makes a folder or a run in MLflow, or says nothing about memory."""
+    done = cli.tiny("dry_run=true", "logger=mlflow", "memory=1GB")
     assert done.returncode == 0
     assert "the config composes" in done.stdout
+    assert "It fits into 1 GB: " in done.stdout
     assert list(cli.folder.iterdir()) == []
 
 

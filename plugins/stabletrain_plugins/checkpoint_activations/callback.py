@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from stabletrain.core.planned import Planned, Sizes
 from stabletrain.errors import UserError, require
 from stabletrain.runtime import rng
 from stabletrain.runtime.hidden.second_forward import SecondForward
@@ -84,6 +85,27 @@ class CheckpointActivations(Callback):
         for _, block in chosen:
             self._wrap(block)
 
+    def plan_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """In a dry run: as `on_fit_start`, without measuring what is saved.
+
+        Args:
+            trainer: of the traced steps.
+            module: whose blocks are changed.
+        """
+        self._restore()
+        for _, block in self._chosen(module):
+            self._wrap(block, measures=False)
+
+    def planned(self, trainer: Trainer, sizes: Sizes) -> Planned:
+        """What it will do, for a dry run.
+
+        Args:
+            trainer: of the traced steps.
+            sizes: of the run.
+        """
+        names = [name for name, _ in self._chosen(trainer.lightning_module)]
+        return Planned(text=f"computes the activations of {len(names)} blocks again in backward ({names[0]}, ...)")
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restore the blocks' own forward pass."""
         self._restore()
@@ -118,8 +140,8 @@ class CheckpointActivations(Callback):
                 raise UserError(f"{key}: {within} lies within {name}, and both are chosen. Choose one of them")
         return found[:: self.every]
 
-    def _wrap(self, block: nn.Module) -> None:
-        measured = False
+    def _wrap(self, block: nn.Module, *, measures: bool = True) -> None:
+        measured = not measures
 
         def around(block: nn.Module, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             nonlocal measured

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from stabletrain.core.events import Event, Request, RequestKind
 from stabletrain.core.metric_names import MetricInfo
 from stabletrain.core.outcome import Outcome
+from stabletrain.core.planned import Planned, Sizes
 from stabletrain.core.spikes import SPIKE_SCORE
 from stabletrain.errors import UserError
 from stabletrain.runtime.data.train_loader import TrainLoader
@@ -119,7 +120,7 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
         fingerprint = Fingerprint.of(trainer, guard.module, named)
         self._log = InterventionLog(self._folder / run_files.INTERVENTIONS if self._writes_files else None, fingerprint)
         if self.replay is None:
-            loader.limit_tape(memory.taped_batches(self, guard), math.inf)
+            loader.limit_tape(memory.taped_batches(self, guard.window.largest), math.inf)
         else:
             loader.limit_tape(math.inf, math.inf)  # the log says what is needed, whatever this run's arguments are
             planned = read(self.replay, fingerprint)
@@ -226,6 +227,15 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
         """Pickles and copies do not include the running fit."""
         fit = {"_loader", "_ring", "_incidents", "_weights", "_log", "_replay", "_outcomes", "_requested"}
         return {key: value for key, value in super().__getstate__().items() if key not in fit}
+
+    def planned(self, trainer: Trainer, sizes: Sizes) -> Planned:
+        """What it will do, for a dry run.
+
+        Args:
+            trainer: of the traced steps.
+            sizes: of the run.
+        """
+        return memory.planned(self, sizes)
 
     # ---- snapshots and rollbacks ------------------------------------------------------------------------------------
 
@@ -384,7 +394,7 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
             replay.capture_if_needed(guard, loader)
         if replay.is_over:
             self._replay = None
-            loader.limit_tape(memory.taped_batches(self, guard), math.inf)
+            loader.limit_tape(memory.taped_batches(self, guard.window.largest), math.inf)
 
     def _guard_and_loader(self) -> tuple[StepGuard, TrainLoader]:
         assert self._guard is not None

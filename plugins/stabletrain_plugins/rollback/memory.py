@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from stabletrain.core.bytes import parse, shown
+from stabletrain.core.planned import Planned, Sizes, total
 from stabletrain.errors import UserError
 from stabletrain.runtime.data.batch_size import batch_bytes
 from stabletrain.runtime.data.train_loader import TrainLoader
@@ -100,13 +101,35 @@ def new_snapshot(rule: RollbackRule) -> Snapshot:
     return Snapshot(SnapshotBuffers(rule.where))
 
 
-def taped_batches(rule: RollbackRule, guard: StepGuard) -> int:
+def taped_batches(rule: RollbackRule, window: int) -> int:
     """The number of micro-batches that may be needed to go back to the oldest snapshot.
 
     A full ring goes back ``keep * every`` steps. During an incident no snapshot is taken, and excluded batches stay on
     the tape, so there is room for as many steps again.
+
+    Args:
+        rule: the plugin's arguments.
+        window: micro-batches in the largest step.
     """
-    return 2 * rule.keep * rule.every * guard.window.largest
+    return 2 * rule.keep * rule.every * window
+
+
+def planned(rule: RollbackRule, sizes: Sizes) -> Planned:
+    """What the snapshots will take, for a dry run.
+
+    Args:
+        rule: the plugin's arguments.
+        sizes: of the run.
+    """
+    copies = None if sizes.state is None else rule.keep * sizes.state
+    batches = taped_batches(rule, sizes.micro_batches)
+    taped = None if sizes.batch is None else batches * sizes.batch
+    size = "of unknown size" if sizes.state is None else f"of {shown(sizes.state)}"
+    place = f"in {rule.spill}" if rule.spill else "on the device" if rule.where == "device" else "in main memory"
+    text = f"a snapshot every {rule.every} steps, {rule.keep} of them {size} {place}; up to {batches} batches are kept"
+    if rule.spill or rule.where == "device":
+        return Planned(text=text, host_bytes=taped, device_bytes=None if rule.spill else copies)
+    return Planned(text=text, host_bytes=total(copies, taped))
 
 
 def reserve(rule: RollbackRule, ring: SnapshotRing, guard: StepGuard, loader: TrainLoader, batch: Any) -> None:
@@ -124,7 +147,7 @@ def reserve(rule: RollbackRule, ring: SnapshotRing, guard: StepGuard, loader: Tr
     Raises:
         UserError: on all ranks, if one of them has too little memory.
     """
-    trainer, batches = guard.trainer, taped_batches(rule, guard)
+    trainer, batches = guard.trainer, taped_batches(rule, guard.window.largest)
     plan = MemoryPlan.of(ring.bytes_needed(guard), rule.keep, batch, batches, rule.spill)
     device = next(guard.module.parameters()).device
     problem = plan.problem(rule.max_memory, free_for_a_rank(trainer, rule.where, device))

@@ -17,6 +17,7 @@ from lightning.pytorch import LightningModule, Trainer
 from stabletrain.core import metric_names
 from stabletrain.core.intervals import SaveTriggers
 from stabletrain.core.lengths import LengthLike
+from stabletrain.core.planned import Planned, Sizes
 from stabletrain.errors import UserError, require
 from stabletrain.runtime.accumulation import AccumulationWindow
 from stabletrain.runtime.checkpoints.collecting import collect, divides_with_dtensors, is_divided
@@ -145,6 +146,20 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         self._copies: MemoryCopies | None = None
 
     # ---- for users --------------------------------------------------------------------------------------------------
+
+    def planned(self, trainer: Trainer, sizes: Sizes) -> Planned:
+        """What it will do, for a dry run.
+
+        Args:
+            trainer: of the traced steps.
+            sizes: of the run.
+        """
+        every = self.every if isinstance(self.every, list | tuple) else [self.every]
+        when = "at the end only" if self.every is None else "every " + " and every ".join(map(_shown, every))
+        kept = "all are kept" if self.keep_last is None else f"the newest {self.keep_last} are kept"
+        best = f", and the best by {self.monitor}" if self.monitor else ""
+        copy = sizes.state if self.background else None
+        return Planned(text=f"a checkpoint {when}; {kept}{best}", host_bytes=copy)
 
     @property
     def last(self) -> str | None:
@@ -455,3 +470,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
 
 def _position(trainer: Trainer) -> tuple[int, int]:
     return trainer.global_step, trainer_internals.batches_seen(trainer)
+
+
+def _shown(interval: LengthLike) -> str:
+    return f"{interval} steps" if str(interval).isdigit() else str(interval)

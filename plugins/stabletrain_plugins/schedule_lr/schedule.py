@@ -16,6 +16,7 @@ from torch import Tensor
 from stabletrain.core.curves import Curve
 from stabletrain.core.lengths import RunLength
 from stabletrain.core.outcome import Outcome
+from stabletrain.core.planned import Planned, Sizes
 from stabletrain.core.schedule import Schedule
 from stabletrain.errors import UserError
 from stabletrain.runtime.guard.callbacks import GuardMember
@@ -194,6 +195,20 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
             if self._used is not None:
                 publish(trainer, {"lr": float(self._used)}, {})
         self._set(trainer)
+
+    def planned(self, trainer: Trainer, sizes: Sizes) -> Planned:
+        """What it will do, for a dry run.
+
+        Args:
+            trainer: of the traced steps.
+            sizes: of the run.
+        """
+        curve = self.curve(sizes.length)
+        run = self.horizon(sizes.length)
+        text = f"{self.kind}, warm-up of {self.steps('lr_warmup', run)} steps"
+        if run.total_steps is not None:
+            text += f", {run.total_steps} steps in all; at the end {curve.factor(run.total_steps):.3g} of the rate"
+        return Planned(text=text)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restore schedulers and base rates: after an exception Lightning calls no teardown."""

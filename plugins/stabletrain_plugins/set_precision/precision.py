@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from stabletrain.core.events import Event
 from stabletrain.core.outcome import Outcome
+from stabletrain.core.planned import Planned, Sizes
 from stabletrain.errors import UserError, is_number, is_whole, require
 from stabletrain.runtime.guard.callbacks import GuardMember
 from stabletrain.runtime.guard.metrics import Counters
@@ -230,6 +231,25 @@ class SetPrecision(GuardMember):
         if self.kind == "fp8":
             self._undo.append(lightning_precision.evaluate_without_inference_mode(trainer))
         super().setup(trainer, pl_module, stage)
+
+    def plan_setup(self, trainer: Trainer, module: LightningModule) -> None:
+        """In a dry run: convert the module as in a fit.
+
+        Args:
+            trainer: of the traced steps, to which `prepare_trainer` has given the precision plugin.
+            module: to be trained.
+        """
+        self._extend(trainer)
+
+    def planned(self, trainer: Trainer, sizes: Sizes) -> Planned:
+        """What it will do, for a dry run.
+
+        Args:
+            trainer: of the traced steps.
+            sizes: of the run.
+        """
+        kept = f", with {', '.join(self.keep_fp32)} in fp32" if self.keep_fp32 else ""
+        return Planned(text=f"trains in {self.kind}{kept}")
 
     def _install(self, trainer: Trainer) -> None:
         lightning_precision.check_free(trainer, self.kind)

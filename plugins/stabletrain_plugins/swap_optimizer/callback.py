@@ -104,6 +104,15 @@ class SwapOptimizer(Callback):
         options, key = self._choose(selected)
         self._undo = replace_configure_optimizers(module, lambda each: self._swapped(each, configure(), options, key))
 
+    def plan_setup(self, trainer: Trainer, module: LightningModule) -> None:
+        """In a dry run: as `setup`.
+
+        Args:
+            trainer: of the traced steps.
+            module: whose ``configure_optimizers`` is wrapped.
+        """
+        self.setup(trainer, module, "fit")
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before the optimizer's state is loaded from a checkpoint: check that its groups are those of this run."""
         if self._undo is None:

@@ -12,7 +12,7 @@ import yaml
 from stabletrain.runtime.records.regular_file import only_regular
 from stabletrain.runtime.records.run_files import RUN_YAML, RUN_YAML_RECORD
 
-_NOT_TRAINED = ("run_dir", "resume", "logger", "launch", "callbacks", "dry_run", "runtime", *RUN_YAML_RECORD)
+_NOT_TRAINED = ("run_dir", "resume", "logger", "launch", "callbacks", "dry_run", "memory", "runtime", *RUN_YAML_RECORD)
 """Keys that are excluded from the hash: they say where and how a run is executed and logged."""
 _MOST_BYTES = 2**20
 _MOST_VALUES = 20_000

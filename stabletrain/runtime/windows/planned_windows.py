@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import DDPStrategy
 
 from stabletrain.core.accumulation_plan import Plan, micro_batches, size_at
+from stabletrain.core.planned import Planned, Sizes
 from stabletrain.errors import UserError, require
 from stabletrain.runtime.guard.callbacks import GuardMember
 from stabletrain.runtime.guard.support import refuse_manual
@@ -89,6 +90,17 @@ class PlannedWindows(GuardMember):
         if self._plan is None:
             self._plan = self._make_plan(trainer)
         return self._plan
+
+    def planned(self, trainer: Trainer, sizes: Sizes) -> Planned:
+        """What it will do, for a dry run.
+
+        Args:
+            trainer: of the traced steps.
+            sizes: of the run.
+        """
+        stages = self.window_plan(trainer) or ()
+        later = "".join(f", {stage.size} from step {stage.step}" for stage in stages[1:])
+        return Planned(text=f"{stages[0].size if stages else '?'} micro-batches in a step{later}")
 
     def reset(self) -> None:
         """Forget the window of an earlier run."""

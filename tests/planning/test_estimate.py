@@ -1,0 +1,100 @@
+"""Plans of modules that cannot be traced, and of sizes that need no step."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule
+from planned_runs import module, planned
+from torch import Tensor
+
+from stabletrain.errors import UserError
+from stabletrain.planning.plan import as_json, from_json
+from stabletrain.workloads import CharGPT
+
+
+class ReadsValues(CharGPT):
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss if loss.item() > 0 else loss * 2
+
+
+class StepsItself(CharGPT):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.automatic_optimization = False
+
+
+def small(kind: type[CharGPT]) -> Any:
+    return lambda: kind(layers=2, heads=4, width=32, context=16, sample_length=0)
+
+
+@pytest.fixture(scope="module")
+def traced() -> Any:
+    return planned("fsdp2", 4, {})
+
+
+def test_a_step_that_reads_a_value_leaves_state_and_messages(traced: Any) -> None:
+    """Bugs: the plan is lost with the step; the line of the user's code is not named; the formula forgets a gather."""
+    plan = planned("fsdp2", 4, {}, small(ReadsValues))
+    assert plan.source == "formula"
+    assert plan.stopped_by is not None
+    assert f"{Path(__file__).name}, line " in plan.stopped_by
+    assert plan.per_rank.peak is None
+    assert plan.per_rank.activations is None
+    for name in ("parameters", "gradients", "optimizer_state", "largest_group"):
+        assert getattr(plan.per_rank, name) == getattr(traced.per_rank, name), name
+    of_step = [each for each in traced.collectives if each.kind != "broadcast"]  # Lightning's, whether to stop
+    assert plan.collectives == of_step
+
+
+@pytest.mark.parametrize("kind", ["ddp", "zero2", "hsdp"])
+def test_messages_by_formula_are_those_of_the_trace(kind: str) -> None:
+    """Bugs: ZeRO-2 gathers twice; HSDP's all-reduce is missed; DDP's buckets are counted as of its first step."""
+    of_step = [each for each in planned(kind, 4, {}).collectives if each.kind != "broadcast"]
+    assert planned(kind, 4, {}, small(ReadsValues)).collectives == of_step
+
+
+def test_manual_optimization_is_not_traced() -> None:
+    """Bug: a module that steps in training_step is traced as if Lightning stepped."""
+    plan = planned("ddp", 2, {}, small(StepsItself))
+    assert plan.stopped_by is not None
+    assert "manual optimization" in plan.stopped_by
+    assert plan.per_rank.optimizer_state == planned("ddp", 2, {}).per_rank.optimizer_state
+
+
+def test_a_data_module_without_its_files_is_a_sentence_and_nothing_is_prepared() -> None:
+    """Bugs: a download begins; a missing file ends the dry run."""
+
+    class Missing(LightningDataModule):
+        def prepare_data(self) -> None:
+            raise AssertionError("this would download")
+
+        def setup(self, stage: str) -> None:
+            raise FileNotFoundError("no such folder: /data")
+
+    plan = planned("fsdp2", 2, {}, data=Missing())
+    assert plan.stopped_by is not None
+    assert "Missing gave no batch: FileNotFoundError: no such folder: /data" in plan.stopped_by
+    assert plan.per_rank.optimizer_state
+
+
+def test_processes_that_do_not_fit_the_strategy_are_refused() -> None:
+    """Bug: a plan for a mesh that the run cannot have."""
+    with pytest.raises(UserError, match="replicate must divide the number of processes"):
+        planned("hsdp", 3, {})
+
+
+def test_a_plan_leaves_nothing_behind(traced: Any) -> None:
+    """Bug: after a plan the process has a fake process group, or modules convert in another way."""
+    assert not torch.distributed.is_initialized()
+    made = module().to(torch.float64)
+    assert made.net.head.weight.dtype == torch.float64
+    assert type(made.net.head.weight) is torch.nn.Parameter
+    assert float(torch.ones(2).sum()) == 2.0
+
+
+def test_json_is_the_plan(traced: Any) -> None:
+    """Bug: a field is lost between the process that plans and the one that prints."""
+    assert from_json(as_json(traced)) == traced
