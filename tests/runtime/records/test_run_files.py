@@ -18,7 +18,7 @@ from stabletrain.runtime.records import run_files
         "stabletrain.runtime.records.run_files",
         "stabletrain.runtime.signal_watch",
         "stabletrain.config.resume",
-        "stabletrain.launch.final_status",
+        "stabletrain.launch.batch_job",
         "stabletrain.launch.worker",
     ],
 )
