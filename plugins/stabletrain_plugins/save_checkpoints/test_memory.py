@@ -245,7 +245,7 @@ def test_an_automatic_interval_changes_no_bit(tmp_path: Path) -> None:
 
 
 def test_copies_are_found_if_reading_was_prepared_before(tmp_path: Path) -> None:
-    """Bug: the launcher lets the Trainer read checkpoints before the plugin does, and the copies are never looked at."""
+    """Bug: the launcher lets the Trainer read checkpoints before the plugin does, and copies are never looked at."""
     fit(tmp_path, Crash(9))
     start = Start()
     saver = SaveCheckpoints(tmp_path / "c", every=None, memory={"every": 2, "folder": str(tmp_path / "memory")})
