@@ -181,7 +181,7 @@ def _step(folder: Path) -> int:
         return 0
 
 
-def trial(folder: Path, losses: list[tuple[int, int]], limit: float = 420.0) -> dict[str, Any]:
+def trial(folder: Path, losses: list[tuple[int, int]], limit: float = 900.0) -> dict[str, Any]:
     """Run once.
 
     Args:

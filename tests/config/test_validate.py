@@ -71,6 +71,8 @@ def test_every_option_that_we_ship_fits_its_signature(group: str) -> None:
         ("dry_run=true memory=80", ["memory: expected", "80"]),
         ("memory=80GB", ["memory: a dry run says whether the run fits", "add dry_run=true"]),
         ("objective=3", ["objective: expected"]),
+        ("runtime.sigterm_every=0", ["runtime.sigterm_every: expected at least 1, got 0"]),
+        ("runtime.sigterm_evry=5", ["runtime.sigterm_evry: there is no such key; did you mean 'sigterm_every'"]),
         ("launch.threads=0", ["launch.threads: expected at least 1"]),
         ("launch.kind=locl", ["launch.kind", "did you mean 'local'"]),
         ("launch.procs=2", ["launch.procs: there is no such key"]),

@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, Trainer
 
 from stabletrain import ResumeExactly, SaveCheckpoints, UserError
 from stabletrain.runtime.checkpoints import Store
+from stabletrain.runtime.checkpoints.lightning_io import check_when_reading
 from stabletrain.runtime.checkpoints.memory import capacity
 from stabletrain.runtime.checkpoints.memory.place import Place
 from stabletrain.runtime.stop import TrainingStopped
@@ -241,3 +242,14 @@ def test_an_automatic_interval_changes_no_bit(tmp_path: Path) -> None:
     assert start == 10
     assert torch.equal(end["module.net.0.weight"], whole["module.net.0.weight"])
     assert_same(end, whole)
+
+
+def test_copies_are_found_if_reading_was_prepared_before(tmp_path: Path) -> None:
+    """Bug: the launcher lets the Trainer read checkpoints before the plugin does, and copies are never looked at."""
+    fit(tmp_path, Crash(9))
+    start = Start()
+    saver = SaveCheckpoints(tmp_path / "c", every=None, memory={"every": 2, "folder": str(tmp_path / "memory")})
+    mine = fits.trainer(ResumeExactly(), saver, start, max_steps=10, max_epochs=-1)
+    check_when_reading(mine)
+    fits.run(mine, Net(dropout=0.1), batches(*[HEALTHY] * 16), ckpt_path=tmp_path / "c")
+    assert start.step == 8

@@ -43,13 +43,13 @@ def check_when_reading(trainer: Trainer, instead: Instead = lambda path: path) -
         The function that undoes this.
     """
     strategy = trainer.strategy
-    if isinstance(strategy.checkpoint_io, VerifiedIO):
-        return lambda: None
+    if isinstance(strategy.checkpoint_io, VerifiedIO):  # somebody has asked for it before, as the launcher does
+        return strategy.checkpoint_io.read_instead(instead)
     inner = strategy.checkpoint_io
-    strategy.checkpoint_io = VerifiedIO(inner, trainer, instead)
+    verified = strategy.checkpoint_io = VerifiedIO(inner, trainer, instead)
     undos = [convert_when_loading(trainer), trainer_internals.around_restoring(trainer, _explain)]
     if isinstance(strategy, both(ModelParallelStrategy)):
-        undos.append(DividedReading(trainer, instead).remove)
+        undos.append(DividedReading(trainer, verified.instead).remove)
     else:
         undos.append(dividing.around_weights(trainer, functools.partial(_explain_weights, trainer)))
 
@@ -107,6 +107,19 @@ class VerifiedIO(CheckpointIO):
         self.inner = inner
         self._trainer, self._instead = trainer, instead
 
+    def instead(self, path: Any) -> Any:
+        """What this process reads instead of a path."""
+        return self._instead(path)
+
+    def read_instead(self, instead: Instead) -> Callable[[], None]:
+        """Let another function say what is read instead of a path; returns the function that undoes this."""
+        before, self._instead = self._instead, instead
+
+        def undo() -> None:
+            self._instead = before
+
+        return undo
+
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
@@ -120,7 +133,7 @@ class VerifiedIO(CheckpointIO):
         Raises:
             CheckpointError: on all ranks, if there is none that all of them can read.
         """
-        path = self._instead(path)
+        path = self.instead(path)
         if is_ours(path):
             checkpoint = self._load_verified(path)
         else:
