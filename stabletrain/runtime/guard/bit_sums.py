@@ -3,8 +3,8 @@
 It is the sum of the tensor's bits read as 64-bit integers, modulo 2^64. A single flipped bit changes one term by a
 power of two, so it always changes the sum, whatever the type. Several changes may cancel: the same bit of two words set
 in one and cleared in the other, the highest bit of two words, elements that are exchanged with those of another word.
-``torch.hash_tensor`` (an exclusive or) takes ten times as long on the CPU, has no complex and 8-bit float types, does
-not see all bits of a ``bool``, and overlooks any two flips of the same bit.
+``torch.hash_tensor`` (an exclusive or) takes ten times as long for a large tensor on the CPU, has no complex and 8-bit
+float types, does not see all bits of a ``bool``, and overlooks any two flips of the same bit.
 """
 
 from __future__ import annotations
