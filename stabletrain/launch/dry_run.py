@@ -24,7 +24,7 @@ from stabletrain.planning.estimate import CannotPlan, Parts, estimate
 from stabletrain.planning.fit import NoBatch
 from stabletrain.planning.plan import Option, Plan, Verdict, as_json
 from stabletrain.runtime import rng
-from stabletrain.runtime.internals.fake_world import drop_memory, needs_values, with_values
+from stabletrain.runtime.internals.fake_world import NotTraceable, drop_memory, needs_values, with_values
 from stabletrain.runtime.records.run_files import CHECKPOINTS
 
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
@@ -59,7 +59,7 @@ def plan_of(config: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str | Non
     with quiet(), rng.preserved():
         try:
             plan = _plan(config)
-        except CannotPlan as error:
+        except (CannotPlan, NotTraceable) as error:
             return None, str(error), []
         except UserError as error:
             return None, None, [problem_of(error, "strategy", config.get("strategy"))]
