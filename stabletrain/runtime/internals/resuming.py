@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Trainer
 
 from stabletrain.runtime.internals.loader import override
@@ -117,7 +117,7 @@ def batches_are_over(trainer: Trainer) -> bool:
 
 def _requeued(trainer: Trainer, checkpoint_path: Any) -> Path | None:
     """The path, if it is that of the file that Lightning saved when SLURM requeued the job, and chose by itself."""
-    if not checkpoint_path or not SLURMEnvironment.detect():
+    if not checkpoint_path or "SLURM_NTASKS" not in os.environ:  # as Lightning finds out that it is under SLURM
         return None
     found = trainer._checkpoint_connector._hpc_resume_path
     return Path(found) if found is not None and str(checkpoint_path) == found else None
