@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from stabletrain.launch.attempts import forget_records, goes_on_itself, this_attempt
 from stabletrain.launch.began import Began, recorded_steps, write_began
-from stabletrain.launch.record_resume import RecordResume
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
     from stabletrain.launch.assemble import Assembled
+    from stabletrain.launch.record_resume import RecordResume
 
 _logger = logging.getLogger("stabletrain")
 
@@ -42,6 +42,8 @@ class AttemptStart:
         Args:
             run: built.
         """
+        from stabletrain.launch.record_resume import RecordResume  # imports torch
+
         found = (each for each in run.trainer.callbacks if isinstance(each, RecordResume))  # type: ignore[attr-defined]
         self._resume = next(found, None)
         if self._attempt > 1 and run.trainer.is_global_zero:
