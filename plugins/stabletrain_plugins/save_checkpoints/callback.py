@@ -17,7 +17,7 @@ from lightning.pytorch import LightningModule, Trainer
 from stabletrain.core import metric_names
 from stabletrain.core.intervals import SaveTriggers
 from stabletrain.core.lengths import LengthLike
-from stabletrain.core.planned import Planned, Sizes
+from stabletrain.core.planned import Planned, Sizes, total
 from stabletrain.errors import UserError, require
 from stabletrain.runtime.accumulation import AccumulationWindow
 from stabletrain.runtime.checkpoints.collecting import collect, divides_with_dtensors, is_divided
@@ -27,7 +27,7 @@ from stabletrain.runtime.checkpoints.going_on import GoOn, Trained
 from stabletrain.runtime.checkpoints.lightning_io import check_when_reading
 from stabletrain.runtime.checkpoints.loading import newest
 from stabletrain.runtime.checkpoints.manifest import CheckpointInfo
-from stabletrain.runtime.checkpoints.memory.copies import MemoryCopies, is_restarted
+from stabletrain.runtime.checkpoints.memory.copies import MemoryCopies, is_restarted, planned_copies
 from stabletrain.runtime.checkpoints.memory.options import OFF, MemoryOptions
 from stabletrain.runtime.checkpoints.preemption import EXIT_CODE, PreemptionWatch, StopBetweenBatches
 from stabletrain.runtime.checkpoints.saver import Saver
@@ -158,8 +158,12 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         when = "at the end only" if self.every is None else "every " + " and every ".join(map(_shown, every))
         kept = "all are kept" if self.keep_last is None else f"the newest {self.keep_last} are kept"
         best = f", and the best by {self.monitor}" if self.monitor else ""
-        copy = sizes.state if self.background else None
-        return Planned(text=f"a checkpoint {when}; {kept}{best}", host_bytes=copy)
+        text, held = f"a checkpoint {when}; {kept}{best}", sizes.state if self.background else None
+        options = MemoryOptions.of(self.memory)
+        if options.every is not None:
+            more, copies = planned_copies(options, trainer, sizes.state)
+            text, held = f"{text}; {more}", total(held or 0, copies)
+        return Planned(text=text, host_bytes=held)
 
     @property
     def last(self) -> str | None:

@@ -289,6 +289,25 @@ class MemoryCopies:
         self._place.unlock()
 
 
+def planned_copies(options: MemoryOptions, trainer: Trainer, state: int | None) -> tuple[str, int | None]:
+    """What the copies of a run will take, for a dry run: a sentence, and bytes for each process of a node.
+
+    Args:
+        options: with ``every``.
+        trainer: whose strategy has set up the model.
+        state: bytes of one rank's state; None: not known.
+
+    Returns:
+        The files and the copy from which they are written. Without a divided model the first process of a node has
+        them for all.
+    """
+    others = min(options.copies, trainer.num_nodes - 1) if divides_with_dtensors(trainer) else 0
+    kept = f", and those of {others} other node{'s' if others > 1 else ''}" if others else ""
+    often = "as often as costs 2 % of the time" if options.every == "auto" else f"every {options.every} steps"
+    files = None if state is None else (GENERATIONS * (1 + others) + 1) * state
+    return f"{GENERATIONS} copies in {options.root} {often}{kept}", files
+
+
 def is_restarted() -> bool:
     """Whether torchrun, SLURM or the launcher has started this job again, after a process or a node was lost."""
     values = ((os.environ.get(name, ""), first) for name, first in _RESTARTS.items())
