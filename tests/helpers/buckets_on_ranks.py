@@ -1,21 +1,21 @@
-"""Fits under DDP on three ranks that are stopped and resumed, and what is read of DDP's buckets."""
+"""Run on three ranks: fits under DDP that are resumed, and compared with the whole fit."""
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
-import torch.distributed as dist
-from fits import SaveAfter, everything, run, trainer
+from fits import SaveAfter, assert_same, everything, run, trainer
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
-from stabletrain import ResumeExactly, SaveCheckpoints
+from stabletrain import DDPZeRO1Strategy, ResumeExactly
 from stabletrain.runtime.internals import ddp_buckets
 
 SMALL = {"bucket_cap_mb": 0.003}
@@ -47,30 +47,108 @@ class Net(LightningModule):
         return torch.optim.AdamW(self.parameters(), 0.01)
 
 
+class Frozen(Net):
+    """One layer is not trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.d.requires_grad_(False)
+
+
 def train(
-    folder: Path, options: dict[str, Any], save: int | None = None, resume: Path | None = None, **more: Any
+    options: dict[str, Any],
+    resume: str | None = None,
+    *,
+    saves: dict[int, str] | None = None,
+    accumulate: int = 1,
+    make: Any = Net,
+    strategy: type[DDPStrategy] = DDPStrategy,
+    exactly: bool = True,
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Train for 12 batches; weights and optimizer state, and the warnings of ResumeExactly.
+    """Train for 8 batches; weights and optimizer state, and the warnings of ResumeExactly.
 
     Args:
-        folder: of the checkpoint.
-        options: of DDPStrategy.
-        save: after which batch to save ``<batch>.ckpt``, from 0.
+        options: of the strategy.
         resume: a checkpoint to resume from.
-        more: ``double``, ``accumulate``, ``plain`` (without ResumeExactly).
+        saves: number of a batch, from 0, and the checkpoint to save after it.
+        accumulate: batches in a step.
+        make: makes the module.
+        strategy: its class.
+        exactly: with ResumeExactly.
     """
-    data = torch.randn(12 * 3 * 4, 24, generator=torch.Generator().manual_seed(1))
-    callbacks: list[Any] = [] if more.get("plain") else [ResumeExactly()]
-    if save is not None:
-        callbacks.append(SaveAfter(save, folder / f"{save}.ckpt"))
+    torch.manual_seed(3)
+    data = torch.randn(8 * 3 * 4, 24, generator=torch.Generator().manual_seed(1))
     mine = trainer(
-        *callbacks,
-        strategy=DDPStrategy(process_group_backend="gloo", **options),
-        devices=dist.get_world_size() if dist.is_initialized() else 3,
-        accumulate_grad_batches=more.get("accumulate", 1),
-        default_root_dir=folder,
+        *([ResumeExactly()] if exactly else []),
+        *[SaveAfter(batch, Path(path)) for batch, path in (saves or {}).items()],
+        strategy=strategy(process_group_backend="gloo", **options),
+        devices=3,
+        accumulate_grad_batches=accumulate,
     )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        run(mine, Net(more.get("double", False)), DataLoader(TensorDataset(data), 4, shuffle=True), ckpt_path=resume)
+        run(mine, make(), DataLoader(TensorDataset(data), 4, shuffle=True), ckpt_path=resume)
     return everything(mine), [str(each.message) for each in caught if "resume_exactly" in str(each.message)]
+
+
+def without_buckets(path: str) -> str:
+    """A copy for this rank of a checkpoint, as earlier versions have saved it."""
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["callbacks"]["resume_exactly"]["buckets"]
+    copy = f"{path}-{os.environ['RANK']}"
+    torch.save(checkpoint, copy)
+    return copy
+
+
+def resumed(folder: Path) -> list[list[str]]:
+    """Resumes after the first step, in mid-run, and from a resumed run; returns the warnings of others.
+
+    These are of fits with a frozen layer, buckets of another size, all parameters searched for unused ones, and a torch
+    without the private functions.
+    """
+    os.chdir(folder)
+    bare, _ = train(SMALL, exactly=False)
+    whole, _ = train(SMALL, saves={0: "first", 4: "middle"})
+    assert_same(whole, bare)
+    parts = [
+        train(SMALL, "first", saves={2: "second"}),
+        train(SMALL, "second"),
+        train(SMALL, "middle"),
+    ]
+    for state, warned in parts:
+        assert_same(state, whole)
+        assert not warned
+    old, warned = train(SMALL, without_buckets("middle"))
+    # if this fails, gloo adds in one order wherever a gradient is, and nothing has to be saved
+    assert any(not torch.equal(old[name], whole[name]) for name in whole)
+    assert not warned
+    others = [
+        train(SMALL, "middle", make=Frozen),
+        train({}, "middle"),
+        train({**SMALL, "find_unused_parameters": True}, "middle"),
+    ]
+    with patch.object(ddp_buckets, "is_supported", return_value=False):
+        others.append(train(SMALL, "middle", saves={7: "unsupported"}))
+    saved = torch.load("unsupported", weights_only=True)["callbacks"]["resume_exactly"]
+    assert "buckets" not in saved
+    return [warned for _, warned in others]
+
+
+def kinds(folder: Path) -> None:
+    """Resumes with all kinds of buckets; within an accumulation window, too."""
+    os.chdir(folder)
+    for name, saves, options, more in (
+        ("view", {2: "in window", 5: "after"}, {"gradient_as_bucket_view": True}, {"accumulate": 2}),
+        ("double", {3: "after"}, {}, {"make": lambda: Net(double=True)}),
+        ("static", {1: "second", 3: "after"}, {"static_graph": True}, {}),
+        ("unused", {0: "first", 3: "after"}, {"find_unused_parameters": True}, {}),
+        ("zero1", {3: "after"}, {}, {"strategy": DDPZeRO1Strategy}),
+    ):
+        places = {batch: f"{name} {place}" for batch, place in saves.items()}
+        bare, _ = train({**SMALL, **options}, exactly=False, **more)
+        whole, _ = train({**SMALL, **options}, saves=places, **more)
+        assert_same(whole, bare)
+        for path in places.values():
+            state, warned = train({**SMALL, **options}, path, **more)
+            assert_same(state, whole)
+            assert not warned

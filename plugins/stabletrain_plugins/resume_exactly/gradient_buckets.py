@@ -65,4 +65,4 @@ def checked(buckets: Any) -> Buckets:
     lists = isinstance(buckets, list) and all(isinstance(each, list) for each in buckets)
     if not (lists and all(type(name) is str for each in buckets for name in each)):
         raise TypeError("expected lists of names of parameters as buckets")
-    return buckets
+    return [list(each) for each in buckets]

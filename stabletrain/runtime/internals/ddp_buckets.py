@@ -1,4 +1,4 @@
-"""The buckets in which DistributedDataParallel sends gradients: what they are, and how a model is wrapped with given ones.
+"""The buckets in which DistributedDataParallel sends gradients: which they are, and wrapping a model with given ones.
 
 DDP begins with buckets in the reverse order of registration, and lays them out anew once, before its second step: in
 the order in which the first step's gradients became ready on rank 0. With three ranks or more a gradient's place in its
@@ -29,8 +29,9 @@ _OF_REDUCER = ("_rebuild_buckets", "_push_all_rebuilt_params", "_get_zeros_like_
 
 def is_supported() -> bool:
     """Whether this version of torch has the private functions that are used here."""
+    reducer: Any = getattr(torch.distributed, "Reducer", None)
     has_order = hasattr(DistributedDataParallel, "_build_params_for_reducer")
-    return has_order and all(hasattr(torch.distributed.Reducer, name) for name in _OF_REDUCER)
+    return has_order and all(hasattr(reducer, name) for name in _OF_REDUCER)
 
 
 def buckets_of(model: Any, may_lay_out: bool) -> Buckets | None:
@@ -52,7 +53,7 @@ def buckets_of(model: Any, may_lay_out: bool) -> Buckets | None:
     if not model._has_rebuilt_buckets:
         return None
     names = {p: name for name, p in model.module.named_parameters()}
-    with _NoGradients():
+    with _NoGradients():  # type: ignore[no-untyped-call]
         found = model.reducer._get_zeros_like_grad_buckets()
     return [[names[p] for p in each.parameters()] for each in found]
 
@@ -148,8 +149,8 @@ def _in_order(names: list[str]) -> Iterator[Callable[[], bool]]:
         cls._build_params_for_reducer = build
 
 
-class _NoGradients(TorchDispatchMode):  # type: ignore[misc]
-    """DDP tells its buckets only with new gradients of zeros for all of them: make them empty, which takes no memory."""
+class _NoGradients(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """DDP tells its buckets only with new zeros for all gradients: make these empty, which takes no memory."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.zeros_like.default:
