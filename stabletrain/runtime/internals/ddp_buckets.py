@@ -55,7 +55,8 @@ def buckets_of(model: Any, may_lay_out: bool) -> Buckets | None:
     names = {p: name for name, p in model.module.named_parameters()}
     with _NoGradients():  # type: ignore[no-untyped-call]
         found = model.reducer._get_zeros_like_grad_buckets()
-    return [[names[p] for p in each.parameters()] for each in found]
+    buckets = [[names.get(p, "") for p in each.parameters()] for each in found]
+    return None if any("" in each for each in buckets) else buckets  # a parameter was replaced in the module
 
 
 def around_wrapping(

@@ -57,7 +57,7 @@ def _strategy(**options: Any) -> DDPStrategy:
 
 def test_buckets_are_told_without_memory_for_them() -> None:
     """Bugs: initial buckets taken for those that DDP will use; a gradient's memory taken at each checkpoint; gradients
-    changed by asking; names of another torch."""
+    changed by asking; an error after a parameter was replaced; names of another torch."""
     assert ddp_buckets.is_supported()
     assert ddp_buckets.buckets_of(nn.Linear(2, 2), may_lay_out=True) is None
     model, _ = _wrapped(_strategy(), None, _module())
@@ -75,6 +75,8 @@ def test_buckets_are_told_without_memory_for_them() -> None:
     model(torch.ones(2, 24))
     assert ddp_buckets.buckets_of(model, may_lay_out=False) == found[1]
     assert not model.reducer._rebuild_buckets()
+    model.module[0].weight = nn.Parameter(torch.ones(24, 24))
+    assert ddp_buckets.buckets_of(model, may_lay_out=False) is None
 
 
 def test_a_model_is_wrapped_with_given_buckets_and_keeps_them() -> None:
@@ -92,13 +94,21 @@ def test_a_model_is_wrapped_with_given_buckets_and_keeps_them() -> None:
         assert plain._has_rebuilt_buckets is False
 
 
-def test_what_does_not_fit() -> None:
-    """Bugs: an unknown or missing name raises in DDP's constructor, or a name that comes twice is sent twice."""
+def test_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bugs: buckets that are not those of the checkpoint are used without a word; an error with another torch; an
+    unknown or missing name raises in DDP's constructor, or a name that comes twice is sent twice."""
     for wrong in ([*LAYERS, ["3.bias"]], LAYERS[:2], [*LAYERS, ["0.bias"]], []):
         model, done = _wrapped(_strategy(), wrong, _module())
         assert done == ["other parameters are trained than at the checkpoint"]
         model(torch.ones(2, 24)).sum().backward()
-    assert not SingleDeviceStrategy("cpu").__dict__.get("_setup_model")
+    model, done = _wrapped(_strategy(find_unused_parameters=True), LAYERS, _module())
+    assert done == ["find_unused_parameters=True keeps the initial ones"]
+    model, done = _wrapped(_strategy(), [[name for each in LAYERS for name in each]], _module())
+    assert done == ["buckets have other sizes than at the checkpoint (bucket_cap_mb)"]
+    monkeypatch.delattr(DistributedDataParallel, "_build_params_for_reducer")
+    assert ddp_buckets.buckets_of(model, may_lay_out=False) is None
+    assert not ddp_buckets.is_supported()
+    assert ddp_buckets._problem(model, {}) == f"torch {torch.__version__} lacks the functions for it"
     other: Any = SimpleNamespace(strategy=SingleDeviceStrategy("cpu"))
     ddp_buckets.around_wrapping(other, lambda: LAYERS, lambda problem: None)()
     assert not other.strategy.__dict__.get("_setup_model")
