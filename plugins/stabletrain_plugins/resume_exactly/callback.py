@@ -24,6 +24,8 @@ from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.internals.fabric import refuse_in_fabric
 from stabletrain.runtime.internals.packages import Callback
 from stabletrain.runtime.plugin_state import names_its_plugin
+from stabletrain_plugins.resume_exactly import gradient_buckets
+from stabletrain_plugins.resume_exactly.gradient_buckets import GradientBuckets
 from stabletrain_plugins.resume_exactly.hidden_tensors import HiddenTensors
 from stabletrain_plugins.resume_exactly.optimizer_state import OptimizerState
 from stabletrain_plugins.resume_exactly.requeue_signal import RequeueSignal
@@ -75,6 +77,7 @@ class ResumeExactly(Callback):
         self._hidden: HiddenTensors | None = None
         self._trained: Trained | None = None
         self._optimizer_state: OptimizerState | None = None
+        self._buckets: GradientBuckets | None = None  # remains after the fit, as what may still be saved
         self._step: StepWatch | None = None
         self._requeue: RequeueSignal | None = None
         self._undo: list[Callable[[], None]] = []
@@ -106,10 +109,12 @@ class ResumeExactly(Callback):
         self._hidden = HiddenTensors(trainer, self._module, _NAME)
         self._trained = Trained(self._module)
         self._optimizer_state = OptimizerState(trainer, self._module, _NAME)
+        self._buckets = GradientBuckets(trainer, _NAME)
         self._requeue = RequeueSignal(trainer)
         self._undo = [
             self._loader.close,
             self._loads.close,
+            self._buckets.close,
             load_onto_cpu(trainer),
             resuming.before_batch(trainer, self._start_batch),
             resuming.around_own_restore(trainer, self._begin_own_restore, self._end_own_restore),
@@ -232,7 +237,12 @@ class ResumeExactly(Callback):
         if processes > 1:
             everyone = [None] * processes
             dist.all_gather_object(everyone, here)
-        return {"ranks": everyone}
+        return {"ranks": everyone, **self._gradient_buckets(between_steps=here["unfinished"] is None)}
+
+    def _gradient_buckets(self, between_steps: bool) -> dict[str, Any]:
+        in_fit = self._loader is not None
+        found = None if self._buckets is None else self._buckets.state(between_steps and in_fit)
+        return {} if found is None else {"buckets": found}
 
     @names_its_plugin
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -263,7 +273,12 @@ class ResumeExactly(Callback):
                 f"exactly: {problem}. Use another checkpoint, or {_OPT_OUT}: training then goes on with what the step "
                 "had done"
             )
-        self._resume_from(saved if len(everyone) == size else saved.for_another_world(has_rng=rank < len(everyone)))
+        if len(everyone) != size:
+            self._resume_from(saved.for_another_world(has_rng=rank < len(everyone)))
+            return
+        if "buckets" in state_dict and self._buckets is not None:
+            self._buckets.load(gradient_buckets.checked(state_dict["buckets"]))
+        self._resume_from(saved)
 
     def _resume_from(self, saved: SavedState) -> None:
         assert self._loader is not None
