@@ -81,6 +81,7 @@ class NodeServer:
         self._hosts: dict[int, str] = {}
         self._attempt: _Attempt | None = None
         self._own = Software(host=socket.gethostname(), versions=own_versions())
+        self._is_closed = False
         self._listener = open_listener(address)
 
     def invite(self, folder: Path) -> None:
@@ -175,6 +176,7 @@ class NodeServer:
         for node in nodes:
             node.link.send(over=result.exit_code, message=f"{result.end}: {result.message}")
             node.link.close()
+        self._is_closed = True
         with contextlib.suppress(OSError):  # wakes the thread that accepts
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
@@ -190,8 +192,11 @@ class NodeServer:
         while True:
             try:
                 connection, _ = self._listener.accept()
-            except OSError:  # closed
-                return
+            except OSError:
+                if self._is_closed:
+                    return
+                time.sleep(_LOOK_EVERY)  # too many open files, or a connection that was given up: others may come
+                continue
             link = Link(connection)
             newcomer = _Newcomer(self, link)
             patience = threading.Timer(_HELLO_WITHIN, newcomer.give_up)

@@ -1,5 +1,6 @@
 """How the nodes of a run meet: addresses, who may join, and what is known of a node that is gone."""
 
+import errno
 import queue
 import re
 import socket
@@ -155,3 +156,30 @@ def test_what_cannot_be_joined_is_one_message(
         (folder / JOIN).write_text(f'{{"rdzv": "127.0.0.1:{silent.getsockname()[1]}", "word": "x", "cwd": "/no"}}')
         with pytest.raises(UserError, match="is no run for 1 s"):
             join(folder, say=lambda line: None)
+
+
+def test_a_connection_that_cannot_be_accepted_is_not_the_last_one(tmp_path: Path) -> None:
+    """Bug: too many open files, as after a port scan, and no node can come any more: all wait until the time is over."""
+
+    class Failing:
+        """A listener of which one call fails."""
+
+        def __init__(self, inner: socket.socket) -> None:
+            self._inner, self._fails = inner, True
+
+        def accept(self) -> Any:
+            if self._fails:
+                self._fails = False
+                raise OSError(errno.EMFILE, "Too many open files")
+            return self._inner.accept()
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._inner, name)
+
+    made = make_server()
+    made._listener = Failing(made._listener)  # type: ignore[assignment]
+    made.invite(tmp_path)
+    try:
+        assert OtherNode(tmp_path).hears() == {"node": 1}
+    finally:
+        made.close(Result(end="finished"))
