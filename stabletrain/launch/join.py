@@ -16,6 +16,7 @@ from stabletrain.config.address import Address
 from stabletrain.config.problems import ConfigError
 from stabletrain.core.intervals import seconds
 from stabletrain.errors import UserError
+from stabletrain.launch.attempts import ATTEMPT_ENV
 from stabletrain.launch.bounded import one_message
 from stabletrain.launch.connection import Workers
 from stabletrain.launch.hand_over import JOINED_ENV, without_paths_outside
@@ -255,7 +256,7 @@ class _OtherNode:
         link.send(ended=attempt, code=code, exits=exits)
 
     def _run(self, config: dict[str, Any], place: NodePlace, spare: Path | None) -> int:
-        environment = dict(self._environment)
+        environment = {**self._environment, ATTEMPT_ENV: str(self._attempt)}
         if spare is not None:
             environment[SPARE_ENV] = str(spare)
         launch = config["launch"]

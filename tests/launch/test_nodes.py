@@ -12,12 +12,15 @@ import pytest
 
 from stabletrain.config.address import Address, parse_address
 from stabletrain.errors import UserError
+from stabletrain.launch import join as joining
+from stabletrain.launch.attempts import ATTEMPT_ENV
 from stabletrain.launch.join import join
 from stabletrain.launch.node_link import JOIN, Link, connect, free_port, open_listener, read_invitation
 from stabletrain.launch.node_server import NodeServer
 from stabletrain.launch.rank_ends import RankEnd, read_ends, write_end
 from stabletrain.launch.result import Result
 from stabletrain.launch.run_folder import write_run_yaml
+from stabletrain.launch.start_up import StartFailed, StartUp
 from stabletrain.launch.versions import own_versions
 
 
@@ -60,6 +63,14 @@ def make_server(*, same_versions: bool = True) -> Server:
 
 def nothing() -> None:
     pass
+
+
+class SilentLink(Link):
+    def __init__(self) -> None:
+        """Without a connection."""
+
+    def send(self, **message: Any) -> bool:
+        return True
 
 
 @pytest.mark.parametrize(
@@ -183,3 +194,19 @@ def test_a_connection_that_cannot_be_accepted_is_not_the_last_one(tmp_path: Path
         assert OtherNode(tmp_path).hears() == {"node": 1}
     finally:
         made.close(Result(end="finished"))
+
+
+def test_the_processes_of_another_node_know_their_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: on the other nodes each attempt is the first: logs in its folder, and another answer to whether the run was
+    restarted than on node 0, upon which the ranks call different collectives."""
+    found: list[str] = []
+
+    def start(command: list[str], environment: dict[str, str]) -> None:
+        found.append(environment[ATTEMPT_ENV])
+        raise StartFailed("no process is needed here")
+
+    monkeypatch.setattr(joining, "start_process", start)
+    config = {"launch": {"kind": "torchrun", "processes": 1, "nodes": 2, "threads": 1, "timeout": 300}}
+    node = joining._OtherNode(tmp_path, config, (), StartUp(), lambda line: None)
+    node._take_part_in({"start": 3, "host": "127.0.0.1", "port": 1}, 1, SilentLink())
+    assert found == ["3"]
