@@ -132,8 +132,8 @@ def goes_on_itself(config: Mapping[str, Any]) -> bool:
     resume = config.get("resume")
     if not isinstance(resume, str):
         return False
-    own = os.path.realpath(config["run_dir"])
-    return os.path.realpath(resume).startswith(own + os.sep)
+    # by name, too: the folder of checkpoints may be a link to another disk
+    return any(where(resume).startswith(where(config["run_dir"]) + os.sep) for where in (os.path.realpath, os.path.abspath))
 
 
 def forget_records(folder: Path) -> None:

@@ -103,6 +103,19 @@ def test_an_attempt_goes_on_from_its_own_run_only(tmp_path: Path) -> None:
     assert goes_on_itself({**config, "resume": resume_of_attempt(config)})
 
 
+def test_checkpoints_behind_a_link_are_those_of_the_run(tmp_path: Path) -> None:
+    """Bug: a user's link from ``checkpoints`` to a large disk: a further attempt goes on from there, but says that it
+    begins anew, and removes the events and interventions of the first one."""
+    disk, folder = tmp_path / "disk", tmp_path / "run"
+    disk.mkdir()
+    folder.mkdir()
+    (folder / "checkpoints").symlink_to(disk)
+    Saver(Store(disk), background=False).save({"state_dict": {}}, CheckpointInfo(step=3, run="a"), wait=True)
+    config: dict[str, Any] = {"run_dir": str(folder), "resume": None}
+    assert goes_on_itself({**config, "resume": resume_of_attempt(config)})
+    assert not goes_on_itself({**config, "resume": str(disk)})
+
+
 def test_the_number_comes_from_the_environment() -> None:
     """Bug: a process that nobody numbered has no number."""
     assert [this_attempt({"STABLETRAIN_ATTEMPT": text}) for text in ("", "3", "0", "x", "9" * 30)] == [1, 3, 1, 1, 1]
