@@ -36,7 +36,7 @@ def choose_run_folder(recipe: str, wanted: str | None, *, job: int | None = None
 
 
 def make_run_folder(path: Path) -> None:
-    """Make the folder of a run.
+    """Make the folder of a run, with an empty run.yaml: of two that are started at once, one gets the folder.
 
     Args:
         path: from `choose_run_folder`.
@@ -44,8 +44,9 @@ def make_run_folder(path: Path) -> None:
     Raises:
         UserError: if the folder cannot be made or written, or contains another run.
     """
+    taken = f"run_dir: {path} already contains a run; choose another folder, or delete it"
     if (path / RUN_YAML).exists():
-        raise UserError(f"run_dir: {path} already contains a run; choose another folder, or delete it")
+        raise UserError(taken)
     try:
         (path / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         probe = path / f".probe-{secrets.token_hex(4)}"
@@ -53,6 +54,10 @@ def make_run_folder(path: Path) -> None:
             probe.write_bytes(b"\0" * _PROBE)  # on a full disk, an empty file can still be made
         finally:
             probe.unlink(missing_ok=True)
+        try:
+            (path / RUN_YAML).touch(exist_ok=False)
+        except FileExistsError:
+            raise UserError(taken) from None
     except OSError as error:
         raise UserError(
             f"run_dir: cannot write to {path} ({error.strerror or error}); choose a folder that can be written, "

@@ -188,8 +188,7 @@ def test_run_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     third = choose_run_folder("tiny", "here", job=3)
     assert third == tmp_path / "here" / "3"
     make_run_folder(third)
-    (third / "run.yaml").touch()
-    with pytest.raises(UserError, match="already contains a run"):
+    with pytest.raises(UserError, match="already contains a run"):  # also while the first one is still being opened
         make_run_folder(third)
     with pytest.raises(UserError, match="run_dir: cannot write to /dev/null/x"):
         make_run_folder(choose_run_folder("tiny", "/dev/null/x"))
@@ -200,7 +199,6 @@ def test_what_was_made_for_a_run_that_did_not_start_is_removed(tmp_path: Path) -
     for existed in (False, True):
         folder = tmp_path / str(existed)
         make_run_folder(folder)
-        (folder / "run.yaml").touch()
         if existed:
             (folder / "notes.txt").touch()
         remove_unused(folder, keep_folder=existed)
