@@ -87,7 +87,8 @@ class Processes:
             used: called when nothing can be undone any more.
         """
         folder = Path(self._config["run_dir"])
-        remove_ends(folder)
+        if self._nodes is None:
+            remove_ends(folder)
         self.begun = replace(self.begun, ready_ns=time.time_ns())
 
         def begin() -> None:
@@ -140,6 +141,7 @@ def started(
         command = worker_command(config["launch"], *workers.arguments, place=at)
         process = start_process(command, variables, piped=place.is_shared)
         if nodes is not None and at is not None:
+            remove_ends(Path(config["run_dir"]))  # before the others begin: one may end before this node is ready
             nodes.begin(number, at, config["resume"], partial(kill_children, process))
         keep_on(process, place.cores)
         relay = Relay(process, prefix) if place.is_shared else None

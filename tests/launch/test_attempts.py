@@ -21,7 +21,7 @@ from stabletrain.launch.attempts import (
 )
 from stabletrain.launch.began import Began, write_began
 from stabletrain.launch.process import ProcessEnd
-from stabletrain.launch.rank_ends import RankEnd, write_end
+from stabletrain.launch.rank_ends import RankEnd, read_ends, write_end
 from stabletrain.launch.restart_budget import given_up, without_progress
 from stabletrain.launch.result import Result, read_result
 from stabletrain.launch.start_up import StartFailed, StartInterrupted, StartUp
@@ -255,6 +255,19 @@ def test_a_death_before_training_counts(run: dict[str, Any]) -> None:
     )
     assert (result.exit_code, started) == (3, [2, 3])
     assert "signal 9" in read_attempts(Path(run["run_dir"]))[1].message
+
+
+def test_the_end_of_another_node_that_was_faster_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: another node refuses the run before this one has imported torch; its word is removed, and the waiting rank 0
+    is blamed, which the launcher itself has killed."""
+    monkeypatch.setattr(run_attempts, "wait_for", lambda process, begin: ProcessEnd(code=1))
+    nothing: Any = object()
+    config = {"run_dir": str(tmp_path)}
+    begun = Begun(number=1, start_ns=1)
+    processes = run_attempts.Processes(nothing, nothing, config, begun, nothing, None, nodes=nothing)
+    write_end(RankEnd(rank=1, result=Result(end="refused", message="node 1: not trusted")), tmp_path)
+    processes.train(lambda: None)
+    assert [end.rank for end in read_ends(tmp_path)] == [1]
 
 
 def test_a_mistake_found_later_ends_the_run(run: dict[str, Any]) -> None:
