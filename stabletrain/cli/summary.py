@@ -173,8 +173,8 @@ def next_commands(job: FinishedJob) -> tuple[str, str]:
     trust = [f"--trust={package}" for package in job.config["trust"]]
     train = ["stabletrain", "train", job.recipe, *trust, *overrides]
     folder = Path(job.config["run_dir"])
-    resume = [*train, f"resume={job.result.checkpoint if job.result else folder}"]
     has_checkpoint = job.result is not None and job.result.checkpoint is not None
+    resume = [*train, f"resume={job.result.checkpoint}"] if job.result is not None and has_checkpoint else train
     if job.result is None:
         return shlex.join(["squeue", "--jobs", str(job.slurm_job)]), shlex.join(
             ["tail", "-f", str(folder / slurm_output(str(job.slurm_job)))]
