@@ -19,8 +19,12 @@ from typing import Any
 from stabletrain.config.resume import checkpoint_of_run
 from stabletrain.launch.bounded import is_count, one_message
 from stabletrain.launch.result import EXIT_CODES, End
+from stabletrain.runtime.checkpoints.errors import CheckpointError
+from stabletrain.runtime.checkpoints.manifest import NAME as MANIFEST
+from stabletrain.runtime.checkpoints.manifest import Manifest
 from stabletrain.runtime.records.json_lines import append_lines, read_lines
-from stabletrain.runtime.records.run_files import ATTEMPTS, EVENTS, INTERVENTIONS
+from stabletrain.runtime.records.recipe import recipe_hash
+from stabletrain.runtime.records.run_files import ATTEMPTS, EVENTS, INTERVENTIONS, RUN_YAML
 
 ATTEMPT_ENV = "STABLETRAIN_ATTEMPT"
 """Environment variable of a run's processes: the number of their attempt, from 1."""
@@ -118,9 +122,33 @@ def resume_of_attempt(config: Mapping[str, Any]) -> str | None:
     Returns:
         A value of the config key ``resume``. For a folder of checkpoints, the newest undamaged one is read.
     """
-    own = checkpoint_of_run(Path(config["run_dir"]))
+    own = _own_checkpoints(config)
     resume: str | None = str(own) if own is not None else config.get("resume")
     return resume
+
+
+def _own_checkpoints(config: Mapping[str, Any]) -> Path | None:
+    """The run's own checkpoints; None before there is one.
+
+    In a folder that was given, those of other runs may lie: the newest one there must be of this recipe, and have been
+    written after this run.yaml.
+    """
+    folder = Path(config["run_dir"])
+    plugins = config.get("plugins")
+    node = plugins.get("checkpoints") if isinstance(plugins, Mapping) else None
+    given = node.get("folder") if isinstance(node, Mapping) else None
+    if not isinstance(given, str):
+        return checkpoint_of_run(folder)
+    place, found = Path(given).expanduser().absolute(), []
+    for file in place.glob(f"step-*/{MANIFEST}"):
+        with suppress(CheckpointError, OSError):
+            found.append((Manifest.read(file.parent), file.stat().st_mtime))
+    newest, written = max(found, key=lambda each: each[0].sequence, default=(None, 0.0))
+    with suppress(OSError):
+        begun = (folder / RUN_YAML).stat().st_mtime
+        if newest is not None and written >= begun and newest.info.recipe == recipe_hash(folder, but=("chaos",)):
+            return place
+    return checkpoint_of_run(folder)
 
 
 def goes_on_itself(config: Mapping[str, Any]) -> bool:
@@ -132,6 +160,8 @@ def goes_on_itself(config: Mapping[str, Any]) -> bool:
     resume = config.get("resume")
     if not isinstance(resume, str):
         return False
+    if this_attempt() > 1 and resume == str(_own_checkpoints(config)):
+        return True
     # by name, too: the folder of checkpoints may be a link to another disk
     return any(where(resume).startswith(where(config["run_dir"]) + os.sep) for where in (os.path.realpath, os.path.abspath))
 

@@ -1,6 +1,7 @@
 """The record of a run's attempts, the budget of restarts, and the launcher's loop, without processes."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,8 +25,10 @@ from stabletrain.launch.process import ProcessEnd
 from stabletrain.launch.rank_ends import RankEnd, read_ends, write_end
 from stabletrain.launch.restart_budget import given_up, without_progress
 from stabletrain.launch.result import Result, read_result
+from stabletrain.launch.run_folder import write_run_yaml
 from stabletrain.launch.start_up import StartFailed, StartInterrupted, StartUp
 from stabletrain.runtime.checkpoints import CheckpointInfo, Saver, Store
+from stabletrain.runtime.records.recipe import recipe_hash
 
 SAVED = {"checkpoints": {"_target_": "stabletrain.SaveCheckpoints", "folder": None}}
 
@@ -114,6 +117,32 @@ def test_checkpoints_behind_a_link_are_those_of_the_run(tmp_path: Path) -> None:
     config: dict[str, Any] = {"run_dir": str(folder), "resume": None}
     assert goes_on_itself({**config, "resume": resume_of_attempt(config)})
     assert not goes_on_itself({**config, "resume": str(disk)})
+
+
+def test_a_further_attempt_finds_its_checkpoints_in_a_folder_that_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bugs: a job that SLURM starts again begins with new weights, beside its checkpoints; or it goes on from those of
+    another run in that folder."""
+    disk = tmp_path / "disk"
+    config: dict[str, Any] = {
+        "run_dir": str(tmp_path / "run"), "resume": None, "seed": 1, "plugins": {"checkpoints": {"folder": str(disk)}}
+    }  # fmt: skip
+    (tmp_path / "run").mkdir()
+
+    def save(step: int, recipe: str | None) -> None:
+        info = CheckpointInfo(step=step, run="a", recipe=recipe)
+        Saver(Store(disk), background=False).save({"state_dict": {}}, info, wait=True)
+
+    monkeypatch.setenv("STABLETRAIN_ATTEMPT", "2")
+    write_run_yaml(config)
+    save(3, "another")
+    assert resume_of_attempt(config) is None
+    save(4, recipe_hash(tmp_path / "run", but=("chaos",)))
+    assert resume_of_attempt(config) == str(disk)
+    assert goes_on_itself({**config, "resume": str(disk)})
+    os.utime(tmp_path / "run" / "run.yaml", (2e9, 2e9))
+    assert resume_of_attempt(config) is None  # of an earlier run with the same recipe
 
 
 def test_the_number_comes_from_the_environment() -> None:
