@@ -342,7 +342,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         """Save a checkpoint, and end the process with the exit code of a SIGTERM."""
         path = self.save(trainer, wait=True)
         if self._copies is not None:
-            self._copies.end()
+            self._copies.end(self._saves)
         logger.warning("SIGTERM: ending with exit code %d; resume from %s", EXIT_CODE, path or self.last)
         raise Terminated(EXIT_CODE)
 
@@ -373,7 +373,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         if self._saver is not None:
             self._saver.close()
         if self._copies is not None:
-            self._copies.end()
+            self._copies.end(self._saves)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Finish an unfinished write; the state of a failed run is not saved."""
@@ -381,7 +381,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         self.wait()
         agreed = isinstance(exception, Interrupted) and exception.agreed
         if self._copies is not None and (agreed or isinstance(exception, TrainingStopped | EndReached)):
-            self._copies.discard()  # nobody restarts such a run
+            self._copies.discard(self._saves if agreed else 0)  # nobody restarts such a run
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Finish an unfinished write, and restore the strategy's own CheckpointIO."""

@@ -1,6 +1,7 @@
 """Copies in the node's memory with one process; tests/runtime/checkpoints/test_memory_copies.py has several."""
 
 import contextlib
+import errno
 import os
 import shutil
 import subprocess
@@ -63,6 +64,29 @@ def fit(tmp_path: Path, *callbacks: Callback, memory: dict[str, Any] | None = No
 
 def kept(tmp_path: Path) -> list[Path]:
     return sorted((tmp_path / "memory").glob("*/*/node-0/whole/step-*"))
+
+
+class FullDisk(Callback):
+    """From a step on, nothing can be written to the disk."""
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == 3:
+            saver = next(each for each in trainer.callbacks if isinstance(each, SaveCheckpoints))  # type: ignore[attr-defined]
+            assert saver._saver is not None
+            saver.wait()
+            saver._saver._put = self.fail  # type: ignore[method-assign]
+
+    def fail(self, *_: Any) -> Path | None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_copies_are_kept_if_the_last_state_could_not_be_written_to_the_disk(tmp_path: Path) -> None:
+    """Bug: a full disk at the end, or on SIGTERM: the copies, which are the newest state then, are removed as well."""
+    fit(tmp_path, FullDisk())
+    assert [entry.manifest.info.step for entry in Store(tmp_path / "c").entries()] == [1]
+    assert [each.name for each in kept(tmp_path)] == ["step-00000008", "step-00000010"]
+    assert fit(tmp_path, ckpt_path=tmp_path / "c")[1] == 10
+    assert kept(tmp_path) == []
 
 
 def test_a_crashed_run_goes_on_from_memory_and_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:

@@ -269,19 +269,32 @@ class MemoryCopies:
         if self._saver is not None:
             self._saver.wait()
 
-    def end(self) -> None:
-        """The run has come to its end, and its last state is on the disk: remove the copies."""
+    def end(self, saves: int) -> None:
+        """The run has come to its end: remove the copies, if its last state is on the disk.
+
+        Args:
+            saves: checkpoints that it has begun to save to the disk.
+        """
         self.wait()
         if self._saver is not None:
             self._saver.close()
             self._saver = None
-        self.discard()
+        self.discard(saves)
 
-    def discard(self) -> None:
-        """Remove the copies of this node. No collective: for a run that all ranks have ended by an exception."""
+    def discard(self, saves: int = 0) -> None:
+        """Remove the copies of this node. No collective: for a run that all ranks have ended by an exception.
+
+        Args:
+            saves: as for `end`; without that many on the disk, which may be full, the copies are the newest state.
+        """
         self.wait()
         if self._leads and self.is_on:
-            self._place.remove()
+            on_disk = _newest_on_disk(self._checkpoints) if saves else None
+            if saves and (on_disk is None or on_disk.saves < saves):
+                logger.warning("checkpoints: the last one is not on the disk, so the copies in memory are kept")
+                self._place.unlock()
+            else:
+                self._place.remove()
         self.is_on = False
 
     def leave(self) -> None:
