@@ -55,6 +55,19 @@ def test_a_script_that_is_started_again_goes_on(tmp_path: Path, caplog: pytest.L
     assert lines(caplog) == [f"save_checkpoints: goes on from step 11 of {tmp_path / 'c'}"]
 
 
+def test_an_optimizer_with_an_attribute_of_that_name_is_no_zero_redundancy_optimizer(tmp_path: Path) -> None:
+    """Bug: a healthy run with checkpoints ends with an AttributeError before its first step."""
+
+    class Named(torch.optim.SGD):
+        optim = "sgd"
+
+    class WithNamed(Net):
+        def configure_optimizers(self) -> Any:
+            return Named(self.parameters(), lr=0.1)
+
+    assert fit(tmp_path, 4, WithNamed()).global_step == 4
+
+
 def test_a_finished_run_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Bugs: a second start of a finished script trains nothing and says nothing; or trains on; or saves anew."""
     for folder, limits in ((tmp_path / "a", {}), (tmp_path / "b", {"max_epochs": 1})):

@@ -24,6 +24,7 @@ from stabletrain.runtime.checkpoints.regions import region_of, whole
 from stabletrain.runtime.internals import dividing, shards
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.internals.packages import both
+from stabletrain.runtime.internals.state import divides_state
 from stabletrain.runtime.ranks import Ranks
 from stabletrain.runtime.snapshots.tensor_kinds import class_name, is_plain
 
@@ -41,7 +42,7 @@ def is_divided(trainer: Trainer) -> bool:
     """
     if divides_with_dtensors(trainer):
         return True
-    return trainer.world_size > 1 and any(_holds_a_part(each) for each in trainer.optimizers)
+    return trainer.world_size > 1 and any(divides_state(each) for each in trainer.optimizers)
 
 
 def collect(trainer: Trainer) -> dict[str, Any]:
@@ -76,7 +77,7 @@ def collect(trainer: Trainer) -> dict[str, Any]:
     if problem:
         raise CheckpointError(problem)
     for i, optimizer in enumerate(trainer.optimizers):
-        if _holds_a_part(optimizer) and trainer.world_size > 1:
+        if divides_state(optimizer) and trainer.world_size > 1:
             _add_others(checkpoint["optimizer_states"][i], Ranks(trainer))
     return checkpoint
 
@@ -136,17 +137,12 @@ def _model_state(state: Mapping[str, Any], module: LightningModule) -> Mapping[s
     return found
 
 
-def _holds_a_part(optimizer: Optimizer) -> bool:
-    """Whether it is a ZeroRedundancyOptimizer, each of which has the state of some parameters in ``.optim``."""
-    return hasattr(optimizer, "consolidate_state_dict") and isinstance(getattr(optimizer, "optim", None), Optimizer)
-
-
 def _optimizer_state(optimizer: Optimizer, names: Mapping[Tensor, str], path: str) -> dict[str, Any]:
     """The ``state_dict`` of an optimizer with parameter names in place of numbers, and parts in place of tensors."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     keys = [names.get(p, i) for i, p in enumerate(parameters)]
     state: dict[str, Any]
-    if _holds_a_part(optimizer):
+    if divides_state(optimizer):
         own = optimizer.optim.state  # type: ignore[attr-defined]
         numbers = {p: i for i, p in enumerate(parameters)}
         groups = [{**group, "params": [numbers[p] for p in group["params"]]} for group in optimizer.param_groups]

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from stabletrain.runtime.checkpoints.manifest import TRAINED_LIMIT
 from stabletrain.runtime.checkpoints.names import plain_name
 from stabletrain.runtime.internals.shards import class_name
+from stabletrain.runtime.internals.state import divides_state
 
 _OF_THE_KERNEL = ("foreach", "fused", "capturable", "differentiable")
 """Arguments of optimizers that choose how a step is computed."""
@@ -77,7 +78,7 @@ def differences(saved: Mapping[str, str], mine: Mapping[str, str]) -> list[str]:
 
 
 def _describe(outer: Optimizer, name: str) -> Iterator[tuple[str, str]]:
-    inner: Optimizer = getattr(outer, "optim", outer)  # of a ZeroRedundancyOptimizer, which holds a part of the groups
+    inner: Optimizer = outer.optim if divides_state(outer) else outer  # type: ignore[attr-defined]
     yield name, type(inner).__name__
     defaults = {key: text for key, value in inner.defaults.items() if (text := _text(value)) is not None}
     for key, text in defaults.items():
