@@ -39,6 +39,8 @@ NONE = {"plugins.checkpoints": None}
     [
         ({"launch.restarts": 2, **NONE}, "a restart would begin anew"),
         ({"launch.restarts": 2, **ELSEWHERE}, "plugins.checkpoints.folder=null"),
+        ({"launch.requeue": True, **NONE}, "a restart would begin anew"),
+        ({"launch.requeue": True, **ELSEWHERE}, "plugins.checkpoints.folder=null"),
         ({"launch.restarts": -1}, "at least 0, or null"),
         ({"launch.restarts": "two"}, "expected int or None"),
         ({"launch.progress_steps": 0}, "at least 1"),
