@@ -56,6 +56,14 @@ def test_messages_by_formula_are_those_of_the_trace(kind: str) -> None:
     assert planned(kind, 4, {}, small(ReadsValues)).collectives == of_step
 
 
+@pytest.mark.parametrize("kind", ["single", "ddp", "fsdp2"])
+def test_the_optimizers_state_is_named_in_the_peak(kind: str) -> None:
+    """Bug: without sharding the largest part that does not change is called "batch, buckets, averages"."""
+    rank = planned(kind, 1 if kind == "single" else 2, {}).per_rank
+    held = rank.peak_parts["optimizer state, temporary tensors"]
+    assert held == pytest.approx(rank.optimizer_state, rel=0.02)
+
+
 def test_manual_optimization_is_not_traced() -> None:
     """Bug: a module that steps in training_step is traced as if Lightning stepped."""
     plan = planned("ddp", 2, {}, small(StepsItself))

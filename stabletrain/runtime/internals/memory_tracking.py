@@ -71,7 +71,7 @@ class StepTracker:
             _track_plain(self._tracker, module)
         else:
             self._tracker = kinds[0]()
-            self._tracker.track_external(module, *optimizers, *held)
+            self._tracker.track_external(module, *held, *optimizers)  # the last kind that is given counts
 
     def __enter__(self) -> StepTracker:
         self._stack.enter_context(self._tracker)
