@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _NOT_COUNTED = (
     "Not counted: what a GPU needs besides tensors (CUDA's context, the allocator's rounding, workspaces of kernels, "
-    "buffers of NCCL), validation, and temporary tensors of plugins."
+    "buffers of NCCL), validation, and temporary tensors and messages of plugins."
 )
 _MEMORY = (
     ("parameters", "parameters"),
