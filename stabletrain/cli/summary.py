@@ -15,6 +15,7 @@ from stabletrain.launch.launcher import FinishedJob, Reporter
 from stabletrain.launch.mlflow_run import is_tracked
 from stabletrain.launch.other_nodes import has_other_nodes
 from stabletrain.launch.result import Result
+from stabletrain.runtime.records.json_lines import read_lines
 from stabletrain.runtime.records.run_files import CHECKPOINTS, EVENTS, WORKER_LOG, crash_report, slurm_output
 
 _logger = logging.getLogger("stabletrain")
@@ -191,10 +192,19 @@ def next_commands(job: FinishedJob) -> tuple[str, str]:
         return shlex.join(["less", str(report)]), shlex.join(resume)
     if job.result.end == "stopped":
         lr = (job.config.get("optimizer") or {}).get("lr")
-        retry = [*train, f"optimizer.lr={lr / 3:.3g}"] if isinstance(lr, float | int) else resume
+        retry = resume
+        if isinstance(lr, float | int) and not _ranks_differed(folder):
+            retry = [*train, f"optimizer.lr={lr / 3:.3g}"]
         return shlex.join(["tail", str(folder / EVENTS)]), shlex.join(retry)
     read_log = shlex.join(["less", str(folder / WORKER_LOG)])
     return read_log, shlex.join(resume if has_checkpoint else ["stabletrain", "validate", *train[2:]])
+
+
+def _ranks_differed(folder: Path) -> bool:
+    """Whether copies of the weights have differed, which no learning rate mends."""
+    with suppress(OSError):
+        return any((line.record or {}).get("kind") == "replicas_differ" for line in read_lines(folder / EVENTS))
+    return False
 
 
 def _last_crash(folder: Path) -> Path | None:

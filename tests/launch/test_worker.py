@@ -1,3 +1,4 @@
+import json
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -258,6 +259,17 @@ def test_the_checkpoint_of_a_killed_worker_is_found(config: dict[str, Any], tmp_
     assert result.checkpoint == str(folder / "checkpoints")
     job = FinishedJob(recipe="tiny", overrides=(), config={**config, "trust": []}, result=result)
     assert next_commands(job)[0] == f"stabletrain train tiny resume={folder}/checkpoints"
+
+
+@pytest.mark.parametrize(("kind", "word"), [("divergence", "optimizer.lr=0.1"), ("replicas_differ", "resume=c")])
+def test_after_ranks_have_differed_no_other_learning_rate_is_suggested(
+    kind: str, word: str, config: dict[str, Any], tmp_path: Path
+) -> None:
+    """Bug: a machine that flips bits is answered with a lower learning rate, from step 0."""
+    (tmp_path / "events.jsonl").write_text(json.dumps({"step": 1, "plugin": "x", "kind": kind}) + "\n")
+    of_run = {**config, "trust": [], "run_dir": str(tmp_path), "optimizer": {"lr": 0.3}}
+    job = FinishedJob(recipe="tiny", overrides=(), config=of_run, result=Result(end="stopped", checkpoint="c"))
+    assert next_commands(job)[1] == f"stabletrain train tiny {word}"
 
 
 @pytest.mark.usefixtures("signals_restored")
