@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from stabletrain.config.address import parse_address
 from stabletrain.config.problems import Problem, suggestion
-from stabletrain.config.restarts import missing_for_restarts, restarts_problem
+from stabletrain.config.restarts import WITHOUT_CHECKPOINTS, missing_for_restarts, restarts_problem
 from stabletrain.config.types import mismatch
 from stabletrain.errors import UserError
 
@@ -41,8 +41,8 @@ def check_launch(config: Mapping[str, Any]) -> Iterator[Problem]:
     yield from _keys_of("launch", launch, _LAUNCH_KEYS)
     if problem := restarts_problem(config):
         yield Problem("launch.restarts", problem)
-    if launch.get("requeue") is True and (missing := missing_for_restarts(config)):
-        yield Problem("launch.requeue", f"{missing}; or launch.requeue=false")
+    if launch.get("requeue") is True and missing_for_restarts(config) == WITHOUT_CHECKPOINTS:
+        yield Problem("launch.requeue", f"{WITHOUT_CHECKPOINTS}; or launch.requeue=false")
     for key in ("kind", "processes", "nodes", "threads"):
         if key not in launch:
             yield Problem(f"launch.{key}", "this key is needed, but has no value; set it, or do not remove it")

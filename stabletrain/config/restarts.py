@@ -7,6 +7,7 @@ from typing import Any
 
 DEFAULT_RESTARTS = 3
 """Of ``launch.restarts=null``, for a run with checkpoints."""
+WITHOUT_CHECKPOINTS = "a restart would begin anew, without checkpoints: add plugins/checkpoints=save"
 _DEFAULT_PROGRESS = 200
 """Of a run.yaml without ``launch.progress_steps``."""
 
@@ -35,7 +36,7 @@ def missing_for_restarts(config: Mapping[str, Any]) -> str:
     plugins = config.get("plugins")
     node = plugins.get("checkpoints") if isinstance(plugins, Mapping) else None
     if not isinstance(node, Mapping):
-        return "a restart would begin anew, without checkpoints: add plugins/checkpoints=save"
+        return WITHOUT_CHECKPOINTS
     if node.get("folder") is not None:
         return (
             "a restart goes on from the checkpoints in the run's folder: leave plugins.checkpoints.folder=null, and "
