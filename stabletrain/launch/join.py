@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hmac
 import os
 import queue
+import secrets
 import socket
 import subprocess
 import threading
@@ -20,7 +22,7 @@ from stabletrain.launch.attempts import ATTEMPT_ENV
 from stabletrain.launch.bounded import one_message
 from stabletrain.launch.connection import Workers
 from stabletrain.launch.hand_over import JOINED_ENV, without_paths_outside
-from stabletrain.launch.node_link import JOIN, Link, connect, read_invitation
+from stabletrain.launch.node_link import JOIN, Link, connect, proof, read_invitation
 from stabletrain.launch.process import (
     NodePlace,
     ProcessEnd,
@@ -203,12 +205,17 @@ class _OtherNode:
         messages: queue.Queue[Mapping[str, Any]] = queue.Queue()
         self._messages = messages
         link.listen(self._heard, self._lost)
-        link.send(word=word, host=socket.gethostname(), versions=own_versions())
+        asked, challenge = self._next(messages, within=_ANSWERS_WITHIN).get("challenge"), secrets.token_hex(16)
+        if not isinstance(asked, str):
+            return f"what listens at {address} is no run"
+        known = proof(word, "other node", asked)
+        link.send(proof=known, challenge=challenge, host=socket.gethostname(), versions=own_versions())
         answer = self._next(messages, within=_ANSWERS_WITHIN)
         if "refused" in answer:
             raise UserError(f"join: {one_message(str(answer['refused']))}")
-        number = answer.get("node")
-        if isinstance(number, int) and 0 < number < self._config["launch"]["nodes"]:
+        number, knows = answer.get("node"), str(answer.get("proof")).encode("utf-8", "replace")
+        knows_word = hmac.compare_digest(knows, proof(word, "node 0", challenge).encode())
+        if knows_word and isinstance(number, int) and 0 < number < self._config["launch"]["nodes"]:
             return number
         return "all nodes of the run are there" if "full" in answer else f"what listens at {address} is no run"
 

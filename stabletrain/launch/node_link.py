@@ -6,6 +6,8 @@ What travels says when an attempt begins and ends, never what is executed: that 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import hmac
 import ipaddress
 import json
 import socket
@@ -13,14 +15,14 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from stabletrain.config.address import KEY, Address, parse_address
 from stabletrain.errors import UserError
 from stabletrain.launch.bounded import read_json
 
 JOIN = "nodes.json"
-"""File in the run's folder, while the run lasts: address of node 0, and a word that proves to know the folder."""
+"""File in the run's folder, while the run lasts: address of node 0, and a word that both sides prove to know."""
 
 _MAX_LINE = 65_536
 _SECONDS_SILENT = 5
@@ -121,6 +123,17 @@ def open_listener(address: Address) -> socket.socket:
             f"{KEY}: cannot listen at {address} ({error.strerror or error}); choose a free port, or end what uses it"
         ) from None
     return listener
+
+
+def proof(word: str, side: Literal["node 0", "other node"], challenge: str) -> str:
+    """Return what proves to know the word of a run's folder, without telling it.
+
+    Args:
+        word: of the folder.
+        side: that proves it.
+        challenge: of the other side, never used before.
+    """
+    return hmac.new(word.encode("utf-8", "replace"), f"{side} {challenge}".encode(), hashlib.sha256).hexdigest()
 
 
 def connect(address: Address, seconds: float) -> socket.socket:

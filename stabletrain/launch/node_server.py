@@ -17,7 +17,7 @@ from typing import Any
 from stabletrain.config.address import Address
 from stabletrain.errors import UserError
 from stabletrain.launch.bounded import is_count, one_message, write_json
-from stabletrain.launch.node_link import JOIN, Link, open_listener
+from stabletrain.launch.node_link import JOIN, Link, open_listener, proof
 from stabletrain.launch.rank_ends import RankEnd, read_ends, write_end
 from stabletrain.launch.result import Result
 from stabletrain.launch.versions import Software, own_versions, refusal, warning
@@ -202,19 +202,23 @@ class NodeServer:
             patience = threading.Timer(_HELLO_WITHIN, newcomer.give_up)
             patience.daemon = True
             patience.start()
+            link.send(challenge=newcomer.challenge)
             link.listen(newcomer.heard, newcomer.lost)
 
-    def admit(self, link: Link, hello: Mapping[str, Any]) -> _Node | None:
+    def admit(self, link: Link, hello: Mapping[str, Any], challenge: str) -> _Node | None:
         """Give a newcomer a number, or say why it gets none.
 
         Args:
             link: to it.
             hello: what it says of itself.
+            challenge: that it got.
         """
-        word, host, versions = hello.get("word"), hello.get("host"), hello.get("versions")
-        if not (isinstance(word, str) and isinstance(host, str) and isinstance(versions, dict)):
+        known, asked, host, versions = (hello.get(name) for name in ("proof", "challenge", "host", "versions"))
+        if not (isinstance(known, str) and isinstance(asked, str)):
             return None
-        if not hmac.compare_digest(word.encode(), self._word.encode()):
+        if not (isinstance(host, str) and isinstance(versions, dict)):
+            return None
+        if not hmac.compare_digest(known.encode(), proof(self._word, "other node", challenge).encode()):
             link.send(refused="this is another run's address: the folder and the run do not belong together")
             return None
         host = one_message(host, 255)
@@ -241,7 +245,7 @@ class NodeServer:
         if different:
             self._say(f"warning: {different}")
         self._say(f"node {number} is there: {host}" + (f"; waiting for {left} more" if left else ""))
-        link.send(node=number)
+        link.send(node=number, proof=proof(self._word, "node 0", asked))
         return node
 
     def heard(self, node: _Node, message: Mapping[str, Any]) -> None:
@@ -304,13 +308,14 @@ class _Newcomer:
 
     def __init__(self, server: NodeServer, link: Link) -> None:
         self._server, self._link = server, link
+        self.challenge = secrets.token_hex(16)
         self._node: _Node | None = None
 
     def heard(self, message: Mapping[str, Any]) -> None:
         if self._node is not None:
             self._server.heard(self._node, message)
             return
-        self._node = self._server.admit(self._link, message)
+        self._node = self._server.admit(self._link, message, self.challenge)
         if self._node is None:
             self._link.close()
 

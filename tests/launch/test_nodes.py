@@ -4,6 +4,7 @@ import errno
 import queue
 import re
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from stabletrain.errors import UserError
 from stabletrain.launch import join as joining
 from stabletrain.launch.attempts import ATTEMPT_ENV
 from stabletrain.launch.join import join
-from stabletrain.launch.node_link import JOIN, Link, connect, free_port, open_listener, read_invitation
+from stabletrain.launch.node_link import JOIN, Link, connect, free_port, open_listener, proof, read_invitation
 from stabletrain.launch.node_server import NodeServer
 from stabletrain.launch.rank_ends import RankEnd, read_ends, write_end
 from stabletrain.launch.result import Result
@@ -33,12 +34,15 @@ class OtherNode:
         self.said: queue.Queue[dict[str, Any]] = queue.Queue()
         self.link = Link(connect(invitation.address, 5.0))
         self.link.listen(lambda message: self.said.put(dict(message)), lambda: self.said.put({"lost": True}))
-        self.link.send(
-            word=invitation.word if word is None else word, host=host, versions={**own_versions(), **versions}
-        )
+        known = proof(invitation.word if word is None else word, "other node", self.hears()["challenge"])
+        self.link.send(proof=known, challenge="7", host=host, versions={**own_versions(), **versions})
+        self._expected = proof(invitation.word, "node 0", "7")
 
     def hears(self) -> dict[str, Any]:
-        return self.said.get(timeout=20)
+        message = self.said.get(timeout=20)
+        if "node" in message:
+            assert message.pop("proof") == self._expected
+        return message
 
 
 class Server(NodeServer):
@@ -210,3 +214,23 @@ def test_the_processes_of_another_node_know_their_attempt(tmp_path: Path, monkey
     node = joining._OtherNode(tmp_path, config, (), StartUp(), lambda line: None)
     node._take_part_in({"start": 3, "host": "127.0.0.1", "port": 1}, 1, SilentLink())
     assert found == ["3"]
+
+
+def test_who_does_not_know_the_word_does_not_lead_a_node(tmp_path: Path) -> None:
+    """Bug: node 0 was killed, and another user of its machine listens at its port: he hears the word, and the other
+    nodes connect their processes to wherever he says."""
+    heard: list[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def lead() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.sendall(b'{"challenge": "1"}\n{"node": 1, "proof": "2"}\n')
+                heard.append(connection.recv(4096))
+
+        threading.Thread(target=lead, daemon=True).start()
+        config = {"launch": {"kind": "torchrun", "processes": 1, "nodes": 2, "threads": 1, "timeout": 300}}
+        node = joining._OtherNode(tmp_path, config, (), StartUp(), lambda line: None)
+        address = Address(host="127.0.0.1", port=listener.getsockname()[1])
+        assert "is no run" in str(node._introduce(Link(connect(address, 5.0)), "secret", address))
+    assert b"secret" not in heard[0]
