@@ -77,7 +77,7 @@ class Link:
                     message = json.loads(line)
                     if isinstance(message, dict):
                         heard(message)
-        except (OSError, ValueError):  # the other machine is gone; or it is none of ours
+        except (OSError, ValueError, RecursionError):  # the other machine is gone; or it is none of ours
             pass
         finally:
             self.close()
