@@ -163,7 +163,8 @@ def goes_on_itself(config: Mapping[str, Any]) -> bool:
     if this_attempt() > 1 and resume == str(_own_checkpoints(config)):
         return True
     # by name, too: the folder of checkpoints may be a link to another disk
-    return any(where(resume).startswith(where(config["run_dir"]) + os.sep) for where in (os.path.realpath, os.path.abspath))
+    ways = (os.path.realpath, os.path.abspath)
+    return any(way(resume).startswith(way(config["run_dir"]) + os.sep) for way in ways)
 
 
 def forget_records(folder: Path) -> None:

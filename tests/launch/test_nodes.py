@@ -174,7 +174,7 @@ def test_what_cannot_be_joined_is_one_message(
 
 
 def test_a_connection_that_cannot_be_accepted_is_not_the_last_one(tmp_path: Path) -> None:
-    """Bug: too many open files, as after a port scan, and no node can come any more: all wait until the time is over."""
+    """Bug: too many open files, as after a port scan, and no node can come any more: all wait in vain."""
 
     class Failing:
         """A listener of which one call fails."""
