@@ -7,16 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import seed_everything
 from processes import LAUNCH
-from torch.utils.data import DistributedSampler
+from undisturbed import tiny_weights
 
 from stabletrain.launch.attempts import read_attempts
 from stabletrain.runtime.checkpoints import load
 from stabletrain.runtime.records.steps_file import read_steps
 
 sys.path.insert(0, str(LAUNCH))
-from tiny_workload import TinyData, TinyModel
 
 STEPS = 12
 SAVED = ("plugins/checkpoints=save", "plugins.checkpoints.every=3", "plugins.checkpoints.background=false")
@@ -24,41 +22,9 @@ EXACT = ("plugins/resume=exactly", *SAVED, f"trainer.max_steps={STEPS}", "run_di
 DIES = ("+chaos._target_=stabletrain.chaos.SendSignal", "+chaos.at_step=8")
 
 
-def batches_of(rows: torch.Tensor, ranks: int, rank: int) -> list[torch.Tensor]:
-    """In the order in which Lightning deals them out: shuffled if there are several ranks."""
-    found: list[torch.Tensor] = []
-    sampler = DistributedSampler(range(len(rows)), ranks, rank, shuffle=ranks > 1, seed=0)  # type: ignore[arg-type,var-annotated]
-    epoch = 0
-    while len(found) < STEPS:
-        sampler.set_epoch(epoch)
-        found += rows[list(sampler)].split(8)
-        epoch += 1
-    return found
-
-
-def trained(ranks: int) -> dict[str, torch.Tensor]:
-    """The weights of ``tiny.yaml`` after `STEPS` steps, without Lightning and without a death."""
-    seed_everything(0, verbose=False)
-    layer = TinyModel().layer
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-    data = TinyData()
-    data.setup("fit")
-    (rows,) = data.train_dataloader().dataset.tensors  # type: ignore[attr-defined]
-    of_ranks = [batches_of(rows, ranks, rank) for rank in range(ranks)]
-    for step in range(STEPS):
-        gradients = []
-        for batches in of_ranks:
-            loss = (layer(batches[step]) - 1.0).square().mean()
-            gradients.append(torch.autograd.grad(loss, list(layer.parameters())))
-        for parameter, *parts in zip(layer.parameters(), *gradients, strict=True):
-            parameter.grad = torch.stack([part / ranks for part in parts]).sum(0) if ranks > 1 else parts[0]
-        optimizer.step()
-    return {f"layer.{name}": value for name, value in layer.state_dict().items()}
-
-
 def assert_same_weights(folder: Path, ranks: int) -> None:
     found: dict[str, Any] = load(folder / "checkpoints")["state_dict"]
-    expected = trained(ranks)
+    expected = tiny_weights(STEPS, ranks=ranks)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(found[name], value), name

@@ -49,7 +49,7 @@ def test_a_step_that_reads_a_value_leaves_state_and_messages(traced: Any) -> Non
     assert plan.collectives == of_step
 
 
-@pytest.mark.parametrize("kind", ["ddp", "zero2", "hsdp"])
+@pytest.mark.parametrize("kind", ["ddp", "zero2", pytest.param("hsdp", marks=pytest.mark.slow)])
 def test_messages_by_formula_are_those_of_the_trace(kind: str) -> None:
     """Bugs: ZeRO-2 gathers twice; HSDP's all-reduce is missed; DDP's buckets are counted as of its first step."""
     of_step = [each for each in planned(kind, 4, {}).collectives if each.kind != "broadcast"]

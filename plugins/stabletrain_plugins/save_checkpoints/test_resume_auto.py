@@ -205,6 +205,7 @@ def test_the_first_start_leaves_the_training_alone(tmp_path: Path) -> None:
     assert_same(fits.everything(with_it), fits.everything(without))
 
 
+@pytest.mark.slow
 def test_a_killed_process_that_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug: what a kill leaves behind is not gone on from, or not exactly."""
     monkeypatch.setenv("PL_GLOBAL_SEED", "")  # the script sets it

@@ -29,6 +29,7 @@ def check(folder: Path, kind: str, cases: list[Case]) -> None:
             assert_same(found["weights"], found["whole"])
 
 
+@pytest.mark.slow
 def test_all_ranks_stop_at_the_same_batch_and_go_on_exactly(tmp_path: Path) -> None:
     """Bugs: a rank stops alone, and the others wait for it; the signal is acted upon too late, or never at the end of
     an epoch; the stop loses what an accumulation window held."""
