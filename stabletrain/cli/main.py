@@ -137,9 +137,13 @@ def join(
         float, typer.Option("--wait", metavar="SECONDS", min=0, help="Wait for a run that is not started yet.")
     ] = 0.0,
     trust: Trust = None,
+    paths_outside: Annotated[
+        bool, typer.Option("--paths-outside", help="Let the run write outside of its folder, as its run.yaml says.")
+    ] = False,
 ) -> None:
     """Start this machine's processes of a run that another machine has started with launch=torchrun launch.nodes=N
-    launch.rdzv=HOST:PORT. The folder is on a file system that all machines share.
+    launch.rdzv=HOST:PORT. The folder is on a file system that all machines share. Relative paths and your own packages
+    are from the current folder: use the line that the other machine has printed.
 
     Ends with the run, with its exit code. After this machine was lost, the same command lets it take part again.
     """
@@ -152,7 +156,8 @@ def join(
 
         from stabletrain.launch.join import join as take_part
 
-        code = take_part(folder.absolute(), trust=trust or (), wait=wait, say=partial(print, flush=True))
+        say = partial(print, flush=True)
+        code = take_part(folder.absolute(), trust=trust or (), wait=wait, paths_outside=paths_outside, say=say)
     raise typer.Exit(code)
 
 

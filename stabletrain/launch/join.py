@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-import os
 import queue
 import secrets
 import socket
@@ -22,7 +21,8 @@ from stabletrain.launch.attempts import ATTEMPT_ENV
 from stabletrain.launch.bounded import one_message
 from stabletrain.launch.connection import Workers
 from stabletrain.launch.hand_over import JOINED_ENV, without_paths_outside
-from stabletrain.launch.node_link import JOIN, Link, connect, proof, read_invitation
+from stabletrain.launch.node_link import Link, connect, proof, read_invitation
+from stabletrain.launch.other_nodes import without_store
 from stabletrain.launch.process import (
     NodePlace,
     ProcessEnd,
@@ -46,13 +46,22 @@ _ENDS_WITHIN = 120.0
 """Seconds that processes get to notice that node 0 is gone, beyond the time that they wait for it."""
 
 
-def join(folder: Path, *, trust: Iterable[str] = (), wait: float = 0.0, say: Callable[[str], None] = print) -> int:
+def join(
+    folder: Path,
+    *,
+    trust: Iterable[str] = (),
+    wait: float = 0.0,
+    paths_outside: bool = False,
+    say: Callable[[str], None] = print,
+) -> int:
     """Start this node's part of each attempt of a run, until the run has ended.
 
     Args:
         folder: of the run, on a file system that all nodes share.
         trust: packages given by ``--trust``.
         wait: seconds to wait for a run in that folder.
+        paths_outside: let the run write where its run.yaml says, also out of its folder. The folder may come from a
+            stranger, and only the user knows.
         say: prints a line.
 
     Returns:
@@ -64,8 +73,7 @@ def join(folder: Path, *, trust: Iterable[str] = (), wait: float = 0.0, say: Cal
     """
     with StartUp() as start_up:
         start_up.doing = WAITING
-        config = _config(folder, wait, start_up)
-        _go_to_its_folder(folder, say)
+        config = _config(folder, wait, start_up, paths_outside=paths_outside)
         node = _OtherNode(folder, config, trust, start_up, say)
         while True:
             code = node.take_part()
@@ -73,7 +81,7 @@ def join(folder: Path, *, trust: Iterable[str] = (), wait: float = 0.0, say: Cal
                 return code
 
 
-def _config(folder: Path, wait: float, start_up: StartUp) -> dict[str, Any]:
+def _config(folder: Path, wait: float, start_up: StartUp, *, paths_outside: bool) -> dict[str, Any]:
     """The run.yaml of a run that waits for nodes."""
     end = time.monotonic() + wait
     while read_invitation(folder) is None and time.monotonic() < end:
@@ -85,8 +93,8 @@ def _config(folder: Path, wait: float, start_up: StartUp) -> dict[str, Any]:
             f"join: expected the folder of a run, on a file system that this machine shares with its node 0, got "
             f"{folder}, which has no {RUN_YAML}"
         )
-    config = read_run_yaml(path)
-    if not _is_own(path):  # of another user, who may lead this one's output to any file
+    config = without_store(read_run_yaml(path))
+    if not paths_outside:
         config = without_paths_outside(config)
     launch = config["launch"]
     if launch.get("kind") != "torchrun" or launch.get("nodes", 1) == 1:
@@ -96,25 +104,6 @@ def _config(folder: Path, wait: float, start_up: StartUp) -> dict[str, Any]:
         how = f"has ended ({result.end})" if result else "does not wait for nodes; start it on its node 0"
         raise UserError(f"join: the run in {folder} {how}")
     return config
-
-
-def _go_to_its_folder(folder: Path, say: Callable[[str], None]) -> None:
-    """Change to the folder in which the run was started, from which relative paths and own packages are."""
-    invitation = read_invitation(folder)
-    if invitation is None or not _is_own(folder / JOIN):
-        return
-    try:
-        os.chdir(invitation.cwd)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        say(f"the run was started in {invitation.cwd}, which is not here ({reason}); paths are from {Path.cwd()}")
-
-
-def _is_own(path: Path) -> bool:
-    try:
-        return path.stat().st_uid == os.getuid()
-    except OSError:
-        return False
 
 
 class _OtherNode:

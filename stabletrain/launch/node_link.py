@@ -164,12 +164,10 @@ class Invitation:
     Args:
         address: of node 0.
         word: proves to node 0 that this one knows the folder.
-        cwd: the folder in which the run was started, from which relative paths are.
     """
 
     address: Address
     word: str
-    cwd: Path
 
 
 def read_invitation(folder: Path) -> Invitation | None:
@@ -180,8 +178,7 @@ def read_invitation(folder: Path) -> Invitation | None:
     """
     try:
         content = read_json(folder / JOIN)
-        cwd = Path(str(content.get("cwd", ".")))
-        return Invitation(address=parse_address(content["rdzv"]), word=str(content["word"]), cwd=cwd)
+        return Invitation(address=parse_address(content["rdzv"]), word=str(content["word"]))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, UserError):
         return None
 

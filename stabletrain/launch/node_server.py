@@ -93,7 +93,7 @@ class NodeServer:
         self._folder = folder
         path = folder / JOIN
         path.touch(mode=0o600)
-        write_json(path, {"rdzv": str(self._address), "word": self._word, "cwd": os.getcwd()})
+        write_json(path, {"rdzv": str(self._address), "word": self._word})
         os.chmod(path, 0o600)
         threading.Thread(target=self._accept, name="nodes", daemon=True).start()
 

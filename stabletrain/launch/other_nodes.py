@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from stabletrain.config.address import parse_address
+from stabletrain.config.outputs import check_outputs
 from stabletrain.config.problems import ConfigError, Problem
 from stabletrain.core.intervals import seconds
 from stabletrain.errors import UserError
@@ -27,6 +30,29 @@ def has_other_nodes(config: Mapping[str, Any]) -> bool:
     return launch.get("kind") == "torchrun" and int(launch.get("nodes", 1)) > 1
 
 
+def without_store(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run.yaml without the tracking store, to which only rank 0 writes, which is on node 0.
+
+    Args:
+        config: the content of run.yaml.
+    """
+    logger = config.get("logger")
+    return {**config, "logger": {**logger, "tracking_uri": None} if isinstance(logger, Mapping) else logger}
+
+
+def join_line(config: Mapping[str, Any]) -> str:
+    """Return what a user types on each other node, in the folder from which relative paths and own packages are.
+
+    Args:
+        config: the content of run.yaml.
+    """
+    words = ["stabletrain", "join", str(config["run_dir"])]
+    words += [word for name in config.get("trust") or () for word in ("--trust", name)]
+    if next(check_outputs({**without_store(config), "run_dir": None, "launch": None}, ()), None) is not None:
+        words.append("--paths-outside")  # as its user has typed on this node
+    return f"cd {shlex.quote(os.getcwd())} && {shlex.join(words)}"
+
+
 class OtherNodes:
     """The other nodes of a run.
 
@@ -41,6 +67,7 @@ class OtherNodes:
     def __init__(self, config: Mapping[str, Any], say: Callable[[str], None]) -> None:
         launch = config["launch"]
         self._folder = Path(config["run_dir"])
+        self._line = join_line(config)
         self._count, self._say = launch["nodes"], say
         self._limit = seconds(launch["join_timeout"], name="launch.join_timeout")
         self._address = parse_address(launch["rdzv"])
@@ -57,7 +84,7 @@ class OtherNodes:
         self._server.invite(self._folder)
         count = self._count - 1
         self._say(f"start on {f'each of the {count} other nodes' if count > 1 else 'the other node'}:")
-        self._say(f"  stabletrain join {self._folder}")
+        self._say(f"  {self._line}")
 
     def gather(self, waiting: Callable[[], None], *, number: int) -> NodePlace:
         """Wait for all nodes; return this one's place in an attempt.

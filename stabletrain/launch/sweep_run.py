@@ -137,7 +137,7 @@ class SweepRun:
             elif wanted is not None:
                 known = ", ".join(sorted(job.result.metrics)) or "none"
                 hint = did_you_mean(wanted, job.result.metrics)
-                _logger.warning("objective: job %d has no metric %s%s; it has: %s", job.number, wanted, hint, known)
+                _logger.warning("objective: job %d has no metric %s; it has: %s%s", job.number, wanted, known, hint)
         return self._objectives.get(job.recipe)
 
     def _value(self, job: SweepJob) -> float:

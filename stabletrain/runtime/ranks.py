@@ -38,8 +38,11 @@ class Ranks:
         """Number of processes."""
         self.is_first: bool = trainer.is_global_zero
         """Whether this is rank 0, which logs and writes files."""
-        self.number: int = trainer.global_rank
+
+    @property
+    def number(self) -> int:
         """This process, from 0."""
+        return int(getattr(self._strategy, "global_rank", 0))  # strategies of one process have none
 
     @property
     def device(self) -> torch.device:

@@ -18,6 +18,7 @@ from stabletrain.launch.attempts import ATTEMPT_ENV
 from stabletrain.launch.join import join
 from stabletrain.launch.node_link import JOIN, Link, connect, free_port, open_listener, proof, read_invitation
 from stabletrain.launch.node_server import NodeServer
+from stabletrain.launch.other_nodes import join_line
 from stabletrain.launch.rank_ends import RankEnd, read_ends, write_end
 from stabletrain.launch.result import Result
 from stabletrain.launch.run_folder import write_run_yaml
@@ -164,11 +165,11 @@ def test_what_cannot_be_joined_is_one_message(
     Result(end="stopped").write(folder)
     with pytest.raises(UserError, match=r"has ended \(stopped\)"):
         join(folder)
-    (folder / JOIN).write_text(f'{{"rdzv": "127.0.0.1:{free_port()}", "word": "x", "cwd": "/no"}}')
+    (folder / JOIN).write_text(f'{{"rdzv": "127.0.0.1:{free_port()}", "word": "x"}}')
     with pytest.raises(UserError, match=r"cannot be reached .*refused.* for 1 s"):
         join(folder, say=lambda line: None)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        (folder / JOIN).write_text(f'{{"rdzv": "127.0.0.1:{silent.getsockname()[1]}", "word": "x", "cwd": "/no"}}')
+        (folder / JOIN).write_text(f'{{"rdzv": "127.0.0.1:{silent.getsockname()[1]}", "word": "x"}}')
         with pytest.raises(UserError, match="is no run for 1 s"):
             join(folder, say=lambda line: None)
 
@@ -234,3 +235,21 @@ def test_who_does_not_know_the_word_does_not_lead_a_node(tmp_path: Path) -> None
         address = Address(host="127.0.0.1", port=listener.getsockname()[1])
         assert "is no run" in str(node._introduce(Link(connect(address, 5.0)), "secret", address))
     assert b"secret" not in heard[0]
+
+
+def test_the_line_for_the_other_nodes(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Bugs: a run.yaml from elsewhere leads the output of the other nodes to any file; the user's own run cannot be
+    joined with the printed line; each run with MLflow seems to write outside of its folder."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path(config["run_dir"])
+    launch = {"kind": "torchrun", "processes": 1, "nodes": 2, "threads": 1, "timeout": 5, "join_timeout": 1}
+    own = {**config, "launch": launch, "trust": ["mine"], "logger": {"tracking_uri": "sqlite:////a/b.db"}}
+    assert join_line(own) == f"cd {tmp_path} && stabletrain join {folder} --trust mine"
+    outside = {**own, "callbacks": {"save": {"_target_": "a.B", "dirpath": "/somewhere"}}}
+    assert join_line(outside).endswith(" --paths-outside")
+    folder.mkdir()
+    write_run_yaml(outside)
+    with pytest.raises(UserError, match=r"callbacks\.save\.dirpath: .*--paths-outside"):
+        join(folder)
+    with pytest.raises(UserError, match="does not wait for nodes"):
+        join(folder, paths_outside=True)

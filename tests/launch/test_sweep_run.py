@@ -133,7 +133,7 @@ def test_a_metric_that_does_not_exist_is_said(uri: str, caplog: pytest.LogCaptur
     sweep.open(uri, "demo")
     result: dict[str, Any] = {"end": "finished", "metrics": {"val/loss": 1.0}}
     sweep.add(SweepJob(number=0, recipe="gpt", name="", run_id=None, result=Result(**result), objective="val/los"))
-    assert "no metric val/los; it has: val/loss" in caplog.text
+    assert "no metric val/los; it has: val/loss; did you mean 'val/loss'?" in caplog.text
 
 
 def test_a_job_that_cannot_be_started_does_not_end_the_sweep(

@@ -39,7 +39,7 @@ class Interval:
         self._copies = 0
         self._quiet: deque[float] = deque(maxlen=_RECENT)
         self._busy: list[float] = []
-        self._costs: deque[float] = deque(maxlen=3)
+        self._costs: deque[float] = deque(maxlen=4)
 
     @property
     def is_automatic(self) -> bool:
@@ -80,7 +80,8 @@ class Interval:
             self._costs[-1] += max(0.0, sum(self._busy) - step * len(self._busy))
         self._costs.append(waited)
         lasts, self._busy = len(self._busy), []
-        steps = max(math.ceil(mean(self._costs) / (SHARE * step)), lasts + 1)
+        known = list(self._costs)[:-1] or [waited]  # what this copy costs while it is written shows only later
+        steps = max(math.ceil(mean(known) / (SHARE * step)), lasts + 1)
         return min(steps if self._copies else max(steps, _SECOND), _MOST)
 
     def saved(self, step: int, steps: int) -> None:
