@@ -156,7 +156,7 @@ def _attempt(
     result: Result, begun: Begun, began: Began | None, folder: Path, ranks: Sequence[int], end: RankEnd | None
 ) -> Attempt:
     lost = (began.time_ns - begun.last_step_ns) / 1e9 if began is not None and begun.last_step_ns else 0.0
-    ranks = ranks if result.end != "finished" else ()
+    ranks = ranks if result.end in ("failed", "killed") else ()
     host = (end.host if end is not None else socket.gethostname()) if ranks else ""
     return Attempt(
         attempt=begun.number,

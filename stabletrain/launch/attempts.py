@@ -7,6 +7,7 @@ attempts: the launcher, or a batch script. The number of the attempt that runs i
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Mapping
@@ -30,6 +31,8 @@ ATTEMPT_ENV = "STABLETRAIN_ATTEMPT"
 """Environment variable of a run's processes: the number of their attempt, from 1."""
 
 _MOST_RANKS = 1_000
+_MOST_LINES = 10_000
+"""Of a file that may come from anywhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +110,7 @@ def read_attempts_file(path: Path) -> list[Attempt]:
     """
     found: list[Attempt] = []
     with suppress(OSError):
-        for line in read_lines(path):
+        for line in itertools.islice(read_lines(path), _MOST_LINES):
             if line.record is not None and (attempt := _parse(line.record)) is not None:
                 found.append(attempt)
     return found

@@ -108,7 +108,12 @@ class _Batch:
         self._mark(begun)
         worker = [*PYTHON, "-m", "stabletrain.worker", str(self._run_yaml), PATHS_OUTSIDE]
         environment = {**os.environ, ATTEMPT_ENV: str(number)}
-        with subprocess.Popen(["srun", "--kill-on-bad-exit=1", *worker], env=environment) as process:
+        try:
+            process = subprocess.Popen(["srun", "--kill-on-bad-exit=1", *worker], env=environment)
+        except OSError as error:  # the run ends as one whose processes could not start, and has its status
+            _say(f"srun cannot be started ({error.strerror or error}): the job needs SLURM's commands in its PATH")
+            return end_attempt(self._config, ProcessEnd(code=127), begun)
+        with process:
             # while the workers import; a job that is preempted has little time for imports
             mlflow_run.import_client(self._config)
             if number > 1:

@@ -161,7 +161,7 @@ def wait_for(process: subprocess.Popen[bytes], begin: Callable[[], None]) -> Pro
     forwarder = _Forwarder(process, through_torchrun=through_torchrun)
     with _forward_signals(forwarder):
         begin()
-        workers = [psutil.Process(pid) for pid in children(process.pid)] if through_torchrun else []
+        workers = list(_started_by(process)) if through_torchrun else []
         code = process.wait()
         # only the third signal of the user kills torchrun from here
         abandoned = through_torchrun and code < 0 and forwarder.count <= 2
@@ -169,6 +169,12 @@ def wait_for(process: subprocess.Popen[bytes], begin: Callable[[], None]) -> Pro
             _end_all(workers)
     kill(process)
     return ProcessEnd(code=code, signum=forwarder.first, killed=forwarder.count > 2, abandoned=abandoned)
+
+
+def _started_by(process: subprocess.Popen[bytes]) -> Iterator[psutil.Process]:
+    for pid in children(process.pid):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended at this moment
+            yield psutil.Process(pid)
 
 
 def _end_all(processes: Sequence[psutil.Process]) -> None:

@@ -221,7 +221,7 @@ def _interrupted(config: Mapping[str, Any], last: AttemptEnd, error: StartInterr
     name = signal.Signals(error.signum).name
     message = f"ended by {name} before attempt {last.attempt.attempt + 1}; attempt {last.attempt.attempt} had died: "
     message = one_message(message + last.result.message)
-    result = replace(last.result, end=error.result.end, message=message)
+    result = replace(last.result, end=error.result.end, message=message, steps=last.attempt.step)
     with suppress(OSError):
         result.write(Path(config["run_dir"]))
     return result
