@@ -26,7 +26,7 @@ def has_other_nodes(config: Mapping[str, Any]) -> bool:
     Args:
         config: composed, or the content of run.yaml.
     """
-    launch = config["launch"]
+    launch = config.get("launch") or {}
     return launch.get("kind") == "torchrun" and int(launch.get("nodes", 1)) > 1
 
 

@@ -166,7 +166,8 @@ def test_the_page_lists_what_a_run_writes(tmp_path: Path, uri: str, client: Any)
     written = [re.sub("/net.*", "/<layer>", name) for name in written]
     written = [re.sub("^stability_nonfinite/.*", "stability_nonfinite/<metric>", name) for name in written]
     on_page = re.findall(r"^\| `((?:stability|throughput)[^`]+)` \|", PAGE.read_text(), re.MULTILINE)
-    assert set(on_page) == {*written, "throughput/tokens_per_s"}  # these batches hold no tokens
+    of_ranks = {"stability/replica_checks", "stability/replica_differences"}  # of several processes
+    assert set(on_page) == {*written, *of_ranks, "throughput/tokens_per_s"}  # these batches hold no tokens
 
 
 def test_a_named_instance_has_a_place_of_its_own() -> None:
