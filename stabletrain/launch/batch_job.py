@@ -110,17 +110,19 @@ class _Batch:
         environment = {**os.environ, ATTEMPT_ENV: str(number)}
         try:
             process = subprocess.Popen(["srun", "--kill-on-bad-exit=1", *worker], env=environment)
-        except OSError as error:  # the run ends as one whose processes could not start, and has its status
-            _say(f"srun cannot be started ({error.strerror or error}): the job needs SLURM's commands in its PATH")
-            return end_attempt(self._config, ProcessEnd(code=127), begun)
-        with process:
-            # while the workers import; a job that is preempted has little time for imports
-            mlflow_run.import_client(self._config)
-            if number > 1:
-                mlflow_run.continue_run(self._config, number)
-            code = process.wait()
-        ended = ProcessEnd(code=code if code >= 0 else 128 - code, signum=self._signum)
-        last = end_attempt(self._config, ended, begun)
+        except OSError as error:
+            reason = f"srun cannot be started ({error.strerror or error}): the job needs SLURM's commands in its PATH"
+            result = Result(end="failed", message=reason)
+            last = conclude(self._config, failed_start(begun, result, self._folder), result, may_restart=False)
+        else:
+            with process:
+                # while the workers import; a job that is preempted has little time for imports
+                mlflow_run.import_client(self._config)
+                if number > 1:
+                    mlflow_run.continue_run(self._config, number)
+                code = process.wait()
+            ended = ProcessEnd(code=code if code >= 0 else 128 - code, signum=self._signum)
+            last = end_attempt(self._config, ended, begun)
         with suppress(OSError):
             self._marker.unlink()
         return last

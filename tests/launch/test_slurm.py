@@ -138,6 +138,15 @@ def test_a_death_is_restarted_within_the_job_until_the_budget_is_used(job: FakeJ
     assert "launch.restarts: 2 of 2 without progress" in capfd.readouterr().err
 
 
+def test_a_job_without_srun_ends_as_one_whose_processes_could_not_start(job: FakeJob, monkeypatch: Any) -> None:
+    """Bugs: a traceback, and the run stays RUNNING; the attempt is recorded again when the job is started again."""
+    monkeypatch.setenv("PATH", str(job.bin))
+    assert job() == 1
+    assert job.causes == ["failed"]
+    assert job() == 1
+    assert [each.attempt for each in read_attempts(job.run_yaml.parent)] == [1, 2]
+
+
 def test_a_requeued_job_goes_on_with_the_next_attempt(job: FakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bugs: the job begins anew; a preemption is a final end in MLflow, or counts as a death; an attempt whose job was
     killed before it could record anything is not counted, and its number is given again."""
