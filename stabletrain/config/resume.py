@@ -44,7 +44,7 @@ def checkpoint_of_run(folder: Path) -> Path | None:
         is loaded.
     """
     checkpoints = folder / CHECKPOINTS
-    if _verified_in(checkpoints):
+    if verified_in(checkpoints):
         return checkpoints
     found = (path for path in newest_files(checkpoints) if path.is_dir() or file_problem(path) is None)
     newest = next(found, None)
@@ -68,7 +68,7 @@ def resume_problem(resume: str) -> str | None:
     if not path.is_dir():
         problem = file_problem(path)
         return problem and f"{path} {problem}; {_EXPECTED}"
-    verified = [path] if (path / MANIFEST).exists() or path.name.startswith("step-") else _verified_in(path)
+    verified = [path] if (path / MANIFEST).exists() or path.name.startswith("step-") else verified_in(path)
     if verified:
         return _damage(path, verified)
     if any((path / name).exists() for name in _OF_STRATEGIES):
@@ -78,7 +78,7 @@ def resume_problem(resume: str) -> str | None:
 
 def _damage(path: Path, verified: list[Path]) -> str | None:
     """The damage of the newest checkpoint, if all are damaged; reading falls back to any other."""
-    siblings = _verified_in(path.parent) if verified == [path] else []
+    siblings = verified_in(path.parent) if verified == [path] else []
     problem = None
     for each in [*verified, *reversed(siblings)]:
         try:
@@ -91,6 +91,10 @@ def _damage(path: Path, verified: list[Path]) -> str | None:
     return f"{problem}; there is no other to read instead: use another checkpoint"
 
 
-def _verified_in(folder: Path) -> list[Path]:
-    """The verified checkpoints of a folder, by name, the last first."""
+def verified_in(folder: Path) -> list[Path]:
+    """Return the verified checkpoints of a folder, by name, the last first.
+
+    Args:
+        folder: of checkpoints.
+    """
     return sorted((each.parent for each in folder.glob(f"step-*/{MANIFEST}")), reverse=True)

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from stabletrain.config.resume import checkpoint_of_run
+from stabletrain.config.resume import checkpoint_of_run, verified_in
 from stabletrain.launch.bounded import is_count, one_message
 from stabletrain.launch.result import EXIT_CODES, End
 from stabletrain.runtime.checkpoints.errors import CheckpointError
@@ -143,9 +143,9 @@ def _own_checkpoints(config: Mapping[str, Any]) -> Path | None:
     if not isinstance(given, str):
         return checkpoint_of_run(folder)
     place, found = Path(given).expanduser().absolute(), []
-    for file in place.glob(f"step-*/{MANIFEST}"):
+    for each in verified_in(place):
         with suppress(CheckpointError, OSError):
-            found.append((Manifest.read(file.parent), file.stat().st_mtime))
+            found.append((Manifest.read(each), (each / MANIFEST).stat().st_mtime))
     newest, written = max(found, key=lambda each: each[0].sequence, default=(None, 0.0))
     with suppress(OSError):
         begun = (folder / RUN_YAML).stat().st_mtime

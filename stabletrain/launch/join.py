@@ -262,7 +262,7 @@ class _OtherNode:
             try:
                 problems = checked(workers, process, launch["processes"], self._start_up)
                 if problems:
-                    raise ConfigError(dict.fromkeys(problems))
+                    raise ConfigError(problems)
                 ended: ProcessEnd = wait_for(process, lambda: workers.train(self._folder / RUN_YAML))
             finally:
                 end(workers, process)

@@ -29,7 +29,7 @@ from stabletrain.launch import mlflow_run
 from stabletrain.launch.attempt_end import AttemptEnd
 from stabletrain.launch.connection import Report, Workers
 from stabletrain.launch.other_nodes import has_other_nodes, other_nodes
-from stabletrain.launch.process import ProcessEnd, local_command, start_process, worker_environment
+from stabletrain.launch.process import local_command, start_process, worker_environment
 from stabletrain.launch.recording import git_of_run, record_git
 from stabletrain.launch.result import Result, read_result
 from stabletrain.launch.run_attempts import Processes, go_on, started
@@ -461,7 +461,8 @@ def _run_job(job: Job, shared: _Shared, start_up: StartUp, report: Reporter, pla
             report.starting(config, job.number)
             _say_if_not_restarted(config)
             ended = processes.train(opened.use)
-        first = _first_end(processes, config, ended)
+        with _settled_if_cut_short(config):
+            first = processes.end(config, ended)
     return _finish_job(job, config, shared, start_up, first, start, prefix)
 
 
@@ -475,7 +476,6 @@ def _run_on_several_nodes(
 ) -> FinishedJob:
     """Run a job whose other nodes read the run's folder, so that the run is opened before any process is started."""
     with other_nodes(config, report.note) as nodes:
-        assert nodes is not None
         uri, git = mlflow_run.open_store(config), git_of_run(config)
         start = partial(start, nodes=nodes)
         with _opened(config, job, shared, uri, git, start_up) as opened:
@@ -485,14 +485,17 @@ def _run_on_several_nodes(
             with start(config) as processes:
                 processes.check()
                 ended = processes.train(opened.use)
-                first = _first_end(processes, config, ended)
+                with _settled_if_cut_short(config):
+                    first = processes.end(config, ended)
         return _finish_job(job, config, shared, start_up, first, start)
 
 
-def _first_end(processes: Processes, config: Mapping[str, Any], ended: ProcessEnd) -> AttemptEnd:
+@contextmanager
+def _settled_if_cut_short(config: Mapping[str, Any]) -> Iterator[None]:
+    """Set the status of a run if the block, which comes after its training, is cut short by a second signal."""
     try:
-        return processes.end(config, ended)
-    except BaseException as error:  # a second signal
+        yield
+    except BaseException as error:
         mlflow_run.settle_run(config, read_result(Path(config["run_dir"])) or _result_of(error))
         raise
 
@@ -512,11 +515,8 @@ def _finish_job(
         with shared.store_lock:
             mlflow_run.continue_run(config, number)
 
-    try:
+    with _settled_if_cut_short(config):
         result = go_on(config, first, lambda each, number: start(each, number=number), start_up, reopen, prefix)
-    except BaseException as error:  # a second signal
-        mlflow_run.settle_run(config, read_result(Path(config["run_dir"])) or _result_of(error))
-        raise
     with shared.store_lock:
         warning = mlflow_run.finish_run(config, result)
     return _finished(job, config, result, warning=warning)

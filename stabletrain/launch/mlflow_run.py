@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -126,17 +126,14 @@ def continue_run(config: Mapping[str, Any], attempt: int) -> None:
         config: the content of run.yaml.
         attempt: number of the attempt, from 2.
     """
-    if is_tracked(config) and config["logger"].get("run_id"):
-        from stabletrain.tracking.runs import reopen, write_tags
-        from stabletrain.tracking.sqlite_file import check_file
-        from stabletrain.tracking.store import open_client
 
-        uri, run_id = config["logger"]["tracking_uri"], config["logger"]["run_id"]
-        with suppress(Exception):
-            check_file(uri)
-            client = open_client(uri)
-            reopen(client, run_id)
-            write_tags(client, run_id, {ATTEMPTS_TAG: attempt})
+    def go_on(client: Any, run_id: str) -> None:
+        from stabletrain.tracking.runs import reopen, write_tags
+
+        reopen(client, run_id)
+        write_tags(client, run_id, {ATTEMPTS_TAG: attempt})
+
+    _attempt(config, go_on)
 
 
 def import_client(config: Mapping[str, Any]) -> None:
@@ -160,14 +157,19 @@ def suspend_run(config: Mapping[str, Any]) -> None:
     Args:
         config: the content of run.yaml.
     """
+    _attempt(config, lambda client, run_id: client.update_run(run_id, status="SCHEDULED"))
+
+
+def _attempt(config: Mapping[str, Any], change: Callable[[Any, str], object]) -> None:
+    """Call ``change`` with a client of the store and the run's id, if there is one; a store that fails is ignored."""
     if is_tracked(config) and config["logger"].get("run_id"):
         from stabletrain.tracking.sqlite_file import check_file
         from stabletrain.tracking.store import open_client
 
+        uri, run_id = config["logger"]["tracking_uri"], config["logger"]["run_id"]
         with suppress(Exception):
-            check_file(config["logger"]["tracking_uri"])
-            client = open_client(config["logger"]["tracking_uri"])
-            client.update_run(config["logger"]["run_id"], status="SCHEDULED")
+            check_file(uri)
+            change(open_client(uri), run_id)
 
 
 def _status_in(folder: Path) -> Literal["FINISHED", "FAILED", "KILLED"] | None:

@@ -127,16 +127,13 @@ class OtherNodes:
 
 
 @contextmanager
-def other_nodes(config: Mapping[str, Any], say: Callable[[str], None]) -> Iterator[OtherNodes | None]:
-    """Listen for the other nodes of a run while the block lasts; None for a run without them.
+def other_nodes(config: Mapping[str, Any], say: Callable[[str], None]) -> Iterator[OtherNodes]:
+    """Listen for the other nodes of a run while the block lasts.
 
     Args:
-        config: the content of run.yaml.
+        config: the content of run.yaml; see `has_other_nodes`.
         say: prints a line.
     """
-    if not has_other_nodes(config):
-        yield None
-        return
     nodes = OtherNodes(config, say)
     try:
         yield nodes

@@ -78,7 +78,7 @@ class Processes:
         """
         problems = checked(self._workers, self._process, self._config["launch"]["processes"], self._start_up)
         if problems:
-            raise ConfigError(dict.fromkeys(problems))
+            raise ConfigError(problems)
 
     def train(self, used: Callable[[], object]) -> ProcessEnd:
         """Let them train, and wait for their end.

@@ -8,8 +8,6 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from stabletrain.core.lengths import RunLength
@@ -19,6 +17,7 @@ from stabletrain.planning.fit import fit, trainer_of_plan, values_of_generators
 from stabletrain.planning.plan import Collective, PerRank, Plan
 from stabletrain.planning.plugins import plans_of
 from stabletrain.planning.tracing import Traced, TraceSteps, fill_state
+from stabletrain.runtime.internals import shards
 from stabletrain.runtime.internals.fake_world import bucket_sizes, fake_world
 
 
@@ -85,23 +84,12 @@ def estimate(
             if not trace.has_optimizer:
                 raise CannotPlan(place(error)) from error
             stopped = error
-            reshard(parts.module)
+            shards.reshard(parts.module)  # an exception in the step has left parameters whole
         found = _Found(trainer, parts.module, trace, None if stopped is None else place(stopped))
         plan = found.plan(recipe, processes, nodes)
         length = trace.length or RunLength()
         said = plans_of(parts.plugins, trainer, plan.per_rank, plan.micro_batches, length)
         return replace(plan, plugins=said)
-
-
-def reshard(module: nn.Module) -> None:
-    """Let FSDP2's parameters be shards again, which an exception in the step has left whole.
-
-    Args:
-        module: that its strategy has sharded, or not.
-    """
-    for each in module.modules():
-        if isinstance(each, FSDPModule):
-            each.reshard()
 
 
 class _Found:

@@ -20,7 +20,7 @@ from stabletrain.core.lengths import LengthLike
 from stabletrain.core.planned import Planned, Sizes, total
 from stabletrain.errors import UserError, require
 from stabletrain.runtime.accumulation import AccumulationWindow
-from stabletrain.runtime.checkpoints.collecting import collect, divides_with_dtensors, is_divided
+from stabletrain.runtime.checkpoints.collecting import collected, divides_with_dtensors, is_divided
 from stabletrain.runtime.checkpoints.data_only import naming_optimizers
 from stabletrain.runtime.checkpoints.divided_saver import DividedSaver
 from stabletrain.runtime.checkpoints.going_on import GoOn, Trained
@@ -210,7 +210,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
                 )
             return None
         self._saves += 1
-        checkpoint = self._collect(trainer)
+        checkpoint = collected(trainer, self._divided)
         self._saved_at = _position(trainer)
         self._triggers.saved(time.monotonic())
         if self._saver is not None:
@@ -451,9 +451,6 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
             return DividedSaver(store, trainer, self.background, setting)
         return Saver(store, self.background, setting) if trainer.is_global_zero else None
 
-    def _collect(self, trainer: Trainer) -> dict[str, Any]:
-        return collect(trainer) if self._divided else trainer_internals.dump_checkpoint(trainer)
-
     def _is_due(self, trainer: Trainer) -> bool:
         """Whether a checkpoint is due, by the clock of any rank; the same on all ranks."""
         if self._triggers.seconds is None or not sigterm.is_asked_after_batch(trainer, self._looked_at):
@@ -464,7 +461,7 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
     def _check_and_allocate(self, trainer: Trainer) -> None:
         """After the first step: raise an error for state that cannot be saved, and allocate the memory for the copy."""
         self._checked = True
-        checkpoint = self._collect(trainer)
+        checkpoint = collected(trainer, self._divided)
         if self._saver is not None:
             with naming_optimizers(trainer.optimizers):
                 self._saver.prepare(checkpoint)

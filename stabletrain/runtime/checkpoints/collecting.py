@@ -45,6 +45,16 @@ def is_divided(trainer: Trainer) -> bool:
     return trainer.world_size > 1 and any(divides_state(each) for each in trainer.optimizers)
 
 
+def collected(trainer: Trainer, divided: bool) -> dict[str, Any]:
+    """The state of a run, for a checkpoint or a copy in memory. A collective.
+
+    Args:
+        trainer: in a fit, between two batches.
+        divided: whether the strategy divides the model among the processes.
+    """
+    return collect(trainer) if divided else trainer_internals.dump_checkpoint(trainer)
+
+
 def collect(trainer: Trainer) -> dict[str, Any]:
     """The content of a checkpoint, as Lightning collects it, with a `Part` for each tensor of model and optimizers.
 

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from stabletrain.runtime.checkpoints.collecting import collect, parts_of
+from stabletrain.runtime.checkpoints.collecting import parts_of
 from stabletrain.runtime.checkpoints.encoding import Encoded
 from stabletrain.runtime.checkpoints.names import plain_name
 from stabletrain.runtime.checkpoints.pieces import Piece, blocks_of
@@ -49,16 +49,6 @@ class Contents:
         """Add a tensor of rank 0's that all processes need; before all others."""
         self.add(name, whole(tensor.shape), tensor)
         self.common = len(self.pieces)
-
-
-def collected(trainer: Trainer, divided: bool) -> dict[str, Any]:
-    """The state of a run, as for its checkpoint on disk. A collective.
-
-    Args:
-        trainer: in a fit, between two batches.
-        divided: whether the strategy divides the model among the processes.
-    """
-    return collect(trainer) if divided else trainer_internals.dump_checkpoint(trainer)
 
 
 def of_divided(checkpoint: Mapping[str, Any], is_first: bool) -> Contents:

@@ -13,14 +13,13 @@ from lightning.pytorch import Trainer
 
 from stabletrain.core.bytes import shown
 from stabletrain.errors import UserError
-from stabletrain.runtime.checkpoints.collecting import divides_with_dtensors, is_divided
+from stabletrain.runtime.checkpoints.collecting import collected, divides_with_dtensors, is_divided
 from stabletrain.runtime.checkpoints.data_only import naming_optimizers
 from stabletrain.runtime.checkpoints.errors import CheckpointError
 from stabletrain.runtime.checkpoints.loading import newest, store_of
 from stabletrain.runtime.checkpoints.manifest import CheckpointInfo, Manifest
 from stabletrain.runtime.checkpoints.memory import capacity
 from stabletrain.runtime.checkpoints.memory.choice import Choice, Chosen
-from stabletrain.runtime.checkpoints.memory.contents import collected
 from stabletrain.runtime.checkpoints.memory.exchange import first_problem
 from stabletrain.runtime.checkpoints.memory.interval import Interval
 from stabletrain.runtime.checkpoints.memory.nodes import Nodes
