@@ -21,15 +21,17 @@ from stabletrain.config.build import build_callback
 from stabletrain.config.discovery import BUILT
 from stabletrain.config.kinds import TRAINER_PARTS
 from stabletrain.config.launch_keys import check_launch, check_runtime
+from stabletrain.config.origins import with_origin
 from stabletrain.config.outputs import check_outputs, typed_keys
 from stabletrain.config.problems import Problem, suggestion
 from stabletrain.config.resume import resume_problem
 from stabletrain.config.trust import OPTIMIZERS
 from stabletrain.config.types import mismatch
-from stabletrain.config.values import check_values, unwritable
+from stabletrain.config.values import check_values
 from stabletrain.core import bytes
 from stabletrain.errors import UserError
 from stabletrain.optim.options import KEY, GroupOptions, group_options
+from stabletrain.paths import unwritable
 from stabletrain.runtime.records.run_files import RUN_YAML, RUN_YAML_RECORD
 from stabletrain.settings import by_config
 
@@ -75,7 +77,7 @@ def check(composed: Composed, trust: Iterable[str] = ()) -> list[Problem]:
     reported = {problem.key for problem in found}
     trust = tuple(trust)
     named = [*check_signatures(composed.config, trust), *check_constructors(composed.config, trust)]
-    return found + [problem for problem in named if problem.key not in reported]
+    return with_origin(found + [problem for problem in named if problem.key not in reported], composed.origins)
 
 
 def check_keys(composed: Composed) -> list[Problem]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stabletrain.config.compose import Composed, compose, expand
+from stabletrain.config.origins import with_origin
 from stabletrain.config.outputs import typed_keys
 from stabletrain.config.problems import ConfigError, Problem
 from stabletrain.config.restarts import allowed_restarts
@@ -160,7 +161,7 @@ def prepare(request: LaunchRequest) -> list[Job]:
     if problems:
         reported = {problem.key for problem in problems}
         problems += [p for p in _problems_in(jobs, request, build=False) if p.key not in reported]
-        raise ConfigError(dict.fromkeys(problems))
+        raise _refused(problems, jobs)
     return jobs
 
 
@@ -178,7 +179,7 @@ def check_jobs(jobs: Sequence[Job], request: LaunchRequest) -> None:
     """
     problems = _problems_in(jobs, request, build=True)
     if problems:
-        raise ConfigError(dict.fromkeys(problems))
+        raise _refused(problems, jobs)
 
 
 def plan_jobs(jobs: Sequence[Job], request: LaunchRequest) -> list[tuple[Plan | None, str | None]]:
@@ -199,7 +200,7 @@ def plan_jobs(jobs: Sequence[Job], request: LaunchRequest) -> list[tuple[Plan | 
     found = _reports_on(jobs, request, then="plan", build=True)
     problems = problems_in(found)
     if problems:
-        raise ConfigError(problems)
+        raise _refused(problems, jobs)
     return [(None if plan is None else from_json(plan), why) for report in found for plan, why in report.plans]
 
 
@@ -379,6 +380,12 @@ def _problems_in(jobs: Sequence[Job], request: LaunchRequest, *, build: bool) ->
     return problems_in(_reports_on(jobs, request, then="end", build=build))
 
 
+def _refused(problems: Iterable[Problem], jobs: Sequence[Job]) -> ConfigError:
+    """The error that shows the mistakes in jobs, each once, with the option that has set a key of another group."""
+    origins = {key: option for job in jobs for key, option in job.composed.origins.items()}
+    return ConfigError(with_origin(dict.fromkeys(problems), origins))
+
+
 def _reports_on(
     jobs: Sequence[Job], request: LaunchRequest, *, then: Literal["end", "plan"], build: bool
 ) -> list[Report]:
@@ -398,8 +405,10 @@ def _run_job_of_several(job: Job, shared: _Shared, start_up: StartUp, report: Re
     try:
         return _run_job(job, shared, start_up, report, place)
     except (StartFailed, UserError) as error:
+        if isinstance(error, ConfigError):
+            error = _refused(error.problems, [job])
         if job.number is None:
-            raise
+            raise error  # the same one, with its traceback, or the mistakes in the config
         report.not_started(error, job.number)
         config = run_config(job.composed, shared.request.trust)
         config["run_dir"] = str(choose_run_folder(job.composed.recipe, config["run_dir"], job=job.number))
