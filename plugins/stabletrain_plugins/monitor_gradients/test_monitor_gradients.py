@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from stabletrain.core.layer_names import layer_names
 from stabletrain.errors import UserError
 from stabletrain.runtime import gradients
 from stabletrain.runtime.guard.callbacks import as_callback
 from stabletrain.runtime.guard.options import Guard
 from stabletrain_plugins.clip_norm.rule import ClipNormRule
 from stabletrain_plugins.monitor_gradients import callback
-from stabletrain_plugins.monitor_gradients.callback import MonitorGradients, layer_names
+from stabletrain_plugins.monitor_gradients.callback import MonitorGradients
 from stabletrain_plugins.skip_nonfinite.rule import SkipNonFiniteRule
 
 CONF = Path(__file__).parent / "conf" / "plugins" / "gradients" / "monitor.yaml"
