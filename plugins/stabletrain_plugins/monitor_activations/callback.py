@@ -29,9 +29,13 @@ METRICS = (
     MetricInfo("stability_layers/zeros/<layer>", "0 to 1", "share of zeros in the outputs of ReLU and the like"),
     MetricInfo("stability_layers/saturated/<layer>", "0 to 1", "share of outputs of sigmoid and tanh without slope"),
     MetricInfo("stability_layers/attention_bound/<layer>", "logit", "max|q| max|k| scale, which no logit exceeds"),
-    MetricInfo("stability_layers/attention_logit/<layer>/<head>", "logit", "largest of attention, with attention=exact"),
     MetricInfo(
-        "stability_layers/attention_entropy/<layer>/<head>", "nats", "mean of the attention weights, with attention=exact"
+        "stability_layers/attention_logit/<layer>/<head>", "logit", "largest of attention, with attention=exact"
+    ),
+    MetricInfo(
+        "stability_layers/attention_entropy/<layer>/<head>",
+        "nats",
+        "mean of the attention weights, with attention=exact",
     ),
     MetricInfo("stability/output_logit", "logit", "largest absolute value of the logits at cross_entropy"),
     MetricInfo("stability/output_logz", "nats", "mean logsumexp of the logits at cross_entropy"),

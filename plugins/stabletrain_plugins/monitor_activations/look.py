@@ -82,7 +82,9 @@ class Look:
 
     def _see_output(self, output: Output) -> None:
         if output.again:
-            rows = [(key._replace(module=output.module, again=True, of_function=False), value) for key, value in self._last]
+            rows = [
+                (key._replace(module=output.module, again=True, of_function=False), value) for key, value in self._last
+            ]
         else:
             rows = _of_output(output)
         self._last = rows
