@@ -94,7 +94,7 @@ def test_readings_by_hand() -> None:
         module.net[1][0].weight.fill_(1.0)
         module.net[1][0].bias.zero_()
     outputs = [module.net[0](x).detach() for x in (first, second)]
-    optimizer = torch.optim.SGD(module.parameters(), 0.0)
+    optimizer = torch.optim.SGD(module.parameters(), 1e-9)
     module.configure_optimizers = lambda: optimizer  # type: ignore[method-assign]
     monitor = MonitorActivations(every=1)
     items = [first, ignored, second, ignored]
@@ -106,7 +106,8 @@ def test_readings_by_hand() -> None:
     after = both.sum(1).tanh()
     assert found(metrics, "saturated") == {"net.1": float((after > 0.97).float().mean())}
     assert found(metrics, "activation_max")["net.1"] == 100.0  # its linear part
-    logits = [x.sum(1).tanh().view(2, 1).expand(2, 2) * x0.abs().sum() for x, x0 in zip(outputs, (first, second))]
+    pairs = zip(outputs, (first, second), strict=True)
+    logits = [x.sum(1).tanh().view(2, 1).expand(2, 2) * batch.abs().sum() for x, batch in pairs]
     assert metrics["stability/output_logit"] == pytest.approx(max(x.abs().max().item() for x in logits))
     assert metrics["stability/output_logz"] == pytest.approx(torch.cat(logits).logsumexp(1).mean().item())
 
@@ -197,7 +198,7 @@ def test_a_limit_is_an_event_and_nothing_else() -> None:
 
 
 def test_a_layer_of_torch_that_is_only_evaluated_keeps_its_kernel(caplog: Any) -> None:
-    """Bug: a frozen transformer layer is computed step by step while it is observed: other bits than its fused kernel."""
+    """Bug: a frozen transformer layer is computed step by step while it is observed, with other bits."""
 
     class Frozen(Encoder):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Function modes that are left in another order than they were entered, and tensors that only live inside a transform."""
+"""Function modes that are left in any order, and tensors that only live inside a transform."""
 
 from __future__ import annotations
 
