@@ -113,7 +113,7 @@ class MonitorActivations(GuardMember):
         self._seen: list[tuple[int, Stacked[Key]]] = []
         self._looked = self._due = 0
         self._common: CommonReadings | None = None
-        self._told = False
+        self._told = self._failed = False
 
     @property
     def state_key(self) -> str:
@@ -147,7 +147,7 @@ class MonitorActivations(GuardMember):
             return
         self._looked = step + 1
         self._due += 1
-        if not self._is_refused(guard):
+        if not self._failed and not self._is_refused(guard):
             self._look = Look(guard.module, self.attention, self.logits)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -192,11 +192,18 @@ class MonitorActivations(GuardMember):
 
     def _close(self) -> None:
         look, self._look = self._look, None
-        if look is not None:
-            self._seen.append((self._looked - 1, look.close()))
+        if look is None:
+            return
+        numbers = look.close()
+        if look.error is None:
+            self._seen.append((self._looked - 1, numbers))
+        else:
+            self._failed = True
+            logger.warning("monitor_activations: an error in a reading; no more are made", exc_info=look.error)
 
     def metrics(self) -> dict[str, float]:
         """The readings since the last call, copied from the device in one transfer. A collective after a look."""
+        self._close()  # a callback has ended the epoch before the step
         guard, common, due, self._due = self._guard, self._common, self._due, 0
         seen, self._seen = self._seen, []
         if guard is None or common is None or not due:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from stabletrain.runtime.observing.undisturbed import run_eagerly
 What: TypeAlias = Literal[
     "norm", "largest", "zeros", "saturated", "bound", "logit", "entropy", "output_logit", "output_logz"
 ]
+T = TypeVar("T")
 Attention: TypeAlias = Literal["none", "bound", "exact"]
 
 SATURATED = 0.97
@@ -55,6 +56,8 @@ class Key(NamedTuple):
 class Look:
     """Reads the outputs, attention and loss calls of a module from its beginning until `close`.
 
+    An error in a reading ends the readings, and not the training.
+
     Args:
         module: that is trained.
         attention: of attention calls nothing, a bound of the logits, or their largest and the entropy of each head.
@@ -64,14 +67,16 @@ class Look:
     def __init__(self, module: nn.Module, attention: Attention, logits: bool) -> None:
         self._numbers = DeviceNumbers[Key]()
         self._last: list[tuple[Key, Tensor]] = []
+        self.error: Exception | None = None
+        """What a reading has raised."""
         with ExitStack() as stack:
             stack.enter_context(run_eagerly())
-            stack.enter_context(Outputs(module, self._see_output))
+            stack.enter_context(Outputs(module, self._safely(self._see_output)))
             if attention != "none":
                 see = self._see_bound if attention == "bound" else self._see_attention
-                stack.enter_context(AttentionCalls(module, see))
+                stack.enter_context(AttentionCalls(module, self._safely(see)))
             if logits:
-                stack.callback(modes.enter(LossCalls(self._see_loss, [F.cross_entropy])))
+                stack.callback(modes.enter(LossCalls(self._safely(self._see_loss), [F.cross_entropy])))
             self._opened = stack.pop_all()
 
     def close(self) -> Stacked[Key]:
@@ -79,6 +84,18 @@ class Look:
         self._opened.close()
         self._last = []
         return self._numbers.stacked()
+
+    def _safely(self, see: Callable[[T], None]) -> Callable[[T], None]:
+        """The same function, until one has raised an error."""
+
+        def seen(what: T) -> None:
+            if self.error is None:
+                try:
+                    see(what)
+                except Exception as error:
+                    self.error = error
+
+        return seen
 
     def _see_output(self, output: Output) -> None:
         if output.again:

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from stabletrain import MonitorActivations, MonitorGradients, UserError
 from stabletrain.runtime.internals import modes
+from stabletrain_plugins.monitor_activations import look
 
 LAYERS = "stability_layers/"
 
@@ -229,6 +230,20 @@ def test_nonfinite_outputs_are_counted_and_enter_no_mean() -> None:
     metrics = dict(fit(Spoilt(), items, MonitorActivations(every=1, depth=None), log_every_n_steps=3).callback_metrics)
     assert metrics["stability/nonfinite_outputs"] == 6  # net.0, its relu, net.1 and its parts, net
     assert all(math.isfinite(value) for value in metrics.values())
+
+
+def test_an_error_in_a_reading_ends_the_readings_only(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    """Bug: a tensor that cannot be read, or no memory for it, ends the run."""
+
+    def fails(call: Any) -> Tensor:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(look.attention, "logit_bound", fails)
+    case = CASES["char_gpt"]
+    mine = train(case, MonitorActivations(every=1))
+    assert_same(everything(mine), everything(train(case)))
+    assert caplog.text.count("no more are made") == 1
+    assert not found(dict(mine.callback_metrics), "activation_rms")
 
 
 def test_two_ranks_have_common_readings(tmp_path: Path) -> None:
