@@ -102,11 +102,9 @@ class MonitorGradients(GuardMember):
         self.rms_t = rms_t
         self.spectral_norm = spectral_norm
         self.warn_above = check_limits(warn_above, _READINGS, self._require)
-        for name in self.warn_above.keys() & {"weight_norm": weights, **dict.fromkeys(_SINGLE, True)}.keys():
-            option = "weights" if name == "weight_norm" else name
-            self._require(
-                bool(getattr(self, option)), f"warn_above.{name}", f"used with {option}=true", self.warn_above[name]
-            )
+        for name, limit in self.warn_above.items():
+            option = {"grad_norm": "every", "weight_norm": "weights"}.get(name, name)
+            self._require(bool(getattr(self, option)), f"warn_above.{name}", f"used with {option}=true", limit)
         self._clear()
 
     def _require(self, ok: bool, argument: str, expected: str, got: object) -> None:
