@@ -34,7 +34,7 @@ from stabletrain.testing.trainer import quiet_trainer
 from stabletrain.workloads import CharGPT, DigitsCNN, DigitsData, ShakespeareData
 
 RESULT = Path(__file__).parent / "results" / "monitors.md"
-_READS = ("_local_scalar_dense", "is_nonzero", "aten.equal", "nonzero.")
+_READS = ("_local_scalar_dense", "is_nonzero", "aten.equal", "aten.nonzero")
 
 
 class Model(NamedTuple):
