@@ -46,6 +46,7 @@ _PLUGINS = {
     "CheckpointActivations": "stabletrain_plugins.checkpoint_activations.callback:CheckpointActivations",
     "ClipNorm": "stabletrain_plugins.clip_norm.rule:ClipNormRule",
     "ClipPercentile": "stabletrain_plugins.clip_percentile.rule:ClipPercentileRule",
+    "ClipQK": "stabletrain_plugins.clip_qk.callback:ClipQK",
     "ClipTensorwise": "stabletrain_plugins.clip_tensorwise.transform:ClipTensorwise",
     "ClipUnitwise": "stabletrain_plugins.clip_unitwise.transform:ClipUnitwise",
     "ClipValue": "stabletrain_plugins.clip_value.transform:ClipValue",
@@ -85,6 +86,7 @@ if TYPE_CHECKING:
     from stabletrain_plugins.checkpoint_activations.callback import CheckpointActivations as _CheckpointActivations
     from stabletrain_plugins.clip_norm.rule import ClipNormRule
     from stabletrain_plugins.clip_percentile.rule import ClipPercentileRule
+    from stabletrain_plugins.clip_qk.callback import ClipQK as _ClipQK
     from stabletrain_plugins.clip_tensorwise.transform import ClipTensorwise as _ClipTensorwise
     from stabletrain_plugins.clip_unitwise.transform import ClipUnitwise as _ClipUnitwise
     from stabletrain_plugins.clip_value.transform import ClipValue as _ClipValue
@@ -136,6 +138,8 @@ if TYPE_CHECKING:
     class ClipNorm(RuleCallback, ClipNormRule, AcceptedByBoth): ...
 
     class ClipPercentile(RuleCallback, ClipPercentileRule, AcceptedByBoth): ...
+
+    class ClipQK(_ClipQK, AcceptedByBoth): ...
 
     class ClipTensorwise(_ClipTensorwise, AcceptedByBoth): ...
 
@@ -209,6 +213,7 @@ if TYPE_CHECKING:
     _Stopping = Literal["none", "early"]
     _Noise_scale = Literal["none", "measure"]
     _Activations = Literal["none", "checkpoint"]
+    _Qk = Literal["none", "clip"]
     _Gradients = Literal["none", "monitor"]
     _Replicas = Literal["none", "check"]
     _Checkpoints = Literal["none", "save"]
@@ -229,6 +234,7 @@ if TYPE_CHECKING:
         stopping: _Stopping | Callback | None = "none",
         noise_scale: _Noise_scale | Callback | None = "none",
         activations: _Activations | Callback | None = "none",
+        qk: _Qk | Callback | None = "none",
         gradients: _Gradients | Callback | None = "monitor",
         replicas: _Replicas | Callback | None = "none",
         checkpoints: _Checkpoints | Callback | None = "none",

@@ -184,14 +184,14 @@ class ClipQK(PluginMember):
         largest = self._largest.pop(step, None)
         if largest is None or self._guard is None:
             return
+        if step in self._unknown and (dropped is None or not bool(dropped)):
+            self._unknown.discard(step)
+            refuse_copies(optimizer, self._guard.module, self._scalings[step].parameters)
         largest = self._guard.ranks.max_tensor(largest)
         eta = factors(largest, self.tau)
         if dropped is not None:
             eta = torch.where(dropped.to(eta.device) > 0, torch.ones_like(eta), eta)
         self._scalings[step].apply(eta)
-        if step in self._unknown and (dropped is None or not bool(dropped)):
-            self._unknown.discard(step)
-            refuse_copies(optimizer, self._guard.module, self._scalings[step].parameters)
         self._read(largest, eta, dropped)
 
     def _read(self, largest: Tensor, eta: Tensor, dropped: Tensor | None) -> None:

@@ -88,4 +88,3 @@ class Scaling:
 def _held(parameter: Tensor, place: Tensor) -> Tensor:
     """The part of a vector of rows whose rows this rank has."""
     return place[held_indices(parameter)[0]] if isinstance(parameter, DTensor) else place
-
