@@ -258,7 +258,7 @@ def page(costs: list[str], troubles: list[str]) -> str:
             "",
             "## What it cures",
             "",
-            "Three seeds each, in the order of the seeds; the loss is a mean over the last 10 steps.",
+            "Three seeds each, in the order of the seeds; the loss at the end is a mean over 10 steps, in nats.",
             "",
             *troubles,
             "",

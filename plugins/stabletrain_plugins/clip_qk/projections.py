@@ -106,7 +106,7 @@ class Patterns:
 
     def _of_attention(self, name: str, attention: nn.Module) -> Projection:
         assert isinstance(attention, nn.MultiheadAttention)
-        heads, kv_heads = attention.num_heads, attention.num_heads
+        heads = attention.num_heads
         if self.heads not in (None, heads) or self.kv_heads not in (None, heads):
             self._wrong("heads", f"{name} has {heads} heads of queries and of keys, got {self.heads}")
         if attention.bias_k is not None:

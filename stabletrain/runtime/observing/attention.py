@@ -60,7 +60,7 @@ class AttentionCall(NamedTuple):
 class AttentionCalls:
     """While it is open, ``see`` is called for each attention call, before the call runs, without gradients.
 
-    It may be opened and closed any number of times; of several, the one that was opened last is closed first. A compiled module runs eagerly while it is open, in which the last
+    It may be opened and closed any number of times. A compiled module runs eagerly while it is open, in which the last
     bits may differ from those of compiled code. What is computed again in the backward pass, for activation
     checkpointing, is seen too: close it before.
 
