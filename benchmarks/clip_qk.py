@@ -52,7 +52,7 @@ class Windows(torch.utils.data.Dataset[Tensor]):
     """Batch i is a function of the seed and i: windows of Shakespeare."""
 
     def __init__(self, seed: int, steps: int, batch_size: int, context: int) -> None:
-        self.tokens = text.encode(text.read_text(SHAKESPEARE, None)).long()
+        self.tokens = text.encode(text.read_text(SHAKESPEARE, None)[0]).long()
         self.seed, self.steps, self.batch_size, self.context = seed, steps, batch_size, context
 
     def __len__(self) -> int:

@@ -147,8 +147,8 @@ class ClipQK(PluginMember):
         self._optimizer_ids = [id(each) for each in trainer.optimizers]
 
     def _find(self, module: LightningModule) -> list[Projection]:
-        counts = [None if count is None else int(count) for count in (self.heads, self.kv_heads)]
-        return Patterns(self.qkv, self.query, self.key, *counts, self.setting).find(module)
+        heads, kv_heads = (None if count is None else int(count) for count in (self.heads, self.kv_heads))
+        return Patterns(self.qkv, self.query, self.key, heads, kv_heads, self.setting).find(module)
 
     # ---- the forward passes -----------------------------------------------------------------------------------------
 
@@ -248,7 +248,7 @@ class ClipQK(PluginMember):
 
     def __getstate__(self) -> dict[str, Any]:
         """Exclude the running fit."""
-        fit = {"_watch": None, "_scalings": [], "_largest": {}, "_unknown": set(), "_readings": None}
+        fit: dict[str, Any] = {"_watch": None, "_scalings": [], "_largest": {}, "_unknown": set(), "_readings": None}
         return {**super().__getstate__(), **fit}
 
     def _stop(self) -> None:

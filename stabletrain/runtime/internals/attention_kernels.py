@@ -78,4 +78,5 @@ class AttentionKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _by_head(self, tensor: Tensor) -> Tensor:
         """(batch * heads, ...) as (batch, heads, ...); a mask for all of them stays as it is."""
-        return tensor.unflatten(0, (-1, self._heads)) if not tensor.shape[0] % self._heads else tensor
+        batch = tensor.shape[0] // self._heads
+        return tensor if tensor.shape[0] % self._heads else tensor.reshape(batch, self._heads, *tensor.shape[1:])

@@ -139,7 +139,7 @@ class _Calls(TorchFunctionMode):
     """Calls a function with what each attention is given."""
 
     def __init__(self, take: Callable[[Seen], None]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._take = take
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -181,8 +181,9 @@ def logit_bound(call: AttentionCall) -> Tensor:
     Masked positions count, so it may be far above the largest logit.
     """
     query, key = _by_head(call)
-    norms = [torch.linalg.vector_norm(each.float(), dim=-1).amax((0, 2)) for each in (query, key)]
-    return norms[0] * norms[1] * abs(call.scale)
+    query_norm, key_norm = (torch.linalg.vector_norm(each.float(), dim=-1).amax((0, 2)) for each in (query, key))
+    bound: Tensor = query_norm * key_norm * abs(call.scale)
+    return bound
 
 
 def largest_logit(call: AttentionCall, elements: int = _ELEMENTS) -> Tensor:
