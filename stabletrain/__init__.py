@@ -218,6 +218,7 @@ if TYPE_CHECKING:
     _Noise_scale = Literal["none", "measure"]
     _Activations = Literal["none", "checkpoint"]
     _Outputs = Literal["none", "monitor"]
+    _Qk = Literal["none", "clip"]
     _Gradients = Literal["none", "monitor"]
     _Replicas = Literal["none", "check"]
     _Checkpoints = Literal["none", "save"]
@@ -239,6 +240,7 @@ if TYPE_CHECKING:
         noise_scale: _Noise_scale | Callback | None = "none",
         activations: _Activations | Callback | None = "none",
         outputs: _Outputs | Callback | None = "none",
+        qk: _Qk | Callback | None = "none",
         gradients: _Gradients | Callback | None = "monitor",
         replicas: _Replicas | Callback | None = "none",
         checkpoints: _Checkpoints | Callback | None = "none",
