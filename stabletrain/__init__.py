@@ -54,6 +54,7 @@ _PLUGINS = {
     "DetectSpikes": "stabletrain_plugins.detect_spikes.rule:DetectSpikesRule",
     "Lion8bit": "stabletrain_plugins.quantize_moments.optimizer:Lion8bit",
     "MeasureNoiseScale": "stabletrain_plugins.measure_noise_scale.callback:MeasureNoiseScale",
+    "MonitorActivations": "stabletrain_plugins.monitor_activations.callback:MonitorActivations",
     "MonitorGradients": "stabletrain_plugins.monitor_gradients.callback:MonitorGradients",
     "MuonAdamW": "stabletrain_plugins.combine_muon.optimizer:MuonAdamW",
     "PagedAdamW8bit": "stabletrain_plugins.quantize_moments.optimizer:PagedAdamW8bit",
@@ -94,6 +95,7 @@ if TYPE_CHECKING:
     from stabletrain_plugins.combine_muon.optimizer import MuonAdamW as _MuonAdamW
     from stabletrain_plugins.detect_spikes.rule import DetectSpikesRule
     from stabletrain_plugins.measure_noise_scale.callback import MeasureNoiseScale as _MeasureNoiseScale
+    from stabletrain_plugins.monitor_activations.callback import MonitorActivations as _MonitorActivations
     from stabletrain_plugins.monitor_gradients.callback import MonitorGradients as _MonitorGradients
     from stabletrain_plugins.quantize_moments.optimizer import Adam8bit as _Adam8bit
     from stabletrain_plugins.quantize_moments.optimizer import AdamW8bit as _AdamW8bit
@@ -155,6 +157,8 @@ if TYPE_CHECKING:
 
     class MeasureNoiseScale(_MeasureNoiseScale, AcceptedByBoth): ...
 
+    class MonitorActivations(_MonitorActivations, AcceptedByBoth): ...
+
     class MonitorGradients(_MonitorGradients, AcceptedByBoth): ...
 
     class MuonAdamW(_MuonAdamW, AcceptedByBoth): ...
@@ -213,6 +217,7 @@ if TYPE_CHECKING:
     _Stopping = Literal["none", "early"]
     _Noise_scale = Literal["none", "measure"]
     _Activations = Literal["none", "checkpoint"]
+    _Outputs = Literal["none", "monitor"]
     _Qk = Literal["none", "clip"]
     _Gradients = Literal["none", "monitor"]
     _Replicas = Literal["none", "check"]
@@ -234,6 +239,7 @@ if TYPE_CHECKING:
         stopping: _Stopping | Callback | None = "none",
         noise_scale: _Noise_scale | Callback | None = "none",
         activations: _Activations | Callback | None = "none",
+        outputs: _Outputs | Callback | None = "none",
         qk: _Qk | Callback | None = "none",
         gradients: _Gradients | Callback | None = "monitor",
         replicas: _Replicas | Callback | None = "none",
