@@ -19,17 +19,19 @@ from stabletrain.core import bytes as amounts
 from stabletrain.errors import UserError
 from stabletrain.launch.assemble import build_data, build_model, override_optimizer, run_callbacks, trainer_arguments
 from stabletrain.launch.cause import place_in_code
-from stabletrain.launch.checks import problem_of, quiet
+from stabletrain.launch.checks import problem_of
 from stabletrain.planning.estimate import CannotPlan, Parts, estimate
 from stabletrain.planning.fit import NoBatch
 from stabletrain.planning.plan import Option, Plan, Verdict, as_json
 from stabletrain.runtime import rng
 from stabletrain.runtime.internals.fake_world import NotTraceable, drop_memory, needs_values, with_values
 from stabletrain.runtime.records.run_files import CHECKPOINTS
+from stabletrain.terminal import quiet
 
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 """Variables by which libraries that data modules use do not download."""
-_ACCELERATORS = ("auto", "gpu", "cuda")
+ACCELERATORS = ("auto", "gpu", "cuda")
+"""Accelerators of a recipe in whose place the CPU does where there is no GPU."""
 _TRIED = 3
 """Changes of the config that are tried at most if a run does not fit."""
 
@@ -41,7 +43,7 @@ def for_this_machine(config: Mapping[str, Any]) -> dict[str, Any]:
         config: composed.
     """
     trainer = config["trainer"]
-    if trainer.get("accelerator", "auto") not in _ACCELERATORS:
+    if trainer.get("accelerator", "auto") not in ACCELERATORS:
         return dict(config)
     return {**config, "trainer": {**trainer, "accelerator": "cpu"}}
 
