@@ -40,9 +40,7 @@ class Planted(NamedTuple):
     found_by: frozenset[str] = frozenset()
 
 
-def _bug(
-    name: str, module: Callable[[], L.LightningModule], loaders: Callable[[], Loaders], *found_by: str
-) -> Planted:
+def _bug(name: str, module: Callable[[], L.LightningModule], loaders: Callable[[], Loaders], *found_by: str) -> Planted:
     return Planted(name, module, loaders, frozenset(found_by))
 
 
