@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import random
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -213,6 +215,8 @@ class Lab:
         loader = SameBatches(batches or self.batches, count, self.deadline)
         watch = Watch(steps, looks=looks, rate=rate, seed=seed, enough=enough, stop=loader.stop)
         vars(steps.module)["configure_callbacks"] = list  # of the run: they may save or stop
+        random.seed(1)
+        np.random.seed(1)
         torch.manual_seed(1)
         with tempfile.TemporaryDirectory(prefix="stabletrain-doctor-") as folder:
             try:
