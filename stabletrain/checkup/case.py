@@ -62,20 +62,21 @@ class Case:
         epoch = self.train.epoch
         return self.lab.fit(min(LONGER, epoch or LONGER), looks=True)
 
-    def at_rate(self, factor: float) -> float | None:
-        """The loss after 60 steps at another learning rate.
+    def at_rate(self, factor: float) -> tuple[float, float] | None:
+        """The loss after 60 steps on the same batches, at the configured learning rate and at another one.
 
         Args:
-            factor: on the configured rate; 1 is what the first fit has seen.
+            factor: on the configured rate.
 
         Returns:
-            A mean of 15 steps; infinity if it is not finite; None if the time was over.
+            Means of 15 steps, infinity if a loss is not finite; None if the time was over.
         """
         base = self.first.rates
-        if factor == 1:
-            return _last(self.first.loss[:RATE_STEPS])
         steps = self.lab.fit(RATE_STEPS, rate=lambda index: _scaled(base[min(index, len(base) - 1)], factor))
-        return _last(steps.loss)
+        own, other = self.first.loss[: len(steps.loss)], steps.loss
+        if steps.was_late or steps.error is not None or not len(own) == len(other) >= RATE_MEAN:
+            return None
+        return _last(own), _last(other)
 
     def on_one_batch(self, factor: float) -> Steps:
         """At most 150 steps on the first batch, fewer once it is fitted.
@@ -155,7 +156,5 @@ def _scaled(rates: Rates, factor: float) -> Rates:
     return [[rate * factor for rate in groups] for groups in rates]
 
 
-def _last(loss: list[float]) -> float | None:
-    if any(not math.isfinite(each) for each in loss):
-        return math.inf
-    return sum(loss[-RATE_MEAN:]) / RATE_MEAN if len(loss) >= RATE_STEPS else None
+def _last(loss: list[float]) -> float:
+    return sum(loss[-RATE_MEAN:]) / RATE_MEAN if all(map(math.isfinite, loss)) else math.inf

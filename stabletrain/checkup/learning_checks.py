@@ -60,9 +60,10 @@ def rate_too_high(case: Case) -> Answer:
     """A tenth of the learning rate is better."""
     if (answer := _other_rates(case)) is not None:
         return answer
-    own, tenth = case.at_rate(1.0), case.at_rate(0.1)
-    if own is None or tenth is None:
+    found = case.at_rate(0.1)
+    if found is None:
         return not_applicable(_LATE)
+    own, tenth = found
     text = f"after {RATE_STEPS} steps: {own:.3g} at the configured rate, {tenth:.3g} at a tenth"
     return finding(text) if tenth < own - WORSE * abs(case.first.loss[0]) else fine(text)
 
@@ -71,9 +72,10 @@ def rate_too_low(case: Case) -> Answer:
     """A hundred times the learning rate learns much more."""
     if (answer := _other_rates(case)) is not None:
         return answer
-    own, hundred = case.at_rate(1.0), case.at_rate(100.0)
-    if own is None or hundred is None:
+    found = case.at_rate(100.0)
+    if found is None:
         return not_applicable(_LATE)
+    own, hundred = found
     start = case.first.loss[0]
     text = f"after {RATE_STEPS} steps: {own:.3g} at the configured rate, {hundred:.3g} at a hundred times"
     more = start - hundred > LEARNS_MORE * max(start - own, 0.0) + LEARNS_LEAST * abs(start)
