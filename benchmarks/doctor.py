@@ -62,7 +62,7 @@ def reports(planted: Planted) -> list[Report]:
     for seed in SEEDS:
         L.seed_everything(seed, verbose=False)
         train, val = planted.loaders()
-        found.append(stabletrain.doctor(planted.module(), train, val))
+        found.append(stabletrain.doctor(planted.module(), train, val, seconds=600))
     return found
 
 
