@@ -55,12 +55,12 @@ class FirstSteps:
             if isinstance(each, NORMS) and each.training:
                 self._hook(each, name, self._values)
         self._mode = _SeeRelu(self._function)
-        self._mode.__enter__()
+        self._mode.__enter__()  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
         """End reading; a second call does nothing."""
         if self._mode is not None:
-            self._mode.__exit__(None, None, None)
+            self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             self._mode = None
         self._count_function()
         while self._handles:
@@ -110,7 +110,7 @@ class _SeeRelu(TorchFunctionMode):
     """Sees ``F.relu(x)`` and ``x.relu()``, also of `nn.ReLU`."""
 
     def __init__(self, seen: Callable[[str, Any], None]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._seen = seen
         self._count = 0
 

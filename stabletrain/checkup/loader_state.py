@@ -114,7 +114,11 @@ def _generator(value: Any) -> Callable[[], None] | None:
     """What puts a random generator back; None for other objects."""
     if isinstance(value, torch.Generator):
         tensor = value.get_state()
-        return lambda: value.set_state(tensor) and None
+
+        def put_back() -> None:
+            value.set_state(tensor)
+
+        return put_back
     if isinstance(value, random.Random):
         words = value.getstate()
         return lambda: value.setstate(words)

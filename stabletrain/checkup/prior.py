@@ -69,7 +69,7 @@ class Prior:
             share = self._counts / self._counts.sum()
             share = share[share > 0]
             return -float((share * share.log()).sum())
-        count, total, squares = self._sums.tolist()
+        count, total, squares = map(float, self._sums.tolist())
         if not count:
             return None
         mean = total / count

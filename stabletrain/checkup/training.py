@@ -113,7 +113,7 @@ class Watch(Callback):
         if self.looks:
             self._calls = []
             self._mode = LossCalls(self._calls.append)
-            self._mode.__enter__()
+            self._mode.__enter__()  # type: ignore[no-untyped-call]
             if steps.batches < LOOKS:
                 steps.first.open(pl_module)
         steps.batches += 1
@@ -151,7 +151,7 @@ class Watch(Callback):
         steps = self.steps
         if steps.batches <= LOOKS:
             steps.first.close()
-        self._mode.__exit__(None, None, None)
+        self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         self._mode = None
         if steps.batches <= LOOKS:
             steps.calls.append(self._calls)

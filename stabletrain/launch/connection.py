@@ -71,8 +71,12 @@ class Workers:
         build: bool = True,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        order = {"then": then, "build": build, "configs": [dict(config) for config in configs]}
-        order["options"] = dict(options or {})
+        order = {
+            "then": then,
+            "build": build,
+            "configs": [dict(config) for config in configs],
+            "options": dict(options or {}),
+        }
         try:
             self.folder = _private_folder()
             (self.folder / _ORDER).write_text(

@@ -24,10 +24,10 @@ QUICK = (
     "zero_grad missing",
     "head not in the optimizer",
     "rate /100",
-    "sorted by label",
     "target without its second dimension",
-    "input ignored",
 )
+LEARNING = frozenset(check.name for check in CHECKS if check.family == "learning")
+"""Checks that need further steps, which take most of the time."""
 
 
 @pytest.fixture(autouse=True)
@@ -38,15 +38,16 @@ def seed() -> None:
 @pytest.mark.parametrize("planted", [each for each in BUGS if each.name in QUICK], ids=lambda each: each.name)
 def test_a_planted_bug_is_found(planted: Any) -> None:
     """Bug: a check that never has a finding."""
-    found = {each.check.name for each in stabletrain.doctor(planted.module(), *planted.loaders()).findings}
-    assert found & planted.found_by
+    skip = LEARNING - planted.found_by
+    report = stabletrain.doctor(planted.module(), *planted.loaders(), skip=skip, seconds=600)
+    assert {each.check.name for each in report.findings} & planted.found_by
 
 
 @pytest.mark.parametrize("name", ["MLP, BatchNorm, SGD", "regression"])
 def test_a_healthy_module_is_left_alone(name: str) -> None:
     """Bug: a check that always has a finding, which nobody would read again."""
     (healthy,) = (each for each in HEALTHY if each.name == name)
-    report = stabletrain.doctor(healthy.module(), *healthy.loaders())
+    report = stabletrain.doctor(healthy.module(), *healthy.loaders(), seconds=600)
     assert not report.findings, str(report)
 
 
@@ -65,7 +66,7 @@ def test_a_check_that_raises_is_a_finding() -> None:
 
 def test_the_report_is_sorted_and_complete() -> None:
     """Bugs: a finding below fine answers; JSON that lacks a check; a check that is left out and still asked."""
-    report = stabletrain.doctor(Regression(squeezed=True), *table_loaders(), skip=["one batch"])
+    report = stabletrain.doctor(Regression(squeezed=True), *table_loaders(), skip=LEARNING)
     kinds = [each.answer.kind for each in report.results]
     assert kinds == sorted(kinds, key=["finding", "not applicable", "fine"].index)
     assert {each.check.name for each in report.results} == {check.name for check in CHECKS}
@@ -109,7 +110,7 @@ def test_a_sum_that_is_divided_afterwards_is_fine() -> None:
             x, y = batch
             return F.cross_entropy(self.net(x), y, reduction="sum") / len(x)
 
-    report = stabletrain.doctor(Divided(), *digit_loaders())
+    report = stabletrain.doctor(Divided(), *digit_loaders(), skip=LEARNING, seconds=600)
     assert not report.findings, str(report)
 
 
@@ -148,5 +149,5 @@ def test_the_other_package_of_lightning_is_examined_too() -> None:
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.AdamW(self.parameters(), 1e-2)
 
-    report = stabletrain.doctor(Other(), *table_loaders())
-    assert not {"raises", "one batch"} & {each.check.name for each in report.findings}, str(report)
+    report = stabletrain.doctor(Other(), *table_loaders(), skip=LEARNING)
+    assert "raises" in {each.check.name for each in report.results if each.answer.kind == "fine"}, str(report)

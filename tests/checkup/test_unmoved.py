@@ -14,9 +14,13 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
 import stabletrain
 from stabletrain.checkup.loader_state import preserved
+from stabletrain.checkup.table import CHECKS
 from stabletrain.errors import UserError
 from stabletrain.runtime import rng
 from stabletrain.testing.trainer import quiet_trainer
+
+LEARNING = frozenset(check.name for check in CHECKS if check.family == "learning")
+"""Checks that need further steps, which take most of the time."""
 
 
 class Augmented(Dataset[tuple[Tensor, Tensor]]):
@@ -60,7 +64,7 @@ def test_module_loader_and_random_numbers_are_as_before() -> None:
     loader = DataLoader(data, 32, sampler=sampler, generator=torch.Generator().manual_seed(5))
     untouched, later = copy.deepcopy(module), [batch[0] for batch in copy.deepcopy(loader)]
     before = rng.capture()
-    stabletrain.doctor(module, loader, loader)
+    stabletrain.doctor(module, loader, loader, seconds=600)
     assert _equal(rng.capture(), before)
     assert _equal(module.state_dict(), untouched.state_dict())
     assert torch.equal(module.net[1].weight.grad, torch.ones_like(module.net[1].weight))
@@ -77,7 +81,7 @@ def test_a_module_that_was_trained_keeps_its_trainer() -> None:
     trainer = quiet_trainer(max_steps=2)
     trainer.not_to_be_copied = (each for each in range(3))  # type: ignore[attr-defined]
     trainer.fit(module, train)
-    stabletrain.doctor(module, train)
+    stabletrain.doctor(module, train, skip=LEARNING)
     assert module.trainer is trainer
 
 
@@ -99,7 +103,8 @@ def test_an_endless_dataset_is_read_in_part_and_stays_where_it_stands() -> None:
     """Bugs: it is read for ever; the position of the stream is lost."""
     data = Endless()
     data.position = 7
-    report = stabletrain.doctor(Mlp(), DataLoader(data, 32), seconds=20)
+    skip = LEARNING - {"no better than guessing"}
+    report = stabletrain.doctor(Mlp(), DataLoader(data, 32), skip=skip, seconds=600)
     assert data.position == 7
     answers = {each.check.name: each.answer for each in report.results}
     assert answers["loader"].kind == "fine"

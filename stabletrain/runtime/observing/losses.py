@@ -84,7 +84,7 @@ class LossCalls(TorchFunctionMode):
     def __init__(
         self, seen: Callable[[LossCall], None], functions: Sequence[Callable[..., Any]] = LOSS_FUNCTIONS
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._seen = seen
         self._functions = frozenset(functions)
 
