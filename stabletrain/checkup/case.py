@@ -94,7 +94,7 @@ class Case:
 
     @cached_property
     def same_dice(self) -> Steps:
-        """Two steps of the trained copy on two batches, at a rate of 0 and with the same random numbers."""
+        """Two more steps of the trained copy, on two batches, at a rate of 0 and with the same random numbers."""
         rates = self.first.rates[0]
         return self.lab.fit(2, module=self.first.module, looks=True, seed=0, rate=lambda index: _scaled(rates, 0.0))
 

@@ -125,8 +125,6 @@ def _asked(check: Check, case: Case, skip: Collection[str]) -> Answer:
         return not_applicable(_SKIPPED)
     try:
         return check.ask(case)
-    except UserError:
-        raise
     except Exception as error:
         trace = "".join(traceback.format_exception(error)).rstrip()
         return finding(f"the check itself has raised {type(error).__name__}: {error}", trace)

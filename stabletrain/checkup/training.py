@@ -200,18 +200,18 @@ class Lab:
         seed: int | None = None,
         enough: Callable[[list[float]], bool] | None = None,
     ) -> Steps:
-        """Train a copy; an exception of the module ends it, and is kept.
+        """Train a new copy; an exception of the module ends it, and is kept.
 
         Args:
             count: of batches.
-            module: to copy; None: the module as it was given.
+            module: a copy of an earlier fit, to go on with; None: a new one.
             batches: to train on; None: all that were read, again and again.
             looks: see `Watch`.
             rate: see `Watch`.
             seed: see `Watch`.
             enough: see `Watch`.
         """
-        steps = Steps(module=copied(module or self._module))
+        steps = Steps(module=module or copied(self._module))
         loader = SameBatches(batches or self.batches, count, self.deadline)
         watch = Watch(steps, looks=looks, rate=rate, seed=seed, enough=enough, stop=loader.stop)
         vars(steps.module)["configure_callbacks"] = list  # of the run: they may save or stop
