@@ -19,8 +19,8 @@ text. Findings are shown first, in the order of this table.
   400 at others, each from the module's own state. The module, the loaders' positions and generators, and all random
   numbers are as before.
 - The steps are made with the module's own optimizer and schedulers, on one device, in fp32, one batch a step, without
-  callbacks and loggers. Of a recipe the optimizer and `trainer.gradient_clip_val` count, too, not its plugins,
-  `schedule`, `precision` and `strategy`.
+  callbacks and loggers. Of a recipe the optimizer and `trainer.gradient_clip_val` count, too, and where its schedule
+  has a warm-up the rate rises in 20 steps; not its plugins, `precision` and `strategy`, and no decay.
 - Nothing is compiled. `validation_step` is not called.
 - After 60 seconds (`--seconds`, `seconds=`) no further step is made, and what could not be judged is not applicable. A
   step that has begun is not interrupted.

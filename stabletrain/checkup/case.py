@@ -9,7 +9,7 @@ from functools import cached_property
 from stabletrain.checkup.answer import Answer, not_applicable
 from stabletrain.checkup.batches import inputs
 from stabletrain.checkup.reading import Batches
-from stabletrain.checkup.training import Lab, Rates, Steps
+from stabletrain.checkup.training import Lab, Steps, scaled
 
 FIRST = 120
 """Steps of the first fit."""
@@ -72,7 +72,7 @@ class Case:
             Means of 15 steps, infinity if a loss is not finite; None if the time was over.
         """
         base = self.first.rates
-        steps = self.lab.fit(RATE_STEPS, rate=lambda index: _scaled(base[min(index, len(base) - 1)], factor))
+        steps = self.lab.fit(RATE_STEPS, rate=lambda index: scaled(base[min(index, len(base) - 1)], factor))
         own, other = self.first.loss[: len(steps.loss)], steps.loss
         if steps.was_late or steps.error is not None or not len(own) == len(other) >= RATE_MEAN:
             return None
@@ -88,7 +88,7 @@ class Case:
         return self.lab.fit(
             ONE_BATCH,
             batches=self.lab.batches[:1],
-            rate=lambda index: _scaled(base[min(index, len(base) - 1)], factor),
+            rate=lambda index: scaled(base[min(index, len(base) - 1)], factor),
             enough=lambda loss: fitted(loss) < FITTED * loss[0],
         )
 
@@ -96,7 +96,7 @@ class Case:
     def same_dice(self) -> Steps:
         """Two more steps of the trained copy, on two batches, at a rate of 0 and with the same random numbers."""
         rates = self.first.rates[0]
-        return self.lab.fit(2, module=self.first.module, looks=True, seed=0, rate=lambda index: _scaled(rates, 0.0))
+        return self.lab.fit(2, module=self.first.module, looks=True, seed=0, rate=lambda index: scaled(rates, 0.0))
 
     # ---- why a check cannot judge ------------------------------------------------------------------------------------
 
@@ -150,10 +150,6 @@ def fitted(loss: list[float]) -> float:
     """
     means = [sum(loss[i : i + 5]) / 5 for i in range(len(loss) - 4)]
     return min((each for each in means if math.isfinite(each)), default=math.inf)
-
-
-def _scaled(rates: Rates, factor: float) -> Rates:
-    return [[rate * factor for rate in groups] for groups in rates]
 
 
 def _last(loss: list[float]) -> float:

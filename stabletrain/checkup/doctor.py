@@ -83,6 +83,7 @@ def examine(
     seconds: float = SECONDS,
     data: LightningDataModule | None = None,
     trainer: Mapping[str, Any] | None = None,
+    warmup: int = 0,
 ) -> Report:
     """As `doctor`, for a module whose arguments were checked.
 
@@ -95,6 +96,7 @@ def examine(
         seconds: see `doctor`.
         data: the data module whose hooks for batches are used.
         trainer: further arguments of the Trainer.
+        warmup: steps of a linear rise of the learning rate; 0: none.
 
     Raises:
         UserError: see `doctor`.
@@ -106,7 +108,7 @@ def examine(
     with rng.preserved(), quiet(), _eager():
         train = read(train_loader, "train_loader", seconds=seconds * _READING)
         val = None if val_loader is None else _read_validation(val_loader, seconds)
-        lab = Lab(module, train.read, start + seconds, data, dict(trainer or {})) if train.read else None
+        lab = Lab(module, train.read, start + seconds, data, dict(trainer or {}), warmup) if train.read else None
         case = Case(lab, train, val)
         results = [Result(check, _asked(check, case, skip)) for check in CHECKS]
     results.sort(key=lambda each: KINDS.index(each.answer.kind))

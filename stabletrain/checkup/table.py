@@ -178,7 +178,7 @@ CHECKS: tuple[Check, ...] = (
         "learning",
         "loss after 60 steps, mean of 15, at the configured rate and at a tenth",
         "a tenth is better by 5 % of the first loss",
-        "stabletrain lr-range; a schedule with a warm-up is not part of this check",
+        "stabletrain lr-range, or a warm-up, which in a script is not part of this check unless the module makes it",
         "Smith 2017; " + PLAYBOOK,
         learning.rate_too_high,
     ),

@@ -80,6 +80,7 @@ class Watch(Callback):
         seed: of the generators before each step; None: they are left alone.
         enough: called with the losses after each step: whether the epoch may end.
         stop: ends the epoch.
+        warmup: steps of a linear rise of the module's own learning rates; 0: none.
     """
 
     def __init__(
@@ -91,13 +92,17 @@ class Watch(Callback):
         seed: int | None,
         enough: Callable[[list[float]], bool] | None,
         stop: Callable[[], None],
+        warmup: int,
     ) -> None:
+        self.warmup = warmup
+        self._base: Rates = []
         self.steps, self.looks, self.rate, self.seed, self.enough, self.stop = steps, looks, rate, seed, enough, stop
         self._calls: list[LossCall] = []
         self._mode: LossCalls | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the optimizers' parameters with the module's."""
+        self._base = _rates_of(trainer.optimizers)
         held = {id(p) for each in trainer.optimizers for group in each.param_groups for p in group["params"]}
         trained = [(name, p) for name, p in pl_module.named_parameters() if p.requires_grad]
         self.steps.not_in_optimizer = [name for name, p in trained if id(p) not in held]
@@ -107,7 +112,9 @@ class Watch(Callback):
         steps = self.steps
         if self.rate is not None:
             _set_rates(trainer.optimizers, self.rate(steps.batches))
-        steps.rates.append([[float(group["lr"]) for group in each.param_groups] for each in trainer.optimizers])
+        elif steps.batches < self.warmup:
+            _set_rates(trainer.optimizers, scaled(self._base, (steps.batches + 1) / self.warmup))
+        steps.rates.append(_rates_of(trainer.optimizers))
         if self.seed is not None:
             torch.manual_seed(self.seed)
         if self.looks:
@@ -169,6 +176,7 @@ class Lab:
         deadline: of `time.monotonic`, after which no further step is made.
         data: the data module whose hooks for batches are used; None: the module's own.
         arguments: further ones of the Trainer.
+        warmup: see `Watch`.
 
     Raises:
         UserError: if the module cannot be copied.
@@ -181,7 +189,9 @@ class Lab:
         deadline: float,
         data: LightningDataModule | None = None,
         arguments: dict[str, Any] | None = None,
+        warmup: int = 0,
     ) -> None:
+        self._warmup = warmup
         self.batches, self.deadline = batches, deadline
         self._data, self._arguments = data, {"accelerator": "auto", **(arguments or {})}
         kinds = both(LightningModule)
@@ -213,7 +223,7 @@ class Lab:
         """
         steps = Steps(module=module or copied(self._module))
         loader = SameBatches(batches or self.batches, count, self.deadline)
-        watch = Watch(steps, looks=looks, rate=rate, seed=seed, enough=enough, stop=loader.stop)
+        watch = Watch(steps, looks=looks, rate=rate, seed=seed, enough=enough, stop=loader.stop, warmup=self._warmup)
         vars(steps.module)["configure_callbacks"] = list  # of the run: they may save or stop
         random.seed(1)
         np.random.seed(1)
@@ -282,6 +292,20 @@ def _with_loader(data: LightningDataModule, loader: SameBatches) -> LightningDat
     }
     vars(found).update(fixed)
     return found
+
+
+def scaled(rates: Rates, factor: float) -> Rates:
+    """Learning rates times a factor.
+
+    Args:
+        rates: of one step.
+        factor: on all of them.
+    """
+    return [[rate * factor for rate in groups] for groups in rates]
+
+
+def _rates_of(optimizers: Sequence[Optimizer]) -> Rates:
+    return [[float(group["lr"]) for group in each.param_groups] for each in optimizers]
 
 
 def _set_rates(optimizers: Sequence[Optimizer], rates: Rates) -> None:

@@ -279,8 +279,8 @@ def doctor(
     """Look for common mistakes in a recipe's module and data before a run: stabletrain doctor char_gpt.
 
     The first batches are read, and copies of the module are trained on them for a few steps each: with the recipe's
-    optimizer and gradient_clip_val, without its plugins, schedule, precision and strategy, on one device. Nothing is
-    written or logged.
+    optimizer, gradient_clip_val and, in 20 steps, its warm-up, without its plugins, precision and strategy, on one
+    device. Nothing is written or logged.
 
     Exit codes: 0 no finding, 4 at least one, 2 a mistake in the command or the recipe.
     """

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
 from stabletrain.checkup.doctor import examine
 from stabletrain.config.problems import Problem
+from stabletrain.core.lengths import Length
 from stabletrain.errors import UserError
 from stabletrain.launch.assemble import build_data, build_model, override_optimizer
 from stabletrain.launch.checks import problem_of
@@ -19,6 +20,9 @@ from stabletrain.terminal import quiet
 
 _OF_TRAINER = ("gradient_clip_val", "gradient_clip_algorithm")
 """Arguments of the recipe's Trainer that the steps are made with."""
+
+WARMUP = 20
+"""Steps in which the learning rate rises if the recipe's schedule has a warm-up, of whatever length."""
 
 
 def examine_config(
@@ -55,11 +59,25 @@ def examine_config(
     trainer["accelerator"] = "auto" if wanted in ACCELERATORS else wanted
     try:
         report = examine(
-            module, train, val, name=config["recipe"], skip=skip, seconds=seconds, data=data, trainer=trainer
+            module,
+            train,
+            val,
+            name=config["recipe"],
+            skip=skip,
+            seconds=seconds,
+            data=data,
+            trainer=trainer,
+            warmup=WARMUP if _warms_up(config.get("schedule")) else 0,
         )
     except UserError as error:
         return None, [Problem("doctor", str(error).removeprefix("doctor: "))]
     return {"lines": list(report.lines(width)), "content": report.as_json()}, []
+
+
+def _warms_up(schedule: Any) -> bool:
+    """Whether the node of a schedule names a warm-up."""
+    given = schedule.get("lr_warmup") if isinstance(schedule, Mapping) else None
+    return given is not None and Length.parse(given, name="schedule.lr_warmup").value > 0
 
 
 class _Together:
