@@ -35,6 +35,7 @@ def examine(request: LaunchRequest, json_file: Path | None, skip: Sequence[str],
     found = examine_job(job, request, {"skip": list(skip), "seconds": seconds, "width": width})
     print("\n".join(found["lines"]), flush=True)
     if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(found["content"], indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         print(f"\nreport: {json_file}", flush=True)
     return _EXIT_FINDINGS if found["content"]["findings"] else 0
