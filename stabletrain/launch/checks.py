@@ -30,7 +30,7 @@ from stabletrain.runtime.guard.callbacks import GuardMember
 from stabletrain.runtime.guard.strategy_checks import check_settings
 from stabletrain.runtime.guard.support import check_setup, decides_on_device
 from stabletrain.runtime.signal_watch import SignalWatch
-from stabletrain.terminal import quiet
+from stabletrain.terminal import quiet as quiet
 
 T = TypeVar("T")
 

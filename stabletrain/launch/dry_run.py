@@ -19,14 +19,13 @@ from stabletrain.core import bytes as amounts
 from stabletrain.errors import UserError
 from stabletrain.launch.assemble import build_data, build_model, override_optimizer, run_callbacks, trainer_arguments
 from stabletrain.launch.cause import place_in_code
-from stabletrain.launch.checks import problem_of
+from stabletrain.launch.checks import problem_of, quiet
 from stabletrain.planning.estimate import CannotPlan, Parts, estimate
 from stabletrain.planning.fit import NoBatch
 from stabletrain.planning.plan import Option, Plan, Verdict, as_json
 from stabletrain.runtime import rng
 from stabletrain.runtime.internals.fake_world import NotTraceable, drop_memory, needs_values, with_values
 from stabletrain.runtime.records.run_files import CHECKPOINTS
-from stabletrain.terminal import quiet
 
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 """Variables by which libraries that data modules use do not download."""
