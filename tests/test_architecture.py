@@ -24,7 +24,7 @@ LAYERS = [
     ["runtime.snapshots", "runtime.windows"],
     ["runtime.checkpoints"],
     ["strategies"],
-    ["planning"],
+    ["planning", "checkup"],
     ["tracking", "config"],
     ["workloads", "chaos"],
     ["launch"],

@@ -261,6 +261,40 @@ def lr_range(
     raise typer.Exit(code)
 
 
+@app.command(short_help="Look for common mistakes in a recipe's module and data before a run.")
+def doctor(
+    words: Words = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the report as JSON, too.")
+    ] = None,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option("--skip", metavar="CHECK", help="Leave out a check, such as frozen. Give it once for each."),
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option("--seconds", metavar="N", help="After these no further step is made.")
+    ] = 60.0,
+    trust: Trust = None,
+) -> None:
+    """Look for common mistakes in a recipe's module and data before a run: stabletrain doctor char_gpt.
+
+    The first batches are read, and copies of the module are trained on them for a few steps each: with the recipe's
+    optimizer, gradient_clip_val and, in 20 steps, its warm-up, without its plugins, precision and strategy, on one
+    device. Nothing is written or logged.
+
+    Exit codes: 0 no finding, 4 at least one, 2 a mistake in the command or the recipe.
+    """
+    from stabletrain.cli.starting import starting
+    from stabletrain.launch.streams import tolerate_broken_output
+
+    tolerate_broken_output()
+    with starting():
+        from stabletrain.cli.doctor import examine
+
+        code = examine(_request(words, False, trust), json_file, skip or [], seconds)
+    raise typer.Exit(code)
+
+
 @app.command("ls", short_help="List recipes, plugins, slots and groups, with defaults.")
 def list_names(what: Annotated[str, typer.Argument(help="recipes, plugins, slots, groups or all")] = "all") -> None:
     """List recipes, plugins, slots and the other config groups, with their defaults."""

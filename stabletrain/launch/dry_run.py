@@ -29,7 +29,8 @@ from stabletrain.runtime.records.run_files import CHECKPOINTS
 
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 """Variables by which libraries that data modules use do not download."""
-_ACCELERATORS = ("auto", "gpu", "cuda")
+ACCELERATORS = ("auto", "gpu", "cuda")
+"""Accelerators of a recipe in whose place the CPU does where there is no GPU."""
 _TRIED = 3
 """Changes of the config that are tried at most if a run does not fit."""
 
@@ -41,7 +42,7 @@ def for_this_machine(config: Mapping[str, Any]) -> dict[str, Any]:
         config: composed.
     """
     trainer = config["trainer"]
-    if trainer.get("accelerator", "auto") not in _ACCELERATORS:
+    if trainer.get("accelerator", "auto") not in ACCELERATORS:
         return dict(config)
     return {**config, "trainer": {**trainer, "accelerator": "cpu"}}
 

@@ -204,6 +204,29 @@ def plan_jobs(jobs: Sequence[Job], request: LaunchRequest) -> list[tuple[Plan | 
     return [(None if plan is None else from_json(plan), why) for report in found for plan, why in report.plans]
 
 
+def examine_job(job: Job, request: LaunchRequest, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Build what a config describes, and look for common mistakes in its module and data, in one new process.
+
+    Args:
+        job: from `prepare`.
+        request: the arguments of the command.
+        options: see `stabletrain.launch.examining.examine_config`.
+
+    Returns:
+        The report: its ``lines``, and all of it as plain data, ``content``.
+
+    Raises:
+        ConfigError: with every mistake in the config.
+        StartFailed: if the user's own code fails before it is examined, or the process died.
+        StartInterrupted: after Ctrl-C or SIGTERM.
+    """
+    found = _reports_on([job], request, then="examine", build=True, options=options)
+    problems = problems_in(found)
+    if problems:
+        raise ConfigError(problems)
+    return found[0].examined[0]
+
+
 def run(request: LaunchRequest, jobs: Sequence[Job], report: Reporter, *, at_once: int = 1) -> list[FinishedJob]:
     """Run prepared jobs, each in a new process; Ctrl-C ends the whole sweep. A job that fails does not end it.
 
@@ -387,11 +410,16 @@ def _refused(problems: Iterable[Problem], jobs: Sequence[Job]) -> ConfigError:
 
 
 def _reports_on(
-    jobs: Sequence[Job], request: LaunchRequest, *, then: Literal["end", "plan"], build: bool
+    jobs: Sequence[Job],
+    request: LaunchRequest,
+    *,
+    then: Literal["end", "plan", "examine"],
+    build: bool,
+    options: Mapping[str, Any] | None = None,
 ) -> list[Report]:
     environment = worker_environment({"threads": 1}, request.trust)
     configs = [job.composed.config for job in jobs]
-    with StartUp() as start_up, Workers(configs, then=then, build=build) as workers:
+    with StartUp() as start_up, Workers(configs, then=then, build=build, options=options) as workers:
         start_up.doing = "ending"
         process = start_process(local_command(*workers.arguments), environment)
         try:
