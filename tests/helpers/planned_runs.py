@@ -15,11 +15,12 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 import stabletrain as st
 from stabletrain.launch.cause import place_in_code
 from stabletrain.planning.collectives import of_step
-from stabletrain.planning.estimate import Parts, estimate
+from stabletrain.planning.estimate import estimate
 from stabletrain.planning.fit import trainer_of_plan
+from stabletrain.planning.parts import Parts
 from stabletrain.planning.plan import Plan
-from stabletrain.planning.state import bytes_here
 from stabletrain.planning.tracing import Traced, TraceSteps
+from stabletrain.runtime.internals.shards import held_bytes
 from stabletrain.workloads import CharGPT
 
 BATCH, CONTEXT = 4, 16
@@ -99,11 +100,11 @@ def measured(
         trainer.fit(trained, datamodule=Data())
     assert trace.peak is not None
     return {
-        "parameters": bytes_here(trained.parameters()),
+        "parameters": held_bytes(trained.parameters()),
         "gradients": trace.gradients,
         "optimizer_state": trace.optimizer_state,
         "activations": trace.activations,
-        "buckets": bytes_here(trace.buckets),
+        "buckets": held_bytes(trace.buckets),
         "peak": trace.peak.total,
         "peak_parts": dict(trace.peak.parts),
         "peak_at": trace.peak.where,
