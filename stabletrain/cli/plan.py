@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from stabletrain.launch.launcher import Job
 
 _NOT_COUNTED = (
-    "Memory that is not counted: what a GPU needs besides tensors (CUDA's context, the allocator's rounding, workspaces of kernels, "
-    "buffers of NCCL), validation, and temporary tensors and messages of plugins."
+    "Not counted in the memory: what a GPU needs besides tensors (CUDA's context, the allocator's rounding, workspaces "
+    "of kernels, buffers of NCCL), validation, and temporary tensors and messages of plugins."
 )
 _MEMORY = (
     ("parameters", "parameters"),

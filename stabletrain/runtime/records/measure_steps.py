@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from pathlib import Path
@@ -64,7 +65,7 @@ class MeasureSteps(Callback):
         device = trainer.strategy.root_device
         times = self._ends[WARM_UP - 1 :]
         content = {
-            "seconds": [after - before for before, after in zip(times, times[1:], strict=False)],
+            "seconds": [after - before for before, after in itertools.pairwise(times)],
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "peak_flops": _peak(device, str(trainer.precision)),
         }
