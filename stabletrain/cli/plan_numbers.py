@@ -91,7 +91,7 @@ def about_operations(plan: Plan) -> Iterator[str]:
     flops = plan.flops
     if flops is None:
         if plan.no_flops_since is not None:
-            yield f"The operations could not be counted. {plan.no_flops_since[0].upper()}{plan.no_flops_since[1:]}."
+            yield f"The operations could not be counted: {plan.no_flops_since}."
         return
     yield from _about(flops)
     yield f"For Lightning's ThroughputMonitor: {throughput_override(flops)}"
@@ -100,7 +100,7 @@ def about_operations(plan: Plan) -> Iterator[str]:
 def _about(flops: Flops) -> Iterator[str]:
     if flops.uncounted:
         names = ", ".join(flops.uncounted)
-        yield f"Operations of these modules are not counted, so there are more than are shown: {names}."
+        yield f"While these modules were called nothing was counted, so there are more operations than shown: {names}."
     if flops.tokens is None:
         yield (
             "6 x parameters x samples is right for one use of each weight per sample; a convolution, for example, uses "
