@@ -9,6 +9,7 @@ from lightning.pytorch import LightningDataModule
 from planned_runs import module, planned
 from torch import Tensor
 
+from stabletrain import CheckReplicas
 from stabletrain.errors import UserError
 from stabletrain.planning.plan import as_json, from_json
 from stabletrain.workloads import CharGPT
@@ -106,3 +107,18 @@ def test_a_plan_leaves_nothing_behind(traced: Any) -> None:
 def test_json_is_the_plan(traced: Any) -> None:
     """Bug: a field is lost between the process that plans and the one that prints."""
     assert from_json(as_json(traced)) == traced
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "said"),
+    [
+        ("single", 1, "nothing is compared: one process has no copies"),
+        ("fsdp2", 2, "nothing is compared: no rank holds a copy"),
+        ("ddp", 2, "compares the copies of weights and optimizer state every 7 attempted steps"),
+        pytest.param("hsdp", 4, "compares the copies", marks=pytest.mark.slow),
+    ],
+)
+def test_a_check_of_copies_says_where_there_are_none(kind: str, size: int, said: str) -> None:
+    """Bug: the plan of a sharded run promises a comparison, and the run then says that there is nothing to compare."""
+    plan = planned(kind, size, {}, plugins=[("plugins.replicas", CheckReplicas(every=7))])
+    assert plan.plugins[0].text.startswith(said)

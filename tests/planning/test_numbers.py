@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,6 +13,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.loggers import CSVLogger
 from planned_runs import Again, Data, module, planned
 from test_output import PLAN, printed
 from torch.utils.data import DataLoader, IterableDataset
@@ -183,3 +185,26 @@ def test_callbacks_of_lightning_are_options_that_can_be_built() -> None:
     assert composed.config["callbacks"]["throughput"]["flops_per_batch"] == 4_000_000_000
     with pytest.raises(UserError, match="flops_per_batch: expected at least 1, got 0"):
         CountedThroughput(flops_per_batch=0)
+
+
+def test_the_throughput_monitor_logs_operations_and_leaves_the_module_as_it_was(tmp_path: Path) -> None:
+    """Bugs: Lightning's callback does not find the number; the user's module keeps an attribute of ours."""
+
+    class ManyBatches(Data):
+        def train_dataloader(self) -> Again:
+            return Again(torch.randint(0, 84, (4, 17)), 8)
+
+    logger, trained = CSVLogger(tmp_path), module()
+    trainer = pl.Trainer(
+        accelerator="cpu", callbacks=[CountedThroughput(flops_per_batch=1000, window_size=2)], logger=logger,
+        log_every_n_steps=1, max_steps=6, limit_val_batches=0, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(trained, datamodule=ManyBatches())
+    logged = logger.experiment.metrics + list(csv.DictReader(Path(logger.experiment.metrics_file_path).open()))
+    rates = [each for each in logged if float(each.get("train/flops_per_sec") or 0) > 0]
+    assert rates
+    for each in rates:
+        ratio = float(each["train/flops_per_sec"]) / float(each["train/samples_per_sec"])
+        assert ratio == pytest.approx(1000 / 4)
+    assert not hasattr(trained, "flops_per_batch")
