@@ -201,10 +201,11 @@ def test_the_throughput_monitor_logs_operations_and_leaves_the_module_as_it_was(
         enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(trained, datamodule=ManyBatches())
-    logged = logger.experiment.metrics + list(csv.DictReader(Path(logger.experiment.metrics_file_path).open()))
-    rates = [each for each in logged if float(each.get("train/flops_per_sec") or 0) > 0]
+    with (Path(logger.log_dir) / "metrics.csv").open(encoding="utf-8") as file:
+        logged = list(csv.DictReader(file))
+    rates = [each for each in logged if float(each.get("train/device/flops_per_sec") or 0) > 0]
     assert rates
     for each in rates:
-        ratio = float(each["train/flops_per_sec"]) / float(each["train/samples_per_sec"])
+        ratio = float(each["train/device/flops_per_sec"]) / float(each["train/device/samples_per_sec"])
         assert ratio == pytest.approx(1000 / 4)
     assert not hasattr(trained, "flops_per_batch")
