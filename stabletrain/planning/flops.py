@@ -6,6 +6,7 @@ CPU a context of 64 and one of 512 would cost the same). A causal mask is not de
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from typing import Any
@@ -50,7 +51,8 @@ def count_flops(make: Callable[[Any], Parts]) -> Flops:
     Raises:
         Exception: that ends the step, such as one of a module that reads values of tensors.
     """
-    with fake_world(1, values_of_generators()) as mode:
+    with fake_world(1, values_of_generators()) as mode, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         parts = make(mode)
         arguments = {**parts.arguments, "devices": 1, "num_nodes": 1}
         arguments.pop("strategy", None)
@@ -158,8 +160,8 @@ class _Calls(TorchFunctionMode):
             before = self._products()
             out = func(*args, **kwargs)
             first = out[0] if isinstance(out, tuple) else out
-            times = 1 if self.again or not first.requires_grad else 3
-            self.attention += times * (self._products() - before)
+            of_call = _of_torchs(*args[:2]) if isinstance(out, tuple) else self._products() - before
+            self.attention += of_call * (1 if self.again or not first.requires_grad else 3)
             self.recomputes |= self.again
             return out
         if func is F.embedding and isinstance(args[0], Tensor):
@@ -172,6 +174,16 @@ class _Calls(TorchFunctionMode):
         """Operations of products of batches of matrices, and of whole attention, so far."""
         counts = self._counter.get_flop_counts().get("Global", {})
         return sum(n for op, n in counts.items() if "bmm" in str(op) or "attention" in str(op))
+
+
+def _of_torchs(query: Tensor, key: Tensor) -> int:
+    """Operations of attention within ``multi_head_attention_forward``, whose projections may be products of batches.
+
+    Args:
+        query: (queries, batch, width) or (queries, width).
+        key: (keys, batch, width) or (keys, width).
+    """
+    return 2 * 2 * query.numel() * len(key)
 
 
 def _embeddings(module: nn.Module, multiplied: set[int]) -> int:

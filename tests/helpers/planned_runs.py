@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from torch import Tensor
 
 import stabletrain as st
 from stabletrain.launch.cause import place_in_code
@@ -64,6 +65,27 @@ def module(optimizer: Callable[..., torch.optim.Optimizer] | None = None) -> Cha
     if optimizer is not None:
         made.configure_optimizers = lambda: optimizer(made.parameters())  # type: ignore[method-assign]
     return made
+
+
+class ReadsValues(CharGPT):
+    """Asks for the value of a tensor in its step."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss if loss.item() > 0 else loss * 2
+
+
+class StepsItself(CharGPT):
+    """With manual optimization."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.automatic_optimization = False
+
+
+def small(kind: type[CharGPT]) -> Any:
+    """A maker of a small module of a class."""
+    return lambda: kind(layers=2, heads=4, width=32, context=16, sample_length=0)
 
 
 def arguments(kind: str, processes: int, options: dict[str, Any]) -> dict[str, Any]:

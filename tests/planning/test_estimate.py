@@ -6,29 +6,11 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule
-from planned_runs import module, planned
-from torch import Tensor
+from planned_runs import ReadsValues, StepsItself, module, planned, small
 
 from stabletrain import CheckReplicas
 from stabletrain.errors import UserError
 from stabletrain.planning.plan import as_json, from_json
-from stabletrain.workloads import CharGPT
-
-
-class ReadsValues(CharGPT):
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        loss = super().training_step(batch, batch_idx)
-        return loss if loss.item() > 0 else loss * 2
-
-
-class StepsItself(CharGPT):
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.automatic_optimization = False
-
-
-def small(kind: type[CharGPT]) -> Any:
-    return lambda: kind(layers=2, heads=4, width=32, context=16, sample_length=0)
 
 
 @pytest.fixture(scope="module")

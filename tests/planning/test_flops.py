@@ -9,8 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule, LightningModule
-from planned_runs import BATCH, CONTEXT, Again, Data, arguments, planned
-from test_estimate import ReadsValues, StepsItself, small
+from planned_runs import BATCH, CONTEXT, Again, Data, ReadsValues, StepsItself, arguments, planned, small
 from torch import Tensor, nn
 
 from stabletrain.planning.flops import count_flops

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.loggers import CSVLogger
 from planned_runs import Again, Data, module, planned
-from test_output import PLAN, printed
+from printed_plans import PLAN, printed
 from torch.utils.data import DataLoader, IterableDataset
 
 import stabletrain as st
@@ -43,6 +43,17 @@ class Endless(IterableDataset[torch.Tensor]):
 class EndlessData(LightningDataModule):
     def train_dataloader(self) -> DataLoader[torch.Tensor]:
         return DataLoader(Endless(), batch_size=4)
+
+
+class ManyBatches(Data):
+    def train_dataloader(self) -> Again:
+        return Again(torch.randint(0, 84, (4, 17)), 40)
+
+
+def without_validation() -> Any:
+    made = module()
+    made.validation_step = None  # type: ignore[assignment,method-assign]
+    return made
 
 
 def test_all_numbers_are_printed_and_survive_json(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,12 +157,8 @@ def test_measured_steps_are_written_and_the_fit_is_ended(tmp_path: Path) -> None
             accelerator="cpu", callbacks=[MeasureSteps(steps)], default_root_dir=tmp_path, limit_val_batches=0,
             enable_model_summary=False, **quiet, **options,
         )  # fmt: skip
-        trainer.fit(module(), datamodule=ManyBatches())
+        trainer.fit(without_validation(), datamodule=ManyBatches())
         return trainer, json.loads((tmp_path / "step_times.json").read_text())
-
-    class ManyBatches(Data):
-        def train_dataloader(self) -> Again:
-            return Again(torch.randint(0, 84, (4, 17)), 40)
 
     with pytest.raises(EndReached, match="ended after 8 steps"):
         fit(5, max_steps=20, accumulate_grad_batches=2)
@@ -189,12 +196,7 @@ def test_callbacks_of_lightning_are_options_that_can_be_built() -> None:
 
 def test_the_throughput_monitor_logs_operations_and_leaves_the_module_as_it_was(tmp_path: Path) -> None:
     """Bugs: Lightning's callback does not find the number; the user's module keeps an attribute of ours."""
-
-    class ManyBatches(Data):
-        def train_dataloader(self) -> Again:
-            return Again(torch.randint(0, 84, (4, 17)), 8)
-
-    logger, trained = CSVLogger(tmp_path), module()
+    logger, trained = CSVLogger(tmp_path), without_validation()
     trainer = pl.Trainer(
         accelerator="cpu", callbacks=[CountedThroughput(flops_per_batch=1000, window_size=2)], logger=logger,
         log_every_n_steps=1, max_steps=6, limit_val_batches=0, enable_checkpointing=False,
