@@ -139,13 +139,17 @@ def run(*words: str, folder: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=1800, cwd=folder).stdout
 
 
-def time_of_run() -> list[str]:
-    """Sentences about the time of char_gpt from 20 steps, and of the run."""
+def time_of_run(changes: list[str]) -> list[str]:
+    """Sentences about the time of char_gpt from 20 steps, and of the run.
+
+    Args:
+        changes: overrides of both.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        printed = run("plan", "char_gpt", "logger=none", "--measure", "20", "--json", folder=folder)
+        printed = run("plan", "char_gpt", "logger=none", *changes, "--measure", "20", "--json", folder=folder)
         plan = json.loads(printed)["jobs"][0]["plan"]
         logger = ["logger=none", "logger._target_=lightning.pytorch.loggers.CSVLogger", "logger.save_dir=csv"]
-        run("train", "char_gpt", *logger, "run_dir=run", folder=folder)
+        run("train", "char_gpt", *changes, *logger, "run_dir=run", folder=folder)
         result = json.loads((Path(folder) / "run" / "result.json").read_text())
         (file,) = Path(folder).rglob("metrics.csv")
         rows = list(csv.DictReader(file.open(encoding="utf-8")))
@@ -168,10 +172,12 @@ def main() -> None:
     """Print the tables, and write the page if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true")
-    write = parser.parse_args().write
+    parser.add_argument("--steps", type=int, default=1500, help="of the run of char_gpt")
+    given = parser.parse_args()
+    write, changes = given.write, [] if given.steps == 1500 else [f"trainer.max_steps={given.steps}"]
     lines = [
         "# Plans", "", f"{measured()} The machine was shared.", "",
-        f"    python benchmarks/plan.py{' --write' if write else ''}", "",
+        f"    python benchmarks/plan.py{' --write' if write else ''}{f' --steps {given.steps}' if changes else ''}", "",
         "Operations of a step of a GPT, forward and backward. By hand: six for each token and weight of a matrix, and "
         "12 x layers x width x context for each token (attention, without deducting the causal mask).", "",
         "| GPT | counted | by hand | ratio | attention | 6 N D / counted | without embeddings |",
@@ -182,7 +188,7 @@ def main() -> None:
         "| GPT | optimizer | plan | allocated | difference |",
         "|---|---|---|---|---|",
         *(memory(name, optimizer) for name in SIZES for optimizer in OPTIMIZERS), "",
-        "The time of `char_gpt`:", "", *time_of_run(),
+        f"The time of `{' '.join(['char_gpt', *changes])}`:", "", *time_of_run(changes),
     ]  # fmt: skip
     text = "\n".join(lines) + "\n"
     print(text)

@@ -126,7 +126,14 @@ def test_a_step_that_steps_itself_is_counted_and_one_that_reads_values_is_not() 
     assert needs_values(raised.value)
 
 
-@pytest.mark.parametrize(("kind", "size", "readers"), [("ddp", 2, 2), ("tensor_parallel", 2, 1), ("fsdp2_tp", 4, 2)])
+CASES = [
+    pytest.param("ddp", 2, 2, marks=pytest.mark.slow),
+    ("tensor_parallel", 2, 1),
+    pytest.param("fsdp2_tp", 4, 2, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("kind", "size", "readers"), CASES)
 def test_ranks_that_share_a_batch_count_once(kind: str, size: int, readers: int) -> None:
     """Bug: with tensor parallelism, the run reads as many times more tokens as there are ranks."""
     plan = planned(kind, size, {"accumulate_grad_batches": 3})
