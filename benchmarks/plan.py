@@ -71,8 +71,9 @@ class RecordAllocations(pl.Callback):
         """Begin after the second step, end after the third."""
         if batch_idx == 1:
             state = [t for s in trainer.optimizers[0].state.values() for t in s.values() if torch.is_tensor(t)]
-            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            self._held = held_bytes([*pl_module.parameters(), *pl_module.buffers(), *gradients, *state, batch])
+            for p in pl_module.parameters():  # the profiler would miss that what was there before it is freed
+                p.grad = None
+            self._held = held_bytes([*pl_module.parameters(), *pl_module.buffers(), *state, batch])
             self._profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
             self._profiler.__enter__()
         elif batch_idx == 2:
