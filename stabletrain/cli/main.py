@@ -175,6 +175,47 @@ def validate(words: Words = None, multirun: Multirun = False, trust: Trust = Non
         _print_valid(jobs)
 
 
+@app.command(short_help="Say what a run will need, cost and do, without training: stabletrain plan char_gpt")
+def plan(
+    words: Words = None,
+    multirun: Multirun = False,
+    measure: Annotated[
+        int | None,
+        typer.Option("--measure", metavar="N", help="Train N steps, at least 5, for the time and MFU of the run."),
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option("--price", metavar="P", help="Of a device for an hour, with --measure: the cost.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    trust: Trust = None,
+) -> None:
+    """Say what a run will need, cost and do: parameters, tokens, operations, memory, learning rate, plugins.
+
+    The same as stabletrain train ... dry_run=true: nothing is trained, written or downloaded. With memory=80GB it says
+    whether the run fits. --measure 20 trains some steps in a temporary folder, and extrapolates their median.
+    """
+    from stabletrain.cli.starting import starting
+    from stabletrain.launch.streams import tolerate_broken_output
+
+    tolerate_broken_output()
+    with starting():
+        from stabletrain.cli.plan import print_plans
+        from stabletrain.launch.launcher import plan_jobs, prepare
+        from stabletrain.launch.measured_steps import MeasureOptions, check_measurable, with_measured_steps
+
+        options = MeasureOptions(steps=measure, price=price)
+        request = _request(words, multirun, trust)
+        if any(word.replace(" ", "") == "dry_run=false" for word in request.overrides):
+            raise UserError("plan: it trains nothing; remove dry_run=false, or use stabletrain train")
+        prepared = prepare(replace(request, overrides=("dry_run=true", *request.overrides)))
+        if measure is not None:
+            check_measurable(prepared)
+        plans = plan_jobs(prepared, request)
+        if measure is not None:
+            plans = with_measured_steps(prepared, request, plans, options)
+        print_plans(prepared, plans, as_json=as_json)
+
+
 @app.command(short_help="Look for the best values of some keys, with Optuna.")
 def sweep(
     words: Words = None,

@@ -44,7 +44,7 @@ _TOP_LEVEL: dict[str, Any] = {
     "run_dir": str | None,
     "resume": str | None,
     "dry_run": bool,
-    "memory": str | None,
+    "memory": str | int | float | None,
     "objective": str | None,
     "callbacks": dict,
     "plugins": dict,
@@ -419,6 +419,8 @@ def _strategy(config: Mapping[str, Any]) -> Iterator[Problem]:
 def _memory(config: Mapping[str, Any]) -> Iterator[Problem]:
     """The memory of a device, which is for a dry run only."""
     memory = config.get("memory")
+    if isinstance(memory, int | float) and not isinstance(memory, bool):
+        yield Problem("memory", f"expected {bytes.FORMS}, got {memory:g} without a unit; write memory={memory:g}GB")
     if not isinstance(memory, str):
         return
     if config.get("dry_run") is False:

@@ -24,6 +24,7 @@
 | `sample.txt`           | the text workload                  | a sample of the trained model                     |
 | `strategy.json`        | the strategy, if it shards         | which modules are units, and their share          |
 | `lr_range.csv`         | the schedule of a range test       | rate and loss of every attempted step             |
+| `step_times.json`      | the steps that a plan measures     | seconds of each of them, and the device           |
 | `chaos/`               | faults of `stabletrain.chaos`      | the steps at which they were applied              |
 
 In ``environment/``: ``git.json`` and diffs (the launcher); ``environment.json``, ``requirements.txt`` and ``code.json``
@@ -59,6 +60,7 @@ UNSENT_RUNS = "mlflow-unsent"
 SAMPLE = "sample.txt"
 STRATEGY = "strategy.json"
 LR_RANGE = "lr_range.csv"
+STEP_TIMES = "step_times.json"
 CHAOS = "chaos"
 
 
