@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stabletrain.runtime import rng
+from stabletrain.runtime.hidden.hidden_state import HiddenState
 
 Weights = Sequence[Tensor]
 """One tensor for each of `Objective.parameters`, of its shape."""
@@ -23,8 +24,8 @@ a small GPT."""
 class Objective:
     """The mean loss of a module over fixed batches, with dropout off.
 
-    Each evaluation begins with the same buffers and the same state of the random generators, so that it is a function
-    of the weights alone, also where ``training_step`` draws random numbers.
+    Each evaluation begins with the same buffers, the same tensors in plain attributes (a recurrent state) and the same
+    state of the random generators, so that it is a function of the weights alone.
 
     Args:
         module: whose trained parameters are the variables.
@@ -47,6 +48,7 @@ class Objective:
         self._fixed = [*(p for p in module.parameters() if id(p) not in trained), *module.buffers()]
         self._start: list[Tensor] = []
         self._random: rng.RngState = {}
+        self._hidden = HiddenState(module)
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -64,6 +66,7 @@ class Objective:
                 if isinstance(each, _BATCH_NORMS):
                     each.train()
             self._start = fixed
+            self._hidden.stash()
             yield
 
     def weights(self) -> list[Tensor]:
@@ -164,6 +167,7 @@ class Objective:
             yield
         finally:
             _copy(self._fixed, self._start)
+            self._hidden.restore()
 
     def _loss(self, compute: Callable[[], Tensor]) -> Tensor:
         self.passes += 1

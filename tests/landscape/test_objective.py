@@ -68,6 +68,33 @@ def test_the_loss_is_a_function_of_the_weights_alone() -> None:
     assert objective.passes == 6
 
 
+class Recurrent(nn.Module):
+    """Carries a state from batch to batch in an attribute that no state_dict contains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.state = nn.RNNCell(4, 3), None
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        state = self.cell(inputs, self.state)
+        self.state = state.detach()
+        return state
+
+
+def test_a_state_that_is_carried_on_begins_anew_at_each_evaluation() -> None:
+    """Bug: neighbouring points of a plane differ since a recurrent state has gone on."""
+    torch.manual_seed(0)
+    module = Recurrent()
+    loss = loss_of(module)
+    objective = Objective(module, [loss, loss])
+    with objective.opened():
+        first = objective.loss()
+        assert objective.loss() == first
+        objective.product(torch.ones(objective.size))
+        assert objective.loss() == first
+    assert module.state is None
+
+
 def test_batch_statistics_are_another_function() -> None:
     """Bug: --batch-stats changes nothing."""
     module = normed().train()
