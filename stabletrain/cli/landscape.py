@@ -117,7 +117,7 @@ def _lines(result: Landscape) -> Iterator[str]:
     yield from _table(result.checkpoints)
     yield from _limit_lines(result)
     if result.by_differences:
-        yield "  Hessian by differences of gradients: a part of the module has no second derivative"
+        yield "  Hessian by differences of gradients: a part of the module has no second derivative to rely on"
     for note in result.notes:
         yield f"  {note}"
     yield f"  {result.passes} forward passes"

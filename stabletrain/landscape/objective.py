@@ -49,6 +49,7 @@ class Objective:
         self._start: list[Tensor] = []
         self._random: rng.RngState = {}
         self._hidden = HiddenState(module)
+        self._is_checked = False
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -122,7 +123,11 @@ class Objective:
             self._evaluation(),
         ):
             for each in self.losses:
-                total += self._exact_of(self._loss(each), parts)
+                loss = self._loss(each)
+                if not self._is_checked and _has_own_function(loss):
+                    raise _NoSecondDerivative
+                total += self._exact_of(loss, parts)
+        self._is_checked = True
         return total / len(self.losses)
 
     def _exact_of(self, loss: Tensor, parts: Weights) -> Tensor:
@@ -187,7 +192,25 @@ class Objective:
 
 
 class _NoSecondDerivative(Exception):
-    """A part of the module has none, such as a fused kernel or a function of its own."""
+    """A part of the module has none, such as a fused kernel, or may have a wrong one."""
+
+
+def _has_own_function(loss: Tensor) -> bool:
+    """Whether a ``torch.autograd.Function`` took part in a loss.
+
+    If its backward calls a kernel, or is marked as ``once_differentiable``, the second derivative may lack a part
+    without any error: torch then takes what the function has saved for constants.
+    """
+    seen, left = set(), [loss.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            return True
+        left += [each for each, _ in node.next_functions]
+    return False
 
 
 def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

@@ -53,7 +53,7 @@ def run(trained: Path, tmp_path: Path) -> Path:
 def landscape(folder: Path, **options: Any) -> tuple[Landscape, list[str]]:
     said: list[str] = []
     most = options.pop("most", 20)
-    chosen = Options(**{"resolution": 5, "batches": 2, "has_curvature": False, **options})
+    chosen = Options(**{"resolution": 3, "batches": 1, "has_curvature": False, **options})
     return landscape_of(find(str(folder)), chosen, said.append, most=most), said
 
 
@@ -65,7 +65,7 @@ def test_a_run_with_several_checkpoints(run: Path) -> None:
     """Bugs: the loss of other weights or other statistics; a path that is not the run's; a run's folder that changes;
     random numbers drawn from the caller's generators; a cost that is not what was announced."""
     before, random = files(run), torch.get_rng_state()
-    found, said = landscape(run, has_curvature=True)
+    found, said = landscape(run, resolution=5, batches=2)
     assert files(run) == before
     assert torch.equal(random, torch.get_rng_state())
     assert [each.step for each in found.checkpoints] == STEPS
@@ -82,17 +82,27 @@ def test_a_run_with_several_checkpoints(run: Path) -> None:
     for each in found.checkpoints:
         assert each.limit is not None
         assert each.limit.value == pytest.approx(2 * 1.9 / 2.8 / 0.1)
-        assert each.curvature is not None
-        assert each.curvature.problem is None
-        assert each.curvature.largest > 0 > each.curvature.smallest  # type: ignore[operator]
-    planes, count = 2 * 25 * 2, len(STEPS) * 2
-    products = sum(each.curvature.products for each in found.checkpoints if each.curvature is not None)
-    assert found.passes == planes + 2 * count + 2 * products
+    assert found.passes == 2 * 25 * 2 + 2 * len(STEPS) * 2
     assert said[0].startswith(
         "forward passes: 5 x 5 points x 2 batches = 50 for the random plane, 58 for the plane of 4"
     )
     write_json(run / "landscape.json", found.as_json())
     assert json.loads((run / "landscape.json").read_text())["checkpoints"][-1]["loss"] == centre.loss
+
+
+def test_curvature_at_a_checkpoint(run: Path) -> None:
+    """Bugs: the Hessian of other weights; a count of products that is not that of the forward passes."""
+    pytest.importorskip("scipy")
+    found, _ = landscape(run, most=1, has_curvature=True)
+    curvature = found.centre.curvature
+    assert curvature is not None
+    assert curvature.problem is None
+    assert curvature.largest is not None
+    assert curvature.smallest is not None
+    assert curvature.largest > 1.0
+    assert curvature.smallest < curvature.largest
+    assert found.passes == 1 + 9 + curvature.products
+    assert not found.by_differences
 
 
 def test_losses_are_those_of_the_modules_own_step(run: Path) -> None:
@@ -114,15 +124,15 @@ def test_losses_are_those_of_the_modules_own_step(run: Path) -> None:
 
 def test_it_is_the_same_again_and_another_seed_is_another_plane(run: Path) -> None:
     """Bug: other batches or directions each time, so that two pictures cannot be compared."""
-    first, again, other = (landscape(run, seed=seed)[0] for seed in (0, 0, 1))
+    first, again, other = (landscape(run, seed=seed, most=1)[0] for seed in (0, 0, 1))
     assert first.as_json() == again.as_json()
     assert first.random != other.random
-    assert first.path == other.path
+    assert first.centre == other.centre
 
 
 def test_batch_statistics(run: Path) -> None:
     """Bug: the option does not reach the module."""
-    running, batch = (landscape(run, batch_stats=each)[0].centre.loss for each in (False, True))
+    running, batch = (landscape(run, batch_stats=each, most=1)[0].centre.loss for each in (False, True))
     assert running != batch
 
 
@@ -158,6 +168,7 @@ def test_checkpoints_that_cannot_be_used_are_left_out_and_named(run: Path) -> No
     assert found.notes[1] == "step=18.ckpt is left out: its weights are not finite (net.0.weight)"
 
 
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint")
 def test_all_that_a_rollback_has_left_behind_is_not_on_the_path(run: Path) -> None:
     """Bug: the weights that a run went back from count as its end."""
     saver = SaveCheckpoints(run / "checkpoints", every=1, keep_last=None)
@@ -169,7 +180,7 @@ def test_all_that_a_rollback_has_left_behind_is_not_on_the_path(run: Path) -> No
 def test_a_plane_in_which_the_loss_overflows(run: Path) -> None:
     """Bug: infinite losses end it, or are written as JSON that nobody reads."""
     single_file(run, 15, lambda state: state["net.13.weight"].mul_(2e38))
-    found, _ = landscape(run)
+    found, _ = landscape(run, most=1)
     assert found.random is not None
     assert found.random.overflows
     assert clipping(found)
