@@ -176,6 +176,7 @@ def _as_surface(figure: Any, axes: Any, grid: Grid, what: Drawn, result: Landsca
     axes.plot_surface(xs, ys, heights, cmap=_COLOURS, rcount=100, ccount=100, linewidth=0.15, edgecolor="0.35")
     axes.set_zlabel("log10 of the loss" if what.is_log else "loss", fontsize=8)
     axes.view_init(elev=42, azim=-60)
+    axes.locator_params(nbins=5)
     if result is not None:
         found = [(*each.place, each.loss_in_plane) for each in result.checkpoints if each.place is not None]
         path = [(x, y, _height(z, what)) for x, y, z in found]
@@ -209,10 +210,11 @@ def _curvature(result: Landscape) -> Any:
     if limits:
         values = [each.value or 0.0 for _, each in limits]
         label = f"{limits[-1][1].rule}: plain {limits[-1][1].optimizer.partition(',')[0]} is stable below"
-        axes.plot([step for step, _ in limits], values, "--", color="crimson", label=label)
+        axes.plot([step for step, _ in limits], values, "--", color="crimson", label=label, drawstyle="steps-post")
         highest = max(highest, *values)
     axes.axhline(0, color="0.6", linewidth=0.8)
     axes.set_yscale("symlog", linthresh=max(1e-3 * highest, 1e-12))
+    axes.set_ylim(top=3 * highest)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     axes.set_title(_plain(result.name), fontsize=10)

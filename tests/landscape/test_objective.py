@@ -106,7 +106,7 @@ def test_batch_statistics_are_another_function() -> None:
         with objective.opened():
             found.append(objective.loss())
     module[2].p = 0.0
-    assert found[1] == pytest.approx(float(loss_of(module)()))
+    assert found[1] == pytest.approx(loss_of(module)().item())
     assert found[0] != pytest.approx(found[1], rel=1e-3)
 
 

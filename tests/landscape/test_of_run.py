@@ -1,5 +1,6 @@
 """From a run's folder to its landscape: what is computed, what is left out, what is refused."""
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import yaml
 from lightning.pytorch import seed_everything
 
 from stabletrain import SaveCheckpoints, UserError
+from stabletrain.cli import landscape as command
 from stabletrain.landscape.checkpoints import checkpoint_paths, read_checkpoints
 from stabletrain.landscape.of_run import find, landscape_of
 from stabletrain.landscape.pictures import clipping
@@ -253,3 +255,47 @@ def test_divided_checkpoints_are_read_whole(tmp_path: Path) -> None:
     assert problems == []
     for each in found:
         moving.Net("single").load_state_dict(each.content["state_dict"])
+
+
+def test_what_a_package_is_missing_for_is_said_first(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bugs: an ImportError after all was computed; no pictures and nobody knows why; a table without the losses."""
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *of: None if name in ("scipy", "matplotlib") else real(name, *of)
+    )
+    command.run(str(run), Options(resolution=3, batches=1), most=20, surface=True, trust=())
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == 'no pictures: matplotlib is not installed: pip install "stabletrain[plots]"'
+    assert lines[1] == 'no curvature: scipy is not installed: pip install "stabletrain[landscape]"'
+    assert lines[-2:] == [f"numbers: {run / 'landscape' / 'landscape.json'}", "not logged to MLflow"]
+    assert [path.name for path in (run / "landscape").iterdir()] == ["landscape.json"]
+    found = json.loads((run / "landscape" / "landscape.json").read_text())["checkpoints"]
+    rows = [line.split() for line in lines[lines.index("") :] if line.split()[:1] in [[str(step)] for step in STEPS]]
+    assert [float(row[1]) for row in rows] == pytest.approx([each["loss"] for each in found], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_pictures_are_among_the_runs_artifacts(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bug: the result is in the folder only; or the run's folder decides which store is written to."""
+    pytest.importorskip("matplotlib")
+    from stabletrain.tracking.store import ensure_store, open_client
+
+    uri, other = (f"sqlite:///{tmp_path}/{name}.db" for name in ("mlflow", "other"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    ensure_store(uri)
+    client = open_client(uri)
+    run_id = client.create_run("0").info.run_id
+    options = Options(resolution=3, batches=1, has_curvature=False)
+    with_node("logger", {"tracking_uri": other, "run_id": run_id})(run)
+    command.run(str(run), options, most=20, surface=True, trust=())
+    assert f"not logged to MLflow: its store is {other}" in capsys.readouterr().out
+    with_node("logger", {"tracking_uri": uri, "run_id": run_id})(run)
+    command.run(str(run), options, most=20, surface=True, trust=())
+    assert f"logged to MLflow: landscape/ of the run {run_id}" in capsys.readouterr().out
+    names = {each.path for each in client.list_artifacts(run_id, "landscape")}
+    assert names == {f"landscape/{name}" for name in ("landscape.json", "planes.png", "surfaces.png")}
