@@ -136,9 +136,9 @@ def _table(checkpoints: Sequence[CheckpointLoss]) -> Iterator[str]:
         row = [str(each.step), _number(each.loss), *([_number(each.loss_in_plane)] if has_plane else [])]
         if has_curvature:
             found = each.curvature
-            row += [_number(found and found.largest), _number(found and found.smallest)]
+            row += [_number(found.largest), _number(found.smallest)] if found is not None else ["-", "-"]
         if has_limit:
-            row.append(_number(each.limit and each.limit.value))
+            row.append(_number(None if each.limit is None else each.limit.value))
         rows.append(row)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:

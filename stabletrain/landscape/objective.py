@@ -181,7 +181,7 @@ class Objective:
     def _divided(self, vector: Tensor) -> list[Tensor]:
         first = self.parameters[0]
         sizes = [p.numel() for p in self.parameters]
-        parts = vector.to(first.dtype).to(first.device).split(sizes)
+        parts = torch.split(vector.to(first.dtype).to(first.device), sizes)
         return [part.view_as(p).to(p) for part, p in zip(parts, self.parameters, strict=True)]
 
     def _joined(self, parts: Sequence[Tensor | None]) -> Tensor:

@@ -208,10 +208,10 @@ def _curvature(result: Landscape) -> Any:
             highest = max(highest, *map(abs, values))
     limits = [(e.step, e.limit) for e in result.checkpoints if e.limit is not None and e.limit.value is not None]
     if limits:
-        values = [each.value or 0.0 for _, each in limits]
+        bounds = [each.value or 0.0 for _, each in limits]
         label = f"{limits[-1][1].rule}: plain {limits[-1][1].optimizer.partition(',')[0]} is stable below"
-        axes.plot([step for step, _ in limits], values, "--", color="crimson", label=label, drawstyle="steps-post")
-        highest = max(highest, *values)
+        axes.plot([step for step, _ in limits], bounds, "--", color="crimson", label=label, drawstyle="steps-post")
+        highest = max(highest, *bounds)
     axes.axhline(0, color="0.6", linewidth=0.8)
     axes.set_yscale("symlog", linthresh=max(1e-3 * highest, 1e-12))
     axes.set_ylim(top=3 * highest)

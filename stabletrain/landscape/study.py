@@ -248,12 +248,14 @@ class _Computation:
         result.random = loss_grid(objective, centre, first, second, xs, xs)
         if plane is None:
             return
-        directions = [[d.to(w) for d, w in zip(ds, centre, strict=True)] for ds in (plane.first, plane.second)]
+        first, second = (
+            [d.to(w) for d, w in zip(direction, centre, strict=True)] for direction in (plane.first, plane.second)
+        )
         result.shares = plane.shares
-        result.path = loss_grid(objective, centre, *directions, *frame(plane.path, options.resolution))
+        result.path = loss_grid(objective, centre, first, second, *frame(plane.path, options.resolution))
         for each, place in zip(points, plane.path, strict=True):
             each.result.place = place
-            each.result.loss_in_plane = loss_at(objective, centre, *directions, *place)
+            each.result.loss_in_plane = loss_at(objective, centre, first, second, *place)
 
     def _curvature(self, points: Sequence[_Point]) -> None:
         for each in points:
