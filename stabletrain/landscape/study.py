@@ -187,8 +187,8 @@ class _Computation:
         return [by_step[step] for step in sorted(by_step)]
 
     def _load(self, saved: Saved) -> None:
+        self.module.on_load_checkpoint(dict(saved.content))
         try:
-            self.module.on_load_checkpoint(dict(saved.content))
             state = with_own_names(saved.content["state_dict"], self.module)
             self.module.load_state_dict(state, strict=self.module.strict_loading)
         except _MISMATCH as error:
