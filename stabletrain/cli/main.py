@@ -439,6 +439,56 @@ def report(
         print(f"\npage: {html}")
 
 
+@app.command(short_help="Draw the loss around a run's weights: stabletrain landscape RUN")
+def landscape(
+    run: Annotated[
+        str,
+        typer.Argument(help="A run's folder, its id, the beginning of an id, or its name.", show_default=False),
+    ],
+    resolution: Annotated[
+        int, typer.Option("--resolution", metavar="N", min=5, max=401, help="Points along each side of a plane.")
+    ] = 25,
+    batches: Annotated[
+        int, typer.Option("--batches", metavar="N", min=1, help="Batches of the training loader that make the loss.")
+    ] = 4,
+    checkpoints: Annotated[
+        int, typer.Option("--checkpoints", metavar="N", min=1, help="Checkpoints at most, evenly spaced.")
+    ] = 20,
+    batch_stats: Annotated[
+        bool, typer.Option("--batch-stats", help="BatchNorm by the statistics of each batch, as in training.")
+    ] = False,
+    curvature: Annotated[
+        bool, typer.Option("--curvature/--no-curvature", help="Eigenvalues of the Hessian at each checkpoint.")
+    ] = True,
+    surface: Annotated[bool, typer.Option("--surface", help="Draw the planes as surfaces, too.")] = False,
+    seed: Annotated[
+        int, typer.Option("--seed", metavar="N", min=0, max=2**31, help="Of the random plane's directions.")
+    ] = 0,
+    trust: Trust = None,
+) -> None:
+    """Draw the loss around a run's weights, from its checkpoints: pictures, a JSON file, and a table.
+
+    A random plane through the last weights, filter-normalised; the plane in which the checkpoints differ most, with
+    their path; the largest and the smallest eigenvalue of the Hessian at each checkpoint. What it costs is printed
+    before it begins. The result is in landscape/ of the run's folder and of its artifacts in MLflow.
+
+    It is of one process in 32 bits with dropout off, whatever the run was. Needs matplotlib for the pictures and scipy
+    for the eigenvalues: pip install "stabletrain[landscape]".
+    """
+    from stabletrain.cli.starting import starting
+    from stabletrain.launch.streams import tolerate_broken_output
+
+    tolerate_broken_output()
+    with starting():
+        from stabletrain.cli.landscape import run as compute
+        from stabletrain.landscape.study import Options
+
+        options = Options(
+            resolution=resolution, batches=batches, batch_stats=batch_stats, has_curvature=curvature, seed=seed
+        )
+        compute(run, options, most=checkpoints, surface=surface, trust=trust or ())
+
+
 @app.command(short_help="Compare runs: what differs, how they ended, and a page with charts (--html FILE).")
 def compare(
     runs: Annotated[
