@@ -29,12 +29,12 @@ def sentences(results: Results) -> str:
         f"{_led(results, unions.FIVE)} runs ({_led(results, unions.FOUR)} without the update). Tensor by tensor and "
         f"module by module, as the monitors log them, they lead in {_led(results, logged)} "
         f"({_led(results, unions.LOGGED_FOUR)}); the gradient norm in {_led(results, unions.GRAD_NORM)}.",
-        f"**The limits do not carry over**: the five fire in {_false(results, 'seen', unions.FIVE)} healthy runs of the "
-        f"settings that the limits come from, and in {_false(results, 'unseen', unions.FIVE)} of others; as the "
-        f"monitors log them in {_false(results, 'seen', logged)} and {_false(results, 'unseen', logged)}. So no warning "
-        "is on by default, and a limit for `warn_above` should come from healthy runs of the same setting.",
-        f"**Looks now and then see less**: every 10 steps the five lead in {_led(results, unions.EVERY_10)} runs, every "
-        f"50 in {_led(results, unions.EVERY_50)}.",
+        f"**The limits do not carry over**: the five fire in {_false(results, 'seen', unions.FIVE)} healthy runs of "
+        f"the settings that the limits come from, and in {_false(results, 'unseen', unions.FIVE)} of others; as the "
+        f"monitors log them in {_false(results, 'seen', logged)} and {_false(results, 'unseen', logged)}. So no "
+        "warning is on by default, and a limit for `warn_above` should come from healthy runs of the same setting.",
+        f"**Looks now and then see less**: every 10 steps the five lead in {_led(results, unions.EVERY_10)} runs, "
+        f"every 50 in {_led(results, unions.EVERY_50)}.",
         _per_reading(results, FIXED),
         f"{_per_reading(results, OWN)} The update follows the learning rate: its own history says that the rate moved.",
         _published(results),

@@ -17,8 +17,8 @@ from early_warning_suite.unions import FIXED, OWN, UNIONS, Union
 
 LETTERS = dict(zip((each.name for each in TROUBLED), string.ascii_lowercase, strict=False))
 
-INTRODUCTION = f"""Small networks (transformers, an LSTM, a ReLU RNN, a CNN with batch norm) on real text and digits, 300
-steps in fp32.
+INTRODUCTION = f"""Small networks (transformers, an LSTM, a ReLU RNN, a CNN with batch norm) on real text and digits,
+300 steps in fp32.
 Fourteen kinds of trouble, three seeds. The loss **has risen** at the first of {judge.LASTS} steps in a row whose
 {judge.MEAN_OF}-step mean is {judge.RISE} nats above the lowest such mean. Every reading is taken at every step, and
 judged in two ways, each of which needs two steps in a row:
@@ -57,7 +57,7 @@ def page(results: Results, command: str) -> str:
         _detectors(results),
         "## Lead of each reading, fixed limit",
         "Median lead in steps where all runs of a kind lead (**bold**), else in how many; empty: none leads; `n/a`: "
-        "the runs do not have the reading. Led: of all runs. False: healthy runs with an alarm, of those with the reading.",
+        "the runs do not have the reading. Led: of all runs. False: healthy runs with an alarm, of those with it.",
         _leads(results, FIXED),
         "## Lead of each reading, own history",
         _leads(results, OWN),

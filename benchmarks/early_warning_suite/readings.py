@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from stabletrain.runtime.observing.attention import AttentionCall, AttentionCalls, entropy, largest_logit, logit_bound
+from stabletrain.runtime.observing.losses import LossCall, LossCalls
+from stabletrain.runtime.observing.outputs import Output, Outputs
 from torch import Tensor, nn
 
 from early_warning_suite.models import after_last_hidden_state
@@ -80,36 +82,20 @@ class Reader:
         self._weights: list[Tensor] = []
         self._directions: dict[int, Tensor] = {}
         after_last_hidden_state(net).register_forward_pre_hook(self._hidden)
-        self._attention = AttentionCalls(net, self._attends)
 
     @contextmanager
     def forward(self) -> Iterator[None]:
-        """Around the forward pass: modules' outputs and attention."""
+        """Around the forward pass and the loss: outputs of modules, attention, logits."""
         self._values, self._of_modules, self._of_attention = {}, [], []
-        leaves = [module for module in self.net.modules() if not list(module.children())]
-        handles = [module.register_forward_hook(self._output) for module in leaves]
-        try:
-            with self._attention:
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        with Outputs(self.net, self._output), AttentionCalls(self.net, self._attends), LossCalls(self._loss):
+            yield
 
     @torch.no_grad()
-    def before_step(self, loss: Tensor, logits: Tensor) -> None:
-        """After the backward pass: gradients, weights and outputs.
-
-        Args:
-            loss: of the step, in nats.
-            logits: (..., classes).
-        """
-        logits = logits.detach().float()
+    def before_step(self) -> None:
+        """After the backward pass: gradients and weights."""
         self._weights = [p.detach().clone() for p in self._parameters]
         self._values |= {
-            "loss": loss.detach(),
             "grad_norm": gradients.global_norm(gradients.of(self._parameters)),
-            "output": logits.abs().max(),
-            "log_z": logits.logsumexp(-1).mean(),
             "weight_norm": gradients.global_norm(self._weights),
             "spectral": torch.stack([self._spectral_norm(i) for i in self._matrices]).max(),
         }
@@ -135,12 +121,21 @@ class Reader:
     def _hidden(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._values["hidden"] = _rms(inputs[0].detach())
 
-    def _output(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        x = output[0] if isinstance(output, tuple) else output
-        with torch.no_grad():
-            x = x.detach().float()
-            zeros = (x == 0).float().mean() if isinstance(module, nn.ReLU) else x.new_zeros(())
+    def _output(self, output: Output) -> None:
+        if not output.again:
+            x = output.tensor.float()
+            zeros = (x == 0).float().mean() if output.kind == "relu" else x.new_zeros(())
             self._of_modules.append(torch.stack([_rms(x), x.abs().max(), zeros]))
+
+    @torch.no_grad()
+    def _loss(self, call: LossCall) -> None:
+        assert call.value is not None, "the loss was computed"
+        logits = call.input.float()
+        self._values |= {
+            "loss": call.value.float(),
+            "output": logits.abs().max(),
+            "log_z": logits.logsumexp(-1).mean(),
+        }
 
     def _attends(self, call: AttentionCall) -> None:
         calm = 1 / (entropy(call).min() + _NO_ENTROPY)

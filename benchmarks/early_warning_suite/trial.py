@@ -81,7 +81,7 @@ def train(setting: Setting, seed: int, steps: int = STEPS) -> Series:
             loss = _loss(logits.half() if setting.fp16_logits else logits, targets).float()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        reader.before_step(loss, logits)
+        reader.before_step()
         if setting.clip is not None:
             nn.utils.clip_grad_norm_(net.parameters(), setting.clip)
         optimizer.step()
