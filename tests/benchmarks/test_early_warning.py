@@ -72,7 +72,7 @@ def made(part: str, setting: str, seed: int, **values: Any) -> dict[str, Any]:
 
 
 def test_the_page_counts_leads_and_false_alarms() -> None:
-    """Bug: an alarm after the rise, or in a run that never rose, is a lead; limits come from the runs that they judge."""
+    """Bug: an alarm after the rise, or in a run that never rose, is a lead; limits come from the runs they judge."""
     kind, other = TROUBLED[0].name, TROUBLED[1].name
     rising: list[float | None] = [1.0] * 150 + [10.0] * 150
     calm: list[float | None] = [1.0] * 300
