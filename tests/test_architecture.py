@@ -19,7 +19,7 @@ LAYERS = [
     ["runtime.internals"],
     ["runtime"],  # the modules directly in it
     ["optim"],
-    ["runtime.records", "runtime.data", "runtime.hidden"],
+    ["runtime.records", "runtime.data", "runtime.hidden", "runtime.observing"],
     ["runtime.guard"],
     ["runtime.snapshots", "runtime.windows"],
     ["runtime.checkpoints"],

@@ -67,6 +67,12 @@ class Ranks:
             dist.all_reduce(numbers)
         return numbers
 
+    def max_tensor(self, numbers: Tensor) -> Tensor:
+        """Of each number of a tensor the largest on any rank, without a read by the host. A collective."""
+        if self.size > 1:
+            dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+        return numbers
+
     def max(self, number: int) -> int:
         """The largest number on any rank. A collective."""
         if self.size == 1:

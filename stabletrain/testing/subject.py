@@ -50,11 +50,12 @@ class Subject:
         return instantiate(self.node(option), trust=self.trust, key=choice(option))
 
     @property
-    def needs_accumulation(self) -> bool:
-        """Whether it refuses steps of one micro-batch on one rank (``least_micro_batches`` of its class)."""
+    def refuses_toy(self) -> bool:
+        """Whether it refuses steps of one micro-batch, or a module without attention (attributes of its class)."""
         if self.plugin.kind != "callback":
             return False
-        return any(getattr(self.build(option), "least_micro_batches", 1) > 1 for option in self.options)
+        built = [self.build(option) for option in self.options]
+        return any(getattr(b, "least_micro_batches", 1) > 1 or getattr(b, "needs_attention", False) for b in built)
 
     def plain_option(self) -> Option:
         """Return the option closest to the constructor's defaults."""

@@ -50,7 +50,7 @@ class GuardMember(Callback, metaclass=HiddenFields):
 
     The members are found in ``trainer.callbacks``; there is no other registry. In ``setup`` the first member of the
     list, the leader, creates the guard; only the leader forwards Lightning's hooks to it. Subclasses override
-    `on_gradients`, `on_outcome`, `metrics` and the state hooks as needed.
+    `on_gradients`, `on_update`, `on_outcome`, `metrics` and the state hooks as needed.
     """
 
     sets_limits: ClassVar[bool] = False
@@ -58,6 +58,8 @@ class GuardMember(Callback, metaclass=HiddenFields):
 
     least_micro_batches: ClassVar[int] = 1
     """Micro-batches, over time and ranks, that a step must have; with more than 1, `check_plugin` trains nothing."""
+    needs_attention: ClassVar[bool] = False
+    """Whether it refuses a module without attention; then `check_plugin` trains nothing."""
     chosen_by_default: bool = False
     """Whether ``default_callbacks`` has chosen it, and not the user."""
     per_optimizer: ClassVar[tuple[str, ...]] = ()
@@ -102,6 +104,14 @@ class GuardMember(Callback, metaclass=HiddenFields):
             parameters: of the optimizer, in its order.
         """
 
+    def on_update(self, optimizer: Optimizer, dropped: Tensor | None) -> None:
+        """Called directly after an optimizer's update, on all ranks; weights may be changed here, without a host read.
+
+        Args:
+            optimizer: that was stepped.
+            dropped: above 0 if its kernel has dropped the step, which only the device knows; None: it was applied.
+        """
+
     def on_outcome(self, outcome: Outcome) -> None:
         """Called after the rules have observed an outcome. The learning rate of the next step may be set here."""
 
@@ -140,6 +150,11 @@ class GuardMember(Callback, metaclass=HiddenFields):
     def observes_gradients(self) -> bool:
         """Whether `on_gradients` is overridden."""
         return type(self).on_gradients is not GuardMember.on_gradients
+
+    @property
+    def follows_updates(self) -> bool:
+        """Whether `on_update` is overridden."""
+        return type(self).on_update is not GuardMember.on_update
 
     @property
     def observes_outcomes(self) -> bool:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from lightning.pytorch import Trainer
 from torch import Tensor
+from torch.optim import Optimizer
 
 from stabletrain.core.outcome import Outcome
 from stabletrain.core.rule import Rule
@@ -36,6 +37,10 @@ class Member(Protocol):
         """Whether the guard has to call `on_gradients`."""
 
     @property
+    def follows_updates(self) -> bool:
+        """Whether the guard has to call `on_update`."""
+
+    @property
     def observes_outcomes(self) -> bool:
         """Whether the guard has to call `on_outcome`."""
 
@@ -58,6 +63,9 @@ class Member(Protocol):
 
     def on_gradients(self, step: int, parameters: Sequence[Tensor]) -> None:
         """Called at every attempted step with complete, unscaled gradients, before any of them is changed."""
+
+    def on_update(self, optimizer: Optimizer, dropped: Tensor | None) -> None:
+        """Called directly after an optimizer's update; ``dropped``: above 0 if the kernel has dropped it."""
 
     def on_outcome(self, outcome: Outcome) -> None:
         """Called when the outcome of a step is known and all rules have observed it."""

@@ -85,6 +85,8 @@ class StepControl:
         self._frozen = False
         self._decided = False
         self._effect = StepEffect(self.optimizer, module, ranks)
+        self.after_update: list[Callable[[Optimizer, Tensor | None], None]] = []
+        """Called after each update; see `GuardMember.on_update`."""
         self._unwritten: list[dict[str, Any]] = []
         """State of parameters whose momentum was allocated in the last step, and not written if that was dropped."""
         self._replaced: list[tuple[object, str, Any]] = []
@@ -178,6 +180,9 @@ class StepControl:
                     applied = inner(**kwargs) if is_sure else effect.check(lambda: inner(**kwargs))
                 if self._frozen:  # an overflow: the loss scaler calls the kernel all the same
                     self._drop_unwritten()
+                else:
+                    for each in self.after_update:
+                        each(self.optimizer, getattr(optimizer, "found_inf", None))
                 result = result if closure is not None else applied
             if closure is not None:
                 # the loss scaler passes no closure, and deletes these attributes itself

@@ -147,6 +147,8 @@ class StepGuard(SharedGuard):
         self.is_open = self.is_training = True
 
     def _control_steps(self, controls: Sequence[StepControl], names: Sequence[str] | None) -> None:
+        for each in controls:
+            each.after_update = [member.on_update for member in self._active if member.follows_updates]
         self._history.begin(controls, self.module, self.ranks, names)
         self._undo.extend(each.undo for each in controls)
 

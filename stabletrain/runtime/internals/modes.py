@@ -1,0 +1,34 @@
+"""Function modes that are left in another order than they were entered, and tensors that only live inside a transform."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
+
+
+def enter(mode: TorchFunctionMode) -> Callable[[], None]:
+    """Open a function mode; returns what closes it, also while a mode that was opened later is still open.
+
+    ``mode.__exit__`` closes whatever mode was opened last. A hook of Lightning may be called within a mode of the
+    module, such as ``with torch.device(...)`` around ``manual_backward``, which must stay open.
+    """
+    mode.__enter__()
+
+    def leave() -> None:
+        if not any(each is mode for each in _get_current_function_mode_stack()):
+            return
+        later = []
+        while (last := _pop_mode()) is not mode:
+            later.append(last)
+        for each in reversed(later):
+            _push_mode(each)
+
+    return leave
+
+
+def is_inside_transform(tensor: Tensor) -> bool:
+    """Whether a tensor belongs to ``torch.func.grad``, ``vmap`` and the like, and must not be kept beyond them."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)

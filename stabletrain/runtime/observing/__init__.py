@@ -1,0 +1,1 @@
+"""What happens inside a module during one step: observed without changing it."""

@@ -1,0 +1,63 @@
+"""Calls of loss functions are seen, with their arguments, and change nothing."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from stabletrain.runtime.observing.losses import LossCall, LossCalls
+
+X, Y = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0, 1, 2])
+
+
+def test_every_way_to_call_cross_entropy_is_seen_once() -> None:
+    """Bugs: only the function is seen, or only the module; one call is counted again as the nll_loss inside it."""
+    calls: list[LossCall] = []
+    with LossCalls(calls.append):
+        F.cross_entropy(X, Y)
+        F.cross_entropy(target=Y, input=X, reduction="sum", ignore_index=2)
+        nn.CrossEntropyLoss(label_smoothing=0.1)(X, Y)
+        nn.NLLLoss()(X.log_softmax(-1), Y)
+        F.mse_loss(X, X, reduction="none")
+    assert [each.name for each in calls] == ["cross_entropy"] * 3 + ["nll_loss", "mse_loss"]
+    assert [each.reduction for each in calls] == ["mean", "sum", "mean", "mean", "none"]
+    assert calls[1].arguments["ignore_index"] == 2 and calls[2].arguments["label_smoothing"] == 0.1
+    assert all(torch.equal(each.input, X) and torch.equal(each.target, Y) for each in calls[:3])
+    value = calls[1].value
+    assert value is not None and torch.equal(value, F.cross_entropy(X, Y, reduction="sum", ignore_index=2))
+
+
+def test_loss_and_gradient_are_those_without_it() -> None:
+    """Bug: the call is made a second time, or on a detached input."""
+    found = []
+    for watched in (False, True):
+        x = X.clone().requires_grad_()
+        mode = LossCalls(lambda call: None)
+        if watched:
+            mode.__enter__()
+        loss = F.binary_cross_entropy_with_logits(x, (X > 0).float())
+        if watched:
+            mode.__exit__(None, None, None)
+        loss.backward()
+        assert x.grad is not None
+        found.append((loss.detach(), x.grad))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+
+
+def test_a_call_that_raises_is_seen_and_nothing_stays_open() -> None:
+    """Bugs: targets out of range, which are what one wants to see, are never seen; a mode that outlives the error."""
+    calls: list[LossCall] = []
+    with pytest.raises(IndexError, match="out of bounds"), LossCalls(calls.append):
+        F.cross_entropy(X, Y + 1)
+    assert calls[0].target.max() == 3 and calls[0].value is None
+    F.cross_entropy(X, Y)
+    assert len(calls) == 1
+
+
+def test_older_arguments_for_the_reduction_are_understood() -> None:
+    """Bug: a sum that is asked for by ``size_average=False`` is taken for a mean."""
+    calls: list[LossCall] = []
+    with LossCalls(calls.append), pytest.warns(UserWarning, match="deprecated"):
+        F.mse_loss(X, X, size_average=False)
+        F.mse_loss(X, X, reduce=False)
+    assert [each.reduction for each in calls] == ["sum", "none"]
