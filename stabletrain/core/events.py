@@ -17,6 +17,7 @@ EventKind: TypeAlias = Literal[
     "announced",
     "not_learning",
     "overfitting",
+    "warning",
     "rewarm",
     "rollback",
     "accept",

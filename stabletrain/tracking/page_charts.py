@@ -62,6 +62,7 @@ KINDS = (
     Kind("rewarm", "re-warm-up", "the learning rate warmed up again", "triangle", "--note"),
     Kind("not_learning", "not learning", "the loss had not fallen", "diamond", "--warn"),
     Kind("overfitting", "overfitting", "the validation loss rose", "diamond", "--warn"),
+    Kind("warning", "warning", "a reading above its limit", "diamond", "--warn"),
     Kind("regime", "new level", "the baselines were learned again", "circle", "--quiet"),
     Kind("announced", "announced", "a change by design", "circle", "--quiet"),
     Kind("nonfinite", "non-finite", "a NaN or an infinity", "cross", "--bad"),

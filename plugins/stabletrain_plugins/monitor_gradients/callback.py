@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -12,21 +12,36 @@ from torch import Tensor
 
 from stabletrain.core import metric_names
 from stabletrain.core.events import Event
+from stabletrain.core.layer_names import layer_names
 from stabletrain.core.metric_names import MetricInfo
 from stabletrain.core.outcome import Outcome
 from stabletrain.errors import require
 from stabletrain.runtime import gradients
 from stabletrain.runtime.guard.callbacks import GuardMember
 from stabletrain.runtime.guard.optimizer_buffers import parameters_of
+from stabletrain.runtime.internals.state import state_holders
+from stabletrain.runtime.observing.limits import check_limits, warnings_of
+from stabletrain.runtime.observing.numbers import Stacked, read
+from stabletrain_plugins.monitor_gradients.tensor_readings import SpectralNorms, UpdateRatios, rms_t
 
 METRICS = (
     MetricInfo("stability/nonfinite_layers", "layers", "with a non-finite gradient, at most, in one step"),
     MetricInfo("stability_layers/grad_norm/<layer>", "L2", "norm of the layer's gradients, before any clipping"),
     MetricInfo("stability_layers/weight_norm/<layer>", "L2", "norm of the layer's weights, before the step"),
+    MetricInfo("stability/update_ratio", "share", "norm of a step's change of all weights, of their norm before"),
+    MetricInfo("stability_layers/update_ratio/<layer>", "share", "the same of a matrix; the largest in the layer"),
+    MetricInfo("stability_layers/rms_t/<layer>", "ratio", "RMS_t of Adam; the largest of a tensor in the layer"),
+    MetricInfo("stability_layers/spectral_norm/<layer>", "norm", "of a matrix; the largest in the layer"),
 )
 
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Name parts that torch.compile, FSDP and activation checkpointing insert."""
+_READINGS = ("grad_norm", "weight_norm", "update_ratio", "rms_t", "spectral_norm")
+"""The readings of layers."""
+_SINGLE = _READINGS[2:]
+"""Those of single tensors, of which a layer has the largest."""
+_WHOLE = ""
+"""The layer of what is read of all parameters together."""
+Key = tuple[str, str]
+"""A reading, and its layer."""
 
 
 class MonitorGradients(GuardMember):
@@ -47,6 +62,12 @@ class MonitorGradients(GuardMember):
         depth: levels of modules that make a layer, >= 1; an index counts with its list, so that 1 gives
             ``model.blocks.3``. None: every module is a layer.
         weights: also log the norms of the weights.
+        update_ratio: also log how far a step moves the weights, relative to their norm: of all together, and of each
+            tensor with two dimensions or more. It copies the weights during a measured step.
+        rms_t: also log RMS_t of each tensor: the root of the mean of g^2 divided by Adam's second moment.
+        spectral_norm: also log the largest singular value of each matrix.
+        warn_above: limits by the name of a reading; a reading above its limit is an event of kind ``warning``. None: no
+            limits.
 
     Raises:
         UserError: if an argument is out of range.
@@ -57,29 +78,55 @@ class MonitorGradients(GuardMember):
 
     plugin: ClassVar[str] = "monitor_gradients"
     slot: ClassVar[str] = "gradients"
-    per_optimizer = ("_measurements", "_layers", "_layer_of", "_parameters", "_index", "_told")
+    per_optimizer = (
+        *("_measurements", "_layers", "_layer_of", "_parameters", "_index", "_told"),
+        *("_ratios", "_spectral", "_matrices"),
+    )
 
-    def __init__(self, every: int = 50, depth: int | None = 1, weights: bool = True) -> None:
+    def __init__(
+        self,
+        every: int = 50,
+        depth: int | None = 1,
+        weights: bool = True,
+        update_ratio: bool = False,
+        rms_t: bool = False,
+        spectral_norm: bool = False,
+        warn_above: Mapping[str, float] | None = None,
+    ) -> None:
         for key, value in (("every", every), ("depth", 1 if depth is None else depth)):
-            require(value >= 1, self.plugin, key, ">= 1", value, f"plugins.{self.slot}", type(self).__name__)
+            self._require(value >= 1, key, ">= 1", value)
         self.every = every
         self.depth = depth
         self.weights = weights
+        self.update_ratio = update_ratio
+        self.rms_t = rms_t
+        self.spectral_norm = spectral_norm
+        self.warn_above = check_limits(warn_above, _READINGS, self._require)
+        for name, limit in self.warn_above.items():
+            option = {"grad_norm": "every", "weight_norm": "weights"}.get(name, name)
+            self._require(bool(getattr(self, option)), f"warn_above.{name}", f"used with {option}=true", limit)
         self._clear()
+
+    def _require(self, ok: bool, argument: str, expected: str, got: object) -> None:
+        require(ok, self.plugin, argument, expected, got, f"plugins.{self.slot}", type(self).__name__)
 
     def _clear(self) -> None:
         self._worst: int | None = None
+        self._measured = 0
         for _ in self.each_optimizer():
             self.start_optimizer()
 
     def start_optimizer(self) -> None:
         """No measurements of an optimizer's parameters yet."""
-        self._measurements: list[tuple[list[str], Tensor]] = []
+        self._measurements: list[Stacked[Key]] = []
         self._told = False
         self._layers: list[str] = []
         self._layer_of: list[int] = []
         self._parameters: list[Tensor] = []
         self._index: dict[int, tuple[list[int], Tensor]] = {}
+        self._ratios: UpdateRatios | None = None
+        self._spectral = SpectralNorms()
+        self._matrices: list[str] = []
 
     @property
     def state_key(self) -> str:
@@ -100,13 +147,54 @@ class MonitorGradients(GuardMember):
             self._group(parameters)
         grads = gradients.of(parameters)
         present = [layer for layer, p in zip(self._layer_of, parameters, strict=True) if gradients.of((p,))]
-        norms = [self._norms(0, grads, present, parameters[0].device)]
+        self._measured = step
+        norms = {"grad_norm": self._norms(0, grads, present, parameters[0].device)}
         if self.weights:
-            norms.append(self._norms(1, [p.detach() for p in parameters], self._layer_of, parameters[0].device))
-        self._measurements.append((self._layers, torch.stack(norms)))
+            weights = [p.detach() for p in parameters]
+            norms["weight_norm"] = self._norms(1, weights, self._layer_of, parameters[0].device)
+        keys = [(what, layer) for what in norms for layer in self._layers]
+        self._measurements.append(Stacked(keys, list(norms.values())))
+        if self.update_ratio or self.rms_t or self.spectral_norm:
+            self._measure_tensors(parameters)
+
+    def _measure_tensors(self, parameters: Sequence[Tensor]) -> None:
+        """Compute the readings of single tensors; of what the step will change, begin."""
+        assert self._guard is not None, "on_gradients is called by the guard"
+        optimizer = self._guard.control.optimizer
+        found: dict[str, dict[int, Tensor]] = {}
+        if self.rms_t:
+            found["rms_t"] = rms_t(state_holders(optimizer, self._guard.module), parameters)
+        if self.spectral_norm:
+            found["spectral_norm"] = self._spectral.of(parameters)
+        for what, of in found.items():
+            if of:
+                keys = [(what, self._layers[self._layer_of[i]]) for i in of]
+                self._measurements.append(Stacked(keys, [torch.stack(list(of.values()))]))
+        if self.update_ratio:
+            self._drop_ratios()
+            moved = [i for i, p in enumerate(parameters) if p.grad is not None]
+            self._matrices = [self._layers[self._layer_of[i]] if parameters[i].ndim > 1 else _WHOLE for i in moved]
+            self._ratios = UpdateRatios(optimizer, [parameters[i] for i in moved]) if moved else None
+
+    def _take_ratios(self) -> None:
+        """The measured step has been applied: how far has it moved the weights?"""
+        assert self._ratios is not None, "asked before"
+        changes, norms = self._ratios.take()
+        whole = torch.linalg.vector_norm(changes) / torch.linalg.vector_norm(norms)
+        keys = [("update_ratio", layer) if layer else ("", "") for layer in self._matrices]
+        self._measurements.append(Stacked([*keys, ("update_ratio", _WHOLE)], [changes / norms, whole.view(1)]))
+
+    def _drop_ratios(self) -> None:
+        ratios, self._ratios = self._ratios, None
+        if ratios is not None:
+            ratios.close()
 
     def on_outcome(self, outcome: Outcome) -> None:
         """After a non-finite step: name the parameters where its gradient is non-finite; of applied steps only once."""
+        if self._ratios is not None:
+            if outcome.applied:
+                self._take_ratios()
+            self._drop_ratios()
         if outcome.overflow or (math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm)):
             return
         guard = self._guard
@@ -135,16 +223,50 @@ class MonitorGradients(GuardMember):
     def metrics(self) -> dict[str, float]:
         """Means over the measurements since the last call, copied from the device in one transfer."""
         metrics: dict[str, float] = {}
+        layers: dict[str, dict[str, float]] = {}
         worst = [] if self._worst is None else [self._worst]
         self._worst = None
-        for _ in self.each_optimizer():
+        for suffix in self.each_optimizer():
             measurements, self._measurements = self._measurements, []
             if measurements:
                 count, means = _means(measurements)
                 worst.append(count)
-                for key, mean in means.items():  # two optimizers may train parts of one layer
-                    metrics[key] = math.hypot(metrics.get(key, 0.0), mean)
+                for (what, layer), mean in means.items():
+                    if layer == _WHOLE:
+                        metrics[f"{what}{suffix}"] = mean
+                    of = layers.setdefault(what, {})
+                    # two optimizers may train parts of one layer
+                    join = max if what in _SINGLE else math.hypot
+                    of[layer] = join(of.get(layer, 0.0), mean)
+        self._warn(layers)
+        for what, of in layers.items():
+            metrics |= {f"{metric_names.LAYERS}{what}/{layer}": mean for layer, mean in of.items() if layer != _WHOLE}
         return {"nonfinite_layers": float(max(worst)), **metrics} if worst else {}
+
+    def _warn(self, layers: Mapping[str, Mapping[str, float]]) -> None:
+        key = f"plugins.{self.slot}"
+        for event in warnings_of(layers, self.warn_above, self._measured, self.plugin, key):
+            assert self._guard is not None, "only a fit has measurements"
+            self._guard.report(event)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Drop the copies of weights."""
+        self._end()
+        super().teardown(trainer, pl_module, stage)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Drop the copies of weights."""
+        super().on_exception(trainer, pl_module, exception)
+        self._end()
+
+    def _end(self) -> None:
+        for _ in self.each_optimizer():
+            self._drop_ratios()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Exclude what was read in the running fit."""
+        own = super().__getstate__()
+        return {**own, "_ratios": None, "_spectral": SpectralNorms()}
 
     def _group(self, parameters: Sequence[Tensor]) -> None:
         assert self._guard is not None, "on_gradients is called by the guard"
@@ -169,51 +291,15 @@ class MonitorGradients(GuardMember):
         return squares.new_zeros(len(self._layers)).index_add_(0, index, squares).sqrt()
 
 
-def layer_names(parameters: Sequence[str], depth: int | None) -> list[str]:
-    """The layer of each parameter: the beginning of its module's name.
-
-    Levels that all modules share (``model.``) are part of the name but not counted, and an index counts with its list
-    (``blocks.3`` is one level). A parameter of the common parent module itself is a layer by itself.
-
-    Args:
-        parameters: names as in `torch.nn.Module.named_parameters`.
-        depth: levels of modules, >= 1; None: all of them.
-
-    >>> layer_names(["model.wte.weight", "model.blocks.0.mlp.up.weight", "model.blocks.0.mlp.up.bias"], depth=1)
-    ['model.wte', 'model.blocks.0', 'model.blocks.0']
-    """
-    names = [".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in parameters]
-    paths = [_levels(name) for name in names]
-    same = [len(set(level)) == 1 for level in zip(*paths, strict=False)]
-    shared = [*same, False].index(False)
-    if all(len(path) == shared for path in paths):
-        shared = max(0, shared - 1)  # one module alone: it is the layer
-    end = None if depth is None else shared + depth
-    return [".".join(path[:end]) if len(path) > shared else name for name, path in zip(names, paths, strict=True)]
-
-
-def _means(measurements: list[tuple[list[str], Tensor]]) -> tuple[int, dict[str, float]]:
-    """The largest number of non-finite layers, and the means of the finite norms of each layer."""
-    values: list[float] = torch.cat([each.flatten() for _, each in measurements]).tolist()
-    seen, found = 0, dict[str, list[float]]()
-    for layers, norms in measurements:
-        rows = [values[i : i + len(layers)] for i in range(0, norms.numel(), len(layers))]
-        values = values[norms.numel() :]
-        seen = max(seen, sum(not math.isfinite(norm) for norm in rows[0]))
-        for what, row in zip(("grad_norm", "weight_norm"), rows, strict=False):
-            for layer, norm in zip(layers, row, strict=True):
-                if math.isfinite(norm):
-                    found.setdefault(f"{metric_names.LAYERS}{what}/{layer}", []).append(norm)
-    return seen, {key: math.fsum(norms) / len(norms) for key, norms in found.items()}
-
-
-def _levels(parameter: str) -> list[str]:
-    levels: list[str] = []
-    before = ""
-    for part in parameter.split(".")[:-1]:
-        if part.isdigit() and levels and not before.isdigit():
-            levels[-1] += f".{part}"
-        else:
-            levels.append(part)
-        before = part
-    return levels
+def _means(measurements: list[Stacked[Key]]) -> tuple[int, dict[Key, float]]:
+    """The largest number of layers with a non-finite gradient, and the means of the finite readings of each layer."""
+    seen, found = 0, dict[Key, list[float]]()
+    for step in read(measurements):
+        seen = max(seen, sum(what == "grad_norm" and not math.isfinite(value) for (what, _), value in step))
+        largest: dict[Key, float] = {}
+        for key, value in step:
+            if key[0] and math.isfinite(value):
+                largest[key] = max(value, largest.get(key, value))  # of the tensors of a layer
+        for key, value in largest.items():
+            found.setdefault(key, []).append(value)
+    return seen, {key: math.fsum(values) / len(values) for key, values in found.items()}

@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from stabletrain.core.layer_names import layer_names
 from stabletrain.errors import UserError
 from stabletrain.runtime import gradients
 from stabletrain.runtime.guard.callbacks import as_callback
 from stabletrain.runtime.guard.options import Guard
 from stabletrain_plugins.clip_norm.rule import ClipNormRule
 from stabletrain_plugins.monitor_gradients import callback
-from stabletrain_plugins.monitor_gradients.callback import MonitorGradients, layer_names
+from stabletrain_plugins.monitor_gradients.callback import MonitorGradients
+from stabletrain_plugins.monitor_gradients.tensor_readings import SpectralNorms
 from stabletrain_plugins.skip_nonfinite.rule import SkipNonFiniteRule
 
 CONF = Path(__file__).parent / "conf" / "plugins" / "gradients" / "monitor.yaml"
@@ -309,3 +311,116 @@ def test_the_option_file_says_the_defaults() -> None:
     node = yaml.safe_load(CONF.read_text())
     assert node.pop("_target_") == "stabletrain.MonitorGradients"
     assert node == {key: p.default for key, p in inspect.signature(MonitorGradients).parameters.items()}
+
+
+class Moves(Callback):
+    """Records the weights before and after each step of the optimizer."""
+
+    def __init__(self) -> None:
+        self.before: list[dict[str, Tensor]] = []
+        self.after: list[dict[str, Tensor]] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.before.append({name: p.detach().clone() for name, p in pl_module.named_parameters()})
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        self.after.append({name: p.detach().clone() for name, p in pl_module.named_parameters()})
+
+
+@pytest.mark.parametrize("mode", ["exact", "device"])
+def test_the_update_ratio_is_that_of_what_the_step_changed(tmp_path: Path, mode: Any) -> None:
+    """Bugs: a dropped step has a ratio; changes that a callback makes after the step count; biases, which begin with 0,
+    hide the matrices of their layer; copies of the weights are kept."""
+
+    class Changes(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+            with torch.no_grad():
+                pl_module.net.out.weight.mul_(1.5)
+
+    moves, monitor = Moves(), MonitorGradients(every=1, depth=None, update_ratio=True)
+    callbacks = [Guard(mode=mode), monitor, SkipNonFinite(), moves, Changes()]
+    _, record = fit(Net(fused=True), tmp_path, *callbacks, steps=4, nan_at=2, log_every_n_steps=4)
+    rows = [row for _, row in record.rows if "stability/update_ratio" in row]
+    expected: dict[str, list[float]] = {}
+    for step in (0, 1, 3):
+        before, after = moves.before[step], moves.after[step]
+        for name in ("net.inp", "net.out", "net.blocks.0.0"):
+            weight = before[f"{name}.weight"]
+            expected.setdefault(name, []).append(float((after[f"{name}.weight"] - weight).norm() / weight.norm()))
+        trained = [name for name in before if "unused" not in name]
+        changes = [(after[name] - before[name]).norm() for name in trained]
+        whole = torch.stack(changes).norm() / torch.stack([before[name].norm() for name in trained]).norm()
+        expected.setdefault("", []).append(float(whole))
+    assert rows[-1]["stability/update_ratio"] == mean(expected.pop(""))
+    for name, values in expected.items():
+        assert rows[-1][f"stability_layers/update_ratio/{name}"] == mean(values)
+    assert "stability_layers/update_ratio/net.scale" not in rows[-1]
+    assert monitor._ratios is None
+
+
+def test_rms_t_is_that_of_the_second_moment_that_the_step_makes(tmp_path: Path) -> None:
+    """Bugs: the moment before the step, or without its bias correction; rows never seen make it infinite."""
+    seen: list[dict[str, float]] = []
+
+    class Embedded(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net.unused = nn.Embedding(4, 3)  # type: ignore[assignment]
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            return loss + self.net.unused(torch.tensor([batch_idx % 2])).square().sum()
+
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            super().on_before_optimizer_step(optimizer)
+            self.grads = {name: p.grad.clone() for name, p in self.named_parameters() if p.grad is not None}
+            self.had = {name: optimizer.state[p]["exp_avg_sq"].clone() for name, p in self.named_parameters()
+                        if "exp_avg_sq" in optimizer.state[p]}  # fmt: skip
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            optimizer = self.optimizers().optimizer  # type: ignore[union-attr]
+            found = {}
+            for name, p in self.named_parameters():
+                if name in self.grads and name in self.had:
+                    own, known = optimizer.state[p], self.had[name] > 0
+                    moment = own["exp_avg_sq"] / (1 - 0.999 ** float(own["step"]))
+                    found[name] = float((self.grads[name].square() / moment)[known].mean().sqrt())
+            seen.append(found)
+
+    _, record = fit(Embedded(), tmp_path, MonitorGradients(every=1, rms_t=True), steps=3, log_every_n_steps=1)
+    rows = [row for _, row in record.rows if "stability/loss" in row]
+    assert not [key for key in rows[0] if "rms_t" in key]  # no second moment yet
+    for row, expected in zip(rows[1:], seen[1:], strict=True):
+        for layer in ("net.inp", "net.out", "net.unused"):
+            largest = max(value for name, value in expected.items() if name.startswith(f"{layer}."))
+            assert row[f"stability_layers/rms_t/{layer}"] == pytest.approx(largest, rel=1e-4)
+
+
+def test_the_spectral_norm_converges_and_recovers() -> None:
+    """Bugs: a matrix that was 0 or NaN for a while is so for ever; another singular value than the largest."""
+    torch.manual_seed(0)
+    p, spectral = nn.Parameter(torch.randn(6, 4)), SpectralNorms()
+    true = float(torch.linalg.matrix_norm(p.detach(), 2))
+    assert float(spectral.of([nn.Parameter(torch.ones(3)), p])[1]) == pytest.approx(true, rel=1e-2)
+    weights = p.detach().clone()
+    for bad in (0.0, math.nan):
+        with torch.no_grad():
+            p.fill_(bad)
+        assert not float(spectral.of([p])[0]) > 0
+        with torch.no_grad():
+            p.copy_(weights)
+        for _ in range(20):
+            last = float(spectral.of([p])[0])
+        assert last == pytest.approx(true, rel=1e-4)
+
+
+def test_a_limit_of_the_gradient_norm_is_an_event(tmp_path: Path) -> None:
+    """Bugs: no event, or one for a reading below its limit; a limit of a reading that is not made."""
+    recorder = EventRecorder()
+    monitor = MonitorGradients(every=2, warn_above={"grad_norm": 1e-6, "weight_norm": 1e6})
+    fit(Net(), tmp_path, monitor, recorder, steps=4, log_every_n_steps=4)
+    assert [(event.kind, event.step, event.reason.split()[0]) for event in recorder.events] == [
+        ("warning", 3, "grad_norm")
+    ]
+    with pytest.raises(UserError, match="used with update_ratio=true"):
+        MonitorGradients(warn_above={"update_ratio": 0.1})

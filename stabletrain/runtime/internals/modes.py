@@ -1,4 +1,4 @@
-"""Function modes that are left in another order than they were entered, and tensors that only live inside a transform."""
+"""Function modes that are left in any order, and tensors that only live inside a transform."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def enter(mode: TorchFunctionMode) -> Callable[[], None]:
     mode.__enter__()
 
     def leave() -> None:
-        if not any(each is mode for each in _get_current_function_mode_stack()):
+        if not any(each is mode for each in open_function_modes()):
             return
         later = []
         while (last := _pop_mode()) is not mode:
@@ -29,6 +29,11 @@ def enter(mode: TorchFunctionMode) -> Callable[[], None]:
     return leave
 
 
+def open_function_modes() -> list[TorchFunctionMode]:
+    """The function modes that are open in this thread, the last opened one last."""
+    return list(_get_current_function_mode_stack())
+
+
 def is_inside_transform(tensor: Tensor) -> bool:
     """Whether a tensor belongs to ``torch.func.grad``, ``vmap`` and the like, and must not be kept beyond them."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))

@@ -27,9 +27,7 @@ def check_limits(
     for name, limit in limits.items():
         known = f"a reading of {', '.join(sorted(readings))}{did_you_mean(str(name), readings)}"
         require(name in readings, argument, f"by {known}", str(name))
-        require(
-            is_number(limit) and math.isfinite(limit) and limit >= 0, f"{argument}.{name}", "a number >= 0", limit
-        )
+        require(is_number(limit) and math.isfinite(limit) and limit >= 0, f"{argument}.{name}", "a number >= 0", limit)
     return {str(name): float(limit) for name, limit in limits.items()}
 
 
@@ -53,6 +51,8 @@ def warnings_of(
             value = above[layer]
             where = f" of {layer}" if layer else ""
             more = f", and above it in {len(above) - 1} more" if len(above) > 1 else ""
-            reason = f"{name}{where} is {value:.4g}, above its limit {limit:g}{more} ({key}.warn_above.{name}={limit:g})"
+            reason = (
+                f"{name}{where} is {value:.4g}, above its limit {limit:g}{more} ({key}.warn_above.{name}={limit:g})"
+            )
             events.append(Event(step, plugin, "warning", value, limit, reason))
     return events

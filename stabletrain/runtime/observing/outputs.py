@@ -43,12 +43,14 @@ class Output(NamedTuple):
         tensor: detached; it shares its memory with the output, so read it before the step changes it in place.
         again: it is the tensor that was reported last, with the same values: a container returns what its last part
             returned, and ``nn.ReLU`` what ``F.relu`` did. ``kind`` is then that of the last one.
+        of_function: whether a function was called, and no module has returned.
     """
 
     module: str
     kind: Kind
     tensor: Tensor
     again: bool
+    of_function: bool
 
 
 class Outputs:
@@ -121,12 +123,13 @@ class Outputs:
 
     def _report(self, name: str, tensor: Tensor, kind: Kind | None) -> None:
         last, version = self._last, version_of(tensor)
-        again = kind is None and last is not None and last[0]() is tensor and last[1] == version
-        if again and last is not None:
-            kind = last[2]
-        self._last = weakref.ref(tensor), version, kind or ""
+        of_function, again = kind is not None, False
+        if kind is None:
+            again = last is not None and last[0]() is tensor and last[1] == version
+            kind = last[2] if again and last is not None else ""
+        self._last = weakref.ref(tensor), version, kind
         with torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
-            self._see(Output(name, kind or "", tensor.detach(), again))
+            self._see(Output(name, kind, tensor.detach(), again, of_function))
 
 
 class _Calls(TorchFunctionMode):

@@ -13,10 +13,10 @@ _WITH_KERNELS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.Multihead
 
 @contextmanager
 def run_eagerly() -> Iterator[None]:
-    """Within it, compiled modules and functions run as they were written; nothing is compiled, and nothing forgotten.
+    """Within it, compiled modules and functions run as they were written; nothing is compiled or forgotten.
 
-    A hook or a mode would become part of the compiled code, or raise. With the inductor backend the last bits may differ
-    from those of compiled code.
+    A hook or a mode would become part of the compiled code, or raise. With the inductor backend the last bits may
+    differ from those of compiled code.
     """
     with torch.compiler.set_stance("force_eager"):
         yield

@@ -18,7 +18,7 @@ END = logging.getLogger("stabletrain.end")
 
 _ORDER: tuple[EventKind, ...] = (
     *("stop", "rollback", "accept", "announced", "replicas_differ", "divergence", "skip", "nonfinite", "overflow"),
-    *("spike", "regime", "not_learning", "overfitting", "rewarm"),
+    *("spike", "regime", "not_learning", "overfitting", "warning", "rewarm"),
 )
 """The kinds of events in a line: what was done first, then what was found, the most severe first."""
 _FOUND: frozenset[EventKind] = frozenset(
