@@ -1,4 +1,4 @@
-"""Small networks of five kinds, from inputs to logits, and where their last hidden state is found."""
+"""Small networks of five kinds, from inputs to logits."""
 
 from __future__ import annotations
 
@@ -100,10 +100,3 @@ def build(kind: str, layers: int = 2, width: int = WIDTH, qk_norm: bool = False)
     if kind == "post-LN":
         return PostNormTransformer()
     return ConvNet() if kind == "cnn" else Recurrent(kind)
-
-
-def after_last_hidden_state(net: nn.Module) -> nn.Module:
-    """The module whose input is the last hidden state, in a pre-LN transformer the residual stream before its norm."""
-    found = net.norm if isinstance(net, GPT) else net.head
-    assert isinstance(found, nn.Module)
-    return found

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import tempfile
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Mapping
+from typing import Any
 
-import torch
-import torch.nn.functional as F
+import lightning as L
 from json_lines import Record
-from torch import Tensor, nn
+from lightning.pytorch.loggers.logger import Logger
 
-from early_warning_suite import data, detectors, judge, models
-from early_warning_suite.readings import FEW, LINEAR, READINGS, Reader
+from early_warning_suite import detectors, judge
+from early_warning_suite.readings import FEW, LINEAR, READINGS, readings
 from early_warning_suite.settings import STEPS, Setting
 from early_warning_suite.sharpness import sharpness
+from early_warning_suite.training import Training, loader
+from stabletrain import ClipNorm
+from stabletrain.testing.trainer import quiet_trainer
+from stabletrain_plugins.monitor_activations.callback import MonitorActivations
+from stabletrain_plugins.monitor_gradients.callback import MonitorGradients
 
 SHARPNESS_EVERY = 50
 _HELD_OUT_STEP = 10**6
-"""A batch of which the curvature is measured, always the same."""
+"""The batch of which the curvature is measured, always the same."""
 
 Series = dict[str, list[float | None]]
 
@@ -30,11 +38,11 @@ def record(part: str, setting: Setting, seed: int, steps: int = STEPS) -> Record
         part: ``calibration``, ``seen``, ``unseen`` or ``troubled``.
         setting: what is trained.
         seed: of weights and batches.
-        steps: of the run; fewer for a test.
+        steps: of the run; fewer for a te
     """
     begin = time.process_time()
     series = train(setting, seed, steps)
-    losses, norms = _numbers(series["loss"]), _numbers(series["grad_norm"])
+    losses, norms = ([math.nan if x is None else x for x in series[name]] for name in ("loss", "grad_norm"))
     series |= judge.from_losses(losses, norms)
     kept = {
         each.key: judge.summary(series[each.key], setting.start, few=each.key in FEW, linear=each.key in LINEAR)
@@ -42,11 +50,12 @@ def record(part: str, setting: Setting, seed: int, steps: int = STEPS) -> Record
         if each.key in series
     }
     means = judge.means(losses)
+    lowest = min(means[judge.MEAN_OF - 1 :], default=losses[0])
     return {
         **key(part, setting, seed),
         "steps": len(losses),
         "risen": judge.risen(losses),
-        "loss": [judge.rounded(x) for x in (losses[0], min(means[judge.MEAN_OF - 1 :], default=losses[0]), means[-1])],
+        "loss": [judge.rounded(x) for x in (losses[0], lowest, means[-1])],
         "detect_spikes": detectors.detect_spikes(losses, norms)[:20],
         "skip_outliers": detectors.skip_outliers(losses, norms)[:20],
         "slow_rise": detectors.slow_rise(losses)[:20],
@@ -60,76 +69,83 @@ def key(part: str, setting: Setting, seed: int) -> Record:
     return {"part": part, "setting": setting.name, "seed": seed, "setup": setting.digest}
 
 
-def train(setting: Setting, seed: int, steps: int = STEPS) -> Series:
-    """Train, and return loss, gradient norm and all readings at every step.
+def train(setting: Setting, seed: int, steps: int = STEPS, monitored: bool = True) -> Series:
+    """Train, and return ``loss``, ``grad_norm`` and all readings at every step; None where a step has no such reading.
 
     The run ends where the loss or the gradient norm is not finite.
+
+    Args:
+        setting: what is trained.
+        seed: of weights and batches.
+        steps: at mo
+        monitored: False: without the monitors, for a comparison.
     """
-    torch.manual_seed(seed)
-    net = models.build(setting.model, setting.layers, setting.width, setting.qk_norm)
-    optimizer = _optimizer(setting, net)
-    reader = Reader(net, optimizer)
-    series: Series = {}
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = setting.lr * setting.rate(step)
-        inputs, targets = batch(setting, seed, step)
-        if setting.grow is not None:
-            setting.grow(step, net)
-        with reader.forward():
-            logits = net(inputs)
-            loss = _loss(logits.half() if setting.fp16_logits else logits, targets).float()
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        reader.before_step()
-        if setting.clip is not None:
-            nn.utils.clip_grad_norm_(net.parameters(), setting.clip)
-        optimizer.step()
-        values: dict[str, float | None] = {**reader.after_step()}
-        if (step + 1) % SHARPNESS_EVERY == 0:
-            values["sharpness"] = sharpness(net, _held_out(setting, seed, net), optimizer)
-        for name, value in values.items():
-            series.setdefault(name, [None] * step).append(value)
-        for name, column in series.items():
-            if name not in values:
-                column.append(None)
-        if not (math.isfinite(_last(series["loss"])) and math.isfinite(_last(series["grad_norm"]))):
-            break
-    return series
+    module = Training(setting, seed)
+    rows = _Rows(module)
+    monitors = [
+        MonitorActivations(every=1, attention="exact"),
+        MonitorGradients(every=1, update_ratio=True, rms_t=True, spectral_norm=True),
+    ]
+    clip = [ClipNorm(max_norm=setting.clip)] if setting.clip is not None else []
+    callbacks = [*clip, *(monitors if monitored else [MonitorGradients(every=steps)])]
+    with tempfile.TemporaryDirectory(prefix="early-warning-") as folder, _quiet():
+        trainer = quiet_trainer(
+            *callbacks,
+            _Curvature(rows),
+            max_steps=steps,
+            max_epochs=1,
+            logger=rows,
+            log_every_n_steps=1,
+            default_root_dir=folder,
+        )
+        trainer.fit(module, loader(steps))
+    names = ["loss", "grad_norm", *(each.key for each in READINGS if any(each.key in row for row in rows.rows))]
+    return {name: [row.get(name) for row in rows.rows] for name in dict.fromkeys(names)}
 
 
-def batch(setting: Setting, seed: int, step: int) -> tuple[Tensor, Tensor]:
-    """Inputs and targets of a step."""
-    if setting.model == "cnn":
-        return data.digits(seed, step)
-    windows = data.windows_of_text(seed, step)
-    return setting.data(step, windows) if setting.data is not None else (windows[:, :-1], windows[:, 1:])
+class _Rows(Logger):
+    """Keeps the readings of each step, from the metrics that a user's logger gets."""
+
+    name, version = "rows", 0
+
+    def __init__(self, module: Training) -> None:
+        super().__init__()
+        self.module, self.rows = module, list[dict[str, float]]()
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Add a row for a step, when the guard logs it."""
+        if "stability/loss" in metrics:
+            self.rows.append(readings(metrics))
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """There are none."""
 
 
-def _loss(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+class _Curvature(L.Callback):
+    """Measures the sharpness every 50 steps, and ends a run that is not finite."""
+
+    def __init__(self, rows: _Rows) -> None:
+        self.rows = rows
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """After the step and its metrics."""
+        last = self.rows.rows[-1]
+        if (batch_idx + 1) % SHARPNESS_EVERY == 0:
+            inputs, targets = pl_module.clean_batch(_HELD_OUT_STEP)
+            last["sharpness"] = sharpness(pl_module.net, lambda: pl_module.loss(inputs, targets), trainer.optimizers[0])
+        if not (math.isfinite(last["loss"]) and math.isfinite(last["grad_norm"])):
+            trainer.should_stop = True
 
 
-def _held_out(setting: Setting, seed: int, net: nn.Module) -> Callable[[], Tensor]:
-    if setting.model == "cnn":
-        inputs, targets = data.digits(seed, _HELD_OUT_STEP)
-    else:
-        windows = data.windows_of_text(seed, _HELD_OUT_STEP)
-        inputs, targets = windows[:, :-1], windows[:, 1:]
-    return lambda: _loss(net(inputs), targets)
+class _quiet(warnings.catch_warnings):
+    """Without warnings and log lines."""
 
+    def __enter__(self) -> Any:
+        before = super().__enter__()
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        return before
 
-def _optimizer(setting: Setting, net: nn.Module) -> torch.optim.Optimizer:
-    if not setting.adamw:
-        return torch.optim.SGD(net.parameters(), setting.lr, momentum=0.9, weight_decay=setting.decay)
-    return torch.optim.AdamW(net.parameters(), setting.lr, betas=(0.9, setting.beta2), weight_decay=setting.decay)
-
-
-def _numbers(values: list[float | None]) -> list[float]:
-    return [math.nan if value is None else value for value in values]
-
-
-def _last(values: list[float | None]) -> float:
-    value = values[-1]
-    assert value is not None, "every step has a loss and a gradient norm"
-    return value
+    def __exit__(self, *details: Any) -> None:
+        logging.disable(logging.NOTSET)
+        super().__exit__(*details)

@@ -24,33 +24,18 @@ class Union(NamedTuple):
     every: int = 1
 
 
-_FIVE = ("update", "bound", "entropy", "output", "hidden")
-_LOGGED = ("update_most", "bound", "entropy", "output", "rms")
+_FIVE = ("update", "bound", "entropy", "output", "rms")
 
-FIVE = Union("five: update, bound, entropy, output logit, hidden state", _FIVE)
+FIVE = Union("five: update, attention bound, entropy, output logit, activation RMS", _FIVE)
 FOUR = Union("four, without the update", _FIVE[1:])
-LOGGED_FIVE = Union("five as the monitors log them", _LOGGED)
-"""Tensor by tensor and module by module, where `FIVE` has the whole model and the last hidden state."""
-LOGGED_FOUR = Union("four as the monitors log them, without the update", _LOGGED[1:])
-EVERY_10 = Union("five as the monitors log them, a look every 10 steps", _LOGGED, every=10)
-EVERY_50 = Union("five as the monitors log them, a look every 50 steps", _LOGGED, every=50)
+EVERY_10 = Union("the five, a look every 10 steps", _FIVE, every=10)
+EVERY_50 = Union("the five, a look every 50 steps", _FIVE, every=50)
+OWN_FIVE = Union("the five", _FIVE, OWN)
+OWN_FOUR = Union("the four", _FIVE[1:], OWN)
 GRAD_NORM = Union("gradient norm alone", ("grad_norm",))
 BOUND_100 = Union("attention bound above 100", ("bound",), PUBLISHED)
 RMS_T = Union("RMS_t above 2.3", ("rms_t",), PUBLISHED)
 SHARPNESS = Union("sharpness above 1", ("sharpness",), PUBLISHED)
-OWN_FIVE = Union("five as the monitors log them", _LOGGED, OWN)
 
-UNIONS = (
-    FIVE,
-    FOUR,
-    LOGGED_FIVE,
-    LOGGED_FOUR,
-    EVERY_10,
-    EVERY_50,
-    OWN_FIVE,
-    GRAD_NORM,
-    BOUND_100,
-    RMS_T,
-    SHARPNESS,
-)
+UNIONS = (FIVE, FOUR, EVERY_10, EVERY_50, OWN_FIVE, OWN_FOUR, GRAD_NORM, BOUND_100, RMS_T, SHARPNESS)
 """The rows of the table."""
