@@ -50,10 +50,11 @@ class Job(NamedTuple):
 
 
 def jobs(parts: Sequence[str]) -> list[Job]:
-    """All runs of these parts, one seed of every setting after another, so that a part of them says something."""
-    return [
-        Job(part, setting, seed) for part in PARTS if part in parts for seed in SEEDS[part] for setting in PARTS[part]
+    """All runs of these parts: the calibration, then a seed of every setting after another."""
+    found = [
+        Job(part, setting, seed) for part in PARTS if part in parts for setting in PARTS[part] for seed in SEEDS[part]
     ]
+    return sorted(found, key=lambda job: (job.part != "calibration", job.seed))
 
 
 def valid(record: Path) -> list[Record]:

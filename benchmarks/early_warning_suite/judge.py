@@ -17,6 +17,7 @@ LOOKS = 10
 """Every so many steps there is a value in `Summary.looks`."""
 _OLDEST, _NEWEST, _LEAST_PAST, _DEVIATIONS, _FLOOR = 60, 10, 30, 6.0, 0.05
 _SLOPE_FLOOR = 0.005
+_RECORD = 1.02
 _NEVER_LOSS = 20.0
 """Stands for a loss that is not finite."""
 
@@ -25,7 +26,7 @@ Values = Sequence[float | None]
 
 
 class Summary(NamedTuple):
-    """What is kept of a reading of a run. Values are rounded to four digits.
+    """What is kept of a reading of a run. Values are rounded to three digits.
 
     An alarm needs two values in a row above the limit (one, if the reading is taken now and then only), so the smaller
     of two in a row is what a limit is compared with.
@@ -33,7 +34,8 @@ class Summary(NamedTuple):
     Args:
         largest: finite value from step 40 on.
         before: the largest of the smaller of two in a row, from step 40 until the cause of the trouble begins.
-        records: steps from then on at which the smaller of two in a row was larger than ever since, and these values.
+        records: steps from then on at which the smaller of two in a row was larger than the last record by 2 % or more,
+            and these values; an alarm for any limit is found from them, late by no more than it takes to rise by 2 %.
         own: first alarm by the reading's own history from the cause on; None: none.
         own_before: alarms by its own history before.
         looks: values at the steps 9, 19, 29 and so on.
@@ -151,7 +153,7 @@ def summary(values: Values, start: int | None, few: bool = False, linear: bool =
             continue
         if step < begin:
             before.append(value)
-        elif not records or value > records[-1][1]:
+        elif not records or value > _RECORD * records[-1][1]:
             records.append((step, value))
     alarms = own_history_of_few(counted) if few else own_history(counted, linear)
     finite = [x for x in counted[FROM_STEP:] if x is not None and x < math.inf]
@@ -191,8 +193,8 @@ def fixed_at_looks(kept: Summary, limit: float, every: int, start: int) -> int |
 
 
 def rounded(value: float) -> float:
-    """The value to four digits."""
-    return float(f"{value:.4g}")
+    """The value to three digits."""
+    return float(f"{value:.3g}")
 
 
 def means(values: Sequence[float]) -> list[float]:
