@@ -17,7 +17,7 @@ LOOKS = 10
 """Every so many steps there is a value in `Summary.looks`."""
 _OLDEST, _NEWEST, _LEAST_PAST, _DEVIATIONS, _FLOOR = 60, 10, 30, 6.0, 0.05
 _SLOPE_FLOOR = 0.005
-_RECORD = 1.02
+_RECORD = 0.02
 _NEVER_LOSS = 20.0
 """Stands for a loss that is not finite."""
 
@@ -153,7 +153,7 @@ def summary(values: Values, start: int | None, few: bool = False, linear: bool =
             continue
         if step < begin:
             before.append(value)
-        elif not records or value > _RECORD * records[-1][1]:
+        elif not records or value > records[-1][1] + _RECORD * abs(records[-1][1]):
             records.append((step, value))
     alarms = own_history_of_few(counted) if few else own_history(counted, linear)
     finite = [x for x in counted[FROM_STEP:] if x is not None and x < math.inf]
