@@ -34,6 +34,9 @@ def sentences(results: Results) -> str:
         f"every 50 in {_led(results, unions.EVERY_50)}.",
         _per_reading(results, FIXED),
         f"{_per_reading(results, OWN)} The update follows the learning rate: its own history says that the rate moved.",
+        f"**The loss itself, judged like a reading** ({unions.LOSS_RISE.name}, limit from healthy runs), leads in "
+        f"{_led(results, unions.LOSS_RISE)} runs; false alarms in {_false(results, 'seen', unions.LOSS_RISE)} seen and "
+        f"{_false(results, 'unseen', unions.LOSS_RISE)} unseen healthy ones. Every run has this number.",
         _published(results),
         _of_data(results),
         _slow_rise(results),

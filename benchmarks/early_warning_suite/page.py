@@ -18,10 +18,12 @@ from early_warning_suite.unions import FIXED, OWN, UNIONS, Union
 LETTERS = dict(zip((each.name for each in TROUBLED), string.ascii_lowercase, strict=False))
 
 INTRODUCTION = f"""Small networks (transformers, an LSTM, a ReLU RNN, a CNN with batch norm) on real text and digits,
-300 steps in fp32.
-Fourteen kinds of trouble, three seeds. The loss **has risen** at the first of {judge.LASTS} steps in a row whose
-{judge.MEAN_OF}-step mean is {judge.RISE} nats above the lowest such mean. Every reading is taken at every step, and
-judged in two ways, each of which needs two steps in a row:
+each trained for 300 steps in fp32. Fourteen kinds of trouble, three seeds. The loss **has risen** at the first of
+{judge.LASTS} steps in a row whose {judge.MEAN_OF}-step mean is {judge.RISE} nats above the lowest such mean. The
+readings are those that `MonitorActivations(attention="exact")` and `MonitorGradients(update_ratio=True, rms_t=True,
+spectral_norm=True)` log with `every=1`, of the worst layer; the trainings are bit-identical without them. Sharpness, and
+what is computed from loss and gradient norm, are the benchmark's own. Each reading is judged in two ways, both of which
+need two steps in a row:
 
 - **fixed limit**: {judge.FACTOR} times the largest value (from step {judge.FROM_STEP} on) of two runs each of eight
   healthy settings;
@@ -146,7 +148,7 @@ def _kinds(results: Results) -> str:
     rows = []
     for setting in TROUBLED:
         runs = results.kind(setting.name)
-        losses = ", ".join("{:.2f} {:.2f} {:.2f}".format(*run["loss"]) for run in runs)
+        losses = ", ".join("{:.3g} {:.3g} {:.3g}".format(*run["loss"]) for run in runs)
         rows.append(
             (LETTERS[setting.name], setting.name, setting.start, ", ".join(_risen(run) for run in runs), losses)
         )
@@ -163,7 +165,7 @@ def _unseen(results: Results) -> str:
             if results.is_false(run, [each.key], FIXED)
         ]
         if run["risen"] is None:
-            rows.append((run["setting"], run["seed"], f"{run['loss'][2]:.2f}", "; ".join(fired) or "none"))
+            rows.append((run["setting"], run["seed"], f"{run['loss'][2]:.3g}", "; ".join(fired) or "none"))
     return table(("setting", "seed", "last loss", "alarms (largest value over the limit)"), rows)
 
 
