@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from early_warning_suite import judge, unions
 from early_warning_suite.readings import READINGS
@@ -82,16 +82,18 @@ def compared(results: Results) -> str:
 def _per_reading(results: Results, by: str) -> str:
     found = {each: results.whole_kinds(each.key, by) for each in READINGS if each.key != "loss_rise"}
     several = [(each.name, kinds) for each, kinds in found.items() if len(kinds) > 1]
-    listed = "; ".join(
-        f"{name} in {len(kinds)} ({sum(kind in _INJECTED for kind in kinds)} of them injected)"
-        for name, kinds in several
-    )
+    listed = ", ".join(f"{name} ({_number(kinds)})" for name, kinds in several)
     count = sum(bool(results.kind(each.name)) for each in TROUBLED)
     which = "a fixed limit" if by == FIXED else "its own history"
     return (
         f"**Judged by {which}**, readings that lead in all runs of more than one kind of trouble: {listed or 'none'}, "
         f"of {count} kinds."
     )
+
+
+def _number(kinds: Collection[str]) -> str:
+    injected = sum(kind in _INJECTED for kind in kinds)
+    return f"{len(kinds)}, {injected} of them injected" if injected else str(len(kinds))
 
 
 def _published(results: Results) -> str:
