@@ -46,6 +46,7 @@ _PLUGINS = {
     "CheckpointActivations": "stabletrain_plugins.checkpoint_activations.callback:CheckpointActivations",
     "ClipNorm": "stabletrain_plugins.clip_norm.rule:ClipNormRule",
     "ClipPercentile": "stabletrain_plugins.clip_percentile.rule:ClipPercentileRule",
+    "ClipQK": "stabletrain_plugins.clip_qk.callback:ClipQK",
     "ClipTensorwise": "stabletrain_plugins.clip_tensorwise.transform:ClipTensorwise",
     "ClipUnitwise": "stabletrain_plugins.clip_unitwise.transform:ClipUnitwise",
     "ClipValue": "stabletrain_plugins.clip_value.transform:ClipValue",
@@ -53,6 +54,7 @@ _PLUGINS = {
     "DetectSpikes": "stabletrain_plugins.detect_spikes.rule:DetectSpikesRule",
     "Lion8bit": "stabletrain_plugins.quantize_moments.optimizer:Lion8bit",
     "MeasureNoiseScale": "stabletrain_plugins.measure_noise_scale.callback:MeasureNoiseScale",
+    "MonitorActivations": "stabletrain_plugins.monitor_activations.callback:MonitorActivations",
     "MonitorGradients": "stabletrain_plugins.monitor_gradients.callback:MonitorGradients",
     "MuonAdamW": "stabletrain_plugins.combine_muon.optimizer:MuonAdamW",
     "PagedAdamW8bit": "stabletrain_plugins.quantize_moments.optimizer:PagedAdamW8bit",
@@ -85,6 +87,7 @@ if TYPE_CHECKING:
     from stabletrain_plugins.checkpoint_activations.callback import CheckpointActivations as _CheckpointActivations
     from stabletrain_plugins.clip_norm.rule import ClipNormRule
     from stabletrain_plugins.clip_percentile.rule import ClipPercentileRule
+    from stabletrain_plugins.clip_qk.callback import ClipQK as _ClipQK
     from stabletrain_plugins.clip_tensorwise.transform import ClipTensorwise as _ClipTensorwise
     from stabletrain_plugins.clip_unitwise.transform import ClipUnitwise as _ClipUnitwise
     from stabletrain_plugins.clip_value.transform import ClipValue as _ClipValue
@@ -92,6 +95,7 @@ if TYPE_CHECKING:
     from stabletrain_plugins.combine_muon.optimizer import MuonAdamW as _MuonAdamW
     from stabletrain_plugins.detect_spikes.rule import DetectSpikesRule
     from stabletrain_plugins.measure_noise_scale.callback import MeasureNoiseScale as _MeasureNoiseScale
+    from stabletrain_plugins.monitor_activations.callback import MonitorActivations as _MonitorActivations
     from stabletrain_plugins.monitor_gradients.callback import MonitorGradients as _MonitorGradients
     from stabletrain_plugins.quantize_moments.optimizer import Adam8bit as _Adam8bit
     from stabletrain_plugins.quantize_moments.optimizer import AdamW8bit as _AdamW8bit
@@ -137,6 +141,8 @@ if TYPE_CHECKING:
 
     class ClipPercentile(RuleCallback, ClipPercentileRule, AcceptedByBoth): ...
 
+    class ClipQK(_ClipQK, AcceptedByBoth): ...
+
     class ClipTensorwise(_ClipTensorwise, AcceptedByBoth): ...
 
     class ClipUnitwise(_ClipUnitwise, AcceptedByBoth): ...
@@ -150,6 +156,8 @@ if TYPE_CHECKING:
     class Lion8bit(_Lion8bit, AcceptedByBoth): ...
 
     class MeasureNoiseScale(_MeasureNoiseScale, AcceptedByBoth): ...
+
+    class MonitorActivations(_MonitorActivations, AcceptedByBoth): ...
 
     class MonitorGradients(_MonitorGradients, AcceptedByBoth): ...
 
@@ -209,6 +217,8 @@ if TYPE_CHECKING:
     _Stopping = Literal["none", "early"]
     _Noise_scale = Literal["none", "measure"]
     _Activations = Literal["none", "checkpoint"]
+    _Outputs = Literal["none", "monitor"]
+    _Qk = Literal["none", "clip"]
     _Gradients = Literal["none", "monitor"]
     _Replicas = Literal["none", "check"]
     _Checkpoints = Literal["none", "save"]
@@ -229,6 +239,8 @@ if TYPE_CHECKING:
         stopping: _Stopping | Callback | None = "none",
         noise_scale: _Noise_scale | Callback | None = "none",
         activations: _Activations | Callback | None = "none",
+        outputs: _Outputs | Callback | None = "none",
+        qk: _Qk | Callback | None = "none",
         gradients: _Gradients | Callback | None = "monitor",
         replicas: _Replicas | Callback | None = "none",
         checkpoints: _Checkpoints | Callback | None = "none",

@@ -41,16 +41,18 @@ class ModuleLayers:
     """
 
     def __init__(self, parameters: Sequence[str], depth: int | None) -> None:
-        self._shared = _shared([_levels(plain_name(name).split(".")[:-1]) for name in parameters])
-        self._end = None if depth is None else self._shared + depth
+        shared = _shared([_levels(plain_name(name).split(".")[:-1]) for name in parameters])
+        self._end = None if depth is None else shared + depth
+        layers = [self.of(name.rpartition(".")[0]).split(".") for name in parameters]
+        self._above = {".".join(parts[:end]) for parts in layers for end in range(1, len(parts))}
 
     def of(self, module: str) -> str:
         """The layer of a module, by its name."""
         return ".".join(_levels(plain_name(module).split("."))[: self._end])
 
     def is_above(self, module: str) -> bool:
-        """Whether a module contains layers, or all of them."""
-        return len(_levels(plain_name(module).split("."))) <= self._shared
+        """Whether a module contains layers."""
+        return plain_name(module) in self._above
 
 
 def plain_name(name: str) -> str:

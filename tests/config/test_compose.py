@@ -10,7 +10,7 @@ from stabletrain.config.validate import check
 SLOTS = [
     *("resume", "clip", "nonfinite", "outliers", "spike", "accumulate"),
     *("optimizer", "noise", "averaging", "overfitting", "stopping"),
-    *("noise_scale", "activations", "outputs", "gradients", "replicas", "checkpoints"),
+    *("noise_scale", "activations", "outputs", "qk", "gradients", "replicas", "checkpoints"),
 ]
 TINY = str(Path(__file__).parents[1] / "launch" / "tiny.yaml")
 

@@ -147,8 +147,8 @@ class ClipQK(PluginMember):
         self._optimizer_ids = [id(each) for each in trainer.optimizers]
 
     def _find(self, module: LightningModule) -> list[Projection]:
-        counts = [None if count is None else int(count) for count in (self.heads, self.kv_heads)]
-        return Patterns(self.qkv, self.query, self.key, *counts, self.setting).find(module)
+        heads, kv_heads = (None if count is None else int(count) for count in (self.heads, self.kv_heads))
+        return Patterns(self.qkv, self.query, self.key, heads, kv_heads, self.setting).find(module)
 
     # ---- the forward passes -----------------------------------------------------------------------------------------
 
@@ -184,14 +184,14 @@ class ClipQK(PluginMember):
         largest = self._largest.pop(step, None)
         if largest is None or self._guard is None:
             return
+        if step in self._unknown and (dropped is None or not bool(dropped)):
+            self._unknown.discard(step)
+            refuse_copies(optimizer, self._guard.module, self._scalings[step].parameters)
         largest = self._guard.ranks.max_tensor(largest)
         eta = factors(largest, self.tau)
         if dropped is not None:
             eta = torch.where(dropped.to(eta.device) > 0, torch.ones_like(eta), eta)
         self._scalings[step].apply(eta)
-        if step in self._unknown and (dropped is None or not bool(dropped)):
-            self._unknown.discard(step)
-            refuse_copies(optimizer, self._guard.module, self._scalings[step].parameters)
         self._read(largest, eta, dropped)
 
     def _read(self, largest: Tensor, eta: Tensor, dropped: Tensor | None) -> None:
@@ -248,7 +248,7 @@ class ClipQK(PluginMember):
 
     def __getstate__(self) -> dict[str, Any]:
         """Exclude the running fit."""
-        fit = {"_watch": None, "_scalings": [], "_largest": {}, "_unknown": set(), "_readings": None}
+        fit: dict[str, Any] = {"_watch": None, "_scalings": [], "_largest": {}, "_unknown": set(), "_readings": None}
         return {**super().__getstate__(), **fit}
 
     def _stop(self) -> None:

@@ -9,8 +9,8 @@ from typing import NamedTuple, NoReturn
 
 from torch import Tensor, nn
 
+from stabletrain.core.layer_names import plain_name
 from stabletrain.errors import UserError
-from stabletrain.optim.kinds import plain_name
 
 
 class Rows(NamedTuple):
@@ -83,7 +83,9 @@ class Patterns:
         if self.qkv is None and self.query is None:
             names = [name for name, each in modules.items() if isinstance(each, nn.MultiheadAttention)]
             if not names:
-                self._wrong("qkv", f"no pattern is given, and {type(module).__name__} has no nn.MultiheadAttention. {_HOW}")
+                self._wrong(
+                    "qkv", f"no pattern is given, and {type(module).__name__} has no nn.MultiheadAttention. {_HOW}"
+                )
             found = [self._of_attention(name, modules[name]) for name in names]
         elif self.qkv is not None:
             found = [self._fused(name, modules[name]) for name in self._matched("qkv", self.qkv, modules)]
@@ -97,12 +99,14 @@ class Patterns:
         if not names:
             known = [name for name, each in modules.items() if isinstance(each, nn.Linear | nn.MultiheadAttention)]
             linear = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "") or "none"
-            self._wrong(argument, f"{pattern!r} matches the whole name of no module. {_HOW} Linear layers are: {linear}")
+            self._wrong(
+                argument, f"{pattern!r} matches the whole name of no module. {_HOW} Linear layers are: {linear}"
+            )
         return names
 
     def _of_attention(self, name: str, attention: nn.Module) -> Projection:
         assert isinstance(attention, nn.MultiheadAttention)
-        heads, kv_heads = attention.num_heads, attention.num_heads
+        heads = attention.num_heads
         if self.heads not in (None, heads) or self.kv_heads not in (None, heads):
             self._wrong("heads", f"{name} has {heads} heads of queries and of keys, got {self.heads}")
         if attention.bias_k is not None:
@@ -137,7 +141,9 @@ class Patterns:
     def _separate(self, modules: dict[str, nn.Module]) -> Iterator[Projection]:
         queries, keys = self._matched("query", self.query, modules), self._matched("key", self.key, modules)
         if len(queries) != len(keys):
-            self._wrong("key", f"{len(queries)} query projections ({queries[0]}, ...) and {len(keys)} of keys ({keys[0]})")
+            self._wrong(
+                "key", f"{len(queries)} query projections ({queries[0]}, ...) and {len(keys)} of keys ({keys[0]})"
+            )
         heads, _ = self._heads("query")
         for name, other in zip(queries, keys, strict=True):
             query, key = modules[name], modules[other]
@@ -165,7 +171,9 @@ class Patterns:
 
     def _weight(self, argument: str, name: str, module: nn.Module) -> Tensor:
         if not isinstance(module, nn.Linear):
-            self._wrong(argument, f"{name} is a {type(module).__name__}; expected nn.Linear, or nn.MultiheadAttention for qkv")
+            self._wrong(
+                argument, f"{name} is a {type(module).__name__}; expected nn.Linear, or nn.MultiheadAttention for qkv"
+            )
         return self._own(name, module, module.weight)
 
     def _own(self, name: str, module: nn.Module, parameter: Tensor) -> Tensor:
@@ -185,7 +193,9 @@ class Patterns:
             seen[each.home] = each.name
             for parameter in {id(rows.parameter) for rows in each.rows}:
                 if parameter in owners:
-                    self._wrong(argument, f"{owners[parameter]} and {each.name} have the same weight. Match one of them")
+                    self._wrong(
+                        argument, f"{owners[parameter]} and {each.name} have the same weight. Match one of them"
+                    )
                 owners[parameter] = each.name
 
     def _indivisible(self, name: str, rows: int, by: str) -> NoReturn:

@@ -35,7 +35,7 @@ def mismatch(call: AttentionCall, projection: Projection, queries: Tensor, keys:
     for what, seen, computed, heads in parts:
         found = _norms_of_call(seen)
         rows = computed.detach().reshape(-1, computed.shape[-1])[:, : heads * projection.width]
-        norms = rows.unflatten(1, (heads, projection.width)).float().norm(dim=-1)
+        norms = torch.linalg.vector_norm(rows.reshape(len(rows), heads, projection.width).float(), dim=-1)
         norms = norms.repeat_interleave(found.shape[1] // heads, 1) if found.shape[1] % heads == 0 else norms
         if found.shape != norms.shape:
             here = f"{found.shape[1]} heads at {found.shape[0]} positions"
@@ -54,5 +54,5 @@ def mismatch(call: AttentionCall, projection: Projection, queries: Tensor, keys:
 
 def _norms_of_call(tensor: Tensor) -> Tensor:
     """(positions, heads) norms of queries or keys (..., heads, positions, width)."""
-    norms = tensor.float().norm(dim=-1)
+    norms: Tensor = torch.linalg.vector_norm(tensor.float(), dim=-1)
     return norms.transpose(-1, -2).reshape(-1, norms.shape[-2])

@@ -29,11 +29,11 @@ class _Scaled(NamedTuple):
 
     Args:
         parameter: as the optimizer has it.
-        index: for each row that is here, its place in the vector of all factors.
+        places: for each row that is here, its place in the vector of all factors.
     """
 
     parameter: Tensor
-    index: Tensor
+    places: Tensor
 
 
 class Scaling:
@@ -48,13 +48,13 @@ class Scaling:
     def __init__(self, projections: Sequence[Projection], parameters: set[Tensor], device: torch.device) -> None:
         count = sum(each.heads for each in projections)
         groups: list[int] = []
-        places: dict[Tensor, Tensor] = {}
+        of: dict[Tensor, Tensor] = {}
         first_query, first_key = 1, 1 + count  # at 0: rows that are not scaled
         for each in projections:
             for rows in each.rows:
                 if rows.parameter not in parameters:
                     continue
-                place = places.setdefault(rows.parameter, torch.zeros(rows.parameter.shape[0], dtype=torch.long))
+                place = of.setdefault(rows.parameter, torch.zeros(rows.parameter.shape[0], dtype=torch.long))
                 start = first_query if rows.of_queries else first_key
                 heads = torch.arange(start, start + rows.heads).repeat_interleave(each.width)
                 place[rows.first : rows.first + len(heads)] = heads
@@ -63,7 +63,7 @@ class Scaling:
             first_query, first_key = first_query + each.heads, first_key + each.kv_heads
         self._kv_heads = first_key - 1 - count
         self._groups = torch.tensor(groups, device=device)
-        self._scaled = [_Scaled(p, _held(p, place).to(device)) for p, place in places.items()]
+        self._scaled = [_Scaled(p, _held(p, place).to(device)) for p, place in of.items()]
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -79,13 +79,12 @@ class Scaling:
         """
         keys = eta.new_ones(self._kv_heads).scatter_reduce(0, self._groups, eta, "amin")
         roots = torch.cat([eta.new_ones(1), eta, keys]).sqrt()
-        for parameter, index in self._scaled:
+        for parameter, places in self._scaled:
             local = gradients.local(parameter)
             if local.numel():
-                local.mul_(roots[index].view(-1, *[1] * (local.ndim - 1)))
+                local.mul_(roots[places].view(-1, *[1] * (local.ndim - 1)))
 
 
 def _held(parameter: Tensor, place: Tensor) -> Tensor:
     """The part of a vector of rows whose rows this rank has."""
     return place[held_indices(parameter)[0]] if isinstance(parameter, DTensor) else place
-

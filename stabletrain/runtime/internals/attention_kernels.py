@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _FUSED = "aten::_scaled_dot_product_"
@@ -54,6 +55,8 @@ class AttentionKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and look whether it is attention or a part of it."""
+        if any(issubclass(each, DTensor) for each in types):
+            return NotImplemented  # first DTensor makes plain operators of it
         kwargs = kwargs or {}
         schema = func._schema
         if schema.name.startswith(_FUSED) and "backward" not in schema.name:
@@ -75,4 +78,5 @@ class AttentionKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _by_head(self, tensor: Tensor) -> Tensor:
         """(batch * heads, ...) as (batch, heads, ...); a mask for all of them stays as it is."""
-        return tensor.unflatten(0, (-1, self._heads)) if not tensor.shape[0] % self._heads else tensor
+        batch = tensor.shape[0] // self._heads
+        return tensor if tensor.shape[0] % self._heads else tensor.reshape(batch, self._heads, *tensor.shape[1:])

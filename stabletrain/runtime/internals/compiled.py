@@ -20,6 +20,11 @@ def is_compiled(module: nn.Module) -> bool:
     return any(_is_compiled(each) for each in module.modules())
 
 
+def is_compiled_wrapper(module: nn.Module) -> bool:
+    """Whether a module is what ``torch.compile(module)`` returns, around the module itself."""
+    return isinstance(module, OptimizedModule)
+
+
 def _is_compiled(module: nn.Module) -> bool:
     if isinstance(module, OptimizedModule) or module._compiled_call_impl is not None:
         return True

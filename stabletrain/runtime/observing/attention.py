@@ -2,8 +2,8 @@
 
 `AttentionCalls` sees each call of ``F.scaled_dot_product_attention``, those inside `torch.nn.MultiheadAttention` and
 the encoder and decoder layers made of it too. Attention that a module computes by other means (its own softmax,
-flex_attention, another package's kernel) is not seen, and neither are nested tensors, and in evaluation without
-gradients the kernel that holds a whole encoder layer.
+flex_attention, another package's kernel) is not seen, and neither are nested tensors, tensors within ``torch.func``,
+and in evaluation without gradients the kernel that holds a whole encoder layer.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from stabletrain.optim.kinds import plain_name
+from stabletrain.core.layer_names import plain_name
+from stabletrain.runtime.internals import modes
 from stabletrain.runtime.internals.attention_kernels import AttentionKernels, Seen
-from stabletrain.runtime.internals.compiled import is_compiled
+from stabletrain.runtime.internals.compiled import is_compiled, is_compiled_wrapper
+from stabletrain.runtime.observing.undisturbed import run_eagerly
 
 MASKED = -1e4
 """A mask that is added to the logits leaves out the keys where it is this or less."""
@@ -58,7 +60,7 @@ class AttentionCall(NamedTuple):
 class AttentionCalls:
     """While it is open, ``see`` is called for each attention call, before the call runs, without gradients.
 
-    It may be opened and closed any number of times; of several, the one that was opened last is closed first. A compiled module runs eagerly while it is open, in which the last
+    It may be opened and closed any number of times. A compiled module runs eagerly while it is open, in which the last
     bits may differ from those of compiled code. What is computed again in the backward pass, for activation
     checkpointing, is seen too: close it before.
 
@@ -88,11 +90,16 @@ class AttentionCalls:
         self._running.clear()
         with ExitStack() as stack:
             if self._runs_eagerly:
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.callback(register_module_forward_pre_hook(self._enter).remove)
-            # called after an exception too, so that the names are right if the module catches it
-            stack.callback(register_module_forward_hook(self._leave, always_call=True).remove)
-            stack.enter_context(_Calls(self._take))
+                stack.enter_context(run_eagerly())
+                for each in self._names:  # what torch.compile returns warns of hooks on all modules
+                    if not is_compiled_wrapper(each):
+                        stack.callback(each.register_forward_pre_hook(self._enter).remove)
+                        stack.callback(each.register_forward_hook(self._leave, always_call=True).remove)
+            else:
+                stack.callback(register_module_forward_pre_hook(self._enter).remove)
+                # called after an exception too, so that the names are right if the module catches it
+                stack.callback(register_module_forward_hook(self._leave, always_call=True).remove)
+            stack.callback(modes.enter(_Calls(self._take)))
             self._opened = stack.pop_all()
 
     def close(self) -> None:
@@ -118,7 +125,7 @@ class AttentionCalls:
 
     def _take(self, seen: Seen) -> None:
         query, key, scale, mask, causal = seen
-        if query.is_nested or key.is_nested:
+        if any(each.is_nested or each.is_meta or modes.is_inside_transform(each) for each in (query, key)):
             return
         query, key = query.detach(), key.detach()
         mask = None if mask is None else mask.detach()
@@ -136,6 +143,7 @@ class _Calls(TorchFunctionMode):
         self._take = take
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Make the call, and report it first if it is attention."""
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():  # a function that was compiled without the module
             return func(*args, **kwargs)
@@ -173,8 +181,9 @@ def logit_bound(call: AttentionCall) -> Tensor:
     Masked positions count, so it may be far above the largest logit.
     """
     query, key = _by_head(call)
-    norms = [torch.linalg.vector_norm(each.float(), dim=-1).amax((0, 2)) for each in (query, key)]
-    return norms[0] * norms[1] * abs(call.scale)
+    query_norm, key_norm = (torch.linalg.vector_norm(each.float(), dim=-1).amax((0, 2)) for each in (query, key))
+    bound: Tensor = query_norm * key_norm * abs(call.scale)
+    return bound
 
 
 def largest_logit(call: AttentionCall, elements: int = _ELEMENTS) -> Tensor:
