@@ -7,9 +7,9 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from stabletrain.config.values import unwritable
 from stabletrain.errors import UserError
 from stabletrain.launch.launcher import LaunchRequest, examine_job, prepare
+from stabletrain.paths import unwritable
 
 _EXIT_FINDINGS = 4
 
