@@ -134,7 +134,7 @@ def operations() -> list[str]:
 
 def times(rounds: int) -> list[str]:
     """The table of times on char_gpt."""
-    model, steps, every = MODELS["char_gpt"], 60, 6
+    model, steps, every = MODELS["char_gpt"], 42, 6
     shares: dict[str, list[float]] = {name: [] for name in READINGS}
     for _ in range(rounds):
         for name, make in READINGS.items():
@@ -172,7 +172,7 @@ def main() -> None:
         "",
         *operations(),
         "",
-        "Time of a look against the other steps of the same run, `char_gpt` as shipped, 60 steps with a look in",
+        "Time of a look against the other steps of the same run, `char_gpt` as shipped, 42 steps with a look in",
         "every 6th; median of rounds, and their range. The machine was shared. The norms by layer are included where",
         "the reading is one of monitor_gradients.",
         "",

@@ -128,7 +128,7 @@ class Look:
             self._numbers.add(Key("output_logit", ""), _largest(logits))
             classes = 1 if logits.ndim > 1 else 0
             rows = max(1, _LOGITS * len(logits) // logits.numel()) if logits.ndim > 1 else len(logits)
-            parts = [torch.logsumexp(_float(part), classes).sum() for part in logits.split(rows)]
+            parts = [torch.logsumexp(_float(part), classes).sum() for part in torch.split(logits, rows)]
             total = parts[0] if len(parts) == 1 else torch.stack(parts).sum()
             self._numbers.add(Key("output_logz", "", logits.numel() // logits.shape[classes]), total)
 

@@ -252,6 +252,7 @@ def test_an_error_in_a_reading_ends_the_readings_only(monkeypatch: pytest.Monkey
 @pytest.mark.slow
 def test_two_ranks_have_common_readings(tmp_path: Path) -> None:
     """Bugs: readings of one rank only; a rank that waits for another; weights that differ from a run without it."""
+    (alone,) = on_ranks(readings, 1, tmp_path, None)
     for kind in ("ddp", "fsdp2"):
         (tmp_path / kind).mkdir()
         mine, theirs = on_ranks(readings, 2, tmp_path / kind, kind)
@@ -259,7 +260,6 @@ def test_two_ranks_have_common_readings(tmp_path: Path) -> None:
         assert found(mine.metrics, "activation_rms").keys() == {"net.0", "net.1", "net.2", "net.3"}
         assert_same(mine.weights, mine.bare)
         assert_same(mine.weights, theirs.weights)
-        (alone,) = on_ranks(readings, 1, tmp_path, None)
         for name in alone.metrics:
             assert mine.metrics[name] == pytest.approx(alone.metrics[name], rel=1e-4, abs=1e-6), name
 

@@ -127,4 +127,5 @@ class SpectralNorms:
             # a matrix of zeros, or with a NaN, leaves no direction: begin anew
             vector = torch.where(size.isfinite() & (size > 0), after / size, start)
         self._vectors[p] = start, vector
-        return torch.linalg.vector_norm(matrix @ vector)
+        norm: Tensor = torch.linalg.vector_norm(matrix @ vector)
+        return norm

@@ -15,23 +15,23 @@ def enter(mode: TorchFunctionMode) -> Callable[[], None]:
     ``mode.__exit__`` closes whatever mode was opened last. A hook of Lightning may be called within a mode of the
     module, such as ``with torch.device(...)`` around ``manual_backward``, which must stay open.
     """
-    mode.__enter__()
+    mode.__enter__()  # type: ignore[no-untyped-call]
 
     def leave() -> None:
         if not any(each is mode for each in open_function_modes()):
             return
         later = []
-        while (last := _pop_mode()) is not mode:
+        while (last := _pop_mode()) is not mode:  # type: ignore[no-untyped-call]
             later.append(last)
         for each in reversed(later):
-            _push_mode(each)
+            _push_mode(each)  # type: ignore[no-untyped-call]
 
     return leave
 
 
 def open_function_modes() -> list[TorchFunctionMode]:
     """The function modes that are open in this thread, the last opened one last."""
-    return list(_get_current_function_mode_stack())
+    return list(_get_current_function_mode_stack())  # type: ignore[no-untyped-call]
 
 
 def is_inside_transform(tensor: Tensor) -> bool:

@@ -16,11 +16,12 @@ from torch.overrides import TorchFunctionMode
 from stabletrain.core.layer_names import plain_name
 from stabletrain.runtime.internals import modes
 from stabletrain.runtime.internals.attributes import attribute_owners, version_of
+from stabletrain.runtime.internals.compiled import is_compiled, is_compiled_wrapper
 
 Kind: TypeAlias = Literal["", "relu", "sigmoid", "tanh"]
 """Of a function: its zeros are read (relu), its saturated values are (sigmoid, tanh), or neither."""
 
-_RELU = (F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu6, F.threshold, F.threshold_)
+_RELU = (F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu6, F.threshold)
 _SIGMOID = (torch.sigmoid, torch.sigmoid_, Tensor.sigmoid, Tensor.sigmoid_, F.hardsigmoid)
 _TANH = (torch.tanh, torch.tanh_, Tensor.tanh, Tensor.tanh_)
 _OTHERS = (F.gelu, F.silu, F.mish, F.hardswish, F.leaky_relu, F.elu, F.selu, F.celu, F.softplus, F.glu)
@@ -76,6 +77,7 @@ class Outputs:
     def __init__(self, module: nn.Module, see: Callable[[Output], None]) -> None:
         self._see = see
         self._names = {each: plain_name(name) for name, each in attribute_owners(module) if _is_seen(name, each)}
+        self._is_compiled = is_compiled(module)
         self._running: list[str] = []
         self._last: tuple[weakref.ref[Tensor], int, Kind] | None = None
         self._opened: ExitStack | None = None
@@ -87,9 +89,14 @@ class Outputs:
         self._running.clear()
         self._last = None
         with ExitStack() as stack:
-            stack.callback(register_module_forward_pre_hook(self._enter).remove)
             # called after an exception too, so that the names are right if the module catches it
-            stack.callback(register_module_forward_hook(self._leave, always_call=True).remove)
+            if self._is_compiled:  # what torch.compile returns warns of hooks on all modules
+                for each in self._names:
+                    stack.callback(each.register_forward_pre_hook(self._enter).remove)
+                    stack.callback(each.register_forward_hook(self._leave, always_call=True).remove)
+            else:
+                stack.callback(register_module_forward_pre_hook(self._enter).remove)
+                stack.callback(register_module_forward_hook(self._leave, always_call=True).remove)
             stack.callback(modes.enter(_Calls(self._returned)))
             self._opened = stack.pop_all()
 
@@ -136,7 +143,7 @@ class _Calls(TorchFunctionMode):
     """Calls a function with each activation function that was called, and what it returned."""
 
     def __init__(self, returned: Callable[[Any, Any], None]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._returned = returned
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -148,7 +155,8 @@ class _Calls(TorchFunctionMode):
 
 
 def _is_seen(name: str, module: nn.Module) -> bool:
-    return bool(name) and "parametrizations" not in name.split(".") and not isinstance(module, torch.jit.ScriptModule)
+    no_layer = isinstance(module, torch.jit.ScriptModule) or is_compiled_wrapper(module)
+    return bool(name) and "parametrizations" not in name.split(".") and not no_layer
 
 
 def _first(output: Any) -> Tensor | None:
