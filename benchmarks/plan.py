@@ -3,8 +3,8 @@
     python benchmarks/plan.py            print the tables (about 3 minutes on 2 cores)
     python benchmarks/plan.py --write    also write benchmarks/results/plan.md
 
-Memory: a GPT is planned, and trained by Lightning on the CPU while torch's profiler records every allocation of the
-third step; added to what was held before it, the largest sum is the peak. Time: `char_gpt` is planned with
+Memory: a GPT is planned, and trained by Lightning on the CPU while torch's profiler records every allocation of two
+steps; added to what was held before them, the largest sum is the peak. Time: `char_gpt` is planned with
 ``--measure 20``, and then trained to its end.
 """
 
@@ -60,7 +60,10 @@ class Tokens(pl.LightningDataModule):
 
 
 class RecordAllocations(pl.Callback):
-    """Records the allocations of the third step, and what was held when it began."""
+    """Records the allocations of the second and third step, and what was held when they began.
+
+    The third one begins with the gradients of the second, as every step of a run does but the first.
+    """
 
     def __init__(self) -> None:
         self.peak = 0
@@ -68,8 +71,8 @@ class RecordAllocations(pl.Callback):
         self._held = 0
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Begin after the second step, end after the third."""
-        if batch_idx == 1:
+        """Begin after the first step, which has made the optimizer's state; end after the third."""
+        if batch_idx == 0:
             state = [t for s in trainer.optimizers[0].state.values() for t in s.values() if torch.is_tensor(t)]
             for p in pl_module.parameters():  # the profiler would miss that what was there before it is freed
                 p.grad = None

@@ -87,8 +87,8 @@ def _print_one(plan: Plan) -> None:
     if plan.processes * plan.nodes > 1:
         how = "" if plan.source == "traced" else ", by formula"
         _print_table((f"messages in a step{how}", "count", "whole tensors"), messages, numbers=(1, 2))
-    if operations := list(numbers.operations(plan)):
-        _print_table(("operations of a step", ""), operations, numbers=(1,))
+    if counted := list(numbers.operations(plan)):
+        _print_table(("operations of a step", ""), counted, numbers=(1,))
     if lines := list(numbers.learning_rate(plan)):
         print("", *lines, sep="\n")
     said = [(each.key, _said(each.text, each.host_bytes, each.device_bytes)) for each in plan.plugins]

@@ -44,7 +44,7 @@ _TOP_LEVEL: dict[str, Any] = {
     "run_dir": str | None,
     "resume": str | None,
     "dry_run": bool,
-    "memory": str | int | float | None,
+    "memory": Any,
     "objective": str | None,
     "callbacks": dict,
     "plugins": dict,
@@ -419,9 +419,12 @@ def _strategy(config: Mapping[str, Any]) -> Iterator[Problem]:
 def _memory(config: Mapping[str, Any]) -> Iterator[Problem]:
     """The memory of a device, which is for a dry run only."""
     memory = config.get("memory")
-    if isinstance(memory, int | float) and not isinstance(memory, bool):
-        yield Problem("memory", f"expected {bytes.FORMS}, got {memory:g} without a unit; write memory={memory:g}GB")
+    if memory is None:
+        return
     if not isinstance(memory, str):
+        is_number = isinstance(memory, int | float) and not isinstance(memory, bool)
+        advice = f" without a unit; write memory={memory:g}GB" if is_number else ""
+        yield Problem("memory", f"expected {bytes.FORMS}, got {memory!r}{advice}")
         return
     if config.get("dry_run") is False:
         yield Problem("memory", "a dry run says whether the run fits into it; add dry_run=true, or remove it")
