@@ -227,7 +227,7 @@ class _Computation:
                 f"curvature: usually {USUAL_PRODUCTS} Hessian-vector products at each checkpoint x {batches} batches = "
                 f"{products} passes forward and back, twice"
             )
-            total += 5 * products  # a product takes about five times as long as a forward pass
+            total += 5 * products  # taken as five forward passes: an estimate
         for line in lines:
             self.say(line)
         begin = time.perf_counter()
