@@ -109,7 +109,7 @@ class MonitorActivations(GuardMember):
 
     def _begin(self) -> None:
         """A fit begins: nothing was read in it."""
-        self._close()
+        self._end_look()
         self._seen: list[tuple[int, Stacked[Key]]] = []
         self._looked = self._due = 0
         self._common: CommonReadings | None = None
@@ -138,7 +138,7 @@ class MonitorActivations(GuardMember):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Look, if it is time and a window begins."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        self._close()
+        self._end_look()
         guard = self._guard
         if guard is None or guard.window.held:
             return
@@ -152,24 +152,24 @@ class MonitorActivations(GuardMember):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """The forward pass is over."""
-        self._close()
+        self._end_look()
         super().on_before_backward(trainer, pl_module, loss)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """There was no backward pass, if the look is still open."""
-        self._close()
+        self._end_look()
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave nothing open."""
-        self._close()
+        self._end_look()
         super().teardown(trainer, pl_module, stage)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave nothing open."""
-        self._close()
+        self._end_look()
         super().on_exception(trainer, pl_module, exception)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -190,7 +190,7 @@ class MonitorActivations(GuardMember):
             logger.info("monitor_activations: nothing is read: %s", reason)
         return bool(reason)
 
-    def _close(self) -> None:
+    def _end_look(self) -> None:
         look, self._look = self._look, None
         if look is None:
             return
@@ -203,7 +203,7 @@ class MonitorActivations(GuardMember):
 
     def metrics(self) -> dict[str, float]:
         """The readings since the last call, copied from the device in one transfer. A collective after a look."""
-        self._close()  # a callback has ended the epoch before the step
+        self._end_look()  # a callback has ended the epoch before the step
         guard, common, due, self._due = self._guard, self._common, self._due, 0
         seen, self._seen = self._seen, []
         if guard is None or common is None or not due:
