@@ -49,13 +49,14 @@ class Summary(NamedTuple):
     looks: list[float | None]
 
 
-def risen(losses: Sequence[float]) -> int | None:
+def risen(losses: Sequence[float], norms: Sequence[float]) -> int | None:
     """The first of the steps in which the loss has risen; None: it never did.
 
     A run that ends because a number is not finite has risen at its last step, if it has not before.
 
     Args:
         losses: of all steps, in nats; the last may not be finite.
+        norms: the gradient norms of the same steps; the last may not be finite.
     """
     finite = [loss if math.isfinite(loss) else _NEVER_LOSS for loss in losses]
     lowest, in_a_row = math.inf, 0
@@ -65,7 +66,8 @@ def risen(losses: Sequence[float]) -> int | None:
         in_a_row = in_a_row + 1 if step >= 2 * MEAN_OF and mean > lowest + RISE else 0
         if in_a_row == LASTS:
             return step - LASTS + 1
-    return len(losses) - 1 if losses and not math.isfinite(losses[-1]) else None
+    ends = bool(losses) and not (math.isfinite(losses[-1]) and math.isfinite(norms[-1]))
+    return len(losses) - 1 if ends else None
 
 
 def from_losses(losses: Sequence[float], norms: Sequence[float]) -> dict[str, list[float | None]]:

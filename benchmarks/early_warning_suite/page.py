@@ -19,11 +19,12 @@ LETTERS = dict(zip((each.name for each in TROUBLED), string.ascii_lowercase, str
 
 INTRODUCTION = f"""Small networks (transformers, an LSTM, a ReLU RNN, a CNN with batch norm) on real text and digits,
 each trained for 300 steps in fp32. Fourteen kinds of trouble, three seeds. The loss **has risen** at the first of
-{judge.LASTS} steps in a row whose {judge.MEAN_OF}-step mean is {judge.RISE} nats above the lowest such mean. The
-readings are those that `MonitorActivations(attention="exact")` and `MonitorGradients(update_ratio=True, rms_t=True,
-spectral_norm=True)` log with `every=1`, of the worst layer; the trainings are bit-identical without them. Sharpness,
-and what is computed from loss and gradient norm, are the benchmark's own. Each reading is judged in two ways, both of
-which need two steps in a row:
+{judge.LASTS} steps in a row whose {judge.MEAN_OF}-step mean is {judge.RISE} nats above the lowest such mean, or at the
+step that ends the run because loss or gradient norm are not finite. The readings are those that
+`MonitorActivations(attention="exact")` and `MonitorGradients(update_ratio=True, rms_t=True, spectral_norm=True)` log
+with `every=1`, of the worst layer; the trainings are bit-identical without them. Sharpness, and what is computed from
+loss and gradient norm, are the benchmark's own. Each reading is judged in two ways, both of which need two steps in a
+row:
 
 - **fixed limit**: {judge.FACTOR} times the largest value (from step {judge.FROM_STEP} on) of two runs each of eight
   healthy settings;

@@ -54,7 +54,7 @@ def record(part: str, setting: Setting, seed: int, steps: int = STEPS) -> Record
     return {
         **key(part, setting, seed),
         "steps": len(losses),
-        "risen": judge.risen(losses),
+        "risen": judge.risen(losses, norms),
         "loss": [judge.rounded(x) for x in (losses[0], lowest, means[-1])],
         "detect_spikes": detectors.detect_spikes(losses, norms)[:20],
         "skip_outliers": detectors.skip_outliers(losses, norms)[:20],

@@ -26,12 +26,13 @@ CALM = [1.0 + 0.01 * (step % 7) for step in range(120)]
 def test_a_rise_is_dated_by_the_first_of_its_steps() -> None:
     """Bug: the rise is dated by the step at which it is certain, or a short spike is one."""
     losses = [2.0] * 100 + [2.0 + 0.1 * step for step in range(100)]
-    at = judge.risen(losses)
+    at = judge.risen(losses, [1.0] * 200)
     assert at is not None
     assert at < 100 + judge.LASTS
     assert judge.means(losses)[at] > 2.0 + judge.RISE >= judge.means(losses)[at - 1]
-    assert judge.risen([2.0] * 100 + [3.0] * 5 + [2.0] * 100) is None
-    assert judge.risen([2.0] * 100 + [math.nan]) == 100
+    assert judge.risen([2.0] * 100 + [3.0] * 5 + [2.0] * 100, [1.0] * 205) is None
+    assert judge.risen([2.0] * 100 + [math.nan], [1.0] * 101) == 100
+    assert judge.risen([2.0] * 101, [1.0] * 100 + [math.inf]) == 100  # the weights are lost with this step
 
 
 def test_an_alarm_needs_two_steps_in_a_row_and_keeps_for_any_limit() -> None:
