@@ -13,7 +13,9 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from stabletrain import ClipQK, Guard, SkipNonFinite, UserError
+from stabletrain import ClipQK, Guard, Rollback, SkipNonFinite, UserError
+from stabletrain.core.events import Request, RequestKind
+from stabletrain.core.rule import Observation
 from stabletrain.runtime.observing.attention import AttentionCall, AttentionCalls, largest_logit
 from stabletrain_plugins.clip_qk.scaling import factors
 
@@ -246,6 +248,27 @@ def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     whole = everything(fit(ByIndex(lr=0.01), items(6), SkipNonFinite(), clip(tau=0.5), SaveAfter(2, saved)))
     again = fit(ByIndex(lr=0.01), items(6), SkipNonFinite(), clip(tau=0.5), ckpt_path=saved)
     assert_same(everything(again), whole)
+
+
+class GoBack(SkipNonFinite):  # type: ignore[name-defined,misc]
+    """Requests a rollback after the fifth attempted step."""
+
+    plugin = "go_back"
+
+    def observe(self, state: Any, outcome: Any) -> Any:
+        request = Request(RequestKind.ROLLBACK, self.label, "requested")
+        return Observation(state, (), (request,) if outcome.step == 4 else ())
+
+
+def test_weights_after_a_rollback_are_those_of_a_run_without_one(tmp_path: Path) -> None:
+    """Bugs: the snapshot has the weights before the clip, so that a step is clipped twice or not at all; a logit of the
+    undone steps clips the first one after them."""
+    quick = {"window": 16, "delay": 2, "min_samples": 8, "patience": 4, "regime_after": 4, "cool_down": 8}
+    back = Rollback(every=2, drop="none", trust_after=1, rewarm=0, **quick)
+    whole = everything(fit(Net(lr=0.01), items(8), SkipNonFinite(), clip(tau=0.5)))
+    undone = everything(fit(Net(lr=0.01), items(8), GoBack(), back, clip(tau=0.5), default_root_dir=tmp_path))
+    assert back.rollbacks == 1
+    assert_same(undone, whole)
 
 
 def test_metrics_and_what_is_left_after_a_fit() -> None:
