@@ -85,7 +85,7 @@ def main() -> None:
     lines = [
         "# Dry runs",
         "",
-        f"{measured()} The machine was shared.",
+        f"{measured()}. The machine was shared.",
         "",
         f"    python benchmarks/dry_run.py{' --write' if write else ''}",
         "",

@@ -21,6 +21,7 @@ _EXTRAS = {
     "optimi": "kahan",
     "torchao": "torchao",
     "matplotlib": "plots",
+    "scipy": "landscape",
     "optuna": "sweep",
     "colorlog": "sweep",
     "sklearn": "all",

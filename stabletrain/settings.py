@@ -119,6 +119,18 @@ def worded(text: str, slot: str | None = None, owner: str | None = None) -> str:
     return _LISTED.sub(listed, _PLUGIN.sub(plugin, text))
 
 
+def worded_of(text: str, plugin: object) -> str:
+    """A message of a plugin that may be the only one of a script, as `worded`.
+
+    Args:
+        text: with config keys.
+        plugin: a callback with an attribute ``slot``.
+    """
+    if _MARK in plugin.__dict__:
+        return text
+    return worded(text, getattr(plugin, "slot", None), type(plugin).__name__)
+
+
 def _call(owner: str | None, argument: str, value: str) -> str:
     given = f"{argument}={value}"
     return given if owner is None else f"{owner}({given})"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 from stabletrain import settings
@@ -56,3 +59,16 @@ def install() -> None:
     logger.addFilter(_name_settings)
     if not any(isinstance(each, LastResort) for each in logger.handlers):
         logger.addHandler(LastResort())
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Neither log records nor warnings in this block, as where the run itself will show them."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -24,10 +24,11 @@ LAYERS = [
     ["runtime.snapshots", "runtime.windows"],
     ["runtime.checkpoints"],
     ["strategies"],
-    ["planning"],
+    ["planning", "checkup"],
     ["tracking", "config"],
     ["workloads", "chaos"],
     ["launch"],
+    ["landscape"],
     ["testing"],
     ["cli"],
     ["worker", "__main__"],
@@ -192,7 +193,7 @@ def test_every_public_name_exists() -> None:
 
 
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric"}
-OWN_TRAINER = {"config", "launch", "planning", "workloads"}
+OWN_TRAINER = {"config", "landscape", "launch", "planning", "workloads"}
 """Rooms whose Trainer is that of a recipe, which the launcher makes: it is always lightning.pytorch's."""
 BOTH_PACKAGES = {"stabletrain.runtime.internals.packages", "stabletrain.testing.toy"}
 """Modules that have a class for each package."""

@@ -30,7 +30,7 @@ DOCUMENTS = sorted(
 FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>\S*)[^\n]*\n(?P<body>.*?)^(?P=indent)```\s*$", re.MULTILINE | re.DOTALL
 )
-TRAINS = ("train", "reproduce")
+TRAINS = ("train", "reproduce", "plan")
 
 
 class Block(NamedTuple):

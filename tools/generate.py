@@ -1,4 +1,4 @@
-"""Generate the export table of stabletrain/__init__.py, plugins/README.md, docs/metrics.md and docs/findings.md.
+"""Generate the export table of stabletrain/__init__.py, plugins/README.md and pages of docs: metrics, findings, doctor.
 
 Run ``python tools/generate.py`` in a checkout; with ``--check`` it only lists outdated files.
 """
@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import doctor_page
 import findings_page
 import metrics_page
 import yaml
@@ -84,6 +85,7 @@ def generated() -> dict[Path, str]:
         ROOT / "plugins" / "README.md": _CATALOGUE + _catalogue(own) + _ADD_A_PLUGIN,
         ROOT / "docs" / "metrics.md": metrics_page.page(own),
         ROOT / "docs" / "findings.md": findings_page.page(),
+        ROOT / "docs" / "doctor.md": doctor_page.page(),
     }
 
 

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from stabletrain.cli.summary import PrintingReporter, exit_code
-from stabletrain.config.values import unwritable
 from stabletrain.errors import UserError
 from stabletrain.launch.launcher import LaunchRequest, run
 from stabletrain.launch.lr_range import RangeOptions, RangeRun, prepare_range, read_ranges
+from stabletrain.paths import unwritable
 
 _PLOT = "lr_range.png"
 

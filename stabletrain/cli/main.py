@@ -175,6 +175,47 @@ def validate(words: Words = None, multirun: Multirun = False, trust: Trust = Non
         _print_valid(jobs)
 
 
+@app.command(short_help="Say what a run will need, cost and do, without training: stabletrain plan char_gpt")
+def plan(
+    words: Words = None,
+    multirun: Multirun = False,
+    measure: Annotated[
+        int | None,
+        typer.Option("--measure", metavar="N", help="Train N steps, at least 5, for the time and MFU of the run."),
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option("--price", metavar="P", help="Of a device for an hour, with --measure: the cost.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    trust: Trust = None,
+) -> None:
+    """Say what a run will need, cost and do: parameters, tokens, operations, memory, learning rate, plugins.
+
+    The same as stabletrain train ... dry_run=true: nothing is trained, written or downloaded. With memory=80GB it says
+    whether the run fits. --measure 20 trains some steps in a temporary folder, and extrapolates their median.
+    """
+    from stabletrain.cli.starting import starting
+    from stabletrain.launch.streams import tolerate_broken_output
+
+    tolerate_broken_output()
+    with starting():
+        from stabletrain.cli.plan import print_plans
+        from stabletrain.launch.launcher import plan_jobs, prepare
+        from stabletrain.launch.measured_steps import MeasureOptions, check_measurable, with_measured_steps
+
+        options = MeasureOptions(steps=measure, price=price)
+        request = _request(words, multirun, trust)
+        if any(word.replace(" ", "") == "dry_run=false" for word in request.overrides):
+            raise UserError("plan: it trains nothing; remove dry_run=false, or use stabletrain train")
+        prepared = prepare(replace(request, overrides=("dry_run=true", *request.overrides)))
+        if measure is not None:
+            check_measurable(prepared)
+        plans = plan_jobs(prepared, request)
+        if measure is not None:
+            plans = with_measured_steps(prepared, request, plans, options)
+        print_plans(prepared, plans, as_json=as_json)
+
+
 @app.command(short_help="Look for the best values of some keys, with Optuna.")
 def sweep(
     words: Words = None,
@@ -258,6 +299,40 @@ def lr_range(
 
         options = RangeOptions(start=start, stop=stop, steps=steps, both=both)
         code = run_range_test(_request(words, False, trust), options, plot)
+    raise typer.Exit(code)
+
+
+@app.command(short_help="Look for common mistakes in a recipe's module and data before a run.")
+def doctor(
+    words: Words = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the report as JSON, too.")
+    ] = None,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option("--skip", metavar="CHECK", help="Leave out a check, such as frozen. Give it once for each."),
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option("--seconds", metavar="N", help="After these no further step is made.")
+    ] = 60.0,
+    trust: Trust = None,
+) -> None:
+    """Look for common mistakes in a recipe's module and data before a run: stabletrain doctor char_gpt.
+
+    The first batches are read, and copies of the module are trained on them for a few steps each: with the recipe's
+    optimizer, gradient_clip_val and, in 20 steps, its warm-up, without its plugins, precision and strategy, on one
+    device. Nothing is written or logged.
+
+    Exit codes: 0 no finding, 4 at least one, 2 a mistake in the command or the recipe.
+    """
+    from stabletrain.cli.starting import starting
+    from stabletrain.launch.streams import tolerate_broken_output
+
+    tolerate_broken_output()
+    with starting():
+        from stabletrain.cli.doctor import examine
+
+        code = examine(_request(words, False, trust), json_file, skip or [], seconds)
     raise typer.Exit(code)
 
 
@@ -362,6 +437,56 @@ def report(
 
         write_report(html, found)
         print(f"\npage: {html}")
+
+
+@app.command(short_help="Draw the loss around a run's weights: stabletrain landscape RUN")
+def landscape(
+    run: Annotated[
+        str,
+        typer.Argument(help="A run's folder, its id, the beginning of an id, or its name.", show_default=False),
+    ],
+    resolution: Annotated[
+        int, typer.Option("--resolution", metavar="N", min=5, max=401, help="Points along each side of a plane.")
+    ] = 25,
+    batches: Annotated[
+        int, typer.Option("--batches", metavar="N", min=1, help="Batches of the training loader that make the loss.")
+    ] = 4,
+    checkpoints: Annotated[
+        int, typer.Option("--checkpoints", metavar="N", min=1, help="Checkpoints at most, evenly spaced.")
+    ] = 20,
+    batch_stats: Annotated[
+        bool, typer.Option("--batch-stats", help="BatchNorm by the statistics of each batch, as in training.")
+    ] = False,
+    curvature: Annotated[
+        bool, typer.Option("--curvature/--no-curvature", help="Eigenvalues of the Hessian at each checkpoint.")
+    ] = True,
+    surface: Annotated[bool, typer.Option("--surface", help="Draw the planes as surfaces, too.")] = False,
+    seed: Annotated[
+        int, typer.Option("--seed", metavar="N", min=0, max=2**31, help="Of the random plane's directions.")
+    ] = 0,
+    trust: Trust = None,
+) -> None:
+    """Draw the loss around a run's weights, from its checkpoints: pictures, a JSON file, and a table.
+
+    A random plane through the last weights, filter-normalised; the plane in which the checkpoints differ most, with
+    their path; the largest and the smallest eigenvalue of the Hessian at each checkpoint. What it costs is printed
+    before it begins. The result is in landscape/ of the run's folder and of its artifacts in MLflow.
+
+    It is of one process in 32 bits with dropout off, whatever the run was. Needs matplotlib for the pictures and scipy
+    for the eigenvalues: pip install "stabletrain[landscape]".
+    """
+    from stabletrain.cli.starting import starting
+    from stabletrain.launch.streams import tolerate_broken_output
+
+    tolerate_broken_output()
+    with starting():
+        from stabletrain.cli.landscape import run as compute
+        from stabletrain.landscape.study import Options
+
+        options = Options(
+            resolution=resolution, batches=batches, batch_stats=batch_stats, has_curvature=curvature, seed=seed
+        )
+        compute(run, options, most=checkpoints, surface=surface, trust=trust or ())
 
 
 @app.command(short_help="Compare runs: what differs, how they ended, and a page with charts (--html FILE).")

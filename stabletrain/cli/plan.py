@@ -1,4 +1,4 @@
-"""The output of a dry run: the plan of one run in full, of several in one table, or all as JSON."""
+"""The output of a dry run and of ``plan``: the plan of one run in full, of several in one table, or all as JSON."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from stabletrain.cli import plan_numbers as numbers
 from stabletrain.cli.messages import valid
 from stabletrain.core.bytes import shown
 from stabletrain.planning.plan import PerRank, Plan, Verdict, as_json
@@ -14,8 +15,8 @@ if TYPE_CHECKING:
     from stabletrain.launch.launcher import Job
 
 _NOT_COUNTED = (
-    "Not counted: what a GPU needs besides tensors (CUDA's context, the allocator's rounding, workspaces of kernels, "
-    "buffers of NCCL), validation, and temporary tensors and messages of plugins."
+    "Not counted in the memory: what a GPU needs besides tensors (CUDA's context, the allocator's rounding, workspaces "
+    "of kernels, buffers of NCCL), validation, and temporary tensors and messages of plugins."
 )
 _MEMORY = (
     ("parameters", "parameters"),
@@ -71,11 +72,11 @@ def _content(jobs: Sequence[Job], plans: Sequence[tuple[Plan | None, str | None]
 def _print_one(plan: Plan) -> None:
     print()
     for line in _head(plan):
-        print(line)
+        _print_text(line)
     if plan.per_rank.largest_group:
         rows = [
             (f"{each.name} ... {each.last}" if each.last else each.name or "(the rest)", f"{each.count} x {each.kind}",
-             _count(each.parameters), shown(each.whole_bytes), shown(each.rank_bytes))
+             numbers.count(each.parameters), shown(each.whole_bytes), shown(each.rank_bytes))
             for each in sorted(plan.groups, key=lambda each: not each.name)
         ]  # fmt: skip
         _print_table(("gathered together", "", "parameters", "whole", "on a rank"), rows, numbers=(2, 3, 4))
@@ -86,8 +87,14 @@ def _print_one(plan: Plan) -> None:
     if plan.processes * plan.nodes > 1:
         how = "" if plan.source == "traced" else ", by formula"
         _print_table((f"messages in a step{how}", "count", "whole tensors"), messages, numbers=(1, 2))
+    if counted := list(numbers.operations(plan)):
+        _print_table(("operations of a step", ""), counted, numbers=(1,))
+    if lines := list(numbers.learning_rate(plan)):
+        print("", *lines, sep="\n")
     said = [(each.key, _said(each.text, each.host_bytes, each.device_bytes)) for each in plan.plugins]
     _print_table(("what they will do", ""), said)
+    if plan.measured is not None:
+        _print_table(("measured", ""), list(numbers.timing(plan, plan.measured)))
     print()
     for line in _end(plan):
         _print_text(line)
@@ -98,12 +105,10 @@ def _head(plan: Plan) -> Iterator[str]:
     nodes = f" on {plan.nodes} nodes" if plan.nodes > 1 else ""
     size = f"{processes} processes{nodes}" if processes > 1 else "1 process"
     yield f"{size}, {plan.strategy}, {plan.precision}, {plan.optimizer}"
-    trained = "" if plan.trained == plan.parameters else f", of which {_count(plan.trained)} are trained"
-    yield f"{_count(plan.parameters)} parameters{trained}"
-    steps = "an unknown number of steps" if plan.steps is None else f"{plan.steps} steps"
-    epoch = "" if plan.steps_per_epoch is None else f", {plan.steps_per_epoch:g} in an epoch"
-    window = "" if plan.micro_batches == 1 else f", {plan.micro_batches} micro-batches in each"
-    yield f"{steps}{epoch}{window}"
+    yield numbers.parameters(plan)
+    yield numbers.steps(plan)
+    if (about := numbers.tokens(plan)) is not None:
+        yield about
     if plan.stopped_by is not None:
         yield f"no step could be traced, so activations and the peak are unknown. {plan.stopped_by}"
 
@@ -123,6 +128,9 @@ def _end(plan: Plan) -> Iterator[str]:
     size = "unknown" if plan.checkpoint_bytes is None else shown(plan.checkpoint_bytes)
     yield f"A checkpoint of all ranks together: {size}."
     yield from (f"{note[0].upper()}{note[1:]}." for note in plan.notes)
+    yield from numbers.about_operations(plan)
+    if plan.measured is not None:
+        yield numbers.ABOUT_TIME
     yield _NOT_COUNTED
     if plan.verdict is not None:
         yield from _verdict(plan.verdict)
@@ -163,13 +171,6 @@ def _print_several(jobs: Sequence[Job], plans: Sequence[tuple[Plan | None, str |
 def _said(text: str, host: int | None, device: int | None) -> str:
     memory = [f"{shown(size)} of {what}" for size, what in ((host, "main memory"), (device, "the device")) if size]
     return f"{text} ({' and '.join(memory)})" if memory else text
-
-
-def _count(elements: int) -> str:
-    for size, unit in ((10**9, "billion"), (10**6, "M"), (10**3, "k")):
-        if elements >= size:
-            return f"{elements / size:.4g} {unit}"
-    return str(elements)
 
 
 def _print_table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int] = ()) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from stabletrain.config import discovery
-from stabletrain.config.discovery import BUILT
+from stabletrain.config.discovery import BUILT, Option
 from stabletrain.config.hydra_session import BASE, RECIPE, hydra_session, is_installed
+from stabletrain.config.origins import keys_of_global_options
+from stabletrain.config.outputs import typed_keys
 from stabletrain.config.overrides import adapted, emptied, group_problem, parse
 from stabletrain.config.problems import ConfigError, Problem, suggestion
 from stabletrain.config.recipe_file import groups_in_defaults
@@ -48,6 +50,7 @@ class Composed:
         choices: config group -> chosen option.
         overrides: as typed.
         problems: mistakes found while composing; the config does not contain the overrides with mistakes.
+        origins: key -> ``group=option``, for keys that an option of another group has set.
     """
 
     recipe: str
@@ -55,6 +58,7 @@ class Composed:
     choices: dict[str, str]
     overrides: tuple[str, ...]
     problems: tuple[Problem, ...]
+    origins: Mapping[str, str] = field(default_factory=dict)
 
 
 def find_recipe(name: str) -> Path:
@@ -118,7 +122,7 @@ def compose(recipe: str, overrides: Sequence[str] = ()) -> Composed:
     with hydra_session(file):
         config = _compose(file, [adapted(override, groups, in_defaults) for override in valid], groups)
         name = recipe if recipe in discovery.recipes() else file.stem
-        return _finish(name, config, overrides, problems, emptied=emptied(valid, groups))
+        return _finish(name, config, overrides, problems, groups, emptied=emptied(valid, groups))
 
 
 def _groups_in_defaults(file: Path) -> set[str]:
@@ -178,7 +182,13 @@ def _translate(error: Exception, file: Path) -> Problem:
 
 
 def _finish(
-    name: str, composed: DictConfig, overrides: Sequence[str], problems: list[Problem], *, emptied: Iterable[str]
+    name: str,
+    composed: DictConfig,
+    overrides: Sequence[str],
+    problems: list[Problem],
+    groups: Mapping[str, Mapping[str, Option]],
+    *,
+    emptied: Iterable[str],
 ) -> Composed:
     chosen = OmegaConf.to_container(composed.hydra.runtime.choices)
     assert isinstance(chosen, dict)
@@ -206,7 +216,15 @@ def _finish(
         result[key] = {slot: _none_if_empty(node) for slot, node in nodes.items()} if isinstance(nodes, dict) else nodes
     for key, default in _DEFAULTS.items():
         result.setdefault(key, default)
-    return Composed(recipe=name, config=result, choices=choices, overrides=tuple(overrides), problems=tuple(problems))
+    typed = typed_keys(overrides)
+    return Composed(
+        recipe=name,
+        config=result,
+        choices=choices,
+        overrides=tuple(overrides),
+        problems=tuple(problems),
+        origins={key: option for key, option in keys_of_global_options(choices, groups) if key not in typed},
+    )
 
 
 def _none_if_empty(node: object) -> object:

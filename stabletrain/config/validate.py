@@ -21,15 +21,17 @@ from stabletrain.config.build import build_callback
 from stabletrain.config.discovery import BUILT
 from stabletrain.config.kinds import TRAINER_PARTS
 from stabletrain.config.launch_keys import check_launch, check_runtime
+from stabletrain.config.origins import with_origin
 from stabletrain.config.outputs import check_outputs, typed_keys
 from stabletrain.config.problems import Problem, suggestion
 from stabletrain.config.resume import resume_problem
 from stabletrain.config.trust import OPTIMIZERS
 from stabletrain.config.types import mismatch
-from stabletrain.config.values import check_values, unwritable
+from stabletrain.config.values import check_values
 from stabletrain.core import bytes
 from stabletrain.errors import UserError
 from stabletrain.optim.options import KEY, GroupOptions, group_options
+from stabletrain.paths import unwritable
 from stabletrain.runtime.records.run_files import RUN_YAML, RUN_YAML_RECORD
 from stabletrain.settings import by_config
 
@@ -42,7 +44,7 @@ _TOP_LEVEL: dict[str, Any] = {
     "run_dir": str | None,
     "resume": str | None,
     "dry_run": bool,
-    "memory": str | None,
+    "memory": Any,
     "objective": str | None,
     "callbacks": dict,
     "plugins": dict,
@@ -75,7 +77,7 @@ def check(composed: Composed, trust: Iterable[str] = ()) -> list[Problem]:
     reported = {problem.key for problem in found}
     trust = tuple(trust)
     named = [*check_signatures(composed.config, trust), *check_constructors(composed.config, trust)]
-    return found + [problem for problem in named if problem.key not in reported]
+    return with_origin(found + [problem for problem in named if problem.key not in reported], composed.origins)
 
 
 def check_keys(composed: Composed) -> list[Problem]:
@@ -417,7 +419,12 @@ def _strategy(config: Mapping[str, Any]) -> Iterator[Problem]:
 def _memory(config: Mapping[str, Any]) -> Iterator[Problem]:
     """The memory of a device, which is for a dry run only."""
     memory = config.get("memory")
+    if memory is None:
+        return
     if not isinstance(memory, str):
+        is_number = isinstance(memory, int | float) and not isinstance(memory, bool)
+        advice = f" without a unit; write memory={memory:g}GB" if is_number else ""
+        yield Problem("memory", f"expected {bytes.FORMS}, got {memory!r}{advice}")
         return
     if config.get("dry_run") is False:
         yield Problem("memory", "a dry run says whether the run fits into it; add dry_run=true, or remove it")

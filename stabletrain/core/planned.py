@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from stabletrain.core.lengths import RunLength
@@ -32,11 +33,33 @@ class Planned:
         text: what and when, in one sentence without a full stop.
         host_bytes: main memory that it will hold on each rank; None: it holds none that is worth mentioning.
         device_bytes: memory of the device, besides that of a step; None: as above.
+        curve: of a schedule, the learning rate as a share of the base rate, at steps that are evenly distributed over
+            the run, the first and the last among them; empty: it sets no rate, or the length of the run is not known.
     """
 
     text: str
     host_bytes: int | None = None
     device_bytes: int | None = None
+    curve: tuple[float, ...] = ()
+
+
+POINTS = 60
+"""Of a schedule's curve in a plan."""
+
+
+def sampled(factor: Callable[[int], float], steps: int) -> tuple[float, ...]:
+    """A curve at `POINTS` steps of a run, or at every step of a shorter one.
+
+    Args:
+        factor: by the index of the step.
+        steps: of the run, at least 1.
+
+    >>> sampled(lambda step: step / 2, 3)
+    (0.0, 0.5, 1.0)
+    """
+    count = min(steps, POINTS)
+    last = max(count - 1, 1)
+    return tuple(factor(round(i * (steps - 1) / last)) for i in range(count))
 
 
 def total(*parts: int | None) -> int | None:

@@ -163,11 +163,11 @@ def goes_on_itself(config: Mapping[str, Any]) -> bool:
     resume = config.get("resume")
     if not isinstance(resume, str):
         return False
-    if this_attempt() > 1 and resume == str(_own_checkpoints(config)):
-        return True
-    # by name, too: the folder of checkpoints may be a link to another disk
+    # in both ways: the folder of checkpoints may be a link to another disk
     ways = (os.path.realpath, os.path.abspath)
-    return any(way(resume).startswith(way(config["run_dir"]) + os.sep) for way in ways)
+    if any(way(resume).startswith(way(config["run_dir"]) + os.sep) for way in ways):
+        return True
+    return this_attempt() > 1 and resume == str(_own_checkpoints(config))  # last, as it reads every manifest
 
 
 def forget_records(folder: Path) -> None:

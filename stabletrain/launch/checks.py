@@ -5,13 +5,10 @@ No data is read and nothing is trained or written. An exception from a construct
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -33,6 +30,7 @@ from stabletrain.runtime.guard.callbacks import GuardMember
 from stabletrain.runtime.guard.strategy_checks import check_settings
 from stabletrain.runtime.guard.support import check_setup, decides_on_device
 from stabletrain.runtime.signal_watch import SignalWatch
+from stabletrain.terminal import quiet as quiet
 
 T = TypeVar("T")
 
@@ -282,16 +280,3 @@ def _without_the_machine(config: Mapping[str, Any]) -> dict[str, Any]:
     """A batch job runs on another machine: what depends on its devices cannot be checked here."""
     trainer = {key: value for key, value in config["trainer"].items() if f"trainer.{key}" not in _OF_THE_MACHINE}
     return {**config, "trainer": {**trainer, "accelerator": "cpu"}, "strategy": None, "precision": None}
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Neither log records nor warnings: the run itself will show them."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

@@ -42,12 +42,14 @@ class Report:
         problems: pairs of a config key and a message.
         failure: the traceback of an error in the user's own code, or in stabletrain; None if there was none.
         plans: of a dry run, for each config: the plan, or None, and why there is none.
+        examined: by ``stabletrain doctor``, for each config: the report, as lines and as plain data.
     """
 
     rank: int = 0
     problems: Sequence[Sequence[str]] = ()
     failure: str | None = None
     plans: Sequence[Sequence[Any]] = ()
+    examined: Sequence[Mapping[str, Any]] = ()
 
 
 class Workers:
@@ -55,14 +57,26 @@ class Workers:
 
     Args:
         configs: one config to train, or any number of configs to check.
-        then: what the workers do after the check, if there is no mistake: train, end, or plan the runs and end.
+        then: what the workers do after the check, if there is no mistake: train, end, or plan or examine the runs and
+            end.
         build: whether they build what the configs name; otherwise they check the signatures only.
+        options: of what is done then.
     """
 
     def __init__(
-        self, configs: Sequence[Mapping[str, Any]], *, then: Literal["train", "end", "plan"], build: bool = True
+        self,
+        configs: Sequence[Mapping[str, Any]],
+        *,
+        then: Literal["train", "end", "plan", "examine"],
+        build: bool = True,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
-        order = {"then": then, "build": build, "configs": [dict(config) for config in configs]}
+        order = {
+            "then": then,
+            "build": build,
+            "configs": [dict(config) for config in configs],
+            "options": dict(options or {}),
+        }
         try:
             self.folder = _private_folder()
             (self.folder / _ORDER).write_text(
@@ -160,6 +174,8 @@ class Launcher:
         self.configs: list[dict[str, Any]] = order["configs"]
         self.is_to_train: bool = order["then"] == "train"
         self.is_to_plan: bool = order["then"] == "plan"
+        self.is_to_examine: bool = order["then"] == "examine"
+        self.options: dict[str, Any] = order["options"]
         self.is_to_build: bool = order["build"]
         self.is_gone = False
         self._folder = folder

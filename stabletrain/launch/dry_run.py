@@ -20,8 +20,10 @@ from stabletrain.errors import UserError
 from stabletrain.launch.assemble import build_data, build_model, override_optimizer, run_callbacks, trainer_arguments
 from stabletrain.launch.cause import place_in_code
 from stabletrain.launch.checks import problem_of, quiet
-from stabletrain.planning.estimate import CannotPlan, Parts, estimate
+from stabletrain.planning.estimate import CannotPlan, estimate
 from stabletrain.planning.fit import NoBatch
+from stabletrain.planning.flops import count_flops
+from stabletrain.planning.parts import Parts
 from stabletrain.planning.plan import Option, Plan, Verdict, as_json
 from stabletrain.runtime import rng
 from stabletrain.runtime.internals.fake_world import NotTraceable, drop_memory, needs_values, with_values
@@ -29,7 +31,8 @@ from stabletrain.runtime.records.run_files import CHECKPOINTS
 
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 """Variables by which libraries that data modules use do not download."""
-_ACCELERATORS = ("auto", "gpu", "cuda")
+ACCELERATORS = ("auto", "gpu", "cuda")
+"""Accelerators of a recipe in whose place the CPU does where there is no GPU."""
 _TRIED = 3
 """Changes of the config that are tried at most if a run does not fit."""
 
@@ -41,7 +44,7 @@ def for_this_machine(config: Mapping[str, Any]) -> dict[str, Any]:
         config: composed.
     """
     trainer = config["trainer"]
-    if trainer.get("accelerator", "auto") not in _ACCELERATORS:
+    if trainer.get("accelerator", "auto") not in ACCELERATORS:
         return dict(config)
     return {**config, "trainer": {**trainer, "accelerator": "cpu"}}
 
@@ -63,9 +66,21 @@ def plan_of(config: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str | Non
             return None, str(error), []
         except UserError as error:
             return None, None, [problem_of(error, "strategy", config.get("strategy"))]
+        plan = _with_flops(config, plan)
         if config.get("memory") is not None:
             plan = replace(plan, verdict=_verdict(config, plan))
     return as_json(plan), None, []
+
+
+def _with_flops(config: Mapping[str, Any], plan: Plan) -> Plan:
+    """The plan with the counted operations, or why there are none."""
+    try:
+        flops = count_flops(_maker(for_this_machine(config)))
+    except CannotPlan as error:
+        return replace(plan, no_flops_since=str(error))
+    except Exception as error:  # whatever the module's step raises without values
+        return replace(plan, no_flops_since=_stopped(error))
+    return replace(plan, flops=flops, samples=flops.samples, tokens=flops.tokens)
 
 
 def _plan(config: Mapping[str, Any]) -> Plan:

@@ -62,6 +62,7 @@ def check_for_launcher(launcher: Launcher, watch: SignalWatch) -> Assembled | No
     built: Assembled | None = None
     problems: list[Problem] = []
     plans: list[tuple[dict[str, Any] | None, str | None]] = []
+    examined: list[dict[str, Any]] = []
     failure: str | None = None
     try:
         from stabletrain.launch.checks import ConstructorBug, check_and_build, check_config
@@ -71,7 +72,7 @@ def check_for_launcher(launcher: Launcher, watch: SignalWatch) -> Assembled | No
                 built, problems = check_and_build(launcher.configs[0], watch)
             else:
                 configs = launcher.configs
-                if launcher.is_to_plan:
+                if launcher.is_to_plan or launcher.is_to_examine:
                     from stabletrain.launch.dry_run import for_this_machine, plan_of
 
                     configs = [for_this_machine(config) for config in configs]
@@ -80,6 +81,12 @@ def check_for_launcher(launcher: Launcher, watch: SignalWatch) -> Assembled | No
                 for config in launcher.configs if launcher.is_to_plan and not problems else ():
                     plan, why, found = plan_of(config)
                     plans.append((plan, why))
+                    problems += found
+                for config in launcher.configs if launcher.is_to_examine and not problems else ():
+                    from stabletrain.launch.examining import examine_config
+
+                    report, found = examine_config(config, **launcher.options)
+                    examined += [] if report is None else [report]
                     problems += found
         except ConstructorBug as bug:
             failure = str(bug)
@@ -90,7 +97,7 @@ def check_for_launcher(launcher: Launcher, watch: SignalWatch) -> Assembled | No
         watch.patient = True  # until training begins, a signal is remembered
         watch.install()
     found_ones = [(each.key, each.text) for each in problems]
-    launcher.report(Report(rank=rank, problems=found_ones, failure=failure, plans=plans))
+    launcher.report(Report(rank=rank, problems=found_ones, failure=failure, plans=plans, examined=examined))
     return built
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stabletrain.config.compose import Composed, compose, expand
+from stabletrain.config.origins import with_origin
 from stabletrain.config.outputs import typed_keys
 from stabletrain.config.problems import ConfigError, Problem
 from stabletrain.config.restarts import allowed_restarts
@@ -160,7 +161,7 @@ def prepare(request: LaunchRequest) -> list[Job]:
     if problems:
         reported = {problem.key for problem in problems}
         problems += [p for p in _problems_in(jobs, request, build=False) if p.key not in reported]
-        raise ConfigError(dict.fromkeys(problems))
+        raise _refused(problems, jobs)
     return jobs
 
 
@@ -178,7 +179,7 @@ def check_jobs(jobs: Sequence[Job], request: LaunchRequest) -> None:
     """
     problems = _problems_in(jobs, request, build=True)
     if problems:
-        raise ConfigError(dict.fromkeys(problems))
+        raise _refused(problems, jobs)
 
 
 def plan_jobs(jobs: Sequence[Job], request: LaunchRequest) -> list[tuple[Plan | None, str | None]]:
@@ -199,8 +200,31 @@ def plan_jobs(jobs: Sequence[Job], request: LaunchRequest) -> list[tuple[Plan | 
     found = _reports_on(jobs, request, then="plan", build=True)
     problems = problems_in(found)
     if problems:
-        raise ConfigError(problems)
+        raise _refused(problems, jobs)
     return [(None if plan is None else from_json(plan), why) for report in found for plan, why in report.plans]
+
+
+def examine_job(job: Job, request: LaunchRequest, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Build what a config describes, and look for common mistakes in its module and data, in one new process.
+
+    Args:
+        job: from `prepare`.
+        request: the arguments of the command.
+        options: see `stabletrain.launch.examining.examine_config`.
+
+    Returns:
+        The report: its ``lines``, and all of it as plain data, ``content``.
+
+    Raises:
+        ConfigError: with every mistake in the config.
+        StartFailed: if the user's own code fails before it is examined, or the process died.
+        StartInterrupted: after Ctrl-C or SIGTERM.
+    """
+    found = _reports_on([job], request, then="examine", build=True, options=options)
+    problems = problems_in(found)
+    if problems:
+        raise ConfigError(problems)
+    return found[0].examined[0]
 
 
 def run(request: LaunchRequest, jobs: Sequence[Job], report: Reporter, *, at_once: int = 1) -> list[FinishedJob]:
@@ -379,12 +403,23 @@ def _problems_in(jobs: Sequence[Job], request: LaunchRequest, *, build: bool) ->
     return problems_in(_reports_on(jobs, request, then="end", build=build))
 
 
+def _refused(problems: Iterable[Problem], jobs: Sequence[Job]) -> ConfigError:
+    """The error that shows the mistakes in jobs, each once, with the option that has set a key of another group."""
+    origins = {key: option for job in jobs for key, option in job.composed.origins.items()}
+    return ConfigError(with_origin(dict.fromkeys(problems), origins))
+
+
 def _reports_on(
-    jobs: Sequence[Job], request: LaunchRequest, *, then: Literal["end", "plan"], build: bool
+    jobs: Sequence[Job],
+    request: LaunchRequest,
+    *,
+    then: Literal["end", "plan", "examine"],
+    build: bool,
+    options: Mapping[str, Any] | None = None,
 ) -> list[Report]:
     environment = worker_environment({"threads": 1}, request.trust)
     configs = [job.composed.config for job in jobs]
-    with StartUp() as start_up, Workers(configs, then=then, build=build) as workers:
+    with StartUp() as start_up, Workers(configs, then=then, build=build, options=options) as workers:
         start_up.doing = "ending"
         process = start_process(local_command(*workers.arguments), environment)
         try:
@@ -398,8 +433,10 @@ def _run_job_of_several(job: Job, shared: _Shared, start_up: StartUp, report: Re
     try:
         return _run_job(job, shared, start_up, report, place)
     except (StartFailed, UserError) as error:
+        if isinstance(error, ConfigError):
+            error = _refused(error.problems, [job])
         if job.number is None:
-            raise
+            raise error  # the same one, with its traceback, or the mistakes in the config
         report.not_started(error, job.number)
         config = run_config(job.composed, shared.request.trust)
         config["run_dir"] = str(choose_run_folder(job.composed.recipe, config["run_dir"], job=job.number))

@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
 
 from stabletrain.core.metric_names import MetricInfo
 from stabletrain.runtime.guard.publishing import publish
 from stabletrain.runtime.internals import loader as loader_internals
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.internals.packages import Callback
-from stabletrain.runtime.windows.batches import tensors_of
+from stabletrain.runtime.windows.batches import samples_and_tokens
 
 METRICS = (
     MetricInfo("throughput/step_s", "seconds", "per attempted step since the last point, without validation"),
@@ -30,7 +29,6 @@ METRICS = (
 )
 _PAUSE = 0.5
 """Seconds of training between two points, at least: of very short steps, a point would cost more than they do."""
-_TOKENS = (torch.int32, torch.int64)
 
 
 class MeasureThroughput(Callback):
@@ -73,15 +71,9 @@ class MeasureThroughput(Callback):
         else:
             self._waited = 0.0  # for the first batch of all, before the time began
         self._since = now
-        with suppress(Exception):  # a tensor without a size, as nested ones are, has nothing to count and is no error
-            self._count(batch)
-
-    def _count(self, batch: Any) -> None:
-        first: Tensor | None = next((each for each in tensors_of(batch) if each.ndim), None)
-        if first is not None:
-            self._samples += len(first)
-            if first.ndim == 2 and first.dtype in _TOKENS:
-                self._tokens += first.numel()
+        samples, tokens = samples_and_tokens(batch)
+        self._samples += samples or 0
+        self._tokens += tokens or 0
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The time stands still."""

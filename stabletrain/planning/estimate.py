@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from stabletrain.core.lengths import RunLength
 from stabletrain.errors import UserError
 from stabletrain.planning import collectives, formula, state
 from stabletrain.planning.fit import fit, trainer_of_plan, values_of_generators
+from stabletrain.planning.parts import Parts
 from stabletrain.planning.plan import Collective, PerRank, Plan
 from stabletrain.planning.plugins import plans_of
 from stabletrain.planning.tracing import Traced, TraceSteps, fill_state
@@ -23,22 +25,6 @@ from stabletrain.runtime.internals.fake_world import bucket_sizes, fake_world
 
 class CannotPlan(Exception):
     """The module was not set up, so that nothing is known; ``__cause__`` says why."""
-
-
-class Parts(NamedTuple):
-    """What a plan is made of.
-
-    Args:
-        module: to train.
-        data: its data module.
-        arguments: of the Trainer, with ``devices`` and ``num_nodes``.
-        plugins: the callbacks, by their config keys.
-    """
-
-    module: LightningModule
-    data: LightningDataModule
-    arguments: Mapping[str, Any]
-    plugins: Sequence[tuple[str, Callback]]
 
 
 def estimate(
@@ -139,8 +125,19 @@ class _Found:
             checkpoint_bytes=checkpoint,
             steps=None if length is None else length.total_steps,
             steps_per_epoch=None if length is None else length.steps_per_epoch,
+            readers=_readers(self.trainer),
+            samples=self.trace.samples,
+            tokens=self.trace.tokens,
+            rate=self._rate(),
+            scheduler=", ".join(type(each.scheduler).__name__ for each in self.trainer.lr_scheduler_configs),
             notes=[*self.notes, *self._notes()],
         )
+
+    def _rate(self) -> float | None:
+        """The learning rate of the first group of parameters; None: it has none, or it is a tensor."""
+        groups = [group for each in self.trainer.optimizers for group in each.param_groups]
+        rate = groups[0].get("initial_lr", groups[0].get("lr")) if groups else None
+        return None if rate is None or isinstance(rate, Tensor) else float(rate)
 
     def _per_rank(self) -> PerRank:
         trace, module = self.trace, self.module
@@ -151,12 +148,12 @@ class _Found:
         sharded = [each for each in self.groups if each.whole_bytes]
         peak = trace.peak if traced else None
         return PerRank(
-            parameters=state.bytes_here(module.parameters()),
-            buffers=state.bytes_here(module.buffers()),
-            gradients=trace.gradients if traced else state.bytes_here(trained),
+            parameters=shards.held_bytes(module.parameters()),
+            buffers=shards.held_bytes(module.buffers()),
+            gradients=trace.gradients if traced else shards.held_bytes(trained),
             optimizer_state=trace.optimizer_state if traced else self._state_without_a_step(),
             largest_group=max((each.whole_bytes for each in sharded), default=0),
-            buckets=state.bytes_here(trace.buckets) if traced else sum(bucket_sizes(wrapped)) if is_ddp else 0,
+            buckets=shards.held_bytes(trace.buckets) if traced else sum(bucket_sizes(wrapped)) if is_ddp else 0,
             window_gradients=trace.window_gradients if traced else self._window_without_a_step(),
             activations=trace.activations if traced else None,
             batch=trace.batch if traced else None,
@@ -174,7 +171,7 @@ class _Found:
                 f"{type(self.trainer.optimizers[0]).__name__} without values"
             )
             return None
-        return state.bytes_here(state.optimizer_tensors(self.trainer.optimizers, self.module))
+        return shards.held_bytes(state.optimizer_tensors(self.trainer.optimizers, self.module))
 
     def _window_without_a_step(self) -> int:
         sharded = getattr(self.strategy, "sharded", None)
@@ -201,6 +198,12 @@ class _Found:
             yield "with offload, parameters, gradients and optimizer state are in main memory; the peak counts them"
         if self.trace.micro_batches > 2 and self.stopped is None:
             yield f"2 of {self.trace.micro_batches} micro-batches of a step were traced; the others are like the first"
+
+
+def _readers(trainer: Trainer) -> int:
+    """Ranks that read other samples than the others: with tensor parallelism, several ranks share a batch."""
+    dealt = trainer.distributed_sampler_kwargs if trainer.world_size > 1 else None
+    return int((dealt or {}).get("num_replicas", 1 if dealt is None else trainer.world_size))
 
 
 def _whole_bytes(tensors: Sequence[Any]) -> int:

@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, DistributedSampler
 
-from stabletrain.planning.tracing import TraceSteps
 from stabletrain.runtime import rng
 from stabletrain.runtime.internals.fake_world import (
     Replacement,
@@ -115,14 +114,14 @@ class Participants(Callback):
 
 
 def trainer_of_plan(
-    arguments: Mapping[str, Any], plugins: Sequence[Callback], trace: TraceSteps, *, on_ranks: bool = False
+    arguments: Mapping[str, Any], plugins: Sequence[Callback], trace: Callback, *, on_ranks: bool = False
 ) -> Trainer:
     """The Trainer of the traced fit, on the CPU, whatever the run's accelerator is.
 
     Args:
         arguments: of the run's Trainer, with ``devices`` and ``num_nodes``.
         plugins: the run's callbacks.
-        trace: follows the steps.
+        trace: follows the steps, or counts them.
         on_ranks: trace real ranks, whose environment says who they are, to check what is planned.
     """
     chosen = {key: value for key, value in arguments.items() if key not in _LEFT_OUT}

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from stabletrain.planning.plan import Collective, Group
-from stabletrain.planning.state import bytes_here
 from stabletrain.runtime.internals.fake_world import bucket_sizes
+from stabletrain.runtime.internals.shards import held_bytes
 
 
 def messages(
@@ -31,7 +31,7 @@ def messages(
         found = [Collective(kind="all-reduce", count=len(buckets), bytes=sum(buckets))]
         if hasattr(strategy, "divides_optimizer"):
             tensors = [p for p in module.parameters() if p.requires_grad]
-            found.append(Collective(kind="broadcast", count=len(tensors), bytes=bytes_here(tensors)))
+            found.append(Collective(kind="broadcast", count=len(tensors), bytes=held_bytes(tensors)))
         return found
     if hasattr(strategy, "replicate"):
         return list(_sharded(strategy, module, groups, micro_batches))
@@ -53,5 +53,5 @@ def _sharded(strategy: Any, module: nn.Module, groups: Sequence[Group], micro_ba
     number = sum(each.count for each in groups)
     yield Collective(kind="reduce-scatter", count=number * reductions, bytes=trained * reductions)
     if strategy.replicate > 1:
-        part = bytes_here(p for p in module.parameters() if p.requires_grad and p.ndim)
+        part = held_bytes(p for p in module.parameters() if p.requires_grad and p.ndim)
         yield Collective(kind="all-reduce", count=number * reductions, bytes=part * reductions)

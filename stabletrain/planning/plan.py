@@ -88,6 +88,7 @@ class PluginPlan:
         text: what it will do and when.
         host_bytes: main memory that it will hold on each rank; None: it says nothing about it.
         device_bytes: memory of the device that it will hold, on top of the step's peak.
+        curve: of a schedule, the learning rate as a share of the base rate, evenly distributed over the run.
     """
 
     key: str
@@ -95,6 +96,59 @@ class PluginPlan:
     text: str
     host_bytes: int | None = None
     device_bytes: int | None = None
+    curve: Sequence[float] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flops:
+    """Counted floating-point operations: of products of matrices, convolutions and attention, forward and backward.
+
+    Args:
+        micro_batch: of one micro-batch of one rank, without what a strategy or plugin recomputes.
+        attention: of these, those of attention: queries with keys, and weights with values.
+        samples: rows of the micro-batch; None: not known.
+        tokens: of the micro-batch that are looked up in embeddings; None: its data are no tokens.
+        embeddings: elements of parameters that are looked up only, and multiplied with nothing.
+        uncounted: types of modules with matrices as weights that were called while nothing was counted.
+        recomputes: whether the module computes attention a second time in backward, which is counted.
+    """
+
+    micro_batch: int
+    attention: int
+    samples: int | None
+    tokens: int | None
+    embeddings: int
+    uncounted: Sequence[str] = ()
+    recomputes: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Steps that were trained on this machine.
+
+    Args:
+        steps: optimizer steps that were measured, after those to warm up.
+        seconds: of a step, the median.
+        low: the first quartile.
+        high: the third quartile.
+        device: its name.
+        peak_flops: operations per second of one device at the run's precision; None: not known.
+        hours: of the run's steps, without validation and checkpoints; None: the number of steps is not known.
+        mfu: share of the devices' peak that the counted operations use; None: not known.
+        price: of a device for an hour; None: not given.
+        cost: of the hours on all devices; None: not known.
+    """
+
+    steps: int
+    seconds: float
+    low: float
+    high: float
+    device: str
+    peak_flops: float | None = None
+    hours: float | None = None
+    mfu: float | None = None
+    price: float | None = None
+    cost: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +206,14 @@ class Plan:
         plugins: what each will do.
         notes: what else should be known about these numbers.
         verdict: None: no ``memory`` was given.
+        readers: ranks that read batches of their own.
+        samples: rows of a micro-batch of one rank; None: not known.
+        tokens: of a micro-batch of one rank; None: its data are no tokens.
+        rate: the learning rate that the optimizer was made with; None: not known.
+        scheduler: names of the module's own schedulers of the learning rate; empty: it has none.
+        flops: counted; None: they could not be.
+        no_flops_since: why they could not be counted; None: they were.
+        measured: None: no steps were measured.
     """
 
     recipe: str
@@ -174,6 +236,37 @@ class Plan:
     plugins: Sequence[PluginPlan] = ()
     notes: Sequence[str] = ()
     verdict: Verdict | None = None
+    readers: int = 1
+    samples: int | None = None
+    tokens: int | None = None
+    rate: float | None = None
+    scheduler: str = ""
+    flops: Flops | None = None
+    no_flops_since: str | None = None
+    measured: Measured | None = None
+
+    @property
+    def epochs(self) -> float | None:
+        """Passes over the training data; None: not known."""
+        return self.steps / self.steps_per_epoch if self.steps and self.steps_per_epoch else None
+
+    @property
+    def tokens_per_step(self) -> int | None:
+        """Of all ranks and micro-batches; None: the data are no tokens."""
+        return None if self.tokens is None else self.tokens * self.micro_batches * self.readers
+
+    @property
+    def samples_per_step(self) -> int | None:
+        """Of all ranks and micro-batches; None: not known."""
+        return None if self.samples is None else self.samples * self.micro_batches * self.readers
+
+    @property
+    def flops_per_step(self) -> int | None:
+        """Counted, of all ranks and micro-batches; None: not known."""
+        return None if self.flops is None else self.flops.micro_batch * self.micro_batches * self.readers
+
+
+_COMPUTED = ("epochs", "tokens_per_step", "samples_per_step", "flops_per_step")
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -183,7 +276,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         plan: of one run.
     """
     found: dict[str, Any] = asdict(plan)
-    return found
+    return found | {name: getattr(plan, name) for name in _COMPUTED}
 
 
 def from_json(content: Mapping[str, Any]) -> Plan:
@@ -192,14 +285,16 @@ def from_json(content: Mapping[str, Any]) -> Plan:
     Args:
         content: from `as_json`, maybe through a file or a connection.
     """
-    verdict = content["verdict"]
+    verdict, flops, measured = (content[name] for name in ("verdict", "flops", "measured"))
     return Plan(
         **{
-            **content,
+            **{name: value for name, value in content.items() if name not in _COMPUTED},
             "groups": [Group(**each) for each in content["groups"]],
             "per_rank": PerRank(**content["per_rank"]),
             "collectives": [Collective(**each) for each in content["collectives"]],
-            "plugins": [PluginPlan(**each) for each in content["plugins"]],
+            "plugins": [PluginPlan(**{**each, "curve": tuple(each["curve"])}) for each in content["plugins"]],
+            "flops": flops and Flops(**flops),
+            "measured": measured and Measured(**measured),
             "verdict": verdict and Verdict(**{**verdict, "options": [Option(**each) for each in verdict["options"]]}),
         }
     )

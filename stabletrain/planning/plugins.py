@@ -38,6 +38,7 @@ def plans_of(
                 text=said.text,
                 host_bytes=said.host_bytes,
                 device_bytes=said.device_bytes,
+                curve=said.curve,
             )
         )
     return found

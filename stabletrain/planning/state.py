@@ -14,21 +14,10 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from stabletrain.planning.plan import Group
-from stabletrain.runtime.internals.shards import class_name
+from stabletrain.runtime.internals.shards import class_name, held_bytes
 from stabletrain.runtime.internals.state import state_holders
 
 _CUT = "tensor_parallel"
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this rank holds."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def bytes_here(tensors: Iterable[Tensor]) -> int:
-    """Bytes that a rank holds of tensors, each counted once."""
-    found = {id(each): local(each) for each in tensors}
-    return sum(each.numel() * each.element_size() for each in found.values())
 
 
 def optimizer_tensors(optimizers: Sequence[Optimizer], module: nn.Module) -> list[Tensor]:
@@ -78,7 +67,7 @@ def _group(module: nn.Module, name: str, parameters: list[Any], gather_bytes: in
         count=1,
         parameters=sum(p.numel() for p in once),
         whole_bytes=sum(gathered(p) * (gather_bytes or p.element_size()) for p in once if isinstance(p, DTensor)),
-        rank_bytes=bytes_here(once),
+        rank_bytes=held_bytes(once),
     )
 
 

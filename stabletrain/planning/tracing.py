@@ -18,11 +18,13 @@ from torch.utils._pytree import tree_leaves
 
 from stabletrain.core.lengths import RunLength
 from stabletrain.planning.collectives import CountCollectives, Counts
-from stabletrain.planning.state import bytes_here, optimizer_tensors
+from stabletrain.planning.state import optimizer_tensors
 from stabletrain.runtime.internals.fake_world import NotTraceable, reduce_buckets
 from stabletrain.runtime.internals.memory_tracking import Peak, StepTracker
+from stabletrain.runtime.internals.shards import held_bytes
 from stabletrain.runtime.internals.state import averages_in
 from stabletrain.runtime.run_length import run_length
+from stabletrain.runtime.windows.batches import samples_and_tokens
 
 _TRACED = 2
 """Micro-batches of a step that are traced at most: the first ones of a step are all alike."""
@@ -54,6 +56,10 @@ class TraceSteps(Callback):
         self.length: RunLength | None = None
         self.gradients = self.optimizer_state = self.activations = self.window_gradients = self.batch = 0
         """Bytes on this rank."""
+        self.samples: int | None = None
+        """Rows of a micro-batch."""
+        self.tokens: int | None = None
+        """Of a micro-batch; None: it has none."""
         self.first: Counts = {}
         """Collectives of a micro-batch that is not the last one of its step."""
         self.last: Counts = {}
@@ -96,6 +102,7 @@ class TraceSteps(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Forward and backward come next."""
+        self.samples, self.tokens = samples_and_tokens(batch)
         if self._tracker is not None:
             self._tracker.batch_begins()
 
@@ -106,7 +113,7 @@ class TraceSteps(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """The gradients are complete."""
-        self.gradients = bytes_here(p.grad for p in pl_module.parameters() if p.grad is not None)
+        self.gradients = held_bytes(p.grad for p in pl_module.parameters() if p.grad is not None)
         if self._tracker is not None:
             self._tracker.update_begins()
 
@@ -132,7 +139,7 @@ class TraceSteps(Callback):
 
     def _begin(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
         tensors = [each for each in tree_leaves(batch) if isinstance(each, Tensor)]
-        self.batch = bytes_here(tensors)
+        self.batch = held_bytes(tensors)
         held = [*tensors, *self.buckets, *optimizer_tensors(trainer.optimizers, module)]
         for each in trainer.callbacks:  # type: ignore[attr-defined]
             held += [p for average in averages_in(each, module) for p in average.parameters()]
@@ -144,7 +151,7 @@ class TraceSteps(Callback):
         self._stack.close()
         assert self._tracker is not None
         self.last, self.peak = self._counted(), self._tracker.peak
-        self.optimizer_state = bytes_here(optimizer_tensors(trainer.optimizers, module))
+        self.optimizer_state = held_bytes(optimizer_tensors(trainer.optimizers, module))
         if self.window_gradients:  # of sharded gradients, those that the optimizer gets are counted already
             self.window_gradients = max(0, self.window_gradients - self.gradients)
         self._tracker = None

@@ -208,3 +208,10 @@ def test_a_missing_recipe_is_an_error_that_lists_them() -> None:
     """Bug: without a recipe an error from within Hydra."""
     with pytest.raises(ConfigError, match=r"recipe: none is named.*char_gpt"):
         expand(None, ["seed=1"], multirun=False)
+
+
+def test_a_message_names_the_option_of_another_group_that_has_set_a_key() -> None:
+    """Bug: ``+debug=two_processes`` sets the arguments of another model, and the message names keys nobody typed."""
+    problems = {each.key: each.text for each in check(compose("digits_cnn", ["+debug=two_processes", "model.heads=2"]))}
+    assert problems["model.layers"].endswith("(debug=two_processes sets it)")
+    assert "two_processes" not in problems["model.heads"]

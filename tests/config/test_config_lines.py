@@ -11,10 +11,10 @@ from stabletrain.config.problems import ConfigError, Problem
 from stabletrain.config.validate import check
 
 LINES = config_lines(seed=8, count=1500)
-QUICK, MORE = LINES[:60], LINES[60:300]
+QUICK, MORE = LINES[:60], LINES[60:160]
 """benchmarks/hostile.py tries 1,500, and trains what is accepted."""
 _SECONDS = 20
-"""For one line; it takes about 0.2 s, but the machine may be shared, and the first imports Lightning."""
+"""For one line; it takes about 0.4 s, but the machine may be shared, and the first imports Lightning."""
 
 
 def problems_of(line: list[str]) -> list[Problem]:

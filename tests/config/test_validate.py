@@ -68,7 +68,10 @@ def test_every_option_that_we_ship_fits_its_signature(group: str) -> None:
         ("dry_run=3", ["dry_run: expected bool"]),
         ("dry_run=true memory=abc", ["memory: expected an amount of memory like '8GB'", "got 'abc'"]),
         ("dry_run=true memory=0GB", ["memory: expected more than nothing"]),
-        ("dry_run=true memory=80", ["memory: expected", "80"]),
+        (
+            "dry_run=true memory=80",
+            ["memory: expected an amount", "got 80 without a unit; write memory=80GB"],
+        ),
         ("memory=80GB", ["memory: a dry run says whether the run fits", "add dry_run=true"]),
         ("objective=3", ["objective: expected"]),
         ("runtime.sigterm_every=0", ["runtime.sigterm_every: expected at least 1, got 0"]),

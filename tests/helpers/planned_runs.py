@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from torch import Tensor
 
 import stabletrain as st
 from stabletrain.launch.cause import place_in_code
 from stabletrain.planning.collectives import of_step
-from stabletrain.planning.estimate import Parts, estimate
+from stabletrain.planning.estimate import estimate
 from stabletrain.planning.fit import trainer_of_plan
+from stabletrain.planning.parts import Parts
 from stabletrain.planning.plan import Plan
-from stabletrain.planning.state import bytes_here
 from stabletrain.planning.tracing import Traced, TraceSteps
+from stabletrain.runtime.internals.shards import held_bytes
 from stabletrain.workloads import CharGPT
 
 BATCH, CONTEXT = 4, 16
@@ -65,6 +67,27 @@ def module(optimizer: Callable[..., torch.optim.Optimizer] | None = None) -> Cha
     return made
 
 
+class ReadsValues(CharGPT):
+    """Asks for the value of a tensor in its step."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss if loss.item() > 0 else loss * 2
+
+
+class StepsItself(CharGPT):
+    """With manual optimization."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.automatic_optimization = False
+
+
+def small(kind: type[CharGPT]) -> Any:
+    """A maker of a small module of a class."""
+    return lambda: kind(layers=2, heads=4, width=32, context=16, sample_length=0)
+
+
 def arguments(kind: str, processes: int, options: dict[str, Any]) -> dict[str, Any]:
     given = {"devices": processes, "num_nodes": 1, "max_steps": 3, **options}
     return {**given, "strategy": STRATEGIES[kind]()} if kind != "single" else given
@@ -99,11 +122,11 @@ def measured(
         trainer.fit(trained, datamodule=Data())
     assert trace.peak is not None
     return {
-        "parameters": bytes_here(trained.parameters()),
+        "parameters": held_bytes(trained.parameters()),
         "gradients": trace.gradients,
         "optimizer_state": trace.optimizer_state,
         "activations": trace.activations,
-        "buckets": bytes_here(trace.buckets),
+        "buckets": held_bytes(trace.buckets),
         "peak": trace.peak.total,
         "peak_parts": dict(trace.peak.parts),
         "peak_at": trace.peak.where,

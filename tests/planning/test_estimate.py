@@ -3,31 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+import planned_runs
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule
-from planned_runs import module, planned
-from torch import Tensor
+from planned_runs import ReadsValues, StepsItself, module, planned, small
 
+from stabletrain import CheckReplicas
 from stabletrain.errors import UserError
 from stabletrain.planning.plan import as_json, from_json
-from stabletrain.workloads import CharGPT
-
-
-class ReadsValues(CharGPT):
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        loss = super().training_step(batch, batch_idx)
-        return loss if loss.item() > 0 else loss * 2
-
-
-class StepsItself(CharGPT):
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.automatic_optimization = False
-
-
-def small(kind: type[CharGPT]) -> Any:
-    return lambda: kind(layers=2, heads=4, width=32, context=16, sample_length=0)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +24,7 @@ def test_a_step_that_reads_a_value_leaves_state_and_messages(traced: Any) -> Non
     plan = planned("fsdp2", 4, {}, small(ReadsValues))
     assert plan.source == "formula"
     assert plan.stopped_by is not None
-    assert f"{Path(__file__).name}, line " in plan.stopped_by
+    assert f"{Path(planned_runs.__file__).name}, line " in plan.stopped_by
     assert plan.per_rank.peak is None
     assert plan.per_rank.activations is None
     for name in ("parameters", "gradients", "optimizer_state", "largest_group"):
@@ -106,3 +90,18 @@ def test_a_plan_leaves_nothing_behind(traced: Any) -> None:
 def test_json_is_the_plan(traced: Any) -> None:
     """Bug: a field is lost between the process that plans and the one that prints."""
     assert from_json(as_json(traced)) == traced
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "said"),
+    [
+        ("single", 1, "nothing is compared: one process has no copies"),
+        ("fsdp2", 2, "nothing is compared: no rank holds a copy"),
+        pytest.param("ddp", 2, "compares the copies of weights and optimizer state every 7", marks=pytest.mark.slow),
+        pytest.param("hsdp", 4, "compares the copies", marks=pytest.mark.slow),
+    ],
+)
+def test_a_check_of_copies_says_where_there_are_none(kind: str, size: int, said: str) -> None:
+    """Bug: the plan of a sharded run promises a comparison, and the run then says that there is nothing to compare."""
+    plan = planned(kind, size, {}, plugins=[("plugins.replicas", CheckReplicas(every=7))])
+    assert plan.plugins[0].text.startswith(said)

@@ -174,6 +174,7 @@ def test_the_page_lists_what_a_run_writes(tmp_path: Path, uri: str, client: Any)
     # this module has no ReLU, no attention and no cross-entropy; the tests of its plugin write these
     of_others = {name for name in on_page if re.search("/(zeros|attention_.*|output_.*)($|/)", name)}
     assert len(of_others) == 6
+    of_others |= {"stability/qk_logit", "stability/qk_clipped_heads"}
     assert set(on_page) == {*written, *of_ranks, *of_others, "throughput/tokens_per_s"}  # these batches hold no tokens
 
 

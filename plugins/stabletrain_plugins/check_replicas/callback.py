@@ -10,9 +10,11 @@ from lightning.pytorch import LightningModule, Trainer
 
 from stabletrain.core.events import Event, Request, RequestKind
 from stabletrain.core.metric_names import MetricInfo
+from stabletrain.core.planned import Planned, Sizes
 from stabletrain.core.state import from_plain, to_plain
 from stabletrain.errors import is_whole, require
 from stabletrain.runtime.guard.callbacks import GuardMember
+from stabletrain.runtime.guard.replica_parts import may_have_copies
 from stabletrain.runtime.guard.replicas import Difference
 from stabletrain.runtime.guard.requests import can_handle
 from stabletrain.runtime.guard.step_guard import StepGuard
@@ -34,6 +36,8 @@ OnDifference: TypeAlias = Literal["stop", "rollback", "repair"]
 """What follows when copies differ."""
 
 _NOTHING = "check_replicas: nothing is compared: %s"
+_ONE = "one process has no copies"
+_ALL_SHARDED = "no rank holds a copy of what another one holds, since everything is sharded"
 
 
 class CheckReplicas(GuardMember):
@@ -114,7 +118,7 @@ class CheckReplicas(GuardMember):
         if guard is None:
             return
         ranks = guard.ranks
-        reason = "one process has no copies" if ranks.size == 1 else ""
+        reason = _ONE if ranks.size == 1 else ""
         if ranks.recomputes_copies and ranks.device.type != "cpu" and not torch.are_deterministic_algorithms_enabled():
             reason = (
                 "under tensor parallelism each rank computes the gradients of its copies itself, and kernels that add "
@@ -187,7 +191,7 @@ class CheckReplicas(GuardMember):
         found = comparison.differences()
         if comparison.is_empty:
             if guard.trainer.is_global_zero:
-                logger.info(_NOTHING, "no rank holds a copy of what another one holds, since everything is sharded")
+                logger.info(_NOTHING, _ALL_SHARDED)
             return True
         self._was_restored = False
         left_out = tuple(sorted(comparison.left_out or ()))
@@ -235,6 +239,20 @@ class CheckReplicas(GuardMember):
         guard.report(Event(guard.counters.attempted - 1, self.plugin, "stop", differences, 0.0, reason))
         guard.flush()
         raise TrainingStopped(self.plugin, worded(reason))
+
+    def planned(self, trainer: Trainer, sizes: Sizes) -> Planned:
+        """What it will do, for a dry run.
+
+        Args:
+            trainer: of the traced steps.
+            sizes: of the run.
+        """
+        is_alone = trainer.world_size == 1
+        if is_alone or not any(map(may_have_copies, trainer.lightning_module.parameters())):
+            return Planned(text=f"nothing is compared: {_ONE if is_alone else _ALL_SHARDED}")
+        then = {"stop": "stops the run", "rollback": "goes back to a snapshot", "repair": "copies the majority's"}
+        text = f"compares the copies of weights and optimizer state every {self.every} attempted steps"
+        return Planned(text=f"{text}; if they differ, it {then[self.on_difference]}")
 
     # ---- metrics and state ------------------------------------------------------------------------------------------
 

@@ -122,7 +122,8 @@ class Count(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.operations += 1
-        self.reads += any(name in str(func) for name in ("local_scalar_dense", "is_nonzero", "aten.equal", "aten.nonzero"))
+        reads = ("local_scalar_dense", "is_nonzero", "aten.equal", "aten.nonzero")
+        self.reads += any(name in str(func) for name in reads)
         return func(*args, **(kwargs or {}))
 
 

@@ -19,7 +19,9 @@ from stabletrain.core.intervals import SaveTriggers
 from stabletrain.core.lengths import LengthLike
 from stabletrain.core.planned import Planned, Sizes, total
 from stabletrain.errors import UserError, require
+from stabletrain.paths import unwritable
 from stabletrain.runtime.accumulation import AccumulationWindow
+from stabletrain.runtime.checkpoints.agreement import Together
 from stabletrain.runtime.checkpoints.collecting import collected, divides_with_dtensors, is_divided
 from stabletrain.runtime.checkpoints.data_only import naming_optimizers
 from stabletrain.runtime.checkpoints.divided_saver import DividedSaver
@@ -46,6 +48,7 @@ from stabletrain.runtime.records.recipe import recipe_hash
 from stabletrain.runtime.run_length import run_length
 from stabletrain.runtime.signal_watch import Interrupted, Terminated
 from stabletrain.runtime.stop import EndReached, TrainingStopped
+from stabletrain.settings import worded_of
 
 if TYPE_CHECKING:
     from stabletrain.runtime.internals.packages import AnyTrainer
@@ -87,8 +90,8 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
             nodes that keep each part of a divided model). None: no copies.
 
     Raises:
-        UserError: for an argument out of range; in ``fit``, if the newest checkpoint is of another recipe (with
-            ``resume="auto"``).
+        UserError: for an argument out of range; in ``fit``, if the folder cannot be written, or if the newest
+            checkpoint is of another recipe (with ``resume="auto"``).
     """
 
     plugin: ClassVar[str] = "save_checkpoints"
@@ -268,9 +271,11 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         self._directory = (
             (Path(root) / run_files.CHECKPOINTS if self.folder is None else Path(self.folder)).expanduser().absolute()
         )
+        self._active = not trainer_internals.is_fast_dev_run(trainer)
+        if self._active:
+            self._require_writable(trainer)
         if not EpochState.is_kept(trainer):  # another plugin that resumes keeps it in its own state
             self._epoch = EpochState(trainer, self.plugin)
-        self._active = not trainer_internals.is_fast_dev_run(trainer)
         self._recipe = recipe_hash(Path(trainer.default_root_dir), but=("chaos",))
         if self.resume == "auto" and self._active and run is None and not of_tuner:
             names = {"owner": self.plugin, "key": f"plugins.{self.slot}", "named": type(self).__name__}
@@ -378,6 +383,8 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Finish an unfinished write; the state of a failed run is not saved."""
         super().on_exception(trainer, pl_module, exception)
+        if isinstance(exception, UserError) and len(exception.args) == 1:
+            exception.args = (worded_of(str(exception), self),)
         self.wait()
         agreed = isinstance(exception, Interrupted) and exception.agreed
         if self._copies is not None and (agreed or isinstance(exception, TrainingStopped | EndReached)):
@@ -415,6 +422,14 @@ class SaveCheckpoints(StopBetweenBatches, Checkpoint):
         self._reset()
 
     # ---- helpers ----------------------------------------------------------------------------------------------------
+
+    def _require_writable(self, trainer: Trainer) -> None:
+        """Before training, not at the first checkpoint, which may be hours later."""
+        assert self._directory is not None
+        if problem := Together(trainer).first_problem(
+            unwritable(str(self._directory), folder=True, parents=True) or ""
+        ):
+            raise UserError(f"save_checkpoints: {problem}; use another folder (config key plugins.checkpoints.folder)")
 
     def _require_lasting_folder(self, root: Path) -> None:
         """A logger's folder of one start of a script is not that of the next, so copies would not be found again."""

@@ -242,3 +242,12 @@ def test_torchrun_starts_the_ranks_again(tmp_path: Path, kind: str, kill: str, s
 def make(folder: Path) -> Path:
     folder.mkdir()
     return folder
+
+
+def test_a_folder_that_cannot_be_written_ends_the_fit_before_training(tmp_path: Path) -> None:
+    """Bugs: a script trains to its end without any checkpoint; its message names a config key."""
+    (tmp_path / "c").write_text("a file")
+    with pytest.raises(UserError, match=r"no folder.*SaveCheckpoints\(folder=") as caught:
+        fit(tmp_path, 3)
+    assert "config key" not in str(caught.value)
+    assert (tmp_path / "c").read_text() == "a file"

@@ -16,7 +16,7 @@ from torch import Tensor
 from stabletrain.core.curves import Curve
 from stabletrain.core.lengths import RunLength
 from stabletrain.core.outcome import Outcome
-from stabletrain.core.planned import Planned, Sizes
+from stabletrain.core.planned import Planned, Sizes, sampled
 from stabletrain.core.schedule import Schedule
 from stabletrain.errors import UserError
 from stabletrain.runtime.guard.callbacks import GuardMember
@@ -208,7 +208,8 @@ class ScheduleLR(GuardMember, Schedule):  # noqa: D101
         text = f"{self.kind}, warm-up of {self.steps('lr_warmup', run)} steps"
         if run.total_steps is not None:
             text += f", {run.total_steps} steps in all; at the end {curve.factor(run.total_steps):.3g} of the rate"
-        return Planned(text=text)
+        steps = sizes.length.total_steps
+        return Planned(text=text, curve=sampled(curve.factor, steps) if steps else ())
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restore schedulers and base rates: after an exception Lightning calls no teardown."""

@@ -60,7 +60,7 @@ def describe_training(module: LightningModule, optimizers: list[Optimizer], sche
 
 
 def differences(saved: Mapping[str, str], mine: Mapping[str, str]) -> list[str]:
-    """What differs between two descriptions, as far as both were made of the same things.
+    """What differs between two descriptions, as far as both were made of the same things; of a class only its name.
 
     Args:
         saved: of a checkpoint.
@@ -68,12 +68,15 @@ def differences(saved: Mapping[str, str], mine: Mapping[str, str]) -> list[str]:
 
     >>> differences({"model": "Net", "optimizer lr": "0.1"}, {"model": "Net", "optimizer lr": "0.2"})
     ['optimizer lr: 0.1 in the checkpoint, 0.2 now']
+    >>> differences({"optimizer": "SGD", "optimizer momentum": "0.9"}, {"optimizer": "Adam", "optimizer eps": "1e-08"})
+    ['optimizer: SGD in the checkpoint, Adam now']
     """
     names = [*mine, *(name for name in saved if name not in mine)]
+    different = [name for name in names if saved.get(name) != mine.get(name)]
     return [
         f"{name}: {saved.get(name, 'none')} in the checkpoint, {mine.get(name, 'none')} now"
-        for name in names
-        if saved.get(name) != mine.get(name)
+        for name in different
+        if not any(name.startswith(f"{other} ") for other in different)
     ]
 
 

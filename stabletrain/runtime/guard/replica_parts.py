@@ -80,6 +80,18 @@ def state_parts(ranks: Ranks, module: nn.Module, optimizers: Iterable[Optimizer]
                             yield Part(names[p], of_state, p.requires_grad, key + suffix + number), plain
 
 
+def may_have_copies(p: Tensor) -> bool:
+    """Whether another rank may hold the same as this one; of a plain tensor only its strategy knows whether it does.
+
+    Args:
+        p: a parameter, on one of several ranks.
+    """
+    if not isinstance(p, DTensor):
+        return True
+    cut = [i for i, placement in enumerate(p.placements) if not placement.is_replicate()]
+    return any(p.device_mesh.size(i) > 1 for i in range(p.device_mesh.ndim) if i not in cut)
+
+
 def _place(ranks: Ranks, p: Tensor) -> str | None:
     """Which part of a parameter this rank holds; None if no other rank has to have the same.
 
@@ -89,10 +101,10 @@ def _place(ranks: Ranks, p: Tensor) -> str | None:
         return None
     if not isinstance(p, DTensor):
         return "" if ranks.placement(p) == "replicated" else None
+    if not may_have_copies(p):
+        return None
     mesh, coordinates = p.device_mesh, p.device_mesh.get_coordinate() or ()
     cut = [i for i, placement in enumerate(p.placements) if not placement.is_replicate()]
-    if all(mesh.size(i) == 1 for i in range(mesh.ndim) if i not in cut):
-        return None
     if not cut and mesh.size() == ranks.size:
         return ""
     return f"{zlib.crc32(repr(mesh.mesh.tolist()).encode())}:{[(i, coordinates[i]) for i in cut if coordinates]}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -53,6 +55,17 @@ def held_indices(tensor: DTensor) -> list[Tensor]:
             )
             held[dim] = parts[coordinate[i]]
     return held
+
+
+def held_part(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def held_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes that this process holds of tensors, each counted once."""
+    found = {id(each): held_part(each) for each in tensors}
+    return sum(each.numel() * each.element_size() for each in found.values())
 
 
 def like(tensor: DTensor, local: Tensor) -> DTensor:

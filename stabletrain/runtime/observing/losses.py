@@ -1,8 +1,8 @@
 """Calls of torch's loss functions with their arguments, in a module that is not changed.
 
 A mode of torch sees every call of a function of ``torch.nn.functional`` while it is open, also those that
-``nn.CrossEntropyLoss`` and the like make. A loss that is computed by hand is not seen, nor is one inside a function that
-``torch.compile`` has compiled: use ``torch.compiler.set_stance("force_eager")`` around the step.
+``nn.CrossEntropyLoss`` and the like make. A loss that is computed by hand is not seen, nor is one inside a function
+that ``torch.compile`` has compiled: use ``torch.compiler.set_stance("force_eager")`` around the step.
 """
 
 from __future__ import annotations
@@ -72,9 +72,11 @@ class LossCalls(TorchFunctionMode):
         seen: called after each call, also after one that raised an error, outside of this mode.
         functions: the functions to report, from `LOSS_FUNCTIONS`.
 
+    >>> import torch
+    >>> from torch import nn
     >>> calls = []
     >>> with LossCalls(calls.append):
-    ...     loss = torch.nn.CrossEntropyLoss(reduction="sum")(torch.zeros(2, 3), torch.tensor([0, 2]))
+    ...     loss = nn.CrossEntropyLoss(reduction="sum")(torch.zeros(2, 3), torch.tensor([0, 2]))
     >>> calls[0].name, tuple(calls[0].input.shape), calls[0].target.tolist(), calls[0].reduction
     ('cross_entropy', (2, 3), [0, 2], 'sum')
     """
@@ -82,7 +84,7 @@ class LossCalls(TorchFunctionMode):
     def __init__(
         self, seen: Callable[[LossCall], None], functions: Sequence[Callable[..., Any]] = LOSS_FUNCTIONS
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._seen = seen
         self._functions = frozenset(functions)
 

@@ -24,6 +24,8 @@
 | `sample.txt`           | the text workload                  | a sample of the trained model                     |
 | `strategy.json`        | the strategy, if it shards         | which modules are units, and their share          |
 | `lr_range.csv`         | the schedule of a range test       | rate and loss of every attempted step             |
+| `step_times.json`      | the steps that a plan measures     | seconds of each of them, and the device           |
+| `landscape/`           | `stabletrain landscape`            | the loss around the weights: JSON and pictures    |
 | `chaos/`               | faults of `stabletrain.chaos`      | the steps at which they were applied              |
 
 In ``environment/``: ``git.json`` and diffs (the launcher); ``environment.json``, ``requirements.txt`` and ``code.json``
@@ -59,6 +61,8 @@ UNSENT_RUNS = "mlflow-unsent"
 SAMPLE = "sample.txt"
 STRATEGY = "strategy.json"
 LR_RANGE = "lr_range.csv"
+STEP_TIMES = "step_times.json"
+LANDSCAPE = "landscape"
 CHAOS = "chaos"
 
 
@@ -105,6 +109,7 @@ def artifacts(folder: Path) -> list[Path]:
     Args:
         folder: the run's folder.
     """
-    names = (EVENTS, STEPS, PICTURE, RESUMED, INTERVENTIONS, RESULT, ATTEMPTS, SAMPLE, STRATEGY, LR_RANGE, ENVIRONMENT)
+    records = (EVENTS, STEPS, PICTURE, RESUMED, INTERVENTIONS, RESULT, ATTEMPTS)
+    names = (*records, SAMPLE, STRATEGY, LR_RANGE, LANDSCAPE, ENVIRONMENT)
     files = [folder / name for name in names]
     return [*files, *sorted(folder.glob(f"{DIAGNOSIS_PREFIX}*")), *sorted(folder.glob(f"{CRASH_PREFIX}*.txt"))]

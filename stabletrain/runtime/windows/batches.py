@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from stabletrain.errors import UserError
@@ -15,6 +17,7 @@ from stabletrain.runtime.records.event_log import logger
 
 Count: TypeAlias = Callable[[Any], Any] | str | int | None
 """What to count in a batch: a function of the batch, the name or position of an entry, or None for rows."""
+_TOKENS = (torch.int32, torch.int64)
 
 
 def check_count(count: Any, ignore_index: Any, require: Callable[[bool, str, str, object], None]) -> None:
@@ -128,6 +131,22 @@ def tensors_of(batch: Any) -> Iterator[Tensor]:
     elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         for field in dataclasses.fields(batch):
             yield from tensors_of(getattr(batch, field.name))
+
+
+def samples_and_tokens(batch: Any) -> tuple[int | None, int | None]:
+    """The rows of a batch's first tensor, and its elements if it is a matrix of whole numbers, as of token ids.
+
+    Args:
+        batch: as the module gets it.
+
+    Returns:
+        None for what is not known: a batch without a tensor, or one without tokens.
+    """
+    with suppress(Exception):  # a tensor without a size, as nested ones are, has nothing to count and is no error
+        first = next((each for each in tensors_of(batch) if each.ndim), None)
+        if first is not None:
+            return len(first), first.numel() if first.ndim == 2 and first.dtype in _TOKENS else None
+    return None, None
 
 
 def _has_keys(batch: Any) -> bool:

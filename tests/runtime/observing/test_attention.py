@@ -137,7 +137,7 @@ VARIANTS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("elements", [1, 300, 1 << 24])
 @pytest.mark.parametrize("changes", VARIANTS, ids=lambda each: ",".join(each) or "plain")
 def test_readings_are_those_of_the_whole_product(changes: dict[str, Any], elements: int) -> None:
-    """Bugs: a block lost at its border; the causal triangle is moved; a bias counts as logit; groups in another order."""
+    """Bugs: a block is lost at its border; the causal triangle is moved; a bias counts as logit; groups are mixed."""
     call = call_of(**changes)
     key = call.key.repeat_interleave(4 // call.key.shape[1], 1)
     logits = call.query @ key.mT * call.scale

@@ -21,10 +21,12 @@ def test_every_way_to_call_cross_entropy_is_seen_once() -> None:
         F.mse_loss(X, X, reduction="none")
     assert [each.name for each in calls] == ["cross_entropy"] * 3 + ["nll_loss", "mse_loss"]
     assert [each.reduction for each in calls] == ["mean", "sum", "mean", "mean", "none"]
-    assert calls[1].arguments["ignore_index"] == 2 and calls[2].arguments["label_smoothing"] == 0.1
+    assert calls[1].arguments["ignore_index"] == 2
+    assert calls[2].arguments["label_smoothing"] == 0.1
     assert all(torch.equal(each.input, X) and torch.equal(each.target, Y) for each in calls[:3])
     value = calls[1].value
-    assert value is not None and torch.equal(value, F.cross_entropy(X, Y, reduction="sum", ignore_index=2))
+    assert value is not None
+    assert torch.equal(value, F.cross_entropy(X, Y, reduction="sum", ignore_index=2))
 
 
 def test_loss_and_gradient_are_those_without_it() -> None:
@@ -41,7 +43,8 @@ def test_loss_and_gradient_are_those_without_it() -> None:
         loss.backward()
         assert x.grad is not None
         found.append((loss.detach(), x.grad))
-    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
 
 
 def test_a_call_that_raises_is_seen_and_nothing_stays_open() -> None:
@@ -49,7 +52,8 @@ def test_a_call_that_raises_is_seen_and_nothing_stays_open() -> None:
     calls: list[LossCall] = []
     with pytest.raises(IndexError, match="out of bounds"), LossCalls(calls.append):
         F.cross_entropy(X, Y + 1)
-    assert calls[0].target.max() == 3 and calls[0].value is None
+    assert calls[0].target.max() == 3
+    assert calls[0].value is None
     F.cross_entropy(X, Y)
     assert len(calls) == 1
 
@@ -57,7 +61,7 @@ def test_a_call_that_raises_is_seen_and_nothing_stays_open() -> None:
 def test_older_arguments_for_the_reduction_are_understood() -> None:
     """Bug: a sum that is asked for by ``size_average=False`` is taken for a mean."""
     calls: list[LossCall] = []
-    with LossCalls(calls.append), pytest.warns(UserWarning, match="deprecated"):
-        F.mse_loss(X, X, size_average=False)
-        F.mse_loss(X, X, reduce=False)
+    for arguments in ({"size_average": False}, {"reduce": False}):
+        with LossCalls(calls.append), pytest.warns(UserWarning, match="deprecated"):
+            F.mse_loss(X, X, **arguments)
     assert [each.reduction for each in calls] == ["sum", "none"]

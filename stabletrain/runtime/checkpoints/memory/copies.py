@@ -28,6 +28,7 @@ from stabletrain.runtime.checkpoints.memory.place import IS_SUPPORTED, InUse, Pl
 from stabletrain.runtime.checkpoints.memory.saver import GENERATIONS, MemorySaver, shard_name
 from stabletrain.runtime.checkpoints.store import is_checkpoint
 from stabletrain.runtime.guard.attempts import state_is_good
+from stabletrain.runtime.internals.shards import held_bytes
 from stabletrain.runtime.ranks import Ranks
 
 logger = logging.getLogger("stabletrain")
@@ -192,7 +193,7 @@ class MemoryCopies:
         if self._leads:
             self._place.clear(but=None if self._chosen is None else self._chosen.info.copy)
             self._leftovers = self._place.sweep()
-        weights = sum(_local_bytes(p) for p in self._trainer.lightning_module.parameters())
+        weights = held_bytes(self._trainer.lightning_module.parameters())
         writes = self._divided or self._leads
         self.is_on = self._fits(GENERATIONS * weights if writes else 0, 0)
         if not self.is_on:
@@ -332,8 +333,3 @@ def _newest_on_disk(folder: Path) -> CheckpointInfo | None:
         return None if path is None else Manifest.read(path).info
     except CheckpointError:
         return None
-
-
-def _local_bytes(parameter: Any) -> int:
-    local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-    return int(local.numel() * local.element_size())

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 from stabletrain.errors import UserError, did_you_mean
+from stabletrain.settings import worded
 
 FOLDER = Path("/dev/shm")
 """Where Linux has a memory file system."""
@@ -43,14 +44,12 @@ class MemoryOptions:
         MemoryOptions(every=50, folder=None, copies=1)
         """
         if given is not None and not isinstance(given, Mapping):
-            raise UserError(
-                f"checkpoints: memory must be a mapping such as {{every: 50}}, got {given!r} (config key {_KEY})"
-            )
+            raise _error(f"memory must be a mapping such as {{'every': 50}}, got {given!r}", _KEY)
         known = {name: (given or {}).get(name, default) for name, default in OFF.items()}
         for name in given or {}:
             if name not in known:
                 expected = f"expected {', '.join(known)}{did_you_mean(str(name), known)}"
-                raise UserError(f"checkpoints: memory has no option {name!r}; {expected} (config key {_KEY})")
+                raise _error(f"memory has no option {name!r}; {expected}", _KEY)
         every, folder, copies = known.values()
         is_step = isinstance(every, int) and not isinstance(every, bool) and every >= 1
         for ok, name, wanted, got in (
@@ -59,7 +58,7 @@ class MemoryOptions:
             (type(copies) is int and copies >= 1, "copies", "a number of nodes >= 1", copies),
         ):
             if not ok:
-                raise UserError(f"checkpoints: memory.{name} must be {wanted}, got {got!r} (config key {_KEY}.{name})")
+                raise _error(f"memory.{name} must be {wanted}, got {got!r}", f"{_KEY}.{name}")
         return cls(every, None if folder is None else str(folder), copies)
 
     def as_dict(self) -> dict[str, Any]:
@@ -70,6 +69,10 @@ class MemoryOptions:
     def root(self) -> Path:
         """The folder, absolute."""
         return FOLDER if self.folder is None else Path(self.folder).expanduser().absolute()
+
+
+def _error(text: str, key: str) -> UserError:
+    return UserError(worded(f"checkpoints: {text} (config key {key})", "checkpoints", "SaveCheckpoints"))
 
 
 OFF: Mapping[str, Any] = MappingProxyType(asdict(MemoryOptions()))
