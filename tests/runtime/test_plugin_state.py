@@ -60,7 +60,7 @@ def changed(state: Any) -> Iterator[Any]:
         yield from (type(state)([*state[:-1], each]) for each in changed(state[-1]))
 
 
-WITHOUT_STATE = ("SaveCheckpoints", "CheckpointActivations")
+WITHOUT_STATE = ("SaveCheckpoints", "CheckpointActivations", "ClipQK")
 CALLBACKS = [each for each in stabletrain._PLUGINS if issubclass(getattr(stabletrain, each), Callback)]
 
 
