@@ -162,7 +162,7 @@ def _limit_lines(result: Landscape) -> Iterator[str]:
         and each.curvature.largest > each.limit.value
     ]
     steps = f"above it at steps {', '.join(map(str, above))}" if above else "no checkpoint is above it"
-    yield f"  limit of stability: {limit.rule}, at the end of {limit.optimizer}; {steps}"
+    yield f"  limit of stability: {limit.rule}; at the last checkpoint {limit.optimizer}; {steps}"
 
 
 def _number(value: float | None) -> str:

@@ -46,6 +46,9 @@ class Objective:
         """Whether products with the Hessian are differences of gradients, since the module has no second derivative."""
         trained = {id(p) for p in self.parameters}
         self._fixed = [*(p for p in module.parameters() if id(p) not in trained), *module.buffers()]
+        self._registered = [
+            (each._buffers, name, buffer) for each in module.modules() for name, buffer in each._buffers.items()
+        ]
         self._start: list[Tensor] = []
         self._random: rng.RngState = {}
         self._hidden = HiddenState(module)
@@ -88,7 +91,7 @@ class Objective:
         _copy(self.parameters, weights)
         if fixed is not None:
             self._start = list(fixed)
-            _copy(self._fixed, self._start)
+            self._put_back()
 
     def loss(self) -> float:
         """The mean loss at the present weights, in the unit of the module's loss; may be NaN or infinite."""
@@ -171,8 +174,13 @@ class Objective:
         try:
             yield
         finally:
-            _copy(self._fixed, self._start)
+            self._put_back()
             self._hidden.restore()
+
+    def _put_back(self) -> None:
+        for buffers, name, buffer in self._registered:  # a forward may have registered another tensor
+            buffers[name] = buffer
+        _copy(self._fixed, self._start)
 
     def _loss(self, compute: Callable[[], Tensor]) -> Tensor:
         self.passes += 1
@@ -216,7 +224,13 @@ def _has_own_function(loss: Tensor) -> bool:
 def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     with torch.no_grad():
         for target, source in zip(targets, sources, strict=True):
-            target.copy_(source)
+            if not _is_expanded(target):
+                target.copy_(source)
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    """Whether elements share memory, so that torch lets nobody write to it in place."""
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 def _set_modes(modes: Sequence[tuple[nn.Module, bool]]) -> None:

@@ -115,7 +115,7 @@ def _planes(result: Landscape, panel: Callable[..., None], projection: str | Non
     grids = [("random plane, filter-normalised", result.random, False)]
     if result.path is not None and result.shares is not None:
         first, second = result.shares
-        title = f"plane of {len(result.checkpoints)} checkpoints ({first:.0%} + {second:.0%} of variance)"
+        title = f"plane of {len(result.checkpoints)} checkpoints ({first:.1%} + {second:.1%} of variance)"
         grids.append((title, result.path, True))
     shown = [(title, grid, drawn(grid), path) for title, grid, path in grids if grid is not None]
     shown = [each for each in shown if each[2] is not None]
@@ -209,7 +209,7 @@ def _curvature(result: Landscape) -> Any:
     limits = [(e.step, e.limit) for e in result.checkpoints if e.limit is not None and e.limit.value is not None]
     if limits:
         bounds = [each.value or 0.0 for _, each in limits]
-        label = f"{limits[-1][1].rule}: plain {limits[-1][1].optimizer.partition(',')[0]} is stable below"
+        label = f"{limits[-1][1].rule}: {limits[-1][1].optimizer.partition(',')[0]} is stable below"
         axes.plot([step for step, _ in limits], bounds, "--", color="crimson", label=label, drawstyle="steps-post")
         highest = max(highest, *bounds)
     axes.axhline(0, color="0.6", linewidth=0.8)

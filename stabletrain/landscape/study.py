@@ -5,9 +5,11 @@ A Trainer of its own sets up module and data as for training, and gives the firs
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,13 +96,18 @@ class Study(Callback):
         trainer.accumulate_grad_batches = self.options.batches + 1  # no step before all batches are there
 
         def gather(part: MicroBatch) -> Any:
+            if not part.has_batch:
+                raise UserError(
+                    f"landscape: training_step of {type(pl_module).__name__} takes the iterator over the loader "
+                    "(dataloader_iter), so its loss cannot be computed again; expected one that takes a batch"
+                )
             self._parts.append(part)
             if len(self._parts) == self.options.batches or part.ends_window:
                 trainer.accumulate_grad_batches = 1  # by which Lightning divides the loss
                 with not_logging(pl_module):
                     self.result = self._compute(trainer, pl_module)
                 raise Studied
-            return part.forward(part.batch)
+            return part.forward(_copied(part.batch))
 
         around_micro_batches(trainer, gather)
 
@@ -113,9 +120,16 @@ class Study(Callback):
             return _Computation(self, objective, module, trainer.optimizers).run()
 
 
+def _copied(batch: Any) -> Any:
+    """A batch that training_step may change in place, as by ``batch.pop("labels")``; itself if it cannot be copied."""
+    with suppress(Exception):
+        return copy.deepcopy(batch)
+    return batch
+
+
 def _loss_of(part: MicroBatch, number: int) -> Callable[[], Tensor]:
     def compute() -> Tensor:
-        loss = part.forward(part.batch).closure_loss
+        loss = part.forward(_copied(part.batch)).closure_loss
         if loss is None or loss.numel() != 1:
             got = "None" if loss is None else f"a tensor of shape {tuple(loss.shape)}"
             raise UserError(f"landscape: expected a loss from training_step, got {got} at batch {number}")
@@ -131,6 +145,18 @@ class _Point:
     weights: Weights
     fixed: Weights
     result: CheckpointLoss
+
+
+def _is_unsteady(result: Landscape) -> bool:
+    """Whether the loss at the last weights differs between the first evaluation and one within a plane."""
+    first, found = result.centre.loss, [result.centre.loss_in_plane]
+    for grid in (result.random, result.path):
+        if grid is not None and 0.0 in grid.xs and 0.0 in grid.ys:
+            found.append(grid.losses[grid.ys.index(0.0)][grid.xs.index(0.0)])
+    return any(
+        each is not None and math.isfinite(each) and not math.isclose(each, first, rel_tol=1e-3, abs_tol=1e-6)
+        for each in found
+    )
 
 
 class _Computation:
@@ -166,6 +192,11 @@ class _Computation:
         self._planes(result, points, plane)
         if has_curvature:
             self._curvature(points)
+        if _is_unsteady(result):
+            self.notes.append(
+                "the loss is another one each time it is computed at the same weights: training_step keeps a state "
+                "that is no tensor, such as a count of its calls; pictures and eigenvalues are wrong by as much"
+            )
         result.by_differences, result.passes = objective.by_differences, objective.passes
         return result
 
@@ -187,9 +218,10 @@ class _Computation:
         return [by_step[step] for step in sorted(by_step)]
 
     def _load(self, saved: Saved) -> None:
-        self.module.on_load_checkpoint(dict(saved.content))
+        content = dict(saved.content)
+        self.module.on_load_checkpoint(content)  # it may rename the weights
         try:
-            state = with_own_names(saved.content["state_dict"], self.module)
+            state = with_own_names(content["state_dict"], self.module)
             self.module.load_state_dict(state, strict=self.module.strict_loading)
         except _MISMATCH as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
@@ -203,6 +235,8 @@ class _Computation:
         if len(self.optimizers) != 1:
             return f"{len(self.optimizers)} optimizers", []
         kind, states = type(self.optimizers[0]), content.get("optimizer_states")
+        if kind.__module__.startswith("lightning."):  # its stand-in for none
+            return "a module without an optimizer", []
         name = "SGD" if kind is torch.optim.SGD else f"{kind.__module__}.{kind.__name__}"
         first = states[0] if isinstance(states, list) and states else None
         groups = first.get("param_groups") if isinstance(first, Mapping) else None

@@ -95,6 +95,31 @@ def test_a_state_that_is_carried_on_begins_anew_at_each_evaluation() -> None:
     assert module.state is None
 
 
+class Counting(nn.Linear):
+    """Registers another tensor as its buffer in each forward pass, and has a buffer that cannot be written in place."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 2)
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("ones", torch.ones(1).expand(2), persistent=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        return super().forward(inputs) * self.calls * self.ones
+
+
+def test_buffers_that_a_forward_pass_replaces_are_put_back() -> None:
+    """Bugs: only the tensor that was registered first is put back; an expanded buffer ends everything."""
+    module = Counting()
+    registered = module.calls
+    objective = Objective(module, [loss_of(module), loss_of(module, 2)])
+    with objective.opened():
+        objective.move(objective.weights(), objective.fixed())
+        assert objective.loss() == objective.loss()
+    assert module.calls is registered
+    assert module.calls == 0
+
+
 def test_batch_statistics_are_another_function() -> None:
     """Bug: --batch-stats changes nothing."""
     module = normed().train()
