@@ -55,7 +55,8 @@ def run(wanted: str, options: Options, *, most: int, surface: bool, trust: Seque
         if has_pictures:
             files += draw(result, folder, surface=surface)
     except OSError as error:
-        raise UserError(f"landscape: cannot write to {folder} ({error.strerror or error}); free some space") from None
+        why = error.strerror or error
+        raise UserError(f"landscape: cannot write to {folder} ({why}); free some space, or move it away") from None
     print("\n".join(_lines(result)))
     print("\n".join(f"{'picture' if file.suffix == '.png' else 'numbers'}: {file}" for file in files))
     _log(found, folder)

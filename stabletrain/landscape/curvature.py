@@ -138,6 +138,8 @@ def stability_limit(name: str, groups: Sequence[Mapping[str, Any]]) -> Limit:
         name: class of the optimizer.
         groups: its parameter groups, from a checkpoint: from anybody.
     """
+    if not groups:
+        return Limit(optimizer=name, value=None, rule="none: the checkpoint holds no learning rate of one optimizer")
     rates = {_number(group.get("lr")) for group in groups}
     if name != "SGD":
         return Limit(optimizer=name, value=None, rule=f"none is computed for {name}, only for torch's SGD")

@@ -176,6 +176,7 @@ def _as_surface(figure: Any, axes: Any, grid: Grid, what: Drawn, result: Landsca
     axes.plot_surface(xs, ys, heights, cmap=_COLOURS, rcount=100, ccount=100, linewidth=0.15, edgecolor="0.35")
     axes.set_zlabel("log10 of the loss" if what.is_log else "loss", fontsize=8)
     axes.view_init(elev=42, azim=-60)
+    axes.set_box_aspect(None, zoom=0.85)  # or the label of the height is cut off
     axes.locator_params(nbins=5)
     if result is not None:
         found = [(*each.place, each.loss_in_plane) for each in result.checkpoints if each.place is not None]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from stabletrain.errors import UserError
-from stabletrain.landscape.checkpoints import Saved, read_checkpoints
+from stabletrain.landscape.checkpoints import Saved, read_checkpoints, thinned
 from stabletrain.landscape.curvature import USUAL_PRODUCTS, curvature, stability_limit
 from stabletrain.landscape.objective import Objective, Weights
 from stabletrain.landscape.planes import (
@@ -75,10 +75,11 @@ class Study(Callback):
         paths: of its checkpoints, in order.
         options: what to compute.
         say: gets a line of text for each part.
+        most: checkpoints that are used at most, evenly spaced, >= 1.
     """
 
-    def __init__(self, name: str, paths: Sequence[Path], options: Options, say: Say) -> None:
-        self.name, self.paths, self.options, self.say = name, paths, options, say
+    def __init__(self, name: str, paths: Sequence[Path], options: Options, say: Say, *, most: int) -> None:
+        self.name, self.paths, self.options, self.say, self.most = name, paths, options, say, most
         self.result: Landscape | None = None
         self._parts: list[MicroBatch] = []
 
@@ -163,7 +164,8 @@ class _Computation:
     def __init__(
         self, study: Study, objective: Objective, module: LightningModule, optimizers: Sequence[Optimizer]
     ) -> None:
-        self.options, self.say, self.paths, self.name = study.options, study.say, study.paths, study.name
+        self.options, self.say, self.name = study.options, study.say, study.name
+        self.paths, self.most = study.paths, study.most
         self.objective, self.module, self.optimizers = objective, module, optimizers
         self.notes: list[str] = []
 
@@ -203,11 +205,7 @@ class _Computation:
     def _read(self) -> list[_Point]:
         """The weights of the checkpoints by step; of two of one step the one that was written later."""
         by_step: dict[int, _Point] = {}
-        for saved in read_checkpoints(self.paths, self.notes):
-            self._load(saved)
-            if (name := first_nonfinite_weight(self.module)) is not None:
-                self.notes.append(f"{saved.name} is left out: its weights are not finite ({name})")
-                continue
+        for saved in self._usable(self._chosen()):
             weights = [each.cpu() for each in self.objective.weights()]
             fixed = [each.cpu() for each in self.objective.fixed()]
             limit = stability_limit(*self._groups(saved.content))
@@ -216,6 +214,26 @@ class _Computation:
         if not by_step:
             raise UserError(f"landscape: none of the checkpoints of {self.name} can be used: {'; '.join(self.notes)}")
         return [by_step[step] for step in sorted(by_step)]
+
+    def _chosen(self) -> list[Path]:
+        """Some of the checkpoints; the last of them can be used, since it is the centre of the planes."""
+        paths = list(self.paths)
+        while paths and not any(True for _ in self._usable(paths[-1:])):
+            paths.pop()
+        chosen = thinned(paths, self.most)
+        if len(chosen) < len(paths):
+            count = len(self.paths)
+            self.say(f"{len(chosen)} of the {count} checkpoints, evenly spaced; more with --checkpoints {count}")
+        return chosen
+
+    def _usable(self, paths: Sequence[Path]) -> Iterator[Saved]:
+        """The checkpoints that can be read, and have finite weights; the module has those of the present one."""
+        for saved in read_checkpoints(paths, self.notes):
+            self._load(saved)
+            if (name := first_nonfinite_weight(self.module)) is None:
+                yield saved
+            else:
+                self.notes.append(f"{saved.name} is left out: its weights are not finite ({name})")
 
     def _load(self, saved: Saved) -> None:
         content = dict(saved.content)

@@ -202,8 +202,10 @@ def test_checkpoints_that_cannot_be_used_are_left_out_and_named(run: Path) -> No
     found, _ = landscape(run)
     assert [each.step for each in found.checkpoints] == [3, 9, 12, 15]
     assert len(found.notes) == 2
-    assert found.notes[0].startswith("step-00000006 is left out: ")
-    assert found.notes[1] == "step=18.ckpt is left out: its weights are not finite (net.0.weight)"
+    assert found.notes[1].startswith("step-00000006 is left out: ")
+    assert found.notes[0] == "step=18.ckpt is left out: its weights are not finite (net.0.weight)"
+    found, _ = landscape(run, most=2)
+    assert [each.step for each in found.checkpoints] == [3, 15]  # and not the one that is evenly spaced before it
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint")
