@@ -127,6 +127,7 @@ def _planes(result: Landscape, panel: Callable[..., None], projection: str | Non
         axes = figure.add_subplot(1, len(shown), number, projection=projection)
         axes.set_title(title, fontsize=9)
         axes.tick_params(labelsize=8)
+        axes.locator_params(nbins=6)
         panel(figure, axes, grid, what, result if path else None)
         if what is not None and what.clipped:
             axes.set_xlabel(f"{what.clipped} points above {what.high:.2g} or not finite: clipped", fontsize=8)
@@ -144,6 +145,14 @@ def _levels(what: Drawn) -> list[float]:
     return [what.low, *found[1:-1], what.high]
 
 
+def _digits(what: Drawn) -> int:
+    """Significant digits with which neighbouring ticks of the colour bar differ."""
+    step, largest = (what.high - what.low) / (_LEVELS / 2), max(abs(what.low), abs(what.high))
+    if what.is_log or step <= 0:
+        return 2
+    return min(max(math.ceil(math.floor(math.log10(largest)) - math.log10(step)) + 1, 2), 7)
+
+
 def _norm(what: Drawn) -> Any:
     from matplotlib.colors import LogNorm, Normalize
 
@@ -156,7 +165,7 @@ def _from_above(figure: Any, axes: Any, grid: Grid, what: Drawn, result: Landsca
         grid.xs, grid.ys, what.losses, levels=levels, cmap=_COLOURS, norm=_norm(what), extend="both"
     )
     axes.contour(grid.xs, grid.ys, what.losses, levels=levels, colors="black", linewidths=0.3, alpha=0.6)
-    bar = figure.colorbar(colours, ax=axes, format="%.2g", shrink=0.9)
+    bar = figure.colorbar(colours, ax=axes, format=f"%.{_digits(what)}g", shrink=0.9)
     bar.ax.tick_params(labelsize=8)
     bar.set_label("loss (log scale)" if what.is_log else "loss", fontsize=8)
     style = {"color": "crimson", "markeredgecolor": "white"}
