@@ -199,7 +199,7 @@ BOTH_PACKAGES = {"stabletrain.runtime.internals.packages", "stabletrain.testing.
 """Modules that have a class for each package."""
 WORKS_FOR_BOTH = {
     "migrate_checkpoint", "is_param_in_hook_signature", "rank_zero_experiment",
-    "_materialize_distributed_module", "_METADATA_FILENAME",
+    "_materialize_distributed_module", "_METADATA_FILENAME", "get_available_flops",
 }  # fmt: skip
 """Functions of Lightning that look at no class."""
 

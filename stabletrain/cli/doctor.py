@@ -9,7 +9,7 @@ from pathlib import Path
 
 from stabletrain.errors import UserError
 from stabletrain.launch.launcher import LaunchRequest, examine_job, prepare
-from stabletrain.paths import unwritable
+from stabletrain.runtime.records.writable import unwritable
 
 _EXIT_FINDINGS = 4
 

@@ -11,7 +11,7 @@ from stabletrain.cli.summary import PrintingReporter, exit_code
 from stabletrain.errors import UserError
 from stabletrain.launch.launcher import LaunchRequest, run
 from stabletrain.launch.lr_range import RangeOptions, RangeRun, prepare_range, read_ranges
-from stabletrain.paths import unwritable
+from stabletrain.runtime.records.writable import unwritable
 
 _PLOT = "lr_range.png"
 

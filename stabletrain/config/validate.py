@@ -31,8 +31,8 @@ from stabletrain.config.values import check_values
 from stabletrain.core import bytes
 from stabletrain.errors import UserError
 from stabletrain.optim.options import KEY, GroupOptions, group_options
-from stabletrain.paths import unwritable
 from stabletrain.runtime.records.run_files import RUN_YAML, RUN_YAML_RECORD
+from stabletrain.runtime.records.writable import unwritable
 from stabletrain.settings import by_config
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any
 from stabletrain.config.problems import Problem
 from stabletrain.core.intervals import seconds
 from stabletrain.errors import UserError
-from stabletrain.paths import unwritable
+from stabletrain.runtime.records.writable import unwritable
 
 MOST_THREADS = 1024
 """OpenMP ends the process, or crashes, if it cannot make them: 4096 work here, 16384 do not."""

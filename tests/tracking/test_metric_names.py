@@ -171,9 +171,9 @@ def test_the_page_lists_what_a_run_writes(tmp_path: Path, uri: str, client: Any)
     written = [re.sub("^stability_nonfinite/.*", "stability_nonfinite/<metric>", name) for name in written]
     on_page = re.findall(r"^\| `((?:stability|throughput)[^`]+)` \|", PAGE.read_text(), re.MULTILINE)
     of_ranks = {"stability/replica_checks", "stability/replica_differences"}  # of several processes
-    # this module has no ReLU, no attention and no cross-entropy; the tests of its plugin write these
-    of_others = {name for name in on_page if re.search("/(zeros|attention_.*|output_.*)($|/)", name)}
-    assert len(of_others) == 6
+    # this module has no ReLU, attention, cross-entropy or second moments; the tests of the plugins write these
+    of_others = {name for name in on_page if re.search("/(zeros|attention_.*|output_.*|rms_t)($|/)", name)}
+    assert len(of_others) == 7
     of_others |= {"stability/qk_logit", "stability/qk_clipped_heads"}
     assert set(on_page) == {*written, *of_ranks, *of_others, "throughput/tokens_per_s"}  # these batches hold no tokens
 

@@ -19,7 +19,6 @@ from stabletrain.core.intervals import SaveTriggers
 from stabletrain.core.lengths import LengthLike
 from stabletrain.core.planned import Planned, Sizes, total
 from stabletrain.errors import UserError, require
-from stabletrain.paths import unwritable
 from stabletrain.runtime.accumulation import AccumulationWindow
 from stabletrain.runtime.checkpoints.agreement import Together
 from stabletrain.runtime.checkpoints.collecting import collected, divides_with_dtensors, is_divided
@@ -48,6 +47,7 @@ from stabletrain.runtime.records.recipe import recipe_hash
 from stabletrain.runtime.run_length import run_length
 from stabletrain.runtime.signal_watch import Interrupted, Terminated
 from stabletrain.runtime.stop import EndReached, TrainingStopped
+from stabletrain.runtime.records.writable import unwritable
 from stabletrain.settings import worded_of
 
 if TYPE_CHECKING:
