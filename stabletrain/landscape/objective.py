@@ -95,8 +95,8 @@ class Objective:
 
     def loss(self) -> float:
         """The mean loss at the present weights, in the unit of the module's loss; may be NaN or infinite."""
-        with torch.no_grad(), self._evaluation():
-            found = [float(self._loss(each)) for each in self.losses]
+        with torch.enable_grad(), self._evaluation():  # as in training: the loss may have a gradient in it
+            found = [float(self._loss(each).detach()) for each in self.losses]
         return sum(found) / len(found)
 
     def product(self, vector: Tensor) -> Tensor:
@@ -163,9 +163,18 @@ class Objective:
 
     def _gradient(self) -> Tensor:
         total = torch.zeros(self.size, device=self.parameters[0].device, dtype=self.parameters[0].dtype)
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), self._evaluation():
-            for each in self.losses:
-                total += self._joined(torch.autograd.grad(self._loss(each), self.parameters, allow_unused=True))
+        kept = [p.grad for p in self.parameters]
+        try:
+            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), self._evaluation():
+                for each in self.losses:
+                    for p in self.parameters:
+                        p.grad = None
+                    # not autograd.grad, to which weights within a reentrant activation checkpoint seem to be unused
+                    self._loss(each).backward()
+                    total += self._joined([p.grad for p in self.parameters])
+        finally:
+            for p, grad in zip(self.parameters, kept, strict=True):
+                p.grad = grad
         return total / len(self.losses)
 
     @contextmanager
@@ -196,7 +205,7 @@ class Objective:
         dtype, device = self.parameters[0].dtype, self.parameters[0].device
         pairs = zip(parts, self.parameters, strict=True)
         found = [torch.zeros_like(p) if each is None else each.detach() for each, p in pairs]
-        return torch.cat([each.reshape(-1).to(device, dtype) for each in found])
+        return torch.cat([each.to_dense().reshape(-1).to(device, dtype) for each in found])
 
 
 class _NoSecondDerivative(Exception):
