@@ -35,7 +35,7 @@ def test_the_report_of_a_worker_that_has_ended_already_is_read() -> None:
         process.communicate(timeout=60)
         assert process.returncode == 0
         (report,) = workers.gather(1, no_point_in_waiting)
-    assert report == Report(rank=1, problems=[["a.b", "ä wrong"]], plans=[])
+    assert report == Report(rank=1, problems=[["a.b", "ä wrong"]], plans=[], examined=[])
     assert not workers.folder.exists()
 
 
@@ -50,7 +50,7 @@ def test_the_worker_gets_the_configs_and_the_path() -> None:
             f"assert launcher.configs == [{config!r}]".replace("inf", "float('inf')"),
             "print(launcher.wait(), launcher.is_to_train)",
         )
-        assert workers.gather(1, lambda: None) == [Report(problems=[], plans=[])]
+        assert workers.gather(1, lambda: None) == [Report(problems=[], plans=[], examined=[])]
         workers.train(path)
         out, _ = process.communicate(timeout=60)
         assert out.decode().strip() == f"{path} True"

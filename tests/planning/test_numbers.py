@@ -27,7 +27,7 @@ from stabletrain.launch.measured_steps import MeasureOptions, forecast, measured
 from stabletrain.planning.plan import Flops, PluginPlan, as_json, from_json
 from stabletrain.runtime.records.measure_steps import MeasureSteps
 from stabletrain.runtime.stop import EndReached
-from stabletrain.launch.counted_throughput import CountedThroughput
+from stabletrain.runtime.windows.counted_throughput import CountedThroughput
 
 FLOPS = Flops(micro_batch=4_000_000_000, attention=1_000_000_000, samples=8, tokens=1024, embeddings=10**9)
 FULL = replace(PLAN, flops=FLOPS, samples=8, tokens=1024, readers=16, steps=10, steps_per_epoch=4.0, rate=0.1)

@@ -44,10 +44,10 @@ from stabletrain.runtime.plugin_state import names_its_plugin
 from stabletrain.runtime.ranks import Ranks
 from stabletrain.runtime.records import run_files
 from stabletrain.runtime.records.recipe import recipe_hash
+from stabletrain.runtime.records.writable import unwritable
 from stabletrain.runtime.run_length import run_length
 from stabletrain.runtime.signal_watch import Interrupted, Terminated
 from stabletrain.runtime.stop import EndReached, TrainingStopped
-from stabletrain.runtime.records.writable import unwritable
 from stabletrain.settings import worded_of
 
 if TYPE_CHECKING:
