@@ -170,7 +170,7 @@ class Objective:
                     for p in self.parameters:
                         p.grad = None
                     # not autograd.grad, to which weights within a reentrant activation checkpoint seem to be unused
-                    self._loss(each).backward()
+                    self._loss(each).backward()  # type: ignore[no-untyped-call]
                     total += self._joined([p.grad for p in self.parameters])
         finally:
             for p, grad in zip(self.parameters, kept, strict=True):
