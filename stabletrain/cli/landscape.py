@@ -55,7 +55,8 @@ def run(wanted: str, options: Options, *, most: int, surface: bool, trust: Seque
         if has_pictures:
             files += draw(result, folder, surface=surface)
     except OSError as error:
-        raise UserError(f"landscape: cannot write to {folder} ({error.strerror or error}); free some space") from None
+        why = error.strerror or error
+        raise UserError(f"landscape: cannot write to {folder} ({why}); free some space, or move it away") from None
     print("\n".join(_lines(result)))
     print("\n".join(f"{'picture' if file.suffix == '.png' else 'numbers'}: {file}" for file in files))
     _log(found, folder)
@@ -162,7 +163,7 @@ def _limit_lines(result: Landscape) -> Iterator[str]:
         and each.curvature.largest > each.limit.value
     ]
     steps = f"above it at steps {', '.join(map(str, above))}" if above else "no checkpoint is above it"
-    yield f"  limit of stability: {limit.rule}, at the end of {limit.optimizer}; {steps}"
+    yield f"  limit of stability: {limit.rule}; at the last checkpoint {limit.optimizer}; {steps}"
 
 
 def _number(value: float | None) -> str:

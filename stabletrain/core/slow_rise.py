@@ -1,7 +1,7 @@
 """A slow rise of the loss: too slow for the limits of `stabletrain.core.spikes`, which follow it.
 
-The mean of the last losses is compared with the lowest such mean so far. The prototype of the rule found 36 of 39
-rises in small trainings within 8 steps, and none in 56 healthy ones.
+The mean of the last losses is compared with the lowest such mean so far. In benchmarks/early_warning.py the rule
+reports 34 of 39 rises in small trainings within 8 steps, and none in 56 healthy ones.
 """
 
 from __future__ import annotations

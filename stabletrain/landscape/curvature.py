@@ -138,9 +138,11 @@ def stability_limit(name: str, groups: Sequence[Mapping[str, Any]]) -> Limit:
         name: class of the optimizer.
         groups: its parameter groups, from a checkpoint: from anybody.
     """
+    if not groups:
+        return Limit(optimizer=name, value=None, rule="none: the checkpoint holds no learning rate of one optimizer")
     rates = {_number(group.get("lr")) for group in groups}
     if name != "SGD":
-        return Limit(optimizer=name, value=None, rule=f"none is known for {name}, which rescales each gradient")
+        return Limit(optimizer=name, value=None, rule=f"none is computed for {name}, only for torch's SGD")
     momenta = {(_number(g.get("momentum", 0)), _number(g.get("dampening", 0)), g.get("nesterov")) for g in groups}
     if len(rates) != 1 or len(momenta) != 1:
         return Limit(optimizer=name, value=None, rule="none: the parameter groups have several rates or momenta")

@@ -46,6 +46,9 @@ class Objective:
         """Whether products with the Hessian are differences of gradients, since the module has no second derivative."""
         trained = {id(p) for p in self.parameters}
         self._fixed = [*(p for p in module.parameters() if id(p) not in trained), *module.buffers()]
+        self._registered = [
+            (each._buffers, name, buffer) for each in module.modules() for name, buffer in each._buffers.items()
+        ]
         self._start: list[Tensor] = []
         self._random: rng.RngState = {}
         self._hidden = HiddenState(module)
@@ -88,12 +91,12 @@ class Objective:
         _copy(self.parameters, weights)
         if fixed is not None:
             self._start = list(fixed)
-            _copy(self._fixed, self._start)
+            self._put_back()
 
     def loss(self) -> float:
         """The mean loss at the present weights, in the unit of the module's loss; may be NaN or infinite."""
-        with torch.no_grad(), self._evaluation():
-            found = [float(self._loss(each)) for each in self.losses]
+        with torch.enable_grad(), self._evaluation():  # as in training: the loss may have a gradient in it
+            found = [float(self._loss(each).detach()) for each in self.losses]
         return sum(found) / len(found)
 
     def product(self, vector: Tensor) -> Tensor:
@@ -160,9 +163,18 @@ class Objective:
 
     def _gradient(self) -> Tensor:
         total = torch.zeros(self.size, device=self.parameters[0].device, dtype=self.parameters[0].dtype)
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), self._evaluation():
-            for each in self.losses:
-                total += self._joined(torch.autograd.grad(self._loss(each), self.parameters, allow_unused=True))
+        kept = [p.grad for p in self.parameters]
+        try:
+            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), self._evaluation():
+                for each in self.losses:
+                    for p in self.parameters:
+                        p.grad = None
+                    # not autograd.grad, to which weights within a reentrant activation checkpoint seem to be unused
+                    self._loss(each).backward()  # type: ignore[no-untyped-call]
+                    total += self._joined([p.grad for p in self.parameters])
+        finally:
+            for p, grad in zip(self.parameters, kept, strict=True):
+                p.grad = grad
         return total / len(self.losses)
 
     @contextmanager
@@ -171,8 +183,13 @@ class Objective:
         try:
             yield
         finally:
-            _copy(self._fixed, self._start)
+            self._put_back()
             self._hidden.restore()
+
+    def _put_back(self) -> None:
+        for buffers, name, buffer in self._registered:  # a forward may have registered another tensor
+            buffers[name] = buffer
+        _copy(self._fixed, self._start)
 
     def _loss(self, compute: Callable[[], Tensor]) -> Tensor:
         self.passes += 1
@@ -188,7 +205,7 @@ class Objective:
         dtype, device = self.parameters[0].dtype, self.parameters[0].device
         pairs = zip(parts, self.parameters, strict=True)
         found = [torch.zeros_like(p) if each is None else each.detach() for each, p in pairs]
-        return torch.cat([each.reshape(-1).to(device, dtype) for each in found])
+        return torch.cat([each.to_dense().reshape(-1).to(device, dtype) for each in found])
 
 
 class _NoSecondDerivative(Exception):
@@ -216,7 +233,13 @@ def _has_own_function(loss: Tensor) -> bool:
 def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     with torch.no_grad():
         for target, source in zip(targets, sources, strict=True):
-            target.copy_(source)
+            if not _is_expanded(target):
+                target.copy_(source)
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    """Whether elements share memory, so that torch lets nobody write to it in place."""
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 def _set_modes(modes: Sequence[tuple[nn.Module, bool]]) -> None:

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from stabletrain.config.problems import ConfigError, Problem
 from stabletrain.config.validate import check_signatures
 from stabletrain.errors import UserError
-from stabletrain.landscape.checkpoints import checkpoint_paths, thinned
+from stabletrain.landscape.checkpoints import checkpoint_paths
 from stabletrain.landscape.results import Landscape
 from stabletrain.landscape.study import Options, Say, Studied, Study
 from stabletrain.launch.assemble import build_data, build_model, override_optimizer
@@ -64,12 +64,9 @@ def landscape_of(
     """
     assert run.folder is not None
     paths = checkpoint_paths(run.folder)
-    chosen = thinned(paths, most)
-    if len(chosen) < len(paths):
-        say(f"{len(chosen)} of the {len(paths)} checkpoints, evenly spaced; more with --checkpoints {len(paths)}")
     config = _config(run, tuple(trust))
     accelerator = "cuda" if torch.cuda.is_available() and config["accelerator"] != "cpu" else "cpu"
-    study = Study(one_message(run.name, 200), chosen, options, say)
+    study = Study(one_message(run.name, 200), paths, options, say, most=most)
     with quiet(), rng.preserved(), tempfile.TemporaryDirectory() as scratch, suppress(Studied):
         seed_everything(config["seed"], workers=True, verbose=False)
         module, data = build_model(config), build_data(config)

@@ -115,7 +115,7 @@ def _planes(result: Landscape, panel: Callable[..., None], projection: str | Non
     grids = [("random plane, filter-normalised", result.random, False)]
     if result.path is not None and result.shares is not None:
         first, second = result.shares
-        title = f"plane of {len(result.checkpoints)} checkpoints ({first:.0%} + {second:.0%} of variance)"
+        title = f"plane of {len(result.checkpoints)} checkpoints ({first:.1%} + {second:.1%} of variance)"
         grids.append((title, result.path, True))
     shown = [(title, grid, drawn(grid), path) for title, grid, path in grids if grid is not None]
     shown = [each for each in shown if each[2] is not None]
@@ -127,6 +127,7 @@ def _planes(result: Landscape, panel: Callable[..., None], projection: str | Non
         axes = figure.add_subplot(1, len(shown), number, projection=projection)
         axes.set_title(title, fontsize=9)
         axes.tick_params(labelsize=8)
+        axes.locator_params(nbins=6)
         panel(figure, axes, grid, what, result if path else None)
         if what is not None and what.clipped:
             axes.set_xlabel(f"{what.clipped} points above {what.high:.2g} or not finite: clipped", fontsize=8)
@@ -144,6 +145,14 @@ def _levels(what: Drawn) -> list[float]:
     return [what.low, *found[1:-1], what.high]
 
 
+def _digits(what: Drawn) -> int:
+    """Significant digits with which neighbouring ticks of the colour bar differ."""
+    step, largest = (what.high - what.low) / (_LEVELS / 2), max(abs(what.low), abs(what.high))
+    if what.is_log or step <= 0:
+        return 2
+    return min(max(math.ceil(math.floor(math.log10(largest)) - math.log10(step)) + 1, 2), 7)
+
+
 def _norm(what: Drawn) -> Any:
     from matplotlib.colors import LogNorm, Normalize
 
@@ -156,7 +165,7 @@ def _from_above(figure: Any, axes: Any, grid: Grid, what: Drawn, result: Landsca
         grid.xs, grid.ys, what.losses, levels=levels, cmap=_COLOURS, norm=_norm(what), extend="both"
     )
     axes.contour(grid.xs, grid.ys, what.losses, levels=levels, colors="black", linewidths=0.3, alpha=0.6)
-    bar = figure.colorbar(colours, ax=axes, format="%.2g", shrink=0.9)
+    bar = figure.colorbar(colours, ax=axes, format=f"%.{_digits(what)}g", shrink=0.9)
     bar.ax.tick_params(labelsize=8)
     bar.set_label("loss (log scale)" if what.is_log else "loss", fontsize=8)
     style = {"color": "crimson", "markeredgecolor": "white"}
@@ -176,6 +185,7 @@ def _as_surface(figure: Any, axes: Any, grid: Grid, what: Drawn, result: Landsca
     axes.plot_surface(xs, ys, heights, cmap=_COLOURS, rcount=100, ccount=100, linewidth=0.15, edgecolor="0.35")
     axes.set_zlabel("log10 of the loss" if what.is_log else "loss", fontsize=8)
     axes.view_init(elev=42, azim=-60)
+    axes.set_box_aspect(None, zoom=0.85)  # or the label of the height is cut off
     axes.locator_params(nbins=5)
     if result is not None:
         found = [(*each.place, each.loss_in_plane) for each in result.checkpoints if each.place is not None]
@@ -209,7 +219,7 @@ def _curvature(result: Landscape) -> Any:
     limits = [(e.step, e.limit) for e in result.checkpoints if e.limit is not None and e.limit.value is not None]
     if limits:
         bounds = [each.value or 0.0 for _, each in limits]
-        label = f"{limits[-1][1].rule}: plain {limits[-1][1].optimizer.partition(',')[0]} is stable below"
+        label = f"{limits[-1][1].rule}: {limits[-1][1].optimizer.partition(',')[0]} is stable below"
         axes.plot([step for step, _ in limits], bounds, "--", color="crimson", label=label, drawstyle="steps-post")
         highest = max(highest, *bounds)
     axes.axhline(0, color="0.6", linewidth=0.8)

@@ -5,9 +5,11 @@ A Trainer of its own sets up module and data as for training, and gives the firs
 
 from __future__ import annotations
 
+import copy
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from stabletrain.errors import UserError
-from stabletrain.landscape.checkpoints import Saved, read_checkpoints
+from stabletrain.landscape.checkpoints import Saved, read_checkpoints, thinned
 from stabletrain.landscape.curvature import USUAL_PRODUCTS, curvature, stability_limit
 from stabletrain.landscape.objective import Objective, Weights
 from stabletrain.landscape.planes import (
@@ -73,10 +75,11 @@ class Study(Callback):
         paths: of its checkpoints, in order.
         options: what to compute.
         say: gets a line of text for each part.
+        most: checkpoints that are used at most, evenly spaced, >= 1.
     """
 
-    def __init__(self, name: str, paths: Sequence[Path], options: Options, say: Say) -> None:
-        self.name, self.paths, self.options, self.say = name, paths, options, say
+    def __init__(self, name: str, paths: Sequence[Path], options: Options, say: Say, *, most: int) -> None:
+        self.name, self.paths, self.options, self.say, self.most = name, paths, options, say, most
         self.result: Landscape | None = None
         self._parts: list[MicroBatch] = []
 
@@ -94,13 +97,18 @@ class Study(Callback):
         trainer.accumulate_grad_batches = self.options.batches + 1  # no step before all batches are there
 
         def gather(part: MicroBatch) -> Any:
+            if not part.has_batch:
+                raise UserError(
+                    f"landscape: training_step of {type(pl_module).__name__} takes the iterator over the loader "
+                    "(dataloader_iter), so its loss cannot be computed again; expected one that takes a batch"
+                )
             self._parts.append(part)
             if len(self._parts) == self.options.batches or part.ends_window:
                 trainer.accumulate_grad_batches = 1  # by which Lightning divides the loss
                 with not_logging(pl_module):
                     self.result = self._compute(trainer, pl_module)
                 raise Studied
-            return part.forward(part.batch)
+            return part.forward(_copied(part.batch))
 
         around_micro_batches(trainer, gather)
 
@@ -113,9 +121,16 @@ class Study(Callback):
             return _Computation(self, objective, module, trainer.optimizers).run()
 
 
+def _copied(batch: Any) -> Any:
+    """A batch that training_step may change in place, as by ``batch.pop("labels")``; itself if it cannot be copied."""
+    with suppress(Exception):
+        return copy.deepcopy(batch)
+    return batch
+
+
 def _loss_of(part: MicroBatch, number: int) -> Callable[[], Tensor]:
     def compute() -> Tensor:
-        loss = part.forward(part.batch).closure_loss
+        loss = part.forward(_copied(part.batch)).closure_loss
         if loss is None or loss.numel() != 1:
             got = "None" if loss is None else f"a tensor of shape {tuple(loss.shape)}"
             raise UserError(f"landscape: expected a loss from training_step, got {got} at batch {number}")
@@ -133,11 +148,24 @@ class _Point:
     result: CheckpointLoss
 
 
+def _is_unsteady(result: Landscape) -> bool:
+    """Whether the loss at the last weights differs between the first evaluation and one within a plane."""
+    first, found = result.centre.loss, [result.centre.loss_in_plane]
+    for grid in (result.random, result.path):
+        if grid is not None and 0.0 in grid.xs and 0.0 in grid.ys:
+            found.append(grid.losses[grid.ys.index(0.0)][grid.xs.index(0.0)])
+    return any(
+        each is not None and math.isfinite(each) and not math.isclose(each, first, rel_tol=1e-3, abs_tol=1e-6)
+        for each in found
+    )
+
+
 class _Computation:
     def __init__(
         self, study: Study, objective: Objective, module: LightningModule, optimizers: Sequence[Optimizer]
     ) -> None:
-        self.options, self.say, self.paths, self.name = study.options, study.say, study.paths, study.name
+        self.options, self.say, self.name = study.options, study.say, study.name
+        self.paths, self.most = study.paths, study.most
         self.objective, self.module, self.optimizers = objective, module, optimizers
         self.notes: list[str] = []
 
@@ -166,17 +194,18 @@ class _Computation:
         self._planes(result, points, plane)
         if has_curvature:
             self._curvature(points)
+        if _is_unsteady(result):
+            self.notes.append(
+                "the loss is another one each time it is computed at the same weights: training_step keeps a state "
+                "that is no tensor, such as a count of its calls; pictures and eigenvalues are wrong by as much"
+            )
         result.by_differences, result.passes = objective.by_differences, objective.passes
         return result
 
     def _read(self) -> list[_Point]:
         """The weights of the checkpoints by step; of two of one step the one that was written later."""
         by_step: dict[int, _Point] = {}
-        for saved in read_checkpoints(self.paths, self.notes):
-            self._load(saved)
-            if (name := first_nonfinite_weight(self.module)) is not None:
-                self.notes.append(f"{saved.name} is left out: its weights are not finite ({name})")
-                continue
+        for saved in self._usable(self._chosen()):
             weights = [each.cpu() for each in self.objective.weights()]
             fixed = [each.cpu() for each in self.objective.fixed()]
             limit = stability_limit(*self._groups(saved.content))
@@ -186,10 +215,31 @@ class _Computation:
             raise UserError(f"landscape: none of the checkpoints of {self.name} can be used: {'; '.join(self.notes)}")
         return [by_step[step] for step in sorted(by_step)]
 
+    def _chosen(self) -> list[Path]:
+        """Some of the checkpoints; the last of them can be used, since it is the centre of the planes."""
+        paths = list(self.paths)
+        while paths and not any(True for _ in self._usable(paths[-1:])):
+            paths.pop()
+        chosen = thinned(paths, self.most)
+        if len(chosen) < len(paths):
+            count = len(self.paths)
+            self.say(f"{len(chosen)} of the {count} checkpoints, evenly spaced; more with --checkpoints {count}")
+        return chosen
+
+    def _usable(self, paths: Sequence[Path]) -> Iterator[Saved]:
+        """The checkpoints that can be read, and have finite weights; the module has those of the present one."""
+        for saved in read_checkpoints(paths, self.notes):
+            self._load(saved)
+            if (name := first_nonfinite_weight(self.module)) is None:
+                yield saved
+            else:
+                self.notes.append(f"{saved.name} is left out: its weights are not finite ({name})")
+
     def _load(self, saved: Saved) -> None:
-        self.module.on_load_checkpoint(dict(saved.content))
+        content = dict(saved.content)
+        self.module.on_load_checkpoint(content)  # it may rename the weights
         try:
-            state = with_own_names(saved.content["state_dict"], self.module)
+            state = with_own_names(content["state_dict"], self.module)
             self.module.load_state_dict(state, strict=self.module.strict_loading)
         except _MISMATCH as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
@@ -203,6 +253,8 @@ class _Computation:
         if len(self.optimizers) != 1:
             return f"{len(self.optimizers)} optimizers", []
         kind, states = type(self.optimizers[0]), content.get("optimizer_states")
+        if kind.__module__.startswith("lightning."):  # its stand-in for none
+            return "a module without an optimizer", []
         name = "SGD" if kind is torch.optim.SGD else f"{kind.__module__}.{kind.__name__}"
         first = states[0] if isinstance(states, list) and states else None
         groups = first.get("param_groups") if isinstance(first, Mapping) else None

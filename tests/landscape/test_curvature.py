@@ -101,3 +101,4 @@ def test_other_optimizers_have_no_limit() -> None:
     """Bug: 2/rate for Adam, whose rate means something else."""
     assert stability_limit("torch.optim.adamw.AdamW", [{"lr": 0.1}]).value is None
     assert stability_limit("SGD", [{"lr": 0.1}, {"lr": 0.2}]).value is None
+    assert "no learning rate" in stability_limit("SGD", []).rule

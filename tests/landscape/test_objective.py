@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call, jacrev
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from stabletrain.landscape.objective import Objective
 
@@ -93,6 +94,31 @@ def test_a_state_that_is_carried_on_begins_anew_at_each_evaluation() -> None:
         objective.product(torch.ones(objective.size))
         assert objective.loss() == first
     assert module.state is None
+
+
+class Counting(nn.Linear):
+    """Registers another tensor as its buffer in each forward pass, and has a buffer that cannot be written in place."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 2)
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("ones", torch.ones(1).expand(2), persistent=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        return super().forward(inputs) * self.calls * self.ones
+
+
+def test_buffers_that_a_forward_pass_replaces_are_put_back() -> None:
+    """Bugs: only the tensor that was registered first is put back; an expanded buffer ends everything."""
+    module = Counting()
+    registered = module.calls
+    objective = Objective(module, [loss_of(module), loss_of(module, 2)])
+    with objective.opened():
+        objective.move(objective.weights(), objective.fixed())
+        assert objective.loss() == objective.loss()
+    assert module.calls is registered
+    assert module.calls == 0
 
 
 def test_batch_statistics_are_another_function() -> None:
@@ -187,6 +213,54 @@ def test_without_a_second_derivative_gradients_are_differenced() -> None:
         assert all(torch.equal(a, b) for a, b in zip(before, state(layer), strict=True))
     assert objective.by_differences
     assert torch.allclose(found, 2 * extended.T @ extended @ vector / 10, rtol=1e-2, atol=1e-2)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, use_reentrant: bool | None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.use_reentrant = nn.Linear(4, 5), nn.Linear(5, 2), use_reentrant
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        inputs = inputs.clone().requires_grad_()
+        if self.use_reentrant is None:
+            return self.second(self.first(inputs).tanh())
+        hidden = checkpoint(lambda x: self.first(x).tanh(), inputs, use_reentrant=self.use_reentrant)
+        return self.second(hidden)
+
+
+def test_weights_within_activation_checkpoints_have_their_part_of_the_hessian() -> None:
+    """Bug: a reentrant checkpoint's weights seem to be unused, and the Hessian lacks their rows without an error."""
+    found = []
+    for use_reentrant in (None, False, True):
+        module = Checkpointed(use_reentrant)
+        objective = Objective(module, [loss_of(module)])
+        with objective.opened():
+            found.append(objective.product(torch.linspace(-1, 1, objective.size)))
+        assert all(p.grad is None for p in module.parameters())
+    assert torch.allclose(found[0], found[1], atol=1e-6)
+    assert torch.allclose(found[0], found[2], atol=2e-3)
+
+
+def test_a_loss_with_a_gradient_in_it_and_sparse_gradients() -> None:
+    """Bugs: a gradient penalty has no graph to differentiate; a sparse gradient cannot be joined with the others."""
+    found = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        table, layer = nn.Embedding(6, 3, sparse=sparse), nn.Linear(3, 2)
+        module = nn.ModuleList([table, layer])
+
+        def loss(table: nn.Module = table, layer: nn.Module = layer) -> Tensor:
+            inputs = table(torch.arange(5))
+            value = F.cross_entropy(layer(inputs), torch.arange(5) % 2)
+            (gradient,) = torch.autograd.grad(value, layer.weight, create_graph=True)
+            return value + gradient.square().sum()
+
+        objective = Objective(module, [loss])
+        with objective.opened():
+            found.append((objective.loss(), objective.product(torch.linspace(-1, 1, objective.size))))
+    assert found[0][0] == found[1][0]
+    assert torch.allclose(found[0][1], found[1][1], atol=1e-6)
 
 
 def test_an_exception_of_the_module_is_not_hidden() -> None:

@@ -132,6 +132,42 @@ def test_it_is_the_same_again_and_another_seed_is_another_plane(run: Path) -> No
     assert first.centre == other.centre
 
 
+def test_what_a_training_step_changes_is_put_back(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bugs: a batch that training_step changes in place is another one at each evaluation; weights that
+    on_load_checkpoint has renamed are not found; a loss that changes with each call is drawn without a word."""
+    expected, _ = landscape(run, most=1)
+    step = DigitsCNN.training_step
+    calls: list[int] = []
+
+    def changing(self: DigitsCNN, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = step(self, batch, batch_idx)
+        batch[0].zero_()
+        return loss
+
+    def counting(self: DigitsCNN, batch: Any, batch_idx: int) -> torch.Tensor:
+        calls.append(batch_idx)
+        return step(self, batch, batch_idx) * (1 + len(calls))
+
+    def renaming(self: DigitsCNN, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = {f"net.{name}": each for name, each in checkpoint["state_dict"].items()}
+
+    monkeypatch.setattr(DigitsCNN, "training_step", changing)
+    single_file(run, 15, lambda state: [state.update({name[4:]: state.pop(name)}) for name in list(state)])
+    monkeypatch.setattr(DigitsCNN, "on_load_checkpoint", renaming, raising=False)
+    found, _ = landscape(run, most=1)
+    assert found.random == expected.random
+    assert found.notes == expected.notes
+    monkeypatch.setattr(DigitsCNN, "training_step", counting)
+    assert landscape(run, most=1)[0].notes[-1].startswith("the loss is another one each time")
+
+
+def test_a_training_step_that_takes_the_iterator_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: a KeyError of ours."""
+    monkeypatch.setattr(DigitsCNN, "training_step", lambda self, dataloader_iter: next(dataloader_iter))
+    with pytest.raises(UserError, match=r"training_step of DigitsCNN takes the iterator over the loader"):
+        landscape(run, most=1)
+
+
 def test_batch_statistics(run: Path) -> None:
     """Bug: the option does not reach the module."""
     running, batch = (landscape(run, batch_stats=each, most=1)[0].centre.loss for each in (False, True))
@@ -149,7 +185,7 @@ def test_one_checkpoint_has_a_random_plane_only(run: Path) -> None:
     assert said[0] == "3 of the 4 checkpoints, evenly spaced; more with --checkpoints 4"
 
 
-def single_file(run: Path, step: int, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+def single_file(run: Path, step: int, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     """A file as Lightning's ModelCheckpoint writes it."""
     state = load(run / "checkpoints" / "step-00000012")["state_dict"]
     change(state)
@@ -166,8 +202,10 @@ def test_checkpoints_that_cannot_be_used_are_left_out_and_named(run: Path) -> No
     found, _ = landscape(run)
     assert [each.step for each in found.checkpoints] == [3, 9, 12, 15]
     assert len(found.notes) == 2
-    assert found.notes[0].startswith("step-00000006 is left out: ")
-    assert found.notes[1] == "step=18.ckpt is left out: its weights are not finite (net.0.weight)"
+    assert found.notes[1].startswith("step-00000006 is left out: ")
+    assert found.notes[0] == "step=18.ckpt is left out: its weights are not finite (net.0.weight)"
+    found, _ = landscape(run, most=2)
+    assert [each.step for each in found.checkpoints] == [3, 15]  # and not the one that is evenly spaced before it
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint")
