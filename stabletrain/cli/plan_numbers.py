@@ -107,7 +107,7 @@ def _about(flops: Flops) -> Iterator[str]:
             "its weights at every place."
         )
     if flops.recomputes:
-        yield "The module computes attention a second time for the backward pass, which is counted."
+        yield "The module computes a part of its forward pass a second time for the backward pass, which is counted."
 
 
 def throughput_override(flops: Flops) -> str:
