@@ -211,8 +211,8 @@ class Lab:
         try:
             self._made([], None)
         except Exception as error:
-            given = ", ".join(f"{key}={value!r}" for key, value in self._arguments.items())
-            raise UserError(f"doctor: {given}: the Trainer does not accept that: {error}") from error
+            asked = ", ".join(f"{key}={value!r}" for key, value in self._arguments.items())
+            raise UserError(f"doctor: {asked}: the Trainer does not accept that: {error}") from error
 
     def _made(self, callbacks: list[Any], folder: str | None) -> Trainer:
         """A Trainer of one epoch that writes nothing."""

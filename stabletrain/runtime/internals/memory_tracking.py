@@ -166,7 +166,7 @@ def _trackers() -> tuple[Any, Any]:
                 if not p.requires_grad and p not in self._param_to_grad_hook_handles:
                     none = OrderedDict[int, Any]()
                     self._param_to_grad_hook_handles[p] = (RemovableHandle(none), RemovableHandle(none))
-            return super()._track_module_params_and_buffers(module, install_grad_hooks)  # type: ignore[no-untyped-call]
+            return super()._track_module_params_and_buffers(module, install_grad_hooks)
 
     class Sharded(Place, FSDPMemTracker):  # type: ignore[no-untyped-call]
         """For modules that FSDP2 has sharded."""
