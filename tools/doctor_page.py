@@ -26,8 +26,8 @@ text. Findings are shown first, in the order of this table.
   step that has begun is not interrupted.
 - With manual optimization the checks of learning do not apply; those of data and module do, but for stale and missing
   gradients and an ignored input: the first loss may be about noise.
-- Of a loss of differences (mse_loss and the like) the target is the argument without a gradient. Sparse tensors are left
-  out. A scheduler that waits for a metric of the validation keeps its rate.
+- Of a loss of differences (mse_loss and the like) the target is the argument without a gradient. Sparse tensors are
+  left out. A scheduler that waits for a metric of the validation keeps its rate.
 - The loss is read where a function of `torch.nn.functional` is called. A loss that is computed by hand is not seen, and
   the checks that need it are not applicable.
 - The input is the first tensor of a batch, labels are its last tensor of one whole number for each sample.
