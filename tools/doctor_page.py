@@ -25,11 +25,13 @@ text. Findings are shown first, in the order of this table.
 - After 60 seconds (`--seconds`, `seconds=`) no further step is made, and what could not be judged is not applicable. A
   step that has begun is not interrupted.
 - With manual optimization the checks of learning do not apply; those of data and module do, but for stale and missing
-  gradients.
+  gradients and an ignored input: the first loss may be about noise.
+- Of a loss of differences (mse_loss and the like) the target is the argument without a gradient. Sparse tensors are
+  left out. A scheduler that waits for a metric of the validation keeps its rate.
 - The loss is read where a function of `torch.nn.functional` is called. A loss that is computed by hand is not seen, and
   the checks that need it are not applicable.
 - The input is the first tensor of a batch, labels are its last tensor of one whole number for each sample.
-- A loader that is an iterator, or whose dataset holds one, is refused: it cannot be read without moving it.
+- A loader that is an iterator, or whose dataset holds one or a stream, is refused: it cannot be read without moving it.
 
 `--json FILE` writes all answers. The exit code is 0 without findings, 4 with one, 2 for a mistake in the command or the
 recipe. `--skip frozen` (`skip=["frozen"]`) leaves out a check, for what is meant.

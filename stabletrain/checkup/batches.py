@@ -5,21 +5,22 @@ from __future__ import annotations
 import copy
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+
+from stabletrain.runtime.windows.batches import tensors_of
 
 
 def tensors(batch: Any) -> list[Tensor]:
-    """The tensors in a batch, in the order of its structure.
+    """The dense tensors in a batch, in the order of its structure; of others, few operations are defined.
 
     Args:
-        batch: tensors in tuples, lists and mappings of any depth, or one alone.
+        batch: tensors in tuples, lists, mappings and dataclasses of any depth, or one alone.
     """
-    return [each for each in tree_leaves(batch) if isinstance(each, Tensor)]
+    return [each for each in tensors_of(batch) if each.layout is torch.strided and not each.is_nested]
 
 
 def size(batch: Any) -> int:
@@ -93,10 +94,14 @@ class SameBatches:
         batches: to return; at least one.
         count: their number in an epoch.
         deadline: of `time.monotonic`, after which no further batch is returned.
+        given: attributes of the user's loader for a module that asks for them.
     """
 
-    def __init__(self, batches: Sequence[Any], count: int, deadline: float) -> None:
+    def __init__(
+        self, batches: Sequence[Any], count: int, deadline: float, given: Mapping[str, Any] | None = None
+    ) -> None:
         self._batches, self._count, self._deadline = batches, count, deadline
+        vars(self).update(given or {})
         self._stopped = False
         self.was_late = False
         """Whether the epoch ended because the time was over."""

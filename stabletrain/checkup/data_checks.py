@@ -151,11 +151,11 @@ def _moments(case: Case) -> _Moments | Answer:
         if first is None or not first.is_floating_point():
             return not_applicable("the input, the first tensor of a batch, is no floating-point tensor")
         dimensions = first.ndim
-        if not _is_finite(first):
+        if not _is_finite(first) or not first.numel():
             continue
         rows.append(first.detach().cpu().reshape(len(first), -1).double())
     if not rows:
-        return not_applicable(_NO_BATCH if not case.train.read else "no batch is finite")
+        return not_applicable(_NO_BATCH if not case.train.read else "no batch is finite, and has a sample")
     if len({row.shape[1] for row in rows}) > 1:
         rows = [row.reshape(-1, 1) for row in rows]
     count = sum(len(row) for row in rows)

@@ -29,6 +29,8 @@ SECONDS = 60.0
 """Time after which no further step is made."""
 _READING = 0.25
 """Share of the time after which no further batch is read."""
+_OF_LOADER = ("batch_size", "dataset")
+"""Attributes of the train loader that a module may ask for."""
 _SKIPPED = "it was to be left out (skip)"
 
 
@@ -61,7 +63,8 @@ def doctor(
         The report: ``print(report)``, ``report.findings``, ``report.as_json()``.
 
     Raises:
-        UserError: if an argument is of the wrong kind, the module cannot be copied, or a loader is an iterator.
+        UserError: if an argument is of the wrong kind or no accelerator of this machine, the module cannot be copied,
+            or a loader is an iterator.
     """
     if not isinstance(module, both(LightningModule)):
         raise UserError(f"doctor: module: expected a LightningModule, got a {type(module).__name__}; pass an instance")
@@ -101,14 +104,18 @@ def examine(
     Raises:
         UserError: see `doctor`.
     """
+    if isinstance(skip, str) or not isinstance(skip, Collection):
+        raise UserError(f"doctor: skip: expected a list of names of checks, such as ['frozen'], got {skip!r}")
     for each in skip:
         if each not in (known := [check.name for check in CHECKS]):
             raise UserError(f"doctor: skip: there is no check {each!r}{did_you_mean(each, known)}; {', '.join(known)}")
     start = time.monotonic()
-    with rng.preserved(), quiet(), _eager():
+    # Lightning leaves gradients enabled after a fit; it cannot train in inference mode
+    with rng.preserved(), quiet(), _eager(), torch.inference_mode(False), torch.enable_grad():
         train = read(train_loader, "train_loader", seconds=seconds * _READING)
         val = None if val_loader is None else _read_validation(val_loader, seconds)
-        lab = Lab(module, train.read, start + seconds, data, dict(trainer or {}), warmup) if train.read else None
+        given = {name: getattr(train_loader, name) for name in _OF_LOADER if hasattr(train_loader, name)}
+        lab = Lab(module, train.read, start + seconds, data, dict(trainer or {}), warmup, given) if train.read else None
         case = Case(lab, train, val)
         results = [Result(check, _asked(check, case, skip)) for check in CHECKS]
     results.sort(key=lambda each: KINDS.index(each.answer.kind))

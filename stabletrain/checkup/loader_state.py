@@ -28,7 +28,7 @@ _FOLLOWED_ITEMS = 100
 """Items of the longest list whose items are followed, such as the transforms of an image."""
 _NOT_FOLLOWED = (
     type, ModuleType, FunctionType, BuiltinFunctionType, str, bytes, int, float, complex, bool, type(None),
-    torch.Tensor, torch.dtype, torch.device, np.ndarray, np.generic, nn.Module, io.IOBase,
+    torch.Tensor, torch.dtype, torch.device, np.ndarray, np.generic, nn.Module, random.SystemRandom,
 )  # fmt: skip
 _LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
 
@@ -61,6 +61,9 @@ def _visit(value: Any, name: str, restore: list[Callable[[], None]], seen: set[i
     if type(value).__module__.partition(".")[0] in _LIGHTNING:  # a data module's Trainer holds iterators of its own
         return
     seen.add(id(value))
+    if isinstance(value, io.IOBase):
+        restore.append(_file(value, name))
+        return
     if (undo := _generator(value)) is not None:
         restore.append(undo)
         return
@@ -108,6 +111,26 @@ def _container(value: Any, name: str, restore: list[Callable[[], None]], seen: s
     if len(value) <= _FOLLOWED_ITEMS:
         for index, each in enumerate(value.values() if isinstance(value, dict) else value):
             _visit(each, f"{name}[{index}]", restore, seen, depth - 1)
+
+
+def _file(value: io.IOBase, name: str) -> Callable[[], None]:
+    """What puts the position of an open file back."""
+    if value.closed:
+        return lambda: None
+    try:
+        position = value.tell()
+        value.seek(position)
+    except (OSError, ValueError):
+        raise UserError(
+            f"doctor: {name} is a stream ({type(value).__name__}), which cannot be read without moving it; pass a "
+            "loader that opens it anew in each iteration"
+        ) from None
+
+    def put_back() -> None:
+        if not value.closed:
+            value.seek(position)
+
+    return put_back
 
 
 def _generator(value: Any) -> Callable[[], None] | None:

@@ -6,7 +6,7 @@ import copy
 import random
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,7 +39,8 @@ class Steps:
 
     Args:
         module: the copy that was trained.
-        loss: what each ``training_step`` returned, in the order of the backward passes.
+        loss: of the first backward pass of each batch, in order, or of all with manual optimization; of several values
+            the mean.
         plain: loss of the first call of a loss function in each step, see `plain_loss`; None: not known.
         calls: the calls of the first `LOOKS` steps, by step.
         prior: of the targets of all steps.
@@ -99,6 +100,7 @@ class Watch(Callback):
         self.steps, self.looks, self.rate, self.seed, self.enough, self.stop = steps, looks, rate, seed, enough, stop
         self._calls: list[LossCall] = []
         self._mode: LossCalls | None = None
+        self._has_loss = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the optimizers' parameters with the module's."""
@@ -106,10 +108,13 @@ class Watch(Callback):
         held = {id(p) for each in trainer.optimizers for group in each.param_groups for p in group["params"]}
         trained = [(name, p) for name, p in pl_module.named_parameters() if p.requires_grad]
         self.steps.not_in_optimizer = [name for name, p in trained if id(p) not in held]
+        for scheduler in trainer.lr_scheduler_configs:
+            scheduler.strict = False  # nothing is validated, so a metric that it waits for may never come
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Set rates and seed, and begin to read."""
         steps = self.steps
+        self._has_loss = False
         if self.rate is not None:
             _set_rates(trainer.optimizers, self.rate(steps.batches))
         elif steps.batches < self.warmup:
@@ -131,7 +136,10 @@ class Watch(Callback):
         if pl_module.automatic_optimization and self.steps.batches <= _STALE_LOOKS:
             held = [p for each in trainer.optimizers for group in each.param_groups for p in group["params"]]
             self.steps.stale += any(p.grad is not None and bool(p.grad.any()) for p in held)
-        self.steps.loss.append(float(loss.detach()))
+        if self._has_loss and pl_module.automatic_optimization:
+            return  # the optimizer asks for the loss of a batch again, as LBFGS does
+        self._has_loss = True
+        self.steps.loss.append(float(loss.detach().float().mean()))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Find parameters without a gradient, in the first step."""
@@ -177,9 +185,10 @@ class Lab:
         data: the data module whose hooks for batches are used; None: the module's own.
         arguments: further ones of the Trainer.
         warmup: see `Watch`.
+        given: see `SameBatches`.
 
     Raises:
-        UserError: if the module cannot be copied.
+        UserError: if the module cannot be copied, or the Trainer does not accept an argument.
     """
 
     def __init__(
@@ -190,14 +199,36 @@ class Lab:
         data: LightningDataModule | None = None,
         arguments: dict[str, Any] | None = None,
         warmup: int = 0,
+        given: Mapping[str, Any] | None = None,
     ) -> None:
-        self._warmup = warmup
+        self._warmup, self._given = warmup, given
         self.batches, self.deadline = batches, deadline
         self._data, self._arguments = data, {"accelerator": "auto", **(arguments or {})}
         kinds = both(LightningModule)
         self._trainer = both(Trainer)[next(i for i, each in enumerate(kinds) if isinstance(module, each))]
         self._logger = both(DummyLogger)[kinds.index(next(each for each in kinds if isinstance(module, each)))]
         self._module = copied(module)
+        try:
+            self._made([], None)
+        except Exception as error:
+            asked = ", ".join(f"{key}={value!r}" for key, value in self._arguments.items())
+            raise UserError(f"doctor: {asked}: the Trainer does not accept that: {error}") from error
+
+    def _made(self, callbacks: list[Any], folder: str | None) -> Trainer:
+        """A Trainer of one epoch that writes nothing."""
+        return self._trainer(
+            **self._arguments,
+            devices=1,
+            max_epochs=1,
+            callbacks=callbacks,
+            logger=self._logger(),
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            limit_val_batches=0,
+            default_root_dir=folder,
+        )
 
     def fit(
         self,
@@ -222,7 +253,7 @@ class Lab:
             enough: see `Watch`.
         """
         steps = Steps(module=module or copied(self._module))
-        loader = SameBatches(batches or self.batches, count, self.deadline)
+        loader = SameBatches(batches or self.batches, count, self.deadline, self._given)
         watch = Watch(steps, looks=looks, rate=rate, seed=seed, enough=enough, stop=loader.stop, warmup=self._warmup)
         vars(steps.module)["configure_callbacks"] = list  # of the run: they may save or stop
         random.seed(1)
@@ -230,19 +261,7 @@ class Lab:
         torch.manual_seed(1)
         with tempfile.TemporaryDirectory(prefix="stabletrain-doctor-") as folder:
             try:
-                trainer = self._trainer(
-                    **self._arguments,
-                    devices=1,
-                    max_epochs=1,
-                    callbacks=[watch],
-                    logger=self._logger(),
-                    enable_checkpointing=False,
-                    enable_progress_bar=False,
-                    enable_model_summary=False,
-                    num_sanity_val_steps=0,
-                    limit_val_batches=0,
-                    default_root_dir=folder,
-                )
+                trainer = self._made([watch], folder)
                 if self._data is None:
                     trainer.fit(steps.module, loader)
                 else:

@@ -43,7 +43,7 @@ def steps(plan: Plan) -> str:
     if plan.steps_per_epoch is not None:
         text += f", {plan.steps_per_epoch:g} in an epoch"
     if plan.epochs is not None:
-        text += f", {plan.epochs:.3g} epochs"
+        text += f", {_epochs(plan.epochs)}"
     if plan.micro_batches > 1:
         text += f", {plan.micro_batches} micro-batches in each"
     if plan.samples_per_step is not None:
@@ -60,7 +60,7 @@ def tokens(plan: Plan) -> str | None:
     if plan.steps is None:
         return "How many tokens the run reads is unknown, as is the number of its steps."
     whole = plan.tokens_per_step * plan.steps
-    again = f", those of {plan.epochs:.3g} epochs together" if plan.epochs is not None and plan.epochs > 1 else ""
+    again = f", those of {_epochs(plan.epochs)} together" if plan.epochs is not None and plan.epochs > 1 else ""
     return (
         f"{count(whole)} tokens{again}: {whole / plan.parameters:.3g} for each parameter. In pretraining on text that "
         f"is read once, about {CHINCHILLA} make the best use of the compute (Hoffmann et al. 2022)."
@@ -107,7 +107,7 @@ def _about(flops: Flops) -> Iterator[str]:
             "its weights at every place."
         )
     if flops.recomputes:
-        yield "The module computes attention a second time for the backward pass, which is counted."
+        yield "The module computes a part of its forward pass a second time for the backward pass, which is counted."
 
 
 def throughput_override(flops: Flops) -> str:
@@ -160,6 +160,10 @@ def timing(plan: Plan, measured: Measured) -> _Rows:
 
 
 ABOUT_TIME = "Validation, checkpoints and the start come on top of the time of the steps."
+
+
+def _epochs(number: float) -> str:
+    return f"{number:.3g} epochs" if number < 1000 else f"{number:,.0f} epochs"
 
 
 def _flop(amount: float) -> str:

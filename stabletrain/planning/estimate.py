@@ -113,7 +113,7 @@ class _Found:
             nodes=nodes,
             strategy=type(self.strategy).__name__,
             precision=str(self.trainer.precision),
-            optimizer=", ".join(type(each).__name__ for each in self.trainer.optimizers) or "none",
+            optimizer=", ".join(_name(each) for each in self.trainer.optimizers) or "none",
             parameters=sum(p.numel() for p in parameters),
             trained=sum(p.numel() for p in parameters if p.requires_grad),
             groups=self.groups,
@@ -198,6 +198,12 @@ class _Found:
             yield "with offload, parameters, gradients and optimizer state are in main memory; the peak counts them"
         if self.trace.micro_batches > 2 and self.stopped is None:
             yield f"2 of {self.trace.micro_batches} micro-batches of a step were traced; the others are like the first"
+
+
+def _name(optimizer: Any) -> str:
+    """The name of an optimizer; Lightning has one for modules that have none."""
+    name = type(optimizer).__name__
+    return "none" if name == "_MockOptimizer" else name
 
 
 def _readers(trainer: Trainer) -> int:

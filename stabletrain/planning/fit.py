@@ -171,13 +171,23 @@ def fit(trainer: Trainer, module: LightningModule, data: LightningDataModule, mo
     vars(module)["setup"] = _setup(module, module.setup, mode)
     configure = module.configure_optimizers
     vars(module)["configure_optimizers"] = lambda: _optimizers(configure)
+    logging_ones = [each for each in module.modules() if isinstance(each, both(LightningModule))]
+    for each in logging_ones:  # Lightning takes values of what is logged, and it is no part of a step's work
+        vars(each).update(log=_no_log, log_dict=_no_log)
     try:
         trainer.fit(module, datamodule=data)
     finally:
         for name in ("setup", "configure_optimizers"):
             vars(module).pop(name, None)
+        for each in logging_ones:
+            for name in ("log", "log_dict"):
+                vars(each).pop(name, None)
         for name in fixed:
             vars(data).pop(name, None)
+
+
+def _no_log(*_: Any, **__: Any) -> None:
+    """Log nothing."""
 
 
 def _optimizers(configure: Callable[[], Any]) -> Any:
@@ -228,6 +238,9 @@ class _OneBatch:
 
     def __init__(self, trainer: Trainer, problem: NoBatch | None, batch: Any = None, loaders: Any = ()) -> None:
         self._trainer, self._problem, self._batch, self._loaders = trainer, problem, batch, loaders
+        for name in ("batch_size", "dataset"):  # a module may ask for them
+            if hasattr(loaders, name):
+                setattr(self, name, getattr(loaders, name))
 
     def __iter__(self) -> Iterator[Any]:
         if self._problem is not None:

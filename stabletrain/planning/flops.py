@@ -77,6 +77,8 @@ class CountFlops(Callback):
         self._calls = _Calls(self._counter)
         self._uncounted: dict[str, bool] = {}
         self._batch: Any = None
+        self._forward = 0
+        """Operations before the backward pass."""
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin to count."""
@@ -90,6 +92,7 @@ class CountFlops(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """What is called from now on is computed a second time."""
+        self._forward = self._counter.get_total_flops()
         self._calls.again = pl_module.automatic_optimization
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -127,14 +130,17 @@ class CountFlops(Callback):
         samples, tokens = samples_and_tokens(self._batch)
         if tokens is not None:  # what is looked up is what is computed: targets may be a part of the batch
             tokens = self._calls.looked_up or tokens
+        whole = self._counter.get_total_flops()
+        # a product has at most two of its size in backward; calls of checkpointed layers there are not seen
+        more = module.automatic_optimization and whole > 3 * self._forward > 0
         self.found = Flops(
-            micro_batch=self._counter.get_total_flops(),
+            micro_batch=whole,
             attention=self._calls.attention,
             samples=samples,
             tokens=tokens,
             embeddings=_embeddings(module, self._calls.multiplied),
             uncounted=sorted(name for name, is_uncounted in self._uncounted.items() if is_uncounted),
-            recomputes=self._calls.recomputes,
+            recomputes=more or self._calls.recomputes,
         )
         raise Counted
 

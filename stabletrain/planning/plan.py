@@ -110,7 +110,7 @@ class Flops:
         tokens: of the micro-batch that are looked up in embeddings; None: its data are no tokens.
         embeddings: elements of parameters that are looked up only, and multiplied with nothing.
         uncounted: types of modules with matrices as weights that were called while nothing was counted.
-        recomputes: whether the module computes attention a second time in backward, which is counted.
+        recomputes: whether the module computes a part of its forward pass a second time in backward, which is counted.
     """
 
     micro_batch: int

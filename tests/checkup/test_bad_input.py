@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import pytest
 import torch
 from doctor_suite.modules import Mlp, digit_loaders, digits
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 import stabletrain
 from stabletrain.checkup.answer import Answer
 from stabletrain.checkup.table import CHECKS
+from stabletrain.errors import UserError
 
 LEARNING = frozenset(check.name for check in CHECKS if check.family == "learning")
 """Checks that need further steps, which take most of the time."""
@@ -137,6 +139,79 @@ def test_manual_optimization_says_which_checks_apply() -> None:
         assert "manual optimization" in found[name].text
     for name in ("raises", "not in optimizer", "dead units", "loss at the start", "scale", "probabilities"):
         assert found[name].kind == "fine", (name, found[name])
+
+
+def test_manual_optimization_of_several_losses_at_once() -> None:
+    """Bug: a loss for each sample, whose gradients are given, is called an error of the module."""
+
+    class OfEach(ByHand):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer = self.optimizers()[0]  # type: ignore[index]
+            optimizer.zero_grad()
+            loss = F.cross_entropy(self.net(batch[0]), batch[1], reduction="none")
+            self.manual_backward(loss, gradient=torch.full_like(loss, 1 / len(loss)))
+            optimizer.step()
+
+    assert answers(OfEach(), *digit_loaders())["raises"].kind == "fine"
+
+
+def test_a_generator_that_steps_before_the_discriminator() -> None:
+    """Bug: its first loss is about noise, the same one for both batches, so that the input seems to be ignored."""
+
+    class FromNoise(ByHand):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            for optimizer, x in zip(self.optimizers(), (torch.randn_like(batch[0]), batch[0]), strict=True):  # type: ignore[arg-type]
+                optimizer.zero_grad()
+                self.manual_backward(F.cross_entropy(self.net(x), batch[1]))
+                optimizer.step()
+
+    assert answers(FromNoise(), *digit_loaders())["ignores input"].kind == "not applicable"
+
+
+class Waits(Mlp):
+    """Lowers its rate when the validation says so, weighs its loss by the size of its data, asks twice for a loss."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        assert len(self.trainer.train_dataloader.dataset) > self.trainer.train_dataloader.batch_size  # type: ignore[union-attr]
+        return super().training_step(batch, batch_idx)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.LBFGS(self.parameters(), 0.1, max_iter=2)
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "val_loss"}}
+
+
+def test_a_module_that_waits_for_its_validation_and_asks_for_its_data() -> None:
+    """Bugs: an error, as there is no metric of a validation or no dataset; each evaluation by LBFGS is a step."""
+    found = answers(Waits(), *digit_loaders(), asked=["loss rises"])
+    assert found["raises"].kind == "fine", found["raises"]
+    assert found["loss rises"].text.endswith("after 120 steps at the configured rate")
+
+
+def test_sparse_tensors_are_left_out() -> None:
+    """Bug: operations that they do not have are findings about healthy data."""
+
+    class Sparse(Mlp):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step((batch[0].to_dense(), batch[1]), batch_idx)
+
+    found = answers(Sparse(), [(x.flatten(1).to_sparse(), y) for x, y in Some(4)])
+    assert not [name for name, each in found.items() if each.kind == "finding" and "itself" in each.text]
+    assert found["raises"].kind == "fine", found["raises"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"skip": "frozen"}, r"skip: expected a list .* got 'frozen'"),
+        ({"skip": 5}, r"skip: expected a list .* got 5"),
+        ({"accelerator": "gpuu"}, r"accelerator='gpuu': the Trainer does not accept that"),
+    ],
+)
+def test_a_wrong_argument_is_one_message(arguments: Any, message: str) -> None:
+    """Bugs: the letters of a name are taken for names; a wrong accelerator is a finding about the module."""
+    with pytest.raises(UserError, match=message):
+        stabletrain.doctor(Mlp(), *digit_loaders(), **arguments)
 
 
 def test_an_exception_in_the_module_keeps_its_traceback() -> None:

@@ -1,8 +1,10 @@
 """Nothing of the user's moves: module, loaders, generators."""
 
 import copy
+import os
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -73,6 +75,45 @@ def test_module_loader_and_random_numbers_are_as_before() -> None:
     assert data.count == 0
     assert data.seen == []
     assert all(torch.equal(a, b[0]) for a, b in zip(later, loader, strict=True))
+
+
+def test_gradients_that_are_off_stay_off() -> None:
+    """Bugs: Lightning enables them and leaves them so; nothing can be trained in inference mode."""
+    for off in (torch.no_grad, torch.inference_mode):
+        with off():
+            report = stabletrain.doctor(Mlp(), *digit_loaders(), skip=LEARNING)
+            assert not torch.is_grad_enabled()
+        assert "raises" not in [each.check.name for each in report.findings], str(report)
+
+
+class Lines(IterableDataset[tuple[Tensor, Tensor]]):
+    """Digits by the numbers in an open file."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        x, y = digits()
+        while line := self.file.readline():
+            yield x[int(line)], y[int(line)]
+
+
+def test_an_open_file_is_where_it_was(tmp_path: Path) -> None:
+    """Bug: the lines that doctor has read are missing in the run."""
+    (tmp_path / "numbers").write_text("".join(f"{i}\n" for i in range(320)))
+    with open(tmp_path / "numbers") as file:
+        file.readline()
+        report = stabletrain.doctor(Mlp(), DataLoader(Lines(file), 32), skip=LEARNING)
+        assert file.readline() == "1\n"
+    assert next(each for each in report.results if each.check.name == "loader").answer.kind == "fine"
+
+
+def test_a_stream_that_cannot_go_back_is_refused() -> None:
+    """Bug: what was read of a pipe is lost."""
+    ends = os.pipe()
+    os.close(ends[1])
+    with open(ends[0]) as file, pytest.raises(UserError, match=r"train_loader\.dataset\.file is a stream"):
+        stabletrain.doctor(Mlp(), DataLoader(Lines(file), 32))
 
 
 def test_a_module_that_was_trained_keeps_its_trainer() -> None:

@@ -7,11 +7,14 @@ import planned_runs
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule
-from planned_runs import ReadsValues, StepsItself, module, planned, small
+from planned_runs import BATCH, CONTEXT, ReadsValues, StepsItself, module, planned, small
+from torch import Tensor
+from torch.utils.data import DataLoader
 
 from stabletrain import CheckReplicas
 from stabletrain.errors import UserError
 from stabletrain.planning.plan import as_json, from_json
+from stabletrain.workloads import CharGPT
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +108,39 @@ def test_a_check_of_copies_says_where_there_are_none(kind: str, size: int, said:
     """Bug: the plan of a sharded run promises a comparison, and the run then says that there is nothing to compare."""
     plan = planned(kind, size, {}, plugins=[("plugins.replicas", CheckReplicas(every=7))])
     assert plan.plugins[0].text.startswith(said)
+
+
+class FineTuned(CharGPT):
+    """Trains its output layer only, logs in its step, and asks its loader for the data."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=2, heads=4, width=32, context=CONTEXT, sample_length=0)
+        self.net.blocks.requires_grad_(False)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.log("train/also", loss, prog_bar=True, on_epoch=True)
+        self.log_dict({"one": 1.0})
+        assert len(self.trainer.train_dataloader.dataset) == 8  # type: ignore[union-attr]
+        return loss
+
+
+class Tokens(LightningDataModule):
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        return DataLoader(torch.randint(0, 84, (8, CONTEXT + 1)), BATCH)  # type: ignore[arg-type]
+
+
+def test_a_module_with_frozen_layers_that_logs_is_traced() -> None:
+    """Bugs: the tracker's hooks raise on frozen parameters; logging takes values; a loader without its data."""
+    plan = planned("single", 1, {}, FineTuned, data=Tokens())
+    assert plan.stopped_by is None
+    frozen = sum(p.numel() for p in FineTuned().net.blocks.parameters())
+    assert plan.parameters - plan.trained == frozen
+    assert plan.per_rank.gradients == 4 * plan.trained
+    assert plan.per_rank.peak is not None
+    assert plan.per_rank.peak > plan.per_rank.parameters
+
+
+def test_a_module_without_an_optimizer_has_none() -> None:
+    """Bug: the name of Lightning's stand-in for it."""
+    assert planned("single", 1, {}, lambda: module(lambda _: None)).optimizer == "none"  # type: ignore[arg-type,return-value]

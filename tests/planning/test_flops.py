@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule, LightningModule
 from planned_runs import BATCH, CONTEXT, Again, Data, ReadsValues, StepsItself, arguments, planned, small
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from stabletrain.planning.flops import count_flops
 from stabletrain.planning.parts import Parts
@@ -100,6 +101,19 @@ def test_attention_within_a_module_of_torch_is_seen() -> None:
     assert found.micro_batch == products + attention - first
     assert found.uncounted == []
     assert found.tokens is None
+
+
+def test_layers_that_the_module_computes_again_are_counted_and_said() -> None:
+    """Bug: a count with checkpointed layers is taken for that of the model."""
+
+    class Checkpoints(OneLayer):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return self.head(checkpoint(self.layer, batch, use_reentrant=False)).sum()
+
+    plain, found = counted(lambda: OneLayer(encoder())), counted(lambda: Checkpoints(encoder()))
+    assert (plain.recomputes, found.recomputes) == (False, True)
+    assert found.attention == plain.attention
+    assert found.micro_batch == plain.micro_batch + 2 * 15 * (8 * 24 + 8 * 8 + 2 * 8 * 16) + plain.attention / 3
 
 
 def test_what_is_not_counted_is_named() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from contextlib import ExitStack
 from functools import wraps
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from stabletrain.runtime.internals.fake_world import NotTraceable
 
@@ -158,6 +160,13 @@ def _trackers() -> tuple[Any, Any]:
             if not self._mod_tracker.is_bw:  # a second forward is not another step
                 self.memory_tracking.pop(module, None)  # type: ignore[no-untyped-call]
             super()._pre_fw_hook(module, inputs)
+
+        def _track_module_params_and_buffers(self, module: nn.Module, install_grad_hooks: bool = True) -> Any:
+            for p in module.parameters():  # it adds hooks where there are none, which frozen ones do not accept
+                if not p.requires_grad and p not in self._param_to_grad_hook_handles:
+                    none = OrderedDict[int, Any]()
+                    self._param_to_grad_hook_handles[p] = (RemovableHandle(none), RemovableHandle(none))
+            return super()._track_module_params_and_buffers(module, install_grad_hooks)
 
     class Sharded(Place, FSDPMemTracker):  # type: ignore[no-untyped-call]
         """For modules that FSDP2 has sharded."""

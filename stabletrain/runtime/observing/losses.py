@@ -31,6 +31,8 @@ LOSS_FUNCTIONS: tuple[Callable[..., Any], ...] = (
     F.smooth_l1_loss,
 )
 """The functions whose calls are seen."""
+_SYMMETRIC = (F.huber_loss, F.l1_loss, F.mse_loss, F.smooth_l1_loss)
+"""Functions whose first two arguments are often swapped: the target is then the one without a gradient."""
 
 
 class LossCall(NamedTuple):
@@ -40,6 +42,7 @@ class LossCall(NamedTuple):
         name: of the function, such as ``cross_entropy``.
         input: its first argument: for cross_entropy logits, (samples, classes, ...) or (classes,).
         target: its second argument; for cross_entropy class indices, (samples, ...), or probabilities of input's shape.
+            Of mse_loss and the like input and target are swapped if only the second argument needs a gradient.
         arguments: the other arguments by name, with their defaults.
         value: what it returned; None: it raised an error.
     """
@@ -114,6 +117,8 @@ def _call(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
     (_, first), (_, second), *others = bound.arguments.items()
     if not isinstance(first, Tensor) or not isinstance(second, Tensor):
         return None
+    if function in _SYMMETRIC and second.requires_grad and not first.requires_grad:
+        first, second = second, first
     result = value.detach() if isinstance(value, Tensor) else None
     return LossCall(function.__name__, first.detach(), second.detach(), dict(others), result)
 

@@ -65,3 +65,15 @@ def test_older_arguments_for_the_reduction_are_understood() -> None:
         with LossCalls(calls.append), pytest.warns(UserWarning, match="deprecated"):
             F.mse_loss(X, X, **arguments)
     assert [each.reduction for each in calls] == ["sum", "none"]
+
+
+def test_input_and_target_that_are_swapped() -> None:
+    """Bug: the output of a model is taken for the target, as losses of differences are often called the other way."""
+    calls: list[LossCall] = []
+    output, target = torch.ones(3, requires_grad=True), torch.zeros(3)
+    with LossCalls(calls.append):
+        loss = F.mse_loss(target, output)
+        F.mse_loss(output, target)
+        F.mse_loss(target, target + 1)
+    assert [call.input.tolist() for call in calls] == [[1.0] * 3, [1.0] * 3, [0.0] * 3]
+    assert float(loss.detach()) == 1.0
