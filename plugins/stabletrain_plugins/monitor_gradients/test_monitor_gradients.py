@@ -433,10 +433,10 @@ class CountsByGroup(torch.optim.AdamW):
         for group in self.param_groups:
             for p in group["params"]:
                 if self.state[p]:
-                    self.state[p]["step"] = torch.tensor(float(group["count"]))
+                    self.state[p]["step"] = torch.tensor(float(group["step"]))
         result = super().step(closure)
         for group in self.param_groups:
-            group["count"] = group.get("count", 0) + 1
+            group["step"] = group.get("step", 0) + 1
             for p in group["params"]:
                 self.state[p].pop("step", None)
         return result
@@ -451,7 +451,7 @@ def test_readings_of_tensors_do_not_end_a_run(tmp_path: Path, monkeypatch: pytes
             return CountsByGroup(self.parameters(), 0.01)
 
     _, record = fit(Counts(), tmp_path, MonitorGradients(every=1, rms_t=True), steps=3, log_every_n_steps=1)
-    assert "stability_layers/rms_t/net.out" in record.rows[-1][1]
+    assert any("stability_layers/rms_t/net.out" in row for _, row in record.rows)
     assert "no more are made" not in caplog.text
 
     def fails(*_: Any) -> Any:
