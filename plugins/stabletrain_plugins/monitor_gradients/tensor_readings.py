@@ -90,8 +90,8 @@ def rms_t(optimizers: Iterable[Optimizer], parameters: Sequence[Tensor]) -> dict
         optimizers: that have the state.
         parameters: those of the step.
     """
-    state = {p: moment for each in optimizers for group in each.param_groups for p in group["params"]
-             if (moment := _second_moment(p, each.state.get(p, {}), group)) is not None}  # fmt: skip
+    state = {p: known_moment for each in optimizers for group in each.param_groups for p in group["params"]
+             if (known_moment := _second_moment(p, each.state.get(p, {}), group)) is not None}  # fmt: skip
     known = [i for i, p in enumerate(parameters) if p in state and p.grad is not None and not p.grad.is_sparse]
     sums, counts = list[Tensor](), list[Tensor]()
     for i in known:
