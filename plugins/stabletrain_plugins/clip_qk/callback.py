@@ -174,8 +174,9 @@ class ClipQK(PluginMember):
         """The forward passes of a step are over."""
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         if self._watch is not None:
-            self._watch.end_first_step()
             step = self._optimizer_ids.index(id(optimizer))
+            if self._scalings[step].parameters:  # the step of another optimizer may be made without attention
+                self._watch.end_first_step()
             self._largest[step] = self._watch.take(step)
 
     def on_update(self, optimizer: Optimizer, dropped: Tensor | None) -> None:

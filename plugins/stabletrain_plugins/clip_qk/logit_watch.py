@@ -37,7 +37,7 @@ class LogitWatch:
         self._seen = [self._nothing() for _ in range(steps)]
         self._unchecked = dict.fromkeys(range(len(projections)))
         self._has_begun: set[int] = set()
-        self._is_first = True
+        self._is_first, self._has_warned = True, False
         self._outputs: dict[int, Tensor] = {}
         self._handles: dict[int, list[Any]] = {i: self._keep_outputs(each) for i, each in enumerate(projections)}
         self._calls = AttentionCalls(module, self._see)
@@ -57,23 +57,24 @@ class LogitWatch:
         self._seen = [self._nothing() for _ in self._seen]
 
     def end_first_step(self) -> None:
-        """The forward passes of the first step are over.
+        """The forward passes of the first step that uses a projection are over.
 
         Raises:
             UserError: if a projection was used without an attention call that can be seen.
         """
         if not self._is_first:
             return
-        self._is_first = False
         unseen = [each for i, each in enumerate(self._projections) if i not in self._has_begun]
         for each in unseen:
-            if len(unseen) == len(self._projections) or id((each.modules or (None,))[0]) in self._outputs:
+            if id((each.modules or (None,))[0]) in self._outputs:
                 self._wrong(
                     f"no attention call was seen in {each.home or 'the module'}, to which {each.name} belongs. Logits "
                     "are seen in F.scaled_dot_product_attention and nn.MultiheadAttention, not in attention that is "
                     "computed otherwise. Use the former, or match other modules"
                 )
-        if unseen:
+        self._is_first = not self._has_begun
+        if unseen and not self._has_warned:
+            self._has_warned = True
             names = ", ".join(each.name for each in unseen)
             rank_zero_warn(f"clip_qk: not used in the first step, and not scaled while it is not: {names}")
 

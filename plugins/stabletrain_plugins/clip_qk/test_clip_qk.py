@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from stabletrain import ClipQK, Guard, Rollback, SkipNonFinite, UserError
+from stabletrain import ClipQK, Guard, MonitorActivations, Rollback, SkipNonFinite, UserError
 from stabletrain.core.events import Request, RequestKind
 from stabletrain.core.rule import Observation
 from stabletrain.runtime.observing.attention import AttentionCall, AttentionCalls, largest_logit
@@ -285,6 +286,56 @@ def test_metrics_and_what_is_left_after_a_fit() -> None:
         fit(Failing(), items(2), clip())
     assert not nn.modules.module._global_forward_pre_hooks
     assert not torch.overrides._get_current_function_mode_stack()
+
+
+class Adversarial(Net):
+    """The optimizer of another part steps first, without attention."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:  # type: ignore[override]
+        mine, other = self.optimizers()  # type: ignore[misc]
+        other.zero_grad()
+        self.manual_backward(self.readout(self.batch(int(batch))).square().mean())
+        other.step()
+        mine.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        mine.step()
+
+    def configure_optimizers(self) -> Any:
+        return [SGD(each.parameters(), 0.0) for each in (self.attention, self.readout)]
+
+
+class Late(Net):
+    """The first batch needs no attention."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        if batch_idx == 0:
+            return self.readout(self.batch(0)).square().mean()
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("make", [Adversarial, Late])
+def test_attention_may_begin_after_the_first_step(make: Any) -> None:
+    """Bug: a step that needs no attention is taken for one whose attention cannot be seen, and ends the run."""
+    module = make()
+    logits = module.logits(1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "clip_qk: not used in the first step")
+        fit(module, items(2), clip(tau=1.0))
+    assert (logits > 1.0).any()
+    assert module.logits(1).max() < 1.001
+
+
+@pytest.mark.parametrize("exact", ["bound", "exact"])
+def test_two_plugins_that_read_attention_do_not_read_each_other(exact: Any) -> None:
+    """Bug: inside nn.MultiheadAttention one reads the products that the other computes, and raises or clips by them."""
+    ends = []
+    for others in ([], [MonitorActivations(every=1, attention=exact)]):
+        module = Net("multihead")
+        module.attention.inner.dropout = 1e-9  # then torch uses no fused kernel
+        ends.append(everything(fit(module, items(2), *others, clip("multihead"))))
+    assert_same(*ends)
 
 
 class Failing(Net):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,70 @@ def test_nonfinite_outputs_are_counted_and_enter_no_mean() -> None:
     metrics = dict(fit(Spoilt(), items, *plugins, log_every_n_steps=3).callback_metrics)
     assert metrics["stability/nonfinite_outputs"] == 3  # net.0 and the parts of net.1
     assert all(math.isfinite(value) for value in metrics.values())
+
+
+class Lazy(dict):  # type: ignore[type-arg]
+    """A container that cannot be asked for its parts yet."""
+
+    def values(self) -> Any:
+        raise RuntimeError("not computed yet")
+
+
+class Unusual(nn.Module):
+    """Returns what is no tensor of numbers.
+
+    Args:
+        how: ``lazy``, ``mask``, ``itself`` or ``bits``.
+    """
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Tensor) -> Any:
+        if self.how == "mask":
+            return torch.full((2, 2), torch.finfo(x.dtype).min)
+        if self.how == "bits":
+            return x.to(torch.float8_e4m3fn)
+        output: list[Any] = [Lazy(x=x)]
+        return output[0] if self.how == "lazy" else output.append(output) or output
+
+
+@pytest.mark.parametrize("how", ["lazy", "mask", "itself", "bits"])
+def test_unusual_outputs_neither_end_the_run_nor_the_readings(how: str) -> None:
+    """Bugs: a container's own exception ends the run; a large finite output counts as non-finite; tensors for which
+    torch has no norm end all readings."""
+
+    class With(Parts):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unusual = Unusual(how)
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            self.unusual(batch)
+            return super().training_step(batch, batch_idx)
+
+    metrics = dict(fit(With(), [torch.ones(2, 2)] * 2, MonitorActivations(every=1)).callback_metrics)
+    assert metrics["stability/nonfinite_outputs"] == 0
+    assert "net.1" in found(metrics, "activation_rms")
+
+
+def test_a_scripted_part_is_passed_over() -> None:
+    """Bug: the dictionaries and hooks of a scripted module are not those of a module, and raise."""
+
+    class With(Parts):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scripted = torch.jit.script(nn.Sequential(nn.BatchNorm1d(2), nn.ReLU()))
+            self.net[1].compile(backend="eager")
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return super().training_step(self.scripted(batch), batch_idx)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*torch.jit.script", DeprecationWarning)
+        metrics = dict(fit(With(), [torch.rand(2, 2)] * 2, MonitorActivations(every=1)).callback_metrics)
+    assert "net.1" in found(metrics, "activation_rms")
 
 
 def test_an_error_in_a_reading_ends_the_readings_only(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from stabletrain.core import metric_names
 from stabletrain.core.events import Event
 from stabletrain.core.layer_names import layer_names
 from stabletrain.core.metric_names import MetricInfo
 from stabletrain.core.outcome import Outcome
-from stabletrain.errors import require
+from stabletrain.errors import is_whole, require
 from stabletrain.runtime import gradients
 from stabletrain.runtime.guard.callbacks import GuardMember
 from stabletrain.runtime.guard.optimizer_buffers import parameters_of
 from stabletrain.runtime.internals.state import state_holders
 from stabletrain.runtime.observing.limits import check_limits, warnings_of
 from stabletrain.runtime.observing.numbers import Stacked, read
+from stabletrain.runtime.records.event_log import logger
 from stabletrain_plugins.monitor_gradients.tensor_readings import SpectralNorms, UpdateRatios, rms_t
 
 METRICS = (
@@ -93,10 +96,13 @@ class MonitorGradients(GuardMember):
         spectral_norm: bool = False,
         warn_above: Mapping[str, float] | None = None,
     ) -> None:
-        for key, value in (("every", every), ("depth", 1 if depth is None else depth)):
-            self._require(value >= 1, key, ">= 1", value)
-        self.every = every
-        self.depth = depth
+        self._require(is_whole(every) and every >= 1, "every", "a whole number >= 1", every)
+        self._require(depth is None or (is_whole(depth) and depth >= 1), "depth", "a whole number >= 1, or null", depth)
+        switches = {"weights": weights, "update_ratio": update_ratio, "rms_t": rms_t, "spectral_norm": spectral_norm}
+        for key, value in switches.items():
+            self._require(isinstance(value, bool), key, "true or false", value)
+        self.every = int(every)
+        self.depth = None if depth is None else int(depth)
         self.weights = weights
         self.update_ratio = update_ratio
         self.rms_t = rms_t
@@ -113,6 +119,7 @@ class MonitorGradients(GuardMember):
     def _clear(self) -> None:
         self._worst: int | None = None
         self._measured = 0
+        self._failed = False
         for _ in self.each_optimizer():
             self.start_optimizer()
 
@@ -154,8 +161,21 @@ class MonitorGradients(GuardMember):
             norms["weight_norm"] = self._norms(1, weights, self._layer_of, parameters[0].device)
         keys = [(what, layer) for what in norms for layer in self._layers]
         self._measurements.append(Stacked(keys, list(norms.values())))
-        if self.update_ratio or self.rms_t or self.spectral_norm:
-            self._measure_tensors(parameters)
+        if not self._failed and (self.update_ratio or self.rms_t or self.spectral_norm):
+            with self._keeping_the_run():
+                self._measure_tensors(parameters)
+
+    @contextmanager
+    def _keeping_the_run(self) -> Iterator[None]:
+        """An error in it, such as no memory for a copy, ends the readings of single tensors, and not the training."""
+        try:
+            yield
+        except Exception as error:
+            if any(isinstance(p, DTensor) for p in self._parameters):
+                raise  # other ranks wait in a collective
+            self._failed = True
+            self._drop_ratios()
+            logger.warning("monitor_gradients: an error in a reading of tensors; no more are made", exc_info=error)
 
     def _measure_tensors(self, parameters: Sequence[Tensor]) -> None:
         """Compute the readings of single tensors; of what the step will change, begin."""
@@ -192,8 +212,9 @@ class MonitorGradients(GuardMember):
     def on_outcome(self, outcome: Outcome) -> None:
         """After a non-finite step: name the parameters where its gradient is non-finite; of applied steps only once."""
         if self._ratios is not None:
-            if outcome.applied:
-                self._take_ratios()
+            with self._keeping_the_run():
+                if outcome.applied:
+                    self._take_ratios()
             self._drop_ratios()
         if outcome.overflow or (math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm)):
             return

@@ -24,7 +24,7 @@ from stabletrain.runtime.guard.options import Guard
 from stabletrain_plugins.clip_norm.rule import ClipNormRule
 from stabletrain_plugins.monitor_gradients import callback
 from stabletrain_plugins.monitor_gradients.callback import MonitorGradients
-from stabletrain_plugins.monitor_gradients.tensor_readings import SpectralNorms
+from stabletrain_plugins.monitor_gradients.tensor_readings import SpectralNorms, UpdateRatios
 from stabletrain_plugins.skip_nonfinite.rule import SkipNonFiniteRule
 
 CONF = Path(__file__).parent / "conf" / "plugins" / "gradients" / "monitor.yaml"
@@ -424,3 +424,55 @@ def test_a_limit_of_the_gradient_norm_is_an_event(tmp_path: Path) -> None:
     ]
     with pytest.raises(UserError, match="used with update_ratio=true"):
         MonitorGradients(warn_above={"update_ratio": 0.1})
+
+
+class CountsByGroup(torch.optim.AdamW):
+    """Adam's state, with the number of steps in the group, as in some packages."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if self.state[p]:
+                    self.state[p]["step"] = torch.tensor(float(group["step"]))
+        result = super().step(closure)
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            for p in group["params"]:
+                self.state[p].pop("step", None)
+        return result
+
+
+def test_readings_of_tensors_do_not_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    """Bugs: the state of another optimizer than torch's Adam raises; no memory for a copy of the weights ends the run,
+    before the step or in the hook after it."""
+
+    class Counts(Net):
+        def configure_optimizers(self) -> Any:
+            return CountsByGroup(self.parameters(), 0.01)
+
+    _, record = fit(Counts(), tmp_path, MonitorGradients(every=1, rms_t=True), steps=3, log_every_n_steps=1)
+    assert any("stability_layers/rms_t/net.out" in row for _, row in record.rows)
+    assert "no more are made" not in caplog.text
+
+    def fails(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("no memory")
+
+    for name in ("__init__", "_compare"):
+        caplog.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(UpdateRatios, name, fails)
+            _, record = fit(Net(), tmp_path, MonitorGradients(every=1, update_ratio=True), steps=3, log_every_n_steps=3)
+        assert caplog.text.count("no more are made") == 1
+        assert any("stability_layers/grad_norm/net.out" in row for _, row in record.rows)
+
+
+@pytest.mark.parametrize("arguments", [{"every": "5"}, {"every": 1.5}, {"depth": "a"}, {"update_ratio": "yes"}])
+def test_an_argument_of_another_type_is_named(arguments: dict[str, Any]) -> None:
+    """Bug: a TypeError with a traceback; a text that counts as true."""
+    with pytest.raises(UserError, match=rf"monitor_gradients: {next(iter(arguments))} must be"):
+        MonitorGradients(**arguments)
+
+
+def test_spectral_norms_of_complex_matrices_are_left_out() -> None:
+    """Bug: the imaginary part is dropped, with a warning."""
+    assert SpectralNorms().of([nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))]) == {}

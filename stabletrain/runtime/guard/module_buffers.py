@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from stabletrain.runtime.internals.attributes import names_within
+
 _RUNNING_STATISTICS = ("running_mean", "running_var")
 
 
@@ -26,7 +28,7 @@ class ModuleBuffers:
 
     def __init__(self, module: nn.Module, belongs: Callable[[nn.Module], bool] | None = None) -> None:
         children = [child for child in module.modules() if belongs is None or belongs(child)]
-        owners = [(child, name) for child in children for name in child._buffers]
+        owners = [(child, name) for child in children for name in names_within(child._buffers)]
         self.modules: Collection[nn.Module] | None = None if belongs is None else frozenset(children)
         """The submodules; None: all."""
         self._owners = owners
@@ -88,7 +90,8 @@ class ModuleBuffers:
     def _changed(self) -> list[tuple[int, Tensor | None]]:
         found = []
         for i, (child, name) in enumerate(self._owners):
-            tensor = child._buffers.get(name)
+            own = child._buffers
+            tensor = own[name] if name in own else None  # noqa: SIM401 - a scripted module's has no get
             known, uncounted = tensor is self._tensors[i], self._uncounted[i] and tensor is not None
             if not known or uncounted or _version(tensor) != self._versions[i]:
                 found.append((i, tensor))

@@ -61,7 +61,7 @@ class HiddenState:
             else:
                 self._owners.append(owner)
             if buffers and (kept := attributes.buffers_not_saved(child)):
-                left_out = frozenset(child._buffers) - kept
+                left_out = frozenset(attributes.names_within(child._buffers)) - kept
                 self._owners.append(Owner(owner.prefix, child, child._buffers, left_out))
 
     # ---- accumulation windows ---------------------------------------------------------------------------------------

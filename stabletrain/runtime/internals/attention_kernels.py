@@ -8,6 +8,7 @@ softmax.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -39,6 +40,15 @@ class Seen(NamedTuple):
     causal: bool
 
 
+class _Reading(threading.local):
+    """How many calls of ``see`` are in progress in this thread."""
+
+    depth = 0
+
+
+_READING = _Reading()
+
+
 class AttentionKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Within it, ``see`` is called for each attention, before its softmax or fused kernel runs.
 
@@ -58,12 +68,14 @@ class AttentionKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if any(issubclass(each, DTensor) for each in types):
             return NotImplemented  # first DTensor makes plain operators of it
         kwargs = kwargs or {}
+        if _READING.depth:  # within what another one of these modes, which is open too, is called with
+            return func(*args, **kwargs)
         schema = func._schema
         if schema.name.startswith(_FUSED) and "backward" not in schema.name:
             names = [each.name for each in schema.arguments]
             given = {**dict(zip(names, args, strict=False)), **kwargs}
             mask = given.get("attn_mask", given.get("attn_bias"))
-            self._see(Seen(given["query"], given["key"], given.get("scale"), mask, bool(given.get("is_causal"))))
+            self._report(Seen(given["query"], given["key"], given.get("scale"), mask, bool(given.get("is_causal"))))
         elif schema.name in _PRODUCTS:
             *bias, left, right = args[:3] if schema.name == "aten::baddbmm" else args[:2]
             if left.shape[-1] == self._width and not left.shape[0] % self._heads:
@@ -73,8 +85,15 @@ class AttentionKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._product = self._product._replace(mask=args[1])
         elif self._product is not None and schema.name in _SOFTMAXES:
             product, self._product = self._product, None
-            self._see(product)
+            self._report(product)
         return func(*args, **kwargs)
+
+    def _report(self, seen: Seen) -> None:
+        _READING.depth += 1
+        try:
+            self._see(seen)
+        finally:
+            _READING.depth -= 1
 
     def _by_head(self, tensor: Tensor) -> Tensor:
         """(batch * heads, ...) as (batch, heads, ...); a mask for all of them stays as it is."""

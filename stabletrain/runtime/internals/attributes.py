@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,8 +38,8 @@ def ignored_attributes(module: nn.Module) -> frozenset[str]:
     ignored = _of_lightning_module() if lightnings else _of_module()
     if isinstance(module, nn.RNNBase):
         ignored |= {"_flat_weights", "_flat_weight_refs"}
-    computed = {name.removesuffix("_orig") for name in module._parameters if name.endswith("_orig")}
-    directions = {name.removesuffix("_v") for name in module._parameters if name.endswith("_v")}
+    computed = {name.removesuffix("_orig") for name in names_within(module._parameters) if name.endswith("_orig")}
+    directions = {name.removesuffix("_v") for name in names_within(module._parameters) if name.endswith("_v")}
     computed |= {name for name in directions if f"{name}_g" in module._parameters}
     return ignored | computed if computed else ignored
 
@@ -47,6 +47,11 @@ def ignored_attributes(module: nn.Module) -> frozenset[str]:
 def buffers_not_saved(module: nn.Module) -> frozenset[str]:
     """The names of a module's buffers that its ``state_dict`` leaves out."""
     return frozenset(module._non_persistent_buffers_set)
+
+
+def names_within(tensors: Mapping[str, Tensor | None]) -> list[str]:
+    """The names in ``_parameters`` or ``_buffers`` of a module; those of a scripted one cannot be iterated."""
+    return list(tensors.keys())
 
 
 def version_of(tensor: Tensor) -> int:

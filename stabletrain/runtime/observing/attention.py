@@ -36,8 +36,8 @@ class AttentionCall(NamedTuple):
 
     Args:
         name: of the module whose forward pass makes the call, as in ``named_modules``; empty: of the module itself.
-        query: (..., heads, queries, width).
-        key: (..., heads, keys, width); with grouped keys it may have fewer heads, which divide those of ``query``.
+        query: (..., batch, heads, queries, width), or (batch, queries, width) of one head.
+        key: as ``query``, with keys; with grouped keys it may have fewer heads, which divide those of ``query``.
         scale: of their product; may be negative.
         mask: broadcasts to the logits (..., heads, queries, keys): true where a key takes part, or a number that is
             added to the logit. None: no mask.
@@ -53,8 +53,8 @@ class AttentionCall(NamedTuple):
 
     @property
     def heads(self) -> int:
-        """Number of heads of the queries; 1 if the tensors have no dimension for them."""
-        return self.query.shape[-3] if self.query.ndim > 2 else 1
+        """Number of heads of the queries; 1 if the tensors have no dimension for them, as (batch, queries, width)."""
+        return self.query.shape[-3] if self.query.ndim > 3 else 1
 
 
 class AttentionCalls:
@@ -92,7 +92,7 @@ class AttentionCalls:
             if self._runs_eagerly:
                 stack.enter_context(run_eagerly())
                 for each in self._names:  # what torch.compile returns warns of hooks on all modules
-                    if not is_compiled_wrapper(each):
+                    if not is_compiled_wrapper(each) and not isinstance(each, torch.jit.ScriptModule):
                         stack.callback(each.register_forward_pre_hook(self._enter).remove)
                         stack.callback(each.register_forward_hook(self._leave, always_call=True).remove)
             else:
@@ -147,11 +147,15 @@ class _Calls(TorchFunctionMode):
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():  # a function that was compiled without the module
             return func(*args, **kwargs)
-        if func is F.scaled_dot_product_attention:
-            self._take(_arguments(*args, **kwargs))
-        elif func is F.multi_head_attention_forward:
-            size, heads = _sizes(*args, **kwargs)
-            with AttentionKernels(self._take, heads, size // heads):
+        reads = _ARGUMENTS.get(func)
+        try:
+            found = None if reads is None else reads(*args, **kwargs)
+        except TypeError:  # the function says what is wrong with its arguments
+            found = None
+        if isinstance(found, Seen):
+            self._take(found)
+        elif found is not None:
+            with AttentionKernels(self._take, *found):
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
 
@@ -172,7 +176,13 @@ def _arguments(
 def _sizes(
     query: Tensor, key: Tensor, value: Tensor, embed_dim_to_check: int, num_heads: int, *args: Any, **kwargs: Any
 ) -> tuple[int, int]:
-    return embed_dim_to_check, num_heads
+    return num_heads, embed_dim_to_check // num_heads
+
+
+_ARGUMENTS: dict[Any, Callable[..., Seen | tuple[int, int]]] = {
+    F.scaled_dot_product_attention: _arguments,
+    F.multi_head_attention_forward: _sizes,
+}
 
 
 def logit_bound(call: AttentionCall) -> Tensor:
@@ -224,12 +234,19 @@ def entropy(call: AttentionCall, elements: int = _ELEMENTS) -> Tensor:
 
 def _by_head(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Queries and keys as (batch, heads, positions, width), with as many heads of keys as of queries."""
-    query, key = (each[(None,) * max(0, 4 - each.ndim)].flatten(0, -4) for each in (call.query, call.key))
+    query, key = (_with_heads(each) for each in (call.query, call.key))
     if key.shape[1] != query.shape[1]:
         key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
     if query.dtype == torch.float16:
         query, key = query.float(), key.float()
     return (-query if call.scale < 0 else query), key
+
+
+def _with_heads(tensor: Tensor) -> Tensor:
+    """Queries or keys as (batch, heads, positions, width)."""
+    if tensor.ndim == 3:
+        return tensor[:, None]
+    return tensor[(None,) * max(0, 4 - tensor.ndim)].flatten(0, -4)
 
 
 def _logits(call: AttentionCall, elements: int, adds_mask: bool = False) -> Iterator[Tensor]:
@@ -243,6 +260,8 @@ def _logits(call: AttentionCall, elements: int, adds_mask: bool = False) -> Iter
     mask = call.mask
     if mask is not None:
         mask = mask.expand(*call.query.shape[:-1], keys) if call.query.ndim > 4 else mask
+        if call.query.ndim == mask.ndim == 3:
+            mask = mask[:, None]
         mask = mask[(None,) * max(0, 4 - mask.ndim)].flatten(0, -4)
     rows = max(1, elements // max(1, batch * heads * keys))
     for start in range(0, queries, rows):

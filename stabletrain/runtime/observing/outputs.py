@@ -32,6 +32,7 @@ FUNCTIONS: Mapping[Any, Kind] = {
     **dict.fromkeys(_OTHERS, ""),
 }
 """The activation functions that are seen."""
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Output(NamedTuple):
@@ -58,7 +59,8 @@ class Outputs:
     """While it is open, ``see`` is called with each output of a module and of an activation function.
 
     Of an output with several tensors the first one with floating-point numbers is seen. Not seen are the outputs of the
-    module itself, of metrics, of parametrisations, of scripted modules, and of modules within ``torch.func``. Compiled
+    module itself, of metrics, of parametrisations, of scripted modules, and of modules within ``torch.func``, tensors
+    with 8 bits or fewer, and containers that raise an error when their parts are asked for. Compiled
     modules have to run eagerly (`stabletrain.runtime.observing.look`). What is computed again in the backward pass, for
     activation checkpointing, is seen too: close it before.
 
@@ -121,7 +123,11 @@ class Outputs:
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if module in self._names and self._running:
             name = self._running.pop()
-            if (tensor := _first(output)) is not None:
+            try:
+                tensor = _first(output)
+            except Exception:  # a container of the module's own, which computes its parts, or contains itself
+                return
+            if tensor is not None:
                 self._report(name, tensor, None)
 
     def _returned(self, function: Any, output: Any) -> None:
@@ -169,7 +175,7 @@ def _first(output: Any) -> Tensor | None:
 
 def _is_readable(tensor: Tensor) -> bool:
     return (
-        tensor.is_floating_point()
+        tensor.dtype in _DTYPES
         and tensor.layout is torch.strided
         and not tensor.is_nested
         and not tensor.is_meta

@@ -198,3 +198,19 @@ def test_a_compiled_module_is_seen_without_new_graphs() -> None:
     assert torch.equal(plain, looked)
     assert torch.equal(compiled(x), plain)
     assert len(graphs) == 1
+
+
+def test_three_dimensions_are_a_batch_with_one_head() -> None:
+    """Bug: the batch is taken for heads, so that there are as many readings as samples."""
+    x = torch.randn(BATCH, TIME, WIDTH)
+    mask = torch.ones(BATCH, TIME, TIME, dtype=torch.bool).tril()
+    found: list[AttentionCall] = []
+    with AttentionCalls(nn.Identity(), found.append):
+        F.scaled_dot_product_attention(x, x, x, mask)
+    logits = (x @ x.mT / math.sqrt(WIDTH)).masked_fill(~mask, -math.inf)
+    (call,) = found
+    assert call.heads == 1
+    torch.testing.assert_close(largest_logit(call), logits.amax().view(1))
+    assert logit_bound(call).shape == entropy(call).shape == (1,)
+    with pytest.raises(TypeError, match="scaled_dot_product_attention"), AttentionCalls(nn.Identity(), found.append):
+        F.scaled_dot_product_attention(x, x, x, unknown=1)  # type: ignore[call-arg]
