@@ -180,7 +180,7 @@ def main() -> None:
     given = parser.parse_args()
     write, changes = given.write, [] if given.steps == 1500 else [f"trainer.max_steps={given.steps}"]
     lines = [
-        "# Plans", "", f"{measured()} The machine was shared.", "",
+        "# Plans", "", f"{measured()}. The machine was shared.", "",
         f"    python benchmarks/plan.py{' --write' if write else ''}{f' --steps {given.steps}' if changes else ''}", "",
         "Operations of a step of a GPT, forward and backward. By hand: six for each token and weight of a matrix, and "
         "12 x layers x width x context for each token (attention, without deducting the causal mask).", "",
