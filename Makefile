@@ -27,7 +27,7 @@ test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2
 
 test-all: lint test
-	$(BIN)/python -m pytest -m slow -n 2
+	$(BIN)/python -m pytest -m slow -n 2 --dist worksteal
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
