@@ -122,7 +122,7 @@ def test_an_objective_that_no_run_logs_and_ctrl_c(cli) -> None:
         process.send_signal(signal.SIGINT)
         time.sleep(1.5)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode in (1, 130)
+    assert process.returncode in (1, 130, -signal.SIGINT)  # the third one may meet an interpreter that is ending
     study = optuna.load_study(study_name="hangs", storage=f"sqlite:///{cli.folder}/optuna.db")
     assert [trial.state.name for trial in study.trials] == ["FAIL"]
     assert "1 failed" in out
