@@ -26,8 +26,9 @@ train: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2
 
+# three at a time on two cores: a third of the slow tests' time is waiting for time limits and for processes that end
 test-all: lint test
-	$(BIN)/python -m pytest -m slow -n 2 --dist worksteal
+	$(BIN)/python -m pytest -m slow -n 3 --dist worksteal
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
