@@ -15,6 +15,7 @@ import logging
 import os
 import platform
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -23,18 +24,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 
 import torch
+from counted_operations import counts
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
-from lightning.pytorch.callbacks import LambdaCallback
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from stabletrain import MonitorActivations, MonitorGradients
 from stabletrain.testing.trainer import quiet_trainer
 from stabletrain.workloads import CharGPT, DigitsCNN, DigitsData, ShakespeareData
 
 RESULT = Path(__file__).parent / "results" / "monitors.md"
-_READS = ("_local_scalar_dense", "is_nonzero", "aten.equal", "aten.nonzero")
 
 
 class Model(NamedTuple):
@@ -63,19 +63,6 @@ READINGS: dict[str, Callable[[int], list[Callback]]] = {
 }
 
 
-class Count(TorchDispatchMode):
-    """Counts operations, and those with which the host reads a tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations = self.reads = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.operations += 1
-        self.reads += any(name in str(func) for name in _READS)
-        return func(*args, **(kwargs or {}))
-
-
 class Clock(Callback):
     """The time of each batch."""
 
@@ -95,21 +82,9 @@ def fit(model: Model, callbacks: list[Callback], steps: int, log_every: int) -> 
     quiet_trainer(*callbacks, **options).fit(model.make(), datamodule=model.data())
 
 
-def counts(model: Model, callbacks: list[Callback]) -> list[tuple[int, int]]:
-    """Of each of some steps; those of the last one, which ends with a flush, are left out."""
-    found: list[tuple[int, int]] = []
-    modes: list[Count] = []
-
-    def start(*_: Any) -> None:
-        modes.append(Count().__enter__())
-
-    def end(*_: Any) -> None:
-        modes[-1].__exit__(None, None, None)
-        found.append((modes[-1].operations, modes[-1].reads))
-
-    first, last = LambdaCallback(on_train_batch_start=start), LambdaCallback(on_train_batch_end=end)
-    fit(model, [first, *callbacks, last], 8, 1000)
-    return found[:-1]
+def count(model: Model, plugins: list[Callback]) -> list[tuple[int, int]]:
+    """Operations and reads of each of some steps."""
+    return counts(lambda callbacks: fit(model, callbacks, 8, 1000), *plugins)
 
 
 def operations() -> list[str]:
@@ -119,12 +94,12 @@ def operations() -> list[str]:
         "|---|---|---|---|---|---|---|",
     ]
     for name, model in MODELS.items():
-        bare = counts(model, [MonitorGradients(1000)])
-        norms = counts(model, [MonitorGradients(6)])[5][0] - bare[5][0]
+        bare = count(model, [MonitorGradients(1000)])
+        norms = count(model, [MonitorGradients(6)])[5][0] - bare[5][0]
         for readings, make in READINGS.items():
             plugins = make(6)
             of_gradients = isinstance(plugins[0], MonitorGradients)
-            ours = counts(model, plugins if of_gradients else [MonitorGradients(1000), *plugins])
+            ours = count(model, plugins if of_gradients else [MonitorGradients(1000), *plugins])
             more = ours[5][0] - bare[5][0] - (norms if of_gradients else 0)
             reads = ours[5][1] - bare[5][1]
             cells = (name, readings, bare[5][0], more, f"{more / bare[5][0]:.2f}", ours[4][0] - bare[4][0], reads)

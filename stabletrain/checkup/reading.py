@@ -10,6 +10,7 @@ from typing import Any
 from stabletrain.checkup import loader_state
 from stabletrain.checkup.batches import size
 from stabletrain.errors import UserError
+from stabletrain.runtime.data.position import size_of
 
 MOST, MOST_BYTES = 400, 1 << 29
 """Batches that are read at most, and their bytes."""
@@ -55,7 +56,7 @@ def read(loader: Any, name: str, *, most: int = MOST, seconds: float = 15.0) -> 
     """
     if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
         raise UserError(f"doctor: {name}: expected a DataLoader or another iterable of batches, got {loader!r}")
-    found = Batches(length=_length(loader), draws_again=bool(getattr(_sampler(loader), "replacement", False)))
+    found = Batches(length=size_of(loader), draws_again=bool(getattr(_sampler(loader), "replacement", False)))
     end, held = time.monotonic() + seconds, 0
     with loader_state.preserved(loader, name):
         iterator = None
@@ -74,13 +75,6 @@ def read(loader: Any, name: str, *, most: int = MOST, seconds: float = 15.0) -> 
         del iterator  # with its workers, before the loader's state is put back
     found.is_whole |= found.length == len(found.read) and found.error is None
     return found
-
-
-def _length(loader: Any) -> int | None:
-    try:
-        return len(loader)
-    except (TypeError, NotImplementedError):
-        return None
 
 
 def _sampler(loader: Any) -> Any:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, DistributedSampler
 
 from stabletrain.runtime import rng
+from stabletrain.runtime.data.position import size_of
 from stabletrain.runtime.internals.fake_world import (
     Replacement,
     drop_memory,
@@ -258,9 +259,8 @@ class _OneBatch:
 
 def _batches(loader: Any, trainer: Trainer) -> int | None:
     """Batches of a loader on one rank, once Lightning has given it a sampler; None: not known."""
-    try:
-        whole: int = len(loader)
-    except (TypeError, NotImplementedError):
+    whole = size_of(loader)
+    if whole is None:
         return None
     sampler = getattr(loader, "sampler", None)
     kwargs: Mapping[str, Any] = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from stabletrain.errors import UserError
 from stabletrain.runtime.internals import sharding as internals
 from stabletrain.runtime.internals.packages import ModelParallelMethods, both
+from stabletrain.runtime.internals.trainer import has_all_modules
 from stabletrain.strategies import messages, record, refusals
 from stabletrain.strategies.sharding import Options, Sharded, plan, shard
 from stabletrain.strategies.units import Units
@@ -139,8 +140,7 @@ class _FSDP2(ModelParallelMethods):
             )
         refusals.check_compiler(self.root_device, self.options.compile_units)
         refusals.check_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
-        is_complete = type(module).configure_model in [each.configure_model for each in both(LightningModule)]
-        if is_complete and module not in _sharded:
+        if has_all_modules(module) and module not in _sharded:
             plan(module, self.options)
 
     def setup_environment(self) -> None:

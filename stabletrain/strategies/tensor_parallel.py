@@ -18,8 +18,9 @@ from torch.distributed.tensor import DTensor
 from stabletrain.errors import UserError
 from stabletrain.runtime import rng
 from stabletrain.runtime.internals import model_parallel as internals
-from stabletrain.runtime.internals.packages import ModelParallelStrategy, both
+from stabletrain.runtime.internals.packages import ModelParallelStrategy
 from stabletrain.runtime.internals.stacked_pieces import for_checkpoint
+from stabletrain.runtime.internals.trainer import has_all_modules
 from stabletrain.strategies.tensor_parallel_check import PlanCheck
 from stabletrain.strategies.tensor_parallel_layers import GradientSums, cut
 from stabletrain.strategies.tensor_parallel_loading import load_checkpoint
@@ -141,10 +142,7 @@ class TensorParallelStrategy(ModelParallelStrategy):
         Raises:
             UserError: see `assign`.
         """
-        makes_layers_later = type(module).configure_model not in [
-            each.configure_model for each in both(LightningModule)
-        ]
-        if module not in _CUT and not makes_layers_later:
+        if module not in _CUT and has_all_modules(module):
             self._assign(module, processes)
 
     def _assign(self, module: LightningModule, processes: int) -> Assignment:

@@ -16,7 +16,8 @@ from stabletrain.errors import UserError, require
 from stabletrain.runtime import rng
 from stabletrain.runtime.hidden.second_forward import SecondForward
 from stabletrain.runtime.internals.forward import wrap_forward
-from stabletrain.runtime.internals.packages import Callback, both
+from stabletrain.runtime.internals.packages import Callback
+from stabletrain.runtime.internals.trainer import has_all_modules
 from stabletrain.runtime.records.event_log import logger
 from stabletrain.runtime.windows.batches import tensors_of
 from stabletrain.settings import worded
@@ -72,7 +73,7 @@ class CheckpointActivations(Callback):
         Raises:
             UserError: as the fit would raise it.
         """
-        if type(module).configure_model in [each.configure_model for each in both(LightningModule)]:
+        if has_all_modules(module):
             self._chosen(module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -18,7 +18,7 @@ from stabletrain.errors import UserError, is_number, is_whole
 from stabletrain.runtime.guard.callbacks import PluginMember
 from stabletrain.runtime.guard.optimizer_buffers import parameters_of
 from stabletrain.runtime.internals.compiled import is_compiled
-from stabletrain.runtime.internals.packages import both
+from stabletrain.runtime.internals.trainer import has_all_modules
 from stabletrain_plugins.clip_qk.logit_watch import LogitWatch
 from stabletrain_plugins.clip_qk.projections import Patterns, Projection
 from stabletrain_plugins.clip_qk.scaling import Scaling, factors
@@ -108,7 +108,7 @@ class ClipQK(PluginMember):
         Raises:
             UserError: as the fit would raise it.
         """
-        if type(module).configure_model in [each.configure_model for each in both(LightningModule)]:
+        if has_all_modules(module):
             self._find(module)
 
     def planned(self, trainer: Trainer, sizes: Sizes) -> Planned:

@@ -11,14 +11,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from counted_operations import counts
 from fits import HEALTHY, EventRecorder, Net, SaveAfter, assert_same, batches, everything, fit
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import LambdaCallback
 from observed import CASES, Case, Encoder, Small, tokens, train
 from observed_on_ranks import readings
 from rank_pool import on_ranks
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from stabletrain import MonitorActivations, MonitorGradients, SkipNonFinite, UserError
 from stabletrain.runtime.internals import modes
@@ -114,35 +113,8 @@ def test_readings_by_hand() -> None:
     assert metrics["stability/output_logz"] == pytest.approx(torch.cat(logits).logsumexp(1).mean().item())
 
 
-class Count(TorchDispatchMode):
-    """Counts operations, and those with which the host reads the device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations = self.reads = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.operations += 1
-        reads = ("local_scalar_dense", "is_nonzero", "aten.equal", "aten.nonzero")
-        self.reads += any(name in str(func) for name in reads)
-        return func(*args, **(kwargs or {}))
-
-
-def count(case: Case, *callbacks: Callback) -> list[tuple[int, int]]:
-    """The operations and reads of each batch, except those of the last one, which ends with a flush."""
-    counts: list[tuple[int, int]] = []
-    modes: list[Count] = []
-
-    def start(*_: Any) -> None:
-        modes.append(Count().__enter__())
-
-    def end(*_: Any) -> None:
-        modes[-1].__exit__(None, None, None)
-        counts.append((modes[-1].operations, modes[-1].reads))
-
-    first, last = LambdaCallback(on_train_batch_start=start), LambdaCallback(on_train_batch_end=end)
-    train(case, first, *callbacks, last, log_every_n_steps=100)
-    return counts[:-1]
+def count(case: Case, *plugins: Callback) -> list[tuple[int, int]]:
+    return counts(lambda callbacks: train(case, *callbacks, log_every_n_steps=100), *plugins)
 
 
 @pytest.mark.parametrize("name", ["char_gpt", "encoder", "digits_cnn"])

@@ -20,7 +20,7 @@ from stabletrain.core.planned import Planned, Sizes
 from stabletrain.errors import UserError, is_number, is_whole, require
 from stabletrain.runtime.guard.callbacks import GuardMember
 from stabletrain.runtime.guard.metrics import Counters
-from stabletrain.runtime.internals.packages import both
+from stabletrain.runtime.internals.trainer import has_all_modules
 from stabletrain.settings import worded
 from stabletrain_plugins.set_precision import float8, kept_modules, lightning_precision, report
 from stabletrain_plugins.set_precision.kept_modules import KeptModules
@@ -207,7 +207,7 @@ class SetPrecision(GuardMember):
             UserError: as the fit would raise it.
         """
         self._install(trainer)
-        if type(module).configure_model in [each.configure_model for each in both(LightningModule)]:  # it is complete
+        if has_all_modules(module):
             kept_modules.find(module, self.keep_fp32)
 
     def check_optimizer(self, optimizer: Optimizer, module: LightningModule) -> None:

@@ -77,7 +77,9 @@ def position_in(
     own: list[Tensor] | None = None,
 ) -> LoaderState:
     """A position in this loader, with the loader's present sizes."""
-    return LoaderState(batches, start, rng_before, _size(loader), _size(getattr(loader, "dataset", None)), last, own)
+    return LoaderState(
+        batches, start, rng_before, size_of(loader), size_of(getattr(loader, "dataset", None)), last, own
+    )
 
 
 def capture_start(loader: Any, epoch: int, state: RngState | None, shared: bool) -> IteratorStart:
@@ -199,7 +201,8 @@ def _shown(name: Identity) -> str:
     return ", ".join(map(str, samples[:6])) + (", ..." if len(samples) > 6 else "")
 
 
-def _size(sized: Any) -> int | None:
+def size_of(sized: Any) -> int | None:
+    """The length of a loader or dataset; None if it has none."""
     try:
         return len(sized)
     except (TypeError, NotImplementedError):

@@ -274,6 +274,11 @@ def is_trial(trainer: Trainer) -> bool:
     return not callbacks or [type(each).__name__ for each in callbacks] == ["_LRCallback"]
 
 
+def has_all_modules(module: LightningModule) -> bool:
+    """Whether its layers exist before a fit: it has no ``configure_model`` of its own, which may still make some."""
+    return type(module).configure_model in [each.configure_model for each in both(LightningModule)]
+
+
 def unwrapped(module: LightningModule) -> LightningModule:
     """The module itself where torch.compile wrapped it."""
     return getattr(module, "_orig_mod", module)

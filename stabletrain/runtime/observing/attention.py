@@ -16,13 +16,13 @@ from typing import Any, NamedTuple, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 from stabletrain.core.layer_names import plain_name
 from stabletrain.runtime.internals import modes
 from stabletrain.runtime.internals.attention_kernels import AttentionKernels, Seen
 from stabletrain.runtime.internals.compiled import is_compiled, is_compiled_wrapper
+from stabletrain.runtime.observing.running import RunningModules
 from stabletrain.runtime.observing.undisturbed import run_eagerly
 
 MASKED = -1e4
@@ -78,27 +78,19 @@ class AttentionCalls:
 
     def __init__(self, module: nn.Module, see: Callable[[AttentionCall], None]) -> None:
         self._see = see
-        self._names = {each: plain_name(name) for name, each in module.named_modules()}
+        names = {each: plain_name(name) for name, each in module.named_modules()}
         self._runs_eagerly = is_compiled(module)
-        self._running: list[str] = []
+        self._running = RunningModules(names, filter(_takes_hooks, names) if self._runs_eagerly else None)
         self._opened: ExitStack | None = None
 
     def open(self) -> None:
         """See the calls from now on, in this thread; does nothing if it is open."""
         if self._opened is not None:
             return
-        self._running.clear()
         with ExitStack() as stack:
             if self._runs_eagerly:
                 stack.enter_context(run_eagerly())
-                for each in self._names:  # what torch.compile returns warns of hooks on all modules
-                    if not is_compiled_wrapper(each) and not isinstance(each, torch.jit.ScriptModule):
-                        stack.callback(each.register_forward_pre_hook(self._enter).remove)
-                        stack.callback(each.register_forward_hook(self._leave, always_call=True).remove)
-            else:
-                stack.callback(register_module_forward_pre_hook(self._enter).remove)
-                # called after an exception too, so that the names are right if the module catches it
-                stack.callback(register_module_forward_hook(self._leave, always_call=True).remove)
+            self._running.follow(stack)
             stack.callback(modes.enter(_Calls(self._take)))
             self._opened = stack.pop_all()
 
@@ -115,14 +107,6 @@ class AttentionCalls:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _enter(self, module: nn.Module, args: Any) -> None:
-        if module in self._names:
-            self._running.append(self._names[module])
-
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if module in self._names and self._running:
-            self._running.pop()
-
     def _take(self, seen: Seen) -> None:
         query, key, scale, mask, causal = seen
         if any(each.is_nested or each.is_meta or modes.is_inside_transform(each) for each in (query, key)):
@@ -130,9 +114,12 @@ class AttentionCalls:
         query, key = query.detach(), key.detach()
         mask = None if mask is None else mask.detach()
         scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
-        name = self._running[-1] if self._running else ""
         with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-            self._see(AttentionCall(name, query, key, scale, mask, causal))
+            self._see(AttentionCall(self._running.current, query, key, scale, mask, causal))
+
+
+def _takes_hooks(module: nn.Module) -> bool:
+    return not is_compiled_wrapper(module) and not isinstance(module, torch.jit.ScriptModule)
 
 
 class _Calls(TorchFunctionMode):

@@ -10,13 +10,13 @@ from typing import Any, Literal, NamedTuple, Self, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 from stabletrain.core.layer_names import plain_name
 from stabletrain.runtime.internals import modes
 from stabletrain.runtime.internals.attributes import attribute_owners, version_of
 from stabletrain.runtime.internals.compiled import is_compiled, is_compiled_wrapper
+from stabletrain.runtime.observing.running import RunningModules
 
 Kind: TypeAlias = Literal["", "relu", "sigmoid", "tanh"]
 """Of a function: its zeros are read (relu), its saturated values are (sigmoid, tanh), or neither."""
@@ -78,9 +78,8 @@ class Outputs:
 
     def __init__(self, module: nn.Module, see: Callable[[Output], None]) -> None:
         self._see = see
-        self._names = {each: plain_name(name) for name, each in attribute_owners(module) if _is_seen(name, each)}
-        self._is_compiled = is_compiled(module)
-        self._running: list[str] = []
+        names = {each: plain_name(name) for name, each in attribute_owners(module) if _is_seen(name, each)}
+        self._running = RunningModules(names, names if is_compiled(module) else None, self._left)
         self._last: tuple[weakref.ref[Tensor], int, Kind] | None = None
         self._opened: ExitStack | None = None
 
@@ -88,17 +87,9 @@ class Outputs:
         """See the outputs from now on, in this thread; does nothing if it is open."""
         if self._opened is not None:
             return
-        self._running.clear()
         self._last = None
         with ExitStack() as stack:
-            # called after an exception too, so that the names are right if the module catches it
-            if self._is_compiled:  # what torch.compile returns warns of hooks on all modules
-                for each in self._names:
-                    stack.callback(each.register_forward_pre_hook(self._enter).remove)
-                    stack.callback(each.register_forward_hook(self._leave, always_call=True).remove)
-            else:
-                stack.callback(register_module_forward_pre_hook(self._enter).remove)
-                stack.callback(register_module_forward_hook(self._leave, always_call=True).remove)
+            self._running.follow(stack)
             stack.callback(modes.enter(_Calls(self._returned)))
             self._opened = stack.pop_all()
 
@@ -116,23 +107,17 @@ class Outputs:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _enter(self, module: nn.Module, args: Any) -> None:
-        if module in self._names:
-            self._running.append(self._names[module])
-
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if module in self._names and self._running:
-            name = self._running.pop()
-            try:
-                tensor = _first(output)
-            except Exception:  # a container of the module's own, which computes its parts, or contains itself
-                return
-            if tensor is not None:
-                self._report(name, tensor, None)
+    def _left(self, name: str, output: Any) -> None:
+        try:
+            tensor = _first(output)
+        except Exception:  # a container of the module's own, which computes its parts, or contains itself
+            return
+        if tensor is not None:
+            self._report(name, tensor, None)
 
     def _returned(self, function: Any, output: Any) -> None:
         if isinstance(output, Tensor) and _is_readable(output):
-            self._report(self._running[-1] if self._running else "", output, FUNCTIONS[function])
+            self._report(self._running.current, output, FUNCTIONS[function])
 
     def _report(self, name: str, tensor: Tensor, kind: Kind | None) -> None:
         last, version = self._last, version_of(tensor)
