@@ -92,8 +92,11 @@ class OutlierTest(NamedTuple):
         """The baseline with one more accepted value."""
         if self.log and not value > 0.0:
             return baseline
-        past = baseline.past.add(math.log(value) if self.log else value, self.window, self.delay)
-        if past.window is baseline.past.window:  # the value is delayed: the statistics do not change
+        old = baseline.past
+        past = old.add(math.log(value) if self.log else value, self.window, self.delay)
+        if past is old:  # a value that is not finite
+            return baseline
+        if past.window is old.window:  # the value is delayed: the statistics do not change
             return baseline._replace(past=past)
         return self._with_limit(baseline, past, baseline.least_sigma)
 
@@ -165,24 +168,26 @@ class OutlierTest(NamedTuple):
 
     def _with_limit(self, old: Baseline, past: DelayedWindow, least_sigma: float) -> Baseline:
         window, covered = past.window, old.covered
-        if len(window) >= self.min_samples:
+        if len(window.ordered) >= self.min_samples:
             least_sigma = 0.0
         elif not least_sigma:
             return Baseline(past, ceiling=old.ceiling, covered=covered)
         centre, sigma = self._centre_and_sigma(window)
         size, sigma = max(abs(centre), sigma), max(sigma, least_sigma)
-        if self.robust and not self.log and not least_sigma:
+        linear = self.robust and not self.log
+        if linear and not least_sigma:
             lowest, highest = covered or (centre, centre)
             covered = min(lowest, centre), max(highest, centre)
             sigma = max(sigma, _RANGE_SHARE * (covered[1] - covered[0]))
         if sigma == 0.0 and (self.robust or centre == 0.0):
             return Baseline(past, centre, None, 0.0, old.ceiling, size, covered)  # without a spread there is no limit
-        limit = centre + self.z_threshold * sigma
-        if self.robust and not self.log:
-            ordered, last = window.ordered, len(window) - 1  # quantiles without interpolation, which could overflow
-            limit = max(limit, centre + self.z_threshold / _TAIL_SIGMAS * (ordered[math.ceil(_TAIL * last)] - centre))
+        z = self.z_threshold
+        limit = centre + z * sigma
+        if linear:
+            ordered, last = window.ordered, len(window.ordered) - 1  # quantiles not interpolated: that could overflow
+            limit = max(limit, centre + z / _TAIL_SIGMAS * (ordered[math.ceil(_TAIL * last)] - centre))
             if 0.0 < centre < math.inf:
-                above = self.z_threshold * MAD_TO_SIGMA * math.log(ordered[math.ceil(0.75 * last)] / centre)
+                above = z * MAD_TO_SIGMA * math.log(ordered[math.ceil(0.75 * last)] / centre)
                 limit = max(limit, math.exp(min(math.log(centre) + above, _LARGEST_EXPONENT)))
         if not math.isfinite(limit):  # overflow: values near the largest float
             return Baseline(past, 0.0, None, least_sigma, old.ceiling, 0.0, old.covered)
@@ -191,7 +196,8 @@ class OutlierTest(NamedTuple):
 
     def _centre_and_sigma(self, window: Window) -> tuple[float, float]:
         if self.robust:
-            centre, sigma = window.median, MAD_TO_SIGMA * window.mad
+            centre, mad = window.median_and_mad()
+            sigma = MAD_TO_SIGMA * mad
         elif window.ordered[0] == window.ordered[-1]:
             centre, sigma = window.ordered[0], 0.0  # exact: the mean would have a rounding error
         else:

@@ -99,11 +99,10 @@ class Window(NamedTuple):
         if not math.isfinite(x):
             return self
         values, ordered = self.values, list(self.ordered)  # one list, changed in place, is faster than slices
-        while len(values) >= size:
-            del ordered[bisect_left(ordered, values[0])]
-            values = values[1:]
+        for oldest in values[: max(0, len(values) + 1 - size)]:
+            del ordered[bisect_left(ordered, oldest)]
         insort(ordered, x)
-        return Window((*values, x), tuple(ordered))
+        return Window((*values[-size + 1 :], x) if size > 1 else (x,), tuple(ordered))
 
     def extend(self, samples: Iterable[float]) -> Window:
         """The window with more samples; none is dropped, non-finite ones are ignored."""
@@ -130,20 +129,23 @@ class Window(NamedTuple):
     @property
     def median(self) -> float:
         """Middle sample, or the mean of the two middle ones."""
-        n = len(self.ordered)
-        middle = n // 2
-        return self.ordered[middle] if n % 2 else 0.5 * (self.ordered[middle - 1] + self.ordered[middle])
+        return self.median_and_mad()[0]
 
     @property
     def mad(self) -> float:
-        """Median absolute deviation from the median (unscaled).
+        """Median absolute deviation from the median (unscaled)."""
+        return self.median_and_mad()[1]
+
+    def median_and_mad(self) -> tuple[float, float]:
+        """Both, in one pass: they are needed at every step.
 
         The k + 1 samples nearest to the median are contiguous in sorted order: a binary search finds the first of them,
         and the k-th smallest distance is that of the first or the last.
         """
-        ordered, median = self.ordered, self.median
+        ordered = self.ordered
         n = len(ordered)
         k = n // 2
+        median = ordered[k] if n % 2 else 0.5 * (ordered[k - 1] + ordered[k])
         low, high = 0, n - 1 - k
         while low < high:
             start = (low + high) // 2
@@ -153,12 +155,12 @@ class Window(NamedTuple):
                 high = start
         below, above = median - ordered[low], ordered[low + k] - median
         if n % 2:
-            return max(below, above)
+            return median, max(below, above)
         if below > above:
             second = max(median - ordered[low + 1], above)
         else:
             second = max(below, ordered[low + k - 1] - median)
-        return 0.5 * (max(below, above) + second)
+        return median, 0.5 * (max(below, above) + second)
 
 
 class DelayedWindow(NamedTuple):
@@ -184,7 +186,10 @@ class DelayedWindow(NamedTuple):
         """
         if not math.isfinite(x):
             return self
-        waiting, window = (*self.waiting, x), self.window
+        waiting, window = self.waiting, self.window
+        if not (delay or waiting):
+            return DelayedWindow((), window.add(x, size))
+        waiting = (*waiting, x)
         while len(waiting) > delay:
             window = window.add(waiting[0], size)
             waiting = waiting[1:]

@@ -22,6 +22,8 @@ _LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 _SMALL = 2**14
 """Number of elements up to which copying all gradients into one tensor is faster than one kernel per tensor."""
+_SMALL_EACH, _AT_MOST = 2**12, 2**18
+"""On the CPU it is faster up to so many elements per tensor, and not more than so many together."""
 
 
 def of(parameters: Iterable[Tensor]) -> list[Tensor]:
@@ -45,9 +47,12 @@ def global_norm(gradients: Sequence[Tensor]) -> Tensor:
     Args:
         gradients: of any kind.
     """
-    if any(isinstance(g, DTensor) for g in gradients):
-        return sharded_norms.global_norm(*_with_local_norms(gradients))
-    return _plain_norm(gradients) if gradients else torch.zeros(())
+    if not gradients:
+        return torch.zeros(())
+    for g in gradients:  # a loop: any() with a generator takes three times as long, at every step
+        if isinstance(g, DTensor):
+            return sharded_norms.global_norm(*_with_local_norms(gradients))
+    return _plain_norm(gradients)
 
 
 def norm_share(gradients: Sequence[Tensor], device: torch.device) -> NormShare:
@@ -173,13 +178,22 @@ def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _plain_norm(gradients: Sequence[Tensor]) -> Tensor:
-    small = sum(g.numel() for g in gradients) <= _SMALL
-    if small and gradients[0].dtype not in _LOW_PRECISION and _alike(gradients):
-        values = flatten(gradients)
-    else:
-        values = tensor_norms(gradients)
+    values = flatten(gradients) if _is_small(gradients) else tensor_norms(gradients)
     norm: Tensor = torch.linalg.vector_norm(values)
     return norm
+
+
+def _is_small(gradients: Sequence[Tensor]) -> bool:
+    """Whether the norm of one vector with all elements is the faster one; they are then alike."""
+    dtype, device = gradients[0].dtype, gradients[0].device
+    limit = min(max(_SMALL, _SMALL_EACH * len(gradients)), _AT_MOST) if device.type == "cpu" else _SMALL
+    if dtype in _LOW_PRECISION:
+        return False
+    for g in gradients:  # one pass, which ends at the first large one
+        limit -= g.numel()
+        if limit < 0 or type(g) is not Tensor or g.dtype is not dtype or g.is_sparse or g.device != device:
+            return False
+    return True
 
 
 def _with_local_norms(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

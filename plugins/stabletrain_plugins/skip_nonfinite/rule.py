@@ -12,6 +12,9 @@ from stabletrain.core.outcome import Outcome
 from stabletrain.core.rule import Observation, Rule
 
 
+_FINITE = Limits.of(SkipNonFinite())
+
+
 class NonFiniteState(NamedTuple):
     """State of the rule.
 
@@ -68,14 +71,14 @@ class SkipNonFiniteRule(Rule[NonFiniteState]):
 
     def limits(self, state: NonFiniteState) -> Limits:
         """Drop the next step if it is not finite."""
-        return Limits.of(SkipNonFinite())
+        return _FINITE
 
     def observe(self, state: NonFiniteState, outcome: Outcome) -> Observation[NonFiniteState]:
         """Count non-finite steps in a row; only an applied step resets the count."""
         if outcome.overflow:
             return self._observe_overflow(state, outcome)
         if math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm):
-            return Observation(NonFiniteState() if outcome.applied else state)
+            return Observation(NonFiniteState() if outcome.applied and state.in_a_row else state)
         value = outcome.grad_norm if math.isfinite(outcome.loss) else outcome.loss
         reason = f"loss {outcome.loss:.6g}, grad_norm {outcome.grad_norm:.6g}: step skipped"
         return self._count(state, outcome, "nonfinite", value, math.nan, reason)

@@ -203,16 +203,16 @@ class SkipOutliersRule(Rule[OutlierState]):
     def limits(self, state: OutlierState) -> Limits:
         """Conditions that drop an outlier; while outliers are tolerated, a bound on the norm in case nobody clips."""
         loss, norm = self._loss_limit(state), self._norm_limit(state)
-        skips: set[SkipCondition] = set()
+        skips: tuple[SkipCondition, ...] = ()
         if loss < math.inf and self.robust:
-            skips.add(SkipBelow(self._lowest_loss(state, loss)))
+            skips = (SkipBelow(self._lowest_loss(state, loss)),)
         if self._tolerates(state):
             fallback = frozenset((Bound(norm, norm),)) if norm < math.inf else frozenset()
             return Limits(skips=frozenset(skips), fallback=fallback)
         if loss < math.inf:
-            skips.add(SkipAbove("loss", loss))
+            skips += (SkipAbove("loss", loss),)
         if norm < math.inf:
-            skips.add(SkipAbove("grad_norm", norm))
+            skips += (SkipAbove("grad_norm", norm),)
         return Limits(skips=frozenset(skips))
 
     def observe(self, state: OutlierState, outcome: Outcome) -> Observation[OutlierState]:

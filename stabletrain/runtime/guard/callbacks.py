@@ -486,7 +486,7 @@ class RuleCallback(PluginMember):
     @property
     def rule(self) -> Rule[Any]:
         """This callback, typed as a rule."""
-        return typing.cast(Rule[Any], self)
+        return self  # type: ignore[return-value]
 
 
 @functools.cache

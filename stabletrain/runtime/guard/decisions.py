@@ -71,7 +71,8 @@ class Decisions:
         on_device: bool,
     ) -> None:
         self._trainer, self._on_device = trainer, on_device
-        self._rules, self._transforms = rules, transforms
+        self._members, self._transforms = rules, transforms
+        self._rules = [each.rule for each in rules]
         self._changes, self._announced = changes, announced
         self._ranks, self._scaling = ranks, scaling
 
@@ -84,7 +85,7 @@ class Decisions:
 
     def dropped_by(self, outcome: Outcome) -> list[str]:
         """The plugins whose limits drop this step; called before their rules observe it."""
-        limits = [(each.rule.label, each.rule.limits(each.state)) for each in self._rules]
+        limits = [(each.rule.label, each.rule.limits(each.state)) for each in self._members]
         return [label for label, each in limits if each.skips_step(outcome.loss, outcome.grad_norm)]
 
     def _decide_exactly(self, attempt: Attempt) -> Outcome:
@@ -131,7 +132,7 @@ class Decisions:
         usual = if_changed = self._limits()
         decision = device_limits.decide(usual, *signals)
         if flags:  # only the device knows whether another rank announced a change: it chooses between both limits
-            if_changed = self._limits([each.rule.forget(each.state) for each in self._rules])
+            if_changed = self._limits([each.rule.forget(each.state) for each in self._members])
         if if_changed != usual:
             decision = decision.or_if(flags[0] > 0, device_limits.decide(if_changed, *signals))
         if flags:
@@ -159,8 +160,8 @@ class Decisions:
         Args:
             states: of the rules; None: their own.
         """
-        states = [each.state for each in self._rules] if states is None else states
-        limits = join([each.rule.limits(state) for each, state in zip(self._rules, states, strict=True)])
+        states = [each.state for each in self._members] if states is None else states
+        limits = join([rule.limits(state) for rule, state in zip(self._rules, states, strict=True)])
         # the fallback is for steps that nobody clips
         return limits._replace(fallback=frozenset()) if self._trainer.gradient_clip_val else limits
 
@@ -181,7 +182,7 @@ def _without_loss(outcome: Outcome) -> Outcome:
 
 
 def _read(loss: Tensor, grad_norm: Tensor, *flags: Tensor | bool) -> list[float]:
-    if loss.device.type == "cpu" or loss.device != grad_norm.device:
+    if loss.is_cpu or loss.device != grad_norm.device:
         return [loss.item(), grad_norm.item(), *map(float, flags)]
     # one device synchronization instead of several
     on_device = [flag.double() for flag in flags if isinstance(flag, Tensor)]

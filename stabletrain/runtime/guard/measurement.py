@@ -48,8 +48,11 @@ def measure(
     """
     size, weights, lacks_loss = window.size, window.weights, window.lacks_loss
     if not weighs:
-        loss, grad_norm, _, flags = add_up(ranks, window.take(), None, grads, changed, lacks_loss)
-        factor = size / scale
+        losses, factor = window.take(), size / scale
+        if ranks.size == 1:
+            loss, grad_norm, flags = _own_mean(losses, None), gradients.global_norm(grads), [changed, lacks_loss]
+        else:
+            loss, grad_norm, _, flags = add_up(ranks, losses, None, grads, changed, lacks_loss)
         return Measurement(loss if loss is None or factor == 1.0 else loss * factor, grad_norm, flags)
     # these gradients are measured once they are multiplied by what is known afterwards
     loss, grad_norm, weight, flags = add_up(ranks, window.take(), weights, [], changed, lacks_loss)

@@ -59,6 +59,10 @@ class Counters(NamedTuple):
 
     def add(self, outcome: Outcome) -> Counters:
         """The counts after one more step."""
+        applied = not (outcome.skipped or outcome.overflow)
+        if applied and not self.overflows_in_a_row:  # nearly every step
+            clipped = self.clipped + (outcome.applied_norm < outcome.grad_norm)
+            return Counters(self.attempted + 1, self.skipped, self.overflows, clipped, 0, *self[5:])
         return self._replace(
             attempted=self.attempted + 1,
             skipped=self.skipped + outcome.skipped,
@@ -98,12 +102,13 @@ class MetricsWindow:
     def add(self, outcome: Outcome) -> None:
         """Add one step."""
         self._steps += 1
-        self._clipped += outcome.clipped
+        applied, loss, norm = outcome.applied, outcome.loss, outcome.grad_norm
+        self._clipped += applied and outcome.applied_norm < norm
         # a dropped step is a batch never seen: what was wrong with it is an event, and no part of a mean
-        if outcome.applied or math.isfinite(outcome.loss):
-            self._losses.append(outcome.loss)
-        if outcome.applied or math.isfinite(outcome.grad_norm):
-            self._norms.append(outcome.grad_norm)
+        if applied or math.isfinite(loss):
+            self._losses.append(loss)
+        if applied or math.isfinite(norm):
+            self._norms.append(norm)
 
     def take(self, counters: Counters) -> dict[str, float]:
         """The metrics since the last call; empty if there was no step.

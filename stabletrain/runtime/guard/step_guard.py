@@ -244,44 +244,47 @@ class StepGuard(SharedGuard):
             self._replicas.compare()
         if self._manual is not None:
             self._select(self._manual.index(optimizer))
-        self.control.start_decision()
-        self._unstepped.discard(self._history.selected)
-        if not self._unstepped and not self.watch.is_over:
-            self.watch.end_window()
+        history, own, applied = self._history, self._history.own, self.trainer.global_step
+        control, window = own.control, own.window
+        control.start_decision()
+        if self._unstepped or not self.watch.is_over:
+            self._unstepped.discard(history.selected)
+            if not self._unstepped and not self.watch.is_over:
+                self.watch.end_window()
         if self._manual is not None:
-            if not self._manual.has_step(self._history.selected):
+            if not self._manual.has_step(history.selected):
                 return
-        elif not self._batch_has_loss and (self.window.is_empty or self._scaling.is_active):
-            self._history.own.samples.end_window()
+        elif not self._batch_has_loss and (window.is_empty or self._scaling.is_active):
+            own.samples.end_window()
             self._pass_over(optimizer)  # one process: Lightning calls the optimizer without gradients
             return
-        self._history.own.samples.end_window()
-        held, size = self.window.held, self.window.size
+        own.samples.end_window()
+        held, size = window.held, window.size
         unscaled = self._scaling.unscale(optimizer)
-        parameters = self.parameters.read(self.trainer.global_step)  # groups may have been added since the last step
+        parameters = own.parameters.read(applied)  # groups may have been added since the last step
         grads = gradients.of(parameters) if unscaled else []
         if self._short_windows is not None:
             self._short_windows.weigh(grads, held, size)
-        self._weights = self.window.weights
+        self._weights = window.weights
         weighs, changed = self._weigh_loss is not None, bool(self.changes.announced)
         # a collective: also called by ranks without a loss
-        loss, grad_norm, flags = measure(self.ranks, self.window, grads, self._scaling.scale, weighs, changed)
+        loss, grad_norm, flags = measure(self.ranks, window, grads, self._scaling.scale, weighs, changed)
         if not unscaled:
             return
         if loss is None:
-            self.control.pass_over()  # several ranks: the gradients are zeros, not None
-            self.control.restore_nonfinite_buffers()
+            control.pass_over()  # several ranks: the gradients are zeros, not None
+            control.restore_nonfinite_buffers()
             self._scaling.freeze()
             self._pass_over(optimizer)
             return
-        self._replicas.before_step(self._history.selected, optimizer, parameters, len(grads))
+        self._replicas.before_step(history.selected, optimizer, parameters, len(grads))
         for member in self._gradient_observers:
-            member.on_gradients(self._history.counted[self._history.selected].attempted, parameters)
-        for plugin, reason in self.changes.expected_at(self.trainer.global_step):
+            member.on_gradients(history.counted[history.selected].attempted, parameters)
+        for plugin, reason in self.changes.expected_at(applied):
             self._learn_anew(plugin, reason)
-        self._history.own.lr = self.rewarming.rate(optimizer)
-        in_a_row = self.counters.overflows_in_a_row
-        attempt = Attempt(self.counters.attempted, self._history.own, loss, grad_norm, flags, grads, in_a_row)
+        own.lr = self.rewarming.rate(optimizer)
+        counters = history.counters
+        attempt = Attempt(counters.attempted, own, loss, grad_norm, flags, grads, counters.overflows_in_a_row)
         self._pending = self._decisions.decide(attempt)
         self._attempted += 1
 
@@ -350,15 +353,16 @@ class StepGuard(SharedGuard):
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
-        self._reports.optimizer = self._history.names[self._history.selected]
+        history = self._history
+        self._reports.optimizer = history.names[history.selected]
         outcome = pending()
         if self.on_device and not outcome.applied:
             self.control.freeze_step()
-        self._history.add(outcome, scaled=self._scaling.is_active)
+        history.add(outcome, scaled=self._scaling.is_active)
         for recorder in self._recorders:
             recorder.on_attempt(outcome)
         if outcome.applied:
-            self._replicas.after_step(self._history.selected)
+            self._replicas.after_step(history.selected)
         if outcome.skipped:
             dropped = self._reports.dropped = DroppedStep(outcome.step, self._history.own.samples.of_step(alone))
         if outcome.no_loss:
@@ -368,16 +372,19 @@ class StepGuard(SharedGuard):
             by = self._decisions.dropped_by(outcome)
             self._history.counters = self.counters.add_drop(by, dropped.samples)
         told = self._reports.nonfinite(outcome)
-        several = len(self._history.each) > 1
+        several = len(history.each) > 1
         without_loss = outcome._replace(loss=0.0) if several and math.isfinite(outcome.loss) else outcome
         for each in self._rules:
-            if not outcome.overflow or each.rule.sees_overflow:
-                observation = each.rule.observe(each.state, without_loss if each.rule.compares_loss else outcome)
-                each.state = observation.state
-                for event in observation.events:
+            rule = each.rule
+            if not outcome.overflow or rule.sees_overflow:
+                each.state, events, requests = rule.observe(
+                    each.state, without_loss if rule.compares_loss else outcome
+                )
+                for event in events:
                     if not (told and event.kind == "nonfinite"):  # the guard's event says the same, and what to do
                         self.report(event)
-                self._requests.extend(self._reports.named(request) for request in observation.requests)
+                if requests:
+                    self._requests.extend(self._reports.named(request) for request in requests)
         for transform in self._transforms:
             transform.commit(outcome.applied)
         for observer in self._outcome_observers:

@@ -40,7 +40,7 @@ class OptimizerSteps:
         self.window = AccumulationWindow(trainer)
         self.metrics = MetricsWindow()
         self.counters = Counters()
-        """Its own steps; those of the run are in `StepHistory`."""
+        """Its own steps, counted if the module steps by hand; those of the run are in `StepHistory`."""
         self.scales = ScaleHistory()
         self.lr: float | Tensor = math.nan
         """The learning rate of the last step."""
@@ -132,7 +132,9 @@ class StepHistory:
         own = self.own
         if scaled:
             own.scales = own.scales.add(outcome)
-        self.counters, own.counters = self.counters.add(outcome), own.counters.add(outcome)
+        self.counters = self.counters.add(outcome)
+        if self._by_hand:
+            own.counters = own.counters.add(outcome)
         own.metrics.add(outcome)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ class HiddenState:
         self._slots: dict[str, Slot] = {}
         self._told: set[str] = set()
         self._windows = self._bytes = 0
+        self._may_have_news = False
         self._limit = max(_LIMIT, sum(p.numel() * p.element_size() for p in module.parameters()) // 2)
         self._opaque = OpaqueState()
         self._registered = {} if buffers else {id(each): each for each in module.buffers()}
@@ -81,6 +82,7 @@ class HiddenState:
             self._drop_constants()
         if self._windows in _LOOKS:
             self._opaque.look(self._unkept())
+            self._may_have_news = True
 
     def restore(self) -> None:
         """Put everything back as it was at the last `stash`."""
@@ -109,6 +111,9 @@ class HiddenState:
 
     def news(self) -> list[str]:
         """What the user should know and was not told yet: which attributes are kept, and which cannot be."""
+        if not self._may_have_news:  # asked at every step
+            return []
+        self._may_have_news = False
         told = (slot for slot in self._slots.values() if slot.changes > 1 or (slot.changed and slot.uncopied))
         paths = [slot.path for slot in told if slot.path not in self._told]
         self._told.update(paths)
@@ -150,6 +155,7 @@ class HiddenState:
             value = slot.value
             if not slot.is_current:
                 slot.changed |= slot.held or holds_tensors(value)
+                self._may_have_news = True
             small = slot.held and slot.saved is not None and slot.saved.nbytes <= _LARGE
             is_empty = is_container(value) and not value
             if value is not MISSING and is_data(value) and (slot.changed or (not changed and (small or is_empty))):
@@ -182,7 +188,7 @@ class HiddenState:
                     continue
                 owner = next((each for each in found if key in each.names), found[0])
                 known = self._slots[path] = Slot(owner, key, owner.names.get(key, MISSING))
-            known.changed = True
+            known.changed = self._may_have_news = True
             known.put(value)
         return unknown
 
@@ -230,6 +236,7 @@ class HiddenState:
                 slot.saved = Saved(value, before, self._copy if self._copies else None, self._registered)
             except Uncopied:
                 slot.saved, slot.uncopied = Saved(value, registered=self._registered), True
+                self._may_have_news = True
             self._bytes += slot.saved.nbytes
             slot.in_place |= before is not None and slot.saved.has_objects_of(before)
         else:
@@ -237,7 +244,7 @@ class HiddenState:
         if first and not slot.held and slot.length <= _SHORT:
             slot.first = copy.copy(value)
         if not first and (slot.held or had):
-            slot.changed = True
+            slot.changed = self._may_have_news = True
             slot.changes += 1
 
     def _copy(self, tensor: Tensor, others: int) -> Tensor:
