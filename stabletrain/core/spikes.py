@@ -147,17 +147,19 @@ class SpikeDetection(Rule[SpikeState]):
             rise, risen = rise.add(loss, outcome.step)
             if learning.due is not None:
                 learning, stuck = learning.add(rise)
-        state = self._count(state, by_loss or by_norm, 0, rise, learning)
         if away:
+            state = self._count(state, by_loss or by_norm, 0, rise, learning)
             observation = self._loss_away(state, outcome, by_loss, by_norm)
         elif by_norm or (state.norm_excursion.steps and self._norm.is_raised(state.norm, norm)):
+            state = self._count(state, by_norm, 0, rise, learning)
             observation = self._norm_away(state, outcome, by_norm)
         else:
             losses, norms = state.loss, state.norm
             if outcome.applied:
                 losses, norms = self._loss.learn(losses, loss), self._norm.learn(norms, norm)
+            flagged = self._flagged(state)
             observation = Observation(
-                SpikeState(losses, norms, seen=state.seen, flagged=state.flagged, rise=rise, learning=learning)
+                SpikeState(losses, norms, seen=state.seen + 1, flagged=flagged, rise=rise, learning=learning)
             )
         return observation if risen is None and stuck is None else self._level(observation, outcome, risen, stuck)
 
@@ -308,11 +310,14 @@ class SpikeDetection(Rule[SpikeState]):
     def _count(
         self, state: SpikeState, flagged: bool, nonfinite: int, rise: SlowRise, learning: Learning
     ) -> SpikeState:
-        loss, norm, loss_excursion, norm_excursion, _, seen, numbers, _, _ = state
-        if numbers and numbers[0] <= seen - self.score_window:
-            numbers = numbers[1:]
-        numbers = (*numbers, seen) if flagged else numbers
+        loss, norm, loss_excursion, norm_excursion, _, seen, _, _, _ = state
+        numbers = (*self._flagged(state), seen) if flagged else self._flagged(state)
         return SpikeState(loss, norm, loss_excursion, norm_excursion, nonfinite, seen + 1, numbers, rise, learning)
+
+    def _flagged(self, state: SpikeState) -> tuple[int, ...]:
+        """The flagged steps that are still within ``score_window`` when one more step is observed."""
+        numbers = state.flagged
+        return numbers[1:] if numbers and numbers[0] <= state.seen - self.score_window else numbers
 
     def _extend(self, excursion: Excursion, value: float) -> Excursion:
         return Excursion(excursion.steps + 1, (*excursion.values, value)[-self.window :])

@@ -207,7 +207,7 @@ class ClipZScoreRule(Rule[ZScoreState]):
         """The z-score bound, in the warm-up the bound by the last norms, and the fixed maximum (if set)."""
         bounds: tuple[Bound, ...] = ()
         if state.ema is not None:
-            bounds = (self._raised_bound(state.ema, state.raised),)
+            bounds = (_risen(self._bound(state.ema), state.raised),)
         elif self.warmup_factor is not None and len(state.samples) >= _WARMUP_WINDOW:
             largest = self.warmup_factor * sorted(state.samples[-_WARMUP_WINDOW:])[1]
             bounds = (Bound(largest, largest),)
@@ -254,7 +254,7 @@ class ClipZScoreRule(Rule[ZScoreState]):
         """The rise of the threshold after a step with this norm; ``bound`` is without a rise."""
         if not self.recurrent or self.space != "log" or state.ema is None:
             return 0.0
-        if norm > self._raised_bound(state.ema, state.raised).threshold and state.side != 1:
+        if norm > _risen(bound, state.raised).threshold and state.side != 1:
             return max(state.raised, min(state.raised + _RISE, math.log(norm) - bound.above))  # max: for rounding
         return max(0.0, state.raised - _RISE * self.recurrent)
 
@@ -272,12 +272,6 @@ class ClipZScoreRule(Rule[ZScoreState]):
         logs = Window().extend(math.log(norm) for norm in norms)
         farthest = _OUTLIER * max(MAD_TO_SIGMA * logs.mad, _OUTLIER_SIGMA)
         return Ema.from_moments(self._to_space(norm) for norm in norms if abs(math.log(norm) - logs.median) <= farthest)
-
-    def _raised_bound(self, ema: Ema, raised: float) -> Bound:
-        bound = self._bound(ema)
-        if not raised:
-            return bound
-        return bound._replace(above=bound.above + raised, target=bound.target + raised)
 
     def _bound(self, ema: Ema) -> Bound:
         mean, margin = ema.mean, self._margin(ema)
@@ -301,3 +295,8 @@ class ClipZScoreRule(Rule[ZScoreState]):
 
     def _from_space(self, s: float) -> float:
         return math.exp(s) if self.space == "log" else s
+
+
+def _risen(bound: Bound, rise: float) -> Bound:
+    """A bound whose threshold has risen."""
+    return bound._replace(above=bound.above + rise, target=bound.target + rise) if rise else bound

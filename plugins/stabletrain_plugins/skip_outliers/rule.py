@@ -220,12 +220,13 @@ class SkipOutliersRule(Rule[OutlierState]):
         loss, norm = outcome.loss, outcome.grad_norm
         if not (math.isfinite(loss) and math.isfinite(norm)) or outcome.overflow:
             return Observation(state)
-        signals = self._beyond(state, loss, norm)
+        highest = self._loss_limit(state), self._norm_limit(state)
+        signals = self._beyond(state, loss, norm, *highest)
         if signals:
             return self._outlier(state, outcome, signals)
         if outcome.skipped:  # another rule dropped it
             return Observation(state)
-        return Observation(self._learn(state, loss, norm))
+        return Observation(self._learn(state, loss, norm, *highest))
 
     def rebase(self, state: OutlierState, cause: str) -> OutlierState:
         """The history at the snapshot, with all counts reset."""
@@ -238,7 +239,9 @@ class SkipOutliersRule(Rule[OutlierState]):
 
     # ---- the history ------------------------------------------------------------------------------------------------
 
-    def _learn(self, state: OutlierState, loss: float, norm: float) -> OutlierState:
+    def _learn(
+        self, state: OutlierState, loss: float, norm: float, loss_limit: float, norm_limit: float
+    ) -> OutlierState:
         level, candidates, outside = state.norm, state.candidates, state.outside
         if norm > 0.0:
             if candidates:
@@ -251,14 +254,14 @@ class SkipOutliersRule(Rule[OutlierState]):
         if share is not None:
             # not only outliers: where what recurs lies about at the limit, it would be forgotten while the limit is
             # a little higher, and dropped when it is lower again
-            share += (self._is_raised(state, loss, norm) - share) / _SHARE_STEPS
-        heat = max(0.0, state.heat - _HEAT_LOST * (1.0 + _LOSS_PER_SHARE * _recurrent(state)))
+            raised = norm_limit < math.inf and self._norm.is_raised(state.norm, norm)
+            raised = raised or (loss_limit < math.inf and self._loss.is_raised(state.loss, loss))
+            share += (raised - share) / _SHARE_STEPS
+        heat = state.heat
+        if heat:
+            heat = max(0.0, heat - _HEAT_LOST * (1.0 + _LOSS_PER_SHARE * _recurrent(state)))
         state = OutlierState(self._loss.learn(state.loss, loss), level, 0, candidates, outside, heat, share)
         return state if share is not None else state._replace(share=self._first_share(state))
-
-    def _is_raised(self, state: OutlierState, loss: float, norm: float) -> bool:
-        by_norm = self._norm_limit(state) < math.inf and self._norm.is_raised(state.norm, norm)
-        return by_norm or (self._loss_limit(state) < math.inf and self._loss.is_raised(state.loss, loss))
 
     def _first_share(self, state: OutlierState) -> float | None:
         """The share of raised steps in the later half of those before there was a limit; None while there is none."""
@@ -282,7 +285,7 @@ class SkipOutliersRule(Rule[OutlierState]):
 
         heat = min(_MAX_HEAT, state.heat + 1.0)
         if self.keep_outliers:
-            state = self._learn(state, loss, norm)
+            state = self._learn(state, loss, norm, self._loss_limit(state), self._norm_limit(state))
         elif signals[0].below or loss > self._high_loss(state):
             state = state._replace(candidates=(), outside=0)
         else:
@@ -325,17 +328,17 @@ class SkipOutliersRule(Rule[OutlierState]):
         """Whether an outlier is applied now."""
         return state.heat < self.tolerance * min(1.0 + _TOLERANCE_PER_SHARE * _recurrent(state), _MAX_TOLERANCE)
 
-    def _beyond(self, state: OutlierState, loss: float, norm: float) -> list[_Beyond]:
+    def _beyond(
+        self, state: OutlierState, loss: float, norm: float, loss_limit: float, norm_limit: float
+    ) -> list[_Beyond]:
         """The signals that make a step an outlier; the loss is the first."""
         beyond = []
-        limit = self._loss_limit(state)
-        if loss > limit:
-            beyond.append(_Beyond("loss", loss, limit))
-        elif self.robust and loss < (lowest := self._lowest_loss(state, limit)):
+        if loss > loss_limit:
+            beyond.append(_Beyond("loss", loss, loss_limit))
+        elif self.robust and loss < (lowest := self._lowest_loss(state, loss_limit)):
             beyond.append(_Beyond("loss", loss, lowest, below=True))
-        limit = self._norm_limit(state)
-        if norm > limit:
-            beyond.append(_Beyond("grad_norm", norm, limit))
+        if norm > norm_limit:
+            beyond.append(_Beyond("grad_norm", norm, norm_limit))
         return beyond
 
     def _high_loss(self, state: OutlierState) -> float:

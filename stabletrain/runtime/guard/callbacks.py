@@ -270,7 +270,8 @@ class GuardMember(Callback, metaclass=HiddenFields):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start a micro-batch."""
         if self._leads and self._guard is not None:
-            refuse_uneven_training(trainer)
+            if self._guard.ranks.size > 1:
+                refuse_uneven_training(trainer)
             if self._is_first_batch:
                 self._is_first_batch = False
                 show_first_batch(trainer, batch)

@@ -51,6 +51,11 @@ class Changes:
         """
         self._expected.append((plugin, dict(positions)))
 
+    @property
+    def expects(self) -> bool:
+        """Whether changes are expected at all."""
+        return bool(self._expected)
+
     def expected_at(self, applied: int) -> list[tuple[str, str]]:
         """Names and reasons of the changes expected from the step on that comes after ``applied`` applied steps.
 

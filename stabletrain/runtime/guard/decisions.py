@@ -169,7 +169,7 @@ class Decisions:
         """Run the transforms; the norm of the gradients after them."""
         if attempt.grads:
             own = attempt.own.parameters
-            parameters = [p for p in own.read(self._trainer.global_step) if p.grad is not None]
+            parameters = [p for p in own.read() if p.grad is not None]
             names = own.names(parameters)
             for transform in self._transforms:
                 transform.transform(names, parameters, attempt.grads)

@@ -22,7 +22,8 @@ class Guard(GuardMember):
             scheduler of the module; else ``"exact"``.
         max_attempts: attempted steps after which the run is stopped, at least 1; None: twice ``max_steps`` if that is
             set. It ends a run in which all steps are skipped.
-        events: file for the event log, one JSON object per line; None: ``events.jsonl`` in the logger's folder.
+        events: file for the event log, one JSON object per line; None: ``events.jsonl`` in the logger's folder. After
+            64 MiB, of what is found (spikes, skips and the like) only the 1st, 2nd, 4th ... of a kind is written.
 
     Raises:
         UserError: if an option is out of range; when training starts, if ``mode="device"`` is impossible.

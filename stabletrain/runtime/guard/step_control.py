@@ -173,10 +173,11 @@ class StepControl:
                 self._drop = False
                 manual_internals.count_as_stepped(optimizer)
             else:
-                self._unwritten = _without_momentum(optimizer)
                 # a fused kernel of torch's may drop the step, and only the device knows
-                is_sure = effect.is_over or getattr(optimizer, "found_inf", None) is not None
+                may_drop = getattr(optimizer, "found_inf", None) is not None
+                self._unwritten = _without_momentum(optimizer) if may_drop else []
                 with self._rewarming.lowered(optimizer):
+                    is_sure = effect.is_over or may_drop
                     applied = inner(**kwargs) if is_sure else effect.check(lambda: inner(**kwargs))
                 if self._frozen:  # an overflow: the loss scaler calls the kernel all the same
                     self._drop_unwritten()
@@ -212,7 +213,7 @@ def _without_momentum(optimizer: Optimizer) -> list[dict[str, Any]]:
     It does not initialise that memory. If ``found_inf`` is set, the kernel does not either, and the next step takes
     what is there for the momentum.
     """
-    if not isinstance(optimizer, torch.optim.SGD) or getattr(optimizer, "found_inf", None) is None:
+    if not isinstance(optimizer, torch.optim.SGD):
         return []
     found = []
     for group in optimizer.param_groups:

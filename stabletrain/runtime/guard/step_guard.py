@@ -129,7 +129,7 @@ class StepGuard(SharedGuard):
             self._control_manual_steps()
         for member in self.members:
             member.use_optimizers(self._history.names)
-        device = self.parameters.read(self.trainer.global_step)[0].device
+        device = self.parameters.read()[0].device
         self.on_device = support.decides_on_device(self.trainer, self.module, self.mode, device)
         self._decisions = Decisions(
             self.trainer,
@@ -198,7 +198,8 @@ class StepGuard(SharedGuard):
 
     def take_loss(self, loss: Tensor) -> None:
         """``on_before_backward``: store a micro-batch's loss, divided by the window's size, times the loss scale."""
-        self.watch.before_backward()
+        if not self.watch.is_over:
+            self.watch.before_backward()
         if self._manual is not None:
             self._manual.before_backward(loss)
             return
@@ -244,7 +245,7 @@ class StepGuard(SharedGuard):
             self._replicas.compare()
         if self._manual is not None:
             self._select(self._manual.index(optimizer))
-        history, own, applied = self._history, self._history.own, self.trainer.global_step
+        history, own = self._history, self._history.own
         control, window = own.control, own.window
         control.start_decision()
         if self._unstepped or not self.watch.is_over:
@@ -261,7 +262,7 @@ class StepGuard(SharedGuard):
         own.samples.end_window()
         held, size = window.held, window.size
         unscaled = self._scaling.unscale(optimizer)
-        parameters = own.parameters.read(applied)  # groups may have been added since the last step
+        parameters = own.parameters.read()  # groups may have been added since the last step
         grads = gradients.of(parameters) if unscaled else []
         if self._short_windows is not None:
             self._short_windows.weigh(grads, held, size)
@@ -280,8 +281,9 @@ class StepGuard(SharedGuard):
         self._replicas.before_step(history.selected, optimizer, parameters, len(grads))
         for member in self._gradient_observers:
             member.on_gradients(history.counted[history.selected].attempted, parameters)
-        for plugin, reason in self.changes.expected_at(applied):
-            self._learn_anew(plugin, reason)
+        if self.changes.expects:
+            for plugin, reason in self.changes.expected_at(self.trainer.global_step):
+                self._learn_anew(plugin, reason)
         own.lr = self.rewarming.rate(optimizer)
         counters = history.counters
         attempt = Attempt(counters.attempted, own, loss, grad_norm, flags, grads, counters.overflows_in_a_row)
@@ -317,13 +319,14 @@ class StepGuard(SharedGuard):
             self._manual.end_batch(stepped=self._attempted > 0)
             self._select(0)  # between two batches always the first one
         if self._attempted:
-            self.check_state()
+            if self._checkers:
+                self.check_state()
             due = self.counters.attempted % self._log_every < self._attempted
             self._attempted = 0
             if due or self.trainer.is_last_batch:
                 self.flush()
-        complete = 0 < self.trainer.max_steps <= self.trainer.global_step
-        if self._max_attempts is not None and self._max_attempts <= self.counters.attempted and not complete:
+        most, trainer = self._max_attempts, self.trainer
+        if most is not None and most <= self.counters.attempted and not 0 < trainer.max_steps <= trainer.global_step:
             steps = f"{self.counters.attempted} steps attempted, {self.counters.applied} applied"
             reason = f"{steps} (config key guard.max_attempts)"
             self._requests.append(Request(RequestKind.STOP, "guard", reason))

@@ -50,7 +50,7 @@ class OptimizerSteps:
         """A fit begins, in which ``control`` wraps the optimizer's step."""
         self._control = control
         self.samples = StepSamples(control.trainer, ranks)
-        self.parameters = TrainedParameters(control.optimizer, module)
+        self.parameters = TrainedParameters(control.optimizer, module, lambda: control.trainer.global_step)
 
     @property
     def has_begun(self) -> bool:
@@ -65,7 +65,7 @@ class OptimizerSteps:
 
     def start_window(self) -> None:
         """A window of micro-batches begins."""
-        self.parameters.put_back(self.control.trainer.global_step)
+        self.parameters.put_back()
         self.control.start_window()
 
     def forget_window(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -46,10 +46,11 @@ class TrainedParameters:
     Args:
         optimizer: of the fit.
         module: that has the parameters; they are named as in it.
+        applied: returns the number of applied steps so far; it is asked only when the parameters are others.
     """
 
-    def __init__(self, optimizer: Optimizer, module: nn.Module) -> None:
-        self._optimizer, self._module = optimizer, module
+    def __init__(self, optimizer: Optimizer, module: nn.Module, applied: Callable[[], int]) -> None:
+        self._optimizer, self._module, self._applied = optimizer, module, applied
         self._names: dict[Tensor, str] = {}
         self._known: list[Tensor] = []
         self._ids: list[int] = []
@@ -57,23 +58,22 @@ class TrainedParameters:
         self._first: dict[Tensor, Tensor] = {}  # values of parameters that the module did not have at the beginning
         self._late: list[_Late] = []
         self._of_module = set(module.parameters())
-        self.read(0)
+        self.read()
 
-    def read(self, applied: int) -> list[Tensor]:
-        """The parameters of all groups, in the optimizer's order; call it between backward and update.
-
-        Args:
-            applied: applied steps so far.
-        """
-        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+    def read(self) -> list[Tensor]:
+        """The parameters of all groups, in the optimizer's order; call it between backward and update."""
+        groups = self._optimizer.param_groups
+        parameters = groups[0]["params"] if len(groups) == 1 else [p for group in groups for p in group["params"]]
         ids = [*map(id, parameters)]
-        if ids != self._ids:
-            for p in parameters:
-                self._added.setdefault(p, applied)
-                if self._ids and p not in self._of_module and p not in self._first:
-                    self._first[p] = p.detach().clone()
-            self._known, self._ids = parameters, ids  # while they are kept, no other tensor can have such an id
-        return parameters
+        if ids == self._ids:
+            return self._known
+        applied = self._applied() if self._ids else 0
+        for p in parameters:
+            self._added.setdefault(p, applied)
+            if self._ids and p not in self._of_module and p not in self._first:
+                self._first[p] = p.detach().clone()
+        self._known, self._ids = list(parameters), ids  # while they are kept, no other tensor can have such an id
+        return self._known
 
     def names(self, parameters: Sequence[Tensor]) -> list[str]:
         """The names of parameters in the module; ``parameter i`` for one that is not in the module."""
@@ -120,17 +120,15 @@ class TrainedParameters:
                 p.grad = None  # it is in no group, so nothing else would clear it
             p.requires_grad_(trained)
 
-    def put_back(self, applied: int) -> None:
+    def put_back(self) -> None:
         """Put back what `restore` took out, one step after the one at which it was added; call it before a forward.
 
         Hooks that add a group at an epoch or a step add it again when the run comes there again; one that remembers
         that it has added it does not.
-
-        Args:
-            applied: applied steps so far.
         """
         if not self._late:
             return
+        applied = self._applied()
         groups = self._optimizer.param_groups
         present = {p for group in groups for p in group["params"]}
         waiting = []

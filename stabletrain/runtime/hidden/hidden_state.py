@@ -210,9 +210,9 @@ class HiddenState:
             self._owners.append(each[0])
         for owner in self._owners:
             names = owner.names
-            within = modules is not None and owner.module not in modules
             if [*map(id, names.values())] == owner.ids:
                 continue
+            within = modules is not None and owner.module not in modules
             for key, value in names.items():
                 path = f"{owner.prefix}{key}"
                 if key in owner.ignored or path in self._slots or not (is_container(value) or holds_tensors(value)):

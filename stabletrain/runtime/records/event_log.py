@@ -25,6 +25,8 @@ _FOUND: frozenset[EventKind] = frozenset(
     ("replicas_differ", "divergence", "skip", "nonfinite", "overflow", "spike", "regime")
 )
 """Kinds that describe a step and not an action that followed from it."""
+_FULL = 64 << 20
+"""Bytes of events in the file after which not every event of these kinds is written any more."""
 _WORDS: dict[EventKind, str] = {
     "nonfinite": "non-finite",
     "regime": "new level",
@@ -44,6 +46,10 @@ class _Due(NamedTuple):
 class EventLog:
     """Records the events of one fit; the file is created with the first one.
 
+    A run in which something is found at every step would fill a disk: after 64 MiB, of spikes, skips, non-finite steps
+    and the like only the 1st, 2nd, 4th, 8th ... of each plugin and kind is written. What was done, such as a rollback,
+    always is.
+
     Args:
         path: file to append JSON lines to; None: memory only (as on ranks other than 0).
         log_warnings: log events as warnings, all of one step as one line: of each plugin and kind the 1st, 2nd, 4th,
@@ -57,6 +63,7 @@ class EventLog:
         self.counts: Counter[tuple[str, str]] = Counter()
         self._log_warnings = log_warnings
         self._due: list[_Due] = []
+        self._written = 0
         self._outcome: Outcome | None = None
 
     def append(self, event: Event) -> None:
@@ -69,7 +76,18 @@ class EventLog:
             self.show()
         if self._log_warnings and count & (count - 1) == 0:
             self._due.append(_Due(event, count))
-        self._file.append(event.to_json())
+        if self._written >= _FULL and event.kind in _FOUND and count & (count - 1):
+            return
+        line = event.to_json()
+        self._file.append(line)
+        if self._written < _FULL <= self._written + len(line):
+            logger.warning(
+                "%s holds %d MiB of events of this run: from now on, of what is found only the 1st, 2nd, 4th, 8th ... "
+                "of each plugin and kind is written",
+                self.path,
+                _FULL >> 20,
+            )
+        self._written += len(line)
 
     def conclude(self, outcome: Outcome) -> None:
         """Say in the line of this step what became of it."""
