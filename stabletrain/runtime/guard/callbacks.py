@@ -253,6 +253,7 @@ class GuardMember(Callback, metaclass=HiddenFields):
             for member in members:
                 member._guard = guard
         trainer_internals.silence_step_hooks(self, among=Callback if self._leads else GuardMember)
+        self.__dict__["state_key"] = self.state_key  # see `given_once`
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The optimizer exists: open the guard, which wraps the optimizer's step."""
@@ -358,7 +359,8 @@ class GuardMember(Callback, metaclass=HiddenFields):
 
     def __getstate__(self) -> dict[str, Any]:
         """Exclude the running fit from pickles and copies; Lightning sets ``log`` and ``log_dict`` to the module's."""
-        fit = {"_guard", "_optimizers", "_leads", "_fitted", "log", "log_dict", *trainer_internals.STEP_HOOKS}
+        fit = {"_guard", "_optimizers", "_leads", "_fitted", "log", "log_dict", "state_key"}
+        fit.update(trainer_internals.STEP_HOOKS)
         return {key: value for key, value in self.__dict__.items() if key not in fit}
 
     def _settle_and_flush(self) -> None:
@@ -371,6 +373,7 @@ class GuardMember(Callback, metaclass=HiddenFields):
         if self._leads and self._guard is not None:
             self._guard.close()
         trainer_internals.restore_step_hooks(self)
+        self.__dict__.pop("state_key", None)
 
 
 class PluginMember(GuardMember, Plugin):

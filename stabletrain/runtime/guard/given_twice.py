@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, overload
 
 from stabletrain.errors import UserError
 
@@ -14,27 +13,36 @@ class GivenTwice(UserError, RuntimeError):
     """A plugin is given twice; a RuntimeError, too, as is Lightning's own error for two callbacks of one key."""
 
 
-def given_once(state_key: Callable[[Any], str]) -> property:
-    """Make the property ``state_key`` of a callback; it raises `GivenTwice` where two in one Trainer have the same.
+class given_once:  # noqa: N801 (used as `property` is)
+    """The property ``state_key`` of a callback; it raises `GivenTwice` where two in one Trainer have the same.
 
     ``Trainer(callbacks=...)`` compares the keys of its callbacks, and its own error names neither arguments nor
     ``default_callbacks``. So until the first ``setup`` or ``state_dict``, keys of two callbacks that are equal raise
-    when compared.
+    when compared. Afterwards the value is a plain str, so that none other gets into a checkpoint.
+
+    Unlike of a ``property``, an attribute of the instance hides it: Lightning reads the key at every hook of every
+    callback, so during a fit it is kept there.
 
     Args:
         state_key: the getter.
-
-    Returns:
-        The property; its value is a plain str from then on, so that none other gets into a checkpoint.
     """
 
-    @functools.wraps(state_key)
-    def key(callback: Any) -> str:
-        text = state_key(callback)
+    def __init__(self, state_key: Callable[[Any], str]) -> None:
+        self._state_key = state_key
+        self.__doc__ = state_key.__doc__
+
+    @overload
+    def __get__(self, callback: None, owner: type) -> given_once: ...
+
+    @overload
+    def __get__(self, callback: object, owner: type) -> str: ...
+
+    def __get__(self, callback: object | None, owner: type) -> str | given_once:
+        if callback is None:
+            return self
+        text = self._state_key(callback)
         reference = _attached.get(id(callback))
         return text if reference is not None and reference() is callback else _Key(text, callback)
-
-    return property(key)
 
 
 def attach(callback: Any) -> None:
