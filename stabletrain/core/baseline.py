@@ -129,14 +129,16 @@ class OutlierTest(NamedTuple):
 
     def is_outlier(self, baseline: Baseline, value: float) -> bool:
         """Whether a value lies above the limit."""
-        return baseline.limit is not None and self._to_space(value) > baseline.limit
+        limit = baseline.limit
+        return limit is not None and self._to_space(value) > limit
 
     def is_raised(self, baseline: Baseline, value: float) -> bool:
         """Whether a value lies above the midpoint of centre and limit.
 
         A raised signal that is not an outlier does not end an excursion.
         """
-        return self._to_space(value) > baseline.raised
+        limit = baseline.limit
+        return limit is not None and self._to_space(value) > 0.5 * (baseline.centre + limit)
 
     def limit(self, baseline: Baseline, least_size: float = 0.0) -> float:
         """The limit in the unit of the signal; infinite while there is none.
@@ -145,13 +147,14 @@ class OutlierTest(NamedTuple):
             baseline: of the signal.
             least_size: there is no limit for values that are typically smaller than this.
         """
-        if baseline.limit is None or baseline.size < least_size:
+        limit = baseline.limit
+        if limit is None or baseline.size < least_size:
             return math.inf
-        return self._from_space(baseline.limit)
+        return math.exp(min(limit, _LARGEST_EXPONENT)) if self.log else limit
 
     def rounding_size(self, baseline: Baseline) -> float:
         """Size below which a loss is rounding noise, where ``baseline`` is that of the gradient norm; 0 if unknown."""
-        return 0.0 if baseline.limit is None else _ROUNDING * self.centre(baseline)
+        return 0.0 if baseline.limit is None else _ROUNDING * self._from_space(baseline.centre)
 
     def share_raised(self, baseline: Baseline) -> float:
         """Share of raised values in the later half of the history, 0 to 1; 0 while there is no limit.
@@ -173,12 +176,15 @@ class OutlierTest(NamedTuple):
         elif not least_sigma:
             return Baseline(past, ceiling=old.ceiling, covered=covered)
         centre, sigma = self._centre_and_sigma(window)
-        size, sigma = max(abs(centre), sigma), max(sigma, least_sigma)
+        size = max(abs(centre), sigma)
+        if least_sigma > sigma:
+            sigma = least_sigma
         linear = self.robust and not self.log
         if linear and not least_sigma:
             lowest, highest = covered or (centre, centre)
-            covered = min(lowest, centre), max(highest, centre)
-            sigma = max(sigma, _RANGE_SHARE * (covered[1] - covered[0]))
+            if not (covered and lowest <= centre <= highest):
+                covered = lowest, highest = min(lowest, centre), max(highest, centre)
+            sigma = max(sigma, _RANGE_SHARE * (highest - lowest))
         if sigma == 0.0 and (self.robust or centre == 0.0):
             return Baseline(past, centre, None, 0.0, old.ceiling, size, covered)  # without a spread there is no limit
         z = self.z_threshold

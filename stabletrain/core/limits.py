@@ -52,7 +52,8 @@ class Bound(NamedTuple):
 
     def clip(self, norm: float) -> float:
         """The norm after this bound."""
-        if not self.threshold < norm < math.inf:
+        threshold = _exp(self.above) if self.log else self.above  # as the property, which takes longer to ask
+        if not threshold < norm < math.inf:
             return norm
         s = math.log(norm) if self.log else norm
         target = self.target
@@ -147,7 +148,7 @@ class Limits(NamedTuple):
 
     def skips_step(self, loss: float, grad_norm: float) -> bool:
         """Whether any condition drops a step with this loss and raw gradient norm."""
-        for condition in self.skips:  # a loop: any() with a generator takes three times as long, at every step
+        for condition in self.skips:  # noqa: SIM110 (any() with a generator takes three times as long, at every step)
             if condition.hits(loss, grad_norm):
                 return True
         return False

@@ -184,9 +184,9 @@ class DelayedWindow(NamedTuple):
             size: maximum number of samples in the window.
             delay: number of newer samples after which a sample enters the window, >= 0.
         """
+        waiting, window = self.waiting, self.window
         if not math.isfinite(x):
             return self
-        waiting, window = self.waiting, self.window
         if not (delay or waiting):
             return DelayedWindow((), window.add(x, size))
         waiting = (*waiting, x)

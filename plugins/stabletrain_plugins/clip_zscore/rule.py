@@ -226,14 +226,14 @@ class ClipZScoreRule(Rule[ZScoreState]):
             full = len(samples) >= self.warmup_steps
             return Observation(ZScoreState(self._baseline(samples)) if full else ZScoreState(None, samples))
         bound = self._bound(ema)
-        s = self._to_space(norm)
-        raised = self._raise(state, norm, bound)
-        if norm > bound.threshold:
+        s, threshold = self._to_space(norm), bound.threshold
+        raised = self._raise(state, norm, bound, threshold)
+        if norm > threshold:
             side = 1
             learned = self._to_space(bound.clip(norm)) if self.learn_from_clipped else math.nan
-        elif self.space == "log" and s < ema.mean - self._margin(ema):
+        elif self.space == "log" and s < ema.mean and s < (lowest := ema.mean - self._margin(ema)):
             side = -1
-            learned = ema.mean - self._margin(ema)
+            learned = lowest
         else:
             return Observation(ZScoreState(ema.add(s, self.decay), raised=raised))
         run = (*state.samples, norm) if side == state.side else (norm,)
@@ -250,11 +250,11 @@ class ClipZScoreRule(Rule[ZScoreState]):
         new = self._baseline(known)
         return ZScoreState(new) if new.mean > state.ema.mean else state
 
-    def _raise(self, state: ZScoreState, norm: float, bound: Bound) -> float:
-        """The rise of the threshold after a step with this norm; ``bound`` is without a rise."""
+    def _raise(self, state: ZScoreState, norm: float, bound: Bound, threshold: float) -> float:
+        """The rise of the threshold after a step with this norm; ``bound`` and its threshold are without a rise."""
         if not self.recurrent or self.space != "log" or state.ema is None:
             return 0.0
-        if norm > _risen(bound, state.raised).threshold and state.side != 1:
+        if norm > threshold and state.side != 1 and norm > _risen(bound, state.raised).threshold:
             return max(state.raised, min(state.raised + _RISE, math.log(norm) - bound.above))  # max: for rounding
         return max(0.0, state.raised - _RISE * self.recurrent)
 

@@ -139,7 +139,8 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
 
     def on_outcome(self, outcome: Outcome) -> None:
         """Record an outcome for the diagnosis, and update incident and trust. fp16 overflows are ignored."""
-        self._metrics_due = True
+        if not self._metrics_due:  # a frozen dataclass looks in each of its bases whether it is an argument
+            self._metrics_due = True
         self._outcomes.append(outcome)
         if outcome.overflow:
             return
@@ -167,7 +168,9 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
         """Roll back if it is requested or the weights are damaged; else take a snapshot if one is due."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         guard, loader = self._guard_and_loader()
-        request, self._requested = self._requested, None
+        request = self._requested
+        if request is not None:
+            self._requested = None
         if request is not None or not guard.window.is_open:
             if self._replay is not None:
                 self._replay_step(self._replay, request)

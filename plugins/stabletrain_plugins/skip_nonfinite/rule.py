@@ -11,7 +11,6 @@ from stabletrain.core.limits import Limits, SkipNonFinite
 from stabletrain.core.outcome import Outcome
 from stabletrain.core.rule import Observation, Rule
 
-
 _FINITE = Limits.of(SkipNonFinite())
 
 

@@ -416,6 +416,12 @@ class RuleCallback(PluginMember):
         if cls.__doc__ is None:
             cls.__doc__ = next(base.__doc__ for base in cls.__mro__[2:] if issubclass(base, Rule))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "state":  # at every step, and a frozen dataclass asks each of its bases whether it is an argument
+            self.__dict__["state"] = value
+        else:
+            super().__setattr__(name, value)
+
     def reset(self) -> None:
         """Start with an empty history."""
         self.start_optimizer()

@@ -98,7 +98,9 @@ class Decisions:
             limits = self._limits()
         if self._ranks.size > 1 and not math.isfinite(norm):
             self._scaling.mark_nonfinite(control.optimizer)
-        scale, overflow = self._scaling.scale, self._scaling.found_nonfinite(control.optimizer)
+        scale, overflow = 1.0, False
+        if self._scaling.is_active:
+            scale, overflow = self._scaling.scale, self._scaling.found_nonfinite(control.optimizer)
         # a non-finite gradient at a finite loss is an overflow, unless the scale cannot be the cause: the loss scaler
         # drops the step and lowers the scale. It also drops what no rule wants to skip, so NaN is never applied
         due_to_scale = overflow and math.isfinite(loss) and not own.scales.blames_batch(scale)

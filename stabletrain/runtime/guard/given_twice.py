@@ -13,7 +13,7 @@ class GivenTwice(UserError, RuntimeError):
     """A plugin is given twice; a RuntimeError, too, as is Lightning's own error for two callbacks of one key."""
 
 
-class given_once:  # noqa: N801 (used as `property` is)
+class given_once:
     """The property ``state_key`` of a callback; it raises `GivenTwice` where two in one Trainer have the same.
 
     ``Trainer(callbacks=...)`` compares the keys of its callbacks, and its own error names neither arguments nor

@@ -22,11 +22,8 @@ class LossScaling:
     def __init__(self, trainer: Trainer) -> None:
         self._scaler: torch.amp.GradScaler | None = trainer_internals.grad_scaler(trainer)
         self._frozen: dict[str, Any] | None = None
-
-    @property
-    def is_active(self) -> bool:
+        self.is_active = self._scaler is not None
         """Whether losses are scaled."""
-        return self._scaler is not None
 
     @property
     def scale(self) -> float:

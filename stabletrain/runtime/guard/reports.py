@@ -66,9 +66,13 @@ class Reports:
         return request._replace(reason=f"{name}: {request.reason}") if name else request
 
     def nonfinite(self, outcome: Outcome) -> bool:
-        """Report, once in a fit, that a non-finite step was applied because no plugin drops such steps."""
+        """Report, once in a fit, that a non-finite step was applied because no plugin drops such steps.
+
+        Args:
+            outcome: of a step whose loss or norm is not finite.
+        """
         loss, norm = outcome.loss, outcome.grad_norm
-        if self._told_of_nonfinite or not outcome.applied or (math.isfinite(loss) and math.isfinite(norm)):
+        if self._told_of_nonfinite or not outcome.applied:
             return False
         self._told_of_nonfinite = True
         reason = (

@@ -117,6 +117,7 @@ class StepGuard(SharedGuard):
         support.check_optimizer(self.trainer)
         self._scaling = LossScaling(self.trainer)
         self.ranks = Ranks(self.trainer)
+        self._several_ranks = self.ranks.size > 1
         self._replicas = ReplicaCheck(self.trainer, self.module, self.ranks)
         self._replicas.open(self.trainer.optimizers)
         self._missing_losses = MissingLosses(self.trainer, self.module)
@@ -192,9 +193,8 @@ class StepGuard(SharedGuard):
             for own, window in zip(self._history.each, self._manual.windows, strict=True):
                 if not window.may_be_open:
                     own.start_window()
-        elif not self.window.is_started and self._history.own.has_begun:
-            self.window.is_started = True
-            self._history.own.start_window()
+        elif not (own := self._history.own).window.is_started:
+            own.start_window()
 
     def take_loss(self, loss: Tensor) -> None:
         """``on_before_backward``: store a micro-batch's loss, divided by the window's size, times the loss scale."""
@@ -204,14 +204,15 @@ class StepGuard(SharedGuard):
             self._manual.before_backward(loss)
             return
         self._batch_has_loss = True
-        missing = self._missing_losses.take()
-        if missing is None:
-            if self._weigh_loss is not None:
-                self.window.weights.append(self._weigh_loss(loss))
-            self.window.add(loss if self._weigh_loss is None or self.window.weights[-1] else torch.zeros_like(loss))
+        own, missing = self._history.own, self._missing_losses.take()
+        if missing is not None:
+            own.window.add_without_loss(drop=missing == "drop")
+        elif self._weigh_loss is None:
+            own.window.add(loss)
         else:
-            self.window.add_without_loss(drop=missing == "drop")
-        self._history.own.samples.add_batch()
+            own.window.weights.append(self._weigh_loss(loss))
+            own.window.add(loss if own.window.weights[-1] else torch.zeros_like(loss))
+        own.samples.add_batch()
 
     def end_backward(self) -> None:
         """``on_after_backward``: with manual optimization, store the loss for the optimizers that it reaches.
@@ -240,8 +241,10 @@ class StepGuard(SharedGuard):
     def decide(self, optimizer: Optimizer) -> None:
         """``on_before_optimizer_step``: gradients are complete. Measure, get the limits, act."""
         self.events.show()  # of an earlier step: what follows from it at the end of its batch is in the same line
-        self.settle()
-        if self.on_device:
+        scaling = self._scaling
+        if self._pending is not None or scaling.is_active:
+            self.settle()
+        if self._several_ranks and self.on_device:
             self._replicas.compare()
         if self._manual is not None:
             self._select(self._manual.index(optimizer))
@@ -255,13 +258,13 @@ class StepGuard(SharedGuard):
         if self._manual is not None:
             if not self._manual.has_step(history.selected):
                 return
-        elif not self._batch_has_loss and (window.is_empty or self._scaling.is_active):
+        elif not self._batch_has_loss and (window.is_empty or scaling.is_active):
             own.samples.end_window()
             self._pass_over(optimizer)  # one process: Lightning calls the optimizer without gradients
             return
         own.samples.end_window()
         held, size = window.held, window.size
-        unscaled = self._scaling.unscale(optimizer)
+        unscaled = not scaling.is_active or scaling.unscale(optimizer)
         parameters = own.parameters.read()  # groups may have been added since the last step
         grads = gradients.of(parameters) if unscaled else []
         if self._short_windows is not None:
@@ -269,18 +272,20 @@ class StepGuard(SharedGuard):
         self._weights = window.weights
         weighs, changed = self._weigh_loss is not None, bool(self.changes.announced)
         # a collective: also called by ranks without a loss
-        loss, grad_norm, flags = measure(self.ranks, window, grads, self._scaling.scale, weighs, changed)
+        loss, grad_norm, flags = measure(self.ranks, window, grads, scaling.scale, weighs, changed)
         if not unscaled:
             return
         if loss is None:
             control.pass_over()  # several ranks: the gradients are zeros, not None
             control.restore_nonfinite_buffers()
-            self._scaling.freeze()
+            scaling.freeze()
             self._pass_over(optimizer)
             return
-        self._replicas.before_step(history.selected, optimizer, parameters, len(grads))
+        if self._several_ranks:
+            self._replicas.before_step(history.selected, optimizer, parameters, len(grads))
+        attempted = history.counted[history.selected].attempted if self._gradient_observers else 0
         for member in self._gradient_observers:
-            member.on_gradients(history.counted[history.selected].attempted, parameters)
+            member.on_gradients(attempted, parameters)
         if self.changes.expects:
             for plugin, reason in self.changes.expected_at(self.trainer.global_step):
                 self._learn_anew(plugin, reason)
@@ -313,7 +318,7 @@ class StepGuard(SharedGuard):
         # in device mode the next step settles this one, unless this may be the last batch
         if not self.on_device or trainer_internals.may_be_last_batch(self.trainer):
             self.settle()
-        if not self.on_device:  # in device mode not all ranks may know the outcome yet
+        if self._several_ranks and not self.on_device:  # in device mode not all ranks may know the outcome yet
             self._replicas.compare()
         if self._manual is not None:
             self._manual.end_batch(stepped=self._attempted > 0)
@@ -351,7 +356,7 @@ class StepGuard(SharedGuard):
         Args:
             alone: not all ranks call it; no collective, and the events name the samples of this rank only.
         """
-        if self.is_open:
+        if self.is_open and self._scaling.is_active:
             self._scaling.put_back()
         if self._pending is None:
             return
@@ -364,7 +369,7 @@ class StepGuard(SharedGuard):
         history.add(outcome, scaled=self._scaling.is_active)
         for recorder in self._recorders:
             recorder.on_attempt(outcome)
-        if outcome.applied:
+        if self._several_ranks and outcome.applied:
             self._replicas.after_step(history.selected)
         if outcome.skipped:
             dropped = self._reports.dropped = DroppedStep(outcome.step, self._history.own.samples.of_step(alone))
@@ -374,15 +379,15 @@ class StepGuard(SharedGuard):
         if outcome.skipped:
             by = self._decisions.dropped_by(outcome)
             self._history.counters = self.counters.add_drop(by, dropped.samples)
-        told = self._reports.nonfinite(outcome)
+        finite = math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm)
+        told = not finite and self._reports.nonfinite(outcome)
         several = len(history.each) > 1
         without_loss = outcome._replace(loss=0.0) if several and math.isfinite(outcome.loss) else outcome
         for each in self._rules:
             rule = each.rule
             if not outcome.overflow or rule.sees_overflow:
-                each.state, events, requests = rule.observe(
-                    each.state, without_loss if rule.compares_loss else outcome
-                )
+                seen = without_loss if rule.compares_loss else outcome
+                each.state, events, requests = rule.observe(each.state, seen)
                 for event in events:
                     if not (told and event.kind == "nonfinite"):  # the guard's event says the same, and what to do
                         self.report(event)

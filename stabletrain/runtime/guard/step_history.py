@@ -53,20 +53,17 @@ class OptimizerSteps:
         self.parameters = TrainedParameters(control.optimizer, module, lambda: control.trainer.global_step)
 
     @property
-    def has_begun(self) -> bool:
-        """Whether there is a fit."""
-        return self._control is not None
-
-    @property
     def control(self) -> StepControl:
         """The step control of this fit."""
         assert self._control is not None, "the guard acts only after on_fit_start"
         return self._control
 
     def start_window(self) -> None:
-        """A window of micro-batches begins."""
-        self.parameters.put_back()
-        self.control.start_window()
+        """A window of micro-batches begins; before the fit has begun nothing happens."""
+        if self._control is not None:
+            self.window.is_started = True
+            self.parameters.put_back()
+            self._control.start_window()
 
     def forget_window(self) -> None:
         """Forget the micro-batches of the window in progress."""
