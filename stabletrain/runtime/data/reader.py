@@ -136,6 +136,11 @@ class LoaderReader:
         self.index_sampler.excludes = self._excludes
         return self.index_sampler.next_position()
 
+    def close(self) -> None:
+        """Drop the iterator, and end its worker processes."""
+        iterator, self.iterator = self.iterator, None
+        loader_internals.stop_workers(self._loader, iterator)
+
     def _start_workers(self, start: IteratorStart) -> None:
         if start.reuses_workers and not loader_internals.reuses_workers(self._loader):
             self._resume.warn(
@@ -146,6 +151,7 @@ class LoaderReader:
                 self._open(0)  # so that the next iterator reuses workers, as at the checkpoint, and draws as many seeds
 
     def _open(self, position: int) -> None:
+        self.close()
         self._fetched, self._is_first_fetch = position, True
         if self.index_sampler is None:
             self.iterator = iter(self._loader)

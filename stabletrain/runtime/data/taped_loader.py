@@ -98,6 +98,8 @@ class TapedLoader(Iterator[Any]):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("worker_init_fn", "_iterator"):  # Lightning sets these for the loader
             setattr(self._loader, name, value)
+            if name == "_iterator" and value is None:  # at the end of a fit, with or without an error
+                self.close()
         else:
             super().__setattr__(name, value)
 
@@ -113,6 +115,10 @@ class TapedLoader(Iterator[Any]):
     def tape(self) -> Tape:
         """The loader's events, as far as they are stored."""
         return self._tape
+
+    def close(self) -> None:
+        """Nothing is fetched any more until ``iter()`` is called again: end the worker processes."""
+        self._reader.close()
 
     # ---- iteration --------------------------------------------------------------------------------------------------
 

@@ -92,6 +92,7 @@ class TrainLoader:
             self._set_tape(False)
             for loader in self.loaders:
                 loader.tape.forget_before(loader.tape.end)
+                loader.close()
 
     @property
     def loaders(self) -> list[TapedLoader]:
@@ -99,6 +100,8 @@ class TrainLoader:
         return [each for each in loader_internals.train_loaders(self.trainer) if isinstance(each, TapedLoader)]
 
     def _wrap(self, loader: Any) -> TapedLoader:
+        for replaced in self.loaders:  # Lightning reloads them; marks may still hold the old ones
+            replaced.close()
         wrapped = TapedLoader(loader, self.trainer, self._exclusions, self._resume, self._counter, self._limit)
         wrapped.tape.enabled = self._keeps_tape
         return wrapped

@@ -1,6 +1,7 @@
 """The train loader: rewinding in a running fit and excluding batches, against fits that never did."""
 
 import copy
+import multiprocessing
 import random
 
 import numpy as np
@@ -379,3 +380,31 @@ def test_a_dropped_mark_is_refused_and_so_is_excluding_from_two_loaders():
     trainer = quiet_trainer(GoBack(names=[("batch", 0, 0)]), max_epochs=1)
     with pytest.raises(UserError, match="single train loader, got 2"):
         trainer.fit(Pair(), {name: LOADERS["in order"]() for name in "ab"}, DataLoader(Samples(size=4), 4))
+
+
+class Workers(GoBack):
+    """The most worker processes that were alive at a batch's end."""
+
+    most = 0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self.most = max(self.most, len(multiprocessing.active_children()))
+
+
+@pytest.mark.parametrize("case", ["replaced by a rewind", "reloaded", "error"])
+def test_workers_of_an_abandoned_iterator_end_at_once(case):
+    """Bug: they live on until the garbage collector finds the iterator, and then hold the process for 5 s each."""
+    workers = Workers(*([10] if case == "replaced by a rewind" else []), exclude=5)
+    model = Model()
+    if case == "error":
+        model.on_train_epoch_end = lambda: 1 / 0
+    reload = int(case == "reloaded")
+    trainer = quiet_trainer(workers, max_epochs=3, reload_dataloaders_every_n_epochs=reload)
+    before = len(multiprocessing.active_children())
+    try:
+        trainer.fit(model, DataLoader(Samples(), 4, num_workers=2), DataLoader(Samples(size=4), 4))
+    except ZeroDivisionError:
+        assert case == "error"
+    assert workers.most == before + 2
+    assert len(multiprocessing.active_children()) == before
