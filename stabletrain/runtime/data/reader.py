@@ -107,7 +107,7 @@ class LoaderReader:
                 else:
                     self._open(0)
             self._rng_of_next = position.rng_before
-        return EpochStarted(self._start, last, rng.capture(cuda=False) if record_rng else None)
+        return EpochStarted(self._start, last, rng.capture_quickly(cuda=False) if record_rng else None)
 
     def fetch(self, record_rng: bool) -> TapedBatch | EpochEnded:
         """Fetch the next batch from the iterator.
@@ -205,19 +205,24 @@ class LoaderReader:
             restore_own(start.first.own, self._loader)
 
     def _fetch(self, record_rng: bool) -> TapedBatch | EpochEnded:
-        before = rng.capture() if self._in_process and self._resume.enabled and self._counter.prefetches else None
-        watch = self._in_process and record_rng
+        before = first = mark = after = None
         # a sampler's iterator draws its seed at the first fetch, whether or not later fetches draw
         is_first, self._is_first_fetch = self._is_first_fetch, False
-        mark = rng.fingerprint() if watch and not self._draws_rng and not is_first else None
-        first = capture_generators(self._loader) if is_first and self._in_process and self._resume.enabled else None
+        if self._in_process:
+            if self._resume.enabled:
+                before = rng.capture_quickly() if self._counter.prefetches else None
+                first = capture_generators(self._loader) if is_first else None
+            if record_rng and not (self._draws_rng or is_first):
+                mark = before or rng.capture_quickly(cuda=False)
         try:
             batch = next(self.iterator)  # type: ignore[arg-type]
         except StopIteration:
             self.iterator = None
-        if mark is not None:
-            self._draws_rng = rng.fingerprint() != mark
-        after = rng.capture(cuda=False) if watch and (self._draws_rng or is_first) else None
+        if record_rng and self._in_process:
+            now = rng.capture_quickly(cuda=False)
+            if mark is not None:
+                self._draws_rng = mark.was_drawn_from(now)
+            after = now if self._draws_rng or is_first else None
         if self.iterator is None:
             return EpochEnded(self.index_sampler.drawn if self.index_sampler is not None else self._fetched, after)
         position, samples = self.index_sampler.take() if self.index_sampler is not None else (self._fetched, None)

@@ -82,7 +82,12 @@ def data_fetcher(trainer: Trainer) -> Any:
 
 def prefetched(trainer: Trainer) -> list[Any]:
     """Batches that were fetched and that the loop has not taken yet: the fetcher's own list, which may be changed."""
-    batches: list[Any] = getattr(data_fetcher(trainer), "batches", [])
+    return prefetched_by(data_fetcher(trainer))
+
+
+def prefetched_by(fetcher: Any) -> list[Any]:
+    """The same of a fetcher."""
+    batches: list[Any] = getattr(fetcher, "batches", [])
     return batches
 
 
