@@ -97,7 +97,7 @@ class TapedLoader(Iterator[Any]):
 
     @property
     def worker_init_fn(self) -> Any:
-        """The loader's, which Lightning sets; this and the next one are no ``__setattr__``, which costs 2 µs a batch."""
+        """The loader's, which Lightning sets. Not by ``__setattr__``, which would cost 2 µs a batch."""
         return self._loader.worker_init_fn
 
     @worker_init_fn.setter
