@@ -136,6 +136,19 @@ class LoaderReader:
         self.index_sampler.excludes = self._excludes
         return self.index_sampler.next_position()
 
+    @property
+    def can_fetch_again(self) -> bool:
+        """Whether batches can be fetched by their samples, as they were: by this process, without random numbers."""
+        return self._in_process and self.index_sampler is not None and not self._draws_rng
+
+    def fetch_again(self, samples: Any) -> Any:
+        """Fetch a batch by its samples; random generators, and what is fetched next, stay as they are."""
+        own = self.own_states()
+        with rng.preserved():
+            batch = next(loader_internals.iterate_with(self._loader, [samples]))
+        restore_own(own, self._loader)
+        return batch
+
     def close(self) -> None:
         """Drop the iterator, and end its worker processes."""
         iterator, self.iterator = self.iterator, None

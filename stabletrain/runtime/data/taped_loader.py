@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 from lightning.pytorch import Trainer
@@ -12,6 +12,7 @@ from stabletrain.errors import UserError
 from stabletrain.runtime import rng
 from stabletrain.runtime.data.exclusions import Exclusions
 from stabletrain.runtime.data.fetch_counter import FetchCounter
+from stabletrain.runtime.data.fetched_again import FetchedAgain, outline
 from stabletrain.runtime.data.position import LoaderState, capture_start, position_in
 from stabletrain.runtime.data.reader import LoaderReader
 from stabletrain.runtime.data.resume_point import ResumePoint
@@ -87,6 +88,8 @@ class TapedLoader(Iterator[Any]):
         )
         self.samples_before: Any = None
         """The sample indices of the batch before the last one; None if unknown."""
+        self.on_other_content: Callable[[], None] | None = None
+        """See `TrainLoader.keep_tape`."""
 
     # ---- the loader's own attributes --------------------------------------------------------------------------------
 
@@ -121,6 +124,11 @@ class TapedLoader(Iterator[Any]):
     def loader(self) -> Any:
         """The wrapped loader."""
         return self._loader
+
+    @property
+    def can_fetch_again(self) -> bool:
+        """Whether the last batches could be fetched again by their samples, as they were."""
+        return self._reader.can_fetch_again
 
     @property
     def tape(self) -> Tape:
@@ -171,7 +179,7 @@ class TapedLoader(Iterator[Any]):
                 self.last_batch = event
                 if excluded or self._exclusions or self._counter.counts_ahead:
                     self._counter.on_batch_returned(excluded, self.excluded_next())
-                return event.batch
+                return self._again(event) if type(event.batch) is FetchedAgain else event.batch
 
     def rewind(self, cursor: LoaderCursor) -> None:
         """Go back: the batches since then are replayed, without the excluded ones."""
@@ -244,9 +252,20 @@ class TapedLoader(Iterator[Any]):
         return event
 
     def _record(self, event: _E) -> _E:
-        self._tape.record(event)
+        again = self.on_other_content is not None and self._tape.enabled and self.can_fetch_again
+        if again and isinstance(event, TapedBatch) and event.rng_after is None:
+            self._tape.record(event._replace(batch=FetchedAgain(outline(event.batch))))
+        else:
+            self._tape.record(event)
         self._limit.enforce(self._tape)
         return event
+
+    def _again(self, event: TapedBatch) -> Any:
+        """Fetch a batch again that is not stored."""
+        batch = self._reader.fetch_again(event.samples)
+        if self.on_other_content is not None and outline(batch) != event.batch.outline:
+            self.on_other_content()
+        return batch
 
     def _replay_start(self) -> EpochStarted | None:
         """The start of the next epoch on the tape; None if it is created anew."""
