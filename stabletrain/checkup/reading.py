@@ -11,6 +11,7 @@ from stabletrain.checkup import loader_state
 from stabletrain.checkup.batches import size
 from stabletrain.errors import UserError
 from stabletrain.runtime.data.position import size_of
+from stabletrain.runtime.internals import loader as loader_internals
 
 MOST, MOST_BYTES = 400, 1 << 29
 """Batches that are read at most, and their bytes."""
@@ -72,7 +73,8 @@ def read(loader: Any, name: str, *, most: int = MOST, seconds: float = 15.0) -> 
             found.is_whole = True
         except Exception as error:
             found.error, found.trace = error, "".join(traceback.format_exception(error)).rstrip()
-        del iterator  # with its workers, before the loader's state is put back
+        loader_internals.stop_workers(loader, iterator)  # also where the error's traceback holds the iterator
+        del iterator  # before the loader's state is put back
     found.is_whole |= found.length == len(found.read) and found.error is None
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import pickle
 import random
 import struct
 import sys
@@ -45,8 +46,16 @@ class QuickState(NamedTuple):
 
     python: Any
     numpy: Any
-    torch: torch.Tensor
+    torch: bytes
     cuda: list[torch.Tensor] | None
+
+    def was_drawn_from(self, now: QuickState) -> bool:
+        """Whether a generator of the CPU has been drawn from, or seeded, between this state and ``now``."""
+        if self.torch != now.torch or self.python != now.python:
+            return True
+        if isinstance(self.numpy, tuple) and isinstance(now.numpy, tuple):
+            return self.numpy != now.numpy
+        return pickle.dumps(self.numpy) != pickle.dumps(now.numpy)  # dictionaries that may contain arrays
 
     def to_state(self) -> RngState:
         """As `capture` would have returned it."""
@@ -55,16 +64,21 @@ class QuickState(NamedTuple):
             position, *words = struct.unpack("=i624I", python[0])
             python = (random.Random.VERSION, (*words, position), python[1])
         if isinstance(numpy, tuple):
-            raw, has_gauss, gauss = numpy
+            raw, pair = numpy
+            has_gauss, gauss = struct.unpack("=i4xd", pair)
             key = np.frombuffer(raw, np.uint32, 624).copy()
             words_and_position = {"key": key, "pos": int(np.frombuffer(raw, np.int32, 1, 624 * 4)[0])}
             numpy = {"bit_generator": "MT19937", "state": words_and_position, "has_gauss": has_gauss, "gauss": gauss}
-        state = {"python": python, "numpy": _plain(numpy), "torch": self.torch}
+        words = torch.frombuffer(bytearray(self.torch), dtype=torch.uint8)
+        state = {"python": python, "numpy": _plain(numpy), "torch": words}
         return state if self.cuda is None else {**state, "cuda": self.cuda}
 
 
-def capture_quickly() -> QuickState:
-    """As `capture`, ten times faster (about 3 microseconds): the memory of the generators is copied as it is.
+def capture_quickly(cuda: bool = True) -> QuickState:
+    """As `capture`, twenty times faster (about 2 microseconds): the memory of the generators is copied as it is.
+
+    Args:
+        cuda: include the generators of the CUDA devices, if CUDA is in use.
 
     >>> torch.equal(capture_quickly().to_state()["numpy"]["state"]["key"], capture()["numpy"]["state"]["key"])
     True
@@ -74,18 +88,17 @@ def capture_quickly() -> QuickState:
         python = random.getstate()
     else:
         inner: Any = random.random.__self__  # type: ignore[attr-defined]
-        python = (ctypes.string_at(_PYTHON_STATE, 625 * 4), inner.gauss_next)
+        python = (_PYTHON_STATE.raw, inner.gauss_next)
     generator: Any = np.random.get_bit_generator()  # type: ignore[attr-defined]
     if _GAUSS_OFFSET is not None and isinstance(generator, np.random.MT19937):
         owner = getattr(np.random.get_state, "__self__")  # noqa: B009 (its type does not say that it is a method)
-        pair = id(owner) + _GAUSS_OFFSET
-        has_gauss, gauss = struct.unpack("=i4xd", ctypes.string_at(pair, 16))
-        numpy: Any = (ctypes.string_at(_mersenne_state(generator), 625 * 4), has_gauss, gauss)
+        numpy: Any = (_mersenne_state(generator).raw, _gauss_state(owner, _GAUSS_OFFSET).raw)
     else:
         numpy = np.random.get_state(legacy=False)
-    in_use = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    cuda = torch.cuda.get_rng_state_all() if in_use else None
-    return QuickState(python, numpy, torch.get_rng_state(), cuda)
+    in_use = cuda and torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    on_cuda = torch.cuda.get_rng_state_all() if in_use else None
+    words = torch.default_generator.get_state()
+    return QuickState(python, numpy, _memory(words.data_ptr(), words.numel()).raw, on_cuda)
 
 
 def restore(state: RngState) -> None:
@@ -131,55 +144,35 @@ def preserved() -> Iterator[RngState]:
         restore(state)
 
 
-def fingerprint() -> tuple[Any, ...]:
-    """Return a value that changes whenever a CPU generator of this process is drawn from (about 2 microseconds).
-
-    Not detected: a draw of the second normal number of a pair that Python's or numpy's legacy generator has cached.
-    """
-    generator: Any = np.random.get_bit_generator()  # type: ignore[attr-defined]
-    drawn = _mersenne_words(generator) if isinstance(generator, np.random.MT19937) else repr(generator.state)
-    return _python_words(), drawn, _torch_words()
-
-
-def _mersenne_words(generator: Any) -> bytes:
-    """The index, which changes with every draw, and the first words, which change every 624 draws and on seeding."""
-    address = _mersenne_state(generator)
-    return ctypes.string_at(address + 624 * 4, 4) + ctypes.string_at(address, 2 * 4)
+def _memory(address: int, size: int) -> Any:
+    """The bytes at an address, to be read with ``.raw``: a fifth of the time of `ctypes.string_at`."""
+    return (ctypes.c_char * size).from_address(address)
 
 
 @functools.lru_cache(maxsize=1)
-def _mersenne_state(generator: Any) -> int:
-    """Address of numpy's generator state: 624 words of 4 bytes, then the index."""
-    address: int = generator.ctypes.state_address
-    return address
+def _mersenne_state(generator: Any) -> Any:
+    """The memory of numpy's generator: 624 words of 4 bytes, then the index."""
+    return _memory(generator.ctypes.state_address, 625 * 4)
 
 
-def _torch_words() -> bytes:
-    """The same words of torch's generator, and its cached second normal number, which is stored at the end."""
-    state = torch.default_generator.get_state()
-    return ctypes.string_at(state.data_ptr(), 40) + ctypes.string_at(state.data_ptr() + state.numel() - 40, 40)
+@functools.lru_cache(maxsize=1)
+def _gauss_state(owner: Any, offset: int) -> Any:
+    """The memory of the second normal number of a pair, in a ``RandomState``."""
+    return _memory(id(owner) + offset, 16)
 
 
-def _python_words() -> Any:
-    """The same words of Python's generator, which stores the index first."""
-    if _PYTHON_STATE is not None:
-        return ctypes.string_at(_PYTHON_STATE, 3 * 4)
-    _, words, _ = random.getstate()
-    return words[-1], words[0], words[1]
-
-
-def _python_state() -> int | None:
-    """Address of the index and words of CPython's generator, or None if this version stores them elsewhere.
+def _python_state() -> Any:
+    """The memory of CPython's generator, the index and 624 words; None if this version stores them elsewhere.
 
     Reading them there is faster than `random.getstate`, which creates 625 Python integers on each call.
     """
     owner: Any = random.random.__self__  # type: ignore[attr-defined]
     if sys.implementation.name != "cpython":
         return None
-    address = id(owner) + object.__basicsize__
+    memory = _memory(id(owner) + object.__basicsize__, 625 * 4)
     _, words, _ = random.getstate()
-    found = struct.unpack("=iII", ctypes.string_at(address, 3 * 4))
-    return address if found == (words[-1], words[0], words[1]) else None
+    found = struct.unpack_from("=iII", memory.raw)
+    return memory if found == (words[-1], words[0], words[1]) else None
 
 
 _PYTHON_STATE = _python_state()

@@ -100,7 +100,7 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
         if stage != "fit":
             return
         self._loader = TrainLoader.of(trainer)
-        self._loader.keep_tape()
+        memory.keep_tape(self, self._loader)
         self._ring = SnapshotRing(self.keep, self.trust_after, self._new_snapshot)
         self._outcomes: deque[Outcome] = deque(maxlen=_DIAGNOSIS_STEPS)
         self._incidents = IncidentTracker(self.patience)

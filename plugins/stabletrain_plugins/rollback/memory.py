@@ -29,6 +29,12 @@ _TAPE_IS_FULL = (
     "(plugins.spike.every)"
 )
 
+_OTHER_CONTENT = (
+    "rollback: a batch that was fetched again has other content than before, although its samples are the same: the "
+    "dataset draws random numbers of its own, or its data have changed. The steps since the restored snapshot are not "
+    "made again as they were. Keep the batches themselves (plugins.spike.tape=batches)"
+)
+
 
 class MemoryPlan(NamedTuple):
     """The memory that one rank needs.
@@ -39,6 +45,7 @@ class MemoryPlan(NamedTuple):
         taped: all batches on the data tape together, bytes.
         batches: number of these batches.
         spill: folder of the snapshots; None: they are in memory.
+        fetched_again: only the sample indices of batches are stored.
     """
 
     copies: int
@@ -46,14 +53,20 @@ class MemoryPlan(NamedTuple):
     taped: int
     batches: int
     spill: str | None
+    fetched_again: bool = False
 
     @classmethod
-    def of(cls, copies: int, keep: int, batch: Any, batches: int, spill: str | None) -> MemoryPlan:
+    def of(
+        cls, copies: int, keep: int, batch: Any, batches: int, spill: str | None, fetched_again: bool = False
+    ) -> MemoryPlan:
         """The plan for batches of the size of ``batch``."""
-        return cls(copies, keep, batch_bytes(batch) * batches, batches, spill)
+        taped = 0 if fetched_again else batch_bytes(batch) * batches
+        return cls(copies, keep, taped, batches, spill, fetched_again)
 
     def __str__(self) -> str:
         snapshots = f"{self.keep} snapshots of {shown(self.copies / self.keep)}"
+        if self.fetched_again:
+            return f"{snapshots} and the sample indices of {self.batches} batches"
         return f"{snapshots} and {self.batches} batches of {shown(self.taped / self.batches)}"
 
     @property
@@ -84,12 +97,13 @@ class MemoryPlan(NamedTuple):
         if limit is None or self.memory <= limit:
             return None
         than = f"than the {shown(free)} that are free" if max_memory is None else f"than max_memory={max_memory}"
+        again = "" if self.fetched_again else ", keep sample indices in place of batches (plugins.spike.tape=indices)"
         raising = "" if max_memory is None else ", raise plugins.spike.max_memory"
         return (
             f"rollback: {self} take {shown(self.memory)} of memory on each rank, more {than}. Use fewer snapshots "
             "(plugins.spike.keep), take them more often, so that fewer batches are kept in memory "
-            f"(plugins.spike.every), put them on disk (plugins.spike.spill=<folder>){raising}, or train without "
-            "rollback (plugins/spike=detect)"
+            f"(plugins.spike.every), put them on disk (plugins.spike.spill=<folder>){raising}{again}, or train "
+            "without rollback (plugins/spike=detect)"
         )
 
 
@@ -99,6 +113,16 @@ def new_snapshot(rule: RollbackRule) -> Snapshot:
         remedy = "give another folder (config key plugins.spike.spill), or keep fewer (plugins.spike.keep)"
         return Snapshot(DiskBuffers(Path(rule.spill), owner="rollback", remedy=remedy))
     return Snapshot(SnapshotBuffers(rule.where))
+
+
+def keep_tape(rule: RollbackRule, loader: TrainLoader) -> None:
+    """Store the batches that are fetched from now on, or their sample indices.
+
+    Args:
+        rule: the plugin's arguments.
+        loader: of the run.
+    """
+    loader.keep_tape((lambda: logger.warning(_OTHER_CONTENT)) if rule.tape == "indices" else None)
 
 
 def taped_batches(rule: RollbackRule, window: int) -> int:
@@ -127,6 +151,8 @@ def planned(rule: RollbackRule, sizes: Sizes) -> Planned:
     size = "of unknown size" if sizes.state is None else f"of {shown(sizes.state)}"
     place = f"in {rule.spill}" if rule.spill else "on the device" if rule.where == "device" else "in main memory"
     text = f"a snapshot every {rule.every} steps, {rule.keep} of them {size} {place}; up to {batches} batches are kept"
+    if rule.tape == "indices":
+        text += ", by their sample indices where they can be fetched again"
     if rule.spill or rule.where == "device":
         return Planned(text=text, host_bytes=taped, device_bytes=None if rule.spill else copies)
     return Planned(text=text, host_bytes=total(copies, taped))
@@ -148,7 +174,7 @@ def reserve(rule: RollbackRule, ring: SnapshotRing, guard: StepGuard, loader: Tr
         UserError: on all ranks, if one of them has too little memory.
     """
     trainer, batches = guard.trainer, taped_batches(rule, guard.window.largest)
-    plan = MemoryPlan.of(ring.bytes_needed(guard), rule.keep, batch, batches, rule.spill)
+    plan = MemoryPlan.of(ring.bytes_needed(guard), rule.keep, batch, batches, rule.spill, loader.fetches_again)
     device = next(guard.module.parameters()).device
     problem = plan.problem(rule.max_memory, free_for_a_rank(trainer, rule.where, device))
     if guard.ranks.any(problem is not None):

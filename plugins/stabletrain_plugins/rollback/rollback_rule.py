@@ -55,6 +55,9 @@ class RollbackRule(SpikeDetection):
         where: ``"host"``: snapshots in main memory; ``"device"``: on the device of the tensors, which is faster.
         max_memory: limit on the memory of snapshots and taped batches on a rank, as ``"8GB"`` or ``"500MiB"``; more is
             an error before the first snapshot. If later batches are larger, fewer are kept. None: the free memory.
+        tape: ``"batches"``: keep the batches since the oldest snapshot in memory; ``"indices"``: keep sample indices,
+            and fetch again, where the training process itself fetches from a map-style dataset without drawing random
+            numbers. Exact only if the dataset returns the same for the same index; a warning says if it did not.
         spill: folder on a local disk for the snapshots, instead of memory; each snapshot then costs a write to it.
         replay: an ``interventions.jsonl``, or the folder of its run: make these interventions, and decide nothing until
             the last of them is made.
@@ -103,6 +106,7 @@ class RollbackRule(SpikeDetection):
     max_growth: float = 10.0
     where: Literal["host", "device"] = "host"
     max_memory: str | None = None
+    tape: Literal["batches", "indices"] = "batches"
     spill: str | None = None
     replay: str | None = None
     on_slow_rise: Literal["report", "rollback"] = "report"
@@ -126,6 +130,7 @@ class RollbackRule(SpikeDetection):
         self.require(1 < self.max_growth < math.inf, "max_growth", "> 1 and finite")
         self.require(self.where in ("host", "device"), "where", '"host" or "device"')
         self.require(self.on_slow_rise in ("report", "rollback"), "on_slow_rise", '"report" or "rollback"')
+        self.require(self.tape in ("batches", "indices"), "tape", '"batches" or "indices"')
         self.require(self.spill is None or bool(str(self.spill).strip()), "spill", "a folder, or null")
         if self.max_memory is not None:
             parse(self.max_memory, name=self.setting("max_memory"))

@@ -232,3 +232,25 @@ def test_accumulation_bounds_the_tape_by_the_largest_window(tmp_path: Path, mess
     train(tmp_path, Numbers(90), st.Rollback(**QUICK), watch, schedule, max_epochs=3)
     assert watch.batches == 3 * RING
     assert f"{3 * TAPE} batches of 4 B" in messages[0]
+
+
+def test_sample_indices_take_no_memory_and_change_nothing(tmp_path: Path, messages: list[str]) -> None:
+    """Bugs: batches are kept in memory although they can be fetched again; the run differs; the announced memory."""
+    ends = []
+    for tape in ("batches", "indices"):
+        model, watch = Model(lambda number: False), Watch()
+        rollback = st.Rollback(**QUICK, tape=tape)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"max_epochs": 1, "limit_val_batches": 0, "default_root_dir": tmp_path / tape}
+        trainer = quiet_trainer(Requests().at(44), rollback, watch, **options)
+        data: Any = [torch.full((100,), float(i)) for i in range(80)]
+        with quiet():
+            trainer.fit(model, DataLoader(data, batch_size=1))
+        assert len(interventions(tmp_path / tape)) == 1
+        ends.append((model.seen, model.state_dict(), watch.nbytes))
+    (seen, weights, nbytes), (seen_again, weights_again, few) = ends
+    assert seen == seen_again
+    assert_same(weights, weights_again)
+    assert (nbytes, few) == (400 * (RING - 1), 0), "the epoch's first batch is kept, but not for long"
+    announced = [each for each in messages if "needs up to" in each]
+    assert f"{TAPE} batches of 400 B" in announced[0]
+    assert f"the sample indices of {TAPE} batches: 24 B of memory" in announced[1]

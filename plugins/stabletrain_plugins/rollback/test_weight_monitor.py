@@ -40,6 +40,25 @@ def test_a_model_that_began_with_zeros_may_grow() -> None:
     assert check.problem(check.norms(), then) is None
 
 
+@pytest.mark.parametrize("small", [3, 40])
+def test_norms_of_few_and_of_many_small_tensors(small: int) -> None:
+    """Bugs: the norms of small tensors, which are computed together, in another order; damage in one not found."""
+    weights = []
+    for i in range(small):
+        weights += [torch.randn(1 + i % 7, i % 3, 2), torch.randn(7, 5).t()]
+    weights[4:4] = [torch.randn(30, 30), torch.randn(4, dtype=torch.float64), torch.randn(9).bfloat16()]
+    names = [str(i) for i in range(len(weights))]
+    check = WeightCheck(zip(names, weights, strict=True), 10.0)
+    expected = [torch.linalg.vector_norm(each.double()).item() for each in weights if each.numel()]
+    before = check.norms()
+    assert before == pytest.approx(expected, rel=1e-5)
+    assert check.problem(before, before) is None
+    weights[-1][2, 1] = math.nan
+    assert check.problem(check.norms(), before) == f"the norm of {names[-1]} is nan"
+    weights[-1][2, 1] = 100.0
+    assert f"the norm of {names[-1]} went" in str(check.problem(check.norms(), before))
+
+
 class Learning:
     """Weights that move by about a thousandth of their size at every step."""
 

@@ -31,7 +31,12 @@ def batch_bytes(batch: Any) -> int:
         if id(value) in seen:
             continue
         seen.add(id(value))  # `batch` keeps all of them alive, so no identity is used twice
-        if isinstance(value, Tensor):
+        kind = type(value)
+        if kind is tuple or kind is list:  # the usual kinds first: this runs for each batch that is stored
+            left += value
+        elif kind is dict:
+            left += value.values()
+        elif isinstance(value, Tensor):
             total += value.element_size() * value.numel()
         elif isinstance(value, np.ndarray):
             total += value.nbytes

@@ -52,6 +52,11 @@ class FetchCounter:
         fetcher = loader_internals.data_fetcher(self._trainer)
         return fetcher is not None and fetcher.length is None
 
+    @property
+    def counts_ahead(self) -> bool:
+        """Whether excluded batches after the current one are counted; else a batch after no excluded one needs none."""
+        return self._counted_ahead > 0
+
     def reset(self) -> None:
         """Start counting an epoch."""
         self._counted_ahead = self._uncounted = 0
@@ -86,8 +91,9 @@ class FetchCounter:
     def state(self) -> FetcherState:
         """The counts now."""
         fetcher = loader_internals.data_fetcher(self._trainer)
-        prefetched = len(loader_internals.prefetched(self._trainer))
-        return FetcherState(fetcher.fetched, fetcher.done, self._counted_ahead, prefetched)
+        return FetcherState(
+            fetcher.fetched, fetcher.done, self._counted_ahead, len(loader_internals.prefetched_by(fetcher))
+        )
 
     def rewind(self, state: FetcherState, excluded_next: Callable[[], int] | None) -> None:
         """Return to an earlier state, after the loaders were rewound; prefetches again what was prefetched then.

@@ -107,7 +107,7 @@ class LoaderReader:
                 else:
                     self._open(0)
             self._rng_of_next = position.rng_before
-        return EpochStarted(self._start, last, rng.capture(cuda=False) if record_rng else None)
+        return EpochStarted(self._start, last, rng.capture_quickly(cuda=False) if record_rng else None)
 
     def fetch(self, record_rng: bool) -> TapedBatch | EpochEnded:
         """Fetch the next batch from the iterator.
@@ -136,6 +136,24 @@ class LoaderReader:
         self.index_sampler.excludes = self._excludes
         return self.index_sampler.next_position()
 
+    @property
+    def can_fetch_again(self) -> bool:
+        """Whether batches can be fetched by their samples, as they were: by this process, without random numbers."""
+        return self._in_process and self.index_sampler is not None and not self._draws_rng
+
+    def fetch_again(self, samples: Any) -> Any:
+        """Fetch a batch by its samples; random generators, and what is fetched next, stay as they are."""
+        own = self.own_states()
+        with rng.preserved():
+            batch = next(loader_internals.iterate_with(self._loader, [samples]))
+        restore_own(own, self._loader)
+        return batch
+
+    def close(self) -> None:
+        """Drop the iterator, and end its worker processes."""
+        iterator, self.iterator = self.iterator, None
+        loader_internals.stop_workers(self._loader, iterator)
+
     def _start_workers(self, start: IteratorStart) -> None:
         if start.reuses_workers and not loader_internals.reuses_workers(self._loader):
             self._resume.warn(
@@ -146,6 +164,7 @@ class LoaderReader:
                 self._open(0)  # so that the next iterator reuses workers, as at the checkpoint, and draws as many seeds
 
     def _open(self, position: int) -> None:
+        self.close()
         self._fetched, self._is_first_fetch = position, True
         if self.index_sampler is None:
             self.iterator = iter(self._loader)
@@ -199,19 +218,24 @@ class LoaderReader:
             restore_own(start.first.own, self._loader)
 
     def _fetch(self, record_rng: bool) -> TapedBatch | EpochEnded:
-        before = rng.capture() if self._in_process and self._resume.enabled and self._counter.prefetches else None
-        watch = self._in_process and record_rng
+        before = first = mark = after = None
         # a sampler's iterator draws its seed at the first fetch, whether or not later fetches draw
         is_first, self._is_first_fetch = self._is_first_fetch, False
-        mark = rng.fingerprint() if watch and not self._draws_rng and not is_first else None
-        first = capture_generators(self._loader) if is_first and self._in_process and self._resume.enabled else None
+        if self._in_process:
+            if self._resume.enabled:
+                before = rng.capture_quickly() if self._counter.prefetches else None
+                first = capture_generators(self._loader) if is_first else None
+            if record_rng and not (self._draws_rng or is_first):
+                mark = before or rng.capture_quickly(cuda=False)
         try:
             batch = next(self.iterator)  # type: ignore[arg-type]
         except StopIteration:
             self.iterator = None
-        if mark is not None:
-            self._draws_rng = rng.fingerprint() != mark
-        after = rng.capture(cuda=False) if watch and (self._draws_rng or is_first) else None
+        if record_rng and self._in_process:
+            now = rng.capture_quickly(cuda=False)
+            if mark is not None:
+                self._draws_rng = mark.was_drawn_from(now)
+            after = now if self._draws_rng or is_first else None
         if self.iterator is None:
             return EpochEnded(self.index_sampler.drawn if self.index_sampler is not None else self._fetched, after)
         position, samples = self.index_sampler.take() if self.index_sampler is not None else (self._fetched, None)

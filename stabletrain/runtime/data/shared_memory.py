@@ -28,7 +28,10 @@ def _copied(value: Any, known: dict[int, Any]) -> Any:
     if id(value) in known:  # referred to twice, or from within itself
         return known[id(value)]
     known[id(value)] = value
-    if isinstance(value, Tensor):
+    if type(value) is Tensor:
+        if value.layout is torch.strided and value.is_cpu and value.untyped_storage().is_shared():
+            known[id(value)] = value.clone()
+    elif isinstance(value, Tensor):
         on_host = value.layout is torch.strided and value.device.type == "cpu"
         if on_host and value.is_shared():  # type: ignore[no-untyped-call]
             known[id(value)] = value.clone()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stabletrain.runtime.data.batch_size import batch_bytes
 from stabletrain.runtime.data.global_order import GlobalOrder
-from stabletrain.runtime.rng import RngState
+from stabletrain.runtime.rng import QuickState, RngState
 
 Identity: TypeAlias = tuple[Any, ...]
 """Names a batch across restarts: ``("samples", 4, 17, ...)`` by sample indices, else ``("batch", epoch, position)``."""
@@ -63,7 +63,7 @@ class EpochStarted(NamedTuple):
 
     start: IteratorStart
     position: int
-    rng_after: RngState | None
+    rng_after: QuickState | None
 
 
 class TapedBatch(NamedTuple):
@@ -83,8 +83,8 @@ class TapedBatch(NamedTuple):
     epoch: int
     position: int
     samples: Any = None
-    rng_before: RngState | None = None
-    rng_after: RngState | None = None
+    rng_before: QuickState | None = None
+    rng_after: QuickState | None = None
     first: Generators | None = None
 
     @property
@@ -107,7 +107,7 @@ class EpochEnded(NamedTuple):
     """
 
     position: int
-    rng_after: RngState | None
+    rng_after: QuickState | None
 
 
 TapeEvent: TypeAlias = EpochStarted | TapedBatch | EpochEnded
@@ -182,29 +182,37 @@ class Tape:
 
     def record(self, event: TapeEvent) -> None:
         """Append a new event and move to the end; if not enabled, drop it and all stored events."""
-        self._events.append(event)
-        self._sizes.append(batch_bytes(event.batch) if self.enabled and isinstance(event, TapedBatch) else None)
-        self._count(self._sizes[-1:], 1)
-        self.next_number = self.end
         if not self.enabled:
-            self.forget_before(self.end)
+            self._first = self.next_number = self.end + 1
+            self._events.clear()
+            self._sizes.clear()
+            self.batches = self.nbytes = 0
+            return
+        size = batch_bytes(event.batch) if type(event) is TapedBatch else None
+        self._events.append(event)
+        self._sizes.append(size)
+        if size is not None:
+            self.batches += 1
+            self.nbytes += size
+        self.next_number = self._first + len(self._events)
 
     def forget_before(self, number: int) -> None:
         """Drop the events before this number, except those that are still to be replayed."""
-        number = min(number, self.next_number)
-        count = max(0, number - self._first)
-        self._count(self._sizes[:count], -1)
+        count = min(number, self.next_number) - self._first
+        if count <= 0:
+            return
+        self._uncount(self._sizes[:count])
         del self._events[:count], self._sizes[:count]
         self._first += count
 
     def truncate(self) -> None:
         """Drop the events that are still to be replayed."""
         start = self.next_number - self._first
-        self._count(self._sizes[start:], -1)
+        self._uncount(self._sizes[start:])
         del self._events[start:], self._sizes[start:]
 
-    def _count(self, sizes: Sequence[int | None], sign: int) -> None:
+    def _uncount(self, sizes: Sequence[int | None]) -> None:
         for size in sizes:
             if size is not None:
-                self.batches += sign
-                self.nbytes += sign * size
+                self.batches -= 1
+                self.nbytes -= size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 from lightning.pytorch import Trainer
@@ -12,6 +12,7 @@ from stabletrain.errors import UserError
 from stabletrain.runtime import rng
 from stabletrain.runtime.data.exclusions import Exclusions
 from stabletrain.runtime.data.fetch_counter import FetchCounter
+from stabletrain.runtime.data.fetched_again import FetchedAgain, outline
 from stabletrain.runtime.data.position import LoaderState, capture_start, position_in
 from stabletrain.runtime.data.reader import LoaderReader
 from stabletrain.runtime.data.resume_point import ResumePoint
@@ -87,6 +88,8 @@ class TapedLoader(Iterator[Any]):
         )
         self.samples_before: Any = None
         """The sample indices of the batch before the last one; None if unknown."""
+        self.on_other_content: Callable[[], None] | None = None
+        """See `TrainLoader.keep_tape`."""
 
     # ---- the loader's own attributes --------------------------------------------------------------------------------
 
@@ -95,11 +98,24 @@ class TapedLoader(Iterator[Any]):
             raise AttributeError(name)
         return getattr(self._loader, name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("worker_init_fn", "_iterator"):  # Lightning sets these for the loader
-            setattr(self._loader, name, value)
-        else:
-            super().__setattr__(name, value)
+    @property
+    def worker_init_fn(self) -> Any:
+        """The loader's, which Lightning sets. Not by ``__setattr__``, which would cost 2 µs a batch."""
+        return self._loader.worker_init_fn
+
+    @worker_init_fn.setter
+    def worker_init_fn(self, value: Any) -> None:
+        self._loader.worker_init_fn = value
+
+    @property
+    def _iterator(self) -> Any:
+        return self._loader._iterator
+
+    @_iterator.setter
+    def _iterator(self, value: Any) -> None:
+        self._loader._iterator = value
+        if value is None:  # at the end of a fit, with or without an error
+            self.close()
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -110,9 +126,18 @@ class TapedLoader(Iterator[Any]):
         return self._loader
 
     @property
+    def can_fetch_again(self) -> bool:
+        """Whether the last batches could be fetched again by their samples, as they were."""
+        return self._reader.can_fetch_again
+
+    @property
     def tape(self) -> Tape:
         """The loader's events, as far as they are stored."""
         return self._tape
+
+    def close(self) -> None:
+        """Nothing is fetched any more until ``iter()`` is called again: end the worker processes."""
+        self._reader.close()
 
     # ---- iteration --------------------------------------------------------------------------------------------------
 
@@ -143,7 +168,7 @@ class TapedLoader(Iterator[Any]):
             start = self.cursor.start
             if event.first is not None and start is not None:
                 start = start._replace(first=event.first)
-            if self._exclusions.cover(next_number - 1, event):
+            if self._exclusions and self._exclusions.cover(next_number - 1, event):
                 self._excluded_in_replay = True
                 self.cursor = self.cursor._replace(start=start)
             else:
@@ -152,8 +177,9 @@ class TapedLoader(Iterator[Any]):
                 self.cursor = LoaderCursor(next_number, event.position, start)
                 self.samples_before = None if self.last_batch is None else self.last_batch.samples
                 self.last_batch = event
-                self._counter.on_batch_returned(excluded, self.excluded_next())
-                return event.batch
+                if excluded or self._exclusions or self._counter.counts_ahead:
+                    self._counter.on_batch_returned(excluded, self.excluded_next())
+                return self._again(event) if type(event.batch) is FetchedAgain else event.batch
 
     def rewind(self, cursor: LoaderCursor) -> None:
         """Go back: the batches since then are replayed, without the excluded ones."""
@@ -202,7 +228,9 @@ class TapedLoader(Iterator[Any]):
             epoch = self._reader.epoch if cursor.start is None else cursor.start.epoch + 1
             start = capture_start(self._loader, epoch, None, self._reader.shared)._replace(generators=place.own)
             return position_in(self._loader, 0, start, own=place.own)
-        rng_before = last.rng_before if last is not None and prefetched else None
+        rng_before = None
+        if last is not None and last.rng_before is not None and prefetched:
+            rng_before = last.rng_before.to_state()
         known = last is not None and last.samples is not None and not prefetched and cursor.position >= 0
         name = last.identity if known and last else None
         return position_in(self._loader, cursor.position + 1, cursor.start, rng_before, name, place.own)
@@ -220,13 +248,24 @@ class TapedLoader(Iterator[Any]):
             self._excluded_in_replay = False
             return self._record(self._reader.fetch(self._tape.enabled))
         if event.rng_after is not None:
-            rng.restore(event.rng_after)
+            rng.restore(event.rng_after.to_state())
         return event
 
     def _record(self, event: _E) -> _E:
-        self._tape.record(event)
+        again = self.on_other_content is not None and self._tape.enabled and self.can_fetch_again
+        if again and isinstance(event, TapedBatch) and event.rng_after is None:
+            self._tape.record(event._replace(batch=FetchedAgain(outline(event.batch))))
+        else:
+            self._tape.record(event)
         self._limit.enforce(self._tape)
         return event
+
+    def _again(self, event: TapedBatch) -> Any:
+        """Fetch a batch again that is not stored."""
+        batch = self._reader.fetch_again(event.samples)
+        if self.on_other_content is not None and outline(batch) != event.batch.outline:
+            self.on_other_content()
+        return batch
 
     def _replay_start(self) -> EpochStarted | None:
         """The start of the next epoch on the tape; None if it is created anew."""
@@ -241,7 +280,7 @@ class TapedLoader(Iterator[Any]):
             self._tape.truncate()  # its order was drawn after batches that are now excluded: draw it again
             return None
         if event.rng_after is not None:
-            rng.restore(event.rng_after)
+            rng.restore(event.rng_after.to_state())
         return event
 
     def _start_epoch(self) -> EpochStarted:

@@ -53,6 +53,7 @@ class TrainLoader:
         self._users = 0
         self._uninstall: Callable[[], None] | None = None
         self._keeps_tape = False
+        self._on_other_content: Callable[[], None] | None = None
         self.rewinds = 0
         """How often it was rewound."""
         self._exclusions = Exclusions(trainer)
@@ -92,6 +93,7 @@ class TrainLoader:
             self._set_tape(False)
             for loader in self.loaders:
                 loader.tape.forget_before(loader.tape.end)
+                loader.close()
 
     @property
     def loaders(self) -> list[TapedLoader]:
@@ -99,20 +101,34 @@ class TrainLoader:
         return [each for each in loader_internals.train_loaders(self.trainer) if isinstance(each, TapedLoader)]
 
     def _wrap(self, loader: Any) -> TapedLoader:
+        for replaced in self.loaders:  # Lightning reloads them; marks may still hold the old ones
+            replaced.close()
         wrapped = TapedLoader(loader, self.trainer, self._exclusions, self._resume, self._counter, self._limit)
-        wrapped.tape.enabled = self._keeps_tape
+        wrapped.tape.enabled, wrapped.on_other_content = self._keeps_tape, self._on_other_content
         return wrapped
 
     def _set_tape(self, enabled: bool) -> None:
         self._keeps_tape = enabled
         for loader in self.loaders:
-            loader.tape.enabled = enabled
+            loader.tape.enabled, loader.on_other_content = enabled, self._on_other_content
 
     # ---- rewinding --------------------------------------------------------------------------------------------------
 
-    def keep_tape(self) -> None:
-        """Store all batches that are fetched from now on, until `forget_before` or `limit_tape` drops them."""
+    def keep_tape(self, on_other_content: Callable[[], None] | None = None) -> None:
+        """Store all batches that are fetched from now on, until `forget_before` or `limit_tape` drops them.
+
+        Args:
+            on_other_content: store only the sample indices of a batch if it can be fetched again as it was: by this
+                process, from a map-style dataset, without a draw from a global generator. Called, once, if a batch has
+                other content then. None: store the batches themselves.
+        """
+        self._on_other_content = None if on_other_content is None else _once(on_other_content)
         self._set_tape(True)
+
+    @property
+    def fetches_again(self) -> bool:
+        """Whether only sample indices are stored of the batches of all loaders, see `keep_tape`."""
+        return self._on_other_content is not None and all(each.can_fetch_again for each in self.loaders)
 
     def limit_tape(self, batches: float, nbytes: float, on_bytes_exceeded: Callable[[], None] | None = None) -> None:
         """From now on, drop the oldest stored batches beyond a number and a size; earlier marks are then out of reach.
@@ -313,3 +329,8 @@ class TrainLoader:
 
 def _cursor(loader: TapedLoader, prefetched: int) -> LoaderCursor:
     return loader.cursor_before if prefetched else loader.cursor
+
+
+def _once(call: Callable[[], None]) -> Callable[[], None]:
+    calls = [call]
+    return lambda: calls.pop()() if calls else None

@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.loops.loop import _Loop
 from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from stabletrain.runtime.internals.packages import own
 
@@ -81,7 +82,12 @@ def data_fetcher(trainer: Trainer) -> Any:
 
 def prefetched(trainer: Trainer) -> list[Any]:
     """Batches that were fetched and that the loop has not taken yet: the fetcher's own list, which may be changed."""
-    batches: list[Any] = getattr(data_fetcher(trainer), "batches", [])
+    return prefetched_by(data_fetcher(trainer))
+
+
+def prefetched_by(fetcher: Any) -> list[Any]:
+    """The same of a fetcher."""
+    batches: list[Any] = getattr(fetcher, "batches", [])
     return batches
 
 
@@ -243,8 +249,7 @@ def takes_index_sampler(loader: Any) -> bool:
     return (
         isinstance(loader, DataLoader)
         and not isinstance(loader.dataset, IterableDataset)
-        and type(loader).__iter__ is DataLoader.__iter__
-        and type(loader)._get_iterator is DataLoader._get_iterator
+        and _makes_torch_iterators(loader)
         and getattr(loader, "in_order", True)
     )
 
@@ -270,6 +275,27 @@ def iterate_with(loader: DataLoader[Any], sampler: Any) -> Any:
         return iter(loader)
     finally:
         loader.__dict__[name] = own
+
+
+def stop_workers(loader: Any, iterator: Any) -> None:
+    """End the worker processes of an iterator that nothing is fetched from any more; call it before it is dropped.
+
+    An iterator that is part of a reference cycle is freed by Python's garbage collector, which ends the threads that
+    feed the workers' queues before it asks the iterator to stop: the workers never hear of it, and torch waits five
+    seconds for each. Persistent workers are the loader's, and iterators of classes with an ``__iter__`` of their own
+    may be in use elsewhere: both stay as they are.
+
+    Args:
+        loader: whose ``iter()`` returned the iterator.
+        iterator: of any kind, also None.
+    """
+    is_ours = isinstance(iterator, _MultiProcessingDataLoaderIter) and _makes_torch_iterators(loader)
+    if is_ours and not loader.persistent_workers:
+        iterator._shutdown_workers()
+
+
+def _makes_torch_iterators(loader: Any) -> bool:
+    return type(loader).__iter__ is DataLoader.__iter__ and type(loader)._get_iterator is DataLoader._get_iterator
 
 
 def override(owner: Any, name: str, method: Callable[..., Any]) -> Callable[[], None]:

@@ -24,6 +24,7 @@ from stabletrain.runtime.internals.attributes import version_of
 
 _IMMUTABLE = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 _LEAVES = (Tensor, *_IMMUTABLE)
+_LEAF_KINDS = frozenset({nn.Parameter, *_LEAVES})
 _CODE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, property, weakref.ref)
 _CONTAINERS = (dict, list, tuple, set, frozenset, deque)
 _PROCESS_WIDE = (
@@ -116,7 +117,8 @@ def find(optimizer: Optimizer, model: nn.Module) -> Found:
 def _visit(path: str, thing: Any, found: Found) -> Iterable[tuple[str, Any]]:
     """Add an object to what was found; the values in it, each with its path."""
     if isinstance(thing, dict):
-        return [(f"{path}[{_key(key)}]", each) for key, each in thing.items() if not isinstance(each, _LEAVES)]
+        # the state of a parameter is usually a dictionary of leaves, and there may be thousands
+        return [(f"{path}[{_key(key)}]", each) for key, each in thing.items() if not _holds_nothing(each)]
     if isinstance(thing, _CONTAINERS) and _is_plain_container(thing):
         return [(f"{path}[{i}]", each) for i, each in enumerate(thing) if not isinstance(each, _LEAVES)]
     if isinstance(thing, types.MethodType):
@@ -211,6 +213,11 @@ def marks_of(value: Any) -> Iterator[Any]:
         yield (repr(value),) if isinstance(value, float | complex) else value  # a NaN equals itself
     else:
         yield id(value)
+
+
+def _holds_nothing(thing: Any) -> bool:
+    """Whether a value is a leaf, or a dictionary of leaves."""
+    return isinstance(thing, _LEAVES) or (type(thing) is dict and _LEAF_KINDS.issuperset(map(type, thing.values())))
 
 
 def _is_code(thing: Any) -> bool:

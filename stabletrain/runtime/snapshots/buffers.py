@@ -130,7 +130,7 @@ def bytes_of(tensors: Sequence[Tensor]) -> int:
     >>> bytes_of([torch.zeros(3), torch.zeros(2, dtype=torch.int8)])
     14
     """
-    return sum(each.numel() * each.element_size() for each in tensors)
+    return sum(each.nbytes for each in tensors)
 
 
 def copy_each(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
@@ -143,7 +143,7 @@ def copy_each(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     on_host: list[tuple[Tensor, Tensor]] = []
     others: list[tuple[Tensor, Tensor]] = []
     for pair in zip(targets, sources, strict=True):
-        (on_host if all(each.device.type == "cpu" for each in pair) else others).append(pair)
+        (on_host if pair[0].is_cpu and pair[1].is_cpu else others).append(pair)
     _copy_pairs(others)  # queued on the device, meanwhile the host copies its own
     parts = _shares(on_host, _THREADS) if bytes_of([target for target, _ in on_host]) > _THREADS_FROM else [on_host]
     helpers = [Thread(target=_copy_pairs, args=(part,)) for part in parts[1:]]
@@ -152,7 +152,7 @@ def copy_each(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     _copy_pairs(parts[0])
     for helper in helpers:
         helper.join()
-    crossing = [pair for pair in others if any(each.device.type == "cpu" for each in pair)]
+    crossing = [pair for pair in others if pair[0].is_cpu or pair[1].is_cpu]
     for device in {each.device for pair in crossing for each in pair if each.device.type == "cuda"}:
         torch.cuda.current_stream(device).synchronize()
 

@@ -157,7 +157,7 @@ class Flattener:
     def _new_tensor(self, value: Tensor) -> TensorNode:
         first = len(self.tensors)
         if is_plain(value):
-            self.tensors.append(value.detach())
+            self.tensors.append(value.detach() if value.requires_grad else value)  # `detach` takes a microsecond
             node = TensorNode(first, 1, type(value) is Tensor, value.device)
         elif is_wrapper(value) and not is_sharded(value):
             wrapper = WrapperLayout.of(value)

@@ -12,6 +12,9 @@ PLAIN = frozenset({Tensor, nn.Parameter})
 """Classes that hold their data themselves; checked first, because almost all tensors are of these."""
 
 
+_STRIDED = torch.strided
+
+
 class WrapperLayout(NamedTuple):
     """What a wrapper subclass needs, besides its inner tensors, to be built again.
 
@@ -52,7 +55,7 @@ class WrapperLayout(NamedTuple):
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor holds its data itself, in one block of memory."""
-    if tensor.layout is not torch.strided:
+    if tensor.layout is not _STRIDED:
         return False
     return type(tensor) in PLAIN or not (is_sharded(tensor) or is_wrapper(tensor))
 
@@ -68,7 +71,7 @@ def is_wrapper(tensor: Tensor) -> bool:
 
 
 def plain_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The plain tensors that hold the data, detached.
+    """The plain tensors that hold the data, without gradient.
 
     Of a DTensor that is the local one, of a wrapper its inner ones, of a sparse tensor its indices and values.
 
@@ -77,7 +80,9 @@ def plain_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
     """
     found: list[Tensor] = []
     for tensor in tensors:
-        if is_plain(tensor):
+        if type(tensor) in PLAIN and tensor.layout is _STRIDED:  # almost all, and there may be thousands
+            found.append(tensor.detach() if tensor.requires_grad else tensor)
+        elif is_plain(tensor):
             found.append(tensor.detach())
         elif is_sharded(tensor):
             found += plain_tensors([tensor.to_local()])  # type: ignore[attr-defined]

@@ -1,6 +1,7 @@
 """The train loader: rewinding in a running fit and excluding batches, against fits that never did."""
 
 import copy
+import multiprocessing
 import random
 
 import numpy as np
@@ -13,6 +14,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from stabletrain.errors import UserError
 from stabletrain.runtime import rng
+from stabletrain.runtime.data.fetched_again import FetchedAgain
+from stabletrain.runtime.data.tape import TapedBatch
 from stabletrain.runtime.data.train_loader import TrainLoader
 from stabletrain.runtime.internals import loader as loader_internals
 from stabletrain.testing.trainer import quiet_trainer
@@ -65,13 +68,15 @@ class Model(LightningModule):
 class GoBack(Callback):
     """Marks after every ``every`` batches; after each of ``at`` rewinds once, to the oldest of ``keep`` marks."""
 
+    on_other_content = None
+
     def __init__(self, *at, every=3, keep=2, exclude=0, names=()):
         self.at, self.every, self.keep, self.exclude, self.names = set(at), every, keep, exclude, names
         self.count, self.snapshots, self.excluded = 0, [], []
 
     def setup(self, trainer, pl_module, stage):
         self.loader = TrainLoader.of(trainer)
-        self.loader.keep_tape()
+        self.loader.keep_tape(self.on_other_content)
         if self.names:
             self.loader.exclude(self.names)
 
@@ -379,3 +384,91 @@ def test_a_dropped_mark_is_refused_and_so_is_excluding_from_two_loaders():
     trainer = quiet_trainer(GoBack(names=[("batch", 0, 0)]), max_epochs=1)
     with pytest.raises(UserError, match="single train loader, got 2"):
         trainer.fit(Pair(), {name: LOADERS["in order"]() for name in "ab"}, DataLoader(Samples(size=4), 4))
+
+
+class Workers(GoBack):
+    """The most worker processes that were alive at a batch's end."""
+
+    most = 0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self.most = max(self.most, len(multiprocessing.active_children()))
+
+
+@pytest.mark.parametrize("case", ["replaced by a rewind", "reloaded", "error"])
+def test_workers_of_an_abandoned_iterator_end_at_once(case):
+    """Bug: they live on until the garbage collector finds the iterator, and then hold the process for 5 s each."""
+    workers = Workers(*([10] if case == "replaced by a rewind" else []), exclude=5)
+    model = Model()
+    if case == "error":
+        model.on_train_epoch_end = lambda: 1 / 0
+    reload = int(case == "reloaded")
+    trainer = quiet_trainer(workers, max_epochs=3, reload_dataloaders_every_n_epochs=reload)
+    before = len(multiprocessing.active_children())
+    try:
+        trainer.fit(model, DataLoader(Samples(), 4, num_workers=2), DataLoader(Samples(size=4), 4))
+    except ZeroDivisionError:
+        assert case == "error"
+    assert workers.most == before + 2
+    assert len(multiprocessing.active_children()) == before
+
+
+class ByIndices(GoBack):
+    """Fetches again what it can; notes the largest number of whole batches on the tape, and whether content differs."""
+
+    whole, others = 0, 0
+
+    def on_other_content(self):
+        self.others += 1
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        tape = self.loader.loaders[0].tape
+        events = [tape[number] for number in range(tape.first, tape.end)]
+        batches = [event.batch for event in events if isinstance(event, TapedBatch)]
+        self.whole = max(self.whole, sum(not isinstance(each, FetchedAgain) for each in batches))
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+
+class Single(Samples):
+    """Of one sample each, for a loader that makes no batches."""
+
+    def __getitem__(self, index):
+        return self.inputs[[index]], torch.tensor([index])
+
+
+OWN = {
+    "own generator": lambda: DataLoader(Samples(), 4, shuffle=True, generator=torch.Generator().manual_seed(5)),
+    "no batches": lambda: DataLoader(Single(size=BATCHES), None, shuffle=True),
+}
+
+
+@pytest.mark.parametrize("kind", ["in order", "shuffled", "noisy", "stream", *OWN])
+def test_batches_that_are_fetched_again_are_the_same(kind):
+    """Bugs: fetching again moves the sampler or a generator, so that later batches differ; a batch whose dataset drew
+    random numbers is not kept; or all batches are kept all the same."""
+    loader = {**LOADERS, **OWN}[kind]
+    reference = fit(loader())
+    callback = ByIndices(7, 10, 16)
+    model, trainer = fit(loader(), callback)
+    assert len(model.seen) > len(reference[0].seen)
+    final = {(*samples, loss) for samples, loss in model.seen}
+    assert {(*samples, loss) for samples, loss in reference[0].seen} == final
+    assert_same(reference, (model, trainer))
+    assert callback.others == 0
+    assert (callback.whole > 1) == (kind in ("noisy", "stream")), "the first of an epoch is kept"
+
+
+def test_other_content_for_the_same_samples_is_reported_once():
+    """Bug: a dataset that returns something else each time is replayed with other data, and nobody is told."""
+
+    class Counting(Samples):
+        fetched = 0
+
+        def __getitem__(self, index):
+            self.fetched += 1
+            return self.inputs[index] + self.fetched, index
+
+    callback = ByIndices(7, 8)
+    fit(DataLoader(Counting(), 4), callback, epochs=1)
+    assert callback.others == 1

@@ -52,3 +52,29 @@ def test_the_private_attributes_that_the_train_loader_uses_exist():
     other = iter([[9, 8]])
     assert [batch.tolist() for (batch,) in loader_internals.iterate_with(loader, other)] == [[9, 8]]
     assert next(iter(loader))[0].tolist() == [0, 1, 2, 3]
+
+
+def test_workers_of_another_owner_are_left_alone():
+    """Bug: persistent workers, or those of an iterator that its loader returns each time, are ended in mid-run."""
+
+    class Endless(DataLoader):
+        def __iter__(self):
+            if not hasattr(self, "kept"):
+                self.kept = super().__iter__()
+            return self.kept
+
+    data = TensorDataset(torch.arange(12))
+    plain, endless = DataLoader(data, 4, num_workers=1), Endless(data, 4, num_workers=1)
+    persistent = DataLoader(data, 4, num_workers=1, persistent_workers=True)
+    iterators = [iter(each) for each in (plain, endless, persistent)]
+    try:
+        for loader, iterator in zip((plain, endless, persistent), iterators, strict=True):
+            loader_internals.stop_workers(loader, iterator)
+        loader_internals.stop_workers([], iter([]))
+        loader_internals.stop_workers(plain, None)
+        assert [each._shutdown for each in iterators] == [True, False, False]
+        assert not any(worker.is_alive() for worker in iterators[0]._workers)
+        assert len(next(iterators[1])[0]) == len(next(iterators[2])[0]) == 4
+    finally:
+        for each in iterators:
+            each._shutdown_workers()
