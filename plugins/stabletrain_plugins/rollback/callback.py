@@ -166,7 +166,8 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Roll back if it is requested or the weights are damaged; else take a snapshot if one is due."""
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._leads:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         guard, loader = self._guard_and_loader()
         request = self._requested
         if request is not None:
