@@ -34,6 +34,8 @@ class TapeLimit:
         """Called after an event was recorded on this tape."""
         while tape.batches > self._batches:
             tape.forget_before(tape.first + 1)
+        if id(tape) not in self._sizes:  # loaders were reloaded: those of the old ones would stay for ever
+            self._sizes = {id(each): each.nbytes for each in self._tapes()}
         self._sizes[id(tape)] = tape.nbytes
         if sum(self._sizes.values()) <= self._nbytes:
             return
