@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import signal
 import threading
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +19,10 @@ from stabletrain.config.problems import ConfigError, Problem
 from stabletrain.config.validate import check_content
 from stabletrain.launch.attempts import goes_on_itself
 from stabletrain.launch.connection import Launcher, Report
-from stabletrain.launch.mlflow_run import is_tracked
+from stabletrain.launch.imports import importing
+from stabletrain.launch.mlflow_run import import_store_of, is_tracked
 from stabletrain.launch.process import PATHS_OUTSIDE
+from stabletrain.launch.rank_ends import this_rank
 from stabletrain.runtime.records.run_files import WORKER_LOG
 from stabletrain.runtime.signal_watch import SignalWatch
 
@@ -65,6 +69,7 @@ def check_for_launcher(launcher: Launcher, watch: SignalWatch) -> Assembled | No
     examined: list[dict[str, Any]] = []
     failure: str | None = None
     try:
+        _import_all(launcher.configs[0], logs=launcher.is_to_train and rank == 0)
         from stabletrain.launch.checks import ConstructorBug, check_and_build, check_config
 
         try:
@@ -99,6 +104,20 @@ def check_for_launcher(launcher: Launcher, watch: SignalWatch) -> Assembled | No
     found_ones = [(each.key, each.text) for each in problems]
     launcher.report(Report(rank=rank, problems=found_ones, failure=failure, plans=plans, examined=examined))
     return built
+
+
+def _import_all(config: Mapping[str, Any], *, logs: bool) -> None:
+    """Import what this process needs to check, build and train, before anything of the user's is imported.
+
+    Args:
+        config: composed, or the content of a run.yaml.
+        logs: whether this process logs the run, if it is tracked.
+    """
+    with importing("lightning"):
+        importlib.import_module("stabletrain.launch.checks")
+        if logs:
+            with suppress(Exception):  # it is reported when the logger needs it
+                import_store_of(config)
 
 
 def wait_for_launcher(launcher: Launcher, watch: SignalWatch) -> Path:
@@ -173,6 +192,7 @@ def check_and_assemble(config: Mapping[str, Any], watch: SignalWatch) -> Assembl
     problems = [Problem(key, "run.yaml does not have this key") for key in missing] or check_content(config)
     if problems:
         raise ConfigError(problems)
+    _import_all(config, logs=this_rank() == 0)
     from stabletrain.launch.checks import check_and_build
 
     built, problems = check_and_build(config, watch)
