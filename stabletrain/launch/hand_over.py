@@ -52,6 +52,22 @@ def connect(folder: Path) -> Launcher | None:
         return None
 
 
+def import_for(launcher: Launcher) -> None:
+    """Import what this process needs to check, build and train, before anything of the user's is imported.
+
+    What fails here is imported again, and reported, where it is needed.
+
+    Args:
+        launcher: the connection.
+    """
+    with importing("lightning"):
+        with suppress(Exception):
+            importlib.import_module("stabletrain.launch.checks")
+        with suppress(Exception):
+            if launcher.is_to_train and this_rank() == 0:
+                import_store_of(launcher.configs[0])
+
+
 def check_for_launcher(launcher: Launcher, watch: SignalWatch) -> Assembled | None:
     """Check the launcher's configs and report; return the run that is to be trained, built.
 
@@ -69,7 +85,6 @@ def check_for_launcher(launcher: Launcher, watch: SignalWatch) -> Assembled | No
     examined: list[dict[str, Any]] = []
     failure: str | None = None
     try:
-        _import_all(launcher.configs[0], logs=launcher.is_to_train and rank == 0)
         from stabletrain.launch.checks import ConstructorBug, check_and_build, check_config
 
         try:
@@ -104,20 +119,6 @@ def check_for_launcher(launcher: Launcher, watch: SignalWatch) -> Assembled | No
     found_ones = [(each.key, each.text) for each in problems]
     launcher.report(Report(rank=rank, problems=found_ones, failure=failure, plans=plans, examined=examined))
     return built
-
-
-def _import_all(config: Mapping[str, Any], *, logs: bool) -> None:
-    """Import what this process needs to check, build and train, before anything of the user's is imported.
-
-    Args:
-        config: composed, or the content of a run.yaml.
-        logs: whether this process logs the run, if it is tracked.
-    """
-    with importing("lightning"):
-        importlib.import_module("stabletrain.launch.checks")
-        if logs:
-            with suppress(Exception):  # it is reported when the logger needs it
-                import_store_of(config)
 
 
 def wait_for_launcher(launcher: Launcher, watch: SignalWatch) -> Path:
@@ -192,7 +193,6 @@ def check_and_assemble(config: Mapping[str, Any], watch: SignalWatch) -> Assembl
     problems = [Problem(key, "run.yaml does not have this key") for key in missing] or check_content(config)
     if problems:
         raise ConfigError(problems)
-    _import_all(config, logs=this_rank() == 0)
     from stabletrain.launch.checks import check_and_build
 
     built, problems = check_and_build(config, watch)
