@@ -37,6 +37,7 @@ lint: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/start.py
 
 generate: $(VENV)/installed
 	$(BIN)/python tools/generate.py

@@ -117,7 +117,7 @@ class _Batch:
         else:
             with process:
                 # while the workers import; a job that is preempted has little time for imports
-                mlflow_run.import_client(self._config)
+                mlflow_run.import_for_end(self._config)
                 if number > 1:
                     mlflow_run.continue_run(self._config, number)
                 code = process.wait()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import signal
 import threading
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +19,10 @@ from stabletrain.config.problems import ConfigError, Problem
 from stabletrain.config.validate import check_content
 from stabletrain.launch.attempts import goes_on_itself
 from stabletrain.launch.connection import Launcher, Report
-from stabletrain.launch.mlflow_run import is_tracked
+from stabletrain.launch.imports import importing
+from stabletrain.launch.mlflow_run import import_store_of, is_tracked
 from stabletrain.launch.process import PATHS_OUTSIDE
+from stabletrain.launch.rank_ends import this_rank
 from stabletrain.runtime.records.run_files import WORKER_LOG
 from stabletrain.runtime.signal_watch import SignalWatch
 
@@ -46,6 +50,22 @@ def connect(folder: Path) -> Launcher | None:
         return Launcher(folder)
     except OSError:
         return None
+
+
+def import_for(launcher: Launcher) -> None:
+    """Import what this process needs to check, build and train, before anything of the user's is imported.
+
+    What fails here is imported again, and reported, where it is needed.
+
+    Args:
+        launcher: the connection.
+    """
+    with importing("lightning"):
+        with suppress(Exception):
+            importlib.import_module("stabletrain.launch.checks")
+        with suppress(Exception):
+            if launcher.is_to_train and this_rank() == 0:
+                import_store_of(launcher.configs[0])
 
 
 def check_for_launcher(launcher: Launcher, watch: SignalWatch) -> Assembled | None:

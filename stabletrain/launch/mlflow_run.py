@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stabletrain.errors import UserError
+from stabletrain.launch.imports import importing
 from stabletrain.launch.result import MLFLOW_STATUS, Result, read_result
 from stabletrain.launch.run_end import describe_end, forget_end
 from stabletrain.launch.run_folder import write_run_yaml
@@ -45,17 +47,39 @@ def open_store(config: Mapping[str, Any]) -> str | None:
     Raises:
         UserError: if the store cannot be used.
     """
-    if not is_tracked(config):
+    uri = import_store_of(config)
+    if uri is None:
         return None
     from stabletrain.tracking.runs import settle_abandoned
-    from stabletrain.tracking.store import absolute_uri, default_tracking_uri, ensure_store
+    from stabletrain.tracking.store import ensure_store
+
+    ensure_store(uri)
+    settle_abandoned(uri, _status_in)
+    return uri
+
+
+def import_store_of(config: Mapping[str, Any]) -> str | None:
+    """Import MLflow and what the tracking store of a run needs; return the store's absolute URI.
+
+    Args:
+        config: the resolved config.
+
+    Returns:
+        None for a run without MLflow.
+
+    Raises:
+        UserError: if MLflow is not installed, or the config does not name a store.
+    """
+    if not is_tracked(config):
+        return None
+    from stabletrain.tracking.store import absolute_uri, default_tracking_uri, import_store
 
     wanted = config["logger"].get("tracking_uri")
     if not isinstance(wanted, str | None):
         raise UserError(f"logger.tracking_uri: expected text or null, got {wanted!r:.200}")
     uri = absolute_uri(wanted) if wanted else default_tracking_uri()
-    ensure_store(uri)
-    settle_abandoned(uri, _status_in)
+    with importing("mlflow"):
+        import_store(uri)
     return uri
 
 
@@ -136,17 +160,21 @@ def continue_run(config: Mapping[str, Any], attempt: int) -> None:
     _attempt(config, go_on)
 
 
-def import_client(config: Mapping[str, Any]) -> None:
+def import_for_end(config: Mapping[str, Any]) -> None:
     """Import what the end of a run needs, if it is tracked; what fails here is reported then.
 
     Args:
         config: the content of run.yaml.
     """
-    if is_tracked(config):
-        with suppress(Exception):
-            from stabletrain.tracking.store import open_client
+    if not is_tracked(config):
+        return
+    with suppress(Exception):
+        import_store_of(config)
+        from stabletrain.tracking.store import open_client
 
-            open_client(config["logger"]["tracking_uri"])
+        open_client(config["logger"]["tracking_uri"])
+    with suppress(Exception), importing("matplotlib.figure"):  # without matplotlib there is no picture
+        importlib.import_module("matplotlib.figure")
 
 
 def suspend_run(config: Mapping[str, Any]) -> None:

@@ -145,7 +145,9 @@ def start_process(
     return subprocess.Popen(list(command), env=dict(environment), start_new_session=True, **output)  # type: ignore[call-overload, no-any-return]
 
 
-def wait_for(process: subprocess.Popen[bytes], begin: Callable[[], None]) -> ProcessEnd:
+def wait_for(
+    process: subprocess.Popen[bytes], begin: Callable[[], None], meanwhile: Callable[[], None] = lambda: None
+) -> ProcessEnd:
     """Let a process begin its work, and wait for its end.
 
     The first Ctrl-C, SIGTERM or SIGHUP is forwarded to the worker, or to each one that torchrun has started; they may
@@ -155,6 +157,7 @@ def wait_for(process: subprocess.Popen[bytes], begin: Callable[[], None]) -> Pro
     Args:
         process: from `start_process`.
         begin: called when signals are forwarded.
+        meanwhile: called when the process has begun.
     """
     command = process.args
     through_torchrun = isinstance(command, Sequence) and TORCHRUN in command
@@ -162,6 +165,7 @@ def wait_for(process: subprocess.Popen[bytes], begin: Callable[[], None]) -> Pro
     with _forward_signals(forwarder):
         begin()
         workers = list(_started_by(process)) if through_torchrun else []
+        meanwhile()
         code = process.wait()
         # only the third signal of the user kills torchrun from here
         abandoned = through_torchrun and code < 0 and forwarder.count <= 2

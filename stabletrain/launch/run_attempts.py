@@ -22,6 +22,7 @@ from stabletrain.launch.attempt_end import AttemptEnd, Begun, conclude, end_atte
 from stabletrain.launch.attempts import ATTEMPT_ENV, resume_of_attempt
 from stabletrain.launch.bounded import one_message
 from stabletrain.launch.connection import Workers
+from stabletrain.launch.mlflow_run import import_for_end
 from stabletrain.launch.other_nodes import OtherNodes
 from stabletrain.launch.process import ProcessEnd, kill_children, start_process, wait_for, worker_command
 from stabletrain.launch.rank_ends import SPARE_ENV, add_exit_codes, remove_ends, spare_folder
@@ -97,7 +98,7 @@ class Processes:
             used()
             self._workers.train(folder / RUN_YAML)
 
-        return wait_for(self._process, begin)
+        return wait_for(self._process, begin, partial(import_for_end, self._config))
 
     def end(self, config: Mapping[str, Any], ended: ProcessEnd) -> AttemptEnd:
         """Determine how the attempt ended, and what follows.

@@ -10,12 +10,15 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import parse_args, run
-
+from stabletrain.launch.imports import importing
 from stabletrain.launch.rank_ends import write_exit_codes
-from stabletrain.runtime.internals.elastic import kill_after
+
+with importing("torch"):
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    from stabletrain.runtime.internals.elastic import kill_after
 
 _ENDS_WITHIN = 15
 """Seconds that a worker has to end when another one has failed. One that is stopped, or hangs, ends at no signal, and

@@ -17,7 +17,7 @@ from stabletrain.errors import UserError
 from stabletrain.launch.attempt_start import AttemptStart
 from stabletrain.launch.attempts import resume_of_attempt, this_attempt
 from stabletrain.launch.background import sending
-from stabletrain.launch.connection import OPTION
+from stabletrain.launch.connection import OPTION, Launcher
 from stabletrain.launch.hand_over import (
     LAUNCHER_IS_GONE,
     check_and_assemble,
@@ -25,9 +25,11 @@ from stabletrain.launch.hand_over import (
     complete,
     connect,
     ignore_signals,
+    import_for,
     wait_for_launcher,
     without_paths_outside,
 )
+from stabletrain.launch.imports import collect_before_exit
 from stabletrain.launch.logs import WorkerLog
 from stabletrain.launch.mlflow_run import finish_run
 from stabletrain.launch.process import AGREED_ENDS_EXIT_0, PATHS_OUTSIDE
@@ -57,18 +59,32 @@ def main(argv: Sequence[str]) -> int:
             signal), and only result.json records how the run ended; with ``--paths-outside`` a run.yaml that no
             launcher has named may let the run write outside of its folder.
     """
-    agreed_ends_exit_0 = AGREED_ENDS_EXIT_0 in argv
     words = [word for word in argv if word not in (AGREED_ENDS_EXIT_0, PATHS_OUTSIDE)]
     if os.environ.get(TRUST_ENV):
         append_current_folder()  # where the user's own modules are
-    watch, launcher, log = SignalWatch(), None, WorkerLog()
-    built: Assembled | None = None
+    launcher, log = None, WorkerLog()
     if len(words) == 2 and words[0] == OPTION:
         ignore_signals()
         launcher = connect(Path(words[1]))
         if launcher is None:
             return 0
         log.start()
+        # here, where this frame and its callers hold no object of the user's: packages keep exceptions of their
+        # imports, with all frames, and these would be alive, and so not collected, until the end of the process
+        import_for(launcher)
+    try:
+        return _work(argv, words, launcher, log)
+    finally:
+        if launcher is not None:
+            collect_before_exit()
+
+
+def _work(argv: Sequence[str], words: Sequence[str], launcher: Launcher | None, log: WorkerLog) -> int:
+    """As `main`, when all is imported; ``words`` are those arguments that are no options."""
+    agreed_ends_exit_0 = AGREED_ENDS_EXIT_0 in argv
+    watch = SignalWatch()
+    built: Assembled | None = None
+    if launcher is not None:
         built = check_for_launcher(launcher, watch)
         if built is None:
             return 0

@@ -74,6 +74,7 @@ class SignalWatch:
     def ignore(self) -> None:
         """From now on signals are only remembered: the process is ending, and writes how."""
         self._is_over = True
+        self.lost = lambda: ""  # the handlers stay until Python ends, and must not keep the run alive
 
     def end_now(self, signum: int) -> NoReturn:
         """Raise the exception that ends the process.

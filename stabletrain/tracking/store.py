@@ -58,18 +58,32 @@ def ensure_store(uri: str, *, timeout: float = 10.0) -> None:
             store (which MLflow 3 refuses) or none that MLflow knows.
         UserError: if MLflow is not installed.
     """
-    require("mlflow", "a tracking store")
     path = sqlite_path(uri)
     if path is None:
+        require("mlflow", "a tracking store")
         _refuse_file_store(uri)
         return
-    with quiet_mlflow():  # before the lock: it takes seconds, for which others would wait, one after the other
-        importlib.import_module("mlflow.store.tracking.sqlalchemy_store")
+    import_store(uri)  # before the lock: it takes seconds, for which others would wait, one after the other
     with translate_errors(uri), store_lock(uri), quiet_mlflow():
         probe(path, timeout)
         refuse_foreign(path)
         upgrade(uri, path)
         open_client(uri)
+
+
+def import_store(uri: str | None) -> None:
+    """Import MLflow, and what it needs for a store.
+
+    Args:
+        uri: MLflow tracking URI; None: `default_tracking_uri`.
+
+    Raises:
+        UserError: if MLflow is not installed.
+    """
+    require("mlflow", "a tracking store")
+    is_file = sqlite_path(uri or default_tracking_uri()) is not None
+    with quiet_mlflow():
+        importlib.import_module("mlflow.store.tracking.sqlalchemy_store" if is_file else "mlflow")
 
 
 def require_store(uri: str) -> None:

@@ -24,7 +24,7 @@ TINY = str(LAUNCH / "tiny.yaml")
 def test_a_run_writes_its_folder_and_prints_the_next_commands(cli) -> None:
     """Bugs: a file is missing in the run folder; MLflow has another run; a printed command lacks ``--trust``; a file
     beside the recipe is run by the launcher or the worker, or replaces a module under ``--trust``; the record has the
-    settings of the launcher."""
+    settings of the launcher; a file that the module does not close is empty, as its module is never collected."""
     for name in ("xxhash", "queue", "yaml", "mlflow"):
         (cli.folder / f"{name}.py").write_text(f"open('RAN-{name}', 'w')")
     (cli.folder / "mine.py").write_text((LAUNCH / "tiny_workload.py").read_text())
@@ -54,6 +54,7 @@ def test_a_run_writes_its_folder_and_prints_the_next_commands(cli) -> None:
     assert content["trust"] == ["mine"]
     assert any((folder / "checkpoints").iterdir())
     assert (folder / "worker.log").exists()
+    assert (folder / "unclosed.txt").read_text() == "what the user has written"
     record = {path.name: path.read_text() for path in (folder / "environment").iterdir()}
     assert record.keys() >= {"environment.json", "code.json", "data.json", "git.json", "requirements.txt"}
     environment, used = json.loads(record["environment.json"]), json.loads((folder / "settings.json").read_text())

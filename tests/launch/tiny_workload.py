@@ -67,6 +67,8 @@ class TinyModel(LightningModule):
                 "variables": {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "PYTHONHASHSEED")},
             }
             (Path(self.trainer.default_root_dir) / "settings.json").write_text(json.dumps(found))
+            self.file = (Path(self.trainer.default_root_dir) / "unclosed.txt").open("w")
+            self.file.write("what the user has written")
 
     def on_train_batch_start(self, batch: list[Tensor], batch_idx: int) -> int | None:
         leaves = self.does == "leave" and self.global_step == self.at and self.rank in (-1, self.global_rank)
