@@ -20,6 +20,7 @@ from stabletrain.runtime.guard.callbacks import RuleCallback
 from stabletrain.runtime.guard.step_guard import StepGuard
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.records import diagnosis, run_files
+from stabletrain.runtime.snapshots.overlap import Overlap
 from stabletrain.runtime.snapshots.snapshot import Snapshot, check_state
 from stabletrain.runtime.snapshots.state_tree import SnapshotError
 from stabletrain.runtime.stop import TrainingStopped
@@ -101,7 +102,8 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
             return
         self._loader = TrainLoader.of(trainer)
         self._loader.keep_tape()
-        self._ring = SnapshotRing(self.keep, self.trust_after, self._new_snapshot)
+        self._overlap = Overlap()
+        self._ring = SnapshotRing(self.keep, self.trust_after, lambda: memory.new_snapshot(self, self._overlap))
         self._outcomes: deque[Outcome] = deque(maxlen=_DIAGNOSIS_STEPS)
         self._incidents = IncidentTracker(self.patience)
         self._incidents.load(self._incident_state)
@@ -225,7 +227,7 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles and copies do not include the running fit."""
-        fit = {"_loader", "_ring", "_incidents", "_weights", "_log", "_replay", "_outcomes", "_requested"}
+        fit = {"_loader", "_ring", "_overlap", "_incidents", "_weights", "_log", "_replay", "_outcomes", "_requested"}
         return {key: value for key, value in super().__getstate__().items() if key not in fit}
 
     def planned(self, trainer: Trainer, sizes: Sizes) -> Planned:
@@ -269,6 +271,8 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
         """Accept a new level, or make a rollback, or stop the run if none can be made."""
         guard, loader = self._guard_and_loader()
         guard.settle()
+        self._overlap.end()
+        self._ring.drop_torn(guard)
         if request.good_at is not None:
             self._repeat(request, batch, batch_idx)
             return
@@ -405,6 +409,7 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
         if self._loader is not None:
             self._loader.close()
             self._loader = None
+            self._overlap.close()
             self._ring.release()
             self._incident_state = self._incidents.state()
             if self._weights is not None:

@@ -18,6 +18,7 @@ from stabletrain.runtime.internals.free_memory import device_memory, host_memory
 from stabletrain.runtime.records.event_log import logger
 from stabletrain.runtime.snapshots.buffers import SnapshotBuffers
 from stabletrain.runtime.snapshots.disk_buffers import DiskBuffers
+from stabletrain.runtime.snapshots.overlap import Overlap
 from stabletrain.runtime.snapshots.snapshot import Snapshot
 from stabletrain_plugins.rollback.rollback_rule import RollbackRule
 from stabletrain_plugins.rollback.snapshot_ring import SnapshotRing
@@ -93,12 +94,17 @@ class MemoryPlan(NamedTuple):
         )
 
 
-def new_snapshot(rule: RollbackRule) -> Snapshot:
-    """An empty snapshot in host memory, on the device, or in the folder ``spill``."""
+def new_snapshot(rule: RollbackRule, overlap: Overlap | None = None) -> Snapshot:
+    """An empty snapshot in host memory, on the device, or in the folder ``spill``.
+
+    Args:
+        rule: the plugin's arguments.
+        overlap: of all snapshots of the run whose tensors may still be copied during the next forward pass.
+    """
     if rule.spill:
         remedy = "give another folder (config key plugins.spike.spill), or keep fewer (plugins.spike.keep)"
         return Snapshot(DiskBuffers(Path(rule.spill), owner="rollback", remedy=remedy))
-    return Snapshot(SnapshotBuffers(rule.where))
+    return Snapshot(SnapshotBuffers(rule.where), overlap)
 
 
 def taped_batches(rule: RollbackRule, window: int) -> int:
