@@ -265,7 +265,7 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
         if self._weights is None:
             return None
         suspicious = self._incidents.unhealthy_in_a_row >= _SUSPICIOUS_STEPS
-        return self._weights.check(guard.trainer, guard.decided, suspicious, guard.rewarming.factor)
+        return self._weights.check(guard.trainer, guard.decided, suspicious, guard.rewarming.factor, guard.on_device)
 
     def _roll_back(self, request: Request, batch: Any, batch_idx: int, weights: WeightProblem | None) -> None:
         """Accept a new level, or make a rollback, or stop the run if none can be made."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from stabletrain.runtime import gradients
+from stabletrain.runtime.guard.signals import SignalCopy
 from stabletrain.runtime.snapshots.buffers import plain_tensors
 
 
@@ -70,10 +71,15 @@ class WeightCheck:
 
     def norms(self) -> tuple[float, ...]:
         """The norm of each tensor now; waits for the device once."""
+        return self.start()()
+
+    def start(self) -> Callable[[], tuple[float, ...]]:
+        """Compute the norm of each tensor now; returns what reads them, which waits for the device if need be."""
         tensors = [tensor for parameter in self._parameters for tensor in _float_tensors(parameter)]
         if not tensors:
-            return ()
-        return tuple(gradients.tensor_norms(tensors).tolist())
+            return tuple
+        copy = SignalCopy(gradients.tensor_norms(tensors))
+        return lambda: tuple(copy.read())
 
     def problem(self, now: Sequence[float], then: Sequence[float]) -> str | None:
         """The damage, in one sentence; None if there is none.

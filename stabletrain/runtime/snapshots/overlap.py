@@ -107,7 +107,7 @@ class Overlap:
             if taken.sums is None:
                 taken.snapshot.torn = True
                 logger.warning(
-                    "rollback: code other than the optimizer has changed weights while a snapshot of them was copied. "
+                    "snapshots: code other than the optimizer has changed weights while a snapshot of them was copied. "
                     "That snapshot is not used, and the next ones are complete before the next batch begins"
                 )
         elif taken.sums is not None:

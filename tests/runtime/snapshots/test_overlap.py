@@ -72,7 +72,7 @@ def overlapping(*at: int) -> GoBack:
 
 
 def test_a_copy_that_ends_just_before_the_update_is_exact(late: LateStreams) -> None:
-    """Bugs: the update overwrites weights that are not copied yet; the next forward changes statistics before their copy.
+    """Bugs: the update overwrites weights that are not copied yet; forward changes statistics before their copy.
 
     The network has both, and a step with an empty optimizer state is among those that are gone back to.
     """
