@@ -173,8 +173,8 @@ def reserve(rule: RollbackRule, ring: SnapshotRing, guard: StepGuard, loader: Tr
     trainer, batches = guard.trainer, taped_batches(rule, guard.window.largest)
     plan = MemoryPlan.of(ring.bytes_needed(guard), rule.keep, batch, batches, rule.spill)
     device = next(guard.module.parameters()).device
-    on_device, free = rule.where == "device" and device.type == "cuda", host_memory() / trainer.num_devices
-    problem = plan.device_problem(device, device_memory(device)) if on_device and not rule.spill else None
+    on_device, free = is_on_device(rule, device), host_memory() / trainer.num_devices
+    problem = plan.device_problem(device, device_memory(device)) if on_device else None
     problem = problem or plan.problem(rule.max_memory, free, on_device)
     if guard.ranks.any(problem is not None):
         raise UserError(
@@ -186,3 +186,8 @@ def reserve(rule: RollbackRule, ring: SnapshotRing, guard: StepGuard, loader: Tr
     left = plan.left_for_tape(rule.max_memory, free, on_device)
     loader.limit_tape(batches, left, lambda: logger.warning(_TAPE_IS_FULL, batches, shown(left)))
     ring.prepare(guard)
+
+
+def is_on_device(rule: RollbackRule, device: torch.device) -> bool:
+    """Whether snapshots take memory of a device other than main memory."""
+    return rule.where == "device" and rule.spill is None and device.type == "cuda"
