@@ -1,0 +1,1 @@
+"""What benchmarks/overhead.py measures."""
