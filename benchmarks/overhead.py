@@ -27,7 +27,6 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import lightning as L
 import torch
 from baton import QUANTILE
 from machine import measured
