@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from fits import HEALTHY, batches
 from places import CPU, DeviceFails, Place, Trained
 from rank_pool import on_ranks
+from ranks_on_device import on_the_first_gpu
 
 import stabletrain as st
 from stabletrain.errors import UserError
@@ -44,19 +44,9 @@ def test_snapshots_without_room_on_the_device(place: Place, tmp_path: Path, monk
         place.fit(Trained("adamw-fused"), batches(*[HEALTHY] * 8), rollback, default_root_dir=tmp_path)
 
 
-def _on_the_first_gpu(folder: Path) -> str:
-    torch.cuda.set_device(0)
-    dist.init_process_group("nccl")
-    try:
-        dist.all_reduce(torch.ones(1, device="cuda"))
-    except Exception as error:
-        return cause_of(error, started=False).result.message
-    return "no error"
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here: on a machine with one, `make gpu`")
 def test_two_processes_on_one_card(tmp_path: Path) -> None:
     """Bug: NCCL's refusal is taken for a lost connection. The text itself is tested with the causes of ends."""
-    messages: list[Any] = on_ranks(_on_the_first_gpu, 2, tmp_path)
+    messages: list[Any] = on_ranks(on_the_first_gpu, 2, tmp_path)
     assert all("rank 0 and rank 1 use the same GPU" in each for each in messages), messages
