@@ -31,7 +31,7 @@ class CudaStreams:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._copies = torch.cuda.Stream(device)
+        self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def beside(self, work: Callable[[], None]) -> Any:
         """As `Streams.beside`."""
