@@ -27,7 +27,7 @@ def compare(place: Place, optimizer: str, fault: int, at: int, precision: str, *
     assert where.on_device == (fused and precision != "16-mixed")
 
 
-@pytest.mark.parametrize("at", [0, 3])
+@pytest.mark.parametrize("at", [0, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("fault", [NAN_LOSS, NAN_GRAD, INF_GRAD, HIGH_LOSS])
 @pytest.mark.parametrize("optimizer", [*FUSED, *READ_BY_HOST])
 def test_in_bf16(place: Place, optimizer: str, fault: int, at: int) -> None:

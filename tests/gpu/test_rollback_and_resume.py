@@ -38,7 +38,7 @@ def trained(place: Place, optimizer: str, precision: str, memory: Memory, *at: i
     return everything(trainer), where
 
 
-@pytest.mark.parametrize("memory", ["host", "device"])
+@pytest.mark.parametrize("memory", ["host", pytest.param("device", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
 @pytest.mark.parametrize("optimizer", [*FUSED, *READ_BY_HOST])
 def test_going_back_makes_the_same_steps_again(place: Place, optimizer: str, precision: str, memory: Memory) -> None:
