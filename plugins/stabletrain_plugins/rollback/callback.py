@@ -102,13 +102,13 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
             return
         self._loader = TrainLoader.of(trainer)
         self._loader.keep_tape()
-        self._overlap = Overlap()
-        self._ring = SnapshotRing(self.keep, self.trust_after, lambda: memory.new_snapshot(self, self._overlap))
+        self._ring = SnapshotRing(self.keep, self.trust_after, self._new_snapshot)
         self._outcomes: deque[Outcome] = deque(maxlen=_DIAGNOSIS_STEPS)
         self._incidents = IncidentTracker(self.patience)
         self._incidents.load(self._incident_state)
         self._requested: Request | None = None
         self._memory_reserved = False
+        self._overlap = Overlap()
         self._replay = self._weights = None
         self._folder = Path(trainer.log_dir or trainer.default_root_dir)  # log_dir is a collective: not only on rank 0
 
@@ -126,7 +126,7 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
         else:
             loader.limit_tape(math.inf, math.inf)  # the log says what is needed, whatever this run's arguments are
             planned = read(self.replay, fingerprint)
-            self._replay = InterventionReplay(planned, guard.counters.attempted, self._new_snapshot)
+            self._replay = InterventionReplay(planned, guard.counters.attempted, lambda: memory.new_snapshot(self))
         if trainer_internals.resumes_from_checkpoint(trainer):
             self._log.record_resume(guard.counters.attempted, (*self._interventions, *self._levels))
         if excluded := self.excluded:
@@ -258,7 +258,7 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
             loader.forget_before(self._ring.oldest_mark)
 
     def _new_snapshot(self) -> Snapshot:
-        return memory.new_snapshot(self)
+        return memory.new_snapshot(self, self._overlap)
 
     def _check_weights(self) -> WeightProblem | None:
         guard, _ = self._guard_and_loader()

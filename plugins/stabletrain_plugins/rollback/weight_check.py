@@ -71,15 +71,10 @@ class WeightCheck:
 
     def norms(self) -> tuple[float, ...]:
         """The norm of each tensor now; waits for the device once."""
-        return self.start()()
-
-    def start(self) -> Callable[[], tuple[float, ...]]:
-        """Compute the norm of each tensor now; returns what reads them, which waits for the device if need be."""
         tensors = [tensor for parameter in self._parameters for tensor in _float_tensors(parameter)]
         if not tensors:
-            return tuple
-        copy = SignalCopy(gradients.tensor_norms(tensors))
-        return lambda: tuple(copy.read())
+            return ()
+        return tuple(gradients.tensor_norms(tensors).tolist())
 
     def problem(self, now: Sequence[float], then: Sequence[float]) -> str | None:
         """The damage, in one sentence; None if there is none.
@@ -101,6 +96,14 @@ class WeightCheck:
                     "the usual size of the weights"
                 )
         return None
+
+    def start(self) -> Callable[[], tuple[float, ...]]:
+        """As `norms`, of which the device computes the result; what is returned reads it, and waits if need be."""
+        tensors = [tensor for parameter in self._parameters for tensor in _float_tensors(parameter)]
+        if not tensors:
+            return tuple
+        copy = SignalCopy(gradients.tensor_norms(tensors))
+        return lambda: tuple(copy.read())
 
 
 def _float_tensors(parameter: Tensor) -> list[Tensor]:

@@ -129,8 +129,10 @@ class WeightMonitor:
             self.forget_norms()
         if retrained:
             self.forget_speeds()
-        self._started = _Started(step, self._check.start(), lr_factor * _largest_lr(trainer), due, unhealthy)
-        if later and not unhealthy:
+        later = later and not unhealthy
+        norms = self._check.start() if later else self._check.norms
+        self._started = _Started(step, norms, lr_factor * _largest_lr(trainer), due, unhealthy)
+        if later:
             return None
         self._finish()
         return self._agreed(trainer)
