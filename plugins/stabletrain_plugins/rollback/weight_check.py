@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from stabletrain.runtime import gradients
-from stabletrain.runtime.guard.signals import SignalCopy
 from stabletrain.runtime.snapshots.buffers import plain_tensors
 
 
@@ -65,6 +64,11 @@ class WeightCheck:
         self._trained = [p.requires_grad for _, p, _ in known]
         return (self._names, self._sizes) != before[0], self._trained != before[1]
 
+    def unread_norms(self) -> Tensor | None:
+        """As `norms`, without waiting for the device: a vector there; None if there are no tensors."""
+        tensors = [tensor for parameter in self._parameters for tensor in _float_tensors(parameter)]
+        return gradients.tensor_norms(tensors) if tensors else None
+
     def can_compare(self, norms: Sequence[float]) -> bool:
         """Whether norms from a checkpoint can be compared: never with shards, since it contains rank 0's norms only."""
         return len(norms) == len(self._sizes) and not any(isinstance(p, DTensor) for p in self._parameters)
@@ -96,14 +100,6 @@ class WeightCheck:
                     "the usual size of the weights"
                 )
         return None
-
-    def start(self) -> Callable[[], tuple[float, ...]]:
-        """As `norms`, of which the device computes the result; what is returned reads it, and waits if need be."""
-        tensors = [tensor for parameter in self._parameters for tensor in _float_tensors(parameter)]
-        if not tensors:
-            return tuple
-        copy = SignalCopy(gradients.tensor_norms(tensors))
-        return lambda: tuple(copy.read())
 
 
 def _float_tensors(parameter: Tensor) -> list[Tensor]:

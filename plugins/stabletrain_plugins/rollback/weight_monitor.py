@@ -8,7 +8,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from lightning.pytorch import Trainer
+from torch import Tensor
 
+from stabletrain.runtime.guard.signals import SignalCopy
 from stabletrain.runtime.ranks import Ranks
 from stabletrain_plugins.rollback.weight_check import WeightCheck
 
@@ -130,7 +132,7 @@ class WeightMonitor:
         if retrained:
             self.forget_speeds()
         later = later and not unhealthy
-        norms = self._check.start() if later else self._check.norms
+        norms = _read_later(self._check.unread_norms()) if later else self._check.norms
         self._started = _Started(step, norms, lr_factor * _largest_lr(trainer), due, unhealthy)
         if later:
             return None
@@ -203,6 +205,11 @@ def speed(now: WeightSample, then: WeightSample) -> float | None:
     if not (now.norms and lr > 0.0 and size > 0.0 and steps > 0):
         return None
     return math.dist(now.norms, then.norms) / size / math.sqrt(steps) / lr
+
+
+def _read_later(norms: Tensor | None) -> Callable[[], tuple[float, ...]]:
+    copy = None if norms is None else SignalCopy(norms)
+    return lambda: () if copy is None else tuple(copy.read())
 
 
 def _without_norms(history: WeightHistory) -> WeightHistory:
