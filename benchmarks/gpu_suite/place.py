@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 from dataclasses import dataclass
 
@@ -44,7 +45,7 @@ class Place:
 
     @property
     def warm_up(self) -> int:
-        """First steps of a case: longer than the snapshots come at each power of two."""
+        """First steps with snapshots, after each power of two at first; from then on there is one in 50."""
         return 64 if self.on_cuda else 4
 
     def synchronize(self) -> None:
@@ -54,6 +55,7 @@ class Place:
 
     def peak(self) -> int:
         """Most bytes of the device that tensors took since the last call."""
+        gc.collect()  # of trainings that have ended
         if not self.on_cuda:
             return 0
         most = torch.cuda.max_memory_allocated()

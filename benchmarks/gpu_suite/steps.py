@@ -45,7 +45,8 @@ def whole_steps(place: Place, batch: int) -> list[Row]:
     cases: dict[str, Callable[[Turn], None]] = {bare: lambda turn: train(place, [turn], batch)}
     cases |= {name: case(make) for name, make in STACKS.items()}
     half = max(1, place.block // 2)
-    found = seconds_per_step(place, cases, [half, place.block, half])
+    first = [8, place.warm_up, 8] if place.on_cuda else [2, place.warm_up, 2]
+    found = seconds_per_step(place, cases, first, [half, place.block, half])
     usual = statistics.median(found[bare])
     parameters = sum(p.numel() for p in Language(place).parameters()) / 1e6
     what = f"GPT of {parameters:.0f} M parameters, bf16-mixed, fused AdamW, {batch} sequences of {place.sequence}"

@@ -72,16 +72,17 @@ class Turn(L.Callback):
 
 
 def seconds_per_step(
-    place: Place, cases: Mapping[str, Callable[[Turn], None]], steps: Sequence[int]
+    place: Place, cases: Mapping[str, Callable[[Turn], None]], first: Sequence[int], steps: Sequence[int]
 ) -> dict[str, list[float]]:
     """The time of a step of each case, in each round.
 
     Args:
         place: the device, and the number of rounds.
         cases: each trains, with the turn as its last callback.
+        first: steps of each case that do not count.
         steps: of each case, in a block.
     """
-    turns = {name: Turn(place, place.warm_up) for name in cases}
+    turns = {name: Turn(place, number) for name, number in zip(cases, first, strict=True)}
     threads = []
     for name, fit in cases.items():
         threads.append(threading.Thread(target=turns[name].run, args=(fit,), daemon=True))
