@@ -271,7 +271,7 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
         """Accept a new level, or make a rollback, or stop the run if none can be made."""
         guard, loader = self._guard_and_loader()
         guard.settle()
-        self._overlap.end()
+        self._overlap.settle(guard)
         self._ring.drop_torn(guard)
         if request.good_at is not None:
             self._repeat(request, batch, batch_idx)

@@ -45,12 +45,14 @@ class _Taken(NamedTuple):
         tensors: those that only the update should change.
         versions: their counters of in-place changes.
         sums: of their bits; None: they may still be copied.
+        attempted: steps before it.
     """
 
     snapshot: Copy
     tensors: list[Tensor]
     versions: list[int]
     sums: Tensor | None
+    attempted: int
 
 
 class Overlap:
@@ -74,7 +76,7 @@ class Overlap:
             snapshot: itself.
             tensors: all of its plain tensors.
         """
-        self.end()
+        self.settle(guard)
         if self._verdict is not None:
             self._is_off |= self._verdict.read()[0] > 0  # of the snapshot before: it has been complete for long
             self._verdict = None
@@ -93,8 +95,21 @@ class Overlap:
         probes = self._probes < _PROBES and bool(chosen)
         self._probes += probes
         versions = [each._version for each in chosen]
-        self._taken = _Taken(snapshot, chosen, versions, sums_on_device(chosen) if probes else None)
+        sums = sums_on_device(chosen) if probes else None
+        self._taken = _Taken(snapshot, chosen, versions, sums, guard.counters.attempted)
         return frozenset() if probes else frozenset(steady)
+
+    def settle(self, guard: StepGuard) -> None:
+        """Between two steps: complete the snapshot since which no update was made.
+
+        Args:
+            guard: of the run.
+        """
+        taken = self._taken
+        if taken is not None and guard.counters.attempted != taken.attempted:
+            self._is_off = True  # a step that calls no hooks, such as a compiled one
+            taken.snapshot.torn = taken.sums is None
+        self.end()
 
     def end(self) -> None:
         """An update, or anything else that may change weights, follows: it waits for the copy, on the device."""

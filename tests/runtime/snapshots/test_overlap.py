@@ -127,6 +127,23 @@ def test_a_snapshot_during_whose_copy_a_weight_changed_is_marked(
     assert "code other than the optimizer" in caplog.text
 
 
+def test_an_update_without_a_hook_is_noticed(late: LateStreams, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: a step that calls no hooks overwrites weights that are being copied, and nobody knows."""
+    monkeypatch.setattr(torch.optim.Optimizer, "register_step_pre_hook", lambda *_: None)
+    snapshots = []
+
+    def make() -> Snapshot:
+        snapshots.append(Snapshot(overlap=overlap))
+        return snapshots[-1]
+
+    overlap, go_back = Overlap(), overlapping()
+    go_back.make = make
+    train(Net("adamw-fused"), go_back)
+    assert len(snapshots) == 12
+    assert not any(each.torn for each in snapshots)
+    assert not any(each._buffers._copying and each._buffers._copying.sources for each in snapshots)
+
+
 def test_tensors_are_released_and_read_only_when_complete(late: LateStreams) -> None:
     """Bugs: a reader of the copies gets what was there before; a second copy into buffers that are still written."""
     steady, other = torch.ones(3), torch.ones(2)
