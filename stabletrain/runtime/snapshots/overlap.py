@@ -21,6 +21,7 @@ from stabletrain.runtime.guard.step_guard import StepGuard
 from stabletrain.runtime.internals import state as state_internals
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.records.event_log import logger
+from stabletrain.runtime.snapshots import streams
 from stabletrain.runtime.snapshots.tensor_kinds import plain_tensors
 
 _PROBES = 3
@@ -68,14 +69,18 @@ class Overlap:
         self._verdict: SignalCopy | None = None
         self._hook: Any = None
 
-    def begin(self, guard: StepGuard, snapshot: Copy, tensors: Sequence[Tensor]) -> frozenset[int]:
+    def begin(self, guard: StepGuard, snapshot: Copy, tensors: Sequence[Tensor]) -> frozenset[int] | None:
         """A snapshot is taken, of these plain tensors; the indices of those that may be copied until the update.
+
+        None on a CPU, which makes the copies itself.
 
         Args:
             guard: of the run.
             snapshot: itself.
             tensors: all of its plain tensors.
         """
+        if streams.streams_of(guard.ranks.device) is None:
+            return None
         self.settle(guard)
         if self._verdict is not None:
             self._is_off |= self._verdict.read()[0] > 0  # of the snapshot before: it has been complete for long
