@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,11 +141,6 @@ class DeviceFails(Callback):
             except TypeError:  # older versions take the text only
                 error = kind("CUDA error: unspecified launch failure")
             raise error
-
-
-def growing(numbers: Sequence[float]) -> bool:
-    """Whether numbers are finite and do not fall."""
-    return all(map(math.isfinite, numbers)) and list(numbers) == sorted(numbers)
 
 
 class TinyMLP(LightningModule):
