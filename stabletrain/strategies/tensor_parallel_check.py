@@ -15,10 +15,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from stabletrain.errors import UserError
 from stabletrain.runtime import rng
-from stabletrain.runtime.internals.stacked_pieces import whole_of
 from stabletrain.runtime.records.event_log import logger
 from stabletrain.strategies.tensor_parallel_compute import Computed, compute, distance, first_rows, in_double, size_of
 from stabletrain.strategies.tensor_parallel_layers import GradientSums, cut
@@ -116,7 +116,7 @@ class PlanCheck:
             for name, tensor in [*self._whole.named_parameters(), *self._whole.named_buffers()]:
                 value = now.get(name)
                 if value is not None and value.shape == tensor.shape:
-                    tensor.copy_(whole_of(value))
+                    tensor.copy_(value.full_tensor() if isinstance(value, DTensor) else value)
 
     def _same_batch(self, batch: Any) -> None:
         """Refuse ranks of one group that see different batches."""

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from stabletrain.runtime.internals.packages import both
-from stabletrain.runtime.internals.stacked_pieces import whole_of
 from stabletrain.strategies.tensor_parallel_layers import GradientSums
 
 
@@ -90,6 +89,13 @@ def _without_logging(module: LightningModule, trainer: Trainer) -> Iterator[None
 
 
 def _log_nothing(*_: Any, **__: Any) -> None: ...
+
+
+def whole_of(tensor: Tensor) -> Tensor:
+    """The values of a tensor, of a cut one those of all ranks."""
+    tensor = tensor.detach()
+    whole: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole
 
 
 def size_of(tensor: Tensor) -> float:

@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 
 from stabletrain.runtime import gradients
 from stabletrain.runtime.internals import sharded_norms
-from stabletrain.runtime.internals.stacked_pieces import whole_of
 
 FIRST_ITERATIONS, ITERATIONS = 20, 2
 """Power iterations for a matrix that is new, and for one whose vector is known from the last measurement."""
@@ -156,7 +155,7 @@ class SpectralNorms:
                 if p.ndim == 2 and p.numel() and p.is_floating_point()}  # fmt: skip
 
     def _norm(self, p: Tensor) -> Tensor:
-        whole = whole_of(p)
+        whole = p.full_tensor() if isinstance(p, DTensor) else p.detach()
         matrix = whole if whole.dtype is torch.float64 else whole.float()
         if known := self._vectors.get(p):
             start, vector = known

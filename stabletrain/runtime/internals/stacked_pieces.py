@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
@@ -84,24 +83,6 @@ def pieces_of(tensor: DTensor) -> dict[torch.Size, Tensor] | None:
         torch.Size([i * height + rank * (height // ranks), *offsets[1:]]): piece
         for i, piece in enumerate(local.chunk(stacked))
     }
-
-
-def whole_of(tensor: Tensor) -> Tensor:
-    """The values of a tensor, of a cut one those of all ranks. A collective.
-
-    As ``full_tensor``, which fails in torch 2.11 for a tensor that is stacked.
-    """
-    tensor = tensor.detach()
-    if not isinstance(tensor, DTensor):
-        return tensor
-    if tensor.device_mesh.ndim > 1 or pieces_of(tensor) is None:
-        whole: Tensor = tensor.full_tensor()
-        return whole
-    local = tensor.to_local().contiguous()
-    parts = [torch.empty_like(local) for _ in range(tensor.device_mesh.size())]
-    dist.all_gather(parts, local, group=tensor.device_mesh.get_group())
-    stacked = stacked_in(tensor.placements[0]) or 1
-    return torch.cat([part.chunk(stacked)[i] for i in range(stacked) for part in parts])
 
 
 def for_checkpoint(value: Any) -> Any:
