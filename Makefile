@@ -5,7 +5,12 @@ BIN = $(VENV)/bin
 # one thread a process: pytest runs two processes, and bits depend on the thread count
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help train test test-all lint bench generate
+# what `make gpu` tests: the newest wheel of dist/, else the checkout; GPU_SITE: a folder with further packages
+GPU_WHEEL ?= $(lastword $(sort $(wildcard dist/stabletrain-*.whl)))
+GPU_SITE ?=
+GPU_JOBS ?= 4
+
+.PHONY: help train test test-all lint bench generate gpu
 
 help:
 	@echo "make train      train the default recipe (char_gpt) and log it to MLflow"
@@ -13,6 +18,7 @@ help:
 	@echo "make test-all   lint, types, quick and slow tests: what CI runs"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      the overhead table"
+	@echo "make gpu        tests and benchmark of a GPU, at most 6 minutes; needs torch, Lightning and pytest, no network"
 	@echo "make generate   write the generated parts again (export table, catalogue)"
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -41,3 +47,7 @@ bench: $(VENV)/installed
 
 generate: $(VENV)/installed
 	$(BIN)/python tools/generate.py
+
+# without an environment of its own and without a network: PYTHON is the machine's, which has torch and Lightning
+gpu:
+	PYTHON="$(PYTHON)" WHEEL="$(GPU_WHEEL)" SITE="$(GPU_SITE)" JOBS="$(GPU_JOBS)" sh tools/gpu.sh

@@ -1,18 +1,23 @@
 """Fixtures for tests of several folders."""
 
+import contextlib
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import hypothesis
 import pytest
 from processes import HELPERS, environment
 
-# a loaded machine is no fault of the code under test
-hypothesis.settings.register_profile("no_time", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
-hypothesis.settings.load_profile("no_time")
+with contextlib.suppress(ImportError):  # the tests of a GPU run without it
+    import hypothesis
+
+    # a loaded machine is no fault of the code under test
+    hypothesis.settings.register_profile(
+        "no_time", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    )
+    hypothesis.settings.load_profile("no_time")
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 OnTwoRanks = Callable[[Path | str], Path]

@@ -40,6 +40,8 @@ _LOST_PEER = re.compile(
 _TIMED_OUT = re.compile(r"timed out|timeout", re.IGNORECASE)
 _DIFFERENT = re.compile(r"preamble\.length|collectives? .*(mismatch|differ)", re.IGNORECASE)
 """gloo's error when two processes have called collectives of different sizes."""
+_SAME_GPU = re.compile(r"Duplicate GPU detected ?: ?rank (\d+) and rank (\d+) both on CUDA device (\w+)")
+"""NCCL's error when two processes of a group use one GPU, which it names by its bus, in hexadecimal digits."""
 _DISTRIBUTED = ("DistBackendError", "DistNetworkError", "DistStoreError", "DistError", "DistQueueEmptyError")
 
 Show = Literal["nothing", "message", "traceback"]
@@ -110,6 +112,17 @@ def _cause_of(error: BaseException, *, started: bool) -> Cause:
         where = f" for {name}" if name else _place(error).rstrip(",")
         message = f"{error.strerror}{where}; free some space, then resume from the last checkpoint"
         return Cause(result=Result(end="failed", message=one_message(message)), show="message")
+    if (
+        shared := next((found for each in _chain(error) if (found := _SAME_GPU.search(_text(each)))), None)
+    ) is not None:
+        one, other = sorted((int(shared[1]), int(shared[2])))
+        message = (
+            f"rank {one} and rank {other} use the same GPU (PCI bus {shared[3]}): NCCL needs one for each "
+            "process. Start as many processes as there are GPUs (config key trainer.devices; torchrun's "
+            "--nproc-per-node), or make more GPUs visible (CUDA_VISIBLE_DEVICES). On one GPU, train in one process, "
+            "with larger batches or gradient accumulation"
+        )
+        return Cause(result=Result(end="failed" if started else "refused", message=message), show="message")
     message = f"{type(error).__name__}: {_first_and_last_line(_text(error))}"
     lost: Lost = next((kind for kind in map(lost_peer, _chain(error)) if kind), "")
     return Cause(result=Result(end="failed", message=one_message(message)), show="traceback", lost=lost)

@@ -130,10 +130,18 @@ class GoBack(GuardMember):
         at: batch ends at which to restore, counted from 1 over the whole process, repeated batches included.
         exclude: number of the last batches to exclude at a restore.
         rewind: whether the data position is restored.
+        make: makes an empty snapshot.
     """
 
-    def __init__(self, every: int, at: tuple[int, ...], exclude: int = 0, rewind: bool = True) -> None:
-        self.every, self.at, self.exclude, self.rewind = every, at, exclude, rewind
+    def __init__(
+        self,
+        every: int,
+        at: tuple[int, ...],
+        exclude: int = 0,
+        rewind: bool = True,
+        make: Callable[[], Snapshot] = Snapshot,
+    ) -> None:
+        self.every, self.at, self.exclude, self.rewind, self.make = every, at, exclude, rewind, make
         self.batches = self.went_back = 0
         self.snapshots: list[Snapshot] = []
 
@@ -158,7 +166,7 @@ class GoBack(GuardMember):
             self.snapshots = [snapshot]
             self.went_back += 1
         elif self.batches % self.every == 0 and not trainer_internals.window_is_open(trainer):
-            self.snapshots = [*self.snapshots[-1:], Snapshot()]
+            self.snapshots = [*self.snapshots[-1:], self.make()]
             self.snapshots[-1].capture(self._guard, self.loader)
             self.loader.forget_before(self.snapshots[0].mark)  # type: ignore[arg-type]
 

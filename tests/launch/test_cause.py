@@ -44,6 +44,13 @@ def raised(make: Callable[[], BaseException], during: BaseException | None = Non
         return error
 
 
+SAME_GPU = (
+    "NCCL error in: /pytorch/torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:3690, invalid usage (run with NCCL_DEBUG="
+    "WARN for details), NCCL version 2.27.5\nncclInvalidUsage: This usually reflects invalid usage of NCCL library.\n"
+    "Last error:\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA device 1b000"
+)
+
+
 @pytest.mark.parametrize(
     ("error", "end", "show", "lost", "message"),
     [
@@ -57,6 +64,7 @@ def raised(make: Callable[[], BaseException], during: BaseException | None = Non
         (lambda: RuntimeError("\udc80 \x1b[2J \x9b"), "failed", "traceback", False, r"\udc80 \x1b[2J \x9b"),
         (lambda: RuntimeError("Caught it in process 0.\nTrace\n\nKeyError: 3\n"), "failed", "traceback", False,
          "Caught it in process 0. ... KeyError: 3"),
+        (lambda: DistBackendError(SAME_GPU), "failed", "message", False, "rank 0 and rank 1 use the same GPU (PCI "),
         (lambda: SystemExit(0), "failed", "message", False, "sys.exit(0) was called in "),
         (lambda: SystemExit(), "failed", "message", False, "sys.exit() was called in "),
         (lambda: SystemExit("text"), "failed", "message", False, "sys.exit('text') was called in "),

@@ -20,6 +20,7 @@ from stabletrain.runtime.guard.callbacks import RuleCallback
 from stabletrain.runtime.guard.step_guard import StepGuard
 from stabletrain.runtime.internals import trainer as trainer_internals
 from stabletrain.runtime.records import diagnosis, run_files
+from stabletrain.runtime.snapshots.overlap import Overlap
 from stabletrain.runtime.snapshots.snapshot import Snapshot, check_state
 from stabletrain.runtime.snapshots.state_tree import SnapshotError
 from stabletrain.runtime.stop import TrainingStopped
@@ -107,6 +108,7 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
         self._incidents.load(self._incident_state)
         self._requested: Request | None = None
         self._memory_reserved = False
+        self._overlap = Overlap()
         self._replay = self._weights = None
         self._folder = Path(trainer.log_dir or trainer.default_root_dir)  # log_dir is a collective: not only on rank 0
 
@@ -124,7 +126,7 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
         else:
             loader.limit_tape(math.inf, math.inf)  # the log says what is needed, whatever this run's arguments are
             planned = read(self.replay, fingerprint)
-            self._replay = InterventionReplay(planned, guard.counters.attempted, self._new_snapshot)
+            self._replay = InterventionReplay(planned, guard.counters.attempted, lambda: memory.new_snapshot(self))
         if trainer_internals.resumes_from_checkpoint(trainer):
             self._log.record_resume(guard.counters.attempted, (*self._interventions, *self._levels))
         if excluded := self.excluded:
@@ -229,7 +231,7 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles and copies do not include the running fit."""
-        fit = {"_loader", "_ring", "_incidents", "_weights", "_log", "_replay", "_outcomes", "_requested"}
+        fit = {"_loader", "_ring", "_overlap", "_incidents", "_weights", "_log", "_replay", "_outcomes", "_requested"}
         return {key: value for key, value in super().__getstate__().items() if key not in fit}
 
     def planned(self, trainer: Trainer, sizes: Sizes) -> Planned:
@@ -260,19 +262,21 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
             loader.forget_before(self._ring.oldest_mark)
 
     def _new_snapshot(self) -> Snapshot:
-        return memory.new_snapshot(self)
+        return memory.new_snapshot(self, self._overlap)
 
     def _check_weights(self) -> WeightProblem | None:
         guard, _ = self._guard_and_loader()
         if self._weights is None:
             return None
         suspicious = self._incidents.unhealthy_in_a_row >= _SUSPICIOUS_STEPS
-        return self._weights.check(guard.trainer, guard.decided, suspicious, guard.rewarming.factor)
+        return self._weights.check(guard.trainer, guard.decided, suspicious, guard.rewarming.factor, guard.on_device)
 
     def _roll_back(self, request: Request, batch: Any, batch_idx: int, weights: WeightProblem | None) -> None:
         """Accept a new level, or make a rollback, or stop the run if none can be made."""
         guard, loader = self._guard_and_loader()
         guard.settle()
+        self._overlap.settle(guard)
+        self._ring.drop_torn(guard)
         if request.good_at is not None:
             self._repeat(request, batch, batch_idx)
             return
@@ -409,6 +413,7 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
         if self._loader is not None:
             self._loader.close()
             self._loader = None
+            self._overlap.close()
             self._ring.release()
             self._incident_state = self._incidents.state()
             if self._weights is not None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import Trainer
 
 from stabletrain.core.bytes import parse, shown
 from stabletrain.core.planned import Planned, Sizes, total
@@ -18,6 +17,7 @@ from stabletrain.runtime.internals.free_memory import device_memory, host_memory
 from stabletrain.runtime.records.event_log import logger
 from stabletrain.runtime.snapshots.buffers import SnapshotBuffers
 from stabletrain.runtime.snapshots.disk_buffers import DiskBuffers
+from stabletrain.runtime.snapshots.overlap import Overlap
 from stabletrain.runtime.snapshots.snapshot import Snapshot
 from stabletrain_plugins.rollback.rollback_rule import RollbackRule
 from stabletrain_plugins.rollback.snapshot_ring import SnapshotRing
@@ -86,33 +86,56 @@ class MemoryPlan(NamedTuple):
         elsewhere = self.spill or (on_device and max_memory is None)
         return limit - (0 if elsewhere else self.copies)
 
-    def problem(self, max_memory: str | None, free: float) -> str | None:
+    def device_problem(self, device: torch.device, free: float) -> str | None:
+        """The error message if the snapshots do not fit beside the training on its device; None if they do.
+
+        Args:
+            device: where the snapshots are.
+            free: memory that is free there at the peak of a step, bytes.
+        """
+        if self.copies <= free:
+            return None
+        return (
+            f"rollback: {self.keep} snapshots of {shown(self.copies / self.keep)} take {shown(self.copies)} of the "
+            f"memory of {device}, more than the {shown(free)} that are free at the peak of a step. Keep them in main "
+            "memory (plugins.spike.where=host), where copying them hardly delays the training, or use fewer "
+            "(plugins.spike.keep)"
+        )
+
+    def problem(self, max_memory: str | None, free: float, on_device: bool = False) -> str | None:
         """The error message if the plan needs too much memory; None if it does not.
 
         Args:
             max_memory: the limit; None: ``free``.
-            free: memory that this rank may use, bytes.
+            free: main memory that this rank may use, bytes.
+            on_device: whether the snapshots are not in main memory.
         """
         limit = free if max_memory is None else parse(max_memory)
-        if limit is None or self.memory <= limit:
+        needed = self.taped if on_device and max_memory is None else self.memory
+        if limit is None or needed <= limit:
             return None
         than = f"than the {shown(free)} that are free" if max_memory is None else f"than max_memory={max_memory}"
         again = "" if self.fetched_again else ", keep sample indices in place of batches (plugins.spike.tape=indices)"
         raising = "" if max_memory is None else ", raise plugins.spike.max_memory"
         return (
-            f"rollback: {self} take {shown(self.memory)} of memory on each rank, more {than}. Use fewer snapshots "
+            f"rollback: {self} take {shown(needed)} of memory on each rank, more {than}. Use fewer snapshots "
             "(plugins.spike.keep), take them more often, so that fewer batches are kept in memory "
             f"(plugins.spike.every), put them on disk (plugins.spike.spill=<folder>){raising}{again}, or train "
             "without rollback (plugins/spike=detect)"
         )
 
 
-def new_snapshot(rule: RollbackRule) -> Snapshot:
-    """An empty snapshot in host memory, on the device, or in the folder ``spill``."""
+def new_snapshot(rule: RollbackRule, overlap: Overlap | None = None) -> Snapshot:
+    """An empty snapshot in host memory, on the device, or in the folder ``spill``.
+
+    Args:
+        rule: the plugin's arguments.
+        overlap: of all snapshots of the run whose tensors may still be copied during the next forward pass.
+    """
     if rule.spill:
         remedy = "give another folder (config key plugins.spike.spill), or keep fewer (plugins.spike.keep)"
         return Snapshot(DiskBuffers(Path(rule.spill), owner="rollback", remedy=remedy))
-    return Snapshot(SnapshotBuffers(rule.where))
+    return Snapshot(SnapshotBuffers(rule.where), overlap)
 
 
 def keep_tape(rule: RollbackRule, loader: TrainLoader) -> None:
@@ -176,7 +199,9 @@ def reserve(rule: RollbackRule, ring: SnapshotRing, guard: StepGuard, loader: Tr
     trainer, batches = guard.trainer, taped_batches(rule, guard.window.largest)
     plan = MemoryPlan.of(ring.bytes_needed(guard), rule.keep, batch, batches, rule.spill, loader.fetches_again)
     device = next(guard.module.parameters()).device
-    problem = plan.problem(rule.max_memory, free_for_a_rank(trainer, rule.where, device))
+    on_device, free = is_on_device(rule, device), host_memory() / trainer.num_devices
+    problem = plan.device_problem(device, device_memory(device)) if on_device else None
+    problem = problem or plan.problem(rule.max_memory, free, on_device)
     if guard.ranks.any(problem is not None):
         raise UserError(
             problem or "rollback: another rank has too little memory for its snapshots; see the error of that rank"
@@ -184,14 +209,11 @@ def reserve(rule: RollbackRule, ring: SnapshotRing, guard: StepGuard, loader: Tr
     if trainer.is_global_zero:
         on_disk = f", the snapshots in {rule.spill}" if rule.spill else ""
         logger.info("rollback needs up to %s: %s of memory%s on each rank", plan, shown(plan.memory), on_disk)
-    on_device = rule.where == "device" and device.type == "cuda"
-    left = plan.left_for_tape(rule.max_memory, free_for_a_rank(trainer, "host", device), on_device)
+    left = plan.left_for_tape(rule.max_memory, free, on_device)
     loader.limit_tape(batches, left, lambda: logger.warning(_TAPE_IS_FULL, batches, shown(left)))
     ring.prepare(guard)
 
 
-def free_for_a_rank(trainer: Trainer, where: str, device: torch.device) -> float:
-    """Free memory for the snapshots of one of this machine's ranks, bytes."""
-    if where == "device" and device.type == "cuda":
-        return device_memory(device)
-    return host_memory() / trainer.num_devices
+def is_on_device(rule: RollbackRule, device: torch.device) -> bool:
+    """Whether snapshots take memory of a device other than main memory."""
+    return rule.where == "device" and rule.spill is None and device.type == "cuda"

@@ -115,6 +115,12 @@ class SnapshotRing:
         while self._entries[-1].snapshot is not snapshot:
             self._drop(self._entries[-1])
 
+    def drop_torn(self, guard: StepGuard) -> None:
+        """Drop the snapshots that must not be restored, on any rank. A collective."""
+        for each in list(self._entries):
+            if guard.ranks.any(each.snapshot.torn):
+                self._drop(each)
+
     def forget_unreachable(self, loader: TrainLoader) -> None:
         """Forget the data positions that cannot be restored any more; those of a replaced loader hold its batches."""
         for each in self._entries:

@@ -166,3 +166,26 @@ def test_norms_of_shards_or_of_another_model_are_not_compared(monkeypatch: pytes
     without = WeightHistory(WeightSample(20, (), 0.1), WeightSample(10, (), 0.1), (1.0, 2.0))
     assert WeightMonitor(WeightCheck([("a", shard)], 10.0), 10, history).history == without
     assert WeightMonitor(WeightCheck([("a", whole), ("b", whole)], 10.0), 10, history).history == without
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_check_that_is_read_later_finds_the_same(saved: bool) -> None:
+    """Bugs: damage that is found after a checkpoint was saved is forgotten; the next step's weights are compared."""
+    at_once, later = Learning(), Learning()
+    for step in range(1, 41):
+        for each in (at_once, later):
+            for weight in each.weights:
+                weight.mul_(1.0 + 1e-3 * math.sin(step))
+            if step == 30:
+                each.weights[1][0] = 1e3
+        problem = at_once.monitor.check(ONE_RANK, step)
+        history = at_once.monitor.history
+        delayed = later.monitor.check(ONE_RANK, step, later=True)
+        if step == 30:
+            assert problem is not None
+            assert delayed is None
+            expected = problem
+        elif step == 31:
+            assert delayed == expected
+        if saved or step == 40:
+            assert later.monitor.history == history

@@ -72,6 +72,11 @@ class WeightCheck:
         self._trained = [p.requires_grad for _, p, _ in known]
         return (self._names, self._sizes) != before[0], self._trained != before[1]
 
+    def unread_norms(self) -> Tensor | None:
+        """As `norms`, without waiting for the device: a vector there; None if there are no tensors."""
+        tensors = [tensor for parameter in self._parameters for tensor in _float_tensors(parameter)]
+        return gradients.tensor_norms(tensors) if tensors else None
+
     def can_compare(self, norms: Sequence[float]) -> bool:
         """Whether norms from a checkpoint can be compared: never with shards, since it contains rank 0's norms only."""
         return len(norms) == len(self._sizes) and not any(isinstance(p, DTensor) for p in self._parameters)

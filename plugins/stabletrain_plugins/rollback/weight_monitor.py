@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Callable
 from typing import NamedTuple
 
 from lightning.pytorch import Trainer
+from torch import Tensor
 
+from stabletrain.runtime.guard.signals import SignalCopy
 from stabletrain.runtime.ranks import Ranks
 from stabletrain_plugins.rollback.weight_check import WeightCheck
 
@@ -58,6 +61,24 @@ class WeightProblem(NamedTuple):
     good_at: int = 0
 
 
+class _Started(NamedTuple):
+    """A check whose norms the device still computes, perhaps.
+
+    Args:
+        step: attempted steps so far.
+        norms: reads them.
+        lr: the largest learning rate at that step.
+        due: it is a regular check.
+        unhealthy: the last steps were not healthy.
+    """
+
+    step: int
+    norms: Callable[[], tuple[float, ...]]
+    lr: float
+    due: bool
+    unhealthy: bool
+
+
 class WeightMonitor:
     """Checks the weights every few attempted steps, and in an incident; all ranks get the same answer.
 
@@ -75,11 +96,19 @@ class WeightMonitor:
     def __init__(self, check: WeightCheck, every: int, history: WeightHistory = WeightHistory()) -> None:  # noqa: B008
         self._check, self._every = check, every
         comparable = all(check.can_compare(sample.norms) for sample in history[:2] if sample and sample.norms)
-        self.history = history if comparable else _without_norms(history)
+        self._history = history if comparable else _without_norms(history)
+        self._started: _Started | None = None
+        self._unsaid: tuple[WeightProblem | None, WeightProblem] | None = None
+        """What this rank has found in a check, and what is said if only another rank has found something."""
+
+    @property
+    def history(self) -> WeightHistory:
         """For the checkpoint."""
+        self._finish()
+        return self._history
 
     def check(
-        self, trainer: Trainer, step: int, unhealthy: bool = False, lr_factor: float = 1.0
+        self, trainer: Trainer, step: int, unhealthy: bool = False, lr_factor: float = 1.0, later: bool = False
     ) -> WeightProblem | None:
         """The problem with the weights; None if there is none or no check is due. A collective.
 
@@ -88,8 +117,12 @@ class WeightMonitor:
             step: attempted steps so far.
             unhealthy: the last steps were not healthy: check now, also the speed.
             lr_factor: on the learning rates within a step, as while they climb again after a rollback.
+            later: the host does not wait for the device: the next call returns the problem, unless ``unhealthy``.
         """
-        last, _, speeds = self.history
+        self._finish()
+        if self._unsaid and (problem := self._agreed(trainer)):
+            return problem
+        last = self._history.last
         due = step // self._every != (last.step if last else 0) // self._every
         if not (due or unhealthy):
             return None
@@ -98,38 +131,60 @@ class WeightMonitor:
             self.forget_norms()
         if retrained:
             self.forget_speeds()
-        last, _, speeds = self.history
-        now = WeightSample(step, self._check.norms(), lr_factor * _largest_lr(trainer))
+        later = later and not unhealthy
+        norms = _read_later(self._check.unread_norms()) if later else self._check.norms
+        self._started = _Started(step, norms, lr_factor * _largest_lr(trainer), due, unhealthy)
+        if later:
+            return None
+        self._finish()
+        return self._agreed(trainer)
+
+    def _finish(self) -> None:
+        """Read the norms of a check that was started, and compare them with those before."""
+        started, self._started = self._started, None
+        if started is None:
+            return
+        last, _, speeds = self._history
+        now = WeightSample(started.step, started.norms(), started.lr)
+        good_at = last.step if last else 0
         damage = self._check.problem(now.norms, last.norms if last else ())
-        problem = None if damage is None else WeightProblem(damage, True, last.step if last else 0)
-        if problem is None and unhealthy and (too_fast := self._too_fast(now)):
-            problem = WeightProblem(too_fast, False, last.step if last else 0)
-        if due:
-            if last is not None and problem is None and not unhealthy:
+        problem = None if damage is None else WeightProblem(damage, True, good_at)
+        if problem is None and started.unhealthy and (too_fast := self._too_fast(now)):
+            problem = WeightProblem(too_fast, False, good_at)
+        if started.due:
+            if last is not None and problem is None and not started.unhealthy:
                 speeds = (*speeds, *_known(speed(now, last)))[-_MAX_SPEEDS:]
-            self.history = WeightHistory(now, last, speeds)
+            self._history = WeightHistory(now, last, speeds)
+        unknown = WeightProblem("weights are damaged, or move too fast, on another rank", False, good_at)
+        self._unsaid = problem, unknown
+
+    def _agreed(self, trainer: Trainer) -> WeightProblem | None:
+        """The problem of a check that is finished, the same answer on all ranks. A collective."""
+        assert self._unsaid is not None
+        (problem, unknown), self._unsaid = self._unsaid, None
         ranks = Ranks(trainer)
         if not ranks.any(problem is not None):
             return None
         anywhere = ranks.any(problem is not None and problem.damaged)
-        reason = problem.reason if problem is not None else "weights are damaged, or move too fast, on another rank"
-        return WeightProblem(reason, anywhere, last.step if last else 0)
+        return (problem or unknown)._replace(damaged=anywhere)
 
     def forget_norms(self) -> None:
         """After a restore: do not compare the restored weights with those of the undone steps."""
-        self.history = _without_norms(self.history)
+        self._started = self._unsaid = None
+        self._history = _without_norms(self._history)
 
     def forget_speeds(self) -> None:
         """After a change of the training by design: do not compare new speeds with those before it."""
-        self.history = self.history._replace(speeds=())
+        self._finish()
+        self._history = self._history._replace(speeds=())
 
     def _too_fast(self, now: WeightSample) -> str | None:
-        speeds = self.history.speeds[:-1]  # the last regular sample may have come after the damage
+        speeds = self._history.speeds[:-1]  # the last regular sample may have come after the damage
         if len(speeds) < _MIN_SPEEDS:
             return None
         usual = statistics.median(speeds)
         limit = max(6.0 * usual, 2.0 * max(speeds))
-        fastest = max((each for then in self.history[:2] if then for each in _known(speed(now, then))), default=0.0)
+        fastest = max((each for then in self._history[:2] if then for each in _known(speed(now, then))), default=0.0)
         if not fastest > limit > 0.0:
             return None
         return (
@@ -150,6 +205,11 @@ def speed(now: WeightSample, then: WeightSample) -> float | None:
     if not (now.norms and lr > 0.0 and size > 0.0 and steps > 0):
         return None
     return math.dist(now.norms, then.norms) / size / math.sqrt(steps) / lr
+
+
+def _read_later(norms: Tensor | None) -> Callable[[], tuple[float, ...]]:
+    copy = None if norms is None else SignalCopy(norms)
+    return lambda: () if copy is None else tuple(copy.read())
 
 
 def _without_norms(history: WeightHistory) -> WeightHistory:

@@ -39,10 +39,16 @@ def bit_sums(tensors: Sequence[Tensor]) -> list[int]:
         by_device.setdefault(each.device, []).append(i)
     with torch.no_grad():
         for indices in by_device.values():
-            sums = torch.stack([_sum(tensors[i]) for i in indices]).tolist()
+            sums = sums_on_device([tensors[i] for i in indices]).tolist()
             for i, value in zip(indices, sums, strict=True):
                 found[i] = value
     return found
+
+
+def sums_on_device(tensors: Sequence[Tensor]) -> Tensor:
+    """As `bit_sums`, for tensors on one device, of which there is at least one: shape (n,), int64, without a read."""
+    with torch.no_grad():
+        return torch.stack([_sum(each) for each in tensors])
 
 
 def _sum(tensor: Tensor) -> Tensor:

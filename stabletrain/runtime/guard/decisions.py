@@ -130,7 +130,7 @@ class Decisions:
         if announced and not flags:
             self._announced(announced)
         transformed = self._transform(attempt) if self._transforms else attempt.grad_norm
-        signals = Signals(attempt.loss, attempt.grad_norm, transformed)
+        signals = Signals.of(attempt.loss, attempt.grad_norm, transformed)
         usual = if_changed = self._limits()
         decision = device_limits.decide(usual, *signals)
         if flags:  # only the device knows whether another rank announced a change: it chooses between both limits

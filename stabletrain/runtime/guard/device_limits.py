@@ -6,14 +6,15 @@ norm that a logarithmic bound scales to may differ in its last digit.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+import sys
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from stabletrain.core.limits import Limits, SkipAbove, SkipBelow, SkipNonFinite
+from stabletrain.core.limits import Bound, Limits, SkipAbove, SkipBelow, SkipNonFinite
 
 
 class DeviceDecision(NamedTuple):
@@ -37,41 +38,47 @@ class DeviceDecision(NamedTuple):
 
 
 def decide(limits: Limits, loss: Tensor, grad_norm: Tensor, transformed_norm: Tensor) -> DeviceDecision:
-    """Apply limits to the signals of a step, all of them 0-d tensors on one device."""
-    loss, grad_norm, norm = loss.double(), grad_norm.double(), transformed_norm.double()
-    return DeviceDecision(_grad_scale(limits, norm).float(), _dropped(limits, loss, grad_norm).float())
+    """Apply limits to the signals of a step, all of them 0-d tensors on one device.
+
+    The host starts each operation, which takes it longer than the device needs: so thresholds are numbers of the host,
+    and nothing is computed that these limits do not need.
+    """
+    norm = grad_norm.double()
+    held = norm if transformed_norm is grad_norm else transformed_norm.double()
+    return DeviceDecision(_grad_scale(limits, held).float(), _dropped(limits, loss.double(), norm).float())
 
 
 def _grad_scale(limits: Limits, norm: Tensor) -> Tensor:
     if not limits.applied_bounds:
         return torch.ones((), dtype=torch.float64, device=norm.device)
-    rows = [(b.threshold, b.target, b.pull, b.centre, float(b.log)) for b in limits.applied_bounds]
-    threshold, target, pull, centre, log = _upload(rows, norm.device).unbind(1)
-    in_log = log > 0
-    s = torch.where(in_log, norm.log(), norm)
-    clipped = target + torch.where(pull > 0, pull / (s - centre).clamp_min(0.0), 0.0)
-    clipped = torch.where(in_log, clipped.exp(), clipped).clamp_min(0.0)
-    clipped = torch.where((norm > threshold) & norm.isfinite(), clipped, norm).min()
-    return torch.where(clipped < norm, norm / clipped, 1.0)
+    norm = torch.where(norm < math.inf, norm, 0.0)  # what is not finite is above no threshold
+    scales = [
+        torch.where(norm > max(bound.threshold, 0.0), norm / _clipped(bound, norm), 1.0)
+        for bound in limits.applied_bounds
+    ]
+    return functools.reduce(torch.maximum, scales).clamp_min(1.0)
+
+
+def _clipped(bound: Bound, norm: Tensor) -> Tensor | float:
+    """What a norm above the threshold of a bound is clipped to."""
+    if not bound.pull > 0:
+        return bound.clip(sys.float_info.max)
+    gap = ((norm.log() if bound.log else norm) - bound.centre).clamp_min(0.0)
+    target = bound.target + bound.pull / gap
+    return (target.exp() if bound.log else target).clamp_min(0.0)
 
 
 def _dropped(limits: Limits, loss: Tensor, grad_norm: Tensor) -> Tensor:
-    dropped = torch.zeros((), dtype=torch.bool, device=loss.device)
-    if any(isinstance(c, SkipNonFinite) for c in limits.skips):
-        dropped = ~(loss.isfinite() & grad_norm.isfinite())
-    above = [c for c in limits.skips if isinstance(c, SkipAbove)]
-    if above:
-        values = torch.stack([loss if c.signal == "loss" else grad_norm for c in above])
-        thresholds = _upload([(c.above,) for c in above], loss.device).squeeze(1)
-        dropped = dropped | ((values > thresholds) & values.isfinite()).any()
+    drops_nonfinite = any(isinstance(c, SkipNonFinite) for c in limits.skips)
+    # a difference is 0 for a finite number, else NaN, which differs from everything
+    conditions = [(loss - loss) != (grad_norm - grad_norm)] if drops_nonfinite else []
+    for signal, value in (("loss", loss), ("grad_norm", grad_norm)):
+        above = [c.above for c in limits.skips if isinstance(c, SkipAbove) and c.signal == signal]
+        if above := [each for each in above if not math.isnan(each)]:
+            conditions.append(value > min(above) if drops_nonfinite else (value > min(above)) & (value < math.inf))
     below = [c.below for c in limits.skips if isinstance(c, SkipBelow) and not math.isnan(c.below)]
     if below:
-        dropped = dropped | ((loss < max(below)) & loss.isfinite())
-    return dropped
-
-
-def _upload(rows: Sequence[tuple[float, ...]], device: torch.device) -> Tensor:
-    table = torch.tensor(rows, dtype=torch.float64)
-    if device.type != "cuda":
-        return table.to(device)
-    return table.pin_memory().to(device, non_blocking=True)
+        conditions.append(loss < max(below) if drops_nonfinite else (loss < max(below)) & (loss > -math.inf))
+    if not conditions:
+        return torch.zeros((), dtype=torch.bool, device=loss.device)
+    return functools.reduce(torch.bitwise_or, conditions)

@@ -44,6 +44,12 @@ class Signals(NamedTuple):
     grad_norm: Tensor
     transformed_norm: Tensor
 
+    @classmethod
+    def of(cls, loss: Tensor, grad_norm: Tensor, transformed_norm: Tensor) -> Signals:
+        """The signals in float64, which holds every dtype exactly; equal ones are converted once."""
+        norm = grad_norm.double()
+        return cls(loss.double(), norm, norm if transformed_norm is grad_norm else transformed_norm.double())
+
     def start_copy(self, *more: Tensor) -> SignalCopy:
-        """Start the copy of these and more 0-d tensors to the host, in float64, which holds every dtype exactly."""
+        """Start the copy of these and more 0-d tensors to the host, in float64."""
         return SignalCopy(torch.stack([signal.double() for signal in (*self, *more)]).detach())

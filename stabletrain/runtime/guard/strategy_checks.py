@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 
@@ -11,6 +11,7 @@ from stabletrain.errors import UserError
 from stabletrain.runtime.accumulation import AccumulationWindow
 from stabletrain.runtime.internals import ddp
 from stabletrain.runtime.internals import trainer as trainer_internals
+from stabletrain.runtime.internals.compiled import uses_cuda_graphs
 from stabletrain.runtime.internals.packages import both
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -53,6 +54,7 @@ def check_settings(trainer: Trainer, module: LightningModule) -> None:
         UserError: says what to use instead.
     """
     check_accumulation(trainer)
+    _check_cuda_graphs(trainer, module)
     if trainer.world_size == 1 or not isinstance(trainer.accelerator, both(CPUAccelerator)):
         return
     if hook := ddp.communication_hook(trainer):
@@ -68,6 +70,17 @@ def check_settings(trainer: Trainer, module: LightningModule) -> None:
                 "CPU. Use BatchNorm, whose statistics are those of each rank's own samples (config key "
                 "trainer.sync_batchnorm=false), or a norm without statistics of the batch (GroupNorm, LayerNorm)."
             )
+
+
+def _check_cuda_graphs(trainer: Trainer, module: LightningModule) -> None:
+    on_cuda = isinstance(trainer.accelerator, both(CUDAAccelerator))
+    if on_cuda and (largest := AccumulationWindow(trainer).largest) > 1 and uses_cuda_graphs(module):
+        raise UserError(
+            'torch.compile(mode="reduce-overhead") cannot accumulate gradients, got windows of '
+            f"{largest} micro-batches: a CUDA graph writes the gradients of each micro-batch to the same memory, and "
+            "torch fails in the second backward pass (pytorch issue 169545). Compile with another mode, or do not "
+            "accumulate (config keys trainer.accumulate_grad_batches=1, plugins/accumulate=none)."
+        )
 
 
 def check_accumulation(trainer: Trainer) -> None:

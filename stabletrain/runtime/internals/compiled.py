@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -23,6 +23,25 @@ def is_compiled(module: nn.Module) -> bool:
 def is_compiled_wrapper(module: nn.Module) -> bool:
     """Whether a module is what ``torch.compile(module)`` returns, around the module itself."""
     return isinstance(module, OptimizedModule)
+
+
+def uses_cuda_graphs(module: nn.Module) -> bool:
+    """Whether a module, or a part of it, was compiled so that inductor replays CUDA graphs (``"reduce-overhead"``).
+
+    Args:
+        module: of a fit.
+    """
+    return any(_is_replayed(each) for each in module.modules())
+
+
+def _is_replayed(module: nn.Module) -> bool:
+    contexts = [getattr(module, "dynamo_ctx", None), (module.__dict__.get("_compiler_ctx") or {}).get("dynamo_ctx")]
+    configs = [getattr(each, "compiler_config", None) for each in contexts]
+    compiled = [module._compiled_call_impl, *(each for each in _attributes(module) if _is_compiled_function(each))]
+    for function in compiled:
+        read = getattr(getattr(function, "__func__", function), "get_compiler_config", None)
+        configs.append(read() if callable(read) else None)
+    return any(isinstance(each, Mapping) and bool(each.get("triton.cudagraphs")) for each in configs)
 
 
 def _is_compiled(module: nn.Module) -> bool:

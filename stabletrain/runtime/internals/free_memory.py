@@ -22,9 +22,13 @@ def host_memory(cgroup: Path = _CGROUP) -> int:
 
 
 def device_memory(device: torch.device) -> int:
-    """Free memory of a CUDA device, in bytes, including memory that torch's allocator has reserved and not used."""
+    """Memory of a CUDA device, in bytes, that was free when this process used most of it.
+
+    Memory that torch's allocator has reserved, and did not use then, is free. Between two steps more is free, which the
+    next forward and backward pass need.
+    """
     free, _ = torch.cuda.mem_get_info(device)
-    return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(0, int(free) + torch.cuda.memory_reserved(device) - torch.cuda.max_memory_allocated(device))
 
 
 def _left_in_container(cgroup: Path) -> int | None:

@@ -343,3 +343,12 @@ def ends_run(trainer: Trainer) -> bool:
 def may_be_last_batch(trainer: Trainer) -> bool:
     """Whether the epoch or the fit may end with the batch in progress."""
     return bool(trainer.is_last_batch) or 0 < trainer.max_steps <= trainer.global_step or trainer.should_stop
+
+
+def may_validate(trainer: Trainer) -> bool:
+    """Whether validation may follow directly on the batch in progress; asked in ``on_train_batch_end``."""
+    loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+    if not trainer.enable_validation or fetcher is None:
+        return False
+    by_time = getattr(trainer, "_val_check_time_interval", None) is not None
+    return by_time or bool(loop._should_check_val_fx(fetcher))

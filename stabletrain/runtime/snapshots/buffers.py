@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from threading import Thread
-from typing import Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from stabletrain.runtime.snapshots import streams
 from stabletrain.runtime.snapshots.tensor_kinds import plain_tensors as plain_tensors
 
 _THREADS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
@@ -25,6 +26,20 @@ _THREADS_FROM = 32 << 20
 
 Where: TypeAlias = Literal["host", "device"]
 _Layout: TypeAlias = tuple[torch.dtype, torch.Size, tuple[int, ...], torch.device]
+
+
+class _Copying(NamedTuple):
+    """Copies from a device that may not be complete.
+
+    Args:
+        streams: of the device.
+        end: of all copies.
+        sources: kept, so that their memory is not used for other tensors before they are read.
+    """
+
+    streams: streams.Streams
+    end: Any
+    sources: list[Tensor]
 
 
 class SnapshotBuffers:
@@ -44,14 +59,19 @@ class SnapshotBuffers:
     [0.0, 1.0, 2.0]
     """
 
+    page_locked = True
+    """Whether buffers in main memory for tensors on CUDA are page-locked, as a copy that does not wait needs."""
+
     def __init__(self, where: Where = "host") -> None:
         self._where = where
+        self._copying: _Copying | None = None
         self._layouts: list[_Layout] = []
         self._buffers: list[Tensor] = []
 
     @property
     def tensors(self) -> list[Tensor]:
         """The copies, one for each plain tensor of the last `copy_in`; the next `copy_in` overwrites them."""
+        self._wait()
         return list(self._buffers)
 
     @property
@@ -69,15 +89,38 @@ class SnapshotBuffers:
         """
         self._fit(plain_tensors(tensors))
 
-    def copy_in(self, tensors: Sequence[Tensor]) -> None:
-        """Copy tensors into the buffers; when this returns, the tensors may change again.
+    def copy_in(self, tensors: Sequence[Tensor], steady: Collection[int] | None = None) -> None:
+        """Copy tensors into the buffers; when this returns, the tensors may change again, those of ``steady`` excepted.
 
         Args:
             tensors: of any dtype, shape, device and stride; see `plain_tensors` for DTensors and wrapper subclasses.
+            steady: the host does not wait for copies from a CUDA device to main memory, which order themselves before
+                what the device does next; these plain tensors, by index, must not change before `let_change`: they
+                are copied beside the device's other work. None: the host waits.
         """
+        self._wait()
         sources = plain_tensors(tensors)
         self._fit(sources)
-        copy_each(self._buffers, sources)
+        found = None if steady is None else self._streams(sources)
+        if steady is None or found is None:
+            copy_each(self._buffers, sources)
+            return
+        device, beside = found
+        pairs = list(zip(self._buffers, sources, strict=True))
+        soon = [pair for i, pair in enumerate(pairs) if pair[1].device == device and i not in steady]
+        later = [pair for i, pair in enumerate(pairs) if pair[1].device == device and i in steady]
+        own = [pair for pair in pairs if pair[1].device != device]
+        first = beside.beside(lambda: _copy_pairs(soon))
+        end = beside.beside(lambda: _copy_pairs(later))
+        beside.hold(first)
+        self._copying = _Copying(beside, end, [source for _, source in later])
+        copy_each([target for target, _ in own], [source for _, source in own])
+
+    def let_change(self) -> None:
+        """What the device does from now on waits until all tensors are copied; the host does not wait."""
+        if self._copying is not None:
+            self._copying.streams.hold(self._copying.end)
+            self._copying.sources.clear()
 
     def copy_back(self, tensors: Sequence[Tensor]) -> None:
         """Copy the buffers into tensors, in place.
@@ -88,6 +131,7 @@ class SnapshotBuffers:
         Raises:
             ValueError: if number, dtype or shape differ from what was copied in.
         """
+        self._wait()
         targets = plain_tensors(tensors)
         expected, got = ([(each.dtype, each.shape) for each in some] for some in (self._buffers, targets))
         if expected != got:
@@ -99,7 +143,22 @@ class SnapshotBuffers:
 
     def clear(self) -> None:
         """Free all buffers."""
+        self._wait()
         self._layouts, self._buffers = [], []
+
+    def _wait(self) -> None:
+        if self._copying is not None:
+            self.let_change()
+            self._copying.streams.wait(self._copying.end)
+            self._copying = None
+
+    def _streams(self, sources: list[Tensor]) -> tuple[torch.device, streams.Streams] | None:
+        """The one device whose tensors are copied to main memory, and its streams; None: the host waits for copies."""
+        if self._where != "host" or not self.page_locked:
+            return None
+        found = [(device, streams.streams_of(device)) for device in {each.device for each in sources}]
+        crossing = [(device, of_device) for device, of_device in found if of_device is not None]
+        return crossing[0] if len(crossing) == 1 else None
 
     def _fit(self, sources: list[Tensor]) -> None:
         layouts = [(each.dtype, each.shape, each.stride(), each.device) for each in sources]

@@ -28,6 +28,8 @@ class DiskBuffers(SnapshotBuffers):
         UserError: from `prepare` and `copy_in`, if the folder cannot be written or the disk is full.
     """
 
+    page_locked = False
+
     def __init__(self, folder: Path, owner: str = "snapshots", remedy: str = "give another folder") -> None:
         super().__init__("host")
         self._folder = folder

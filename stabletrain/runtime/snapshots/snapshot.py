@@ -29,6 +29,7 @@ from stabletrain.runtime.internals import state as state_internals
 from stabletrain.runtime.internals.packages import both
 from stabletrain.runtime.snapshots.buffers import SnapshotBuffers, bytes_of
 from stabletrain.runtime.snapshots.optimizer_attributes import OptimizerAttributes, check_optimizers, copied, taken
+from stabletrain.runtime.snapshots.overlap import Overlap
 from stabletrain.runtime.snapshots.state_tree import Flattener, Restorer, SnapshotError
 
 _SCALARS = (bool, int, float, type(None), Tensor)
@@ -79,10 +80,15 @@ class Snapshot:
 
     Args:
         buffers: where the copies of the tensors go; None: main memory.
+        overlap: shared by the snapshots of a run, whose tensors on CUDA may still be copied when `capture` returns;
+            None: all are copied.
     """
 
-    def __init__(self, buffers: SnapshotBuffers | None = None) -> None:
+    def __init__(self, buffers: SnapshotBuffers | None = None, overlap: Overlap | None = None) -> None:
         self._buffers = buffers or SnapshotBuffers()
+        self._overlap = overlap
+        self.torn = False
+        """Whether weights were changed while they were copied: such a snapshot must not be restored."""
         self.step = -1
         """Attempted optimizer steps at the capture; -1: the snapshot is empty."""
         self.applied = 0
@@ -108,6 +114,10 @@ class Snapshot:
         """Drop the state; its memory is reused by the next capture."""
         self.step, self.mark = -1, None
 
+    def let_change(self) -> None:
+        """What the device does from now on waits until the state is copied; the host does not wait."""
+        self._buffers.let_change()
+
     @_without_collection()
     def prepare(self, guard: StepGuard) -> None:
         """Allocate and touch the memory for the state, so that `capture` costs only the copy."""
@@ -130,7 +140,9 @@ class Snapshot:
         hidden = flattener.flatten(guard.control.hidden.values())
         members = [flattener.flatten(member.state_dict()) for member in _stateful_members(guard)]
         self.step = -1  # empty until it is complete
-        self._buffers.copy_in(flattener.tensors)
+        steady = None if self._overlap is None else self._overlap.begin(guard, self, flattener.tensors)
+        self._buffers.copy_in(flattener.tensors, steady)
+        self.torn = False
         self._names, self._parts, self._members = [part.name for part in live], parts, members
         self._groups, self._hidden = [each.capture() for each in guard.all_parameters], hidden
         self._attributes = attributes

@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from fits import Net, trainer
+from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
@@ -85,3 +87,16 @@ def test_ranks_that_lightning_starts(strategy: str, tmp_path: Path) -> None:
     assert result["best"] == result["last"]
     assert result["skipped"] == 1
     assert result["finite"]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_cuda_graphs_do_not_accumulate() -> None:
+    """Bug: torch's error in the second backward pass, which says nothing of accumulation."""
+    net = Net()
+    net.net.compile(mode="reduce-overhead")
+    for size in (1, 4):
+        mine = trainer(accumulate_grad_batches=size)
+        check_strategy(mine, net, "ClipNorm")  # a CPU has no CUDA graphs
+        mine.strategy.accelerator = CUDAAccelerator()
+        with pytest.raises(UserError, match=r"reduce-overhead.* windows of 4 ") if size > 1 else nullcontext():
+            check_strategy(mine, net, "ClipNorm")

@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.compile import from_compiled
 from torch import nn
 
-from stabletrain.runtime.internals.compiled import is_compiled
+from stabletrain.runtime.internals.compiled import is_compiled, uses_cuda_graphs
 
 
 class Net(LightningModule):
@@ -82,3 +82,31 @@ def test_which_modules_are_compiled(make: Callable[[], nn.Module], expected: boo
     """Bugs: a way of compiling, whose bits are others, that the record calls eager; a module that torch.compile is told
     to leave alone; a private attribute of torch or Lightning that is gone."""
     assert is_compiled(make()) is expected
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda net, **how: from_compiled(torch.compile(net, **how)), {"mode": "reduce-overhead"}),
+        (lambda net, **how: in_part_of(net, torch.compile(net.layer, **how)), {"mode": "reduce-overhead"}),
+        (lambda net, **how: net.layer.compile(**how) or net, {"options": {"triton.cudagraphs": True}}),
+        (lambda net, **how: with_step(net, torch.compile(net.forward, **how)), {"mode": "max-autotune"}),
+    ],
+)
+def test_which_modules_replay_cuda_graphs(make: Callable[..., nn.Module], expected: dict[str, object]) -> None:
+    """Bug: one of the ways to compile is overlooked, or every compiled module is taken for one with graphs."""
+    assert uses_cuda_graphs(make(Net(), **expected))
+    assert not uses_cuda_graphs(make(Net(), backend="inductor"))
+    assert not uses_cuda_graphs(make(Net(), backend="eager"))
+    assert not uses_cuda_graphs(Net())
+
+
+def in_part_of(net: Net, layer: nn.Module) -> Net:
+    net.layer = layer  # type: ignore[assignment]
+    return net
+
+
+def with_step(net: Net, step: object) -> Net:
+    net.step = step  # type: ignore[assignment]
+    return net

@@ -1,0 +1,1 @@
+"""The parts of gpu.py: what is trained, and what is measured of it."""
