@@ -69,8 +69,8 @@ class QuickState(NamedTuple):
             key = np.frombuffer(raw, np.uint32, 624).copy()
             words_and_position = {"key": key, "pos": int(np.frombuffer(raw, np.int32, 1, 624 * 4)[0])}
             numpy = {"bit_generator": "MT19937", "state": words_and_position, "has_gauss": has_gauss, "gauss": gauss}
-        words = torch.frombuffer(bytearray(self.torch), dtype=torch.uint8)
-        state = {"python": python, "numpy": _plain(numpy), "torch": words}
+        of_torch = torch.frombuffer(bytearray(self.torch), dtype=torch.uint8)
+        state = {"python": python, "numpy": _plain(numpy), "torch": of_torch}
         return state if self.cuda is None else {**state, "cuda": self.cuda}
 
 

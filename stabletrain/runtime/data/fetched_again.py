@@ -43,8 +43,8 @@ def _of_leaf(leaf: Any) -> Any:
         flat = leaf.reshape(-1)
         return leaf.dtype, leaf.shape, zlib.crc32(np.ascontiguousarray(flat[:: 1 + flat.size // _READ]).tobytes())
     if isinstance(leaf, Tensor) and leaf.layout is torch.strided and leaf.device.type == "cpu":
-        flat = leaf.detach().reshape(-1)
-        some = flat[:: 1 + flat.numel() // _READ].contiguous()
+        values = leaf.detach().reshape(-1)
+        some = values[:: 1 + values.numel() // _READ].contiguous()
         return leaf.dtype, leaf.shape, zlib.crc32(some.view(torch.uint8).numpy().tobytes()) if some.numel() else 0
     if isinstance(leaf, bool | int | float | str | bytes | type(None)):
         return type(leaf), repr(leaf)  # a NaN equals itself
