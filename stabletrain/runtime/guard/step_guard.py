@@ -316,9 +316,9 @@ class StepGuard(SharedGuard):
                 self.window.clear()  # a batch that is None may end a window, without a step
         self._batch_has_loss = False
         # in device mode the next step settles this one, unless this may be the last batch
-        if self._pending is not None or self._scaling.is_active:
-            if not self.on_device or trainer_internals.may_be_last_batch(self.trainer):
-                self.settle()
+        pending = self._pending is not None or self._scaling.is_active
+        if pending and (not self.on_device or trainer_internals.may_be_last_batch(self.trainer)):
+            self.settle()
         if self._several_ranks and not self.on_device:  # in device mode not all ranks may know the outcome yet
             self._replicas.compare()
         if self._manual is not None:
