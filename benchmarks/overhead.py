@@ -27,6 +27,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import lightning as L
 import torch
 from baton import QUANTILE
 from machine import measured
@@ -118,16 +119,29 @@ class CountReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class FromThirdStep(L.Callback):
+    """Begins to count with the third step: the first ones are looked at more closely, once in a fit."""
+
+    def __init__(self, counter: CountReads) -> None:
+        self.counter = counter
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == 2:
+            self.counter.reads.clear()
+
+
 def host_reads(number: int = 100) -> list[Row]:
     data = DataLoader(Batches(number), batch_size=None)
     counts = {}
     for name, callbacks in (("bare", []), ("stack", [*steps.without_rollback(), st.Guard(mode="device")])):
         waits = SignalCopy.waits
         with CountReads() as counter:
-            fit(TinyMLP(fused=True), data, callbacks, log_every_n_steps=10**6)
+            fit(TinyMLP(fused=True), data, [*callbacks, FromThirdStep(counter)], log_every_n_steps=10**6)
         counts[name] = (sum(counter.reads.values()), SignalCopy.waits - waits)
-    ours = (counts["stack"][0] - counts["bare"][0]) / number
-    what = f"reads of the device by the host per step, device mode forced on the CPU, {number} steps, without rollback"
+    ours = (counts["stack"][0] - counts["bare"][0]) / (number - 2)
+    what = "reads of the device by the host per step, device mode forced on the CPU, from the third step, no rollback"
     return [
         Row(what, f"{ours:g}", "0"),
         Row(
