@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
@@ -153,7 +154,15 @@ class TensorParallelStrategy(ModelParallelStrategy):
                 "earlier run. Use Lightning's ModelParallelStrategy for a module that shards itself, or a new module"
             )
         name = type(self).__name__
-        return assign(module, plan_of(module, self.plan, name), degree, name)
+        assigned = assign(module, plan_of(module, self.plan, name), degree, name)
+        fused = [layer for layer, stacked in assigned.colwise.items() if stacked > 1]
+        if fused and not internals.cuts_stacked(torch.__version__):
+            raise UserError(
+                f"{name}: {fused[0]} holds several matrices one below the other (style 'colwise:N'), which torch "
+                f"{torch.__version__} cannot divide; expected torch 2.12 or newer. Install it, or give the module a "
+                "Linear layer for each matrix (config key strategy.strategy.plan)"
+            )
+        return assigned
 
     # ---- setup ------------------------------------------------------------------------------------------------------
 

@@ -109,3 +109,12 @@ def test_a_size_that_is_no_number_of_processes_is_refused(size: object) -> None:
     """Bug: an error of torch's device mesh."""
     with pytest.raises(UserError, match=r"size=\.\.\."):
         TensorParallelStrategy(size=size)  # type: ignore[arg-type]
+
+
+def test_torch_that_cannot_divide_fused_layers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: torch 2.11 fails in each process, in the middle of a redistribution; the message names no layer."""
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    with pytest.raises(UserError, match=r"blocks\.0\.attention\.qkv holds several matrices.*expected torch 2\.12"):
+        TensorParallelStrategy().check_plan(gpt(), 2)
+    monkeypatch.setattr(torch, "__version__", "2.13.0a0+gitabc")
+    TensorParallelStrategy().check_plan(gpt(), 2)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.init import _materialize_distributed_module
 from lightning.fabric.utilities.load import _METADATA_FILENAME
+from packaging.version import Version
 from torch import nn
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.optim import Optimizer
@@ -62,6 +63,11 @@ def stacked_shard(dim: int, stacked: int) -> Placement:
         stacked: how many there are, at least 2.
     """
     return _StridedShard(dim, split_factor=stacked)
+
+
+def cuts_stacked(version: str) -> bool:
+    """Whether a version of torch redistributes tensors that are placed by `stacked_shard`; 2.11 raises an error."""
+    return Version(version).release >= (2, 12)
 
 
 def stacked_in(placement: object) -> int | None:
