@@ -289,7 +289,7 @@ def test_a_death_before_training_counts(run: dict[str, Any]) -> None:
 def test_the_end_of_another_node_that_was_faster_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug: another node refuses the run before this one has imported torch; its word is removed, and the waiting rank 0
     is blamed, which the launcher itself has killed."""
-    monkeypatch.setattr(run_attempts, "wait_for", lambda process, begin: ProcessEnd(code=1))
+    monkeypatch.setattr(run_attempts, "wait_for", lambda *_: ProcessEnd(code=1))
     nothing: Any = object()
     config = {"run_dir": str(tmp_path)}
     begun = Begun(number=1, start_ns=1)
