@@ -14,7 +14,7 @@ from fits import assert_same
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import stabletrain as st
 from stabletrain.core.bytes import shown
@@ -254,3 +254,22 @@ def test_sample_indices_take_no_memory_and_change_nothing(tmp_path: Path, messag
     announced = [each for each in messages if "needs up to" in each]
     assert f"{TAPE} batches of 400 B" in announced[0]
     assert f"the sample indices of {TAPE} batches: 24 B of memory" in announced[1]
+
+
+class Noisy(Dataset[Tensor]):
+    """Numbers with random noise."""
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> Tensor:
+        return index + 0.1 * torch.rand(100)
+
+
+def test_batches_with_random_numbers_are_announced_whole(tmp_path: Path, messages: list[str]) -> None:
+    """Bug: at the first snapshot, after one batch, it is not known yet that they cannot be fetched again."""
+    model = Model(lambda number: False)
+    trainer = quiet_trainer(st.Rollback(**QUICK, tape="indices"), max_epochs=1, default_root_dir=tmp_path)
+    with quiet():
+        trainer.fit(model, DataLoader(Noisy(), batch_size=1, shuffle=True))
+    assert any(f"{TAPE} batches of 400 B" in each for each in messages)

@@ -42,8 +42,8 @@ def _of_leaf(leaf: Any) -> Any:
     if isinstance(leaf, np.ndarray):
         flat = leaf.reshape(-1)
         return leaf.dtype, leaf.shape, zlib.crc32(np.ascontiguousarray(flat[:: 1 + flat.size // _READ]).tobytes())
-    if isinstance(leaf, Tensor) and leaf.layout is torch.strided and leaf.device.type == "cpu":
-        values = leaf.detach().reshape(-1)
+    if isinstance(leaf, Tensor) and leaf.layout is torch.strided and leaf.is_cpu and not leaf.is_nested:
+        values = leaf.detach().resolve_conj().resolve_neg().reshape(-1)
         some = values[:: 1 + values.numel() // _READ].contiguous()
         return leaf.dtype, leaf.shape, zlib.crc32(some.view(torch.uint8).numpy().tobytes()) if some.numel() else 0
     if isinstance(leaf, bool | int | float | str | bytes | type(None)):

@@ -102,6 +102,8 @@ class IndexSampler(Iterator[Any]):
         # these are for one epoch; not reset in __iter__, which a loader with processes calls twice for each
         self._instead, self._start_at = None, 0
         for samples in self._source:
+            if type(samples) is list:
+                samples = samples.copy()  # a sampler may fill one list again and again
             found = Indices(self._drawn, samples)
             self._drawn += 1
             if found.position < self._first:

@@ -225,8 +225,12 @@ class LoaderReader:
             if self._resume.enabled:
                 before = rng.capture_quickly() if self._counter.prefetches else None
                 first = capture_generators(self._loader) if is_first else None
-            if record_rng and not (self._draws_rng or is_first):
-                mark = before or rng.capture_quickly(cuda=False)
+            if record_rng and not self._draws_rng:
+                if not is_first:
+                    mark = before or rng.capture_quickly(cuda=False)
+                elif self.index_sampler is not None:
+                    self.index_sampler.seek()  # draws its seed, so that what is seen are the dataset's own draws
+                    mark = rng.capture_quickly(cuda=False)
         try:
             batch = next(self.iterator)  # type: ignore[arg-type]
         except StopIteration:

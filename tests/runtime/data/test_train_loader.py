@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler
 
 from stabletrain.errors import UserError
 from stabletrain.runtime import rng
@@ -437,7 +437,23 @@ class Single(Samples):
         return self.inputs[[index]], torch.tensor([index])
 
 
+class OneList(SequentialSampler):
+    """Batches of four, all of them the same list object."""
+
+    def __iter__(self):
+        batch = []
+        for index in super().__iter__():
+            batch.append(index)
+            if len(batch) == 4:
+                yield batch
+                batch.clear()
+
+    def __len__(self):
+        return len(self.data_source) // 4
+
+
 OWN = {
+    "one list": lambda: DataLoader(Samples(), batch_sampler=OneList(Samples())),
     "own generator": lambda: DataLoader(Samples(), 4, shuffle=True, generator=torch.Generator().manual_seed(5)),
     "no batches": lambda: DataLoader(Single(size=BATCHES), None, shuffle=True),
 }
