@@ -150,7 +150,7 @@ def keep_tape(rule: RollbackRule, loader: TrainLoader) -> None:
 
 
 def forget_peak(rule: RollbackRule, device: torch.device) -> None:
-    """At the start of a fit: let the peak of the device's memory be that of this fit. An earlier one had snapshots, too.
+    """At the start of a fit: let the peak of the device's memory be that of this fit, not of one before with snapshots.
 
     Args:
         rule: the plugin's arguments.
