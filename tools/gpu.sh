@@ -29,6 +29,10 @@ export OMP_NUM_THREADS=1 CUBLAS_WORKSPACE_CONFIG=:4096:8 PYTHONDONTWRITEBYTECODE
 cd "$folder"  # so that nothing of the checkout is imported by accident
 echo "stabletrain is $("$python" -c 'import stabletrain; print(stabletrain.__file__)')"
 status=0
+if [ -z "${REHEARSE:-}" ] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "no CUDA device here, so nothing would be tested: REHEARSE=1 does the same on the CPU" >&2
+    exit 2
+fi
 if [ "${ONLY:-tests}" = tests ]; then
     jobs=
     if "$python" -c 'import xdist' 2>/dev/null; then jobs="-n ${JOBS:-4}"; fi

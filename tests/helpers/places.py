@@ -128,13 +128,15 @@ class DeviceFails(Callback):
 
     Args:
         at: number of the batch.
+        then: called before, so that the device is of no use afterwards.
     """
 
-    def __init__(self, at: int) -> None:
-        self.at = at
+    def __init__(self, at: int, then: Callable[[], None]) -> None:
+        self.at, self.then = at, then
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fit_loop.epoch_loop.batch_idx == self.at:
+            self.then()
             kind: Any = getattr(torch, "AcceleratorError", RuntimeError)
             try:
                 error = kind("CUDA error: unspecified launch failure", 719)

@@ -111,6 +111,7 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
         self._overlap = Overlap()
         self._replay = self._weights = None
         self._folder = Path(trainer.log_dir or trainer.default_root_dir)  # log_dir is a collective: not only on rank 0
+        memory.forget_peak(self, trainer.strategy.root_device)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The loaders exist: exclude the batches of earlier rollbacks, and read the log to replay."""
@@ -201,6 +202,8 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Release the loader and all snapshots: after an exception Lightning calls no teardown."""
         super().on_exception(trainer, pl_module, exception)
+        if self._weights is not None:
+            self._weights.drop_started()
         self._close_loader()
 
     def metrics(self) -> dict[str, float]:
@@ -269,7 +272,8 @@ class Rollback(RuleCallback, RollbackRule):  # noqa: D101
         if self._weights is None:
             return None
         suspicious = self._incidents.unhealthy_in_a_row >= _SUSPICIOUS_STEPS
-        return self._weights.check(guard.trainer, guard.decided, suspicious, guard.rewarming.factor, guard.on_device)
+        later = guard.on_device and not trainer_internals.may_be_last_batch(guard.trainer)
+        return self._weights.check(guard.trainer, guard.decided, suspicious, guard.rewarming.factor, later)
 
     def _roll_back(self, request: Request, batch: Any, batch_idx: int, weights: WeightProblem | None) -> None:
         """Accept a new level, or make a rollback, or stop the run if none can be made."""

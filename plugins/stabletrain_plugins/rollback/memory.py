@@ -130,12 +130,13 @@ def new_snapshot(rule: RollbackRule, overlap: Overlap | None = None) -> Snapshot
 
     Args:
         rule: the plugin's arguments.
-        overlap: of all snapshots of the run whose tensors may still be copied during the next forward pass.
+        overlap: of all snapshots of the run whose tensors may still be copied during the next forward pass: those in
+            main memory. On the device the copies are made in its own order.
     """
     if rule.spill:
         remedy = "give another folder (config key plugins.spike.spill), or keep fewer (plugins.spike.keep)"
         return Snapshot(DiskBuffers(Path(rule.spill), owner="rollback", remedy=remedy))
-    return Snapshot(SnapshotBuffers(rule.where), overlap)
+    return Snapshot(SnapshotBuffers(rule.where), overlap if rule.where == "host" else None)
 
 
 def keep_tape(rule: RollbackRule, loader: TrainLoader) -> None:
@@ -146,6 +147,17 @@ def keep_tape(rule: RollbackRule, loader: TrainLoader) -> None:
         loader: of the run.
     """
     loader.keep_tape((lambda: logger.warning(_OTHER_CONTENT)) if rule.tape == "indices" else None)
+
+
+def forget_peak(rule: RollbackRule, device: torch.device) -> None:
+    """At the start of a fit: let the peak of the device's memory be that of this fit, not of one before with snapshots.
+
+    Args:
+        rule: the plugin's arguments.
+        device: of the training.
+    """
+    if is_on_device(rule, device):
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def taped_batches(rule: RollbackRule, window: int) -> int:

@@ -187,6 +187,15 @@ def test_damaged_weights_are_detected_and_restored(tmp_path: Path, value: float)
     assert_same_weights(model, reference)
 
 
+@pytest.mark.parametrize("mode", ["exact", "device"])
+def test_damage_of_the_last_step_is_found(tmp_path: Path, mode: Any) -> None:
+    """Bug: in device mode, norms that would be read at the next step are never compared, and the run ends damaged."""
+    plugins = st.Guard(mode=mode), st.SkipNonFinite(), st.Rollback(**{**QUICK, "drop": "none"})
+    model, _ = train(tmp_path, *plugins, damage={63: 1e30}, optimizer="fused")
+    assert [each["step"] for each in interventions(tmp_path)] == [64]
+    assert model.net[0].weight.abs().max() < 1e3
+
+
 def test_in_the_first_steps_an_untrusted_snapshot_is_restored(tmp_path: Path) -> None:
     """Bug: a run whose first batches are NaN is stopped, though there are snapshots from before them."""
     skip, rollback = st.SkipNonFinite(max_in_a_row=3), st.Rollback(**{**QUICK, "trust_after": 8, "drop": "none"})

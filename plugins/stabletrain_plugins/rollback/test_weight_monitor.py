@@ -170,7 +170,10 @@ def test_norms_of_shards_or_of_another_model_are_not_compared(monkeypatch: pytes
 
 @pytest.mark.parametrize("saved", [False, True])
 def test_a_check_that_is_read_later_finds_the_same(saved: bool) -> None:
-    """Bugs: damage that is found after a checkpoint was saved is forgotten; the next step's weights are compared."""
+    """Bugs: damage that is found after a checkpoint was saved is forgotten; the next step's weights are compared.
+
+    A run that resumes from that checkpoint must find the damage, too: it is not compared with itself.
+    """
     at_once, later = Learning(), Learning()
     for step in range(1, 41):
         for each in (at_once, later):
@@ -178,6 +181,7 @@ def test_a_check_that_is_read_later_finds_the_same(saved: bool) -> None:
                 weight.mul_(1.0 + 1e-3 * math.sin(step))
             if step == 30:
                 each.weights[1][0] = 1e3
+        before = at_once.monitor.history
         problem = at_once.monitor.check(ONE_RANK, step)
         history = at_once.monitor.history
         delayed = later.monitor.check(ONE_RANK, step, later=True)
@@ -185,7 +189,20 @@ def test_a_check_that_is_read_later_finds_the_same(saved: bool) -> None:
             assert problem is not None
             assert delayed is None
             expected = problem
+            if saved:
+                resumed = WeightMonitor(later.check, 10, later.monitor.history)
+                assert resumed.history == before
+                assert resumed.check(ONE_RANK, 31) == expected
         elif step == 31:
             assert delayed == expected
-        if saved or step == 40:
+        if step == 40 or (saved and step != 30):
             assert later.monitor.history == history
+
+
+def test_copies_of_8_bit_weights_are_not_kept() -> None:
+    """Bug: a float32 copy of all weights stays in memory between two checks."""
+    check = WeightCheck([("a", torch.ones(4).to(torch.float8_e4m3fn))], 10.0)
+    assert check._read_now is None
+    check.refresh()
+    assert check.unread_norms() is not None
+    assert check._read_now is None

@@ -54,8 +54,9 @@ class WeightCheck:
         self._trained: list[bool] = []
         self._names: list[str] = []
         self._sizes: list[int] = []
-        self._read_now: list[Tensor] | None = None  # of the last `refresh`, for the next `norms` only
+        self._read_now: list[Tensor] | None = None  # of the last `refresh`, for the norms that are asked for next
         self.refresh()
+        self._read_now = None
 
     def refresh(self) -> tuple[bool, bool]:
         """Read the parameters anew.
@@ -74,7 +75,7 @@ class WeightCheck:
 
     def unread_norms(self) -> Tensor | None:
         """As `norms`, without waiting for the device: a vector there; None if there are no tensors."""
-        tensors = [tensor for parameter in self._parameters for tensor in _float_tensors(parameter)]
+        tensors = self._tensors()
         return gradients.tensor_norms(tensors) if tensors else None
 
     def can_compare(self, norms: Sequence[float]) -> bool:
@@ -83,10 +84,13 @@ class WeightCheck:
 
     def norms(self) -> tuple[float, ...]:
         """The norm of each tensor now; waits for the device once."""
-        tensors, self._read_now = self._read_now, None
+        return tuple(_norms(self._tensors()))
+
+    def _tensors(self) -> list[Tensor]:
+        tensors, self._read_now = self._read_now, None  # not kept: of 8-bit floats they are copies
         if tensors is None:
             tensors = [tensor for parameter in self._parameters for tensor in _float_tensors(parameter)]
-        return tuple(_norms(tensors))
+        return tensors
 
     def problem(self, now: Sequence[float], then: Sequence[float]) -> str | None:
         """The damage, in one sentence; None if there is none.

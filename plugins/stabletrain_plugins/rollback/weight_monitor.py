@@ -98,14 +98,19 @@ class WeightMonitor:
         comparable = all(check.can_compare(sample.norms) for sample in history[:2] if sample and sample.norms)
         self._history = history if comparable else _without_norms(history)
         self._started: _Started | None = None
-        self._unsaid: tuple[WeightProblem | None, WeightProblem] | None = None
-        """What this rank has found in a check, and what is said if only another rank has found something."""
+        self._unsaid: tuple[WeightProblem | None, WeightProblem, WeightHistory] | None = None
+        """What this rank has found in a check, what is said if only another rank has found something, and the history
+        before it."""
 
     @property
     def history(self) -> WeightHistory:
-        """For the checkpoint."""
+        """For the checkpoint: if a problem was found that nobody knows yet, as before, so that it is found again."""
         self._finish()
-        return self._history
+        return self._unsaid[2] if self._unsaid and self._unsaid[0] else self._history
+
+    def drop_started(self) -> None:
+        """Forget a check whose norms are not read yet: after an exception, since the device may be lost."""
+        self._started = None
 
     def check(
         self, trainer: Trainer, step: int, unhealthy: bool = False, lr_factor: float = 1.0, later: bool = False
@@ -144,7 +149,8 @@ class WeightMonitor:
         started, self._started = self._started, None
         if started is None:
             return
-        last, _, speeds = self._history
+        before = self._history
+        last, _, speeds = before
         now = WeightSample(started.step, started.norms(), started.lr)
         good_at = last.step if last else 0
         damage = self._check.problem(now.norms, last.norms if last else ())
@@ -156,12 +162,12 @@ class WeightMonitor:
                 speeds = (*speeds, *_known(speed(now, last)))[-_MAX_SPEEDS:]
             self._history = WeightHistory(now, last, speeds)
         unknown = WeightProblem("weights are damaged, or move too fast, on another rank", False, good_at)
-        self._unsaid = problem, unknown
+        self._unsaid = problem, unknown, before
 
     def _agreed(self, trainer: Trainer) -> WeightProblem | None:
         """The problem of a check that is finished, the same answer on all ranks. A collective."""
         assert self._unsaid is not None
-        (problem, unknown), self._unsaid = self._unsaid, None
+        (problem, unknown, _), self._unsaid = self._unsaid, None
         ranks = Ranks(trainer)
         if not ranks.any(problem is not None):
             return None

@@ -35,7 +35,7 @@ def uses_cuda_graphs(module: nn.Module) -> bool:
 
 
 def _is_replayed(module: nn.Module) -> bool:
-    contexts = [getattr(module, "dynamo_ctx", None), (module.__dict__.get("_compiler_ctx") or {}).get("dynamo_ctx")]
+    contexts = [module.__dict__.get("dynamo_ctx"), (module.__dict__.get("_compiler_ctx") or {}).get("dynamo_ctx")]
     configs = [getattr(each, "compiler_config", None) for each in contexts]
     compiled = [module._compiled_call_impl, *(each for each in _attributes(module) if _is_compiled_function(each))]
     for function in compiled:
