@@ -43,9 +43,10 @@ def importing(module: str) -> Iterator[None]:
 def collect_before_exit() -> None:
     """Collect what is left of a run, before its process ends.
 
-    If a part of the run is still alive then, or a file that is open for writing, something that was imported may hold it:
-    each ``Optional[Class]`` is in a cache of ``typing``, which holds the class, and so the module with all its variables.
-    Python then looks through all objects at its end, as it would without `importing`, and destroys more of them.
+    If a part of the run is still alive then, or a file that is open for writing, something that was imported may hold
+    it: each ``Optional[Class]`` is in a cache of ``typing``, which holds the class, and so the module with all its
+    variables. Python then looks through all objects at its end, as it would without `importing`, and destroys more of
+    them.
     """
     gc.collect()
     kept: tuple[type, ...] = (io.BufferedWriter, io.BufferedRandom)
