@@ -47,6 +47,7 @@ def measure(
         changed: whether this rank has announced a change.
     """
     size, weights, lacks_loss = window.size, window.weights, window.lacks_loss
+    flags: list[Tensor | bool]
     if not weighs:
         losses, factor = window.take(), size / scale
         if ranks.size == 1:
