@@ -8,6 +8,8 @@ collection 0.6 s and the end of the process 1.8 s; without it 4.1 s, next to not
 from __future__ import annotations
 
 import gc
+import io
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +23,8 @@ def importing(module: str) -> Iterator[None]:
     at the end of the process, which for instance closes their files.
 
     Args:
-        module: that is imported within it. If it is imported already, nothing is different.
+        module: that is imported within it. If it is imported already, nothing is different; if it cannot be imported,
+            nothing is left out, or each further attempt would keep more.
     """
     if module in sys.modules:
         yield
@@ -31,7 +34,8 @@ def importing(module: str) -> Iterator[None]:
     try:
         yield
     finally:
-        gc.freeze()  # also what would be garbage now: some 13,000 objects, and it takes 0.6 s to find them
+        if module in sys.modules:
+            gc.freeze()  # also what would be garbage now: some 13,000 objects, and it takes 0.6 s to find them
         if was_enabled:
             gc.enable()
 
@@ -39,12 +43,17 @@ def importing(module: str) -> Iterator[None]:
 def collect_before_exit() -> None:
     """Collect what is left of a run, before its process ends.
 
-    If a part of the run is still alive then, something that was imported holds it. Python then looks through all
-    objects at its end, as it would without `importing`, and destroys more of them.
+    If a part of the run is still alive then, or a file that is open for writing, something that was imported may hold
+    it: each ``Optional[Class]`` is in a cache of ``typing``, which holds the class, and so the module with all its
+    variables. Python then looks through all objects at its end, as it would without `importing`, and destroys more of
+    them.
     """
     gc.collect()
+    kept: tuple[type, ...] = (io.BufferedWriter, io.BufferedRandom)
     lightning = sys.modules.get("lightning.pytorch")
     if lightning is not None:
-        parts = (lightning.Callback, lightning.LightningDataModule, lightning.LightningModule, lightning.Trainer)
-        if any(issubclass(type(each), parts) for each in gc.get_objects()):
-            gc.unfreeze()
+        kept += (lightning.Callback, lightning.LightningDataModule, lightning.LightningModule, lightning.Trainer)
+    streams = [getattr(handler, "stream", None) for handler in logging.getLogger().handlers]
+    logs = {id(getattr(stream, "buffer", None)) for stream in streams}  # which logging itself closes
+    if any(issubclass(type(each), kept) and id(each) not in logs for each in gc.get_objects()):
+        gc.unfreeze()
