@@ -51,8 +51,7 @@ def measure(
     if not weighs:
         losses, factor = window.take(), size / scale
         if ranks.size == 1:
-            loss, grad_norm = _own_mean(losses, None), gradients.global_norm(grads)
-            flags: list[Tensor | bool] = [changed, lacks_loss]
+            loss, grad_norm, flags = _own_mean(losses, None), gradients.global_norm(grads), [changed, lacks_loss]
         else:
             loss, grad_norm, _, flags = add_up(ranks, losses, None, grads, changed, lacks_loss)
         return Measurement(loss if loss is None or factor == 1.0 else loss * factor, grad_norm, flags)
