@@ -162,7 +162,7 @@ class TapedLoader(Iterator[Any]):
             event = self._next_event()
             next_number = self._tape.next_number
             if isinstance(event, EpochEnded):
-                self._counter.on_epoch_ended(event.position - self.cursor.position - 1)
+                self._counter.on_epoch_ended(max(0, event.position - self.cursor.position - 1))
                 self.cursor = self.cursor._replace(event=next_number)
                 raise StopIteration
             start = self.cursor.start
@@ -172,7 +172,8 @@ class TapedLoader(Iterator[Any]):
                 self._excluded_in_replay = True
                 self.cursor = self.cursor._replace(start=start)
             else:
-                excluded = event.position - self.cursor.position - 1
+                # it comes earlier than the last one if a validation has begun the same persistent iterator anew
+                excluded = max(0, event.position - self.cursor.position - 1)
                 self.cursor_before = self.cursor
                 self.cursor = LoaderCursor(next_number, event.position, start)
                 self.samples_before = None if self.last_batch is None else self.last_batch.samples

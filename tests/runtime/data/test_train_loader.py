@@ -488,3 +488,26 @@ def test_other_content_for_the_same_samples_is_reported_once():
     callback = ByIndices(7, 8)
     fit(DataLoader(Counting(), 4), callback, epochs=1)
     assert callback.others == 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_an_epoch_ends_where_the_validation_has_begun_the_same_iterator_anew():
+    """Bug: persistent workers have one iterator; a validation within the epoch begins it anew, the positions go back,
+    Lightning counts batches down, and the epoch never ends."""
+
+    class Ends(Callback):
+        batches = 0
+
+        def on_train_batch_end(self, trainer, *_):
+            self.batches += 1
+            assert self.batches <= BATCHES
+
+    def train(*callbacks):
+        loader = DataLoader(Samples(), 4, num_workers=1, persistent_workers=True, multiprocessing_context="fork")
+        seed_everything(0, verbose=False)
+        model = Model()
+        options = {"val_check_interval": 3, "limit_val_batches": 1}
+        quiet_trainer(*callbacks, Ends(), max_epochs=1, **options).fit(model, loader, loader)
+        return model.seen
+
+    assert train(GoBack()) == train()
