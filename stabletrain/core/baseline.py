@@ -92,11 +92,8 @@ class OutlierTest(NamedTuple):
         """The baseline with one more accepted value."""
         if self.log and not value > 0.0:
             return baseline
-        old = baseline.past
-        past = old.add(math.log(value) if self.log else value, self.window, self.delay)
-        if past is old:  # a value that is not finite
-            return baseline
-        if past.window is old.window:  # the value is delayed: the statistics do not change
+        past = baseline.past.add(math.log(value) if self.log else value, self.window, self.delay)
+        if past.window is baseline.past.window:  # the value is delayed: the statistics do not change
             return baseline._replace(past=past)
         return self._with_limit(baseline, past, baseline.least_sigma)
 
@@ -129,16 +126,14 @@ class OutlierTest(NamedTuple):
 
     def is_outlier(self, baseline: Baseline, value: float) -> bool:
         """Whether a value lies above the limit."""
-        limit = baseline.limit
-        return limit is not None and self._to_space(value) > limit
+        return baseline.limit is not None and self._to_space(value) > baseline.limit
 
     def is_raised(self, baseline: Baseline, value: float) -> bool:
         """Whether a value lies above the midpoint of centre and limit.
 
         A raised signal that is not an outlier does not end an excursion.
         """
-        limit = baseline.limit
-        return limit is not None and self._to_space(value) > 0.5 * (baseline.centre + limit)
+        return self._to_space(value) > baseline.raised
 
     def limit(self, baseline: Baseline, least_size: float = 0.0) -> float:
         """The limit in the unit of the signal; infinite while there is none.
@@ -147,14 +142,13 @@ class OutlierTest(NamedTuple):
             baseline: of the signal.
             least_size: there is no limit for values that are typically smaller than this.
         """
-        limit = baseline.limit
-        if limit is None or baseline.size < least_size:
+        if baseline.limit is None or baseline.size < least_size:
             return math.inf
-        return math.exp(min(limit, _LARGEST_EXPONENT)) if self.log else limit
+        return self._from_space(baseline.limit)
 
     def rounding_size(self, baseline: Baseline) -> float:
         """Size below which a loss is rounding noise, where ``baseline`` is that of the gradient norm; 0 if unknown."""
-        return 0.0 if baseline.limit is None else _ROUNDING * self._from_space(baseline.centre)
+        return 0.0 if baseline.limit is None else _ROUNDING * self.centre(baseline)
 
     def share_raised(self, baseline: Baseline) -> float:
         """Share of raised values in the later half of the history, 0 to 1; 0 while there is no limit.

@@ -52,8 +52,7 @@ class Bound(NamedTuple):
 
     def clip(self, norm: float) -> float:
         """The norm after this bound."""
-        threshold = _exp(self.above) if self.log else self.above  # as the property, which takes longer to ask
-        if not threshold < norm < math.inf:
+        if not self.threshold < norm < math.inf:
             return norm
         s = math.log(norm) if self.log else norm
         target = self.target
@@ -141,7 +140,7 @@ class Limits(NamedTuple):
     def clip(self, norm: float) -> float:
         """The norm after all bounds that apply: their minimum, and never more than the norm itself."""
         clipped = norm
-        for bound in self.bounds or self.fallback:
+        for bound in self.applied_bounds:
             held = bound.clip(norm)
             clipped = held if held < clipped else clipped
         return clipped
@@ -156,6 +155,7 @@ class Limits(NamedTuple):
 
 NO_LIMITS = Limits()
 """No bounds and no conditions: the identity of ``|``."""
+_NOTHING: frozenset[Any] = frozenset()
 
 
 def join(limits: Iterable[Limits]) -> Limits:
@@ -170,9 +170,6 @@ def join(limits: Iterable[Limits]) -> Limits:
         _NOTHING.union(*[limits.skips for limits in each]),
         _NOTHING.union(*[limits.fallback for limits in each]),
     )
-
-
-_NOTHING: frozenset[Any] = frozenset()
 
 
 def _exp(x: float) -> float:
